@@ -1,0 +1,171 @@
+"""What surrounds patched routers in their model: hooks on the decoder stacks, the loss, and saving."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .errors import PatchError
+from .families import FoundRouter
+from .tracking import RouterStack, Tracker
+
+ARCHITECTURE_PREFIX = "Symphony"
+"""Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
+
+
+def attach(model: PreTrainedModel, found: list[FoundRouter]) -> None:
+    """Put the hooks and the loss around patched routers, from `model` on down.
+
+    A model nested in another is patched first while loading; the outer one then takes over.
+    """
+    for module in model.modules():
+        detach(module)
+    tracker = Tracker()
+    # Grouped in the order of the model's modules: every rank must reduce its counts in the same one.
+    by_stack: dict[tuple[int, int], list[FoundRouter]] = {}
+    for router in found:
+        by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
+    for routers in by_stack.values():
+        owner = routers[0].owner
+        stack = RouterStack([router.module.symphony for router in routers], _mask_position(owner), tracker)  # type: ignore[misc]
+        tracker.stacks.append(stack)
+        tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
+        tracker.handles.append(owner.register_forward_hook(stack.after_forward))
+    tracker.place_scale()
+    if tracker.graphs[0].config.balance_loss_weight > 0:
+        _silence_own_balance_loss(model, tracker)
+    if getattr(model, "loss_type", None) is not None:
+        tracker.own_loss = model.__dict__.get("_loss_function")
+        model.loss_function = RecordedLoss(model.loss_function, tracker)
+    model.save_pretrained = SymphonySaver(model)  # type: ignore[method-assign]
+    # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
+    model._symphony_tracker = tracker  # type: ignore[assignment]
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach` on the module that it was called on; nothing on any other."""
+    tracker: Tracker | None = module.__dict__.pop("_symphony_tracker", None)
+    if tracker is None:
+        return
+    for handle in tracker.handles:
+        handle.remove()
+    del module.save_pretrained
+    for owner, weight in tracker.silenced:
+        owner.router_aux_loss_coef = weight
+    if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
+        del module._loss_function
+        if tracker.own_loss is not None:
+            module._loss_function = tracker.own_loss
+    module._keep_in_fp32_modules_strict = set(module._keep_in_fp32_modules_strict) - {"symphony"}  # type: ignore[arg-type]
+
+
+def _mask_position(owner: nn.Module) -> int | None:
+    names = list(inspect.signature(owner.forward).parameters)
+    return names.index("attention_mask") if "attention_mask" in names else None
+
+
+def _silence_own_balance_loss(model: nn.Module, tracker: Tracker) -> None:
+    """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("router_aux_loss_coef"), int | float):
+            tracker.silenced.append((module, module.router_aux_loss_coef))
+            module.router_aux_loss_coef = 0.0  # type: ignore[assignment]
+
+
+class RecordedLoss:
+    """A model's loss function that also ties the router losses to what it returns."""
+
+    def __init__(self, original: Any, tracker: Tracker) -> None:
+        self.original = original
+        self.tracker = tracker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.original(*args, **kwargs)
+        return self.tracker.record_loss(loss, self._share_of_step(*args, **kwargs))
+
+    def _share_of_step(self, *args: Any, **kwargs: Any) -> Tensor | float:
+        """The part of the optimizer step's tokens that this micro-batch has, where the loss is divided by the step's.
+
+        Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps.
+        """
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            return 1.0
+        labels = kwargs.get("shift_labels")
+        if labels is None:
+            labels = kwargs["labels"] if "labels" in kwargs else args[1]
+            labels = labels[..., 1:] if self.original is ForCausalLMLoss else labels
+        return (labels != -100).sum() / num_items
+
+
+def tracker_of(model: nn.Module) -> Tracker:
+    """What follows a Symphony model's training, found through any wrapper (DDP, DeepSpeed, PEFT, torch.compile).
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    for module in model.modules():
+        if "_symphony_tracker" in module.__dict__:
+            return module._symphony_tracker  # type: ignore[return-value]
+    raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+
+
+def update_graphs(model: nn.Module) -> bool:
+    """Move the graphs by what was counted since the last call: for loops of your own, after `optimizer.step()`.
+
+    Returns:
+        Whether anything had been counted.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    tracker = tracker_of(model)
+    tracker.driven = True
+    return tracker.commit()
+
+
+def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:
+    """Tie the balance and z-loss to a loss that your loop computed itself; not needed where `labels` are passed.
+
+    Args:
+        model: A Symphony model whose forward made `loss`.
+        loss: As it is before the division by accumulation steps, if the loop divides.
+
+    Returns:
+        The same loss. Backward through it starts the router losses too, scaled as it is.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    return tracker_of(model).record_loss(loss)
+
+
+class SymphonySaver:
+    """A Symphony model's `save_pretrained`: transformers' own, and then the architecture's name in config.json."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = type(self.model).save_pretrained(self.model, save_directory, is_main_process, *args, **kwargs)
+        config_file = Path(save_directory) / "config.json"
+        if is_main_process and config_file.exists():
+            _prefix_architectures(config_file)
+        return result
+
+
+def _prefix_architectures(config_file: Path) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    names = config.get("architectures") or []
+    config["architectures"] = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
+    temporary = config_file.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, config_file)

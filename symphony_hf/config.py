@@ -1,0 +1,155 @@
+"""Settings as dataclasses that refuse what they do not understand: SymphonyConfig and the recipe's sections."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError, nearest
+
+FORMAT = 1
+"""Of the settings in a checkpoint's config.json. A checkpoint with a higher one is refused."""
+
+Smoothing = Literal["logits", "scores"]
+Normalization = Literal["row", "conditional", "symmetric"]
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """Build a dataclass from a mapping; an unknown key is a ConfigError that names the nearest known one.
+
+    Args:
+        cls: The dataclass.
+        values: Its fields by name.
+        where: What the mapping is, for the error message: "symphony", "recipe.yaml: data".
+
+    Raises:
+        ConfigError: If `values` is no mapping, or has an unknown key, or lacks a required one.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected settings by name, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{where}: unknown setting `{name}`; {nearest(str(name), fields)}")
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise ConfigError(f"{where}: `{name}` is missing")
+    return cls(**values)
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"symphony: `{name}` must be a number, got {value!r}")
+    if not low <= value <= high:
+        raise ConfigError(f"symphony: `{name}` must be between {low:g} and {high:g}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"symphony: `{name}` is {value!r}; {nearest(str(value), known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymphonyConfig:
+    """How a model is routed through the graph of its experts, and how that graph is learned.
+
+    Args:
+        strength: s in A = (1 - s) I + s P, in [0, 1]. 0 computes what the base model computes.
+        smoothing: `logits`: the graph mixes the router's logits, and folds into a plain router exactly.
+            `scores`: it mixes the probabilities after softmax, and cannot be folded.
+        normalization: `row`, `conditional` or `symmetric`; see `routing.transition_matrix`.
+        self_loops: Whether an expert hears itself as well as its neighbours.
+        decay: Of the moving average; the graph forgets over about 1 / (1 - decay) updates. In [0, 1].
+        warmup_steps: Updates of the graph over which the strength ramps up from 0, linearly.
+        graph: `ema`: learned by a moving average of co-selections. `frozen`: stays as it is. `learned`: a
+            parameter, learned by gradient with the model's optimizer. Or the path of a Symphony checkpoint
+            (a folder, or a .safetensors file) whose graph to start from, and then move by `ema`.
+        layers: Numbers of the decoder layers to symphonize; all that have a router when None.
+        balance_loss_weight: Of the load-balancing loss, averaged over layers, added in the backward pass.
+        z_loss_weight: Of the router z-loss, likewise.
+
+    Raises:
+        ConfigError: If a value is unknown or out of range.
+
+    Source: arXiv 2510.16411. Deviation: the paper publishes no decay, normalization or diagonal; the loss weights
+    are those of LibMoE's visual instruction tuning.
+    """
+
+    strength: float = 1.0
+    smoothing: Smoothing = "logits"
+    normalization: Normalization = "row"
+    self_loops: bool = True
+    decay: float = 0.99
+    warmup_steps: int = 0
+    graph: str = "ema"
+    layers: tuple[int, ...] | None = None
+    balance_loss_weight: float = 0.01
+    z_loss_weight: float = 0.001
+
+    def __post_init__(self) -> None:
+        _check_number("strength", self.strength, 0, 1)
+        _check_number("decay", self.decay, 0, 1)
+        _check_number("warmup_steps", self.warmup_steps, 0, 2**53)
+        _check_number("balance_loss_weight", self.balance_loss_weight, 0, 1e6)
+        _check_number("z_loss_weight", self.z_loss_weight, 0, 1e6)
+        _check_choice("smoothing", self.smoothing, get_args(Smoothing))
+        _check_choice("normalization", self.normalization, get_args(Normalization))
+        if int(self.warmup_steps) != self.warmup_steps:
+            raise ConfigError(f"symphony: `warmup_steps` must be a whole number, got {self.warmup_steps!r}")
+        if not isinstance(self.self_loops, bool):
+            raise ConfigError(f"symphony: `self_loops` must be true or false, got {self.self_loops!r}")
+        if not isinstance(self.graph, str) or not self.graph:
+            raise ConfigError(f"symphony: `graph` must be ema, frozen, learned or a path, got {self.graph!r}")
+        if self.smoothing == "scores" and self.normalization != "row":
+            raise ConfigError(
+                f"symphony: smoothing `scores` needs normalization `row`, got `{self.normalization}`: only a "
+                "row-stochastic matrix keeps a distribution one"
+            )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        layers = self.layers
+        if isinstance(layers, str) or not all(isinstance(n, int) and n >= 0 for n in layers) or not layers:
+            raise ConfigError(f"symphony: `layers` must be a list of layer numbers, or null for all, got {layers!r}")
+        object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+
+    @property
+    def counts_selections(self) -> bool:
+        """Whether training moves the graph by counting which experts are chosen together."""
+        return self.graph == "ema"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as config.json stores them under `symphony`, with the format's number."""
+        values = dataclasses.asdict(self)
+        if self.layers is not None:
+            values["layers"] = list(self.layers)
+        return {"format": FORMAT, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "symphony") -> "SymphonyConfig":
+        """Read what `to_dict` wrote, or settings without a format number.
+
+        Raises:
+            ConfigError: If the format is newer than this version's, or a setting is unknown or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected settings by name, got {values!r}")
+        values = dict(values)
+        version = values.pop("format", FORMAT)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ConfigError(f"{where}: `format` must be a whole number from 1 on, got {version!r}")
+        if version > FORMAT:
+            raise ConfigError(
+                f"{where}: this checkpoint has format {version}, this symphony_hf reads up to {FORMAT}: upgrade it"
+            )
+        if isinstance(values.get("layers"), list):
+            values["layers"] = tuple(values["layers"])
+        return from_mapping(cls, values, where)

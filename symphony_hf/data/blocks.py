@@ -1,0 +1,118 @@
+"""From documents to the tensors that a model is trained and evaluated on."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..errors import ConfigError, DataError
+from .documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 256
+"""Documents that are tokenized in one call."""
+
+_PATIENCE = 2
+"""Seconds before a progress bar appears."""
+
+
+def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int) -> Tensor:
+    """Concatenate all documents, each closed by the end-of-text token, and cut them into blocks.
+
+    Args:
+        documents: Texts, in order.
+        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
+        block_size: Tokens in a block.
+
+    Returns:
+        Token ids, int64; the tokens that do not fill a last block are dropped. Shape: (num_blocks, block_size).
+
+    Raises:
+        ConfigError: If a block is shorter than two tokens, or the tokenizer has no end-of-text token.
+        DataError: If there are too few tokens for one block.
+    """
+    # A flat array of machine integers: a list of Python ones would take four times the memory.
+    token_ids = array("q")
+    for document_ids in _tokenize(documents, tokenizer, block_size):
+        token_ids.extend(document_ids)
+    num_blocks = len(token_ids) // block_size
+    if num_blocks == 0:
+        raise DataError(
+            f"{len(documents):,} documents have {len(token_ids):,} tokens, less than one block of {block_size:,}; "
+            "give more text, or a smaller block_size"
+        )
+    return torch.frombuffer(token_ids, dtype=torch.int64)[: num_blocks * block_size].view(num_blocks, block_size)
+
+
+def document_windows(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int
+) -> list[list[Tensor]]:
+    """Cut each document, closed by the end-of-text token, into windows of its own.
+
+    So a statistic can be taken per document, and paired with that of the same document corrupted.
+
+    Args:
+        documents: Texts, in order.
+        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
+        block_size: Tokens in a window; the last of a document may be shorter.
+
+    Returns:
+        The windows of each document, int64, in order and without overlap. A last window of one token has nothing to
+        predict and is dropped; a document without text has no windows. Shape of each: (2 to block_size,).
+
+    Raises:
+        ConfigError: If a window is shorter than two tokens, or the tokenizer has no end-of-text token.
+    """
+    windows = []
+    for document_ids in _tokenize(documents, tokenizer, block_size):
+        pieces = torch.tensor(document_ids, dtype=torch.int64).split(block_size)
+        windows.append([piece for piece in pieces if len(piece) > 1])
+    return windows
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Blocks as the Trainer takes them: the labels are the inputs, which the model shifts.
+
+    There is no attention mask, because nothing is padded.
+    """
+
+    def __init__(self, blocks: Tensor) -> None:
+        """Wrap blocks of token ids.
+
+        Args:
+            blocks: Token ids, int64. Shape: (num_blocks, block_size).
+        """
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One block as `input_ids` and, in memory of their own, `labels`. Shape of each: (block_size,)."""
+        block = self.blocks[index]
+        return {"input_ids": block, "labels": block.clone()}
+
+
+def _tokenize(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int
+) -> Iterator[list[int]]:
+    """The token ids of each document, and the end-of-text token."""
+    if block_size < 2:
+        raise ConfigError(f"data: block_size must be 2 or more, so that there is a token to predict; got {block_size}")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{type(tokenizer).__name__} has no end-of-text token; set its `eos_token`")
+    with tqdm(total=len(documents), desc="tokenizing", unit=" documents", delay=_PATIENCE, disable=None) as bar:
+        for start in range(0, len(documents), _BATCH):
+            texts = [document.text for document in documents[start : start + _BATCH]]
+            # Not verbose: it would warn that a document is longer than the model's context, which blocks are not.
+            batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for document_ids in batch["input_ids"]:
+                yield [*document_ids, tokenizer.eos_token_id]
+            bar.update(len(texts))

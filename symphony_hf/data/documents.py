@@ -1,0 +1,117 @@
+"""What a corpus is: named documents in three splits, and the rule that puts a document into one of them."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import DataError
+
+Splits = Mapping[str, list["Document"]]
+
+HELD_OUT = ("validation", "test")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""How data sets spell a split -> our name of it."""
+
+_BUCKETS = 20
+"""Of equal size by hash; one is held out for validation, one for testing: 5% each."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that belongs together: a file, a group of paragraphs, a row of a data set.
+
+    Attributes:
+        name: Says where the text came from, and seeds its corruption. Unique in its corpus.
+        text: The text, as read.
+    """
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on, to validate on, and to test on.
+
+    Attributes:
+        train: Documents that models and tokenizers are trained on.
+        validation: Documents for decisions made while developing.
+        test: Documents for the reported numbers.
+        source: What was read, for reports.
+    """
+
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
+    source: str
+
+
+def by_name(document: Document) -> str:
+    """Split key of files: an edited file stays in its split."""
+    return document.name
+
+
+def by_text(document: Document) -> str:
+    """Split key of paragraphs and rows: two of the same text are never on both sides of a split."""
+    return document.text
+
+
+def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, list[Document]]:
+    """Cut the held-out splits that are missing from the train split.
+
+    The hash is of the key alone, so a document's split depends neither on the other documents nor on the machine.
+
+    Args:
+        given: Documents by split; "train" must be there.
+        key: What of a document decides its split, `by_name` or `by_text`.
+
+    Returns:
+        The documents of all three splits, in their given order.
+    """
+    splits: dict[str, list[Document]] = {"train": []}
+    for split in HELD_OUT:
+        splits[split] = list(given.get(split, ()))
+    missing = [split for split in HELD_OUT if split not in given]
+    for document in given["train"]:
+        split = _split_of(key(document))
+        splits[split if split in missing else "train"].append(document)
+    return splits
+
+
+def _split_of(key: str) -> str:
+    digest = hashlib.sha256(key.encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % _BUCKETS
+    return HELD_OUT[bucket] if bucket < len(HELD_OUT) else "train"
+
+
+def build_corpus(splits: Splits, source: str) -> Corpus:
+    """Make a corpus of all documents that have any text.
+
+    Args:
+        splits: Documents by split, all three.
+        source: What was read, for reports and for the error message.
+
+    Raises:
+        DataError: If a split has no text.
+    """
+    kept = {split: _with_text(documents) for split, documents in splits.items()}
+    counts = ", ".join(f"{len(documents):,} {split}" for split, documents in kept.items())
+    for split, documents in kept.items():
+        if not documents:
+            raise DataError(
+                f"{source}: the {split} split has no text (documents with text: {counts}); give more documents "
+                "(a hundred are usually enough), or a folder or data set with its own train, validation and test splits"
+            )
+    return Corpus(train=kept["train"], validation=kept["validation"], test=kept["test"], source=source)
+
+
+def _with_text(documents: Iterable[Document]) -> list[Document]:
+    return [document for document in documents if document.text.strip()]

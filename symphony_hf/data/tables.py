@@ -1,0 +1,81 @@
+"""Documents from rows: local tables, and data sets of the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataError, nearest
+from .documents import SPLIT_NAMES, Document, by_text, complete_splits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Suffix of a local table -> its name in `datasets`."""
+
+
+def read_table(path: Path, text_column: str) -> list[Document]:
+    """Read the rows of a local table, each one document named `<file>[<row>]`.
+
+    Args:
+        path: A file with one of the suffixes in `TABLE_FORMATS`.
+        text_column: The column that holds the text.
+
+    Raises:
+        DataError: If the file cannot be parsed, or the column is not there or not text.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(TABLE_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{path}: not a readable {path.suffix} table ({error.__cause__ or error})") from error
+    return _row_documents(rows, text_column, path.name, where=str(path))
+
+
+def read_hub(name: str, config: str | None, text_column: str) -> dict[str, list[Document]]:
+    """Read a data set of the Hub, each row one document named `<split>[<row>]`.
+
+    Args:
+        name: The data set: `owner/name`.
+        config: Its configuration, if it needs one.
+        text_column: The column that holds the text.
+
+    Returns:
+        Documents by split. A missing validation or test split is cut from train by the hash of each row's text.
+
+    Raises:
+        DataError: If there is no such data set, it cannot be reached, it has no train split, or the column is not
+            there or not text.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config)
+    # RuntimeError: a data set that is a script, which `datasets` no longer runs.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data.path: `{name}`: no such file or folder, and not a data set that can be reached and read ({error}); "
+            "check the spelling (`owner/name` or `owner/name:configuration`) and the network, or leave data.path out "
+            "to use the embedded corpus"
+        ) from error
+    named = {SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES}
+    if "train" not in named:
+        raise DataError(f"{name}: no train split; its splits are {', '.join(map(str, loaded))}")
+    given = {
+        split: _row_documents(rows, text_column, split, where=f"{name}, {split} split") for split, rows in named.items()
+    }
+    return complete_splits(given, by_text)
+
+
+def _row_documents(rows: "Dataset", text_column: str, name: str, where: str) -> list[Document]:
+    if text_column not in rows.column_names:
+        hint = nearest(text_column, rows.column_names)
+        raise DataError(f"{where}: no column `{text_column}` (data.text_column) to read the text from; {hint}")
+    documents = []
+    # The slice makes it one list; iterating the column itself would decode row by row.
+    for index, text in enumerate(rows[text_column][:]):
+        if not isinstance(text, str | None):
+            kind = type(text).__name__
+            raise DataError(f"{where}: row {index} of column `{text_column}` (data.text_column) is {kind}, not text")
+        documents.append(Document(f"{name}[{index}]", text or ""))
+    return documents

@@ -1,0 +1,141 @@
+"""Numbers that describe one social graph of experts.
+
+Every function takes one adjacency of shape (num_experts, num_experts): symmetric and non-negative, the moving
+average of the share of tokens that chose a pair of experts together, with each expert's load on the diagonal.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from ..errors import GraphError
+from ..routing import adjacency_problems, transition_matrix
+
+
+def _checked(adjacency_EE: Tensor) -> Tensor:
+    """The graph in float64 on the CPU."""
+    if adjacency_EE.dim() != 2 or len(adjacency_EE) < 2:
+        raise GraphError(f"an adjacency of at least 2 experts was expected, got shape {tuple(adjacency_EE.shape)}")
+    problems = adjacency_problems(adjacency_EE, len(adjacency_EE))
+    if not problems and not adjacency_EE.diagonal().sum() > 0:
+        problems.append("no load on the diagonal")
+    if problems:
+        raise GraphError(f"not a social graph: {'; '.join(problems)}. Pass the adjacency, not the transition matrix")
+    return adjacency_EE.detach().to(device="cpu", dtype=torch.float64)
+
+
+def load(adjacency_EE: Tensor) -> Tensor:
+    """Each expert's share of all choices.
+
+    Args:
+        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+
+    Returns:
+        Shares that sum to 1, float64. Shape: (num_experts,).
+
+    Raises:
+        GraphError: If it is no social graph.
+    """
+    load_E = _checked(adjacency_EE).diagonal()
+    return load_E / load_E.sum()
+
+
+def load_entropy(adjacency_EE: Tensor) -> float:
+    """Entropy of the load over its maximum, log E: 1 when even, 0 when one expert takes every token.
+
+    Raises:
+        GraphError: If it is no social graph.
+    """
+    return float(torch.special.entr(load(adjacency_EE)).sum()) / math.log(len(adjacency_EE))
+
+
+def off_diagonal_mass(adjacency_EE: Tensor) -> float:
+    """The share of the graph's mass that is between different experts: what smoothing takes from neighbours.
+
+    It starts at 0 and tends to (K - 1) / K, since a token that chose K experts adds K * K pairs, K of them an
+    expert with itself: the distance tells how far the moving average has come.
+
+    Raises:
+        GraphError: If it is no social graph.
+    """
+    adjacency_EE = _checked(adjacency_EE)
+    return 1.0 - float(adjacency_EE.trace() / adjacency_EE.sum())
+
+
+def spectral_gap(adjacency_EE: Tensor) -> float:
+    """1 minus the second largest eigenvalue of the row-stochastic transition matrix D^-1 A.
+
+    Returns:
+        0 for a graph in two or more parts (an expert never chosen with another is a part of its own). Where top-K
+        choices are unrelated and even it is (K - 1) / K * E / (E - 1). The larger, the faster smoothing, if it
+        were repeated, would blur the experts into one.
+
+    Raises:
+        GraphError: If it is no social graph.
+
+    Source: Chung, Spectral Graph Theory (1997), chapter 1. D^-1 A has the eigenvalues of the symmetric
+    D^-1/2 A D^-1/2, to which it is similar.
+    """
+    symmetric_EE = transition_matrix(_checked(adjacency_EE), "symmetric")
+    return 1.0 - float(torch.linalg.eigvalsh(symmetric_EE)[-2])
+
+
+def coselection_lift(adjacency_EE: Tensor, num_iterations: int = 200) -> Tensor:
+    """How much more often two experts are chosen together than their loads alone would give.
+
+    A token's experts are distinct, so "loads alone" is not load_j * load_k, by which even unrelated experts
+    would seem to avoid each other. It is the model of quasi-independence: expected_jk = u_j u_k off the
+    diagonal, nothing on it, with u such that every expert has as many pairs as in the graph.
+
+    Args:
+        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        num_iterations: Of iterative proportional fitting, which needs far fewer unless one expert is in
+            nearly every pair.
+
+    Returns:
+        adjacency_jk / expected_jk: 1 is what the loads alone would give, and it is 1 on the diagonal and where an
+        expert was never chosen with another. float64. Shape: (num_experts, num_experts).
+
+    Raises:
+        GraphError: If it is no social graph.
+
+    Source: Goodman, "The Analysis of Cross-Classified Data: Independence, Quasi-Independence, and Interactions in
+    Contingency Tables with or without Missing Entries" (1968).
+    """
+    pairs_EE = _checked(adjacency_EE).clone().fill_diagonal_(0.0)
+    pairs_E = pairs_EE.sum(1)
+    u_E = pairs_E.sqrt()
+    for _ in range(num_iterations):
+        # The geometric mean of the old u and the one that would fit this row: a plain step oscillates.
+        others_E = u_E.sum() - u_E
+        u_E = torch.where(pairs_E > 0, (u_E * pairs_E / others_E).sqrt(), 0.0)
+    expected_EE = (u_E.unsqueeze(1) * u_E).fill_diagonal_(0.0)
+    return torch.where(expected_EE > 0, pairs_EE / expected_EE, 1.0)
+
+
+def cluster_order(adjacency_EE: Tensor) -> list[int]:
+    """An order of the experts that puts those chosen together next to each other, for heat maps.
+
+    Average linkage on the distance 1 / (1 + lift), then the leaf order with the closest neighbours. Lift, because
+    similarities that grow with load (cosine, Ochiai) order experts by popularity where communities are weak.
+
+    Args:
+        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+
+    Returns:
+        The numbers of the experts, each once.
+
+    Raises:
+        GraphError: If it is no social graph.
+
+    Source: Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering" (2001).
+    """
+    distance = 1.0 / (1.0 + coselection_lift(adjacency_EE).numpy())
+    np.fill_diagonal(distance, 0.0)
+    # Symmetric to rounding only, which `squareform` would refuse: it reads the upper triangle.
+    condensed = squareform(distance, checks=False)
+    return hierarchy.leaves_list(hierarchy.linkage(condensed, "average", optimal_ordering=True)).tolist()

@@ -1,0 +1,7 @@
+"""Figures as PNG files, readable in print and by the colour-blind. Nothing else in the package imports matplotlib."""
+
+from .heat_maps import plot_graphs
+from .networks import plot_expert_network
+from .runs import plot_comparison, plot_curves
+
+__all__ = ["plot_comparison", "plot_curves", "plot_expert_network", "plot_graphs"]

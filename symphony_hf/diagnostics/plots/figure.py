@@ -1,0 +1,62 @@
+"""What all figures share: the file they go to, which layers they show, and their colours.
+
+Figures are made through matplotlib's object API alone, so nothing here opens a window, needs a display, or touches
+a notebook's own figures.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ...errors import GraphError
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
+
+_DPI = 150
+_MAX_LAYERS = 16
+
+
+def save_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a PNG beside its place and move it there, so that no reader ever sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(unfinished, format="png", dpi=_DPI)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _titles(names: Sequence[str]) -> list[str]:
+    """Module paths cut to the parts in which they differ: `model.layers.3.mlp.gate` to `layer 3`."""
+    columns = list(zip(*(name.split(".") for name in names), strict=False))
+    differing = [number for number, column in enumerate(columns) if len(set(column)) > 1]
+    titles = [".".join(name.split(".")[number] for number in differing) for name in names]
+    if not all(titles) or len(set(titles)) < len(names):
+        return list(names)
+    return [f"layer {title}" if title.isdigit() else title for title in titles]
+
+
+def shown_layers(graphs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """At most 16 layers by title, evenly spaced, and a word on how many they are of."""
+    if not graphs:
+        raise GraphError("no graphs to plot: the model has no Symphony router")
+    names = list(graphs)
+    if len(names) > _MAX_LAYERS:
+        names = [names[round(place)] for place in np.linspace(0, len(names) - 1, _MAX_LAYERS)]
+    shown = {title: graphs[name] for title, name in zip(_titles(names), names, strict=True)}
+    return shown, "" if len(names) == len(graphs) else f" ({len(names)} of {len(graphs)} layers)"
+
+
+def grid(num_panels: int) -> tuple[int, int]:
+    """Rows and columns of a grid that is never taller than wide."""
+    columns = math.ceil(math.sqrt(num_panels))
+    return math.ceil(num_panels / columns), columns

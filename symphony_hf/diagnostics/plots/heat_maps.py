@@ -1,0 +1,94 @@
+"""The graphs of experts as heat maps: with whom is each expert chosen?"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from ...routing import transition_matrix
+from ..graph_metrics import cluster_order, load
+from .figure import grid, save_png, shown_layers
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{100 * share:g}%"
+
+
+def _draw_load(axes: Axes, load_E: np.ndarray, top: float) -> None:
+    axes.bar(range(len(load_E)), load_E, width=0.8, color="0.5")
+    axes.axhline(1 / len(load_E), color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlim=(-0.5, len(load_E) - 0.5), ylim=(0, top), xticks=[])
+    axes.yaxis.set_major_locator(MaxNLocator(2))
+    axes.yaxis.set_major_formatter(_percent)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_neighbours(axes: Axes, shares_EE: np.ndarray, order: list[int], top: float) -> AxesImage:
+    colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.8")
+    image = axes.imshow(shares_EE[np.ix_(order, order)], cmap=colors, vmin=0, vmax=top, aspect="auto")
+    labels = order if len(order) <= 32 else []
+    size = np.interp(len(order), [16, 32], [7, 5])
+    axes.set_xticks(range(len(labels)), labels, fontsize=size)
+    axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    axes.tick_params(length=0, pad=2)
+    return image
+
+
+def _neighbour_shares(adjacency_EE: Tensor) -> np.ndarray:
+    """How an expert's partners divide, row by row; the expert itself is NaN, which is drawn grey."""
+    shares_EE = transition_matrix(adjacency_EE.detach().float().cpu(), self_loops=False).numpy()
+    np.fill_diagonal(shares_EE, np.nan)
+    return shares_EE
+
+
+def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
+    """Draw one heat map a layer: with whom each expert is chosen, below the experts' loads.
+
+    Experts are in the order of `cluster_order`, so that communities show as blocks; beyond 32 they go unnumbered.
+    One colour scale serves all layers; it ends at the 99th percentile, lest one pair leave all others pale.
+
+    Args:
+        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers, 16
+            evenly spaced ones are drawn.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        GraphError: If there is none, or one is no social graph.
+    """
+    shown, left_out = shown_layers(graphs)
+    loads = [load(adjacency_EE).numpy() for adjacency_EE in shown.values()]
+    shares = [_neighbour_shares(adjacency_EE) for adjacency_EE in shown.values()]
+    highest = 1.1 * max(load_E.max() for load_E in loads)
+    all_shares = np.concatenate([shares_EE.ravel() for shares_EE in shares])
+    # 1 where no expert has a partner yet: a colour scale needs a length.
+    top = float(np.nanpercentile(all_shares, 99)) or 1.0
+    rows, columns = grid(len(shown))
+    figure = Figure(figsize=(2.7 * columns + 1.4, 3.1 * rows + 0.5), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.03, hspace=0.0)
+    figure.suptitle(f"Experts chosen together{left_out}", fontsize=11)
+    cells = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.06])
+    for number, (title, adjacency_EE) in enumerate(shown.items()):
+        halves = cells[number // columns, number % columns].subgridspec(2, 1, height_ratios=(1, 5))
+        order = cluster_order(adjacency_EE)
+        above = figure.add_subplot(halves[0])
+        above.set_title(title, fontsize=9)
+        _draw_load(above, loads[number][order], highest)
+        image = _draw_neighbours(figure.add_subplot(halves[1]), shares[number], order, top)
+    figure.supxlabel("partner (above: its load; dashed: even load)", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    extend = "max" if np.nanmax(all_shares) > top else "neither"
+    bar = figure.colorbar(image, cax=figure.add_subplot(cells[:, -1]), extend=extend, format=_percent)
+    bar.set_label("share among the expert's partners", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return save_png(figure, path)

@@ -1,0 +1,101 @@
+"""Documents as padded batches of token windows, and a model held in eval mode while they run.
+
+A document is cut into windows, each at most as long as the model's block, in reading order and without overlap.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import EvaluationError
+
+Windows = Mapping[str, Sequence[Tensor]]
+"""By document name, the document's windows: token ids, int64. Shape of each: (2 to block_size,)."""
+
+
+class Batch(NamedTuple):
+    """Some windows of about the same length, padded on the right."""
+
+    indices: list[int]
+    """Where each row stands in the flat list of windows."""
+    input_ids: Tensor
+    """Shape: (windows, longest), int64."""
+    attention_mask: Tensor
+    """1 for tokens, 0 for padding. Same shape."""
+
+
+def flatten(windows: Windows) -> tuple[list[Tensor], list[int]]:
+    """All windows of all documents in one list, and the number of the document that each belongs to.
+
+    Raises:
+        EvaluationError: If there is no document, a document has no window, or a window is not a 1-D tensor of at
+            least two integer tokens (one to read, one to predict).
+    """
+    if not windows:
+        raise EvaluationError("no documents: an evaluation needs at least one")
+    flat: list[Tensor] = []
+    owners: list[int] = []
+    for number, (name, parts) in enumerate(windows.items()):
+        if not parts:
+            raise EvaluationError(f"document {name!r} has no windows: leave out documents of fewer than two tokens")
+        for window in parts:
+            if window.dim() != 1 or len(window) < 2 or window.is_floating_point():
+                raise EvaluationError(
+                    f"document {name!r}: a window must be a 1-D tensor of at least 2 token ids, "
+                    f"got shape {tuple(window.shape)}, {window.dtype}"
+                )
+        flat.extend(parts)
+        owners.extend([number] * len(parts))
+    return flat, owners
+
+
+def padded_batches(
+    flat: Sequence[Tensor], batch_size: int, device: torch.device, progress: str | None
+) -> Iterator[Batch]:
+    """Cut a list of windows into batches, longest first, so that little is padded and memory peaks at once.
+
+    Args:
+        flat: Token ids, int64. Shape of each: (length,).
+        batch_size: Windows a batch.
+        device: Where the batches go.
+        progress: What the progress bar says; no bar when None.
+
+    Yields:
+        Batches that hold every window once. Padding is on the right, where no token of a causal model sees it.
+
+    Raises:
+        EvaluationError: If `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
+    order = sorted(range(len(flat)), key=lambda index: -len(flat[index]))
+    starts = range(0, len(order), batch_size)
+    # disable=None: no bar where the output is not a terminal, such as a log file.
+    for start in tqdm(starts, desc=progress, unit=" batches", delay=2, disable=True if progress is None else None):
+        indices = order[start : start + batch_size]
+        # Padded with token 0: any id of the vocabulary serves, since the mask and causality both hide it.
+        input_ids = nn.utils.rnn.pad_sequence([flat[index] for index in indices], batch_first=True)
+        lengths = torch.tensor([len(flat[index]) for index in indices])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
+        yield Batch(indices, input_ids.to(device), attention_mask.to(device))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Hold a model in eval mode without gradients, and give every module its own mode back afterwards.
+
+    Yields:
+        The device of the model's first parameter, which is where its token ids belong.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,72 @@
+"""Perplexity of a causal language model, kept by document so that models can be compared in pairs."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import EvaluationError
+from .batching import Windows, evaluating, flatten, padded_batches
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentScores:
+    """What a model made of each document."""
+
+    names: list[str]
+    nll: np.ndarray
+    """Negative log-likelihood summed over the document's predicted tokens, in nats. Shape: (documents,)."""
+    num_tokens: np.ndarray
+    """Predicted tokens: all but the first of each window. Shape: (documents,), integer."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL a token over all documents, so a long document weighs more than a short one."""
+        return float(np.exp(self.nll.sum() / self.num_tokens.sum()))
+
+
+def _next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+    # float32 one window at a time: a float32 copy of a whole batch of logits would double the peak of memory.
+    return F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum")
+
+
+def score_documents(
+    model: nn.Module, windows: Windows, *, batch_size: int = 16, progress: str | None = None
+) -> DocumentScores:
+    """Sum the next-token negative log-likelihood over the windows of each document.
+
+    Args:
+        model: Any causal language model: `model(input_ids=..., attention_mask=...)` returns an output with
+            `.logits` of shape (windows, length, vocabulary). It is left in the mode that it came in.
+        windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
+        batch_size: Windows a forward.
+        progress: What the progress bar says; no bar when None.
+
+    Returns:
+        One score a document, in the order of `windows`. How windows fall into batches moves it by rounding only.
+
+    Raises:
+        EvaluationError: If a document has no usable window, or its NLL is not finite.
+    """
+    flat, owners = flatten(windows)
+    names = list(windows)
+    nll = np.zeros(len(names))
+    num_tokens = np.zeros(len(names), dtype=np.int64)
+    with evaluating(model) as device:
+        for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            lengths = [len(flat[index]) for index in indices]
+            batch_nll = [_next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
+            # One wait for the device a batch, not one a window.
+            for index, length, value in zip(indices, lengths, torch.stack(batch_nll).tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise EvaluationError(
+                        f"document {names[owners[index]]!r}: the NLL of a window is {value}. The model's logits are "
+                        "not finite: check the checkpoint, or load it in bfloat16 or float32 instead of float16"
+                    )
+                nll[owners[index]] += value
+                num_tokens[owners[index]] += length - 1
+    return DocumentScores(names, nll, num_tokens)

@@ -1,0 +1,195 @@
+"""Intervals by a paired bootstrap over documents.
+
+They answer one question: would the same two checkpoints compare alike on other documents of this kind? How two
+training runs with other seeds would compare is another question, which only more runs answer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from ..errors import EvaluationError
+from .perplexity import DocumentScores
+
+MIN_DOCUMENTS = 10
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+    num_documents: int
+    seed: int
+    null: float | None = 0.0
+    """The value that means "no difference"; None for a level, which is compared with nothing."""
+
+    def verdict(self, lower_is_better: bool = True) -> Verdict:
+        """Whether the first of the two that were compared is better, at this confidence.
+
+        Args:
+            lower_is_better: True for a loss, False for a score.
+
+        Raises:
+            EvaluationError: If the interval is of a level.
+        """
+        if self.null is None:
+            raise EvaluationError("this is the interval of one model, not of a comparison: it has no verdict")
+        if self.low <= self.null <= self.high:
+            return "not distinguishable"
+        return "better" if (self.high < self.null) == lower_is_better else "worse"
+
+    def exp(self) -> "Interval":
+        """The interval of exp(estimate): of a perplexity ratio, from a difference in nats a token.
+
+        exp is increasing, so it carries the ends of a percentile interval, and with them the verdict, over.
+        """
+        estimate, low, high = (float(np.exp(value)) for value in (self.estimate, self.low, self.high))
+        null = None if self.null is None else float(np.exp(self.null))
+        return Interval(estimate, low, high, self.confidence, self.num_documents, self.seed, null)
+
+
+def _expanded(confidence: float, num_documents: int) -> float:
+    """The level to ask a percentile bootstrap for, so that with few documents it covers at `confidence`.
+
+    The bootstrap's spread is too small by sqrt((n - 1) / n) and its tails are normal where Student's are due.
+    Source: Hesterberg, "What Teachers Should Know about the Bootstrap", arXiv 1411.5279, expanded percentile.
+    """
+    tail = stats.t.ppf((1 - confidence) / 2, num_documents - 1) * np.sqrt(num_documents / (num_documents - 1))
+    return float(1 - 2 * stats.norm.cdf(tail))
+
+
+def paired_bootstrap(
+    columns: Sequence[np.ndarray],
+    statistic: Callable[..., np.ndarray],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    null: float | None = 0.0,
+) -> Interval:
+    """A percentile interval of a statistic of documents, resampled whole: all columns of a document together.
+
+    The percentile interval is expanded for few documents. On simulated pairs of models with equal means and
+    documents of very different lengths it excluded the truth in 5.8%, 6.1% and 6.0% of 1,000 draws at 10, 20 and
+    60 documents, where the plain one did in 11.8%, 8.8% and 6.7%, and BCa in 14.7%, 11.2% and 8.8%. It also
+    takes ties: identical models give a width of exactly 0.
+
+    Args:
+        columns: What is known of each document. Shape of each: (documents,).
+        statistic: `statistic(*columns, axis)`, vectorized along `axis`.
+        confidence: Of the interval.
+        num_resamples: Bootstrap draws.
+        seed: Of the draws.
+        null: The statistic's value where there is no difference; None for a level.
+
+    Raises:
+        EvaluationError: If there are too few documents, or a number is not finite.
+    """
+    num_documents = len(columns[0])
+    if num_documents < MIN_DOCUMENTS:
+        raise EvaluationError(
+            f"{num_documents} documents are too few for an interval, which needs {MIN_DOCUMENTS}: evaluate on more, "
+            "or cut long ones where their topic changes"
+        )
+    if not all(np.isfinite(column).all() for column in columns):
+        raise EvaluationError("a document's score is not finite: no interval can be given")
+    interval = stats.bootstrap(
+        tuple(columns),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=num_resamples,
+        batch=max(1, 2**20 // num_documents),  # about 8 MiB a column, however many documents
+        method="percentile",
+        confidence_level=_expanded(confidence, num_documents),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    estimate = float(statistic(*columns, axis=-1))
+    return Interval(estimate, float(interval.low), float(interval.high), confidence, num_documents, seed, null)
+
+
+def _paired_tokens(a: DocumentScores, b: DocumentScores) -> np.ndarray:
+    if a.names != b.names:
+        raise EvaluationError("the two models were scored on different documents: score both on the same ones")
+    if not np.array_equal(a.num_tokens, b.num_tokens):
+        raise EvaluationError(
+            "the two models' documents have different numbers of tokens: nats a token compare only within one tokenizer"
+        )
+    return a.num_tokens
+
+
+def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
+    """The 95% interval of one model's perplexity.
+
+    Much of it is how documents differ in difficulty, alike for every model: intervals of two models may overlap
+    and their difference still be clear. Compare models with `compare_perplexity`.
+    """
+
+    def statistic(nll: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
+        return nll.sum(axis) / tokens.sum(axis)
+
+    return paired_bootstrap((scores.nll, scores.num_tokens), statistic, seed=seed, null=None).exp()
+
+
+def compare_perplexity(a: DocumentScores, b: DocumentScores, *, seed: int = 0) -> Interval:
+    """The 95% interval of log-perplexity of `a` minus that of `b`, in nats a token; `.exp()` is their ratio.
+
+    Args:
+        a: Scores of one model.
+        b: Scores of another one, on the same documents.
+        seed: Of the bootstrap.
+
+    Raises:
+        EvaluationError: If the documents or their tokens differ, or are fewer than 10.
+    """
+
+    def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
+        return nll_a.sum(axis) / tokens.sum(axis) - nll_b.sum(axis) / tokens.sum(axis)
+
+    return paired_bootstrap((a.nll, b.nll, _paired_tokens(a, b)), statistic, seed=seed)
+
+
+def compare_robustness(
+    clean_a: DocumentScores,
+    attacked_a: DocumentScores,
+    clean_b: DocumentScores,
+    attacked_b: DocumentScores,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """The 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
+
+    A better model is better under attack, too. This tells whether it is so by more than it was on clean text.
+
+    Args:
+        clean_a: Scores of one model on the clean documents.
+        attacked_a: Its scores on the attacked versions of the same documents.
+        clean_b: Scores of another model on the clean documents.
+        attacked_b: Its scores on the attacked ones.
+        seed: Of the bootstrap.
+
+    Raises:
+        EvaluationError: If the documents or their tokens differ, or are fewer than 10.
+    """
+    clean_tokens = _paired_tokens(clean_a, clean_b)
+    attacked_tokens = _paired_tokens(attacked_a, attacked_b)
+    if clean_a.names != attacked_a.names:
+        raise EvaluationError("the clean and the attacked documents differ by name: score versions of the same ones")
+
+    def statistic(clean: np.ndarray, attacked: np.ndarray, *nll: np.ndarray, axis: int) -> np.ndarray:
+        clean, attacked = clean.sum(axis), attacked.sum(axis)
+        nll_clean_a, nll_attacked_a, nll_clean_b, nll_attacked_b = (column.sum(axis) for column in nll)
+        ratio_a = np.exp(nll_attacked_a / attacked - nll_clean_a / clean)
+        ratio_b = np.exp(nll_attacked_b / attacked - nll_clean_b / clean)
+        return ratio_a - ratio_b
+
+    nll = (clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
+    return paired_bootstrap((clean_tokens, attacked_tokens, *nll), statistic, seed=seed)

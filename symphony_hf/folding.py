@@ -1,0 +1,49 @@
+"""fold: the graphs into the routers' own weights."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import FoldError
+from .patching import symphony_routers, unsymphonize
+from .routing import fold_linear
+
+
+def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The router weights (and biases) that hold the graph in themselves, by parameter name.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+        FoldError: If a graph cannot be folded exactly.
+    """
+    folded: dict[str, Tensor] = {}
+    for name, router in symphony_routers(model):
+        weight: Tensor = router.weight  # type: ignore[attr-defined]
+        if router.symphony.config.smoothing != "logits":
+            raise FoldError(
+                f"fold: `{name}` smooths scores, after softmax, which no plain router computes: only smoothing="
+                "`logits` folds"
+            )
+        if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
+            raise FoldError(f"fold: the weight of `{name}` is quantized, offloaded or partitioned: load it whole first")
+        with torch.no_grad():
+            bias = getattr(router, "bias", None)
+            new_weight, new_bias = fold_linear(weight, bias, router.symphony.transition())
+        folded[f"{name}.weight"] = new_weight
+        if new_bias is not None:
+            folded[f"{name}.bias"] = new_bias
+    return folded
+
+
+def fold(model: PreTrainedModel) -> PreTrainedModel:
+    """Fold each graph into its router's weight, in place: a plain model, with the same logits to the bit.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+        FoldError: If a graph cannot be folded exactly; the model is left as it was.
+    """
+    parameters = folded_parameters(model)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            model.get_parameter(name).copy_(value)
+    return unsymphonize(model)

@@ -1,0 +1,136 @@
+"""ExpertGraph: the child `symphony` of a Symphony router. It holds the one thing that is saved."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import SymphonyConfig
+from .routing import (
+    initial_adjacency,
+    mix_with_identity,
+    smooth_scores,
+    smooth_weight,
+    transition_matrix,
+    without_autocast,
+)
+
+if TYPE_CHECKING:
+    from .tracking import RouterStack
+
+
+class ExpertGraph(nn.Module):
+    """A router's social graph of experts, and the matrix A that it routes with.
+
+    Args:
+        num_experts: E.
+        top_k: Experts chosen per token, K.
+        config: How the graph is used and learned.
+        device: Where the router's weight is.
+
+    Attributes:
+        adjacency: The moving average of co-selections. Shape: (num_experts, num_experts), float32 under every
+            cast of the model. A buffer; a parameter when `config.graph` is `learned`.
+        updates: How many updates the graph has seen: an int64 scalar buffer, by which the strength warms up.
+        stack: Where this router leaves its observations while training, and at which place; set by the patching.
+    """
+
+    # Buffer names must not contain `weight`, `experts` or `e_score`: checkpoint conversion would rename them.
+    adjacency: Tensor
+    updates: Tensor
+
+    def __init__(
+        self, num_experts: int, top_k: int, config: SymphonyConfig, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.config = config
+        self.stack: RouterStack | None = None
+        self.place = 0
+        self._cached: tuple[Tensor, int, int, Tensor] | None = None
+        adjacency_EE = initial_adjacency(num_experts, top_k, device)
+        if config.graph == "learned":
+            self.adjacency = nn.Parameter(adjacency_EE)
+        else:
+            self.register_buffer("adjacency", adjacency_EE)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+        # A checkpoint is being loaded into this graph when it is born without storage.
+        self.awaits_checkpoint = self.adjacency.is_meta
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything: the start, at which the router is bit for bit the base's."""
+        self.adjacency.copy_(initial_adjacency(self.num_experts, self.top_k, self.adjacency.device))
+        self.updates.zero_()
+
+    def strength(self) -> Tensor | float:
+        """The strength in force: it ramps up linearly over `warmup_steps` updates."""
+        if self.config.warmup_steps == 0:
+            return self.config.strength
+        return self.config.strength * (self.updates / self.config.warmup_steps).clamp(max=1.0)
+
+    def forward(self, smoothed: Tensor) -> Tensor:
+        """Apply the graph. A call, not an attribute read, so that the hooks of accelerate and PEFT take part.
+
+        Args:
+            smoothed: The router's weight (or bias), (num_experts, ...), where logits are smoothed; its logits,
+                (tokens, num_experts), where scores are.
+
+        Returns:
+            What takes its place. Same shape and type.
+        """
+        smooth = smooth_weight if self.config.smoothing == "logits" else smooth_scores
+        return smooth(smoothed, self.transition())
+
+    def transition(self) -> Tensor:
+        """The matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
+
+        It changes only when the graph does, so it is kept until `adjacency` or `updates` is written again. Not
+        for a learned graph, which needs its gradient, nor under torch.compile, which fuses it anyway.
+        """
+        if (
+            self.config.graph == "learned"
+            or torch.compiler.is_compiling()
+            or self.adjacency.is_inference()
+            or self.updates.is_inference()
+        ):
+            return self._compute_transition()
+        versions = self.adjacency._version, self.updates._version
+        cached = self._cached
+        if cached is None or cached[0] is not self.adjacency or cached[1:3] != versions:
+            # An inference tensor could not be saved for a later backward.
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self._cached = (self.adjacency, *versions, self._compute_transition())
+        return cached[3]
+
+    def _compute_transition(self) -> Tensor:
+        adjacency_EE = self.adjacency
+        if self.config.graph == "learned":
+            # What gradient steps leave negative or asymmetric is no social graph.
+            adjacency_EE = (0.5 * (adjacency_EE + adjacency_EE.T)).clamp(min=0.0)
+        with without_autocast(adjacency_EE):
+            transition_EE = transition_matrix(adjacency_EE, self.config.normalization, self.config.self_loops)
+            return mix_with_identity(transition_EE, self.strength())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertGraph":
+        """Follow the model to another device, but keep the graph in float32 when the model is cast."""
+        kept = self.adjacency
+        super()._apply(fn, recurse)
+        if self.adjacency.dtype != torch.float32:
+            restored = kept.detach().to(device=self.adjacency.device, dtype=torch.float32)
+            if isinstance(self.adjacency, nn.Parameter):
+                self.adjacency.data = restored
+            else:
+                self.adjacency = restored
+        self._cached = None
+        if self.stack is not None:
+            self.stack.tracker.place_scale()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, graph={self.config.graph}"

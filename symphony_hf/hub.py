@@ -1,0 +1,138 @@
+"""Saving and loading: graphs in the safetensors, settings in config.json, and a folded form that needs none of us.
+
+Loading works through transformers' own Auto and concrete classes: two wraps, of `PreTrainedModel.post_init` and
+`PreTrainedModel._initialize_weights`, act when, and only when, a config carries a `symphony` entry. The first makes
+the routers Symphony routers before the weights arrive; the second checks what arrived.
+"""
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attachment import ARCHITECTURE_PREFIX, attach
+from .config import SymphonyConfig
+from .errors import GraphError, PatchError
+from .families import find_routers
+from .folding import folded_parameters
+from .graph import ExpertGraph
+from .patching import is_symphonized, patch_router, symphony_routers
+from .routing import adjacency_problems
+
+
+def install_loading_wraps() -> None:
+    """Wrap the two methods, once."""
+    if not hasattr(PreTrainedModel.post_init, "_symphony_wrap"):
+        PreTrainedModel.post_init = _wrap_post_init(PreTrainedModel.post_init)  # type: ignore[method-assign]
+        PreTrainedModel._initialize_weights = _wrap_initialize_weights(PreTrainedModel._initialize_weights)  # type: ignore[method-assign]
+
+
+def _wrap_post_init(original: Any) -> Any:
+    @functools.wraps(original)
+    def post_init(self: PreTrainedModel) -> None:
+        original(self)
+        if getattr(self.config, "symphony", None) is not None:
+            _restore_routers(self)
+
+    post_init._symphony_wrap = True  # type: ignore[attr-defined]
+    return post_init
+
+
+def _wrap_initialize_weights(original: Any) -> Any:
+    @functools.wraps(original)
+    def _initialize_weights(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
+        if isinstance(module, ExpertGraph):
+            _check_or_reset(self, module)
+        else:
+            original(self, module, is_custom_code)
+
+    return _initialize_weights
+
+
+def _restore_routers(model: PreTrainedModel) -> None:
+    """Make a model that was just built from a Symphony config a Symphony model, before its weights are loaded."""
+    settings = SymphonyConfig.from_dict(model.config.symphony, where="config.json: symphony")
+    found = find_routers(model, settings.layers)
+    for router in found:
+        # A model nested in this one has the same config, and was restored when it was built.
+        if not is_symphonized(router.module):
+            patch_router(router, settings)
+    attach(model, found)
+    model.config.architectures = [
+        name.removeprefix(ARCHITECTURE_PREFIX) for name in getattr(model.config, "architectures", None) or []
+    ] or None
+
+
+def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
+    """Called for every graph when a model is initialized: freshly, or after a checkpoint was loaded into it."""
+    tensors = (graph.adjacency, graph.updates)
+    if not graph.awaits_checkpoint:
+        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            graph.reset()
+        return
+    problems = _loading_problems(model)
+    if problems:
+        raise GraphError(
+            f"{type(model).__name__}: the checkpoint's expert graphs are not usable: {' | '.join(problems)}. Its "
+            "config.json says that it is a Symphony model; delete `symphony` there to load it without graphs"
+        )
+    graph.awaits_checkpoint = False
+    if graph.stack is not None:
+        graph.stack.tracker.place_scale()
+
+
+def _loading_problems(model: PreTrainedModel) -> list[str]:
+    problems = []
+    for name, module in model.named_modules():
+        if not isinstance(module, ExpertGraph) or not module.awaits_checkpoint:
+            continue
+        for tensor_name in ("adjacency", "updates"):
+            tensor = getattr(module, tensor_name)
+            if not getattr(tensor, "_is_hf_initialized", False):
+                problems.append(f"{name}.{tensor_name}: missing, or of another shape")
+            elif tensor_name == "adjacency" and not tensor.is_meta:
+                problems += [f"{name}.adjacency: {found}" for found in adjacency_problems(tensor, module.num_experts)]
+    return problems
+
+
+def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
+    """Write a plain checkpoint of the base family, with each graph folded into its router's weight.
+
+    It has the stock tensor names and config and nothing of ours in it; any server runs it, to the same logits. The
+    model itself is left as it is.
+
+    Args:
+        model: A Symphony model, not wrapped.
+        directory: Where to. Files of the same names are replaced, one by one, when everything has been written.
+
+    Returns:
+        The directory.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+        FoldError: If a graph cannot be folded exactly.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise PatchError(f"export_folded: expected a transformers model, got {type(model).__name__}: unwrap it first")
+    folded = folded_parameters(model)
+    graphs = tuple(f"{name}.symphony." for name, _ in symphony_routers(model))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(graphs)}
+    state.update(folded)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
+    settings = model.config.symphony
+    try:
+        del model.config.symphony
+        type(model).save_pretrained(model, unfinished, state_dict=state)
+        for file in unfinished.iterdir():
+            os.replace(file, directory / file.name)
+    finally:
+        model.config.symphony = settings
+        shutil.rmtree(unfinished)
+    return directory

@@ -1,0 +1,163 @@
+"""symphonize and unsymphonize: a model's routers patched in place, one instance at a time, and set back."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attachment import attach, detach, tracker_of
+from .config import SymphonyConfig
+from .errors import ConfigError, PatchError, nearest
+from .families import FoundRouter, find_routers
+from .graph import ExpertGraph
+from .graph_files import match_graphs, read_graphs
+from .router import SymphonyRouter, swap_class, symphony_router_class
+from .self_check import check_routers
+
+
+def symphonize(
+    model: PreTrainedModel, config: SymphonyConfig | Mapping[str, Any] | None = None, **overrides: Any
+) -> PreTrainedModel:
+    """Route a MoE model through the graph of its experts, in place.
+
+    At the start the graph is the identity and the model computes bit for bit what it did; training moves the graph.
+    Weights, experts and checkpoint names stay as they are: each router gains a child `symphony`, with two buffers.
+
+    Args:
+        model: A MoE model of transformers, or one with a MoE inside, such as LLaVA.
+        config: Settings; the defaults when None.
+        **overrides: Single settings, such as `strength=0.5`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: If no router is found, or one is of a kind that cannot be patched.
+        PatchError: If the model is already symphonized, or wrapped by PEFT or another wrapper.
+        ConfigError: If a setting is unknown or out of range.
+        GraphError: If `graph` is a path without a usable graph for every router.
+
+    Source: arXiv 2510.16411.
+    """
+    settings = _settings(config, overrides)
+    _check_patchable(model)
+    found = find_routers(model, settings.layers)
+    adjacencies = None
+    if settings.graph not in ("ema", "frozen", "learned"):
+        routers = [(router.name, router.contract.num_experts) for router in found]
+        adjacencies = match_graphs(read_graphs(settings.graph), routers, settings.graph)
+        settings = dataclasses.replace(settings, graph="ema")
+    check_routers(found, settings)
+    # Everything was checked; from here on nothing is refused.
+    for router in found:
+        patch_router(router, settings)
+    attach(model, found)
+    if adjacencies is not None:
+        for router, adjacency_EE in zip(found, adjacencies, strict=True):
+            with torch.no_grad():
+                router.module.symphony.adjacency.copy_(adjacency_EE)
+    model.config.symphony = settings.to_dict()
+    if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
+        tracker_of(model).warn_once(
+            "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
+            "and Symphony has no effect",
+        )
+    return model
+
+
+def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:
+    if config is None:
+        config = SymphonyConfig()
+    elif not isinstance(config, SymphonyConfig):
+        config = SymphonyConfig.from_dict(config)
+    known = {field.name for field in dataclasses.fields(SymphonyConfig)}
+    for name in overrides:
+        if name not in known:
+            raise ConfigError(f"symphonize: unknown setting `{name}`; {nearest(name, known)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def _check_patchable(model: nn.Module) -> None:
+    if hasattr(model, "peft_config") or any("peft" in type(module).__module__.split(".") for module in model.modules()):
+        raise PatchError(
+            f"symphonize: {type(model).__name__} is wrapped by PEFT: symphonize the base model first, then "
+            "`get_peft_model` with modules_to_save=['symphony']"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise PatchError(
+            f"symphonize: expected a transformers model, got {type(model).__name__}: symphonize before wrapping or "
+            "compiling"
+        )
+    if is_symphonized(model):
+        raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
+    if getattr(model, "use_kernels", False):
+        raise PatchError(
+            "symphonize: kernels of the Hub read the router's weight themselves: load with use_kernels=False"
+        )
+
+
+def patch_router(router: FoundRouter, config: SymphonyConfig) -> None:
+    """Make one router a Symphony router. It observes nothing until `attach` gives it a stack."""
+    module = router.module
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    device = weight.device
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        # accelerate keeps an offloaded weight on meta between forwards; the graph is small, and stays on the device.
+        device = getattr(module._hf_hook, "execution_device", device)
+    training = module.training
+    module.symphony = ExpertGraph(router.contract.num_experts, router.contract.top_k, config, device).train(training)
+    module.contract = router.contract  # type: ignore[assignment]
+    swap_class(module, symphony_router_class(type(module)))
+
+
+def is_symphonized(model: nn.Module) -> bool:
+    """Whether a model, or what it wraps, routes through expert graphs."""
+    return any(isinstance(module, SymphonyRouter) for module in model.modules())
+
+
+def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
+    """Yield (module name, router) of each Symphony router.
+
+    Raises:
+        PatchError: If there is none.
+    """
+    if not is_symphonized(model):
+        raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+    for name, module in model.named_modules():
+        if isinstance(module, SymphonyRouter):
+            yield name, module
+
+
+def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
+    """The social graph of each router.
+
+    Returns:
+        Router's module name -> its adjacency, a copy: symmetric, non-negative; the diagonal is each expert's share
+        of tokens, the rest how often two experts are chosen together. Shape: (num_experts, num_experts), float32.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    return {name: router.symphony.adjacency.detach().clone() for name, router in symphony_routers(model)}
+
+
+def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the graphs away: the same weights, the base model's classes, names and routing.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    routers = [router for _, router in symphony_routers(model)]
+    for module in model.modules():
+        detach(module)
+    for router in routers:
+        swap_class(router, router.base_class)  # type: ignore[arg-type]
+        del router.symphony, router.contract
+    for module in model.modules():
+        settings = getattr(module, "config", None)
+        if "symphony" in getattr(settings, "__dict__", {}):
+            del settings.symphony  # type: ignore[union-attr]
+    return model

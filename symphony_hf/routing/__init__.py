@@ -1,0 +1,44 @@
+"""Symphony routing as pure functions on tensors: torch alone, no model, no state.
+
+Shape suffixes used here and wherever tensors of routing are named:
+
+    T  tokens of one forward       E  experts
+    K  experts chosen per token    D  hidden size
+
+    logits_TE, indices_TK, weight_ED, adjacency_EE ...
+
+From counts to routing: `count_coselections` -> `update_adjacency` -> `transition_matrix` ->
+`mix_with_identity` -> `smooth_weight` (on logits) or `smooth_scores` (on probabilities).
+"""
+
+from .fold import fold_linear
+from .graph import (
+    adjacency_problems,
+    count_coselections,
+    initial_adjacency,
+    mix_with_identity,
+    transition_matrix,
+    update_adjacency,
+)
+from .losses import AttachLoss, RecordGradientScale, load_balancing_loss, z_loss
+from .precision import without_autocast
+from .smoothing import smooth_logits, smooth_probabilities, smooth_scores, smooth_weight
+
+__all__ = [
+    "AttachLoss",
+    "RecordGradientScale",
+    "adjacency_problems",
+    "count_coselections",
+    "fold_linear",
+    "initial_adjacency",
+    "load_balancing_loss",
+    "mix_with_identity",
+    "smooth_logits",
+    "smooth_probabilities",
+    "smooth_scores",
+    "smooth_weight",
+    "transition_matrix",
+    "update_adjacency",
+    "without_autocast",
+    "z_loss",
+]

@@ -1,0 +1,92 @@
+"""Router losses, and how they reach the router once, whatever the loop does with the main loss.
+
+A loop scales the loss that the model returns: by accumulation steps, by tokens, by a loss scaler, by ranks. A
+router loss must be scaled alike, and reentrant checkpointing lets no router loss out of a layer to be added to
+the main one. So its gradient starts at the router, inside the backward pass: `RecordGradientScale` sits on the
+main loss and notes the factor that its gradient arrives with (backward begins there, before any router), and
+`AttachLoss` starts each router's loss with that factor. Megatron does the same with a scale set by its schedule.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precision import without_autocast
+
+
+def _masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Mean over dim 0 of the tokens that count; 0 where none does."""
+    if mask_T is None:
+        return values_T.mean(0)
+    kept_T = mask_T.to(values_T).reshape(-1, *[1] * (values_T.dim() - 1))
+    return (values_T * kept_T).sum(0) / kept_T.sum().clamp_min(1.0)
+
+
+def load_balancing_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """E times the sum over experts of (share of tokens that chose it) x (mean probability it was given).
+
+    Args:
+        logits_TE: The logits that chose: the smoothed ones. Shape: (tokens, num_experts).
+        indices_TK: The experts chosen. Shape: (tokens, top_k), integer.
+        mask_T: True for tokens that count. Shape: (tokens,).
+
+    Returns:
+        A float32 scalar; K when load and probabilities are even. The gradient reaches the logits through the
+        probabilities alone.
+
+    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, in the form transformers uses for top-k.
+    Deviation: none; transformers pools all layers into one product, here each layer has its own.
+    """
+    num_experts = logits_TE.shape[-1]
+    with without_autocast(logits_TE):
+        probabilities_TE = logits_TE.float().softmax(-1)
+        chosen_TE = torch.zeros_like(probabilities_TE).scatter(1, indices_TK, 1.0)
+        share_E = _masked_mean(chosen_TE, mask_T)
+        return num_experts * (share_E * _masked_mean(probabilities_TE, mask_T)).sum()
+
+
+def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the squared log-partition of the router, which keeps logits small.
+
+    Args:
+        logits_TE: The logits that chose: the smoothed ones, in nats. Shape: (tokens, num_experts).
+        mask_T: True for tokens that count. Shape: (tokens,).
+
+    Returns:
+        A float32 scalar, in nats squared.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5. Deviation: none.
+    """
+    with without_autocast(logits_TE):
+        return _masked_mean(logits_TE.float().logsumexp(-1).square(), mask_T)
+
+
+class RecordGradientScale(torch.autograd.Function):
+    """Identity on the main loss; its backward writes `gradient * share` into a scalar tensor `scale`, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        ctx.scale = scale  # not saved for backward: the point is to change it there
+        return loss.clone()  # not a view: models add to their loss in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (share,) = ctx.saved_tensors
+        ctx.scale.copy_(gradient.float().sum() * share)
+        return gradient, None, None
+
+
+class AttachLoss(torch.autograd.Function):
+    """Identity on a tensor that the experts use; its backward also starts `loss`, with the recorded `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        ctx.loss_dtype = loss.dtype
+        return carrier.clone()  # not a view: blocks renormalize in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return gradient, ctx.scale.to(device=gradient.device, dtype=ctx.loss_dtype, copy=True), None

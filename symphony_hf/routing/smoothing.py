@@ -1,0 +1,99 @@
+"""The graph applied: on a router's logits, through its weight, or on its probabilities."""
+
+import torch
+from torch import Tensor
+
+from .precision import without_autocast
+
+
+def _check_experts(what: str, num_experts: int, transition_EE: Tensor) -> None:
+    if transition_EE.shape != (num_experts, num_experts):
+        raise ValueError(f"{what} has {num_experts} experts, the transition matrix {tuple(transition_EE.shape)}")
+
+
+def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
+    """Replace each expert's logit by the graph-weighted sum over its neighbours.
+
+    Args:
+        logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
+        transition_EE: The matrix A. Shape: (num_experts, num_experts).
+
+    Returns:
+        Smoothed logits g @ A.T, float32. Shape: (tokens, num_experts).
+
+    Raises:
+        ValueError: If the numbers of experts differ.
+
+    Source: arXiv 2510.16411, the Symphony gate g_sym_j = sum_k a_jk g_k. Deviation: none.
+    """
+    _check_experts("the logits", logits_TE.shape[-1], transition_EE)
+    with without_autocast(logits_TE):
+        return logits_TE.float() @ transition_EE.float().T
+
+
+def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
+    """The router weight whose plain logits are the smoothed ones: x (A W).T = (x W.T) A.T.
+
+    Used in place of `smooth_logits` at run time: every family's own forward then does the rest, and a folded
+    checkpoint holds these very numbers, so that folding changes no bit.
+
+    Args:
+        weight_ED: Router weight. Shape: (num_experts, hidden_size); a bias of shape (num_experts,) works too.
+        transition_EE: The matrix A. Shape: (num_experts, num_experts).
+
+    Returns:
+        A @ W, computed in float32 and rounded once to the weight's type. A = I gives W to the bit. Same shape.
+
+    Raises:
+        ValueError: If the numbers of experts differ.
+
+    Source: arXiv 2510.16411, rewritten by linearity. Deviation: none in exact arithmetic.
+    """
+    _check_experts("the router's weight", weight_ED.shape[0], transition_EE)
+    with without_autocast(weight_ED):
+        return (transition_EE.float() @ weight_ED.float()).to(weight_ED.dtype)
+
+
+def smooth_probabilities(probabilities_TE: Tensor, transition_EE: Tensor) -> Tensor:
+    """Mix probabilities over the graph: p(z_j) = sum_k p(z_k) p(j | k), with p(j | k) = A_kj.
+
+    Args:
+        probabilities_TE: One distribution over the experts a token. Shape: (tokens, num_experts).
+        transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
+
+    Returns:
+        p @ A, float32: still one distribution a token, since A's rows sum to 1. Same shape.
+
+    Raises:
+        ValueError: If the numbers of experts differ.
+
+    Source: arXiv 2510.16411, the probabilistic reading of the gate.
+    """
+    _check_experts("the probabilities", probabilities_TE.shape[-1], transition_EE)
+    with without_autocast(probabilities_TE):
+        return probabilities_TE.float() @ transition_EE.float()
+
+
+def smooth_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
+    """Logits whose softmax is the graph-mixed softmax of the given ones, so that any softmax head can finish.
+
+    Args:
+        logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
+        transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
+
+    Returns:
+        log(softmax(g) @ A) + logsumexp(g), in the logits' type; where the mix left a probability as it was, the
+        logit itself, so that A = I changes no bit. Same shape.
+
+    Raises:
+        ValueError: If the numbers of experts differ.
+
+    Source: arXiv 2510.16411, the probabilistic reading. Deviation: the shift by logsumexp, which softmax ignores
+    and the z-loss needs.
+    """
+    logits = logits_TE.float()
+    before_TE = logits.softmax(-1)
+    after_TE = smooth_probabilities(before_TE, transition_EE)
+    # The clamp keeps log's gradient finite where a probability underflowed.
+    mixed_TE = after_TE.clamp_min(torch.finfo(torch.float32).tiny).log() + logits.logsumexp(-1, keepdim=True)
+    return torch.where(after_TE == before_TE, logits, mixed_TE).to(logits_TE.dtype)

@@ -1,0 +1,296 @@
+"""What training leaves behind on its way: selections counted once, losses noted, the graph moved at commit.
+
+The counting rule. A router's forward *overwrites* its place in the stack's `observed` tensors; hooks around the
+decoder stack that owns the routers add them up when that forward was a training one. Gradient checkpointing runs
+a layer again during backward, after the hook has added up, so a recomputation never counts. Nothing here is a
+buffer: DistributedDataParallel would overwrite the other ranks' counts by rank 0's.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import SymphonyWarning
+from .graph import ExpertGraph
+from .routing import RecordGradientScale, count_coselections, load_balancing_loss, update_adjacency, z_loss
+
+
+class StackTensors(NamedTuple):
+    """What a stack counts in; L is its number of routers. The losses' columns are: balance, z, 1.
+
+    `observed` is overwritten by every forward, `pending` adds up until the commit.
+    """
+
+    observed_counts: Tensor  # (L, num_experts, num_experts)
+    observed_losses: Tensor  # (L, 3)
+    pending_counts: Tensor
+    pending_losses: Tensor
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StackTensors":
+        counts = torch.zeros(num_layers, num_experts, num_experts, device=device, dtype=torch.float32)
+        losses = torch.zeros(num_layers, 3, device=device, dtype=torch.float32)
+        return cls(counts, losses, torch.zeros_like(counts), torch.zeros_like(losses))
+
+
+class RouterStack:
+    """The routers below one module whose forward runs them all, with one number of experts.
+
+    Args:
+        graphs: Of these routers, in the order of their layers.
+        mask_position: Where the owner's forward takes `attention_mask`, when it comes by position.
+        tracker: Of the model.
+
+    Attributes:
+        active: Whether the forward under way, or the last one, is a training forward.
+        mask_T: Its attention mask, flattened, or None. Kept for the recomputation in the backward pass.
+    """
+
+    def __init__(self, graphs: list[ExpertGraph], mask_position: int | None, tracker: "Tracker") -> None:
+        self.graphs = graphs
+        self.mask_position = mask_position
+        self.tracker = tracker
+        self.active = False
+        self.mask_T: Tensor | None = None
+        self.tensors: StackTensors | None = None
+        self.has_pending = False
+        for place, graph in enumerate(graphs):
+            graph.stack, graph.place = self, place
+
+    @property
+    def num_experts(self) -> int:
+        return self.graphs[0].num_experts
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the owner: settle the last step where nothing else does, and get ready to observe."""
+        active = module.training and torch.is_grad_enabled()
+        self.active = active
+        if not active:
+            return
+        # Only when this very stack comes around again: a decoder must not settle what its encoder has just counted.
+        if self.has_pending and not self.tracker.driven:
+            self.tracker.commit()
+        self.tracker.place_scale()
+        self.mask_T = self._find_mask(args, kwargs)
+        device = self.graphs[0].adjacency.device
+        if self.tensors is None or self.tensors.observed_counts.device != device:
+            self.tensors = StackTensors.zeros(len(self.graphs), self.num_experts, device)
+        # A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
+        self.tensors.observed_counts.zero_()
+        self.tensors.observed_losses.zero_()
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Post-hook of the owner: add up what this forward's routers observed."""
+        if not self.active:
+            return
+        assert self.tensors is not None
+        self.tensors.pending_counts.add_(self.tensors.observed_counts)
+        self.tensors.pending_losses.add_(self.tensors.observed_losses)
+        self.has_pending = True
+
+    def observe(self, place: int, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
+        """Called by a training router: leave its counts and losses behind, and return the loss to attach.
+
+        Args:
+            place: Of the router in this stack.
+            logits_TE: The logits that chose. Shape: (tokens, num_experts).
+            indices_TK: What they chose. Shape: (tokens, top_k).
+
+        Returns:
+            This router's share of the weighted losses, a float32 scalar with gradient; None without gradient (the
+            first pass of reentrant checkpointing) or weight.
+        """
+        config = self.graphs[place].config
+        mask_T = self._mask_for(logits_TE.shape[0])
+        weighted = config.balance_loss_weight > 0 or config.z_loss_weight > 0
+        needs_loss = weighted and torch.is_grad_enabled() and logits_TE.requires_grad
+        with torch.set_grad_enabled(needs_loss):
+            balance = load_balancing_loss(logits_TE, indices_TK, mask_T)
+            z = z_loss(logits_TE, mask_T)
+            total = (config.balance_loss_weight * balance + config.z_loss_weight * z) / self.tracker.num_routers
+        if self.active:
+            self._leave_behind(
+                place, logits_TE.detach(), indices_TK, mask_T, torch.stack([balance, z, torch.ones_like(z)]).detach()
+            )
+        return total if needs_loss else None
+
+    @torch.no_grad()
+    def _leave_behind(
+        self, place: int, logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None, losses: Tensor
+    ) -> None:
+        assert self.tensors is not None
+        finite_T = torch.isfinite(logits_TE).all(-1)
+        if mask_T is not None:
+            finite_T = finite_T | ~mask_T.to(finite_T.device)
+        counts_EE = count_coselections(indices_TK, self.num_experts, mask_T)
+        # Top-k of NaN is arbitrary: poison the counts, and `update_adjacency` leaves the graph as it was.
+        counts_EE = torch.where(finite_T.all(), counts_EE, torch.full_like(counts_EE, torch.nan))
+        # In place: an attribute assigned under torch.compile with checkpointing breaks the graph.
+        self.tensors.observed_counts[place].copy_(counts_EE)
+        self.tensors.observed_losses[place].copy_(losses)
+
+    def _find_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and self.mask_position is not None and len(args) > self.mask_position:
+            mask = args[self.mask_position]
+        # A 4-D mask is causal structure, not padding.
+        return mask.reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _mask_for(self, num_tokens: int) -> Tensor | None:
+        if self.mask_T is not None and self.mask_T.numel() != num_tokens:
+            self.tracker.warn_once(
+                f"the attention mask has {self.mask_T.numel()} entries, the router {num_tokens} tokens: padding, if "
+                "there is any, is counted like other tokens"
+            )
+            return None
+        return self.mask_T
+
+
+class Tracker:
+    """Everything that training a Symphony model keeps between forwards: one per model.
+
+    Attributes:
+        driven: True while a callback (or the user's loop) calls `commit` at each optimizer step. Where nothing
+            does, the next training forward commits first.
+        scale: The factor that the main loss's gradient came with, written in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.stacks: list[RouterStack] = []
+        self.driven = False
+        self.scale: Tensor | None = None
+        self.loss_recorded = False
+        self.num_skipped: Tensor | None = None
+        self.logged_losses: Tensor | None = None  # (3,): balance and z summed over forwards, number of forwards
+        # What the patching must undo.
+        self.handles: list[Any] = []
+        self.silenced: list[tuple[nn.Module, float]] = []
+        self.own_loss: Any = None
+        self._warned: set[str] = set()
+
+    @property
+    def graphs(self) -> list[ExpertGraph]:
+        return [graph for stack in self.stacks for graph in stack.graphs]
+
+    @property
+    def num_routers(self) -> int:
+        return sum(len(stack.graphs) for stack in self.stacks)
+
+    @property
+    def weighs_losses(self) -> bool:
+        config = self.graphs[0].config
+        return config.balance_loss_weight > 0 or config.z_loss_weight > 0
+
+    def place_scale(self) -> None:
+        """Have `scale` on the graphs' device before a forward refers to it.
+
+        Called as soon as the device is known: a tensor that torch.compile sees made inside its graph cannot be
+        written in backward.
+        """
+        device = self.graphs[0].adjacency.device
+        if device.type != "meta" and (self.scale is None or self.scale.device != device):
+            self.scale = torch.zeros((), device=device, dtype=torch.float32)
+
+    def record_loss(self, loss: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """Tie the router losses to a main loss: whatever scales its gradient scales theirs.
+
+        Args:
+            loss: What the loop will call backward on, perhaps scaled.
+            share: The part that this micro-batch is of the optimizer step, where `loss` already has it divided in.
+
+        Returns:
+            The same loss.
+        """
+        self.loss_recorded = True
+        if self.scale is None or not loss.requires_grad:
+            return loss
+        share = torch.as_tensor(share, dtype=torch.float32, device=loss.device)
+        return RecordGradientScale.apply(loss, share, self.scale)
+
+    @torch.no_grad()
+    def commit(self) -> bool:
+        """Move every graph by what was counted since the last commit: one all-reduce, one step of the average.
+
+        Returns:
+            Whether there was anything to commit.
+        """
+        stacks = [stack for stack in self.stacks if stack.has_pending]
+        if not stacks:
+            return False
+        self._warn_when_losses_are_off()
+        self._note_losses(stacks)
+        for stack, counts_LEE in zip(stacks, self._sum_over_ranks(stacks), strict=True):
+            self._move(stack, counts_LEE)
+        for stack in stacks:
+            assert stack.tensors is not None
+            stack.tensors.pending_counts.zero_()
+            stack.tensors.pending_losses.zero_()
+            stack.has_pending = False
+        if self.num_skipped is not None and self.num_skipped.device.type == "cpu":
+            self.warn_about_skipped()
+        return True
+
+    def _note_losses(self, stacks: list[RouterStack]) -> None:
+        pending = [stack.tensors.pending_losses for stack in stacks if stack.tensors is not None]
+        device = pending[0].device
+        sums = torch.stack([losses.sum(0).to(device) for losses in pending]).sum(0) / self.num_routers
+        noted = torch.cat([sums[:2], pending[0][0, 2:]])
+        self.logged_losses = noted if self.logged_losses is None else self.logged_losses + noted
+
+    def _sum_over_ranks(self, stacks: list[RouterStack]) -> list[Tensor]:
+        counts = [stack.tensors.pending_counts for stack in stacks if stack.tensors is not None]
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return counts
+        # Ranks that saw the same tokens (tensor parallel) multiply counts and tokens alike, which cancels.
+        flat = torch.cat([c.reshape(-1) for c in counts])
+        dist.all_reduce(flat)
+        return [part.reshape(c.shape) for part, c in zip(flat.split([c.numel() for c in counts]), counts, strict=True)]
+
+    def _move(self, stack: RouterStack, counts_LEE: Tensor) -> None:
+        for graph, counts_EE in zip(stack.graphs, counts_LEE, strict=True):
+            graph.updates.add_(1)
+            if graph.config.graph == "learned":
+                graph.adjacency.copy_(0.5 * (graph.adjacency + graph.adjacency.T).clamp(min=0.0))
+            if not graph.config.counts_selections:
+                continue
+            counts_EE = counts_EE.to(graph.adjacency.device)
+            # Every token chose K experts, so the loads on the diagonal add up to K times the tokens.
+            num_tokens = counts_EE.diagonal().sum() / graph.top_k
+            graph.adjacency.copy_(update_adjacency(graph.adjacency, counts_EE, num_tokens, graph.config.decay))
+            skipped = (~torch.isfinite(num_tokens)).to(torch.int32)
+            self.num_skipped = (
+                skipped if self.num_skipped is None else self.num_skipped + skipped.to(self.num_skipped.device)
+            )
+
+    def warn_about_skipped(self) -> None:
+        """Say once that updates met non-finite logits. It reads from the device, so on a GPU only a log asks for it."""
+        if self.num_skipped is not None and not torch.compiler.is_compiling() and int(self.num_skipped) > 0:
+            self.warn_once(
+                "router logits were not finite (NaN or infinite) in training: the graphs stay as they were before "
+                "such a step. Look at the learning rate, the data, or the precision"
+            )
+
+    def _warn_when_losses_are_off(self) -> None:
+        if not self.loss_recorded and self.weighs_losses:
+            self.warn_once(
+                "this loop computes its own loss, so the balance and z-loss did not reach the routers. Pass the loss "
+                "through `loss = symphony_hf.add_router_losses(model, loss)` before backward, or set "
+                "`balance_loss_weight` and `z_loss_weight` to 0"
+            )
+        self.loss_recorded = False
+
+    def take_losses(self) -> dict[str, float]:
+        """Mean balance and z-loss over layers and micro-batches since the last call; empty when there were none."""
+        if self.logged_losses is None:
+            return {}
+        balance, z, num_forwards = self.logged_losses.tolist()
+        self.logged_losses = None
+        return {"balance_loss": balance / num_forwards, "z_loss": z / num_forwards}
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, SymphonyWarning, stacklevel=3)

@@ -1,0 +1,22 @@
+"""A small slice of the embedded corpus, and a small tokenizer trained on it."""
+
+import pytest
+
+from symphony_hf.data import Corpus, embedded_corpus, train_tokenizer
+
+VOCAB_SIZE = 512
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return embedded_corpus()
+
+
+@pytest.fixture(scope="session")
+def small(embedded):
+    return Corpus(train=embedded.train[:12], validation=embedded.validation[:2], test=embedded.test[:2], source="small")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(small):
+    return train_tokenizer(small.train, VOCAB_SIZE)

@@ -1,0 +1,175 @@
+"""Training the tokenizer, and keeping it."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from symphony_hf.data import Corpus, Document, cached_tokenizer, train_tokenizer
+from symphony_hf.data import tokenizer as tokenizer_module
+from symphony_hf.errors import ConfigError, SymphonyWarning
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def fail(texts, vocab_size):
+        raise AssertionError("trained again")
+
+    return lambda: monkeypatch.setattr(tokenizer_module, "_train", fail)
+
+
+def entry_of(cache_dir):
+    (entry,) = (cache_dir / "tokenizers").iterdir()
+    return entry
+
+
+@given(text=st.text(max_size=200))
+def test_any_text_decodes_to_itself(tokenizer, text):
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(token_ids) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", " leading", "tabs\t\tand  spaces \n\n", "it 's n't . ,", "naïve 数 🎼\u200b", "\r\n\x00"]
+)
+def test_awkward_text_decodes_to_itself(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_vocabulary_has_the_asked_size_and_the_special_tokens_first(tokenizer, small):
+    assert len(tokenizer) == 512
+    assert len(train_tokenizer(small.train, VOCAB_SIZE)) == VOCAB_SIZE
+    assert tokenizer.convert_ids_to_tokens([0, 1]) == ["<|endoftext|>", "<|pad|>"]
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
+
+
+def test_tokens_are_learned_from_the_texts(tokenizer, small):
+    text = small.train[0].text
+    assert len(tokenizer(text)["input_ids"]) < 0.6 * len(text.encode())
+
+
+def test_training_is_deterministic(small):
+    first, second = (train_tokenizer(small.train, VOCAB_SIZE) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_training_is_silent_where_there_is_no_terminal(small, capfd):
+    train_tokenizer(small.train, VOCAB_SIZE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_saved_with_a_model_it_loads_as_auto_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "def f(x):\n    return 'é' . , n't"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("vocab_size", [257, 0, -1])
+def test_vocabulary_without_room_for_the_bytes_is_refused(vocab_size):
+    with pytest.raises(ConfigError, match=f"vocab_size must be 258 or more .*; got {vocab_size}"):
+        train_tokenizer([Document("a", "a")], vocab_size)
+
+
+def test_second_call_loads_what_the_first_trained(small, tmp_path, no_training):
+    trained = cached_tokenizer(small, VOCAB_SIZE, tmp_path)
+    no_training()
+    loaded = cached_tokenizer(small, VOCAB_SIZE, tmp_path)
+    assert loaded.get_vocab() == trained.get_vocab()
+    assert loaded.special_tokens_map == trained.special_tokens_map
+    assert loaded(small.test[0].text)["input_ids"] == trained(small.test[0].text)["input_ids"]
+
+
+def test_cache_holds_only_the_tokenizer_and_its_checksum(small, tmp_path):
+    cached_tokenizer(small, VOCAB_SIZE, tmp_path)
+    assert sorted(os.listdir(entry_of(tmp_path))) == ["tokenizer.json", "tokenizer.json.sha256"]
+
+
+def test_other_texts_or_sizes_are_other_entries(small, tmp_path):
+    def with_train(*texts):
+        train = [Document(str(index), text) for index, text in enumerate(texts)]
+        return Corpus(train=train, validation=small.validation, test=small.test, source="")
+
+    for corpus, vocab_size in (
+        (with_train("ab", "c"), 300),
+        (with_train("a", "bc"), 300),
+        (with_train("ab", "c"), 301),
+    ):
+        cached_tokenizer(corpus, vocab_size, tmp_path)
+    assert len(list((tmp_path / "tokenizers").iterdir())) == 3
+
+
+def test_texts_that_are_not_trained_on_do_not_matter(small, tmp_path, no_training):
+    cached_tokenizer(small, VOCAB_SIZE, tmp_path)
+    no_training()
+    other = Corpus(train=small.train, validation=[], test=[], source="other")
+    assert len(cached_tokenizer(other, VOCAB_SIZE, tmp_path)) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\x00", None], ids=["empty", "json", "binary", "truncated"])
+def test_damaged_entry_is_trained_again(small, tmp_path, no_training, damage):
+    trained = cached_tokenizer(small, VOCAB_SIZE, tmp_path)
+    path = entry_of(tmp_path) / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    with pytest.warns(SymphonyWarning, match="cached tokenizer is damaged"):
+        assert cached_tokenizer(small, VOCAB_SIZE, tmp_path).get_vocab() == trained.get_vocab()
+    no_training()
+    assert cached_tokenizer(small, VOCAB_SIZE, tmp_path).get_vocab() == trained.get_vocab()
+
+
+def test_half_written_entry_is_trained_again_without_a_word(small, tmp_path):
+    trained = cached_tokenizer(small, VOCAB_SIZE, tmp_path)
+    (entry_of(tmp_path) / "tokenizer.json.sha256").unlink()
+    assert cached_tokenizer(small, VOCAB_SIZE, tmp_path).get_vocab() == trained.get_vocab()
+    assert (entry_of(tmp_path) / "tokenizer.json.sha256").exists()
+
+
+def test_two_that_race_both_succeed(small, tmp_path, no_training, monkeypatch):
+    train = tokenizer_module._train
+
+    def train_and_lose(texts, vocab_size):
+        monkeypatch.setattr(tokenizer_module, "_train", train)
+        cached_tokenizer(small, vocab_size, tmp_path)  # another process, done before us
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(tokenizer_module, "_train", train_and_lose)
+    assert len(cached_tokenizer(small, VOCAB_SIZE, tmp_path)) == VOCAB_SIZE
+    no_training()
+    assert len(cached_tokenizer(small, VOCAB_SIZE, tmp_path)) == VOCAB_SIZE
+
+
+def test_many_at_once_all_get_the_tokenizer_and_leave_nothing_behind(small, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        tokenizers = list(pool.map(lambda _: cached_tokenizer(small, VOCAB_SIZE, tmp_path), range(16)))
+    assert all(tokenizer.get_vocab() == tokenizers[0].get_vocab() for tokenizer in tokenizers)
+    assert sorted(os.listdir(entry_of(tmp_path))) == ["tokenizer.json", "tokenizer.json.sha256"]
+
+
+def test_cache_that_cannot_be_written_only_warns(small, tmp_path):
+    (tmp_path / "tokenizers").write_text("a file where the folder should be")
+    with pytest.warns(SymphonyWarning, match="could not be kept"):
+        assert len(cached_tokenizer(small, VOCAB_SIZE, tmp_path)) == VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"SYMPHONY_HF_CACHE": "own", "XDG_CACHE_HOME": "xdg"}, "own"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/symphony_hf"),
+        ({}, ".cache/symphony_hf"),
+    ],
+)
+def test_cache_folder_follows_the_environment(small, tmp_path, monkeypatch, variables, folder):
+    for name in ("SYMPHONY_HF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    cached_tokenizer(small, VOCAB_SIZE)
+    assert entry_of(tmp_path / folder).is_dir()

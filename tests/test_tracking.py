@@ -1,0 +1,251 @@
+"""What moves the graph, and what does not: every forward of training once, nothing else, whatever the arrangement."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import make_ids, make_llava, make_model, llava_inputs, move_graphs
+from transformers import Trainer, TrainingArguments
+
+from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf.patching import symphony_routers
+
+DECAY = 0.9
+
+
+def spy_on_selections(model):
+    """Every router's selections, as its family's own forward returns them."""
+    seen = {name: [] for name, _ in symphony_routers(model)}
+    for name, router in symphony_routers(model):
+        router.register_forward_hook(lambda m, args, out, name=name: seen[name].append(out[2].detach().clone()))
+    return seen
+
+
+def naive_update(adjacency, selections, masks, decay=DECAY):
+    """The formula, token by token and pair by pair, in Python floats."""
+    size = len(adjacency)
+    counts, num_tokens = [[0] * size for _ in range(size)], 0
+    for chosen, mask in zip(selections, masks, strict=True):
+        for token, keep in zip(chosen.tolist(), mask, strict=True):
+            if keep:
+                num_tokens += 1
+                for j in token:
+                    for k in token:
+                        counts[j][k] += 1
+    return torch.tensor(
+        [[decay * float(adjacency[j][k]) + (1 - decay) * counts[j][k] / num_tokens for k in range(size)] for j in range(size)]
+    )
+
+
+def assert_moved(model, before, seen, masks):
+    for name, adjacency in expert_graphs(model).items():
+        # The product rounds differently in float32 than in Python's float64: an ulp or two.
+        torch.testing.assert_close(adjacency, naive_update(before[name], seen[name], masks), rtol=1e-6, atol=1e-7)
+        assert not torch.equal(adjacency, before[name])
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_an_update_is_the_formula(family, num_micro_batches):
+    model = symphonize(make_model(family), decay=DECAY).train()
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    update_graphs(model)
+    for step in range(num_micro_batches):
+        ids = make_ids(seed=step)
+        model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+    assert update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 24] * num_micro_batches)
+    assert not update_graphs(model)
+
+
+def test_padding_is_left_out(family):
+    model, ids = symphonize(make_model(family), decay=DECAY).train(), make_ids(3, 8)
+    mask = torch.ones_like(ids)
+    mask[0, 5:], mask[2, :4] = 0, 0  # right and left
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    update_graphs(model)
+    assert_moved(model, before, seen, [mask.flatten().tolist()])
+
+
+def test_a_mask_by_position_is_found():
+    model, ids = symphonize(make_model().model, decay=DECAY).train(), make_ids(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(ids, mask).last_hidden_state.sum().backward()
+    with pytest.warns(SymphonyWarning, match="computes its own loss"):
+        update_graphs(model)
+    assert_moved(model, before, seen, [mask.flatten().tolist()])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_once_and_changes_no_gradient(family, use_reentrant):
+    plain = move_graphs(symphonize(make_model(family))).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    for model in (plain, checkpointed):
+        update_graphs(model)
+        for step in range(2):
+            ids = make_ids(seed=step)
+            mask = torch.ones_like(ids)
+            mask[0, 9:] = 0
+            (model(ids, attention_mask=mask, labels=ids).loss / 2).backward()
+        update_graphs(model)
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert torch.equal(p.grad, q[1].grad), name
+    for p, q in zip(expert_graphs(plain).values(), expert_graphs(checkpointed).values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_evaluation_and_no_grad_forwards_do_not_count():
+    model, ids = symphonize(make_model()), make_ids()
+    update_graphs(model)
+    model(ids)  # eval, with gradient
+    with torch.no_grad():
+        model.eval()(ids)
+        model.train()(ids)
+    model.eval().generate(ids, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert not update_graphs(model)
+
+
+def test_a_forward_without_gradient_between_forward_and_backward_disturbs_nothing():
+    """As reference models and metrics do; the recomputation must still see its own batch's mask."""
+    results = []
+    for extra in (False, True):
+        model = move_graphs(symphonize(make_model("mixtral"))).train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        update_graphs(model)
+        ids = make_ids()
+        mask = torch.ones_like(ids)
+        mask[0, 6:] = 0
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        if extra:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # torch, of the no_grad
+                model(make_ids(seed=5), attention_mask=torch.ones_like(ids))
+        loss.backward()
+        update_graphs(model)
+        results.append((expert_graphs(model), {n: p.grad for n, p in model.named_parameters()}))
+    for name, graph in results[0][0].items():
+        assert torch.equal(graph, results[1][0][name])
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name]), name
+
+
+def test_a_plain_loop_without_a_callback_moves_the_graph_at_the_next_forward():
+    model, ids = symphonize(make_model(), decay=DECAY).train(), make_ids()
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+    model(ids, labels=ids)
+    first_only = {name: selections[:1] for name, selections in seen.items()}
+    assert_moved(model, before, first_only, [[1] * 24])
+
+
+def test_frozen_and_strength_zero_graphs():
+    frozen = move_graphs(symphonize(make_model(), graph="frozen")).train()
+    moving = symphonize(make_model(), strength=0.0).train()
+    ids = make_ids()
+    for model, moves in ((frozen, False), (moving, True)):
+        before = expert_graphs(model)
+        model(ids, labels=ids).loss.backward()
+        update_graphs(model)
+        assert all(torch.equal(before[name], graph) != moves for name, graph in expert_graphs(model).items())
+
+
+def test_llava_counts_image_tokens_and_leaves_padding_out():
+    model, inputs = symphonize(make_llava(), decay=DECAY).train(), llava_inputs()
+    inputs["attention_mask"][0, 8:] = 0
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    update_graphs(model)
+    assert_moved(model, before, seen, [inputs["attention_mask"].flatten().tolist()])
+
+
+def test_float32_counts_under_bf16_autocast():
+    model, ids = symphonize(make_model("mixtral"), decay=DECAY).train(), make_ids(8, 80)  # counts over 256
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 640])
+
+
+def test_non_finite_logits_leave_the_graph_and_are_named_once():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    update_graphs(model)
+    before = expert_graphs(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
+    model(ids, labels=ids)
+    with pytest.warns(SymphonyWarning, match="not finite"):
+        update_graphs(model)
+    after = expert_graphs(model)
+    names = list(before)
+    assert not torch.equal(before[names[0]], after[names[0]])  # before the bad layer: finite
+    assert torch.equal(before[names[1]], after[names[1]])
+    assert torch.equal(before[names[2]], after[names[2]])
+    model(ids, labels=ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_graphs(model)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def train(model, rows, tmp_path, callbacks=(), **settings):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        **{"per_device_train_batch_size": 2, "max_steps": 3, "seed": 0, "dataloader_pin_memory": False, **settings},
+    )
+    trainer = Trainer(model, arguments, train_dataset=Rows(rows), callbacks=list(callbacks))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_trainer_moves_the_graph_once_per_optimizer_step(tmp_path, accumulation):
+    model = symphonize(make_model(), decay=DECAY)
+    updates = []
+    seen = spy_on_selections(model)
+    before = expert_graphs(model)
+    trainer = train(
+        model, make_ids(64, 12), tmp_path, [SymphonyCallback()], gradient_accumulation_steps=accumulation, max_steps=2
+    )
+    updates = {int(router.symphony.updates) for _, router in symphony_routers(model)}
+    assert updates == {2}
+    for name, adjacency in expert_graphs(model).items():
+        expected = before[name]
+        for step in range(2):
+            batches = seen[name][step * accumulation : (step + 1) * accumulation]
+            expected = naive_update(expected, batches, [[1] * 24] * accumulation)
+        torch.testing.assert_close(adjacency, expected, rtol=1e-5, atol=1e-7)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged
+    assert all(entry["symphony/balance_loss"] > 0 and entry["symphony/z_loss"] > 0 for entry in logged)
+
+
+def test_the_callback_refuses_a_plain_model(tmp_path):
+    with pytest.raises(PatchError, match="not symphonized"):
+        train(make_model(), make_ids(8), tmp_path, [SymphonyCallback()])
+
+
+def test_trainer_without_the_callback_still_moves_the_graph(tmp_path):
+    model = symphonize(make_model())
+    before = expert_graphs(model)
+    train(model, make_ids(16), tmp_path)
+    assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
