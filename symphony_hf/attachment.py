@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .errors import PatchError
@@ -158,14 +158,24 @@ class SymphonySaver:
         result = type(self.model).save_pretrained(self.model, save_directory, is_main_process, *args, **kwargs)
         config_file = Path(save_directory) / "config.json"
         if is_main_process and config_file.exists():
-            _prefix_architectures(config_file)
+            _mark_architectures(config_file)
         return result
 
 
-def _prefix_architectures(config_file: Path) -> None:
+def _mark_architectures(config_file: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     names = config.get("architectures") or []
     config["architectures"] = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
+    # TRL looks into it, by attribute, when it does not know an architecture, and then takes AutoModelForCausalLM.
+    config.setdefault("auto_map", {})
     temporary = config_file.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, config_file)
+
+
+def unmark_architectures(config: PreTrainedConfig) -> None:
+    """Give a loaded config the stock architecture's name back: what reads it from a model should find what it knows."""
+    names = getattr(config, "architectures", None) or []
+    config.architectures = [name.removeprefix(ARCHITECTURE_PREFIX) for name in names] or None
+    if getattr(config, "auto_map", None) == {}:
+        del config.auto_map

@@ -111,6 +111,11 @@ class SymphonyConfig:
                 f"symphony: smoothing `scores` needs normalization `row`, got `{self.normalization}`: only a "
                 "row-stochastic matrix keeps a distribution one"
             )
+        if self.graph == "learned" and not self.self_loops:
+            raise ConfigError(
+                "symphony: graph `learned` needs `self_loops`: without them no expert has a neighbour at the start, and "
+                "no gradient ever gives it one"
+            )
         self._check_layers()
 
     def _check_layers(self) -> None:

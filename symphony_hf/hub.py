@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attachment import ARCHITECTURE_PREFIX, attach
+from .attachment import attach, unmark_architectures
 from .config import SymphonyConfig
 from .errors import GraphError, PatchError
 from .families import find_routers
@@ -63,9 +63,7 @@ def _restore_routers(model: PreTrainedModel) -> None:
         if not is_symphonized(router.module):
             patch_router(router, settings)
     attach(model, found)
-    model.config.architectures = [
-        name.removeprefix(ARCHITECTURE_PREFIX) for name in getattr(model.config, "architectures", None) or []
-    ] or None
+    unmark_architectures(model.config)
 
 
 def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:

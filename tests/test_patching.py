@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import make_ids, make_llava, make_model, llava_inputs, move_graphs
+from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
 
 from symphony_hf import SymphonyConfig, SymphonyWarning, expert_graphs, is_symphonized, symphonize, unsymphonize
 from symphony_hf.patching import symphony_routers

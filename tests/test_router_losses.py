@@ -44,7 +44,9 @@ def assert_gradients(actual, expected, scale=1.0):
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         # Float32 sums in another order, over two backward passes.
-        torch.testing.assert_close(actual[name] * scale, gradient, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name] * scale, gradient, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def batches_of(count, *, different=True, padded=False):
@@ -115,7 +117,14 @@ def test_trainer_applies_the_weights_whatever_the_accumulation(tmp_path, accumul
     if use_reentrant is not None:
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
     train(
-        model, rows, tmp_path, [Spy()], gradient_accumulation_steps=accumulation, max_steps=1, max_grad_norm=0.0, **settings
+        model,
+        rows,
+        tmp_path,
+        [Spy()],
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        **settings,
     )
     assert len(batches) == accumulation
     assert_gradients(seen, reference_gradients(base("olmoe"), batches))
@@ -137,7 +146,9 @@ def test_micro_batches_of_different_size_weigh_as_their_tokens_do():
     for ids, items in ((long, 24), (short, 8)):
         out = plain(input_ids=ids, labels=ids, output_router_logits=True)
         balance, z = naive_router_losses(out.router_logits, 3)
-        ((out.loss + WEIGHTS["balance_loss_weight"] * balance + WEIGHTS["z_loss_weight"] * z) * items / num_items).backward()
+        (
+            (out.loss + WEIGHTS["balance_loss_weight"] * balance + WEIGHTS["z_loss_weight"] * z) * items / num_items
+        ).backward()
     model = symphonize(base("olmoe"), **WEIGHTS).train()
     update_graphs(model)
     for ids in (long, short):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import make_ids, make_llava, make_model, llava_inputs, move_graphs
+from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
 from transformers import Trainer, TrainingArguments
 
 from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
@@ -34,7 +34,10 @@ def naive_update(adjacency, selections, masks, decay=DECAY):
                     for k in token:
                         counts[j][k] += 1
     return torch.tensor(
-        [[decay * float(adjacency[j][k]) + (1 - decay) * counts[j][k] / num_tokens for k in range(size)] for j in range(size)]
+        [
+            [decay * float(adjacency[j][k]) + (1 - decay) * counts[j][k] / num_tokens for k in range(size)]
+            for j in range(size)
+        ]
     )
 
 
@@ -209,7 +212,12 @@ class Rows(torch.utils.data.Dataset):
 
 def train(model, rows, tmp_path, callbacks=(), **settings):
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
         **{"per_device_train_batch_size": 2, "max_steps": 3, "seed": 0, "dataloader_pin_memory": False, **settings},
     )
     trainer = Trainer(model, arguments, train_dataset=Rows(rows), callbacks=list(callbacks))

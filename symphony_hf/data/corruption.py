@@ -53,15 +53,19 @@ def word_swap(
         seed: Of the choice of words.
         name: Of the document, also seeds the choice; so it does not depend on other documents or their order.
 
+    Returns:
+        The text with words replaced. `rate` 0 with `minimum` 0 changes nothing.
+
     Raises:
         ConfigError: If `rate` or `minimum` is out of range, or `token` is not one word.
 
-    Source: arXiv 2510.16411, robustness on WikiText-103 under "AAA" word swaps, by way of TextAttack. Deviation:
-        TextAttack truncates rate * n, and keeps the punctuation that is attached to a replaced word.
+    Source: arXiv 2510.16411, WikiText-103 attacked by TextAttack's word swap. Deviation: TextAttack truncates
+        rate * n, and keeps the punctuation that is attached to a replaced word.
     """
     _check(rate, minimum, token)
-    share = Fraction(str(rate))  # as written: 0.35 * 90 is a half, which its float falls short of
-    seed_bytes = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    share = Fraction(str(float(rate)))  # as written: 0.35 * 90 is a half, which its float falls short of
+    # surrogatepass: a name may be that of a file, which need not be valid text.
+    seed_bytes = hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
     rng = random.Random(int.from_bytes(seed_bytes, "big"))
     return "\n".join(_swap_line(line, share, minimum, token, rng) for line in text.split("\n"))
 
@@ -105,6 +109,9 @@ def words_changed(original: str, attacked: str) -> int:
         original: The text before.
         attacked: The text after.
 
+    Returns:
+        The number of positions at which the words differ.
+
     Raises:
         DataError: If the texts do not have the same number of words, so that one is not the other attacked.
     """
@@ -128,10 +135,11 @@ def _swap_line(line: str, share: Fraction, minimum: int, token: str, rng: random
     candidates = [match for match in words if not _is_stop_word(match[0])]
     wanted = max(minimum, math.floor(share * len(words) + Fraction(1, 2)))
     chosen = rng.sample(candidates, min(wanted, len(candidates)))
-    # From the right, so that the spans to the left stay true.
-    for match in sorted(chosen, key=re.Match.start, reverse=True):
-        line = line[: match.start()] + token + line[match.end() :]
-    return line
+    pieces, end = [], 0
+    for match in sorted(chosen, key=re.Match.start):
+        pieces += [line[end : match.start()], token]
+        end = match.end()
+    return "".join(pieces) + line[end:]
 
 
 def _is_stop_word(word: str) -> bool:

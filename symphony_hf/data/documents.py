@@ -1,7 +1,7 @@
 """What a corpus is: named documents in three splits, and the rule that puts a document into one of them."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import DataError
@@ -87,7 +87,8 @@ def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, 
 
 
 def _split_of(key: str) -> str:
-    digest = hashlib.sha256(key.encode()).digest()
+    # surrogatepass: a key may be the name of a file, which need not be valid text.
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
     bucket = int.from_bytes(digest[:8], "big") % _BUCKETS
     return HELD_OUT[bucket] if bucket < len(HELD_OUT) else "train"
 
@@ -99,10 +100,13 @@ def build_corpus(splits: Splits, source: str) -> Corpus:
         splits: Documents by split, all three.
         source: What was read, for reports and for the error message.
 
+    Returns:
+        The corpus, in which no split is empty.
+
     Raises:
         DataError: If a split has no text.
     """
-    kept = {split: _with_text(documents) for split, documents in splits.items()}
+    kept = {split: [document for document in splits[split] if document.text.strip()] for split in splits}
     counts = ", ".join(f"{len(documents):,} {split}" for split, documents in kept.items())
     for split, documents in kept.items():
         if not documents:
@@ -111,7 +115,3 @@ def build_corpus(splits: Splits, source: str) -> Corpus:
                 "(a hundred are usually enough), or a folder or data set with its own train, validation and test splits"
             )
     return Corpus(train=kept["train"], validation=kept["validation"], test=kept["test"], source=source)
-
-
-def _with_text(documents: Iterable[Document]) -> list[Document]:
-    return [document for document in documents if document.text.strip()]

@@ -1,4 +1,4 @@
-"""The corpus that is always there: the sources of the Python that runs, code and prose in about equal parts."""
+"""The corpus that is always there: the sources of the Python that runs, code and the prose that explains it."""
 
 import os
 import platform

@@ -29,6 +29,9 @@ def read_file(path: Path, text_column: str) -> dict[str, list[Document]]:
             the documents.
         text_column: The column that holds the text, if it is a table.
 
+    Returns:
+        Documents by split.
+
     Raises:
         DataError: If the file is neither UTF-8 text nor a readable table.
     """

@@ -20,6 +20,9 @@ def read_table(path: Path, text_column: str) -> list[Document]:
         path: A file with one of the suffixes in `TABLE_FORMATS`.
         text_column: The column that holds the text.
 
+    Returns:
+        Documents in the order of the rows.
+
     Raises:
         DataError: If the file cannot be parsed, or the column is not there or not text.
     """

@@ -36,6 +36,9 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int = 4096) -> "P
         vocab_size: Number of tokens, `<|endoftext|>` (id 0, begin and end of text) and `<|pad|>` (id 1) included. A
             short text may give fewer.
 
+    Returns:
+        The tokenizer, which puts no special token in front or behind by itself.
+
     Raises:
         ConfigError: If `vocab_size` has no room for the 256 bytes and the special tokens.
     """
@@ -56,6 +59,9 @@ def cached_tokenizer(
         vocab_size: Number of tokens, special ones included.
         cache_dir: Where entries are kept: `$SYMPHONY_HF_CACHE` if None, or else `symphony_hf` in the user's cache
             folder (`$XDG_CACHE_HOME`, `~/.cache`).
+
+    Returns:
+        The same tokenizer as `train_tokenizer`.
 
     Raises:
         ConfigError: If `vocab_size` has no room for the 256 bytes and the special tokens.
@@ -97,8 +103,6 @@ def _wrap(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
-        # Cleaning up would turn " ." into ".": code and attacked text must decode to themselves.
-        clean_up_tokenization_spaces=False,
     )
 
 

@@ -47,6 +47,9 @@ def load(adjacency_EE: Tensor) -> Tensor:
 def load_entropy(adjacency_EE: Tensor) -> float:
     """Entropy of the load over its maximum, log E: 1 when even, 0 when one expert takes every token.
 
+    Args:
+        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+
     Raises:
         GraphError: If it is no social graph.
     """
@@ -59,6 +62,9 @@ def off_diagonal_mass(adjacency_EE: Tensor) -> float:
     It starts at 0 and tends to (K - 1) / K, since a token that chose K experts adds K * K pairs, K of them an
     expert with itself: the distance tells how far the moving average has come.
 
+    Args:
+        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+
     Raises:
         GraphError: If it is no social graph.
     """
@@ -68,6 +74,9 @@ def off_diagonal_mass(adjacency_EE: Tensor) -> float:
 
 def spectral_gap(adjacency_EE: Tensor) -> float:
     """1 minus the second largest eigenvalue of the row-stochastic transition matrix D^-1 A.
+
+    Args:
+        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
 
     Returns:
         0 for a graph in two or more parts (an expert never chosen with another is a part of its own). Where top-K

@@ -52,7 +52,7 @@ def count_coselections(indices_TK: Tensor, num_experts: int, mask_T: Tensor | No
         if mask_T is not None:
             chosen = mask_T.to(device=indices_TK.device, dtype=torch.float32).unsqueeze(-1)
         selected_TE = torch.zeros(num_tokens, num_experts, device=indices_TK.device, dtype=torch.float32)
-        selected_TE = selected_TE.scatter(1, indices_TK, chosen.expand(-1, top_k))
+        selected_TE = selected_TE.scatter(1, indices_TK.long(), chosen.expand(-1, top_k))
         return selected_TE.T @ selected_TE
 
 
@@ -87,8 +87,8 @@ def transition_matrix(adjacency_EE: Tensor, normalization: Normalization = "row"
         self_loops: Whether an expert hears itself. Without them M has a zero diagonal.
 
     Returns:
-        The transition matrix P. An expert whose row has no mass (never chosen with another one, or underflown)
-        keeps the identity's row. Shape: (..., num_experts, num_experts), float32.
+        The transition matrix P. An expert whose row has no mass (never chosen, or underflown below the smallest
+        normal float32) keeps the identity's row. Shape: (..., num_experts, num_experts), float32.
 
     Raises:
         ValueError: If the normalization is unknown.
@@ -98,21 +98,21 @@ def transition_matrix(adjacency_EE: Tensor, normalization: Normalization = "row"
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization: got {normalization!r}, known are {', '.join(get_args(Normalization))}")
     identity_EE = torch.eye(adjacency_EE.shape[-1], device=adjacency_EE.device).to(adjacency_EE.dtype)
-    load_E = adjacency_EE.diagonal(dim1=-2, dim2=-1)
     mass_EE = adjacency_EE if self_loops else adjacency_EE * (1.0 - identity_EE)
     degree_E = mass_EE.sum(-1)
+    size_E = adjacency_EE.diagonal(dim1=-2, dim2=-1) if normalization == "conditional" else degree_E
+    # Below the smallest normal number there is no precision left to divide by.
+    tiny = torch.finfo(adjacency_EE.dtype).tiny
+    alone_E = (degree_E < tiny) | (size_E < tiny)
+    # Divided by 1: a 0 / 0, or the root of 0, would poison a learned graph's gradient even in the branch not taken.
+    size_E = torch.where(alone_E, torch.ones_like(size_E), size_E)
+    divisor_EE = size_E.unsqueeze(-1)
     if normalization == "symmetric":
-        root_E = degree_E.sqrt()
+        root_E = size_E.sqrt()
         # sqrt(d) * sqrt(d) is d only to rounding: take d itself on the diagonal, so that the start is exact.
-        scale_EE = root_E.unsqueeze(-1) * root_E.unsqueeze(-2)
-        scale_EE = torch.where(identity_EE.bool(), degree_E.unsqueeze(-1), scale_EE)
-    else:
-        scale_EE = (load_E if normalization == "conditional" else degree_E).unsqueeze(-1)
-    # Divide by 1 where there is no mass: a 0 / 0 in the branch not taken would still poison a learned graph's gradient.
-    has_mass_EE = scale_EE > 0
-    normalized_EE = mass_EE / torch.where(has_mass_EE, scale_EE, torch.ones_like(scale_EE))
-    alone_E = (degree_E <= 0).unsqueeze(-1)
-    return torch.where(alone_E, identity_EE, torch.where(has_mass_EE, normalized_EE, torch.zeros_like(normalized_EE)))
+        roots_EE = root_E.unsqueeze(-1) * root_E.unsqueeze(-2)
+        divisor_EE = torch.where(identity_EE.bool(), divisor_EE, roots_EE)
+    return torch.where(alone_E.unsqueeze(-1), identity_EE, mass_EE / divisor_EE)
 
 
 def mix_with_identity(transition_EE: Tensor, strength: Tensor | float) -> Tensor:

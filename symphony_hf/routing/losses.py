@@ -23,6 +23,12 @@ def _masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
     return (values_T * kept_T).sum(0) / kept_T.sum().clamp_min(1.0)
 
 
+def _without_padding(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Logits in float32, those of padding 0: NaN there, as attention may leave it, would survive a weight of 0."""
+    logits = logits_TE.float()
+    return logits if mask_T is None else logits.masked_fill(~mask_T.bool().to(logits.device).unsqueeze(-1), 0.0)
+
+
 def load_balancing_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """E times the sum over experts of (share of tokens that chose it) x (mean probability it was given).
 
@@ -40,8 +46,8 @@ def load_balancing_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | 
     """
     num_experts = logits_TE.shape[-1]
     with without_autocast(logits_TE):
-        probabilities_TE = logits_TE.float().softmax(-1)
-        chosen_TE = torch.zeros_like(probabilities_TE).scatter(1, indices_TK, 1.0)
+        probabilities_TE = _without_padding(logits_TE, mask_T).softmax(-1)
+        chosen_TE = torch.zeros_like(probabilities_TE).scatter(1, indices_TK.long(), 1.0)
         share_E = _masked_mean(chosen_TE, mask_T)
         return num_experts * (share_E * _masked_mean(probabilities_TE, mask_T)).sum()
 
@@ -59,7 +65,20 @@ def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     Source: ST-MoE, arXiv 2202.08906, equation 5. Deviation: none.
     """
     with without_autocast(logits_TE):
-        return _masked_mean(logits_TE.float().logsumexp(-1).square(), mask_T)
+        return _masked_mean(_without_padding(logits_TE, mask_T).logsumexp(-1).square(), mask_T)
+
+
+def _read_scale(gradient: Tensor, scale: Tensor) -> Tensor:
+    return scale.to(gradient.device, copy=True)
+
+
+# An operator that takes the gradient: a compiler would otherwise read the scale before the backward has written it.
+_read_scale_operator = torch.library.custom_op("symphony_hf::read_scale", _read_scale, mutates_args=())
+
+
+@_read_scale_operator.register_fake
+def _(gradient: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(scale, device=gradient.device)
 
 
 class RecordGradientScale(torch.autograd.Function):
@@ -84,9 +103,10 @@ class AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
         ctx.scale = scale
-        ctx.loss_dtype = loss.dtype
         return carrier.clone()  # not a view: blocks renormalize in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return gradient, ctx.scale.to(device=gradient.device, dtype=ctx.loss_dtype, copy=True), None
+        # Eager needs no operator, whose call costs more than the copy.
+        read = _read_scale_operator if torch.compiler.is_compiling() else _read_scale
+        return gradient, read(gradient, ctx.scale), None

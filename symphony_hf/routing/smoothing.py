@@ -11,6 +11,11 @@ def _check_experts(what: str, num_experts: int, transition_EE: Tensor) -> None:
         raise ValueError(f"{what} has {num_experts} experts, the transition matrix {tuple(transition_EE.shape)}")
 
 
+def _change(transition_EE: Tensor) -> Tensor:
+    """A - I. `x + (A - I) x` is exactly x where A = I, also where the product is rounded to TF32, as `A x` is not."""
+    return transition_EE.float() - torch.eye(transition_EE.shape[-1], device=transition_EE.device)
+
+
 def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     """Replace each expert's logit by the graph-weighted sum over its neighbours.
 
@@ -42,7 +47,8 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: The matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        A @ W, computed in float32 and rounded once to the weight's type. A = I gives W to the bit. Same shape.
+        A @ W, computed in float32 and rounded once to the weight's type. A = I gives W itself, in every precision of
+        matrix products (a zero may lose its sign). Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -51,7 +57,9 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
     """
     _check_experts("the router's weight", weight_ED.shape[0], transition_EE)
     with without_autocast(weight_ED):
-        return (transition_EE.float() @ weight_ED.float()).to(weight_ED.dtype)
+        weight, change_EE = weight_ED.float(), _change(transition_EE)
+        product = torch.addmm if weight.dim() == 2 else torch.addmv
+        return product(weight, change_EE, weight).to(weight_ED.dtype)
 
 
 def smooth_probabilities(probabilities_TE: Tensor, transition_EE: Tensor) -> Tensor:
@@ -71,7 +79,8 @@ def smooth_probabilities(probabilities_TE: Tensor, transition_EE: Tensor) -> Ten
     """
     _check_experts("the probabilities", probabilities_TE.shape[-1], transition_EE)
     with without_autocast(probabilities_TE):
-        return probabilities_TE.float() @ transition_EE.float()
+        probabilities = probabilities_TE.float()
+        return torch.addmm(probabilities, probabilities, _change(transition_EE))
 
 
 def smooth_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
@@ -82,18 +91,21 @@ def smooth_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
 
     Returns:
-        log(softmax(g) @ A) + logsumexp(g), in the logits' type; where the mix left a probability as it was, the
-        logit itself, so that A = I changes no bit. Same shape.
+        g + log(softmax(g) @ A) - log(softmax(g)), in the logits' type: A = I changes no bit. Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
 
-    Source: arXiv 2510.16411, the probabilistic reading. Deviation: the shift by logsumexp, which softmax ignores
-    and the z-loss needs.
+    Source: arXiv 2510.16411, the probabilistic reading. Deviation: logits that keep the given
+    ones' log-partition, which softmax ignores and the z-loss needs.
     """
     logits = logits_TE.float()
     before_TE = logits.softmax(-1)
     after_TE = smooth_probabilities(before_TE, transition_EE)
-    # The clamp keeps log's gradient finite where a probability underflowed.
-    mixed_TE = after_TE.clamp_min(torch.finfo(torch.float32).tiny).log() + logits.logsumexp(-1, keepdim=True)
-    return torch.where(after_TE == before_TE, logits, mixed_TE).to(logits_TE.dtype)
+    tiny = torch.finfo(torch.float32).tiny
+    # The clamps keep log's gradient finite where a probability underflowed.
+    log_before_TE, log_after_TE = before_TE.clamp_min(tiny).log(), after_TE.clamp_min(tiny).log()
+    mixed_TE = logits - (log_before_TE - log_after_TE)
+    # From an underflown probability the difference cannot be told; what came to it from its neighbours can.
+    revived_TE = torch.where(after_TE > tiny, log_after_TE + logits.logsumexp(-1, keepdim=True), logits)
+    return torch.where(before_TE > tiny, mixed_TE, revived_TE).to(logits_TE.dtype)

@@ -1,10 +1,15 @@
 """A small slice of the embedded corpus, and a small tokenizer trained on it."""
 
 import pytest
+from hypothesis import settings
 
 from symphony_hf.data import Corpus, embedded_corpus, train_tokenizer
 
 VOCAB_SIZE = 512
+
+# No deadline, because a busy machine is no failure; and the same examples in every run.
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
 
 
 @pytest.fixture(scope="session")

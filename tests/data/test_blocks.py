@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from symphony_hf.data import BlockDataset, Document, blocks, document_windows, pack_blocks
@@ -76,6 +78,17 @@ def test_text_longer_than_the_tokenizers_limit_is_neither_cut_nor_warned_of(toke
     packed = pack_blocks(documents, tokenizer, 16)
     assert packed.numel() > 64
     assert "longer than" not in caplog.text
+
+
+def test_special_tokens_that_a_tokenizer_would_add_are_not(tokenizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.pad_token_id)]
+    )
+    adding = type(tokenizer)(tokenizer_object=backend, eos_token="<|endoftext|>")
+    assert adding("some text")["input_ids"][0] == tokenizer.pad_token_id
+    documents = as_documents(["some text", "more text"])
+    assert torch.equal(pack_blocks(documents, adding, 4), pack_blocks(documents, tokenizer, 4))
 
 
 def test_too_little_text_says_how_many_tokens_there_are(tokenizer):

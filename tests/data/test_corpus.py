@@ -1,6 +1,8 @@
 """The embedded corpus, and corpora from files and folders."""
 
 import hashlib
+import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -157,6 +159,16 @@ def test_folder_has_one_document_per_text_file_at_any_depth(tmp_path):
     assert {document.name: document.text for document in all_documents(corpus)} == files
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_whose_name_is_not_utf8_is_read(tmp_path):
+    write(tmp_path, {f"{index}.txt": f"Text {index}." for index in range(200)})
+    odd_name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / odd_name).write_text("Coffee.")
+    assert {document.name: document.text for document in all_documents(load_corpus(str(tmp_path)))}[
+        odd_name
+    ] == "Coffee."
+
+
 def test_file_of_a_folder_stays_in_its_split_when_it_is_edited_or_joined(tmp_path):
     files = {f"{index}.txt": f"Text {index}." for index in range(200)}
     before = load_corpus(write(tmp_path, files))
@@ -197,6 +209,12 @@ def test_split_that_a_folder_lacks_is_cut_from_its_train_split(tmp_path):
 def test_project_with_a_training_script_and_tests_is_no_split_folder(tmp_path):
     sources = {f"module{index}.py": f"x = {index}\n" for index in range(200)}
     files = sources | {"train.py": "main()\n", "tests/test_main.py": "assert True\n", "test/data.txt": "data"}
+    corpus = load_corpus(write(tmp_path, files))
+    assert {document.name for document in all_documents(corpus)} == files.keys()
+
+
+def test_one_file_that_happens_to_be_called_train_is_no_split(tmp_path):
+    files = {f"vehicle{index}.txt": f"Vehicle {index}." for index in range(200)} | {"train.txt": "On rails."}
     corpus = load_corpus(write(tmp_path, files))
     assert {document.name for document in all_documents(corpus)} == files.keys()
 

@@ -81,6 +81,8 @@ def test_half_is_a_half_although_floats_fall_short_of_it():
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
 texts = st.lists(words | st.sampled_from(["the ", "And, ", "\n", "\t", " word", "\r\n", " "])).map("".join)
 
+names = st.text(st.characters(), max_size=5)  # any, because file names may be
+
 
 @given(text=texts, rate=st.floats(0, 1), minimum=st.integers(0, 4), seed=st.integers())
 def test_only_content_words_are_replaced_and_whitespace_stays(text, rate, minimum, seed):
@@ -93,7 +95,7 @@ def test_only_content_words_are_replaced_and_whitespace_stays(text, rate, minimu
             assert not naive_is_stop_word(word)
 
 
-@given(text=texts, rate=st.floats(0, 1), minimum=st.integers(0, 4), seed=st.integers(), name=st.text(max_size=5))
+@given(text=texts, rate=st.floats(0, 1), minimum=st.integers(0, 4), seed=st.integers(), name=names)
 def test_same_seed_and_name_give_the_same_words(text, rate, minimum, seed, name):
     once, twice = (word_swap(text, rate=rate, minimum=minimum, seed=seed, name=name) for _ in range(2))
     assert once == twice

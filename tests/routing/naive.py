@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 NORMALIZATIONS = ["row", "conditional", "symmetric"]
 EPS32 = 2.0**-24  # the most by which one float32 operation can be off, relative to its result
 
-few = settings(deadline=None, derandomize=True, max_examples=25)
-many = settings(deadline=None, derandomize=True, max_examples=60)
+few = settings(deadline=None, derandomize=True, max_examples=15)
+many = settings(deadline=None, derandomize=True, max_examples=30)
 
 
 # References

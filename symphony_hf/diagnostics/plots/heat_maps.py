@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from ..graph_metrics import cluster_order, load
 from .figure import grid, save_png, shown_layers
 
 
-def _percent(share: float, _: int) -> str:
+def _percent(share: float, _: float) -> str:
     return f"{100 * share:g}%"
 
 
@@ -34,7 +35,7 @@ def _draw_load(axes: Axes, load_E: np.ndarray, top: float) -> None:
 def _draw_neighbours(axes: Axes, shares_EE: np.ndarray, order: list[int], top: float) -> AxesImage:
     colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.8")
     image = axes.imshow(shares_EE[np.ix_(order, order)], cmap=colors, vmin=0, vmax=top, aspect="auto")
-    labels = order if len(order) <= 32 else []
+    labels = [str(expert) for expert in order] if len(order) <= 32 else []
     size = np.interp(len(order), [16, 32], [7, 5])
     axes.set_xticks(range(len(labels)), labels, fontsize=size)
     axes.set_yticks(range(len(labels)), labels, fontsize=size)
@@ -74,8 +75,9 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
     # 1 where no expert has a partner yet: a colour scale needs a length.
     top = float(np.nanpercentile(all_shares, 99)) or 1.0
     rows, columns = grid(len(shown))
-    figure = Figure(figsize=(2.7 * columns + 1.4, 3.1 * rows + 0.5), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.03, hspace=0.0)
+    figure = Figure(
+        figsize=(2.7 * columns + 1.4, 3.1 * rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.03, hspace=0)
+    )
     figure.suptitle(f"Experts chosen together{left_out}", fontsize=11)
     cells = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.06])
     for number, (title, adjacency_EE) in enumerate(shown.items()):

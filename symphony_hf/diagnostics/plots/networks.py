@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,13 @@ def _strongest_edges(adjacency_EE: Tensor) -> list[tuple[int, int, float]]:
     lift_EE = coselection_lift(adjacency_EE)
     adjacency_EE = adjacency_EE.detach().double().cpu()
     excess_EE = torch.where(lift_EE > 1, adjacency_EE * (1 - 1 / lift_EE), 0.0)
-    j, k = torch.triu_indices(*lift_EE.shape, offset=1)
+    j, k = torch.triu_indices(len(lift_EE), len(lift_EE), offset=1)
     kept = excess_EE[j, k].argsort(descending=True)[: 2 * len(lift_EE)]
     pairs = zip(j[kept].tolist(), k[kept].tolist(), lift_EE[j, k][kept].tolist(), strict=True)
     return [(j, k, lift) for j, k, lift in pairs if lift > MIN_LIFT]
 
 
-def _edge_style(lift: float, top: float, scale: float = 1.0) -> dict[str, object]:
+def _edge_style(lift: float, top: float, scale: float = 1.0) -> dict[str, Any]:
     strength = (lift - 1) / (top - 1)
     return {"color": COLORS[0], "linewidth": scale * (0.4 + 3.6 * strength), "alpha": 0.25 + 0.75 * strength}
 
@@ -43,13 +44,13 @@ def _draw_network(axes: Axes, adjacency_EE: Tensor, edges: list[tuple[int, int, 
     angle_E = np.empty(num_experts)
     # Clockwise from the top, neighbours on the circle being neighbours in the clustering.
     angle_E[cluster_order(adjacency_EE)] = np.pi / 2 - 2 * np.pi * np.arange(num_experts) / num_experts
-    place_E2 = np.stack([np.cos(angle_E), np.sin(angle_E)], axis=1)
+    x_E, y_E = np.cos(angle_E), np.sin(angle_E)
     for j, k, lift in edges:
-        axes.plot(*place_E2[[j, k]].T, **_edge_style(lift, top, scale=min(1.0, 4 / math.sqrt(num_experts))))
-    axes.scatter(*place_E2.T, s=1000 * load(adjacency_EE).numpy(), color=COLORS[1], linewidth=0, zorder=3)
+        axes.plot(x_E[[j, k]], y_E[[j, k]], **_edge_style(lift, top, scale=min(1.0, 4 / math.sqrt(num_experts))))
+    axes.scatter(x_E, y_E, s=1000 * load(adjacency_EE).numpy(), color=COLORS[1], linewidth=0, zorder=3)
     if num_experts <= 64:
-        for expert, (x, y) in enumerate(1.2 * place_E2):
-            axes.text(x, y, str(expert), ha="center", va="center", fontsize=7)
+        for expert in range(num_experts):
+            axes.text(1.2 * x_E[expert], 1.2 * y_E[expert], str(expert), ha="center", va="center", fontsize=7)
     if not edges:
         axes.text(0, 0, "no pair stands out", ha="center", va="center", fontsize=8, color="0.4")
     axes.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -79,7 +79,7 @@ def _draw_intervals(
     axes: Axes, places: Sequence[float], intervals: Iterable[HasInterval], number: int, label: str | None = None
 ) -> None:
     estimate, low, high = np.array([[interval.estimate, interval.low, interval.high] for interval in intervals]).T
-    style = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": "", "capsize": 4}
+    style: dict[str, Any] = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": "", "capsize": 4}
     # Of an interval without width, rounding may put an end past the estimate.
     lengths = np.maximum([estimate - low, high - estimate], 0)
     axes.errorbar(places, estimate, lengths, label=label, **style)

@@ -1,0 +1,100 @@
+"""Which of two models is better, on clean and on attacked documents, and is it more than chance?
+
+The intervals answer one question: would the same two checkpoints compare alike on other documents of this kind?
+How two training runs with other seeds would compare is another question, which only more runs answer.
+"""
+
+import numpy as np
+
+from ..errors import EvaluationError
+from .perplexity import DocumentScores
+from .statistics import Interval, paired_bootstrap
+
+
+def _paired_tokens(a: DocumentScores, b: DocumentScores) -> np.ndarray:
+    if a.names != b.names:
+        raise EvaluationError("the two models were scored on different documents: score both on the same ones")
+    if not np.array_equal(a.num_tokens, b.num_tokens):
+        raise EvaluationError(
+            "the two models' documents have different numbers of tokens: nats a token compare only within one tokenizer"
+        )
+    return a.num_tokens
+
+
+def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
+    """The 95% interval of one model's perplexity.
+
+    Much of it is how documents differ in difficulty, alike for every model: intervals of two models may overlap
+    and their difference still be clear. Compare models with `compare_perplexity`.
+
+    Args:
+        scores: Of one model.
+        seed: Of the bootstrap.
+
+    Returns:
+        A level, which has no verdict.
+
+    Raises:
+        EvaluationError: If there are fewer than 10 documents, or a score is not finite.
+    """
+
+    def statistic(nll: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
+        return nll.sum(axis) / tokens.sum(axis)
+
+    return paired_bootstrap((scores.nll, scores.num_tokens), statistic, seed=seed, null=None).exp()
+
+
+def compare_perplexity(a: DocumentScores, b: DocumentScores, *, seed: int = 0) -> Interval:
+    """The 95% interval of log-perplexity of `a` minus that of `b`, in nats a token; `.exp()` is their ratio.
+
+    Args:
+        a: Scores of one model.
+        b: Scores of another one, on the same documents.
+        seed: Of the bootstrap.
+
+    Raises:
+        EvaluationError: If the documents or their tokens differ, or are fewer than 10.
+    """
+
+    def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
+        return nll_a.sum(axis) / tokens.sum(axis) - nll_b.sum(axis) / tokens.sum(axis)
+
+    return paired_bootstrap((a.nll, b.nll, _paired_tokens(a, b)), statistic, seed=seed)
+
+
+def compare_robustness(
+    clean_a: DocumentScores,
+    attacked_a: DocumentScores,
+    clean_b: DocumentScores,
+    attacked_b: DocumentScores,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """The 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
+
+    A better model is better under attack, too. This tells whether it is so by more than it was on clean text.
+
+    Args:
+        clean_a: Scores of one model on the clean documents.
+        attacked_a: Its scores on the attacked versions of the same documents.
+        clean_b: Scores of another model on the clean documents.
+        attacked_b: Its scores on the attacked ones.
+        seed: Of the bootstrap.
+
+    Raises:
+        EvaluationError: If the documents or their tokens differ, or are fewer than 10.
+    """
+    clean_tokens = _paired_tokens(clean_a, clean_b)
+    attacked_tokens = _paired_tokens(attacked_a, attacked_b)
+    if clean_a.names != attacked_a.names:
+        raise EvaluationError("the clean and the attacked documents differ by name: score versions of the same ones")
+
+    def statistic(clean: np.ndarray, attacked: np.ndarray, *nll: np.ndarray, axis: int) -> np.ndarray:
+        clean, attacked = clean.sum(axis), attacked.sum(axis)
+        nll_clean_a, nll_attacked_a, nll_clean_b, nll_attacked_b = (column.sum(axis) for column in nll)
+        ratio_a = np.exp(nll_attacked_a / attacked - nll_clean_a / clean)
+        ratio_b = np.exp(nll_attacked_b / attacked - nll_clean_b / clean)
+        return ratio_a - ratio_b
+
+    nll = (clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
+    return paired_bootstrap((clean_tokens, attacked_tokens, *nll), statistic, seed=seed)

@@ -1,0 +1,347 @@
+"""`symphony quickstart`: the whole path on real text, in minutes, on a CPU.
+
+A small OLMoE-shaped model is pre-trained on the running Python's library sources. Two copies of it are then
+fine-tuned on the same batches with the same budget: `plain`, whose strength is 0, so that it routes as the base does,
+and `symphony`. Both are evaluated on held-out text, clean and attacked, and what came out is reported as it is.
+"""
+
+import dataclasses
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from ._version import __version__
+from .compat import transformers_version
+from .data import BlockDataset, Corpus, attack, cached_tokenizer, load_corpus, pack_blocks, words_changed
+from .errors import ConfigError, EvaluationError
+from .evaluation import (
+    DocumentScores,
+    RoutingKept,
+    compare_perplexity,
+    compare_robustness,
+    perplexity_interval,
+    routing_kept,
+    score_documents,
+)
+from .folding import folded_parameters
+from .hub import export_folded
+from .patching import expert_graphs, symphonize, unsymphonize
+from .recipe import EvalSection, ModelSection
+from .report import write_report
+from .training.runner import clean_and_attacked_windows, load_model, train, training_arguments, write_json
+
+ARMS = ("plain", "symphony")
+MODEL = {
+    "model_type": "olmoe",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+}
+FINE_TUNE_SHARE = 5
+"""Every fifth training document is kept for the fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartSettings:
+    """How much of everything. The defaults take under six minutes on two CPU cores.
+
+    Args:
+        output: Folder for checkpoints, report and pictures.
+        data: Text to use instead of the Python library's; see `load_corpus`.
+        seed: Of the weights, the batches, the attack and the bootstrap.
+        pretrain_steps: Optimizer steps of the base model.
+        finetune_steps: Optimizer steps of each copy.
+        batch_size: Sequences a step.
+        block_size: Tokens a sequence.
+        vocab_size: Of the tokenizer.
+        documents: Held-out documents to evaluate on.
+        attack_rate: Share of a line's words that the attack replaces.
+    """
+
+    output: str = "symphony-quickstart"
+    data: str | None = None
+    seed: int = 0
+    pretrain_steps: int = 300
+    finetune_steps: int = 150
+    batch_size: int = 16
+    block_size: int = 128
+    vocab_size: int = 2048
+    documents: int = 60
+    attack_rate: float = 0.015
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain_steps", "finetune_steps", "batch_size", "documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"quickstart: `{name}` must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the two copies, and what was measured of it."""
+
+    clean: DocumentScores
+    attacked: DocumentScores
+    routing: RoutingKept
+    seconds_per_step: float
+    curves: dict[str, list[tuple[float, float]]]
+
+
+def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
+    """Run it all, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
+
+    Returns:
+        The report's values, as in `report.json`.
+
+    Raises:
+        SymphonyError: If the text is not enough, or a check fails.
+    """
+    started = time.perf_counter()
+    output = Path(settings.output)
+    corpus = load_corpus(settings.data)
+    tokenizer = cached_tokenizer(corpus, settings.vocab_size)
+    base_blocks, tune_blocks, validation_blocks = _blocks(settings, corpus, tokenizer)
+    windows = clean_and_attacked_windows(
+        corpus.test[: settings.documents],
+        tokenizer,
+        settings.block_size,
+        EvalSection(attack_rate=settings.attack_rate, seed=settings.seed),
+    )
+    _say(f"Pre-training a small OLMoE-shaped model on {corpus.source}")
+    base_curves = _pretrain(settings, tokenizer, base_blocks, validation_blocks, output / "base")
+    arms, checks, graphs = {}, {}, {}
+    for name in ARMS:
+        _say(f"Fine-tuning the {name} copy")
+        model, curves, seconds = _fine_tune(settings, name, tune_blocks, validation_blocks, output)
+        clean, attacked = (
+            score_documents(model, texts, progress=f"Scoring the {name} copy, {kind}")
+            for kind, texts in zip(("clean", "attacked"), windows, strict=True)
+        )
+        kept = routing_kept(model, *windows, top_k=MODEL["num_experts_per_tok"], progress=f"Routing of the {name} copy")
+        arms[name] = Arm(clean, attacked, kept, seconds, curves)
+        if name == "symphony":
+            graphs = expert_graphs(model)
+            checks = _check_saved_forms(model, windows[0], output)
+        else:
+            unsymphonize(model)
+        model.save_pretrained(output / name)
+        tokenizer.save_pretrained(output / name)
+    report = _report(settings, corpus, arms, checks, len(base_blocks), len(tune_blocks))
+    report |= {"words_changed": _share_of_words_changed(settings, corpus), "seconds": time.perf_counter() - started}
+    write_json(output / "report.json", report)
+    write_report(report, graphs, {"base": base_curves, **{name: arm.curves for name, arm in arms.items()}}, output)
+    return report
+
+
+def _share_of_words_changed(settings: QuickstartSettings, corpus: Corpus) -> float:
+    documents = corpus.test[: settings.documents]
+    attacked = attack(documents, rate=settings.attack_rate, seed=settings.seed)
+    changed = sum(words_changed(a.text, b.text) for a, b in zip(documents, attacked, strict=True))
+    return changed / sum(len(document.text.split()) for document in documents)
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _blocks(settings: QuickstartSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+    """Tokens of the pre-training documents, of the fine-tuning documents, and of the validation split."""
+    tune = corpus.train[::FINE_TUNE_SHARE]
+    names = {document.name for document in tune}
+    base = [document for document in corpus.train if document.name not in names]
+    return [pack_blocks(documents, tokenizer, settings.block_size) for documents in (base, tune, corpus.validation)]
+
+
+def _arguments(settings: QuickstartSettings, output: Path, steps: int, learning_rate: float) -> TrainingArguments:
+    return training_arguments(
+        {
+            "max_steps": steps,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.batch_size,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, steps // 20),
+            "weight_decay": 0.01,
+            "logging_steps": max(1, steps // 30),
+            "eval_strategy": "steps",
+            "eval_steps": max(1, steps // 5),
+            "save_strategy": "no",
+            "seed": settings.seed,
+            "dataloader_pin_memory": False,
+        },
+        output,
+    )
+
+
+def _pretrain(
+    settings: QuickstartSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
+    validation: torch.Tensor,
+    output: Path,
+) -> dict[str, list[tuple[float, float]]]:
+    set_seed(settings.seed)
+    # A stock model, with its family's own balance loss.
+    model = load_model(ModelSection(config={**MODEL, "output_router_logits": True}), tokenizer)
+    arguments = _arguments(settings, output, settings.pretrain_steps, 3e-3)
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments)
+    model.config.output_router_logits = False
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return _curves(trainer.state.log_history)
+
+
+def _fine_tune(
+    settings: QuickstartSettings, name: str, blocks: torch.Tensor, validation: torch.Tensor, output: Path
+) -> tuple[PreTrainedModel, dict[str, list[tuple[float, float]]], float]:
+    """Same start, same batches, same losses, same budget; only the strength differs."""
+    set_seed(settings.seed)
+    model = AutoModelForCausalLM.from_pretrained(output / "base")
+    symphonize(model, strength=0.0 if name == "plain" else 1.0)
+    arguments = _arguments(settings, output / name, settings.finetune_steps, 1e-3)
+    timer = _StepTimer()
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments, [timer])
+    return model, _curves(trainer.state.log_history), timer.median()
+
+
+def _some(blocks: torch.Tensor, most: int = 64) -> torch.Tensor:
+    """Evenly spaced validation blocks: enough for a curve."""
+    return blocks[:: max(1, len(blocks) // most)][:most]
+
+
+def _curves(history: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    return {
+        curve: [(entry["step"], entry[key]) for entry in history if key in entry]
+        for curve, key in (("train", "loss"), ("eval", "eval_loss"))
+    }
+
+
+class _StepTimer(TrainerCallback):
+    """Seconds of each optimizer step, evaluations left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def median(self) -> float:
+        return float(torch.tensor(self.seconds).median())
+
+
+@torch.inference_mode()
+def _check_saved_forms(
+    model: PreTrainedModel, windows: dict[str, list[torch.Tensor]], output: Path
+) -> dict[str, float | bool]:
+    """Save, load and fold, and compare the logits of each form with the model's.
+
+    Raises:
+        EvaluationError: If one differs by more than rounding.
+    """
+    model.eval()
+    model.save_pretrained(output / "symphony")
+    export_folded(model, output / "folded")
+    ids = torch.stack([texts[0] for texts in windows.values() if len(texts) > 1][:16])
+    expected = model(ids, output_router_logits=True)
+    reloaded = AutoModelForCausalLM.from_pretrained(output / "symphony")(ids)
+    folded = AutoModelForCausalLM.from_pretrained(output / "folded")(ids, output_router_logits=True)
+    same = [
+        (
+            a.topk(MODEL["num_experts_per_tok"]).indices.sort().values
+            == b.topk(MODEL["num_experts_per_tok"]).indices.sort().values
+        )
+        .all(-1)
+        .float()
+        .mean()
+        for a, b in zip(expected.router_logits, folded.router_logits, strict=True)
+    ]
+    checks: dict[str, float | bool] = {
+        "reload_max_difference": float((reloaded.logits - expected.logits).abs().max()),
+        "folded_max_difference": float((folded.logits - expected.logits).abs().max()),
+        "folded_same_choices": float(torch.stack(same).mean()),
+        "folded_routers": len(folded_parameters(model)),
+    }
+    if (
+        checks["reload_max_difference"] > 0
+        or checks["folded_max_difference"] > 1e-5
+        or checks["folded_same_choices"] < 0.999
+    ):
+        raise EvaluationError(f"quickstart: a saved form does not compute what the model does: {checks}")
+    return checks
+
+
+def _report(
+    settings: QuickstartSettings,
+    corpus: Corpus,
+    arms: dict[str, Arm],
+    checks: dict[str, float | bool],
+    base_blocks: int,
+    tune_blocks: int,
+) -> dict[str, Any]:
+    plain, symphony = arms["plain"], arms["symphony"]
+    seed = settings.seed
+    comparisons = {
+        "clean": compare_perplexity(symphony.clean, plain.clean, seed=seed).exp(),
+        "attacked": compare_perplexity(symphony.attacked, plain.attacked, seed=seed).exp(),
+        "attacked_to_clean": compare_robustness(
+            symphony.clean, symphony.attacked, plain.clean, plain.attacked, seed=seed
+        ),
+    }
+    return {
+        "command": " ".join(["symphony quickstart", *_options(settings)]),
+        "settings": dataclasses.asdict(settings),
+        "model": MODEL,
+        "corpus": {"source": corpus.source, "pretrain_blocks": base_blocks, "finetune_blocks": tune_blocks},
+        "documents": len(plain.clean.names),
+        "tokens": int(plain.clean.num_tokens.sum()),
+        "arms": {name: _arm_values(arm, seed) for name, arm in arms.items()},
+        "comparisons": {
+            name: {**dataclasses.asdict(interval), "verdict": interval.verdict()}
+            for name, interval in comparisons.items()
+        },
+        "checks": checks,
+        "versions": {
+            "symphony_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers_version(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _options(settings: QuickstartSettings) -> list[str]:
+    """The command line's options that were not left at their defaults."""
+    values = dataclasses.asdict(settings)
+    return [
+        f"--{name} {values[name]}"
+        for name, default in dataclasses.asdict(QuickstartSettings()).items()
+        if values[name] != default
+    ]
+
+
+def _arm_values(arm: Arm, seed: int) -> dict[str, Any]:
+    return {
+        "clean": dataclasses.asdict(perplexity_interval(arm.clean, seed=seed)),
+        "attacked": dataclasses.asdict(perplexity_interval(arm.attacked, seed=seed)),
+        "ratio": arm.attacked.perplexity / arm.clean.perplexity,
+        "routing_kept": arm.routing.share,
+        "routing_kept_tokens": arm.routing.num_tokens,
+        "seconds_per_step": arm.seconds_per_step,
+    }

@@ -1,0 +1,167 @@
+"""The recipe runner: one path from a recipe to a trained, saved and measured model, for every launcher."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ..data import BlockDataset, Corpus, Document, attack, cached_tokenizer, document_windows, load_corpus, pack_blocks
+from ..errors import ConfigError, nearest
+from ..evaluation import score_documents
+from ..patching import is_symphonized, symphonize
+from .callback import SymphonyCallback
+
+if TYPE_CHECKING:
+    from ..recipe import EvalSection, ModelSection, Recipe
+
+
+def run_recipe(recipe: "Recipe") -> dict[str, Any]:
+    """Train what a recipe says, save it in `final/`, and measure it on clean and attacked text.
+
+    Args:
+        recipe: From `load_recipe`. Under a launcher every process calls this.
+
+    Returns:
+        The results, as written to `results.json` in the output directory.
+
+    Raises:
+        SymphonyError: If the recipe, the data or the model is not usable; before anything is trained.
+    """
+    output = Path(recipe.output.directory)
+    arguments = training_arguments(recipe.train, output)
+    corpus = load_corpus(recipe.data.path, text_column=recipe.data.text_column)
+    tokenizer = load_tokenizer(recipe, corpus)
+    blocks = {
+        split: BlockDataset(pack_blocks(getattr(corpus, split), tokenizer, recipe.data.block_size))
+        for split in ("train", "validation")
+    }
+    torch.manual_seed(arguments.seed)
+    model = load_model(recipe.model, tokenizer)
+    if recipe.symphony is not None and not is_symphonized(model):
+        symphonize(model, recipe.symphony)
+    trainer = train(model, blocks["train"], blocks["validation"], arguments)
+    trainer.save_model(str(output / "final"))
+    results = {"recipe": dataclasses.asdict(recipe), "train": trainer.state.log_history[-1]}
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(output / "final")
+        results["test"] = evaluate_clean_and_attacked(
+            trainer.model, tokenizer, corpus, recipe.data.block_size, recipe.eval
+        )
+        write_json(output / "results.json", results)
+    return results
+
+
+def training_arguments(settings: dict[str, Any], output: Path) -> TrainingArguments:
+    """TrainingArguments from a recipe's train section.
+
+    Raises:
+        ConfigError: If a setting is unknown, or TrainingArguments refuses a value.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"train: TrainingArguments has no `{name}`; {nearest(str(name), known)}")
+    try:
+        return TrainingArguments(**{"output_dir": str(output), "report_to": "none", **settings})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train: {error}") from error
+
+
+def load_tokenizer(recipe: "Recipe", corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; for a model built from a config, one trained on the corpus (and cached)."""
+    if recipe.model.path is None:
+        return cached_tokenizer(corpus, recipe.data.vocab_size)
+    return AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+
+
+def load_model(section: "ModelSection", tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that a recipe names, or builds with random weights."""
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    if section.path is not None:
+        return AutoModelForCausalLM.from_pretrained(section.path, revision=section.revision, dtype=dtype)
+    fields = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **(section.config or {}),
+    }
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype)
+
+
+def train(
+    model: PreTrainedModel,
+    train_data: Dataset[dict[str, torch.Tensor]],
+    validation_data: Dataset[dict[str, torch.Tensor]] | None,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Trainer:
+    """Train a model with transformers' Trainer; a Symphony model's graphs move once per optimizer step.
+
+    Returns:
+        The Trainer, after training.
+    """
+    trainer = Trainer(model, arguments, train_dataset=train_data, eval_dataset=validation_data, callbacks=callbacks)
+    if is_symphonized(model):
+        # In front of the reporting callbacks, so that they see what it adds to the logs.
+        trainer.callback_handler.callbacks.insert(0, SymphonyCallback())
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    return trainer
+
+
+def evaluate_clean_and_attacked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, block_size: int, section: "EvalSection"
+) -> dict[str, Any]:
+    """Perplexity on the test split, as it is and with words swapped.
+
+    Returns:
+        `clean` and `attacked` perplexity, their ratio, and how many documents and tokens they come from.
+    """
+    clean, attacked = clean_and_attacked_windows(corpus.test[: section.documents], tokenizer, block_size, section)
+    scores = {
+        name: score_documents(model, windows, progress=f"Scoring {name} text")
+        for name, windows in (("clean", clean), ("attacked", attacked))
+    }
+    return {
+        "clean": scores["clean"].perplexity,
+        "attacked": scores["attacked"].perplexity,
+        "ratio": scores["attacked"].perplexity / scores["clean"].perplexity,
+        "documents": len(scores["clean"].names),
+        "tokens": int(scores["clean"].num_tokens.sum()),
+    }
+
+
+def clean_and_attacked_windows(
+    documents: list[Document], tokenizer: PreTrainedTokenizerBase, block_size: int, section: "EvalSection"
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
+    """The documents in windows of tokens, as they are and with words swapped, by document name."""
+    attacked = attack(documents, rate=section.attack_rate, minimum=section.attack_minimum, seed=section.seed)
+    names = [document.name for document in documents]
+    clean_windows = dict(zip(names, document_windows(documents, tokenizer, block_size), strict=True))
+    attacked_windows = dict(zip(names, document_windows(attacked, tokenizer, block_size), strict=True))
+    # A document too short for one prediction has nothing to score, in either form.
+    kept = [name for name in names if clean_windows[name] and attacked_windows[name]]
+    return {name: clean_windows[name] for name in kept}, {name: attacked_windows[name] for name in kept}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,234 @@
+"""The figures: their files, and what is in them."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import symphony_hf.diagnostics
+from symphony_hf.diagnostics.plots import (
+    figure,
+    heat_maps,
+    networks,
+    plot_comparison,
+    plot_curves,
+    plot_expert_network,
+    plot_graphs,
+    runs,
+)
+from symphony_hf.errors import EvaluationError, GraphError
+from symphony_hf.evaluation import Interval
+from symphony_hf.routing import count_coselections, initial_adjacency
+
+GRAPH_PLOTS = [plot_graphs, plot_expert_network]
+
+
+def random_graph(num_experts=8):
+    logits = torch.randn(500, num_experts) + torch.randn(num_experts)
+    return count_coselections(logits.topk(2).indices, num_experts) / 500
+
+
+def layers(num_layers, num_experts=8):
+    return {f"model.layers.{number}.mlp.gate": random_graph(num_experts) for number in range(num_layers)}
+
+
+def interval(estimate):
+    return Interval(estimate, 0.9 * estimate, 1.1 * estimate, 0.95, 60, 0)
+
+
+CURVES = {
+    "plain": {"train": [(10, 4.0), (20, 3.5)], "eval": [(20, 3.6)]},
+    "symphony": {"train": [(10, 4.1), (20, 3.4)], "eval": []},
+}
+PERPLEXITIES = {
+    "plain": {"clean": interval(30.0), "attacked": interval(40.0)},
+    "symphony": {"clean": interval(29.0), "attacked": interval(38.0)},
+}
+RATIOS = {"symphony / plain, clean": interval(0.97), "symphony / plain, attacked": interval(0.95)}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that a plot would have saved."""
+    figures = []
+    for module in (heat_maps, networks, runs):
+        monkeypatch.setattr(module, "save_png", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def assert_picture(path, width, height):
+    pixels = imread(path)
+    assert pixels.shape[:2] == (height, width)
+    assert pixels[..., :3].std() > 0.05
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_curves_are_drawn(tmp_path):
+    path = tmp_path / "figures" / "curves.png"
+    assert plot_curves(CURVES, path) == path
+    assert_picture(path, 1200, 510)
+
+
+def test_a_comparison_is_drawn(tmp_path):
+    path = tmp_path / "comparison.png"
+    assert plot_comparison(PERPLEXITIES, RATIOS, path) == path
+    assert_picture(path, 1275, 540)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_experts", "heat_map_size", "network_size"),
+    [(1, 8, (615, 540), (840, 555)), (3, 16, (1020, 1005), (840, 990)), (5, 4, (1425, 1005), (1170, 990))],
+)
+def test_graphs_are_drawn(tmp_path, num_layers, num_experts, heat_map_size, network_size):
+    graphs = layers(num_layers, num_experts)
+    path = tmp_path / "graphs.png"
+    assert plot_graphs(graphs, path) == path
+    assert_picture(path, *heat_map_size)
+    assert plot_expert_network(graphs, str(path)) == path
+    assert_picture(path, *network_size)
+
+
+@pytest.mark.parametrize("plot", GRAPH_PLOTS)
+def test_graphs_before_training_are_drawn(tmp_path, plot):
+    plot({"gate": initial_adjacency(4, 2)}, tmp_path / "start.png")
+    assert imread(tmp_path / "start.png")[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize("plot", GRAPH_PLOTS)
+def test_an_error_leaves_the_old_file(tmp_path, plot):
+    path = tmp_path / "graphs.png"
+    path.write_bytes(b"old")
+    with pytest.raises(GraphError, match="negative"):
+        plot({"gate": -torch.ones(4, 4)}, path)
+    with pytest.raises(GraphError, match="no graphs"):
+        plot({}, path)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"old")
+
+    def fail_half_way(self, target, **settings):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure.Figure, "savefig", fail_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        plot_curves(CURVES, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["curves.png"]
+    assert path.read_bytes() == b"old"
+
+
+def test_layers_are_titled_by_what_differs_and_thinned_evenly():
+    graph = random_graph()
+    shown, left_out = figure.shown_layers({f"model.layers.{n}.mlp.gate": graph for n in (1, 3)})
+    assert (list(shown), left_out) == (["layer 1", "layer 3"], "")
+    shown, left_out = figure.shown_layers({f"{n}": graph for n in range(31)})
+    assert list(shown) == [f"layer {n}" for n in range(0, 31, 2)]
+    assert left_out == " (16 of 31 layers)"
+    assert list(figure.shown_layers({"vision.gate": graph})[0]) == ["vision.gate"]
+    assert list(figure.shown_layers({"vision.0": graph, "projector.0": graph})[0]) == ["vision", "projector"]
+    assert list(figure.shown_layers({"gate": graph, "gate.inner": graph})[0]) == ["gate", "gate.inner"]
+
+
+def test_the_heat_map_shows_row_shares_in_cluster_order(drawn):
+    adjacency = random_graph(6)
+    plot_graphs({"gate": adjacency}, "unused.png")
+    bars, heat_map, _ = drawn[0].axes
+    order = [int(label.get_text()) for label in heat_map.get_xticklabels()]
+    assert sorted(order) == list(range(6))
+    pairs = adjacency.numpy().copy()
+    np.fill_diagonal(pairs, np.nan)
+    shares = pairs / np.nansum(pairs, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        heat_map.images[0].get_array().filled(np.nan), shares[order][:, order], rtol=1e-5, equal_nan=True
+    )
+    loads = [bar.get_height() for bar in bars.patches]
+    np.testing.assert_allclose(loads, np.diag(adjacency)[order] / np.trace(adjacency), rtol=1e-5)
+
+
+def test_the_network_joins_the_experts_that_seek_each_other(drawn):
+    adjacency = torch.full((6, 6), 0.02).fill_diagonal_(0.28)
+    adjacency[[0, 4, 2, 5, 1, 3], [4, 0, 5, 2, 3, 1]] = 0.2
+    plot_expert_network({"gate": adjacency}, "unused.png")
+    (axes,) = drawn[0].axes
+    # A label stands outside its expert, in the direction of it.
+    places = {int(text.get_text()): np.array(text.get_position()) / 1.2 for text in axes.texts}
+    joined = set()
+    for line in axes.lines:
+        ends = [min(places, key=lambda expert: np.linalg.norm(places[expert] - end)) for end in line.get_xydata()]
+        joined.add(frozenset(ends))
+    assert joined == {frozenset({0, 4}), frozenset({2, 5}), frozenset({1, 3})}
+
+
+def test_an_even_network_says_that_no_pair_stands_out(drawn):
+    plot_expert_network({"gate": torch.full((4, 4), 1 / 6).fill_diagonal_(0.5)}, "unused.png")
+    (axes,) = drawn[0].axes
+    assert not axes.lines
+    assert axes.texts[-1].get_text() == "no pair stands out"
+
+
+def test_curves_are_named_with_their_last_value(drawn):
+    plot_curves(CURVES, "unused.png")
+    train, evaluation = drawn[0].axes
+    assert [line.get_label() for line in train.lines] == ["plain, last 3.500", "symphony, last 3.400"]
+    assert [line.get_label() for line in evaluation.lines] == ["plain, last 3.600"]
+    np.testing.assert_array_equal(train.lines[1].get_xydata(), CURVES["symphony"]["train"])
+
+
+def test_a_comparison_shows_each_interval(drawn):
+    plot_comparison(PERPLEXITIES, RATIOS, "unused.png")
+    left, right = drawn[0].axes
+    for container, by_text in zip(left.containers, PERPLEXITIES.values(), strict=True):
+        points, _, (bars,) = container
+        assert points.get_ydata().tolist() == [shown.estimate for shown in by_text.values()]
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        np.testing.assert_allclose(ends, [[shown.low, shown.high] for shown in by_text.values()])
+    assert [label.get_text() for label in right.get_xticklabels()] == [
+        "symphony / plain\nclean",
+        "symphony / plain\nattacked",
+    ]
+    assert "95% intervals over 60 documents" in drawn[0].get_supxlabel()
+
+
+def test_an_interval_without_width_is_drawn(drawn):
+    """Rounding may leave the estimate a hair outside."""
+    narrow = Interval(0.1 + 0.2, 0.3, 0.3, 0.95, 60, 0)
+    plot_comparison({"plain": {"clean": narrow}}, {"a / b": narrow}, "unused.png")
+    assert len(drawn) == 1
+
+
+def test_unknown_and_missing_series_are_refused(tmp_path):
+    with pytest.raises(EvaluationError, match=r"plain.*`evals`.*`eval`"):
+        plot_curves({"plain": {"evals": [(1, 2.0)]}}, tmp_path / "curves.png")
+    with pytest.raises(EvaluationError, match="at least one"):
+        plot_comparison(PERPLEXITIES, {}, tmp_path / "comparison.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def fresh_import(monkeypatch):
+    """Import a module of diagnostics anew, where another one cannot be imported."""
+    monkeypatch.setattr(symphony_hf, "diagnostics", symphony_hf.diagnostics)  # so that it is put back afterwards
+    for name in [name for name in sys.modules if name.startswith("symphony_hf.diagnostics")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def import_without(name, missing):
+        monkeypatch.setitem(sys.modules, missing, None)
+        return importlib.import_module(name)
+
+    return import_without
+
+
+def test_the_numbers_do_without_matplotlib(fresh_import):
+    diagnostics = fresh_import("symphony_hf.diagnostics", missing="matplotlib")
+    assert diagnostics.load_entropy(initial_adjacency(4, 2)) == pytest.approx(1)
+
+
+def test_the_figures_do_without_pyplot(fresh_import, tmp_path):
+    plots = fresh_import("symphony_hf.diagnostics.plots", missing="matplotlib.pyplot")
+    assert plots.plot_curves(CURVES, tmp_path / "curves.png").exists()

@@ -1,0 +1,147 @@
+"""Routing kept under attack, against a loop over tokens, layers and single windows that reads the routers' choice."""
+
+import numpy as np
+import pytest
+import torch
+from models import VOCAB, make_llava, make_model
+
+from symphony_hf.errors import EvaluationError
+from symphony_hf.evaluation import choices_kept, record_routing, routing_kept
+
+TOP_K = 3
+BLOCK = 16
+GENERIC = VOCAB - 1
+"""The token that attacks put in a word's place; clean documents don't have it."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("olmoe")
+
+
+def cut(ids):
+    return [window for window in torch.tensor(ids).split(BLOCK) if len(window) > 1]
+
+
+@pytest.fixture
+def documents():
+    """Each document's clean ids, its attacked ids, and the pairs of positions left alone."""
+    made = {}
+    for name, length in {"a": 40, "b": 13, "c": 34}.items():
+        clean = torch.randperm(VOCAB - 2)[:length].tolist()
+        attacked, untouched = [], []
+        for position, token in enumerate(clean):
+            if position % 7 == 3:
+                attacked.extend([GENERIC] * (1 + position % 2))
+            else:
+                untouched.append((position, len(attacked)))
+                attacked.append(token)
+        # Where a last window of one token would be dropped, another token keeps it.
+        attacked.extend([GENERIC] * (len(attacked) % BLOCK == 1))
+        made[name] = (clean, attacked, untouched)
+    return made
+
+
+def windows_of(documents, side):
+    return {name: cut(made[side]) for name, made in documents.items()}
+
+
+def naive_choices(model, windows):
+    """The indices that the routers themselves returned: for each layer one set of experts a token."""
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    layers = [[] for _ in routers]
+    for window in windows:
+        hooks = [
+            router.register_forward_hook(
+                lambda _, __, output, chosen=chosen: chosen.extend(map(set, output[2].tolist()))
+            )
+            for router, chosen in zip(routers, layers, strict=True)
+        ]
+        with torch.no_grad():
+            model(input_ids=window.unsqueeze(0))
+        for hook in hooks:
+            hook.remove()
+    return layers
+
+
+def test_recorded_routing_is_what_the_routers_chose_in_document_order(model, documents):
+    windows = windows_of(documents, 0)
+    recorded = record_routing(model, windows, TOP_K, batch_size=4)
+    flat = [window for parts in windows.values() for window in parts]
+    expected = naive_choices(model, flat)
+    assert recorded.dtype == torch.int64
+    assert recorded.shape == (3, sum(len(window) for window in flat), TOP_K)
+    assert torch.equal(recorded, recorded.sort(-1).values)
+    assert [[set(token) for token in layer] for layer in recorded.tolist()] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_routing_kept_equals_a_loop_over_tokens(model, documents, batch_size):
+    kept = routing_kept(model, windows_of(documents, 0), windows_of(documents, 1), top_k=TOP_K, batch_size=batch_size)
+    shares = np.zeros(3)
+    for clean, attacked, untouched in documents.values():
+        before, after = naive_choices(model, cut(clean)), naive_choices(model, cut(attacked))
+        for layer in range(3):
+            shares[layer] += sum(len(before[layer][i] & after[layer][j]) / TOP_K for i, j in untouched)
+    num_tokens = sum(len(untouched) for _, _, untouched in documents.values())
+    assert kept.num_tokens == num_tokens
+    np.testing.assert_allclose(kept.per_layer, shares / num_tokens)
+    assert kept.share == pytest.approx(shares.mean() / num_tokens)
+    assert kept.share < 1
+
+
+def test_identical_documents_keep_exactly_everything(model, documents):
+    windows = windows_of(documents, 0)
+    kept = routing_kept(model, windows, windows, top_k=TOP_K, batch_size=3)
+    assert kept.share == 1.0
+    assert kept.per_layer.tolist() == [1.0, 1.0, 1.0]
+    assert kept.num_tokens == sum(len(window) for parts in windows.values() for window in parts)
+
+
+def test_documents_are_matched_by_name_not_by_order(model, documents):
+    clean, attacked = windows_of(documents, 0), windows_of(documents, 1)
+    backwards = {name: attacked[name] for name in reversed(attacked)}
+    assert (
+        routing_kept(model, clean, backwards, top_k=TOP_K).share
+        == routing_kept(model, clean, attacked, top_k=TOP_K).share
+    )
+
+
+def test_a_nested_language_model_can_be_passed_by_itself(documents):
+    model = make_llava("olmoe")
+    windows = windows_of(documents, 0)
+    recorded = record_routing(model.model.language_model, windows, TOP_K)
+    assert recorded.shape[0] == 3
+
+
+def test_a_model_without_router_logits_is_refused(documents):
+    class Dense(torch.nn.Linear):
+        def forward(self, input_ids, attention_mask, output_router_logits):
+            return object()
+
+    with pytest.raises(EvaluationError, match=r"Dense.*router_logits.*language_model"):
+        record_routing(Dense(1, 1), windows_of(documents, 0), TOP_K)
+
+
+def test_too_many_choices_are_refused(model, documents):
+    with pytest.raises(EvaluationError, match=r"`top_k` is 9.*8 experts"):
+        record_routing(model, windows_of(documents, 0), 9)
+
+
+def test_documents_in_one_text_only_are_refused(model, documents):
+    clean, attacked = windows_of(documents, 0), windows_of(documents, 1)
+    attacked["other"] = attacked.pop("b")
+    with pytest.raises(EvaluationError, match="'b', 'other'"):
+        routing_kept(model, clean, attacked, top_k=TOP_K)
+
+
+def test_texts_without_a_common_token_are_refused(model):
+    clean, attacked = {"a": [torch.tensor([1, 2, 3])]}, {"a": [torch.tensor([4, 5])]}
+    with pytest.raises(EvaluationError, match="tokenized"):
+        routing_kept(model, clean, attacked, top_k=TOP_K)
+
+
+def test_choices_kept_by_hand():
+    clean = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
+    attacked = torch.tensor([[1, 0], [3, 8], [0, 1], [6, 7]])
+    assert choices_kept(clean, attacked) == (2 + 1 + 0 + 2) / 8
