@@ -57,12 +57,13 @@ def detach(module: nn.Module) -> None:
         handle.remove()
     del module.save_pretrained
     for owner, weight in tracker.silenced:
-        owner.router_aux_loss_coef = weight
+        owner.__dict__["router_aux_loss_coef"] = weight
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:
             module._loss_function = tracker.own_loss
-    module._keep_in_fp32_modules_strict = set(module._keep_in_fp32_modules_strict) - {"symphony"}  # type: ignore[arg-type]
+    strict = module.__dict__["_keep_in_fp32_modules_strict"]
+    module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
 
 
 def _mask_position(owner: nn.Module) -> int | None:
@@ -73,9 +74,10 @@ def _mask_position(owner: nn.Module) -> int | None:
 def _silence_own_balance_loss(model: nn.Module, tracker: Tracker) -> None:
     """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("router_aux_loss_coef"), int | float):
-            tracker.silenced.append((module, module.router_aux_loss_coef))
-            module.router_aux_loss_coef = 0.0  # type: ignore[assignment]
+        weight = module.__dict__.get("router_aux_loss_coef")
+        if isinstance(weight, int | float):
+            tracker.silenced.append((module, weight))
+            module.__dict__["router_aux_loss_coef"] = 0.0
 
 
 class RecordedLoss:

@@ -113,8 +113,8 @@ class SymphonyConfig:
             )
         if self.graph == "learned" and not self.self_loops:
             raise ConfigError(
-                "symphony: graph `learned` needs `self_loops`: without them no expert has a neighbour at the start, and "
-                "no gradient ever gives it one"
+                "symphony: graph `learned` needs `self_loops`: without them no expert has a neighbour at the start, "
+                "and no gradient ever gives it one"
             )
         self._check_layers()
 

@@ -52,13 +52,12 @@ def symphonize(
         settings = dataclasses.replace(settings, graph="ema")
     check_routers(found, settings)
     # Everything was checked; from here on nothing is refused.
-    for router in found:
-        patch_router(router, settings)
+    graphs = [patch_router(router, settings) for router in found]
     attach(model, found)
     if adjacencies is not None:
-        for router, adjacency_EE in zip(found, adjacencies, strict=True):
+        for graph, adjacency_EE in zip(graphs, adjacencies, strict=True):
             with torch.no_grad():
-                router.module.symphony.adjacency.copy_(adjacency_EE)
+                graph.adjacency.copy_(adjacency_EE)
     model.config.symphony = settings.to_dict()
     if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
         tracker_of(model).warn_once(
@@ -99,18 +98,19 @@ def _check_patchable(model: nn.Module) -> None:
         )
 
 
-def patch_router(router: FoundRouter, config: SymphonyConfig) -> None:
-    """Make one router a Symphony router. It observes nothing until `attach` gives it a stack."""
+def patch_router(router: FoundRouter, config: SymphonyConfig) -> ExpertGraph:
+    """Make one router a Symphony router, and return its graph. It observes nothing until `attach` gives it a stack."""
     module = router.module
     weight: Tensor = module.weight  # type: ignore[assignment]
     device = weight.device
     if weight.is_meta and hasattr(module, "_hf_hook"):
         # accelerate keeps an offloaded weight on meta between forwards; the graph is small, and stays on the device.
         device = getattr(module._hf_hook, "execution_device", device)
-    training = module.training
-    module.symphony = ExpertGraph(router.contract.num_experts, router.contract.top_k, config, device).train(training)
+    graph = ExpertGraph(router.contract.num_experts, router.contract.top_k, config, device).train(module.training)
+    module.symphony = graph
     module.contract = router.contract  # type: ignore[assignment]
     swap_class(module, symphony_router_class(type(module)))
+    return graph
 
 
 def is_symphonized(model: nn.Module) -> bool:

@@ -97,8 +97,9 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
     )
     sentences.append(f"The attack changed {report['words_changed']:.1%} of the words: at least one in every line.")
     sentences.append(
-        f"Reloaded checkpoint: largest logit difference {checks['reload_max_difference']:g}; folded into plain routers: "
-        f"{checks['folded_max_difference']:g}, with the same experts for {checks['folded_same_choices']:.2%} of tokens."
+        f"Reloaded checkpoint: largest logit difference {checks['reload_max_difference']:g}; folded into plain "
+        f"routers: {checks['folded_max_difference']:g}, with the same experts for "
+        f"{checks['folded_same_choices']:.2%} of tokens."
     )
     return sentences
 
@@ -128,7 +129,7 @@ def _page(report: Mapping[str, Any]) -> str:
         f"- Settings: {settings}",
         f"- Model: {model}",
         f"- Versions: {versions}",
-        "- Checkpoints: `base/`, `plain/`, `symphony/` (graph included; load it with `import symphony_hf`) and `folded/` "
-        "(plain OLMoE, for any server)",
+        "- Checkpoints: `base/`, `plain/`, `symphony/` (graph included; load it with `import symphony_hf`) and "
+        "`folded/` (plain OLMoE, for any server)",
     ]
     return "\n".join(lines) + "\n"

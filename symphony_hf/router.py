@@ -6,7 +6,6 @@ and the experts follow. An instance gets the subclass by `__class__` alone, so t
 transformers finds routers to record, still holds, and so that it goes back as simply.
 """
 
-import functools
 import types
 from typing import Any
 
@@ -87,9 +86,17 @@ class SymphonyRouter:
         return _new_router, (self.base_class,), self.__dict__
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def symphony_router_class(base_class: type[nn.Module]) -> type[nn.Module]:
     """The Symphony subclass of a family's router class. The same class for the same base."""
+    if base_class not in _CLASSES:
+        _CLASSES[base_class] = _make_class(base_class)
+    return _CLASSES[base_class]
+
+
+def _make_class(base_class: type[nn.Module]) -> type[nn.Module]:
     name = f"Symphony{base_class.__name__}"
     # Kernels from the Hub would replace a forward by one that reads the weight itself, past the graph.
     namespace = {"base_class": base_class, "kernel_layer_name": None, "__doc__": SymphonyRouter.__doc__}
@@ -105,4 +112,4 @@ def swap_class(router: nn.Module, router_class: type[nn.Module]) -> None:
     """Give a router another class, also below the hooks of accelerate, which keep the old forward bound."""
     router.__class__ = router_class
     if "_old_forward" in router.__dict__:
-        router._old_forward = types.MethodType(router_class.forward, router)
+        router.__dict__["_old_forward"] = types.MethodType(router_class.forward, router)

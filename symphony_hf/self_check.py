@@ -45,8 +45,10 @@ def _check(router: FoundRouter, config: SymphonyConfig) -> None:
     logits_TE = expected[contract.logits]
     if config.smoothing == "scores":
         _check_softmax_head(where, contract, expected)
-    _set_random_graph(trial.symphony)
-    transition_EE = trial.symphony.transition()
+    graph = trial.symphony
+    assert isinstance(graph, ExpertGraph)
+    _set_random_graph(graph)
+    transition_EE = graph.transition()
     smoothed_TE = type(trial).forward(trial, hidden_TD)[contract.logits].float()
     if config.smoothing == "scores":
         wanted, got = smooth_probabilities(logits_TE.float().softmax(-1), transition_EE), smoothed_TE.softmax(-1)

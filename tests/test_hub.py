@@ -55,7 +55,7 @@ def edit_config(folder, **symphony):
 
 def run_plain(script, *arguments):
     """Run a script in a process that never imports symphony_hf."""
-    script = f"import sys, torch\n{script}\nassert not any('symphony' in name for name in sys.modules)"
+    script = f"import sys, torch\n{script}\nassert 'symphony_hf' not in sys.modules"
     result = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=240
     )
@@ -193,7 +193,7 @@ def test_a_graph_of_another_shape_is_an_error(tmp_path):
     name = "model.layers.0.block_sparse_moe.gate.symphony.adjacency"
     edit_tensors(tmp_path, lambda tensors: tensors.update({name: torch.eye(5)}))
     # transformers itself refuses other shapes, after its report has named the tensor.
-    with pytest.raises((GraphError, RuntimeError), match="mismatch|another shape"):
+    with pytest.raises((GraphError, RuntimeError), match=r"mismatch|another shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(GraphError, match=r"layers\.0.*another shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)

@@ -198,7 +198,15 @@ def test_accelerates_hooks_do_not_bypass_the_graph(when, offload_buffers):
     assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"smoothing": "scores"}, {"graph": "learned"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"smoothing": "scores"}, marks=pytest.mark.slow),
+        pytest.param({"graph": "learned", "warmup_steps": 3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_torch_compile_fullgraph_gives_the_same(settings):
     """aot_eager traces as inductor does, and runs the same kernels as eager, so equality is to the bit in forward."""
     torch._dynamo.reset()

@@ -4,9 +4,10 @@ from .alignment import aligned_positions
 from .comparison import compare_perplexity, compare_robustness, perplexity_interval
 from .perplexity import DocumentScores, score_documents
 from .routing import RoutingKept, choices_kept, record_routing, routing_kept
-from .statistics import Interval, paired_bootstrap
+from .statistics import MIN_DOCUMENTS, Interval, paired_bootstrap
 
 __all__ = [
+    "MIN_DOCUMENTS",
     "DocumentScores",
     "Interval",
     "RoutingKept",

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -24,6 +25,7 @@ from ..errors import ConfigError, nearest
 from ..evaluation import score_documents
 from ..patching import is_symphonized, symphonize
 from .callback import SymphonyCallback
+from .progress import StepProgress
 
 if TYPE_CHECKING:
     from ..recipe import EvalSection, ModelSection, Recipe
@@ -113,10 +115,15 @@ def train(
 ) -> Trainer:
     """Train a model with transformers' Trainer; a Symphony model's graphs move once per optimizer step.
 
+    Progress is one bar that shows the last values, where Trainer would print a dictionary at each.
+
     Returns:
         The Trainer, after training.
     """
     trainer = Trainer(model, arguments, train_dataset=train_data, eval_dataset=validation_data, callbacks=callbacks)
+    trainer.remove_callback(ProgressCallback)
+    if not arguments.disable_tqdm:
+        trainer.add_callback(StepProgress())
     if is_symphonized(model):
         # In front of the reporting callbacks, so that they see what it adds to the logs.
         trainer.callback_handler.callbacks.insert(0, SymphonyCallback())

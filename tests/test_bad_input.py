@@ -1,0 +1,223 @@
+"""Bad input gets a SymphonyError that says what, where and what to do, before anything has changed."""
+
+import json
+
+import pytest
+import torch
+from models import COMMON, make_model
+from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
+
+from symphony_hf import (
+    ConfigError,
+    PatchError,
+    SymphonyConfig,
+    SymphonyError,
+    UnsupportedModelError,
+    add_router_losses,
+    expert_graphs,
+    is_symphonized,
+    symphonize,
+    update_graphs,
+)
+from symphony_hf.families import contract
+from symphony_hf.recipe import load_recipe
+from symphony_hf.train import main as train_main
+from symphony_hf.train import parse_overrides
+
+
+def assert_untouched(model, call, error, message):
+    keys, types = list(model.state_dict()), [type(module) for module in model.modules()]
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert isinstance(caught.value, SymphonyError)
+    assert list(model.state_dict()) == keys
+    assert [type(module) for module in model.modules()] == types
+
+
+def test_a_dense_model():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON))
+    assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, r"llama: no router found.*supports tran")
+
+
+def test_an_unsupported_family():
+    model = AutoModelForCausalLM.from_config(DogeConfig(**COMMON, is_moe=True, num_experts=16, num_experts_per_tok=2))
+    assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, "router")
+
+
+def test_a_model_already_symphonized():
+    model = symphonize(make_model())
+    assert_untouched(model, lambda: symphonize(model), PatchError, "already symphonized")
+
+
+def test_a_model_wrapped_by_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert_untouched(model, lambda: symphonize(model), PatchError, "wrapped by PEFT.*modules_to_save")
+    inner = model.base_model.model
+    assert_untouched(inner, lambda: symphonize(inner), PatchError, "wrapped by PEFT")
+
+
+def test_a_compiled_model_and_other_wrappers():
+    model = make_model()
+    compiled = torch.compile(model)
+    assert_untouched(model, lambda: symphonize(compiled), PatchError, "before wrapping or compiling")
+    wrapper = torch.nn.Sequential(model)
+    assert_untouched(wrapper, lambda: symphonize(wrapper), PatchError, "got Sequential")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strenght": 1}, "unknown setting `strenght`; did you mean `strength`"),
+        ({"strength": 1.5}, "`strength` must be between 0 and 1, got 1.5"),
+        ({"strength": float("nan")}, "must be a number"),
+        ({"strength": True}, "must be a number"),
+        ({"decay": -0.1}, "`decay` must be between 0 and 1"),
+        ({"decay": "fast"}, "`decay` must be a number, got 'fast'"),
+        ({"smoothing": "logit"}, "did you mean `logits`"),
+        ({"normalization": "rows"}, "did you mean `row`"),
+        ({"smoothing": "scores", "normalization": "symmetric"}, "needs normalization `row`"),
+        ({"graph": "learned", "self_loops": False}, "needs `self_loops`"),
+        ({"self_loops": "no"}, "true or false"),
+        ({"warmup_steps": 1.5}, "whole number"),
+        ({"warmup_steps": -1}, "between 0"),
+        ({"layers": "all"}, "list of layer numbers"),
+        ({"layers": ()}, "list of layer numbers"),
+        ({"layers": (0, -1)}, "list of layer numbers"),
+        ({"graph": ""}, "ema, frozen, learned or a path"),
+        ({"balance_loss_weight": -1}, "balance_loss_weight"),
+    ],
+)
+def test_settings(settings, message):
+    model = make_model()
+    assert_untouched(model, lambda: symphonize(model, **settings), ConfigError, message)
+
+
+def test_layers_without_a_router():
+    model = make_model()
+    assert_untouched(model, lambda: symphonize(model, layers=[7]), UnsupportedModelError, "layer 7 of `layers` has no")
+
+
+def test_a_graph_path_that_is_not_there(tmp_path):
+    model = make_model()
+    missing = str(tmp_path / "missing")
+    assert_untouched(model, lambda: symphonize(model, graph=missing), SymphonyError, "does not exist")
+
+
+def test_calls_that_need_a_symphony_model():
+    model = make_model()
+    for call in (expert_graphs, update_graphs, lambda m: add_router_losses(m, torch.tensor(1.0))):
+        with pytest.raises(PatchError, match="call `symphonize"):
+            call(model)
+
+
+def test_a_family_whose_router_moved_is_refused(monkeypatch):
+    """A router that does something else with its weight than we understand must never be routed wrongly."""
+    model = make_model("mixtral")
+    router_class = type(model.model.layers[0].mlp.gate)
+    original = router_class.forward
+
+    def scaled(self, hidden_states):
+        logits, weights, indices = original(self, hidden_states)
+        return logits.tanh(), weights, indices
+
+    monkeypatch.setattr(router_class, "forward", scaled)
+    assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, "not the smoothed ones")
+
+
+def test_a_router_of_an_unknown_contract_is_refused(monkeypatch):
+    model = make_model("mixtral")
+    router_class = type(model.model.layers[0].mlp.gate)
+    original = router_class.forward
+    for output, message in (
+        (lambda *out: out[0], "not a tuple"),
+        (lambda *out: out[:2], "returns tensors of shapes"),
+        (lambda *out: (out[0], out[0], out[2]), "no weights of the chosen"),
+    ):
+        monkeypatch.setattr(router_class, "forward", lambda self, x, output=output: output(*original(self, x)))
+        assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, message)
+    monkeypatch.setattr(router_class, "forward", lambda self, x, mask: original(self, x))
+    assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, "did not run on hidden states alone")
+    assert contract.RouterContract.__name__ == "RouterContract"
+
+
+def test_scores_need_a_softmax_head(monkeypatch):
+    model = make_model("mixtral")
+    router_class = type(model.model.layers[0].mlp.gate)
+    original = router_class.forward
+
+    def sigmoid_head(self, hidden_states):
+        logits, _, indices = original(self, hidden_states)
+        return logits, logits.sigmoid().gather(1, indices), indices
+
+    monkeypatch.setattr(router_class, "forward", sigmoid_head)
+    assert_untouched(
+        model, lambda: symphonize(model, smoothing="scores"), UnsupportedModelError, "no softmax of its log"
+    )
+    assert is_symphonized(symphonize(model))
+
+
+def test_config_round_trip_and_format():
+    config = SymphonyConfig(strength=0.5, layers=(3, 1, 1))
+    assert config.layers == (1, 3)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert stored["format"] == 1
+    assert SymphonyConfig.from_dict(stored) == config
+    with pytest.raises(ConfigError, match="format 9"):
+        SymphonyConfig.from_dict({**stored, "format": 9})
+    with pytest.raises(ConfigError, match="expected settings by name"):
+        SymphonyConfig.from_dict(["strength"])
+
+
+# Recipes.
+
+GOOD = "model: {config: {model_type: olmoe}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected sections by name"),
+        ("model: [", "no YAML"),
+        ("modle: {}\n" + GOOD, "unknown section `modle`; did you mean `model`"),
+        ("symphony: {}\n", "`model` is missing"),
+        ("model: {}\n", "got both or neither"),
+        ("model: {config: {hidden_size: 3}}\n", "needs a `model_type`"),
+        ("model: {path: x, dtype: float31}\n", "did you mean `float32`"),
+        (GOOD + "data: {blocksize: 3}\n", "unknown setting `blocksize`; did you mean `block_size`"),
+        (GOOD + "data: {block_size: 1}\n", "at least 2, got 1"),
+        (GOOD + "symphony: {strength: 2}\n", "`strength` must be between"),
+        (GOOD + "symphony: 3\n", "expected settings by name"),
+        (GOOD + "train: [1]\n", "expected settings by name"),
+    ],
+)
+def test_recipes(text, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+def test_recipe_overrides_and_null(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD + "symphony: {strength: 0.5}\ntrain: {max_steps: 9}\n")
+    recipe = load_recipe(path, parse_overrides(["--max_steps", "2", "--symphony.strength=0", "--seed", "3"]))
+    assert recipe.train == {"max_steps": 2, "seed": 3}
+    assert recipe.symphony.strength == 0
+    path.write_text(GOOD + "symphony:\n")
+    assert load_recipe(path).symphony is None
+    for words, message in ((["max_steps", "2"], "expected `--NAME VALUE`"), (["--max_steps"], "has no value")):
+        with pytest.raises(ConfigError, match=message):
+            parse_overrides(words)
+
+
+def test_the_command_says_errors_in_one_line(tmp_path, capsys):
+    assert train_main([str(tmp_path / "none.yaml")]) == 1
+    assert "No such file" in capsys.readouterr().err
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD + "train: {max_step: 1}\n")
+    assert train_main([str(path)]) == 1
+    assert "did you mean `max_steps`" in capsys.readouterr().err
+    assert train_main([]) == 2
+    assert train_main(["--help"]) == 0
+    assert "accelerate launch" in capsys.readouterr().out

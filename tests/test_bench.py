@@ -1,0 +1,81 @@
+"""The bench compares forms that compute the same, and reports what it measured. No test asserts a time."""
+
+import json
+
+import pytest
+import torch
+
+from symphony_hf import ConfigError
+from symphony_hf import bench as bench_module
+from symphony_hf.bench import AIMS, SHAPES, build_forms, print_bench, run_bench
+
+TINY = {
+    "tiny": {
+        **SHAPES["olmoe-1b-7b"],
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(bench_module, "SHAPES", TINY)
+
+
+def test_the_three_forms_share_experts_and_compute_the_same():
+    forms = build_forms("tiny", torch.device("cpu"), torch.float32)
+    inputs = torch.randn(1, 9, 32)
+    stock, symphony, folded = (forms[name].eval()(inputs_embeds=inputs)[0] for name in ("stock", "symphony", "folded"))
+    assert torch.equal(stock, folded)
+    assert torch.equal(stock, symphony)
+    routers = {name: model.layers[0].mlp.gate for name, model in forms.items()}
+    assert not torch.equal(routers["symphony"].weight, routers["stock"].weight)
+    for name in ("layers.0.mlp.experts.gate_up_proj", "layers.0.self_attn.q_proj.weight"):
+        assert len({forms[form].get_parameter(name).data_ptr() for form in forms}) == 1
+
+
+def test_rows_and_json(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    result = run_bench(["tiny"], tokens=16, device="cpu", seconds=0.05, output=path)
+    assert [row["mode"] for row in result["rows"]] == ["training", "inference", "folded", "noise"]
+    for row in result["rows"]:
+        assert row["rounds"] >= 5
+        assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    print_bench(result)
+    printed = capsys.readouterr().out
+    assert str(path) in printed.replace("\n", "")
+    assert all(mode in AIMS or mode == "noise" for mode in ("training", "inference", "folded", "noise"))
+
+
+def test_bad_input(tmp_path):
+    for settings, message in (
+        ({"models": ["tini"]}, "did you mean `tiny`"),
+        ({"device": "nowhere"}, "device `nowhere` is not to be had"),
+        ({"dtype": "float8"}, "known names: bfloat16, float32"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_bench(**{"models": ["tiny"], "output": tmp_path / "b.json", "seconds": 0.01, **settings})
+
+
+def test_the_true_shapes_are_those_of_the_models():
+    """From the models' published configs."""
+    shapes = {
+        name: (
+            shape["hidden_size"],
+            shape.get("moe_intermediate_size", shape["intermediate_size"]),
+            shape.get("num_local_experts", shape.get("num_experts")),
+            shape["num_experts_per_tok"],
+        )
+        for name, shape in SHAPES.items()
+    }
+    assert shapes == {
+        "mixtral-8x7b": (4096, 14336, 8, 2),
+        "olmoe-1b-7b": (2048, 1024, 64, 8),
+        "qwen3-30b-a3b": (2048, 768, 128, 8),
+    }

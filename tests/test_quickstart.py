@@ -1,0 +1,131 @@
+"""The quickstart at a size of seconds: everything that it promises is there, and its numbers are the models'."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from symphony_hf import ConfigError, DataError, expert_graphs, is_symphonized
+from symphony_hf.cli import app, main
+from symphony_hf.data import attack, load_corpus
+from symphony_hf.quickstart import QuickstartSettings, run_quickstart
+from symphony_hf.report import print_report
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    text = folder / "text"
+    for split, count in (("train", 30), ("validation", 4), ("test", 14)):
+        (text / split).mkdir(parents=True)
+        for number in range(count):
+            offset = number * 31 + len(split)
+            lines = [f"line{(offset + n * 7) % 97} of text{n % 23} says value{offset % 19}" for n in range(40)]
+            (text / split / f"{number}.txt").write_text("\n".join(lines))
+    settings = QuickstartSettings(
+        output=str(folder / "out"),
+        data=str(text),
+        pretrain_steps=4,
+        finetune_steps=4,
+        batch_size=4,
+        block_size=32,
+        vocab_size=300,
+        documents=12,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMPHONY_HF_CACHE", str(folder / "cache"))
+        return settings, run_quickstart(settings), folder / "out"
+
+
+def test_everything_promised_is_written(quickstart):
+    _, report, output = quickstart
+    names = {path.name for path in output.iterdir()}
+    assert {"base", "plain", "symphony", "folded", "report.md", "report.json"} <= names
+    for picture in ("graphs.png", "network.png", "curves.png", "comparison.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "report.json").read_text())["arms"] == report["arms"]
+    page = (output / "report.md").read_text()
+    assert f"{report['arms']['symphony']['clean']['estimate']:.2f}" in page
+    assert report["comparisons"]["clean"]["verdict"] in page
+
+
+def test_the_models_are_what_the_report_says(quickstart):
+    _, report, output = quickstart
+    load = AutoModelForCausalLM.from_pretrained
+    symphony, plain, folded, base = (load(output / name) for name in ("symphony", "plain", "folded", "base"))
+    assert [is_symphonized(model) for model in (symphony, plain, folded, base)] == [True, False, False, False]
+    ids = torch.randint(3, 290, (2, 20))
+    assert torch.equal(symphony(ids).logits, folded(ids).logits)
+    assert not torch.equal(plain(ids).logits, symphony(ids).logits)
+    assert not torch.equal(plain(ids).logits, base(ids).logits)
+    assert all((graph - torch.diag(graph.diagonal())).sum() > 0 for graph in expert_graphs(symphony).values())
+    assert report["checks"]["reload_max_difference"] == 0
+    assert report["checks"]["folded_max_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["clean", "attacked"])
+def test_perplexities_are_those_of_the_saved_models(quickstart, kind):
+    """Recomputed naively: one window at a time, from the checkpoints and the corpus."""
+    settings, report, output = quickstart
+    documents = load_corpus(settings.data).test[: settings.documents]
+    if kind == "attacked":
+        documents = attack(documents, rate=settings.attack_rate, seed=settings.seed)
+    for name in ("plain", "symphony"):
+        model = AutoModelForCausalLM.from_pretrained(output / name)
+        tokenizer = AutoTokenizer.from_pretrained(output / name)
+        nll, count = 0.0, 0
+        for document in documents:
+            ids = [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            for start in range(0, len(ids), settings.block_size):
+                window = torch.tensor([ids[start : start + settings.block_size]])
+                if window.shape[1] < 2:
+                    continue
+                with torch.no_grad():
+                    log_probabilities = model(window).logits[0, :-1].log_softmax(-1)
+                nll -= float(log_probabilities.gather(1, window[0, 1:, None]).sum())
+                count += window.shape[1] - 1
+        # Padding and batching move float32 sums by rounding.
+        assert report["arms"][name][kind]["estimate"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+
+
+def test_the_table_says_where_the_results_are(quickstart, capsys):
+    _, report, output = quickstart
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert str(output) in printed.replace("\n", "")
+    assert "seconds per step" in printed
+    assert "routing choices kept" in printed
+
+
+def test_too_few_documents_are_refused_before_the_training(quickstart, tmp_path):
+    settings, _, _ = quickstart
+    few = dataclasses.replace(settings, documents=9, output=str(tmp_path / "out"))
+    with pytest.raises(DataError, match="9 held-out documents"):
+        run_quickstart(few)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="`finetune_steps` must be at least 1"):
+        QuickstartSettings(finetune_steps=0)
+
+
+@pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["bench"]])
+def test_help_has_examples(command):
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert "symphony" in result.output.lower()
+    assert not command or "Example:" in result.output
+
+
+def test_the_command_says_errors_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["symphony", "bench", "--models", "mixtral-8x8b", "--output", str(tmp_path / "b")])
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # as if the process had been started anew already
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: bench: unknown model `mixtral-8x8b`; did you mean `mixtral-8x7b`?\n"

@@ -1,0 +1,103 @@
+"""A recipe trains, saves and measures, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from symphony_hf import ConfigError, DataError, expert_graphs, is_symphonized
+from symphony_hf.recipe import load_recipe
+from symphony_hf.training.runner import run_recipe
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "config.yaml"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Overrides that make the recipe a matter of seconds."""
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text"
+    text.mkdir()
+    words = [f"word{n} speaks of thing{n * 7 % 13} and place{n * 5 % 11}" for n in range(400)]
+    for number in range(40):
+        (text / f"{number}.txt").write_text("\n".join(words[number * 7 : number * 7 + 60]))
+    return {
+        "data.path": str(text),
+        "data.vocab_size": 300,
+        "data.block_size": 16,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "output.directory": str(tmp_path / "run"),
+    }
+
+
+def test_a_recipe_runs(small, tmp_path):
+    results = run_recipe(load_recipe(RECIPE, small))
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert stored["test"] == results["test"]
+    assert 1 < results["test"]["clean"] < 400
+    assert results["test"]["ratio"] == pytest.approx(results["test"]["attacked"] / results["test"]["clean"])
+    assert stored["recipe"]["train"]["max_steps"] == 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {3}
+    assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())
+    # And on from the checkpoint, whose own settings of the graph stay.
+    again = {**small, "model.path": str(tmp_path / "run" / "final"), "model.config": None, "symphony.strength": 0.5}
+    run_recipe(load_recipe(RECIPE, {**again, "output.directory": str(tmp_path / "again")}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "final")
+    assert model.config.symphony["strength"] == 1.0
+    assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {6}
+
+
+def test_a_plain_recipe_runs(small, tmp_path):
+    recipe = load_recipe(RECIPE, small)
+    run_recipe(recipe.__class__(**{**recipe.__dict__, "symphony": None}))
+    assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
+
+
+def test_bad_settings_and_data_are_refused_before_training(small, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean `learning_rate`"):
+        run_recipe(load_recipe(RECIPE, {**small, "learning_rat": 1}))
+    with pytest.raises(ConfigError, match="train:"):
+        run_recipe(load_recipe(RECIPE, {**small, "lr_scheduler_type": "cosin"}))
+    with pytest.raises(DataError):
+        run_recipe(load_recipe(RECIPE, {**small, "data.path": str(tmp_path / "nothing.txt")}))
+    with pytest.raises(DataError, match="block"):
+        run_recipe(load_recipe(RECIPE, {**small, "data.block_size": 100_000}))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate_launch(small, tmp_path):
+    """The ranks see different batches and end with one graph: the one that was saved."""
+    overrides = [word for name, value in small.items() for word in (f"--{name}", json.dumps(value))]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
+    result = subprocess.run(
+        [*launch, "-m", "symphony_hf.train", str(RECIPE), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
