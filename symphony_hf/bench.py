@@ -273,25 +273,26 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
+def bench_table(result: dict[str, Any]) -> list[list[str]]:
+    """The rows of a result as text, header first."""
+    table = [["model", "mode", "tokens", "ratio", "quartiles", "rounds", "stock, ms", "aim"]]
+    for row in result["rows"]:
+        aim = result["aims"].get(row["mode"])
+        quartiles = f"{row['low']:.4f} to {row['high']:.4f}"
+        numbers = [f"{row['ratio']:.4f}", quartiles, str(row["rounds"]), f"{1000 * row['stock_seconds']:.0f}"]
+        table.append([row["model"], row["mode"], str(row["tokens"]), *numbers, "" if aim is None else f"{aim:g}"])
+    return table
+
+
 def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """The rows as a table, and where the JSON is."""
     console = console or Console()
-    table = Table(
-        title=f"Time over stock, one decoder layer, {result['dtype']} on {result['device']}", title_justify="left"
-    )
-    for number, column in enumerate(("model", "mode", "tokens", "ratio", "25% - 75%", "rounds", "stock, ms", "aim")):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for row in result["rows"]:
-        aim = result["aims"].get(row["mode"])
-        table.add_row(
-            row["model"],
-            row["mode"],
-            str(row["tokens"]),
-            f"{row['ratio']:.4f}",
-            f"{row['low']:.4f} - {row['high']:.4f}",
-            str(row["rounds"]),
-            f"{1000 * row['stock_seconds']:.1f}",
-            "" if aim is None else f"{aim:g}",
-        )
+    title = f"Time over stock, one decoder layer, {result['dtype']} on {result['device']}"
+    table = Table(title=title, title_justify="left")
+    header, *rows = bench_table(result)
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)

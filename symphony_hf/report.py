@@ -47,7 +47,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     """The table at the end of the quickstart, and where everything is."""
     console = console or Console()
     table = Table(title="Fine-tuned on the same batches with the same budget", title_justify="left")
-    header, *rows = _rows(report)
+    header, *rows = result_table(report)
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:
@@ -65,7 +65,8 @@ def _interval(comparison: Mapping[str, Any]) -> Interval:
     return Interval(**{name: value for name, value in comparison.items() if name != "verdict"})
 
 
-def _rows(report: Mapping[str, Any]) -> list[list[str]]:
+def result_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """The table of a quickstart's report, header first."""
     arms = report["arms"]
     rows = [["", *(f"{name} (strength {strength})" for name, strength in zip(arms, (0, 1), strict=True))]]
     for text in ("clean", "attacked"):
@@ -105,7 +106,7 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
 
 
 def _page(report: Mapping[str, Any]) -> str:
-    header, *rows = _rows(report)
+    header, *rows = result_table(report)
     table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     model = ", ".join(f"{name} {value}" for name, value in report["model"].items())

@@ -40,9 +40,10 @@ def make_config(family, **overrides):
     return getattr(transformers, class_name)(**{**COMMON, **settings, **overrides})
 
 
-def make_model(family="olmoe", *, seed=0, dtype=torch.float32, **overrides):
+def make_model(family="olmoe", *, seed=0, dtype=torch.float32, experts="grouped_mm", **overrides):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(family, **overrides), dtype=dtype)
+    config = make_config(family, **overrides)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=experts)
     with torch.no_grad():
         # Routers far from ties, so that one rounding does not change who is chosen.
         for name, parameter in model.named_parameters():

@@ -97,7 +97,8 @@ def test_heavy_libraries_have_their_rooms(path):
 
 def test_importing_the_package_stays_light():
     script = (
-        "import sys, symphony_hf; heavy = ('matplotlib', 'peft', 'datasets', 'deepspeed', 'bitsandbytes', 'scipy.stats'); "
+        "import sys, symphony_hf; "
+        "heavy = ('matplotlib', 'peft', 'datasets', 'deepspeed', 'bitsandbytes', 'scipy.stats'); "
         "print([module for module in heavy if module in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

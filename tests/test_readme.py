@@ -1,0 +1,65 @@
+"""The README says what the files and the code say."""
+
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from symphony_hf import SymphonyConfig, __all__
+from symphony_hf.bench import AIMS, bench_table
+from symphony_hf.report import result_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "recipes" / "quickstart"
+
+
+def block(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S).group(1)
+
+
+def as_markdown(rows):
+    header, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *rest]) + "\n"
+
+
+def test_the_quickstart_table_is_the_result_file():
+    report = json.loads((RESULTS / "report.json").read_text())
+    assert block("quickstart table") == as_markdown(result_table(report))
+    assert report["command"] == "symphony quickstart"
+
+
+def test_the_bench_table_is_the_result_file():
+    result = json.loads((RESULTS / "bench.json").read_text())
+    assert block("bench table") == as_markdown(bench_table(result))
+    assert {row["model"] for row in result["rows"]} == {"mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"}
+    assert result["aims"] == AIMS
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    script = (ROOT / ".ci" / "run").read_text()
+    function = re.search(r"test_command\(\).*?\n}", script, re.S).group(0)
+    result = subprocess.run(
+        ["bash", "-c", f"{function}\ntest_command"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+    )
+    assert result.stdout == 'pip install -e ".[test]" && pytest\n'
+
+
+def test_the_settings_table_has_every_setting_and_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README, re.M))
+    defaults = {field.name: field.default for field in dataclasses.fields(SymphonyConfig)}
+    assert rows.keys() == defaults.keys()
+    for name, default in defaults.items():
+        shown = rows[name].strip("`")
+        assert shown == {True: "true", None: "all"}.get(default, str(default)) if default in (True, None) else str(default)
+
+
+def test_the_python_in_it_parses_and_names_what_exists():
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        ast.parse(code)
+    for name in re.findall(r"symphony_hf\.(\w+)\(", README):
+        assert name in __all__
+    for path in re.findall(r"\((recipes/[\w/.]+)\)", README):
+        assert (ROOT / path).exists()
