@@ -32,12 +32,12 @@ def attach(model: PreTrainedModel, found: list[FoundRouter]) -> None:
         by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
     for routers in by_stack.values():
         owner = routers[0].owner
-        stack = RouterStack([router.module.symphony for router in routers], _mask_position(owner), tracker)  # type: ignore[misc]
+        stack = RouterStack([router.module for router in routers], _mask_position(owner), tracker)  # type: ignore[misc]
         tracker.stacks.append(stack)
         tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
         tracker.handles.append(owner.register_forward_hook(stack.after_forward))
     tracker.place_scale()
-    if tracker.graphs[0].config.balance_loss_weight > 0:
+    if tracker.config.balance_loss_weight > 0:
         _silence_own_balance_loss(model, tracker)
     if getattr(model, "loss_type", None) is not None:
         tracker.own_loss = model.__dict__.get("_loss_function")

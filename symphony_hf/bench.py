@@ -33,6 +33,7 @@ from .attachment import add_router_losses, update_graphs
 from .compat import transformers_version
 from .errors import ConfigError, nearest
 from .folding import fold
+from .graph import active_graph
 from .patching import symphonize, symphony_routers
 from .training.runner import write_json
 
@@ -175,7 +176,7 @@ def build_forms(name: str, device: torch.device, dtype: torch.dtype) -> dict[str
     for model in (symphony, folded):
         symphonize(model)
         for seed, (_, router) in enumerate(symphony_routers(model)):
-            graph = router.symphony
+            graph = active_graph(router.symphony)
             random = torch.rand(graph.num_experts, graph.num_experts, generator=torch.Generator().manual_seed(seed))
             with torch.no_grad():
                 # Mostly itself, as a learned graph is: the routing must stay as even as the stock one's.

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import FoldError
+from .graph import active_graph
 from .patching import symphony_routers, unsymphonize
 from .routing import fold_linear
 
@@ -19,7 +20,8 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
     folded: dict[str, Tensor] = {}
     for name, router in symphony_routers(model):
         weight: Tensor = router.weight  # type: ignore[attr-defined]
-        if router.symphony.config.smoothing != "logits":
+        graph = active_graph(router.symphony)
+        if graph.config.smoothing != "logits":
             raise FoldError(
                 f"fold: `{name}` smooths scores, after softmax, which no plain router computes: only smoothing="
                 "`logits` folds"
@@ -28,7 +30,7 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
             raise FoldError(f"fold: the weight of `{name}` is quantized, offloaded or partitioned: load it whole first")
         with torch.no_grad():
             bias = getattr(router, "bias", None)
-            new_weight, new_bias = fold_linear(weight, bias, router.symphony.transition())
+            new_weight, new_bias = fold_linear(weight, bias, graph.transition())
         folded[f"{name}.weight"] = new_weight
         if new_bias is not None:
             folded[f"{name}.bias"] = new_bias

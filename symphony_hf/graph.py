@@ -1,7 +1,7 @@
 """ExpertGraph: the child `symphony` of a Symphony router. It holds the one thing that is saved."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from .routing import (
     transition_matrix,
     without_autocast,
 )
-
-if TYPE_CHECKING:
-    from .tracking import RouterStack
 
 
 class ExpertGraph(nn.Module):
@@ -33,7 +30,6 @@ class ExpertGraph(nn.Module):
         adjacency: The moving average of co-selections. Shape: (num_experts, num_experts), float32 under every
             cast of the model. A buffer; a parameter when `config.graph` is `learned`.
         updates: How many updates the graph has seen: an int64 scalar buffer, by which the strength warms up.
-        stack: Where this router leaves its observations while training, and at which place; set by the patching.
     """
 
     # Buffer names must not contain `weight`, `experts` or `e_score`: checkpoint conversion would rename them.
@@ -47,8 +43,6 @@ class ExpertGraph(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
-        self.stack: RouterStack | None = None
-        self.place = 0
         self._cached: tuple[Tensor, int, int, Tensor] | None = None
         adjacency_EE = initial_adjacency(num_experts, top_k, device)
         if config.graph == "learned":
@@ -125,8 +119,6 @@ class ExpertGraph(nn.Module):
             else:
                 self.adjacency = restored
         self._cached = None
-        if self.stack is not None:
-            self.stack.tracker.place_scale()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,3 +126,17 @@ class ExpertGraph(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, graph={self.config.graph}"
+
+
+def active_graph(module: nn.Module) -> ExpertGraph:
+    """The graph in use: the module itself, or what PEFT's `modules_to_save` wrapper around it has active.
+
+    Args:
+        module: A router's child `symphony`.
+    """
+    if isinstance(module, ExpertGraph):
+        return module
+    adapters: Any = [] if module.disable_adapters else module.active_adapters
+    graph = module.modules_to_save[adapters[0]] if adapters else module.original_module  # type: ignore[index, operator]
+    assert isinstance(graph, ExpertGraph)
+    return graph

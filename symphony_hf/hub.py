@@ -20,7 +20,7 @@ from .config import SymphonyConfig
 from .errors import GraphError, PatchError
 from .families import find_routers
 from .folding import folded_parameters
-from .graph import ExpertGraph
+from .graph import ExpertGraph, active_graph
 from .patching import is_symphonized, patch_router, symphony_routers
 from .routing import adjacency_problems
 
@@ -79,9 +79,10 @@ def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
             f"{type(model).__name__}: the checkpoint's expert graphs are not usable: {' | '.join(problems)}. Its "
             "config.json says that it is a Symphony model; delete `symphony` there to load it without graphs"
         )
-    graph.awaits_checkpoint = False
-    if graph.stack is not None:
-        graph.stack.tracker.place_scale()
+    for _, router in symphony_routers(model):
+        active_graph(router.symphony).awaits_checkpoint = False
+        if router.stack is not None:
+            router.stack.tracker.place_scale()
 
 
 def _loading_problems(model: PreTrainedModel) -> list[str]:

@@ -12,7 +12,7 @@ from .attachment import attach, detach, tracker_of
 from .config import SymphonyConfig
 from .errors import ConfigError, PatchError, nearest
 from .families import FoundRouter, find_routers
-from .graph import ExpertGraph
+from .graph import ExpertGraph, active_graph
 from .graph_files import match_graphs, read_graphs
 from .router import SymphonyRouter, swap_class, symphony_router_class
 from .self_check import check_routers
@@ -141,7 +141,7 @@ def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         PatchError: If the model is not symphonized.
     """
-    return {name: router.symphony.adjacency.detach().clone() for name, router in symphony_routers(model)}
+    return {name: active_graph(router.symphony).adjacency.detach().clone() for name, router in symphony_routers(model)}
 
 
 def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
@@ -155,7 +155,9 @@ def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
         detach(module)
     for router in routers:
         swap_class(router, router.base_class)  # type: ignore[arg-type]
-        del router.symphony, router.contract
+        del router.symphony
+        for name in ("contract", "stack", "place"):
+            router.__dict__.pop(name, None)
     for module in model.modules():
         settings = getattr(module, "config", None)
         if "symphony" in getattr(settings, "__dict__", {}):

@@ -7,14 +7,16 @@ transformers finds routers to record, still holds, and so that it goes back as s
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .families import RouterContract
-from .graph import ExpertGraph
+from .graph import active_graph
 from .routing import AttachLoss
+from .tracking import RouterStack
 
 
 class SmoothedSelf:
@@ -35,27 +37,28 @@ class SmoothedSelf:
 
 
 class SymphonyRouter:
-    """Mixin of the generated subclasses. `symphony` and `contract` are set when an instance is patched."""
+    """Mixin of the generated subclasses. What it declares is set when an instance is patched, and attached."""
 
-    symphony: ExpertGraph
+    symphony: nn.Module
     contract: RouterContract
+    stack: RouterStack | None = None
+    place: int = 0
     base_class: type[nn.Module]
     training: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        graph = self.symphony
-        smooth_logits = graph.config.smoothing == "logits"
+        smooth_logits = active_graph(self.symphony).config.smoothing == "logits"
         forward = self._forward_with_logits_smoothed if smooth_logits else self._forward_with_scores_smoothed
         outputs = forward(hidden_states, *args, **kwargs)
-        if not self.training or graph.stack is None:
+        if not self.training or self.stack is None:
             return outputs
         contract = self.contract
-        loss = graph.stack.observe(graph.place, outputs[contract.logits], outputs[contract.indices])
+        loss = self.stack.observe(self.place, outputs[contract.logits], outputs[contract.indices])
         if loss is None:
             return outputs
         # On the weights, because the experts use them: a recorded logit may lead to no loss at all.
         place = contract.weights
-        carrier = AttachLoss.apply(outputs[place], loss, graph.stack.tracker.scale)
+        carrier = AttachLoss.apply(outputs[place], loss, self.stack.tracker.scale)
         return (*outputs[:place], carrier, *outputs[place + 1 :])
 
     def _forward_with_logits_smoothed(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -80,6 +83,12 @@ class SymphonyRouter:
             if getattr(self, name, None) == contract.hidden_size:
                 replaced[name] = contract.num_experts
         return self.base_class.forward(SmoothedSelf(self, replaced), smoothed_TE, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.stack is not None:
+            self.stack.tracker.place_scale()
+        return self  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by the family's class: the subclass has no name that pickle could import."""

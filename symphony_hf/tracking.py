@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .config import SymphonyConfig
 from .errors import SymphonyWarning
-from .graph import ExpertGraph
+from .graph import ExpertGraph, active_graph
 from .routing import RecordGradientScale, count_coselections, load_balancing_loss, update_adjacency, z_loss
 
 
@@ -40,7 +41,7 @@ class RouterStack:
     """The routers below one module whose forward runs them all, with one number of experts.
 
     Args:
-        graphs: Of these routers, in the order of their layers.
+        routers: In the order of their layers; each has its graph in `symphony`.
         mask_position: Where the owner's forward takes `attention_mask`, when it comes by position.
         tracker: Of the model.
 
@@ -49,20 +50,30 @@ class RouterStack:
         mask_T: Its attention mask, flattened, or None. Kept for the recomputation in the backward pass.
     """
 
-    def __init__(self, graphs: list[ExpertGraph], mask_position: int | None, tracker: "Tracker") -> None:
-        self.graphs = graphs
+    def __init__(self, routers: list[nn.Module], mask_position: int | None, tracker: "Tracker") -> None:
+        self.routers = routers
         self.mask_position = mask_position
         self.tracker = tracker
         self.active = False
         self.mask_T: Tensor | None = None
         self.tensors: StackTensors | None = None
         self.has_pending = False
-        for place, graph in enumerate(graphs):
-            graph.stack, graph.place = self, place
+        for place, router in enumerate(routers):
+            # On the router, not on its graph: PEFT copies the graph, and must not copy the model with it.
+            router.__dict__["stack"], router.__dict__["place"] = self, place
+
+    @property
+    def graphs(self) -> list[ExpertGraph]:
+        """The graphs in use now: an adapter may bring its own."""
+        return [active_graph(router.symphony) for router in self.routers]  # type: ignore[arg-type]
 
     @property
     def num_experts(self) -> int:
-        return self.graphs[0].num_experts
+        return active_graph(self.routers[0].symphony).num_experts  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return active_graph(self.routers[0].symphony).adjacency.device  # type: ignore[arg-type]
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the owner: settle the last step where nothing else does, and get ready to observe."""
@@ -75,9 +86,9 @@ class RouterStack:
             self.tracker.commit()
         self.tracker.place_scale()
         self.mask_T = self._find_mask(args, kwargs)
-        device = self.graphs[0].adjacency.device
+        device = self.device
         if self.tensors is None or self.tensors.observed_counts.device != device:
-            self.tensors = StackTensors.zeros(len(self.graphs), self.num_experts, device)
+            self.tensors = StackTensors.zeros(len(self.routers), self.num_experts, device)
         # A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
         self.tensors.observed_counts.zero_()
         self.tensors.observed_losses.zero_()
@@ -103,7 +114,9 @@ class RouterStack:
             This router's share of the weighted losses, a float32 scalar with gradient; None without gradient (the
             first pass of reentrant checkpointing) or weight.
         """
-        config = self.graphs[place].config
+        if not (self.active or torch.is_grad_enabled()):
+            return None  # a forward of a training model that no one trains with
+        config = self.tracker.config
         mask_T = self._mask_for(logits_TE.shape[0])
         weighted = config.balance_loss_weight > 0 or config.z_loss_weight > 0
         needs_loss = weighted and torch.is_grad_enabled() and logits_TE.requires_grad
@@ -177,11 +190,16 @@ class Tracker:
 
     @property
     def num_routers(self) -> int:
-        return sum(len(stack.graphs) for stack in self.stacks)
+        return sum(len(stack.routers) for stack in self.stacks)
+
+    @property
+    def config(self) -> SymphonyConfig:
+        """The same in every router."""
+        return active_graph(self.stacks[0].routers[0].symphony).config  # type: ignore[arg-type]
 
     @property
     def weighs_losses(self) -> bool:
-        config = self.graphs[0].config
+        config = self.config
         return config.balance_loss_weight > 0 or config.z_loss_weight > 0
 
     def place_scale(self) -> None:
@@ -190,7 +208,7 @@ class Tracker:
         Called as soon as the device is known: a tensor that torch.compile sees made inside its graph cannot be
         written in backward.
         """
-        device = self.graphs[0].adjacency.device
+        device = self.stacks[0].device
         if device.type != "meta" and (self.scale is None or self.scale.device != device):
             self.scale = torch.zeros((), device=device, dtype=torch.float32)
 

@@ -9,6 +9,7 @@ from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
 from transformers import Trainer, TrainingArguments
 
 from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf.graph import ExpertGraph
 from symphony_hf.patching import symphony_routers
 
 DECAY = 0.9
@@ -250,6 +251,34 @@ def test_trainer_moves_the_graph_once_per_optimizer_step(tmp_path, accumulation)
 def test_the_callback_refuses_a_plain_model(tmp_path):
     with pytest.raises(PatchError, match="not symphonized"):
         train(make_model(), make_ids(8), tmp_path, [SymphonyCallback()])
+
+
+def test_the_callback_refuses_data_parallel(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    arguments._n_gpu = 2
+    with pytest.raises(PatchError, match="accelerate launch"):
+        SymphonyCallback().on_train_begin(arguments, None, None, model=symphonize(make_model()))
+
+
+def test_an_adapters_graph_moves_and_the_bases_does_not():
+    peft = pytest.importorskip("peft")
+    base, ids = symphonize(make_model(), decay=DECAY), make_ids()
+    num_modules = sum(1 for _ in base.modules())
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["symphony"])
+    model = peft.get_peft_model(base, config).train()
+    # Each graph was copied, and nothing else with it.
+    assert sum(isinstance(module, ExpertGraph) for module in model.modules()) == 6
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    update_graphs(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 24])
+    with model.disable_adapter():
+        for name, graph in expert_graphs(model).items():
+            assert torch.equal(graph, before[name])
+    merged = model.merge_and_unload()
+    assert sum(1 for _ in merged.modules()) == num_modules
+    assert all(not torch.equal(graph, torch.eye(8) * 3 / 8) for graph in expert_graphs(merged).values())
 
 
 def test_trainer_without_the_callback_still_moves_the_graph(tmp_path):

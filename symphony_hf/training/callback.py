@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..attachment import tracker_of
+from ..errors import PatchError
 
 
 class SymphonyCallback(TrainerCallback):
@@ -13,13 +14,18 @@ class SymphonyCallback(TrainerCallback):
     Without it the graphs still move, once per micro-batch instead of once per optimizer step.
 
     Raises:
-        PatchError: At the start of training, if the model is not symphonized.
+        PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         tracker = tracker_of(model)
+        if args.n_gpu > 1:
+            raise PatchError(
+                f"SymphonyCallback: {args.n_gpu} GPUs in one process (DataParallel) lose all counts but one replica's: "
+                "start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+            )
         tracker.driven = True
 
     def on_step_end(
