@@ -1,7 +1,5 @@
 """Two real processes over gloo: every rank ends with the graph of the union of their batches."""
 
-import os
-import socket
 import sys
 from pathlib import Path
 
@@ -19,17 +17,10 @@ pytestmark = pytest.mark.slow
 STEPS = 3
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def run_rank(rank, port, folder):
+def run_rank(rank, folder):
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     reduces = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: reduces.append(1) or original(*args, **kwargs)
@@ -46,7 +37,7 @@ def run_rank(rank, port, folder):
 
 
 def test_the_ranks_graphs_are_those_of_the_union_batch(tmp_path):
-    mp.spawn(run_rank, (free_port(), tmp_path), nprocs=2)
+    mp.spawn(run_rank, (tmp_path,), nprocs=2)
     ranks = [load_file(tmp_path / f"{rank}.st") for rank in range(2)]
     model = symphonize(make_model(), balance_loss_weight=0.0, decay=0.9).train()
     update_graphs(model)

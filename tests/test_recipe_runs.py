@@ -76,28 +76,26 @@ def test_bad_settings_and_data_are_refused_before_training(small, tmp_path):
     assert not (tmp_path / "run" / "final").exists()
 
 
+LAUNCHERS = {
+    "accelerate": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no",
+    "torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
+}
+
+
 @pytest.mark.slow
-def test_two_processes_under_accelerate_launch(small, tmp_path):
-    """The ranks see different batches and end with one graph: the one that was saved."""
+@pytest.mark.parametrize(("launcher", "world_size"), [("accelerate", 1), ("torchrun", 2)])
+def test_launchers(launcher, world_size, small, tmp_path):
+    """accelerate's own launcher starts one process on a CPU, whatever it is asked for; torchrun starts two."""
     overrides = [word for name, value in small.items() for word in (f"--{name}", json.dumps(value))]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
     result = subprocess.run(
-        [*launch, "-m", "symphony_hf.train", str(RECIPE), *overrides],
+        [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "symphony_hf.train", str(RECIPE), *overrides],
         capture_output=True,
         text=True,
         timeout=280,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == world_size
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())

@@ -57,7 +57,11 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
         symphonize(model, recipe.symphony)
     trainer = train(model, blocks["train"], blocks["validation"], arguments)
     trainer.save_model(str(output / "final"))
-    results = {"recipe": dataclasses.asdict(recipe), "train": trainer.state.log_history[-1]}
+    results = {
+        "recipe": dataclasses.asdict(recipe),
+        "processes": arguments.world_size,
+        "train": trainer.state.log_history[-1],
+    }
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(output / "final")
         results["test"] = evaluate_clean_and_attacked(
