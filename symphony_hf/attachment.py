@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ ARCHITECTURE_PREFIX = "Symphony"
 """Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
 
 
-def attach(model: PreTrainedModel, found: list[FoundRouter]) -> None:
+def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any]) -> None:
     """Put the hooks and the loss around patched routers, from `model` on down.
 
     A model nested in another is patched first while loading; the outer one then takes over.
@@ -32,7 +33,7 @@ def attach(model: PreTrainedModel, found: list[FoundRouter]) -> None:
         by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
     for routers in by_stack.values():
         owner = routers[0].owner
-        stack = RouterStack([router.module for router in routers], _mask_position(owner), tracker)  # type: ignore[misc]
+        stack = RouterStack(owner, [router.module for router in routers], _mask_position(owner), tracker)  # type: ignore[misc]
         tracker.stacks.append(stack)
         tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
         tracker.handles.append(owner.register_forward_hook(stack.after_forward))
@@ -42,7 +43,9 @@ def attach(model: PreTrainedModel, found: list[FoundRouter]) -> None:
     if getattr(model, "loss_type", None) is not None:
         tracker.own_loss = model.__dict__.get("_loss_function")
         model.loss_function = RecordedLoss(model.loss_function, tracker)
-    model.save_pretrained = SymphonySaver(model)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(router.module in set(module.modules()) for router in found):
+            module.save_pretrained = SymphonySaver(module, settings)  # type: ignore[method-assign]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
     model._symphony_tracker = tracker  # type: ignore[assignment]
@@ -55,13 +58,17 @@ def detach(module: nn.Module) -> None:
         return
     for handle in tracker.handles:
         handle.remove()
-    del module.save_pretrained
+    for part in module.modules():
+        if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
+            del part.save_pretrained
     for owner, weight in tracker.silenced:
         owner.__dict__["router_aux_loss_coef"] = weight
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:
             module._loss_function = tracker.own_loss
+    tracker.stacks.clear()
+    tracker.silenced.clear()
     strict = module.__dict__["_keep_in_fp32_modules_strict"]
     module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
 
@@ -75,9 +82,23 @@ def _silence_own_balance_loss(model: nn.Module, tracker: Tracker) -> None:
     """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for."""
     for module in model.modules():
         weight = module.__dict__.get("router_aux_loss_coef")
+        _warn_about_config_weight(module, tracker, weight)
         if isinstance(weight, int | float):
             tracker.silenced.append((module, weight))
             module.__dict__["router_aux_loss_coef"] = 0.0
+
+
+def _warn_about_config_weight(module: nn.Module, tracker: Tracker, weight: float | None) -> None:
+    """Some vision-language models read the weight from their config at each forward, which is not ours to change."""
+    config = getattr(module, "config", None)
+    if weight is not None or not isinstance(module, PreTrainedModel) or not module.can_generate():
+        return
+    text = config.get_text_config()  # type: ignore[union-attr]
+    if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
+        tracker.warn_once(
+            f"{type(module).__name__} adds its own auxiliary loss while `output_router_logits` is on, beside ours: set "
+            "the config's `router_aux_loss_coef` to 0 for the training, or `balance_loss_weight` to 0"
+        )
 
 
 class RecordedLoss:
@@ -149,18 +170,44 @@ def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 class SymphonySaver:
-    """A Symphony model's `save_pretrained`: transformers' own, and then the architecture's name in config.json."""
+    """`save_pretrained` of a Symphony model, or of one inside it: transformers' own, and what is ours in config.json.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: Whose.
+        settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say).
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: dict[str, Any]) -> None:
         self.model = model
+        self.settings = settings
 
     def __call__(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        result = type(self.model).save_pretrained(self.model, save_directory, is_main_process, *args, **kwargs)
-        config_file = Path(save_directory) / "config.json"
-        if is_main_process and config_file.exists():
-            _mark_architectures(config_file)
+        folder = Path(save_directory)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            # Trainer resumes without the conversion to and from the names on the Hub, and would lose the experts.
+            kwargs.setdefault("save_original_format", False)
+        has_settings = hasattr(self.model.config, "symphony")
+        if not has_settings:
+            self.model.config.symphony = self.settings
+        try:
+            result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
+        finally:
+            if not has_settings:
+                del self.model.config.symphony
+        if is_main_process and (folder / "config.json").exists():
+            _mark_architectures(folder / "config.json")
+        if push_to_hub:
+            # Not by the call above: it would upload config.json before it is marked.
+            known = ("token", "commit_message", "private", "create_pr", "revision", "max_shard_size", "tags")
+            settings = {name: kwargs[name] for name in known if name in kwargs}
+            self.model.push_to_hub(kwargs.get("repo_id", folder.name), **settings)
         return result
 
 

@@ -129,6 +129,8 @@ def run_bench(
     for name in names:
         if name not in SHAPES:
             raise ConfigError(f"bench: unknown model `{name}`; {nearest(name, SHAPES)}")
+    if tokens < 1:
+        raise ConfigError(f"bench: `tokens` must be at least 1, got {tokens}")
     place = _device(device)
     kind = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16"):
@@ -200,6 +202,10 @@ def _bench_model(
             tokens //= 2
             if tokens == 0:
                 raise
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error) or tokens == 1:  # what PyTorch's CPU allocator says
+                raise
+            tokens //= 2
     modes: list[tuple[str, str, Step, Step]] = [
         ("training", "symphony", _training_step, _symphony_training_step),
         ("inference", "symphony", _inference_step, _inference_step),

@@ -37,7 +37,6 @@ def quickstart(
     attack_rate: Annotated[float, typer.Option("--attack_rate", help="Share of a line's words replaced.")] = 0.015,
 ) -> None:
     """Train a small MoE with and without its expert graph on real text, and compare: minutes, on a CPU."""
-    _restart_with_allocator_settings()
     from .quickstart import QuickstartSettings, run_quickstart
     from .report import print_report
 
@@ -80,7 +79,6 @@ def bench(
     output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench.json",
 ) -> None:
     """Measure what the graph costs: a Symphony block against the stock one, in alternation, at true layer shapes."""
-    _restart_with_allocator_settings()
     from .bench import print_bench, run_bench
 
     print_bench(run_bench(models or None, tokens=tokens, device=device, dtype=dtype, seconds=seconds, output=output))
@@ -95,6 +93,8 @@ def _restart_with_allocator_settings() -> None:
 
 def main() -> None:
     """The console script: errors of ours are one line, not a traceback."""
+    if not {"-h", "--help"} & set(sys.argv):
+        _restart_with_allocator_settings()
     try:
         app()
     except SymphonyError as error:

@@ -69,8 +69,10 @@ class SymphonyConfig:
         warmup_steps: Updates of the graph over which the strength ramps up from 0, linearly.
         graph: `ema`: learned by a moving average of co-selections. `frozen`: stays as it is. `learned`: a
             parameter, learned by gradient with the model's optimizer. Or the path of a Symphony checkpoint
-            (a folder, or a .safetensors file) whose graph to start from, and then move by `ema`.
-        layers: Numbers of the decoder layers to symphonize; all that have a router when None.
+            (a folder, or a .safetensors file) whose graph to start from, and then move by `ema`; a decay of 1
+            keeps it as it is. A warm-up starts anew.
+        layers: Numbers of the decoder layers to symphonize; all that have a router when None. The router losses are
+            these layers' alone.
         balance_loss_weight: Of the load-balancing loss, averaged over layers, added in the backward pass.
         z_loss_weight: Of the router z-loss, likewise.
 

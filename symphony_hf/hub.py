@@ -16,17 +16,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attachment import attach, unmark_architectures
+from .compat import supported_range, transformers_is_supported
 from .config import SymphonyConfig
-from .errors import GraphError, PatchError
+from .errors import GraphError, PatchError, SymphonyError
 from .families import find_routers
 from .folding import folded_parameters
 from .graph import ExpertGraph, active_graph
-from .patching import is_symphonized, patch_router, symphony_routers
+from .patching import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers
 from .routing import adjacency_problems
 
 
 def install_loading_wraps() -> None:
-    """Wrap the two methods, once."""
+    """Wrap the two methods, once.
+
+    Raises:
+        SymphonyError: If the installed transformers is not one that we know.
+    """
+    if not transformers_is_supported():
+        raise SymphonyError(f"{supported_range()}: install one of these")
     if not hasattr(PreTrainedModel.post_init, "_symphony_wrap"):
         PreTrainedModel.post_init = _wrap_post_init(PreTrainedModel.post_init)  # type: ignore[method-assign]
         PreTrainedModel._initialize_weights = _wrap_initialize_weights(PreTrainedModel._initialize_weights)  # type: ignore[method-assign]
@@ -62,14 +69,16 @@ def _restore_routers(model: PreTrainedModel) -> None:
         # A model nested in this one has the same config, and was restored when it was built.
         if not is_symphonized(router.module):
             patch_router(router, settings)
-    attach(model, found)
+    check_nothing_bypasses(model)
+    attach(model, found, model.config.symphony)
     unmark_architectures(model.config)
 
 
 def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
     """Called for every graph when a model is initialized: freshly, or after a checkpoint was loaded into it."""
     tensors = (graph.adjacency, graph.updates)
-    if not graph.awaits_checkpoint:
+    loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
+    if not (graph.awaits_checkpoint and loaded):  # freshly made, be it on the meta device
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             graph.reset()
         return
@@ -107,7 +116,7 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
 
     Args:
         model: A Symphony model, not wrapped.
-        directory: Where to. Files of the same names are replaced, one by one, when everything has been written.
+        directory: Where to. Weights and config that are there are replaced when everything has been written.
 
     Returns:
         The directory.
@@ -129,8 +138,11 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
     try:
         del model.config.symphony
         type(model).save_pretrained(model, unfinished, state_dict=state)
-        for file in unfinished.iterdir():
-            os.replace(file, directory / file.name)
+        written = {file.name for file in unfinished.iterdir()}
+        for name in written:
+            os.replace(unfinished / name, directory / name)
+        for stale in {file.name for file in directory.glob("model*.safetensors*")} - written:
+            (directory / stale).unlink()  # other shards of what was here before would be read instead
     finally:
         model.config.symphony = settings
         shutil.rmtree(unfinished)

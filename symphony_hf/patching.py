@@ -1,5 +1,6 @@
 """symphonize and unsymphonize: a model's routers patched in place, one instance at a time, and set back."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -53,18 +54,34 @@ def symphonize(
     check_routers(found, settings)
     # Everything was checked; from here on nothing is refused.
     graphs = [patch_router(router, settings) for router in found]
-    attach(model, found)
+    _own_config(model)
+    model.config.symphony = settings.to_dict()
+    attach(model, found, model.config.symphony)
+    if settings.graph == "frozen":
+        tracker_of(model).warn_once(
+            "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
+            "with graph=PATH, decay=1 to keep it as it is"
+        )
     if adjacencies is not None:
         for graph, adjacency_EE in zip(graphs, adjacencies, strict=True):
             with torch.no_grad():
                 graph.adjacency.copy_(adjacency_EE)
-    model.config.symphony = settings.to_dict()
     if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
         tracker_of(model).warn_once(
             "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
             "and Symphony has no effect",
         )
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give a model a config of its own: another one built from the same object must not become a Symphony model."""
+    copies: dict[int, Any] = {}  # with the configs inside it, which the models inside this one share
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:
@@ -92,9 +109,24 @@ def _check_patchable(model: nn.Module) -> None:
         )
     if is_symphonized(model):
         raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
+    check_nothing_bypasses(model)
+
+
+def check_nothing_bypasses(model: PreTrainedModel) -> None:
+    """Refuse what reads a router's weight itself, past any patch.
+
+    Raises:
+        PatchError: If the model runs the Hub's kernels, or MXFP4 experts.
+    """
     if getattr(model, "use_kernels", False):
+        raise PatchError("symphonize: kernels of the Hub read the router's weight themselves: use use_kernels=False")
+    quantization: Any = getattr(model.config, "quantization_config", None) or {}
+    settings = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = settings.get("quant_method")
+    if str(getattr(method, "value", method)) == "mxfp4":
         raise PatchError(
-            "symphonize: kernels of the Hub read the router's weight themselves: load with use_kernels=False"
+            "symphonize: MXFP4 experts read the router's weight themselves: load with "
+            "quantization_config=Mxfp4Config(dequantize=True), or fold the graph first"
         )
 
 
@@ -127,8 +159,13 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
     if not is_symphonized(model):
         raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
     for name, module in model.named_modules():
-        if isinstance(module, SymphonyRouter):
+        if isinstance(module, SymphonyRouter) and _is_in_use(module):
             yield name, module
+
+
+def _is_in_use(router: SymphonyRouter) -> bool:
+    """False for the one of two that PEFT's `modules_to_save` put aside when it copied a whole router."""
+    return router.stack is None or router.stack.routers[router.place] is router
 
 
 def expert_graphs(model: nn.Module) -> dict[str, Tensor]:

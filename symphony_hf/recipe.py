@@ -11,6 +11,11 @@ from .config import SymphonyConfig, from_mapping
 from .errors import ConfigError, nearest
 
 
+def _check_whole(section: str, name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{section}: `{name}` must be a whole number of at least {low}, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """Which model: a checkpoint, or a config to build one from, with random weights.
@@ -57,10 +62,8 @@ class DataSection:
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
-        for name, low in (("block_size", 2), ("vocab_size", 300)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"data: `{name}` must be a whole number of at least {low}, got {value!r}")
+        _check_whole("data", "block_size", self.block_size, 2)
+        _check_whole("data", "vocab_size", self.vocab_size, 300)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,15 @@ class EvalSection:
     attack_rate: float = 0.015
     attack_minimum: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.documents is not None:
+            _check_whole("eval", "documents", self.documents, 1)
+        _check_whole("eval", "attack_minimum", self.attack_minimum, 0)
+        _check_whole("eval", "seed", self.seed, 0)
+        rate = self.attack_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ConfigError(f"eval: `attack_rate` must be a number between 0 and 1, got {rate!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +153,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(f"recipe `{path}`: expected sections by name, got {type(values).__name__}")
     for name, value in (overrides or {}).items():
         section, _, setting = name.rpartition(".")
-        values[section or "train"] = {**(values.get(section or "train") or {}), setting: value}
+        settings = values.get(section or "train") or {}
+        if not isinstance(settings, dict):
+            raise ConfigError(f"recipe `{path}`: {section or 'train'}: expected settings by name, got {settings!r}")
+        values[section or "train"] = {**settings, setting: value}
     return _build(values, str(path))
 
 

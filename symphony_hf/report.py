@@ -96,6 +96,11 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
         f"Intervals: paired bootstrap over {report['documents']} documents, one training seed: they say nothing of how "
         "other seeds would come out."
     )
+    sentences.append(
+        "Both copies count selections and add the router losses, so their steps take the same time but for noise; "
+        f"one of the stock base model took {report['stock_seconds_per_step']:.3f} seconds. The cost is measured by "
+        "`symphony bench`."
+    )
     sentences.append(f"The attack changed {report['words_changed']:.1%} of the words: at least one in every line.")
     sentences.append(
         f"Reloaded checkpoint: largest logit difference {checks['reload_max_difference']:g}; folded into plain "

@@ -53,7 +53,7 @@ class SymphonyRouter:
         if not self.training or self.stack is None:
             return outputs
         contract = self.contract
-        loss = self.stack.observe(self.place, outputs[contract.logits], outputs[contract.indices])
+        loss = self.stack.observe(self, outputs[contract.logits], outputs[contract.indices])
         if loss is None:
             return outputs
         # On the weights, because the experts use them: a recorded logit may lead to no loss at all.
@@ -79,6 +79,9 @@ class SymphonyRouter:
         smoothed_TE = self.symphony(logits_TE)
         weight_EE = torch.eye(contract.num_experts, device=logits_TE.device).to(logits_TE.dtype)
         replaced: dict[str, Any] = {"weight": weight_EE}
+        bias = getattr(self, "bias", None)
+        if isinstance(bias, Tensor):
+            replaced["bias"] = torch.zeros_like(bias)  # it is in the logits already
         for name in ("hidden_dim", "hidden_size"):
             if getattr(self, name, None) == contract.hidden_size:
                 replaced[name] = contract.num_experts

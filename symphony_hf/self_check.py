@@ -76,6 +76,11 @@ def _trial(router: FoundRouter, config: SymphonyConfig) -> tuple[nn.Module, Tens
     hidden_TD = torch.randn(_NUM_TOKENS, contract.hidden_size, generator=generator)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     trial._parameters["weight"] = nn.Parameter(weight_ED.to(device, dtype), requires_grad=False)
+    for name, parameter in trial._parameters.items():
+        if name != "weight" and parameter is not None and parameter.shape == (contract.num_experts,):
+            # A bias that is zero at first would not show where it enters.
+            values_E = torch.randn(contract.num_experts, generator=generator)
+            trial._parameters[name] = nn.Parameter(values_E.to(device, dtype), requires_grad=False)
     trial.symphony = ExpertGraph(contract.num_experts, contract.top_k, config, device)
     trial.contract = contract  # type: ignore[assignment]
     trial.training = False

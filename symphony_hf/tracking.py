@@ -6,6 +6,7 @@ a layer again during backward, after the hook has added up, so a recomputation n
 buffer: DistributedDataParallel would overwrite the other ranks' counts by rank 0's.
 """
 
+import copy
 import warnings
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import SymphonyConfig
-from .errors import SymphonyWarning
+from .errors import PatchError, SymphonyWarning
 from .graph import ExpertGraph, active_graph
 from .routing import RecordGradientScale, count_coselections, load_balancing_loss, update_adjacency, z_loss
 
@@ -41,6 +42,7 @@ class RouterStack:
     """The routers below one module whose forward runs them all, with one number of experts.
 
     Args:
+        owner: That module.
         routers: In the order of their layers; each has its graph in `symphony`.
         mask_position: Where the owner's forward takes `attention_mask`, when it comes by position.
         tracker: Of the model.
@@ -50,7 +52,10 @@ class RouterStack:
         mask_T: Its attention mask, flattened, or None. Kept for the recomputation in the backward pass.
     """
 
-    def __init__(self, routers: list[nn.Module], mask_position: int | None, tracker: "Tracker") -> None:
+    def __init__(
+        self, owner: nn.Module, routers: list[nn.Module], mask_position: int | None, tracker: "Tracker"
+    ) -> None:
+        self.owner = owner
         self.routers = routers
         self.mask_position = mask_position
         self.tracker = tracker
@@ -61,6 +66,14 @@ class RouterStack:
         for place, router in enumerate(routers):
             # On the router, not on its graph: PEFT copies the graph, and must not copy the model with it.
             router.__dict__["stack"], router.__dict__["place"] = self, place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouterStack":
+        """A copy of a whole model has its own stack; that of one router alone, as PEFT makes, stays in this one."""
+        if id(self.owner) not in memo:
+            return self
+        copied = memo[id(self)] = RouterStack.__new__(RouterStack)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def graphs(self) -> list[ExpertGraph]:
@@ -82,10 +95,10 @@ class RouterStack:
         if not active:
             return
         # Only when this very stack comes around again: a decoder must not settle what its encoder has just counted.
-        if self.has_pending and not self.tracker.driven:
+        if self.has_pending and not self.tracker.driven and not self.tracker.awaits_backward:
             self.tracker.commit()
         self.tracker.place_scale()
-        self.mask_T = self._find_mask(args, kwargs)
+        self._take_mask(self._find_mask(args, kwargs))
         device = self.device
         if self.tensors is None or self.tensors.observed_counts.device != device:
             self.tensors = StackTensors.zeros(len(self.routers), self.num_experts, device)
@@ -102,11 +115,11 @@ class RouterStack:
         self.tensors.pending_losses.add_(self.tensors.observed_losses)
         self.has_pending = True
 
-    def observe(self, place: int, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
+    def observe(self, router: Any, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
         """Called by a training router: leave its counts and losses behind, and return the loss to attach.
 
         Args:
-            place: Of the router in this stack.
+            router: One of this stack, or the copy of one that PEFT trains in its place.
             logits_TE: The logits that chose. Shape: (tokens, num_experts).
             indices_TK: What they chose. Shape: (tokens, top_k).
 
@@ -116,6 +129,9 @@ class RouterStack:
         """
         if not (self.active or torch.is_grad_enabled()):
             return None  # a forward of a training model that no one trains with
+        place: int = router.place
+        if self.routers[place] is not router:
+            self.routers[place] = router
         config = self.tracker.config
         mask_T = self._mask_for(logits_TE.shape[0])
         weighted = config.balance_loss_weight > 0 or config.z_loss_weight > 0
@@ -152,6 +168,16 @@ class RouterStack:
         # A 4-D mask is causal structure, not padding.
         return mask.reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
+    def _take_mask(self, mask_T: Tensor | None) -> None:
+        """Keep this forward's mask, unless a recomputation of the last forward is still to come that needs its own."""
+        if self.tracker.awaits_backward and not _same_mask(self.mask_T, mask_T) and _checkpoints(self.owner):
+            raise PatchError(
+                "two training forwards with different padding before one backward, with gradient checkpointing: the "
+                "first would be recomputed with the padding of the second. Put them in one batch, run each one's "
+                "backward before the next forward, or turn checkpointing off"
+            )
+        self.mask_T = mask_T
+
     def _mask_for(self, num_tokens: int) -> Tensor | None:
         if self.mask_T is not None and self.mask_T.numel() != num_tokens:
             self.tracker.warn_once(
@@ -162,6 +188,16 @@ class RouterStack:
         return self.mask_T
 
 
+def _checkpoints(owner: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in owner.modules())
+
+
+def _same_mask(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
+
+
 class Tracker:
     """Everything that training a Symphony model keeps between forwards: one per model.
 
@@ -169,6 +205,7 @@ class Tracker:
         driven: True while a callback (or the user's loop) calls `commit` at each optimizer step. Where nothing
             does, the next training forward commits first.
         scale: The factor that the main loss's gradient came with, written in the backward pass.
+        awaits_backward: Whether a main loss was recorded whose backward has not begun.
     """
 
     def __init__(self) -> None:
@@ -176,6 +213,7 @@ class Tracker:
         self.driven = False
         self.scale: Tensor | None = None
         self.loss_recorded = False
+        self.awaits_backward = False
         self.num_skipped: Tensor | None = None
         self.logged_losses: Tensor | None = None  # (3,): balance and z summed over forwards, number of forwards
         # What the patching must undo.
@@ -222,11 +260,19 @@ class Tracker:
         Returns:
             The same loss.
         """
-        self.loss_recorded = True
         if self.scale is None or not loss.requires_grad:
             return loss
         share = torch.as_tensor(share, dtype=torch.float32, device=loss.device)
-        return RecordGradientScale.apply(loss, share, self.scale)
+        loss = RecordGradientScale.apply(loss, share, self.scale)
+        if torch.compiler.is_compiling():
+            self.loss_recorded = True  # a hook that notes it would break the graph
+        else:
+            self.awaits_backward = True
+            loss.register_hook(self._note_backward)
+        return loss
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self.awaits_backward, self.loss_recorded = False, True
 
     @torch.no_grad()
     def commit(self) -> bool:
@@ -247,6 +293,9 @@ class Tracker:
             stack.tensors.pending_counts.zero_()
             stack.tensors.pending_losses.zero_()
             stack.has_pending = False
+        self.awaits_backward = False
+        if self.scale is not None and not torch.compiler.is_compiling():
+            self.scale.zero_()  # a loss that is not recorded must not start the routers' with an old factor
         if self.num_skipped is not None and self.num_skipped.device.type == "cpu":
             self.warn_about_skipped()
         return True
@@ -255,8 +304,18 @@ class Tracker:
         pending = [stack.tensors.pending_losses for stack in stacks if stack.tensors is not None]
         device = pending[0].device
         sums = torch.stack([losses.sum(0).to(device) for losses in pending]).sum(0) / self.num_routers
-        noted = torch.cat([sums[:2], pending[0][0, 2:]])
+        noted = torch.cat([sums[:2], pending[0][:, 2].max().reshape(1)])
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            self._warn_about_idle_routers(pending)
         self.logged_losses = noted if self.logged_losses is None else self.logged_losses + noted
+
+    def _warn_about_idle_routers(self, pending: list[Tensor]) -> None:
+        idle = sum(int((losses[:, 2] == 0).sum()) for losses in pending)
+        if idle:
+            self.warn_once(
+                f"{idle} of {self.num_routers} routers were not run in this training step: either their layers were "
+                "skipped, or something reads their weight itself, past the graph, and they are not routed by it"
+            )
 
     def _sum_over_ranks(self, stacks: list[RouterStack]) -> list[Tensor]:
         counts = [stack.tensors.pending_counts for stack in stacks if stack.tensors is not None]
@@ -269,15 +328,16 @@ class Tracker:
 
     def _move(self, stack: RouterStack, counts_LEE: Tensor) -> None:
         for graph, counts_EE in zip(stack.graphs, counts_LEE, strict=True):
-            graph.updates.add_(1)
             if graph.config.graph == "learned":
                 graph.adjacency.copy_(0.5 * (graph.adjacency + graph.adjacency.T).clamp(min=0.0))
             if not graph.config.counts_selections:
+                graph.updates.add_(1)
                 continue
             counts_EE = counts_EE.to(graph.adjacency.device)
             # Every token chose K experts, so the loads on the diagonal add up to K times the tokens.
             num_tokens = counts_EE.diagonal().sum() / graph.top_k
             graph.adjacency.copy_(update_adjacency(graph.adjacency, counts_EE, num_tokens, graph.config.decay))
+            graph.updates.add_(torch.isfinite(num_tokens).to(graph.updates.dtype))
             skipped = (~torch.isfinite(num_tokens)).to(torch.int32)
             self.num_skipped = (
                 skipped if self.num_skipped is None else self.num_skipped + skipped.to(self.num_skipped.device)

@@ -36,7 +36,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise ConfigError(f"`--{name}` has no value")
             value = words.pop(0)
-        overrides[name] = yaml.safe_load(value)
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"`--{name}`: `{value}` is no YAML value") from error
     return overrides
 
 

@@ -12,6 +12,7 @@ from symphony_hf import (
     PatchError,
     SymphonyConfig,
     SymphonyError,
+    SymphonyWarning,
     UnsupportedModelError,
     add_router_losses,
     expert_graphs,
@@ -104,6 +105,21 @@ def test_a_graph_path_that_is_not_there(tmp_path):
     assert_untouched(model, lambda: symphonize(model, graph=missing), SymphonyError, "does not exist")
 
 
+def test_experts_that_read_the_routers_weight_themselves(monkeypatch):
+    """As MXFP4 gpt-oss does, and kernels of the Hub: any patch would be passed by."""
+    model = make_model()
+    model.config.quantization_config = {"quant_method": "mxfp4"}
+    assert_untouched(model, lambda: symphonize(model), PatchError, "MXFP4")
+    model = make_model()
+    monkeypatch.setattr(type(model), "use_kernels", True)
+    assert_untouched(model, lambda: symphonize(model), PatchError, "use_kernels=False")
+
+
+def test_a_frozen_graph_that_was_never_learned():
+    with pytest.warns(SymphonyWarning, match="never learned"):
+        symphonize(make_model(), graph="frozen")
+
+
 def test_calls_that_need_a_symphony_model():
     model = make_model()
     for call in (expert_graphs, update_graphs, lambda m: add_router_losses(m, torch.tensor(1.0))):
@@ -189,6 +205,9 @@ GOOD = "model: {config: {model_type: olmoe}}\n"
         (GOOD + "symphony: {strength: 2}\n", "`strength` must be between"),
         (GOOD + "symphony: 3\n", "expected settings by name"),
         (GOOD + "train: [1]\n", "expected settings by name"),
+        (GOOD + "eval: {attack_rate: abc}\n", "`attack_rate` must be a number"),
+        (GOOD + "eval: {documents: 0}\n", "`documents` must be a whole number of at least 1"),
+        (GOOD + "eval: {seed: -1}\n", "`seed` must be"),
     ],
 )
 def test_recipes(text, message, tmp_path):
@@ -206,7 +225,14 @@ def test_recipe_overrides_and_null(tmp_path):
     assert recipe.symphony.strength == 0
     path.write_text(GOOD + "symphony:\n")
     assert load_recipe(path).symphony is None
-    for words, message in ((["max_steps", "2"], "expected `--NAME VALUE`"), (["--max_steps"], "has no value")):
+    path.write_text(GOOD + "train: 3\n")
+    with pytest.raises(ConfigError, match="train: expected settings by name, got 3"):
+        load_recipe(path, {"max_steps": 2})
+    for words, message in (
+        (["max_steps", "2"], "expected `--NAME VALUE`"),
+        (["--max_steps"], "has no value"),
+        (["--max_steps", "[1"], "is no YAML value"),
+    ):
         with pytest.raises(ConfigError, match=message):
             parse_overrides(words)
 

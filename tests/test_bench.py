@@ -57,6 +57,7 @@ def test_bad_input(tmp_path):
     for settings, message in (
         ({"models": ["tini"]}, "did you mean `tiny`"),
         ({"device": "nowhere"}, "device `nowhere` is not to be had"),
+        ({"tokens": 0}, "`tokens` must be at least 1"),
         ({"dtype": "float8"}, "known names: bfloat16, float32"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,18 @@ from symphony_hf import (
     symphonize,
     unsymphonize,
 )
+
+
+class RepoUrl(str):
+    @property
+    def repo_id(self):
+        return str(self)
+
+
+class DummyCard:
+    def save(self, path):
+        Path(path).write_text("")
+
 
 SETTINGS = [
     {},
@@ -155,6 +168,53 @@ def test_a_fresh_model_from_a_symphony_config_starts_at_the_identity(tmp_path):
     fresh = AutoModelForCausalLM.from_config(model.config)
     for adjacency in expert_graphs(fresh).values():
         assert torch.equal(adjacency, torch.eye(6) * 2 / 6)
+
+
+def test_meta_models_can_be_made_and_initialized(tmp_path):
+    model = saved(tmp_path)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    assert all(graph.is_meta for graph in expert_graphs(empty).values())
+    empty.to_empty(device="cpu")
+    empty.init_weights()
+    assert all(torch.equal(graph, torch.eye(6) * 2 / 6) for graph in expert_graphs(empty).values())
+
+
+def test_a_model_inside_is_saved_with_its_graph_and_its_mark(tmp_path):
+    ids = make_ids()
+    model = move_graphs(symphonize(make_model()))
+    llava = move_graphs(symphonize(make_llava()))
+    for name, inner in (("body", model.model), ("language", llava.model.language_model)):
+        inner.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["architectures"] == ["SymphonyOlmoeModel"]
+        loaded, info = AutoModel.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not info["unexpected_keys"]
+        assert torch.equal(loaded(ids).last_hidden_state, inner(ids).last_hidden_state)
+    assert not hasattr(llava.model.language_model.config, "symphony")
+
+
+def test_what_is_pushed_is_marked(tmp_path, monkeypatch):
+    model = symphonize(make_model())
+    pushed = []
+
+    def upload(working_dir, *args, **kwargs):
+        pushed.append(json.loads((Path(working_dir) / "config.json").read_text())["architectures"])
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", lambda self, *a, **k: upload(*a, **k))
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **kwargs: RepoUrl(name))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: DummyCard())
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/symphony")
+    assert pushed == [["SymphonyOlmoeForCausalLM"]]
+
+
+def test_a_config_object_may_be_used_again():
+    config = make_model().config
+    model = AutoModelForCausalLM.from_config(config)
+    symphonize(model)
+    assert not hasattr(config, "symphony")
+    assert not is_symphonized(AutoModelForCausalLM.from_config(config))
+    assert model.config is model.model.config
 
 
 def test_other_models_are_not_touched_by_the_loading_wraps(tmp_path):
@@ -381,6 +441,9 @@ def test_export_into_a_folder_that_exists_replaces_files(tmp_path):
     export_folded(model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() != first
     assert not list(tmp_path.glob(".folding-*"))
+    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    export_folded(model, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
 
 
 def test_config_error_is_also_a_value_error():

@@ -35,7 +35,7 @@ def naive_transition(adjacency, strength, normalization="row", self_loops=True):
         {"smoothing": "scores"},
         {"smoothing": "scores", "strength": 0.3},
         {"graph": "learned"},
-        {"graph": "frozen"},
+        pytest.param({"graph": "frozen"}, marks=pytest.mark.filterwarnings("ignore:a frozen graph")),
         {"warmup_steps": 10},
     ],
 )

@@ -112,6 +112,8 @@ def test_too_few_documents_are_refused_before_the_training(quickstart, tmp_path)
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match="`finetune_steps` must be at least 1"):
         QuickstartSettings(finetune_steps=0)
+    with pytest.raises(ConfigError, match="`seed` must be between"):
+        QuickstartSettings(seed=-1)
 
 
 @pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["bench"]])

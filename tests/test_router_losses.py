@@ -179,6 +179,19 @@ def test_a_loop_that_forgets_the_router_losses_is_told_once():
     assert update_graphs(silent)
 
 
+def test_an_old_factor_is_not_used_again():
+    """A step whose loss is the loop's own must not start the routers' losses with the factor of the step before."""
+    model, ids = symphonize(base("mixtral"), **WEIGHTS).train(), make_ids()
+    update_graphs(model)
+    model(ids, labels=ids).loss.backward()
+    update_graphs(model)
+    model.zero_grad()
+    (model(ids, labels=ids).logits.sum() * 0).backward()  # with labels, but not with the loss that they gave
+    assert all(float(gradient.abs().max()) == 0 for gradient in gradients(model).values())
+    with pytest.warns(SymphonyWarning, match="add_router_losses"):
+        update_graphs(model)
+
+
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_llava_gets_the_losses_that_transformers_leaves_out(use_reentrant):
     inputs = llava_inputs()

@@ -150,8 +150,50 @@ def test_a_plain_loop_without_a_callback_moves_the_graph_at_the_next_forward():
     assert_moved(model, before, first_only, [[1] * 24])
 
 
+def test_two_forwards_before_one_backward():
+    """In a loop that nothing drives, the graph waits for the backward: a recomputation must not see it moved."""
+    results = []
+    for use_reentrant in (None, True, False):
+        model = move_graphs(symphonize(make_model("mixtral"), decay=0.0)).train()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        first, second = make_ids(), make_ids(seed=1)
+        (model(first, labels=first).loss + model(second, labels=second).loss).backward()
+        before = expert_graphs(model)
+        model(first, labels=first)
+        assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(results[2][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_two_forwards_with_different_padding_are_refused_under_checkpointing():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    masks = [torch.ones_like(ids), torch.ones_like(ids).tril(5)]
+    # Without checkpointing each keeps its own.
+    sum(model(ids, attention_mask=mask, labels=ids).loss for mask in masks).backward()
+    update_graphs(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(ids, attention_mask=masks[0], labels=ids)
+    with pytest.raises(PatchError, match="different padding before one backward"):
+        model(ids, attention_mask=masks[1], labels=ids)
+
+
+def test_routers_that_nothing_runs_are_named():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    block = model.model.layers[1].mlp
+    block.forward = lambda hidden: hidden
+    update_graphs(model)
+    model(ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="1 of 3 routers were not run"):
+        update_graphs(model)
+
+
 def test_frozen_and_strength_zero_graphs():
-    frozen = move_graphs(symphonize(make_model(), graph="frozen")).train()
+    with pytest.warns(SymphonyWarning, match="never learned"):
+        frozen = move_graphs(symphonize(make_model(), graph="frozen")).train()
     moving = symphonize(make_model(), strength=0.0).train()
     ids = make_ids()
     for model, moves in ((frozen, False), (moving, True)):
@@ -186,7 +228,7 @@ def test_non_finite_logits_leave_the_graph_and_are_named_once():
     before = expert_graphs(model)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
-    model(ids, labels=ids)
+    model(ids, labels=ids).loss.backward()
     with pytest.warns(SymphonyWarning, match="not finite"):
         update_graphs(model)
     after = expert_graphs(model)
@@ -194,7 +236,8 @@ def test_non_finite_logits_leave_the_graph_and_are_named_once():
     assert not torch.equal(before[names[0]], after[names[0]])  # before the bad layer: finite
     assert torch.equal(before[names[1]], after[names[1]])
     assert torch.equal(before[names[2]], after[names[2]])
-    model(ids, labels=ids)
+    assert [int(router.symphony.updates) for _, router in symphony_routers(model)] == [1, 0, 0]
+    model(ids, labels=ids).loss.backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         update_graphs(model)
@@ -211,18 +254,18 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def train(model, rows, tmp_path, callbacks=(), **settings):
+def train(model, rows, tmp_path, callbacks=(), eval_dataset=None, resume=None, **settings):
+    defaults = {"per_device_train_batch_size": 2, "max_steps": 3, "seed": 0, "logging_steps": 1, "save_strategy": "no"}
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        **{"per_device_train_batch_size": 2, "max_steps": 3, "seed": 0, "dataloader_pin_memory": False, **settings},
+        dataloader_pin_memory=False,
+        **{**defaults, **settings},
     )
-    trainer = Trainer(model, arguments, train_dataset=Rows(rows), callbacks=list(callbacks))
-    trainer.train()
+    trainer = Trainer(model, arguments, train_dataset=Rows(rows), eval_dataset=eval_dataset, callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -279,6 +322,72 @@ def test_an_adapters_graph_moves_and_the_bases_does_not():
     merged = model.merge_and_unload()
     assert sum(1 for _ in merged.modules()) == num_modules
     assert all(not torch.equal(graph, torch.eye(8) * 3 / 8) for graph in expert_graphs(merged).values())
+
+
+@pytest.mark.parametrize("saved", ["gate", "symphony"])
+def test_peft_may_copy_a_whole_router(saved):
+    peft = pytest.importorskip("peft")
+    base, ids = symphonize(make_model(), decay=DECAY, balance_loss_weight=5.0), make_ids()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[saved])).train()
+    assert sum(isinstance(module, type(base.model.embed_tokens)) for module in model.modules()) == 1
+    before, seen = expert_graphs(model), {}
+    update_graphs(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    update_graphs(model)
+    after = expert_graphs(model)
+    assert len(after) == 3
+    assert all(not torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
+    if saved == "gate":
+        plain = symphonize(make_model(), decay=DECAY, balance_loss_weight=5.0).train()
+        plain(input_ids=ids, labels=ids).loss.backward()
+        expected = [p.grad for n, p in plain.named_parameters() if n.endswith("mlp.gate.weight")]
+        seen = [p.grad for n, p in model.named_parameters() if n.endswith("modules_to_save.default.weight")]
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_copying_one_router_does_not_copy_the_model():
+    router = symphonize(make_model()).model.layers[0].mlp.gate
+    twin = copy.deepcopy(router)
+    assert twin.stack is router.stack
+    hidden = torch.randn(3, 32)
+    assert torch.equal(twin.eval()(hidden)[0], router.eval()(hidden)[0])
+
+
+def test_evaluations_during_training_take_no_values_from_the_log(tmp_path):
+    model = symphonize(make_model())
+    rows = make_ids(32, 8)
+    trainer = train(
+        model,
+        rows,
+        tmp_path,
+        [SymphonyCallback()],
+        max_steps=4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=Rows(rows[:4]),
+    )
+    for entry in trainer.state.log_history:
+        assert ("symphony/balance_loss" in entry) == ("loss" in entry)
+
+
+def test_resuming_through_trainer_is_the_uninterrupted_run(tmp_path):
+    """Trainer itself loses the experts of converted families on resume; a Symphony model's checkpoints are saved so
+    that it does not."""
+    rows = make_ids(32, 8)
+    runs = {}
+    for name in ("whole", "cut"):
+        model = symphonize(make_model("mixtral"), warmup_steps=5)
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
+        train(model, rows, tmp_path / name, [SymphonyCallback()], **settings)
+        runs[name] = model
+    resumed = symphonize(make_model("mixtral", seed=9), warmup_steps=5)
+    trainer = train(
+        resumed, rows, tmp_path / "cut", [SymphonyCallback()], resume=str(tmp_path / "cut" / "checkpoint-3"), **settings
+    )
+    assert trainer.state.global_step == 6
+    whole, again = runs["whole"].state_dict(), resumed.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 def test_trainer_without_the_callback_still_moves_the_graph(tmp_path):

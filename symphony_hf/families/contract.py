@@ -1,5 +1,6 @@
 """A router's contract, read off its output: where the logits, the weights and the choices are."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ class MetaSelf:
         value = getattr(self._router, name)
         if name == "weight":
             return torch.empty(router_weight_shape(self._router), dtype=value.dtype, device="meta")
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value).to("meta")
         return value.to("meta") if isinstance(value, Tensor) else value
 
 

@@ -72,7 +72,8 @@ def _declared_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, PreTra
         if owner is None or module is owner:
             continue
         for recorder in _router_recorders(owner):
-            if isinstance(module, recorder.target_class):
+            in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
+            if in_layer and isinstance(module, recorder.target_class):
                 yield name, module, owner, recorder.index
                 break
 

@@ -1,13 +1,12 @@
 """From the experts that tokens chose to the matrix that routes them: counts, adjacency, transition."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..config import Normalization
 from .precision import without_autocast
-
-Normalization = Literal["row", "conditional", "symmetric"]
 
 
 def initial_adjacency(num_experts: int, top_k: int, device: torch.device | str | None = None) -> Tensor:

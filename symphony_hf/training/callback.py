@@ -42,12 +42,13 @@ class SymphonyCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if logs is None or "loss" not in logs:
+            return  # an evaluation's record, or the summary at the end
         tracker = tracker_of(model)
         tracker.warn_about_skipped()
         values = {f"symphony/{name}": value for name, value in tracker.take_losses().items()}
         # Trainer made its record of this log before it called us: add to both, so that every callback after us sees it.
-        if logs is not None:
-            logs.update(values)
+        logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
 

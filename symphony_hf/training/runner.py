@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..config import SymphonyConfig
 from ..data import BlockDataset, Corpus, Document, attack, cached_tokenizer, document_windows, load_corpus, pack_blocks
 from ..errors import ConfigError, nearest
 from ..evaluation import score_documents
@@ -53,8 +54,7 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
     }
     torch.manual_seed(arguments.seed)
     model = load_model(recipe.model, tokenizer)
-    if recipe.symphony is not None and not is_symphonized(model):
-        symphonize(model, recipe.symphony)
+    _symphonize(model, recipe)
     trainer = train(model, blocks["train"], blocks["validation"], arguments)
     trainer.save_model(str(output / "final"))
     results = {
@@ -62,13 +62,32 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
         "processes": arguments.world_size,
         "train": trainer.state.log_history[-1],
     }
+    # On every process: where the weights are spread over them, each forward needs them all.
+    results["test"] = evaluate_clean_and_attacked(trainer.model, tokenizer, corpus, recipe.data.block_size, recipe.eval)
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(output / "final")
-        results["test"] = evaluate_clean_and_attacked(
-            trainer.model, tokenizer, corpus, recipe.data.block_size, recipe.eval
-        )
         write_json(output / "results.json", results)
     return results
+
+
+def _symphonize(model: PreTrainedModel, recipe: "Recipe") -> None:
+    """Give the model the recipe's graph settings; a Symphony checkpoint brings its own, which must be the same.
+
+    Raises:
+        ConfigError: If the checkpoint's settings differ from the recipe's.
+    """
+    if not is_symphonized(model):
+        if recipe.symphony is not None:
+            symphonize(model, recipe.symphony)
+        return
+    stored = SymphonyConfig.from_dict(model.config.symphony)
+    if recipe.symphony != stored:
+        wanted = {} if recipe.symphony is None else recipe.symphony.to_dict()
+        differing = [name for name, value in stored.to_dict().items() if wanted.get(name) != value]
+        raise ConfigError(
+            f"symphony: the checkpoint `{recipe.model.path}` was saved with other settings ({', '.join(differing)}): "
+            "give the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
+        )
 
 
 def training_arguments(settings: dict[str, Any], output: Path) -> TrainingArguments:
