@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from .errors import FoldError
 from .graph import active_graph
-from .patching import symphony_routers, unsymphonize
+from .patching import is_adapted, symphony_routers, unsymphonize
 from .routing import fold_linear
 
 
@@ -17,6 +17,8 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
         PatchError: If the model is not symphonized.
         FoldError: If a graph cannot be folded exactly.
     """
+    if is_adapted(model):
+        raise FoldError("fold: the model has PEFT's adapters in it: `merge_and_unload()` first")
     folded: dict[str, Tensor] = {}
     for name, router in symphony_routers(model):
         weight: Tensor = router.weight  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attachment import attach, unmark_architectures
+from .attachment import attach
 from .compat import supported_range, transformers_is_supported
 from .config import SymphonyConfig
 from .errors import GraphError, PatchError, SymphonyError
@@ -24,6 +24,7 @@ from .folding import folded_parameters
 from .graph import ExpertGraph, active_graph
 from .patching import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers
 from .routing import adjacency_problems
+from .saving import unmark_architectures
 
 
 def install_loading_wraps() -> None:

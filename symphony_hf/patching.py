@@ -97,7 +97,7 @@ def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapp
 
 
 def _check_patchable(model: nn.Module) -> None:
-    if hasattr(model, "peft_config") or any("peft" in type(module).__module__.split(".") for module in model.modules()):
+    if is_adapted(model):
         raise PatchError(
             f"symphonize: {type(model).__name__} is wrapped by PEFT: symphonize the base model first, then "
             "`get_peft_model` with modules_to_save=['symphony']"
@@ -110,6 +110,11 @@ def _check_patchable(model: nn.Module) -> None:
     if is_symphonized(model):
         raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
     check_nothing_bypasses(model)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into a model, or around it."""
+    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
 
 
 def check_nothing_bypasses(model: PreTrainedModel) -> None:
@@ -185,9 +190,11 @@ def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
     """Take the graphs away: the same weights, the base model's classes, names and routing.
 
     Raises:
-        PatchError: If the model is not symphonized.
+        PatchError: If the model is not symphonized, or has adapters.
     """
     routers = [router for _, router in symphony_routers(model)]
+    if is_adapted(model):
+        raise PatchError("unsymphonize: the model has PEFT's adapters in it: `merge_and_unload()` first")
     for module in model.modules():
         detach(module)
     for router in routers:

@@ -53,7 +53,7 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for sentence in _findings(report):
+    for sentence in findings(report):
         console.print(f"- {sentence}", highlight=False)
     output = Path(report["settings"]["output"]).resolve()
     console.print(
@@ -80,7 +80,8 @@ def result_table(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _findings(report: Mapping[str, Any]) -> list[str]:
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """What a quickstart's report says, a sentence each."""
     comparisons, checks = report["comparisons"], report["checks"]
     sentences = []
     for text in ("clean", "attacked"):
@@ -126,7 +127,7 @@ def _page(report: Mapping[str, Any]) -> str:
         "",
         *("| " + " | ".join(row) + " |" for row in table),
         "",
-        *(f"- {sentence}" for sentence in _findings(report)),
+        *(f"- {sentence}" for sentence in findings(report)),
         "",
         *(line for name, caption in _PICTURES.items() for line in (f"## {caption}", "", f"![{caption}]({name})", "")),
         "## How it was made",

@@ -24,6 +24,7 @@ LEVELS = {
     "router": 4,
     "self_check": 4,
     "attachment": 4,
+    "saving": 4,
     "patching": 4,
     "folding": 4,
     "hub": 5,

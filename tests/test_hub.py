@@ -429,6 +429,12 @@ def test_trl_and_peft_read_it(tmp_path):
     ).eval()
     assert torch.equal(again(ids).logits, adapted(ids).logits)
     assert not torch.equal(again(ids).logits, model(ids).logits)
+    inner = again.base_model.model
+    for attempt, error in ((lambda: export_folded(inner, tmp_path / "f"), FoldError), (lambda: fold(inner), FoldError)):
+        with pytest.raises(error, match="merge_and_unload"):
+            attempt()
+    with pytest.raises(PatchError, match="merge_and_unload"):
+        unsymphonize(inner)
     with again.disable_adapter():
         assert torch.equal(again(ids).logits, model(ids).logits)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from symphony_hf import SymphonyConfig, __all__
 from symphony_hf.bench import AIMS, bench_table
-from symphony_hf.report import result_table
+from symphony_hf.report import findings, result_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,7 +27,8 @@ def as_markdown(rows):
 
 def test_the_quickstart_table_is_the_result_file():
     report = json.loads((RESULTS / "report.json").read_text())
-    assert block("quickstart table") == as_markdown(result_table(report))
+    findings_ = "".join(f"- {sentence}\n" for sentence in findings(report))
+    assert block("quickstart table") == f"{as_markdown(result_table(report))}\n{findings_}"
     assert report["command"] == "symphony quickstart"
 
 

@@ -1,0 +1,73 @@
+"""`save_pretrained` of a Symphony model, so that what reads the checkpoint later knows what it is."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+ARCHITECTURE_PREFIX = "Symphony"
+"""Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
+
+
+class SymphonySaver:
+    """`save_pretrained` of a Symphony model, or of one inside it: transformers' own, and what is ours in config.json.
+
+    Args:
+        model: Whose.
+        settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say).
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: dict[str, Any]) -> None:
+        self.model = model
+        self.settings = settings
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        folder = Path(save_directory)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            # Trainer resumes without the conversion to and from the names on the Hub, and would lose the experts.
+            kwargs.setdefault("save_original_format", False)
+        has_settings = hasattr(self.model.config, "symphony")
+        if not has_settings:
+            self.model.config.symphony = self.settings
+        try:
+            result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
+        finally:
+            if not has_settings:
+                del self.model.config.symphony
+        if is_main_process and (folder / "config.json").exists():
+            _mark_architectures(folder / "config.json")
+        if push_to_hub:
+            # Not by the call above: it would upload config.json before it is marked.
+            known = ("token", "commit_message", "private", "create_pr", "revision", "max_shard_size", "tags")
+            settings = {name: kwargs[name] for name in known if name in kwargs}
+            self.model.push_to_hub(kwargs.get("repo_id", folder.name), **settings)
+        return result
+
+
+def _mark_architectures(config_file: Path) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    names = config.get("architectures") or []
+    config["architectures"] = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
+    # TRL looks into it, by attribute, when it does not know an architecture, and then takes AutoModelForCausalLM.
+    config.setdefault("auto_map", {})
+    temporary = config_file.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, config_file)
+
+
+def unmark_architectures(config: PreTrainedConfig) -> None:
+    """Give a loaded config the stock architecture's name back: what reads it from a model should find what it knows."""
+    names = getattr(config, "architectures", None) or []
+    config.architectures = [name.removeprefix(ARCHITECTURE_PREFIX) for name in names] or None
+    if getattr(config, "auto_map", None) == {}:
+        del config.auto_map
