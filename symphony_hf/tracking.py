@@ -134,8 +134,7 @@ class RouterStack:
             self.routers[place] = router
         config = self.tracker.config
         mask_T = self._mask_for(logits_TE.shape[0])
-        weighted = config.balance_loss_weight > 0 or config.z_loss_weight > 0
-        needs_loss = weighted and torch.is_grad_enabled() and logits_TE.requires_grad
+        needs_loss = self.tracker.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
         with torch.set_grad_enabled(needs_loss):
             balance = load_balancing_loss(logits_TE, indices_TK, mask_T)
             z = z_loss(logits_TE, mask_T)
