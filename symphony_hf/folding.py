@@ -1,13 +1,15 @@
 """fold: the graphs into the routers' own weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import FoldError
+from .families import linear_of
 from .graph import active_graph
 from .patching import is_adapted, symphony_routers, unsymphonize
-from .routing import fold_linear
 
 
 def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -21,21 +23,23 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
         raise FoldError("fold: the model has PEFT's adapters in it: `merge_and_unload()` first")
     folded: dict[str, Tensor] = {}
     for name, router in symphony_routers(model):
-        weight: Tensor = router.weight  # type: ignore[attr-defined]
+        contract = router.contract
+        linear: Any = linear_of(router, contract.linear)  # type: ignore[arg-type]
         graph = active_graph(router.symphony)
         if graph.config.smoothing != "logits":
             raise FoldError(
                 f"fold: `{name}` smooths scores, after softmax, which no plain router computes: only smoothing="
                 "`logits` folds"
             )
+        weight: Tensor = linear.weight
         if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
             raise FoldError(f"fold: the weight of `{name}` is quantized, offloaded or partitioned: load it whole first")
-        with torch.no_grad():
-            bias = getattr(router, "bias", None)
-            new_weight, new_bias = fold_linear(weight, bias, graph.transition())
-        folded[f"{name}.weight"] = new_weight
-        if new_bias is not None:
-            folded[f"{name}.bias"] = new_bias
+        path = f"{name}.{contract.linear}" if contract.linear else name
+        for parameter_name in ("weight", "bias"):
+            parameter = getattr(linear, parameter_name, None)
+            if isinstance(parameter, Tensor):
+                with torch.no_grad():
+                    folded[f"{path}.{parameter_name}"] = router.apply_graph(parameter)
     return folded
 
 

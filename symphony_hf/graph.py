@@ -11,6 +11,7 @@ from .routing import (
     initial_adjacency,
     mix_with_identity,
     smooth_scores,
+    smooth_sigmoid_scores,
     smooth_weight,
     transition_matrix,
     without_autocast,
@@ -65,17 +66,20 @@ class ExpertGraph(nn.Module):
             return self.config.strength
         return self.config.strength * (self.updates / self.config.warmup_steps).clamp(max=1.0)
 
-    def forward(self, smoothed: Tensor) -> Tensor:
+    def forward(self, smoothed: Tensor, head: str | None = None) -> Tensor:
         """Apply the graph. A call, not an attribute read, so that the hooks of accelerate and PEFT take part.
 
         Args:
             smoothed: The router's weight (or bias), (num_experts, ...), where logits are smoothed; its logits,
                 (tokens, num_experts), where scores are.
+            head: Where scores are smoothed, what makes them of the logits: `softmax` or `sigmoid`.
 
         Returns:
             What takes its place. Same shape and type.
         """
-        smooth = smooth_weight if self.config.smoothing == "logits" else smooth_scores
+        if self.config.smoothing == "logits":
+            return smooth_weight(smoothed, self.transition())
+        smooth = smooth_sigmoid_scores if head == "sigmoid" else smooth_scores
         return smooth(smoothed, self.transition())
 
     def transition(self) -> Tensor:

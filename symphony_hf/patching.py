@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .attachment import attach, detach, tracker_of
 from .config import SymphonyConfig
 from .errors import ConfigError, PatchError, nearest
-from .families import FoundRouter, find_routers
+from .families import FoundRouter, find_routers, linear_of
 from .graph import ExpertGraph, active_graph
 from .graph_files import match_graphs, read_graphs
 from .router import SymphonyRouter, swap_class, symphony_router_class
@@ -138,11 +138,11 @@ def check_nothing_bypasses(model: PreTrainedModel) -> None:
 def patch_router(router: FoundRouter, config: SymphonyConfig) -> ExpertGraph:
     """Make one router a Symphony router, and return its graph. It observes nothing until `attach` gives it a stack."""
     module = router.module
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    device = weight.device
-    if weight.is_meta and hasattr(module, "_hf_hook"):
+    linear: Any = linear_of(module, router.contract.linear)
+    device = linear.weight.device
+    if linear.weight.is_meta and hasattr(linear, "_hf_hook"):
         # accelerate keeps an offloaded weight on meta between forwards; the graph is small, and stays on the device.
-        device = getattr(module._hf_hook, "execution_device", device)
+        device = getattr(linear._hf_hook, "execution_device", device)
     graph = ExpertGraph(router.contract.num_experts, router.contract.top_k, config, device).train(module.training)
     module.symphony = graph
     module.contract = router.contract  # type: ignore[assignment]

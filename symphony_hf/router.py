@@ -1,6 +1,6 @@
 """The Symphony router: a subclass of the family's own router, made for it on the spot.
 
-The subclass changes nothing but what `self.weight` is while the family's own forward runs: A @ W in place of W. By
+The subclass changes nothing but the router's linear map while the family's own forward runs: A @ W in place of W. By
 linearity that smooths the logits, exactly, without a copy of any family's code; the selection, the recorded logits
 and the experts follow. An instance gets the subclass by `__class__` alone, so that `isinstance`, by which
 transformers finds routers to record, still holds, and so that it goes back as simply.
@@ -11,29 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .families import RouterContract
+from .families import (
+    LinearStandIn,
+    OutputStandIn,
+    RouterContract,
+    StandIn,
+    as_tuple,
+    is_plain_linear,
+    linear_of,
+    stand_in_class,
+    substitute,
+    substitute_logits,
+)
 from .graph import active_graph
-from .routing import AttachLoss
+from .routing import AttachLoss, without_autocast
 from .tracking import RouterStack
-
-
-class SmoothedSelf:
-    """Stands in for the router's `self` while its family's forward runs: every attribute but the given ones."""
-
-    def __init__(self, router: nn.Module, replaced: dict[str, Any]) -> None:
-        self._router = router
-        self._replaced = replaced
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._replaced:
-            return self._replaced[name]
-        value = getattr(self._router, name)
-        if isinstance(value, types.MethodType) and value.__self__ is self._router:
-            # A helper of the family's forward must see the same weight.
-            return types.MethodType(value.__func__, self)
-        return value
 
 
 class SymphonyRouter:
@@ -44,48 +39,82 @@ class SymphonyRouter:
     stack: RouterStack | None = None
     place: int = 0
     base_class: type[nn.Module]
+    stand_in: type[StandIn]
     training: bool
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         smooth_logits = active_graph(self.symphony).config.smoothing == "logits"
         forward = self._forward_with_logits_smoothed if smooth_logits else self._forward_with_scores_smoothed
-        outputs = forward(hidden_states, *args, **kwargs)
+        outputs, logits_TE = forward(hidden_states, *args, **kwargs)
         if not self.training or self.stack is None:
             return outputs
-        contract = self.contract
-        loss = self.stack.observe(self, outputs[contract.logits], outputs[contract.indices])
+        contract, parts = self.contract, as_tuple(outputs)
+        loss = self.stack.observe(self, logits_TE, contract.chosen_experts(parts, logits_TE))
         if loss is None:
             return outputs
-        # On the weights, because the experts use them: a recorded logit may lead to no loss at all.
-        place = contract.weights
-        carrier = AttachLoss.apply(outputs[place], loss, self.stack.tracker.scale)
-        return (*outputs[:place], carrier, *outputs[place + 1 :])
+        # On what the experts use: a recorded logit may lead to no loss at all.
+        place = contract.carrier
+        carrier = AttachLoss.apply(parts[place], loss, self.stack.tracker.scale)
+        return (*parts[:place], carrier, *parts[place + 1 :]) if isinstance(outputs, tuple) else carrier
 
-    def _forward_with_logits_smoothed(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        replaced = {"weight": self.symphony(self.weight)}  # type: ignore[attr-defined]
-        bias = getattr(self, "bias", None)
-        if isinstance(bias, Tensor):
-            replaced["bias"] = self.symphony(bias)
-        return self.base_class.forward(SmoothedSelf(self, replaced), *args, **kwargs)  # type: ignore[arg-type]
+    def _forward_with_logits_smoothed(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """The family's forward with A W for its weight. Returns what it returns, and the logits."""
+        return self._run(self._leaf(self.apply_graph), *args, **kwargs)
 
-    def _forward_with_scores_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Smooth what the family's forward gives, then let it finish with the smoothed logits as its input.
+    def _forward_with_scores_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Smooth the logits that the family's forward gives, then let its head finish with the smoothed ones.
 
-        With the identity for a weight its linear map changes nothing, and its own softmax, selection and
-        renormalization do the rest.
+        Its own softmax or sigmoid, selection and renormalization do the rest.
         """
         contract = self.contract
-        logits_TE = self.base_class.forward(self, hidden_states, *args, **kwargs)[contract.logits]  # type: ignore[arg-type]
-        smoothed_TE = self.symphony(logits_TE)
-        weight_EE = torch.eye(contract.num_experts, device=logits_TE.device).to(logits_TE.dtype)
-        replaced: dict[str, Any] = {"weight": weight_EE}
-        bias = getattr(self, "bias", None)
+        _, logits_TE = self._run(self._leaf(lambda tensor: tensor), hidden_states, *args, **kwargs)
+        smoothed_TE = self.symphony(logits_TE, contract.head)
+        replaced, hidden_states = substitute_logits(
+            self,  # type: ignore[arg-type]
+            self.stand_in,
+            contract.linear,
+            contract.calls_linear,
+            smoothed_TE,
+            hidden_states,  # type: ignore[arg-type]
+        )
+        outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        return outputs, smoothed_TE
+
+    def _run(self, leaf: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        contract = self.contract
+        replaced = substitute(self, self.stand_in, contract.linear, leaf)  # type: ignore[arg-type]
+        outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        if contract.logits is not None:
+            logits = as_tuple(outputs)[contract.logits]
+        elif contract.calls_linear:
+            logits = leaf.output
+        else:
+            with without_autocast(hidden_states):
+                logits = F.linear(hidden_states.float(), leaf.weight.float())
+        return outputs, logits.reshape(-1, logits.shape[-1])
+
+    def _leaf(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """What takes the place of the linear map: the same with its weight and bias changed along the experts."""
+        path = self.contract.linear
+        linear = linear_of(self, path)  # type: ignore[arg-type]
+        if path and not is_plain_linear(linear):
+            # LoRA, a quantized weight or a hook: more than a weight, so change what it returns.
+            return OutputStandIn(
+                linear, lambda logits: change(logits.reshape(-1, logits.shape[-1]).T).T.view_as(logits)
+            )
+        weight, bias = change(linear.weight), getattr(linear, "bias", None)  # type: ignore[arg-type]
         if isinstance(bias, Tensor):
-            replaced["bias"] = torch.zeros_like(bias)  # it is in the logits already
-        for name in ("hidden_dim", "hidden_size"):
-            if getattr(self, name, None) == contract.hidden_size:
-                replaced[name] = contract.num_experts
-        return self.base_class.forward(SmoothedSelf(self, replaced), smoothed_TE, *args, **kwargs)  # type: ignore[arg-type]
+            bias = change(bias)
+        if path:
+            return LinearStandIn(linear, weight, bias)
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+    def apply_graph(self, tensor: Tensor) -> Tensor:
+        """The graph along the experts of a weight or bias. Rows after them (of shared experts) stay as they are."""
+        num_experts = self.contract.num_experts
+        if tensor.shape[0] == num_experts:
+            return self.symphony(tensor)
+        return torch.cat([self.symphony(tensor[:num_experts]), tensor[num_experts:]])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -111,7 +140,12 @@ def symphony_router_class(base_class: type[nn.Module]) -> type[nn.Module]:
 def _make_class(base_class: type[nn.Module]) -> type[nn.Module]:
     name = f"Symphony{base_class.__name__}"
     # Kernels from the Hub would replace a forward by one that reads the weight itself, past the graph.
-    namespace = {"base_class": base_class, "kernel_layer_name": None, "__doc__": SymphonyRouter.__doc__}
+    namespace = {
+        "base_class": base_class,
+        "stand_in": stand_in_class(base_class),
+        "kernel_layer_name": None,
+        "__doc__": SymphonyRouter.__doc__,
+    }
     return type(name, (SymphonyRouter, base_class), namespace)
 
 

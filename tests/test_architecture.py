@@ -32,6 +32,7 @@ LEVELS = {
     "evaluation": 5,
     "diagnostics": 5,
     "training": 6,
+    "conformance": 6,
     "quickstart": 7,
     "report": 7,
     "bench": 7,

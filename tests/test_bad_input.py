@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import COMMON, make_model
 from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
 
@@ -20,7 +21,6 @@ from symphony_hf import (
     symphonize,
     update_graphs,
 )
-from symphony_hf.families import contract
 from symphony_hf.recipe import load_recipe
 from symphony_hf.train import main as train_main
 from symphony_hf.train import parse_overrides
@@ -127,48 +127,52 @@ def test_calls_that_need_a_symphony_model():
             call(model)
 
 
-def test_a_family_whose_router_moved_is_refused(monkeypatch):
-    """A router that does something else with its weight than we understand must never be routed wrongly."""
-    model = make_model("mixtral")
+def router_forward(monkeypatch, model, forward):
+    """Give Mixtral's router another forward for one test: what a new release may bring."""
     router_class = type(model.model.layers[0].mlp.gate)
     original = router_class.forward
+    monkeypatch.setattr(router_class, "forward", lambda self, *args: forward(self, original, *args))
 
-    def scaled(self, hidden_states):
-        logits, weights, indices = original(self, hidden_states)
-        return logits.tanh(), weights, indices
 
-    monkeypatch.setattr(router_class, "forward", scaled)
-    assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, "not the smoothed ones")
+def test_a_family_whose_router_moved_is_refused(monkeypatch):
+    """A router that does something else with its weight than we understand must never be routed wrongly."""
+
+    def cosine(self, original, hidden_states):  # a unit-norm weight: smoothing it does not smooth the logits
+        logits = F.linear(hidden_states, F.normalize(self.weight, dim=-1))
+        return logits, *logits.softmax(-1).topk(self.top_k)
+
+    def noisy(self, original, hidden_states):
+        return original(self, hidden_states + torch.randn_like(hidden_states))
+
+    for forward, message in ((cosine, "not the smoothed ones"), (noisy, "differs from the original")):
+        model = make_model("mixtral")
+        with monkeypatch.context() as patch:
+            router_forward(patch, model, forward)
+            assert_untouched(model, lambda model=model: symphonize(model), UnsupportedModelError, message)
 
 
 def test_a_router_of_an_unknown_contract_is_refused(monkeypatch):
-    model = make_model("mixtral")
-    router_class = type(model.model.layers[0].mlp.gate)
-    original = router_class.forward
-    for output, message in (
-        (lambda *out: out[0], "not a tuple"),
-        (lambda *out: out[:2], "returns tensors of shapes"),
-        (lambda *out: (out[0], out[0], out[2]), "no weights of the chosen"),
+    for forward, message in (
+        (lambda self, original, x: original(self, 2 * x)[1:2], "logits of shape .* were expected"),
+        (lambda self, original, x: original(self, x)[:2], "no integers of shape .* say which experts"),
+        (lambda self, original, x, mask: original(self, x), "did not run on hidden states of shape"),
+        (lambda self, original, x: (x, x, x), "does not multiply by its weight"),
     ):
-        monkeypatch.setattr(router_class, "forward", lambda self, x, output=output: output(*original(self, x)))
-        assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, message)
-    monkeypatch.setattr(router_class, "forward", lambda self, x, mask: original(self, x))
-    assert_untouched(model, lambda: symphonize(model), UnsupportedModelError, "did not run on hidden states alone")
-    assert contract.RouterContract.__name__ == "RouterContract"
+        model = make_model("mixtral")
+        with monkeypatch.context() as patch:
+            router_forward(patch, model, forward)
+            assert_untouched(model, lambda model=model: symphonize(model), UnsupportedModelError, message)
 
 
-def test_scores_need_a_softmax_head(monkeypatch):
-    model = make_model("mixtral")
-    router_class = type(model.model.layers[0].mlp.gate)
-    original = router_class.forward
-
-    def sigmoid_head(self, hidden_states):
+def test_scores_need_a_softmax_or_sigmoid_head(monkeypatch):
+    def softplus_head(self, original, hidden_states):
         logits, _, indices = original(self, hidden_states)
-        return logits, logits.sigmoid().gather(1, indices), indices
+        return logits, F.softplus(logits).gather(1, indices), indices
 
-    monkeypatch.setattr(router_class, "forward", sigmoid_head)
+    model = make_model("mixtral")
+    router_forward(monkeypatch, model, softplus_head)
     assert_untouched(
-        model, lambda: symphonize(model, smoothing="scores"), UnsupportedModelError, "no softmax of its log"
+        model, lambda: symphonize(model, smoothing="scores"), UnsupportedModelError, "neither a softmax nor a sigmoid"
     )
     assert is_symphonized(symphonize(model))
 

@@ -1,6 +1,33 @@
 """What a family's router looks like: found from the model class, checked by running it."""
 
-from .contract import RouterContract, inspect_router, router_weight_shape
+from .contract import RouterContract
 from .discovery import FoundRouter, find_routers
+from .inspection import LinearSpy, Probe, as_tuple, inspect_router
+from .substitution import (
+    LinearStandIn,
+    OutputStandIn,
+    StandIn,
+    is_plain_linear,
+    linear_of,
+    stand_in_class,
+    substitute,
+    substitute_logits,
+)
 
-__all__ = ["FoundRouter", "RouterContract", "find_routers", "inspect_router", "router_weight_shape"]
+__all__ = [
+    "FoundRouter",
+    "LinearSpy",
+    "LinearStandIn",
+    "OutputStandIn",
+    "Probe",
+    "RouterContract",
+    "StandIn",
+    "as_tuple",
+    "find_routers",
+    "inspect_router",
+    "is_plain_linear",
+    "linear_of",
+    "stand_in_class",
+    "substitute",
+    "substitute_logits",
+]

@@ -11,7 +11,11 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from ..compat import supported_range
 from ..errors import UnsupportedModelError, nearest
-from .contract import RouterContract, inspect_router
+from .contract import RouterContract
+from .inspection import inspect_router
+from .twin import full_shape
+
+_ROUTER_CLASS = re.compile(r"(Router|Gating|MoEGate|MoeGate|MoEV1Gate|TopKGate)$")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class FoundRouter:
     Attributes:
         name: Its module name in the model.
         module: Itself.
-        contract: How to read its outputs.
+        contract: How to run it and to read its outputs.
         owner: The innermost model whose forward runs it, with its layers: the decoder stack.
         layer: The number of its decoder layer.
     """
@@ -29,12 +33,16 @@ class FoundRouter:
     name: str
     module: nn.Module
     contract: RouterContract
-    owner: PreTrainedModel
+    owner: nn.Module
     layer: int
 
 
 def find_routers(model: nn.Module, layers: tuple[int, ...] | None = None) -> list[FoundRouter]:
-    """Every router that the classes of a model, and of the models nested in it, declare to record.
+    """Every router of a model, and of the models nested in it.
+
+    The classes say which modules are routers, since transformers records their logits. A block that is recorded
+    in their place, and a model that records none, is searched for routers by the names of classes and modules. What
+    each one is in truth is found by running it.
 
     Args:
         model: Any model of transformers.
@@ -43,16 +51,30 @@ def find_routers(model: nn.Module, layers: tuple[int, ...] | None = None) -> lis
     Raises:
         UnsupportedModelError: If there is none, one cannot be patched, or a wanted layer has none.
     """
-    found = [
-        FoundRouter(name, module, inspect_router(name, module, logits_place), owner, _layer_number(name, place))
-        for place, (name, module, owner, logits_place) in enumerate(_declared_routers(model))
-    ]
+    modules = dict(model.named_modules())
+    contracts: dict[Any, RouterContract] = {}
+    found = []
+    for place, (name, owner) in enumerate(_router_names(modules)):
+        router = modules[name]
+        key = _likeness(router)
+        if key not in contracts:
+            contracts[key] = inspect_router(name, router, modules)
+        found.append(FoundRouter(name, router, contracts[key], owner, layer_number(name, place)))
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedModelError(
-            f"{family}: no router found in {type(model).__name__}: it is dense, or its routers are of a kind that "
-            f"symphony_hf cannot patch yet. {supported_range()}"
+            f"{family}: no router found in {type(model).__name__}: it is dense, or its gates are not of transformers: "
+            f"for `nn.Linear` gates give `routers=` a pattern of their names. {supported_range()}"
         )
+    return of_layers(found, layers, model)
+
+
+def of_layers(found: list[FoundRouter], layers: tuple[int, ...] | None, model: nn.Module) -> list[FoundRouter]:
+    """Those of the wanted layers.
+
+    Raises:
+        UnsupportedModelError: If a wanted layer has none.
+    """
     if layers is None:
         return found
     known = {router.layer for router in found}
@@ -63,28 +85,46 @@ def find_routers(model: nn.Module, layers: tuple[int, ...] | None = None) -> lis
     return [router for router in found if router.layer in layers]
 
 
-def _declared_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, PreTrainedModel, int]]:
-    """Yield (name, router, owner, place of its logits), in the order of the modules."""
-    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    for name, module in model.named_modules():
-        prefixes = (name[:end] for end in _prefix_ends(name))
-        owner = next((owners[prefix] for prefix in prefixes if prefix in owners), None)
-        if owner is None or module is owner:
-            continue
-        for recorder in _router_recorders(owner):
-            in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-            if in_layer and isinstance(module, recorder.target_class):
-                yield name, module, owner, recorder.index
-                break
+def _router_names(modules: dict[str, nn.Module]) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield (name, owner) of each router, in the order of the modules."""
+    owners = {name: module for name, module in modules.items() if isinstance(module, PreTrainedModel)}
+    owner_by_name = {name: owner_of(name, owners) for name in modules if name not in owners}
+    owner_by_name = {name: owner for name, owner in owner_by_name.items() if owner is not None}
+    declared = {name for name, owner in owner_by_name.items() if _is_declared(owner, name, modules[name])}
+    called_so = {name for name in owner_by_name if _looks_like_router(modules, name)}
+    blocks = {name for name in declared if any(other.startswith(name + ".") for other in declared | called_so)}
+    for name, owner in owner_by_name.items():
+        in_block = any(name.startswith(block + ".") for block in blocks)
+        found_by_class = name in called_so and (in_block or not _router_recorders(owner))
+        if name in declared - blocks or found_by_class:
+            yield name, owner
 
 
-def _prefix_ends(name: str) -> Iterator[int]:
-    """Ends of the module names above `name`, innermost first, the root's (0) last."""
+def _looks_like_router(modules: dict[str, nn.Module], name: str) -> bool:
+    """By its class, or, for a plain linear map, by its own name beside `experts`."""
+    module = modules[name]
+    if type(module) is not nn.Linear:
+        return bool(_ROUTER_CLASS.search(type(module).__name__))
+    parent, _, own_name = name.rpartition(".")
+    return own_name in ("gate", "router") and "experts" in modules[parent]._modules
+
+
+def owner_of(name: str, owners: dict[str, Any]) -> Any:
+    """The innermost of the owners, by module name, above a name; None where there is none."""
     end = name.rfind(".")
     while end > 0:
-        yield end
+        if name[:end] in owners:
+            return owners[name[:end]]
         end = name.rfind(".", 0, end)
-    yield 0
+    return owners.get("")
+
+
+def _is_declared(owner: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    for recorder in _router_recorders(owner):
+        in_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
+        if in_layer and isinstance(module, recorder.target_class):
+            return True
+    return False
 
 
 def _router_recorders(owner: PreTrainedModel) -> list[OutputRecorder]:
@@ -98,7 +138,20 @@ def _router_recorders(owner: PreTrainedModel) -> list[OutputRecorder]:
     return recorders
 
 
-def _layer_number(name: str, place: int) -> int:
+def _likeness(router: nn.Module) -> tuple[Any, ...]:
+    """The same for routers that compute the same on the same numbers: one look is enough for all layers."""
+    tensors = [*router.named_parameters(), *router.named_buffers()]
+    shapes = tuple((name, full_shape(tensor), tensor.dtype) for name, tensor in tensors)
+    simple = {
+        name: value
+        for name, value in router.__dict__.items()
+        if isinstance(value, int | float | str) and name not in ("layer_idx", "training")
+    }
+    # A patched router has its contract already, and keeps it.
+    return type(router), shapes, tuple(sorted(simple.items())), id(getattr(router, "contract", None))
+
+
+def layer_number(name: str, place: int) -> int:
     """The first number in a module name such as `model.layers.3.mlp.gate`; its place among routers without one."""
     number = re.search(r"\.(\d+)\.", name)
     return int(number.group(1)) if number else place

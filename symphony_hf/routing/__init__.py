@@ -22,7 +22,7 @@ from .graph import (
 )
 from .losses import AttachLoss, RecordGradientScale, load_balancing_loss, z_loss
 from .precision import without_autocast
-from .smoothing import smooth_logits, smooth_probabilities, smooth_scores, smooth_weight
+from .smoothing import smooth_logits, smooth_probabilities, smooth_scores, smooth_sigmoid_scores, smooth_weight
 
 __all__ = [
     "AttachLoss",
@@ -36,6 +36,7 @@ __all__ = [
     "smooth_logits",
     "smooth_probabilities",
     "smooth_scores",
+    "smooth_sigmoid_scores",
     "smooth_weight",
     "transition_matrix",
     "update_adjacency",

@@ -109,3 +109,35 @@ def smooth_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     # From an underflown probability the difference cannot be told; what came to it from its neighbours can.
     revived_TE = torch.where(after_TE > tiny, log_after_TE + logits.logsumexp(-1, keepdim=True), logits)
     return torch.where(before_TE > tiny, mixed_TE, revived_TE).to(logits_TE.dtype)
+
+
+def smooth_sigmoid_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
+    """Logits whose sigmoid is the graph's mean of the given ones' sigmoids, so that any sigmoid head can finish.
+
+    Args:
+        logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
+        transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
+
+    Returns:
+        g + logit(sigmoid(g) @ A.T) - logit(sigmoid(g)), in the logits' type: A = I changes no bit. Same shape.
+
+    Raises:
+        ValueError: If the numbers of experts differ.
+
+    Source: ours; the paper's routers have a softmax. Sigmoid scores are E probabilities, not one distribution, so
+    each is averaged over its expert's neighbours, A's row, which keeps it between 0 and 1.
+    """
+    _check_experts("the logits", logits_TE.shape[-1], transition_EE)
+    logits = logits_TE.float()
+    before_TE = logits.sigmoid()
+    with without_autocast(logits_TE):
+        after_TE = torch.addmm(before_TE, before_TE, _change(transition_EE).T)
+    eps = torch.finfo(torch.float32).eps
+    # The clamps keep logit's gradient finite where a sigmoid saturated.
+    low, high = torch.finfo(torch.float32).tiny, 1.0 - eps
+    log_odds_before_TE, log_odds_after_TE = (p.clamp(low, high).logit() for p in (before_TE, after_TE))
+    mixed_TE = logits - (log_odds_before_TE - log_odds_after_TE)
+    # From a saturated sigmoid the difference cannot be told; what came to it from its neighbours can.
+    saturated = (before_TE <= low) | (before_TE >= high)
+    revived_TE = torch.where((after_TE <= low) | (after_TE >= high), logits, log_odds_after_TE)
+    return torch.where(saturated, revived_TE, mixed_TE).to(logits_TE.dtype)

@@ -1,0 +1,55 @@
+"""What cannot be found by looking at a router's class: one entry for each class that needs one, by its name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What to know of a router class.
+
+    Attributes:
+        top_k: Experts chosen per token, where neither the router nor its block says.
+        choices: Reads the chosen experts from the router's output, where they are not one tensor of it.
+        refusal: Why the class cannot be patched at all.
+    """
+
+    top_k: int | None = None
+    choices: Callable[[tuple[Any, ...]], Tensor] | None = None
+    refusal: str | None = None
+
+
+def _choices_with_skip_expert(outputs: tuple[Any, ...]) -> Tensor:
+    """ZAYA masks its last expert, which skips the layer, to weight 0 and number 0."""
+    logits, weights, indices, _ = outputs
+    return indices.masked_fill(weights == 0, logits.shape[-1] - 1)
+
+
+def _choices_sorted_by_expert(outputs: tuple[Any, ...]) -> Tensor:
+    """JetMoE returns the order that sorts its choices by expert, and how many each expert has."""
+    order, _, _, num_by_expert, logits = outputs
+    experts = torch.arange(logits.shape[-1], device=order.device)
+    sorted_choices = experts.repeat_interleave(torch.tensor(num_by_expert, device=order.device))
+    return torch.empty_like(order).index_copy(0, order, sorted_choices)
+
+
+ENTRIES = {
+    "SwitchTransformersTop1Router": Entry(top_k=1),  # the choice is a one-hot mask, less what is over capacity
+    "NllbMoeTop2Router": Entry(top_k=2),  # likewise
+    "ZayaRouter": Entry(choices=_choices_with_skip_expert),
+    "JetMoeTopKGating": Entry(choices=_choices_sorted_by_expert),
+    "DogeCDMoE": Entry(
+        refusal="it chooses by product keys: its router scores halves of keys, not experts, so there is no graph of "
+        "experts to smooth over"
+    ),
+}
+NO_ENTRY = Entry()
+
+
+def entry_of(router_class: type) -> Entry:
+    """The entry of a router class, or of the class that it was made from."""
+    return next((ENTRIES[base.__name__] for base in router_class.__mro__ if base.__name__ in ENTRIES), NO_ENTRY)

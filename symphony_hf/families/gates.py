@@ -1,0 +1,39 @@
+"""Routers that the user names: gates of remote-code and home-made models, most often a plain `nn.Linear` in a block."""
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError, nearest
+from .discovery import FoundRouter, layer_number, owner_of
+from .inspection import inspect_router
+
+
+def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -> list[FoundRouter]:
+    """The modules whose names match.
+
+    Args:
+        model: Any model.
+        patterns: Of module names, as in a shell: `*.mlp.gate`.
+        top_k: Experts chosen per token, by their highest logits; read from each gate's block when None.
+
+    Raises:
+        UnsupportedModelError: If a pattern matches nothing, or a module that cannot be patched.
+    """
+    modules = dict(model.named_modules())
+    owners = {name: module for name, module in modules.items() if isinstance(module, PreTrainedModel)}
+    names = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            candidates = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: `routers` pattern {pattern!r} matches no module; "
+                f"{nearest(pattern.replace('*', ''), candidates)}"
+            )
+    found = []
+    for place, name in enumerate(names):
+        contract = inspect_router(name, modules[name], modules, top_k)
+        owner = owner_of(name, owners) or model
+        found.append(FoundRouter(name, modules[name], contract, owner, layer_number(name, place)))
+    return found

@@ -1,0 +1,186 @@
+"""Run a router's own forward with something else in place of its linear map from hidden states to logits.
+
+No family's code is copied: its forward is called with a stand-in for `self` that has every attribute of the router but
+the linear map. The map is the router's own `weight`, or an `nn.Linear` inside it, which the forward calls or whose
+`weight` it reads.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StandIn:
+    """Stands in for a module's `self` while its class's forward runs: every attribute but the replaced ones.
+
+    Args:
+        module: The module itself, which stays as it is, also where the forward assigns to `self`.
+        replaced: Attributes by name.
+    """
+
+    def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
+        object.__setattr__(self, "_module", module)
+        object.__setattr__(self, "_replaced", replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._replaced:
+            return self._replaced[name]
+        value = getattr(self._module, name)
+        if isinstance(value, types.MethodType) and value.__self__ is self._module:
+            # A helper of the family's forward must see the same replacements.
+            return types.MethodType(value.__func__, self)
+        return value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def stand_in_class(base_class: type[nn.Module]) -> type[StandIn]:
+    """The stand-in for routers of a class: for a subclass of `nn.Linear` one of it, so that `super()` works in it."""
+    if base_class is nn.Linear or not issubclass(base_class, nn.Linear):
+        return StandIn
+    # nn.Module's own __setattr__ would look for parameters that a stand-in has not got.
+    return type(f"{base_class.__name__}StandIn", (StandIn, base_class), {"__setattr__": object.__setattr__})
+
+
+class LinearStandIn:
+    """Stands in for an `nn.Linear` inside a router, with another weight.
+
+    Attributes:
+        output: What the last call returned; None before it.
+    """
+
+    def __init__(self, linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        self._linear = linear
+        self.weight = weight
+        self.bias = bias
+        self.output: Tensor | None = None
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        self.output = F.linear(hidden_states, self.weight, self.bias)
+        return self.output
+
+    def to(self, dtype: torch.dtype) -> "LinearStandIn":
+        """As Switch and NLLB cast theirs in their forward; in place of it, since `output` is read afterwards."""
+        self.weight = self.weight.to(dtype)
+        self.bias = None if self.bias is None else self.bias.to(dtype)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._linear, name)
+
+
+class OutputStandIn:
+    """Stands in for a linear map that is more than its weight (LoRA, 4-bit, hooks): what it returns is changed.
+
+    Args:
+        linear: The map, called as it is.
+        change: Applied to its output. Shape: (..., rows), in and out.
+    """
+
+    def __init__(self, linear: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        self._linear = linear
+        self._change = change
+        self.output: Tensor | None = None
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        self.output = self._change(self._linear(hidden_states))
+        return self.output
+
+    def to(self, dtype: torch.dtype) -> "OutputStandIn":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._linear, name)
+
+
+class GivenLogits:
+    """Stands in for a linear map inside a router: it returns the given logits, whatever comes in."""
+
+    def __init__(self, linear: nn.Module, logits: Tensor) -> None:
+        self._linear = linear
+        self._logits = logits
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return self._logits.view(*hidden_states.shape[:-1], -1)
+
+    def to(self, dtype: torch.dtype) -> "GivenLogits":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._linear, name)
+
+
+Leaf = LinearStandIn | OutputStandIn | GivenLogits
+
+
+def is_plain_linear(linear: nn.Module) -> bool:
+    """Whether calling a linear map is multiplying by its weight and nothing else."""
+    return type(linear) is nn.Linear and not (
+        "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
+    )
+
+
+def substitute(router: nn.Module, stand_in: type[StandIn], path: str, leaf: "dict[str, Any] | Leaf") -> StandIn:
+    """A stand-in for a router, with `leaf` in place of its linear map.
+
+    Args:
+        router: Of any family.
+        stand_in: Of its class, from `stand_in_class`.
+        path: Of the linear map inside it, such as `router_mlp.out_proj`; empty where it is the router itself.
+        leaf: What takes its place; for an empty path its weight and bias by name.
+    """
+    if isinstance(leaf, dict):
+        return stand_in(router, leaf)
+    *parents, name = path.split(".")
+    replaced: dict[str, Any] = {name: leaf}
+    for depth in range(len(parents), 0, -1):
+        inner = StandIn(router.get_submodule(".".join(parents[:depth])), replaced)
+        replaced = {parents[depth - 1]: inner}
+    return stand_in(router, replaced)
+
+
+def linear_of(router: nn.Module, path: str) -> nn.Module:
+    """The module that holds a router's weight: something inside it, or itself where the path is empty."""
+    return router.get_submodule(path) if path else router
+
+
+def substitute_logits(
+    router: nn.Module,
+    stand_in: type[StandIn],
+    path: str,
+    calls_linear: bool,
+    logits: Tensor,
+    hidden_states: Tensor,
+) -> tuple[StandIn, Tensor]:
+    """A stand-in and its input that together make a router finish from given logits: its head alone.
+
+    Args:
+        router: Of any family.
+        stand_in: Of its class.
+        path: Of its linear map.
+        calls_linear: Whether its forward calls the map; otherwise it multiplies by the weight itself.
+        logits: Shape: (tokens, rows of the map).
+        hidden_states: The router's real input. Shape: (..., hidden_size).
+
+    Returns:
+        The stand-in, and the hidden states to call it with.
+    """
+    linear = linear_of(router, path)
+    if calls_linear:
+        return substitute(router, stand_in, path, GivenLogits(linear, logits)), hidden_states
+    # Times the identity the given logits stay what they are.
+    rows = logits.shape[-1]
+    weight = torch.eye(rows, device=logits.device).to(logits.dtype)
+    bias = getattr(linear, "bias", None)
+    bias = torch.zeros_like(bias) if isinstance(bias, Tensor) else None  # it is in the logits already
+    leaf: Any = LinearStandIn(linear, weight, bias) if path else {"weight": weight, "bias": bias}
+    replaced = substitute(router, stand_in, path, leaf)
+    for name in ("hidden_dim", "hidden_size", "input_size"):
+        if getattr(router, name, None) == hidden_states.shape[-1]:
+            replaced._replaced[name] = rows
+    return replaced, logits.view(*hidden_states.shape[:-1], rows)
