@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -11,6 +12,12 @@ from .errors import PatchError
 from .families import FoundRouter
 from .saving import SymphonySaver
 from .tracking import RouterStack, Tracker
+
+_OWN_LOSSES = {
+    ("router_aux_loss_coef", "aux_loss_coef"): "balance_loss_weight",
+    ("router_z_loss_coef",): "z_loss_weight",
+}
+"""A model's own weights of losses that ours takes the place of, by the setting of ours."""
 
 
 def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any]) -> None:
@@ -32,18 +39,28 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
         tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
         tracker.handles.append(owner.register_forward_hook(stack.after_forward))
     tracker.place_scale()
-    if tracker.config.balance_loss_weight > 0:
-        _silence_own_balance_loss(model, tracker)
+    model._symphony_tracker = tracker  # type: ignore[assignment]
+    tracker.handles.append(model.register_forward_pre_hook(_begin_forward))
+    tracker.handles.append(model.register_forward_hook(_record_loss_of_output))
+    if isinstance(model, PreTrainedModel):
+        _attach_to_pretrained(model, found, settings, tracker)
+
+
+def _attach_to_pretrained(
+    model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any], tracker: Tracker
+) -> None:
+    for names, weight in _OWN_LOSSES.items():
+        if getattr(tracker.config, weight) > 0:
+            _silence_own_loss(model, tracker, names)
     if getattr(model, "loss_type", None) is not None:
         tracker.own_loss = model.__dict__.get("_loss_function")
         model.loss_function = RecordedLoss(model.loss_function, tracker)
     patched = {id(router.module) for router in found}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
-            module.save_pretrained = SymphonySaver(module, settings)  # type: ignore[method-assign]
+            module.save_pretrained = SymphonySaver(module, settings, tracker.silenced)  # type: ignore[method-assign]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
-    model._symphony_tracker = tracker  # type: ignore[assignment]
 
 
 def detach(module: nn.Module) -> None:
@@ -56,16 +73,32 @@ def detach(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
             del part.save_pretrained
-    for owner, weight in tracker.silenced:
-        owner.__dict__["router_aux_loss_coef"] = weight
+    for holder, name, weight in tracker.silenced:
+        holder.__dict__[name] = weight
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:
             module._loss_function = tracker.own_loss
     tracker.stacks.clear()
     tracker.silenced.clear()
-    strict = module.__dict__["_keep_in_fp32_modules_strict"]
-    module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
+    if isinstance(module, PreTrainedModel):
+        strict = module.__dict__["_keep_in_fp32_modules_strict"]
+        module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
+
+
+def _begin_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Pre-hook of the model. A function, not the tracker's method: a copy of the model has a tracker of its own."""
+    model._symphony_tracker.recorded_in_forward = False  # type: ignore[union-attr]
+
+
+def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Post-hook of the model: some compute their loss without their loss function, whose results are recorded."""
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    tracker: Any = model._symphony_tracker
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and not tracker.recorded_in_forward:
+        output.loss = tracker.record_loss(loss)
 
 
 def _mask_position(owner: nn.Module) -> int | None:
@@ -73,27 +106,21 @@ def _mask_position(owner: nn.Module) -> int | None:
     return names.index("attention_mask") if "attention_mask" in names else None
 
 
-def _silence_own_balance_loss(model: nn.Module, tracker: Tracker) -> None:
-    """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for."""
+def _silence_own_loss(model: PreTrainedModel, tracker: Tracker, names: tuple[str, ...]) -> None:
+    """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for.
+
+    Most models copy its weight from their config when they are built; some vision-language ones, and TRL, read the
+    config later. The config is this model's alone (`symphonize` sees to that), and is saved with the weight in it.
+    """
     for module in model.modules():
-        weight = module.__dict__.get("router_aux_loss_coef")
-        _warn_about_config_weight(module, tracker, weight)
-        if isinstance(weight, int | float):
-            tracker.silenced.append((module, weight))
-            module.__dict__["router_aux_loss_coef"] = 0.0
-
-
-def _warn_about_config_weight(module: nn.Module, tracker: Tracker, weight: float | None) -> None:
-    """Some vision-language models read the weight from their config at each forward, which is not ours to change."""
-    config = getattr(module, "config", None)
-    if weight is not None or not isinstance(module, PreTrainedModel) or not module.can_generate():
-        return
-    text = config.get_text_config()  # type: ignore[union-attr]
-    if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
-        tracker.warn_once(
-            f"{type(module).__name__} adds its own auxiliary loss while `output_router_logits` is on, beside ours: set "
-            "the config's `router_aux_loss_coef` to 0 for the training, or `balance_loss_weight` to 0"
-        )
+        if not isinstance(module, PreTrainedModel):
+            continue
+        for holder in (module, module.config, module.config.get_text_config()):
+            for name in names:
+                weight = holder.__dict__.get(name)
+                if isinstance(weight, int | float) and weight != 0:
+                    tracker.silenced.append((holder, name, weight))
+                    holder.__dict__[name] = 0.0
 
 
 class RecordedLoss:

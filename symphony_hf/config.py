@@ -73,6 +73,9 @@ class SymphonyConfig:
             keeps it as it is. A warm-up starts anew.
         layers: Numbers of the decoder layers to symphonize; all that have a router when None. The router losses are
             these layers' alone.
+        routers: Patterns of module names, as in a shell (`*.mlp.gate`), of routers that are not found by themselves:
+            `nn.Linear` gates of remote-code and home-made models. Only they are symphonized then.
+        top_k: With `routers`: how many experts the highest logits choose. None: seen from the gate's block.
         balance_loss_weight: Of the load-balancing loss, averaged over layers, added in the backward pass.
         z_loss_weight: Of the router z-loss, likewise.
 
@@ -91,6 +94,8 @@ class SymphonyConfig:
     warmup_steps: int = 0
     graph: str = "ema"
     layers: tuple[int, ...] | None = None
+    routers: tuple[str, ...] | None = None
+    top_k: int | None = None
     balance_loss_weight: float = 0.01
     z_loss_weight: float = 0.001
 
@@ -119,6 +124,7 @@ class SymphonyConfig:
                 "and no gradient ever gives it one"
             )
         self._check_layers()
+        self._check_routers()
 
     def _check_layers(self) -> None:
         if self.layers is None:
@@ -128,6 +134,18 @@ class SymphonyConfig:
             raise ConfigError(f"symphony: `layers` must be a list of layer numbers, or null for all, got {layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
+    def _check_routers(self) -> None:
+        if self.routers is None:
+            if self.top_k is not None:
+                raise ConfigError("symphony: `top_k` belongs to `routers`; the routers of transformers know theirs")
+            return
+        patterns: Any = (self.routers,) if isinstance(self.routers, str) else self.routers
+        if not isinstance(patterns, tuple | list) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+            raise ConfigError(f"symphony: `routers` must be patterns of module names, got {self.routers!r}")
+        object.__setattr__(self, "routers", tuple(patterns))
+        if self.top_k is not None and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
+            raise ConfigError(f"symphony: `top_k` must be a number of experts from 1 on, got {self.top_k!r}")
+
     @property
     def counts_selections(self) -> bool:
         """Whether training moves the graph by counting which experts are chosen together."""
@@ -136,8 +154,9 @@ class SymphonyConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as config.json stores them under `symphony`, with the format's number."""
         values = dataclasses.asdict(self)
-        if self.layers is not None:
-            values["layers"] = list(self.layers)
+        for name in ("layers", "routers"):
+            if values[name] is not None:
+                values[name] = list(values[name])
         return {"format": FORMAT, **values}
 
     @classmethod

@@ -15,16 +15,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attachment import attach
+from .attachment import attach, tracker_of
 from .compat import supported_range, transformers_is_supported
 from .config import SymphonyConfig
 from .errors import GraphError, PatchError, SymphonyError
-from .families import find_routers
+from .families import routers_of
 from .folding import folded_parameters
 from .graph import ExpertGraph, active_graph
 from .patching import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers
 from .routing import adjacency_problems
-from .saving import unmark_architectures
+from .saving import own_losses, unmark_architectures
 
 
 def install_loading_wraps() -> None:
@@ -65,7 +65,7 @@ def _wrap_initialize_weights(original: Any) -> Any:
 def _restore_routers(model: PreTrainedModel) -> None:
     """Make a model that was just built from a Symphony config a Symphony model, before its weights are loaded."""
     settings = SymphonyConfig.from_dict(model.config.symphony, where="config.json: symphony")
-    found = find_routers(model, settings.layers)
+    found = routers_of(model, settings)
     for router in found:
         # A model nested in this one has the same config, and was restored when it was built.
         if not is_symphonized(router.module):
@@ -138,7 +138,8 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
     settings = model.config.symphony
     try:
         del model.config.symphony
-        type(model).save_pretrained(model, unfinished, state_dict=state)
+        with own_losses(tracker_of(model).silenced):
+            type(model).save_pretrained(model, unfinished, state_dict=state)
         written = {file.name for file in unfinished.iterdir()}
         for name in written:
             os.replace(unfinished / name, directory / name)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .attachment import attach, detach, tracker_of
 from .config import SymphonyConfig
 from .errors import ConfigError, PatchError, nearest
-from .families import FoundRouter, find_routers, linear_of
+from .families import FoundRouter, linear_of, routers_of
 from .graph import ExpertGraph, active_graph
 from .graph_files import match_graphs, read_graphs
 from .router import SymphonyRouter, swap_class, symphony_router_class
@@ -28,7 +28,7 @@ def symphonize(
     Weights, experts and checkpoint names stay as they are: each router gains a child `symphony`, with two buffers.
 
     Args:
-        model: A MoE model of transformers, or one with a MoE inside, such as LLaVA.
+        model: A MoE model of transformers, or one with a MoE inside, such as LLaVA; with `routers`, any module.
         config: Settings; the defaults when None.
         **overrides: Single settings, such as `strength=0.5`.
 
@@ -44,8 +44,8 @@ def symphonize(
     Source: arXiv 2510.16411.
     """
     settings = _settings(config, overrides)
-    _check_patchable(model)
-    found = find_routers(model, settings.layers)
+    _check_patchable(model, settings)
+    found = routers_of(model, settings)
     adjacencies = None
     if settings.graph not in ("ema", "frozen", "learned"):
         routers = [(router.name, router.contract.num_experts) for router in found]
@@ -54,9 +54,10 @@ def symphonize(
     check_routers(found, settings)
     # Everything was checked; from here on nothing is refused.
     graphs = [patch_router(router, settings) for router in found]
-    _own_config(model)
-    model.config.symphony = settings.to_dict()
-    attach(model, found, model.config.symphony)
+    if isinstance(model, PreTrainedModel):
+        _own_config(model)
+        model.config.symphony = settings.to_dict()
+    attach(model, found, settings.to_dict())
     if settings.graph == "frozen":
         tracker_of(model).warn_once(
             "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
@@ -96,20 +97,21 @@ def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapp
     return dataclasses.replace(config, **overrides)
 
 
-def _check_patchable(model: nn.Module) -> None:
+def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
     if is_adapted(model):
         raise PatchError(
             f"symphonize: {type(model).__name__} is wrapped by PEFT: symphonize the base model first, then "
             "`get_peft_model` with modules_to_save=['symphony']"
         )
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) and settings.routers is None:
         raise PatchError(
             f"symphonize: expected a transformers model, got {type(model).__name__}: symphonize before wrapping or "
-            "compiling"
+            "compiling; for a model of your own give `routers=` a pattern of its gates' names"
         )
     if is_symphonized(model):
         raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
-    check_nothing_bypasses(model)
+    if isinstance(model, PreTrainedModel):
+        check_nothing_bypasses(model)
 
 
 def is_adapted(model: nn.Module) -> bool:

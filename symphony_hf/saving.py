@@ -1,8 +1,10 @@
 """`save_pretrained` of a Symphony model, so that what reads the checkpoint later knows what it is."""
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,33 @@ ARCHITECTURE_PREFIX = "Symphony"
 """Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
 
 
+@contextlib.contextmanager
+def own_losses(silenced: list[tuple[Any, str, float]]) -> Iterator[None]:
+    """Give a model and its config the weights of its own router losses back, while its config is written."""
+    for holder, name, weight in silenced:
+        holder.__dict__[name] = weight
+    try:
+        yield
+    finally:
+        for holder, name, _ in silenced:
+            holder.__dict__[name] = 0.0
+
+
 class SymphonySaver:
     """`save_pretrained` of a Symphony model, or of one inside it: transformers' own, and what is ours in config.json.
 
     Args:
         model: Whose.
         settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say).
+        silenced: (holder, name, weight) of the model's own router losses, which a saved config has at their weight.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, settings: dict[str, Any], silenced: list[tuple[Any, str, float]]
+    ) -> None:
         self.model = model
         self.settings = settings
+        self.silenced = silenced
 
     def __call__(
         self,
@@ -40,7 +58,8 @@ class SymphonySaver:
         if not has_settings:
             self.model.config.symphony = self.settings
         try:
-            result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
+            with own_losses(self.silenced):
+                result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
         finally:
             if not has_settings:
                 del self.model.config.symphony

@@ -212,12 +212,13 @@ class Tracker:
         self.driven = False
         self.scale: Tensor | None = None
         self.loss_recorded = False
+        self.recorded_in_forward = False
         self.awaits_backward = False
         self.num_skipped: Tensor | None = None
         self.logged_losses: Tensor | None = None  # (3,): balance and z summed over forwards, number of forwards
         # What the patching must undo.
         self.handles: list[Any] = []
-        self.silenced: list[tuple[nn.Module, float]] = []
+        self.silenced: list[tuple[Any, str, float]] = []
         self.own_loss: Any = None
         self._warned: set[str] = set()
 
@@ -261,6 +262,7 @@ class Tracker:
         """
         if self.scale is None or not loss.requires_grad:
             return loss
+        self.recorded_in_forward = True
         share = torch.as_tensor(share, dtype=torch.float32, device=loss.device)
         loss = RecordGradientScale.apply(loss, share, self.scale)
         if torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from .contract import RouterContract
 from .discovery import FoundRouter, find_routers
+from .gates import routers_of
 from .inspection import LinearSpy, Probe, as_tuple, inspect_router
 from .substitution import (
     LinearStandIn,
@@ -27,6 +28,7 @@ __all__ = [
     "inspect_router",
     "is_plain_linear",
     "linear_of",
+    "routers_of",
     "stand_in_class",
     "substitute",
     "substitute_logits",

@@ -37,7 +37,7 @@ class FoundRouter:
     layer: int
 
 
-def find_routers(model: nn.Module, layers: tuple[int, ...] | None = None) -> list[FoundRouter]:
+def find_routers(model: nn.Module) -> list[FoundRouter]:
     """Every router of a model, and of the models nested in it.
 
     The classes say which modules are routers, since transformers records their logits. A block that is recorded
@@ -46,10 +46,9 @@ def find_routers(model: nn.Module, layers: tuple[int, ...] | None = None) -> lis
 
     Args:
         model: Any model of transformers.
-        layers: Numbers of the decoder layers wanted; all when None.
 
     Raises:
-        UnsupportedModelError: If there is none, one cannot be patched, or a wanted layer has none.
+        UnsupportedModelError: If there is none, or one cannot be patched.
     """
     modules = dict(model.named_modules())
     contracts: dict[Any, RouterContract] = {}
@@ -66,7 +65,7 @@ def find_routers(model: nn.Module, layers: tuple[int, ...] | None = None) -> lis
             f"{family}: no router found in {type(model).__name__}: it is dense, or its gates are not of transformers: "
             f"for `nn.Linear` gates give `routers=` a pattern of their names. {supported_range()}"
         )
-    return of_layers(found, layers, model)
+    return found
 
 
 def of_layers(found: list[FoundRouter], layers: tuple[int, ...] | None, model: nn.Module) -> list[FoundRouter]:

@@ -5,9 +5,23 @@ from fnmatch import fnmatchcase
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config import SymphonyConfig
 from ..errors import UnsupportedModelError, nearest
-from .discovery import FoundRouter, layer_number, owner_of
+from .discovery import FoundRouter, find_routers, layer_number, of_layers, owner_of
 from .inspection import inspect_router
+
+
+def routers_of(model: nn.Module, settings: SymphonyConfig) -> list[FoundRouter]:
+    """The routers that settings mean: those that the user names, or all that a model has; of the wanted layers.
+
+    Raises:
+        UnsupportedModelError: If there is none, one cannot be patched, or a wanted layer has none.
+    """
+    if settings.routers is None:
+        found = find_routers(model)
+    else:
+        found = find_gates(model, settings.routers, settings.top_k)
+    return of_layers(found, settings.layers, model)
 
 
 def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -> list[FoundRouter]:
