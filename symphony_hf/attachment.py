@@ -27,20 +27,22 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
     """
     for module in model.modules():
         detach(module)
-    tracker = Tracker()
+    tracker, named = Tracker(), dict(model.named_modules())
     # Grouped in the order of the model's modules: every rank must reduce its counts in the same one.
     by_stack: dict[tuple[int, int], list[FoundRouter]] = {}
     for router in found:
         by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
     for routers in by_stack.values():
         owner = routers[0].owner
-        stack = RouterStack(owner, [router.module for router in routers], _mask_position(owner), tracker)  # type: ignore[misc]
+        modules: list[Any] = [router.module for router in routers]
+        blocks = [named.get(router.name.rpartition(".")[0], owner) for router in routers]
+        stack = RouterStack(owner, modules, blocks, _mask_position(owner), tracker)
         tracker.stacks.append(stack)
         tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
         tracker.handles.append(owner.register_forward_hook(stack.after_forward))
     tracker.place_scale()
     model._symphony_tracker = tracker  # type: ignore[assignment]
-    tracker.handles.append(model.register_forward_pre_hook(_begin_forward))
+    tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
     tracker.handles.append(model.register_forward_hook(_record_loss_of_output))
     if isinstance(model, PreTrainedModel):
         _attach_to_pretrained(model, found, settings, tracker)
@@ -86,9 +88,11 @@ def detach(module: nn.Module) -> None:
         module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
 
 
-def _begin_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
+def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the model. A function, not the tracker's method: a copy of the model has a tracker of its own."""
-    model._symphony_tracker.recorded_in_forward = False  # type: ignore[union-attr]
+    tracker: Any = model._symphony_tracker
+    tracker.recorded_in_forward = False
+    tracker.outer_mask = kwargs.get("attention_mask")
 
 
 def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

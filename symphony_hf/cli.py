@@ -2,11 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .errors import SymphonyError
+from .errors import ConfigError, SymphonyError
 
 # Large blocks are kept instead of handed back to the system at every step; on CPU this is a large part of a step.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -82,6 +83,28 @@ def bench(
     from .bench import print_bench, run_bench
 
     print_bench(run_bench(models or None, tokens=tokens, device=device, dtype=dtype, seconds=seconds, output=output))
+
+
+@app.command(epilog="Example: symphony families mixtral olmoe --check")
+def families(
+    names: Annotated[Optional[list[str]], typer.Argument(help="Model types; all by default.")] = None,  # noqa: UP045
+    check: Annotated[bool, typer.Option("--check", help="Run every check on each: about a second a family.")] = False,
+    readme: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A page to write the table into, between its marks; with --check and no names."),
+    ] = None,
+) -> None:
+    """What symphonize can do for the MoE families of the installed transformers; exits with 1 if a check fails."""
+    from .conformance.matrix import known_families, run_matrix
+    from .conformance.table import print_rows, write_readme
+
+    if readme is not None and (names or not check):
+        raise ConfigError("symphony families: --readme needs --check, and all families")
+    rows = run_matrix(known_families(names), check)
+    print_rows(rows)
+    if readme is not None:
+        write_readme(Path(readme), rows)
+    raise typer.Exit(1 if any(row.failures for row in rows) else 0)
 
 
 def _restart_with_allocator_settings() -> None:

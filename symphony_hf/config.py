@@ -139,11 +139,14 @@ class SymphonyConfig:
             if self.top_k is not None:
                 raise ConfigError("symphony: `top_k` belongs to `routers`; the routers of transformers know theirs")
             return
-        patterns: Any = (self.routers,) if isinstance(self.routers, str) else self.routers
-        if not isinstance(patterns, tuple | list) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+        patterns = (self.routers,) if isinstance(self.routers, str) else self.routers
+        known = isinstance(patterns, tuple | list) and len(patterns) > 0
+        if not known or not all(isinstance(pattern, str) and pattern for pattern in patterns):
             raise ConfigError(f"symphony: `routers` must be patterns of module names, got {self.routers!r}")
         object.__setattr__(self, "routers", tuple(patterns))
-        if self.top_k is not None and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
+        if self.top_k is None:
+            return
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
             raise ConfigError(f"symphony: `top_k` must be a number of experts from 1 on, got {self.top_k!r}")
 
     @property

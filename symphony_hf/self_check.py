@@ -95,8 +95,9 @@ class _Check:
         self._compare("its weights are not those of the mixed scores", wanted, self._forward(self.trial)[place])
 
     def _compare(self, complaint: str, wanted: Tensor, got: Tensor) -> None:
-        # Rounding alone: a few ulps of the router's type, on sums over the hidden size.
-        tolerance = 32 * torch.finfo(self.probe.raw.dtype).eps * float(wanted.abs().max())
+        # Rounding alone: a few ulps of the weight's type, to which A W is rounded, on sums over the hidden size.
+        weight: Any = linear_of(self.trial, self.contract.linear).weight
+        tolerance = 32 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
         off = float((wanted.float() - got.float()).abs().max())
         if not off <= tolerance:
             self._refuse(f"{complaint}, off by {off:.3g}")

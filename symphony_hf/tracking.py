@@ -7,8 +7,9 @@ buffer: DistributedDataParallel would overwrite the other ranks' counts by rank 
 """
 
 import copy
+import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,7 @@ class RouterStack:
     Args:
         owner: That module.
         routers: In the order of their layers; each has its graph in `symphony`.
+        blocks: The modules that call them.
         mask_position: Where the owner's forward takes `attention_mask`, when it comes by position.
         tracker: Of the model.
 
@@ -53,10 +55,17 @@ class RouterStack:
     """
 
     def __init__(
-        self, owner: nn.Module, routers: list[nn.Module], mask_position: int | None, tracker: "Tracker"
+        self,
+        owner: nn.Module,
+        routers: list[nn.Module],
+        blocks: list[nn.Module],
+        mask_position: int | None,
+        tracker: "Tracker",
     ) -> None:
         self.owner = owner
         self.routers = routers
+        self.blocks = blocks
+        self.block_ran: dict[int, bool] = {}  # by place, of the blocks that are watched
         self.mask_position = mask_position
         self.tracker = tracker
         self.active = False
@@ -115,6 +124,26 @@ class RouterStack:
         self.tensors.pending_losses.add_(self.tensors.observed_losses)
         self.has_pending = True
 
+    def bypassed_blocks(self) -> list[nn.Module]:
+        """Blocks that ran in this step without their router. A router is idle by right where its block is, too.
+
+        Blocks are watched from a step on in which their router was idle, so that a model without such steps pays
+        nothing for it.
+        """
+        assert self.tensors is not None
+        idle = (self.tensors.pending_losses[:, 2] == 0).nonzero().flatten().tolist()
+        bypassed = [self.blocks[place] for place in idle if self.block_ran.get(place)]
+        for place in idle:
+            if place not in self.block_ran:
+                hook = functools.partial(self._note_block, place)
+                self.tracker.handles.append(self.blocks[place].register_forward_pre_hook(hook))
+        self.block_ran = dict.fromkeys([*self.block_ran, *idle], False)
+        return bypassed
+
+    def _note_block(self, place: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.active:
+            self.block_ran[place] = True
+
     def observe(self, router: Any, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
         """Called by a training router: leave its counts and losses behind, and return the loss to attach.
 
@@ -164,8 +193,10 @@ class RouterStack:
         mask = kwargs.get("attention_mask")
         if mask is None and self.mask_position is not None and len(args) > self.mask_position:
             mask = args[self.mask_position]
-        # A 4-D mask is causal structure, not padding.
-        return mask.reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if mask is not None and not _is_padding_mask(mask):
+            # A 4-D mask, or one for each kind of layer, is causal structure: the model outside was given the padding.
+            mask = self.tracker.outer_mask
+        return mask.reshape(-1).bool() if _is_padding_mask(mask) else None
 
     def _take_mask(self, mask_T: Tensor | None) -> None:
         """Keep this forward's mask, unless a recomputation of the last forward is still to come that needs its own."""
@@ -185,6 +216,10 @@ class RouterStack:
             )
             return None
         return self.mask_T
+
+
+def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _checkpoints(owner: nn.Module) -> bool:
@@ -214,6 +249,7 @@ class Tracker:
         self.loss_recorded = False
         self.recorded_in_forward = False
         self.awaits_backward = False
+        self.outer_mask: Any = None  # what the model itself was given, in the forward under way
         self.num_skipped: Tensor | None = None
         self.logged_losses: Tensor | None = None  # (3,): balance and z summed over forwards, number of forwards
         # What the patching must undo.
@@ -307,15 +343,16 @@ class Tracker:
         sums = torch.stack([losses.sum(0).to(device) for losses in pending]).sum(0) / self.num_routers
         noted = torch.cat([sums[:2], pending[0][:, 2].max().reshape(1)])
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            self._warn_about_idle_routers(pending)
+            self._warn_about_idle_routers(stacks)
         self.logged_losses = noted if self.logged_losses is None else self.logged_losses + noted
 
-    def _warn_about_idle_routers(self, pending: list[Tensor]) -> None:
-        idle = sum(int((losses[:, 2] == 0).sum()) for losses in pending)
-        if idle:
+    def _warn_about_idle_routers(self, stacks: list[RouterStack]) -> None:
+        bypassed = [block for stack in stacks for block in stack.bypassed_blocks()]
+        if bypassed:
             self.warn_once(
-                f"{idle} of {self.num_routers} routers were not run in this training step: either their layers were "
-                "skipped, or something reads their weight itself, past the graph, and they are not routed by it"
+                f"{len(bypassed)} of {self.num_routers} routers were not run in a training step though their blocks "
+                f"({type(bypassed[0]).__name__}) were: something reads their weight itself, past the graph, and they "
+                "are not routed by it"
             )
 
     def _sum_over_ranks(self, stacks: list[RouterStack]) -> list[Tensor]:

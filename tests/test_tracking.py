@@ -181,14 +181,24 @@ def test_two_forwards_with_different_padding_are_refused_under_checkpointing():
         model(ids, attention_mask=masks[1], labels=ids)
 
 
-def test_routers_that_nothing_runs_are_named():
+def test_routers_that_their_block_goes_past_are_named():
     model, ids = symphonize(make_model()).train(), make_ids()
-    block = model.model.layers[1].mlp
-    block.forward = lambda hidden: hidden
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
     update_graphs(model)
     model(ids, labels=ids).loss.backward()
-    with pytest.warns(SymphonyWarning, match="1 of 3 routers were not run"):
+    update_graphs(model)  # the block is watched from now on
+    model(ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="1 of 3 routers .*OlmoeSparseMoeBlock.* were"):
         update_graphs(model)
+
+
+def test_routers_of_skipped_layers_are_idle_by_right():
+    """As images' experts are in a batch of text, and layers that are dropped at random."""
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model.model.layers[1].mlp = torch.nn.Identity()
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        assert update_graphs(model)
 
 
 def test_frozen_and_strength_zero_graphs():

@@ -1,5 +1,6 @@
 """What a family's router looks like: found from the model class, checked by running it."""
 
+from .capability import Capabilities, Capability, Limited, Supported, Unsupported, capabilities
 from .contract import RouterContract
 from .discovery import FoundRouter, find_routers
 from .gates import routers_of
@@ -16,14 +17,20 @@ from .substitution import (
 )
 
 __all__ = [
+    "Capabilities",
+    "Capability",
     "FoundRouter",
+    "Limited",
     "LinearSpy",
     "LinearStandIn",
     "OutputStandIn",
     "Probe",
     "RouterContract",
     "StandIn",
+    "Supported",
+    "Unsupported",
     "as_tuple",
+    "capabilities",
     "find_routers",
     "inspect_router",
     "is_plain_linear",

@@ -1,6 +1,7 @@
 """Find the routers of any model from what its classes say about themselves."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from ..compat import supported_range
 from ..errors import UnsupportedModelError, nearest
 from .contract import RouterContract
 from .inspection import inspect_router
+from .substitution import linear_of
 from .twin import full_shape
 
 _ROUTER_CLASS = re.compile(r"(Router|Gating|MoEGate|MoeGate|MoEV1Gate|TopKGate)$")
@@ -59,6 +61,7 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
         if key not in contracts:
             contracts[key] = inspect_router(name, router, modules)
         found.append(FoundRouter(name, router, contracts[key], owner, layer_number(name, place)))
+    _check_untied(model, found)
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedModelError(
@@ -66,6 +69,17 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
             f"for `nn.Linear` gates give `routers=` a pattern of their names. {supported_range()}"
         )
     return found
+
+
+def _check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
+    """Refuse routers that share their weight, as an encoder and a decoder may: a graph would part them."""
+    num_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for router in found:
+        if num_uses[id(linear_of(router.module, router.contract.linear).weight)] > 1:
+            raise UnsupportedModelError(
+                f"{type(router.module).__name__} `{router.name}`: it shares its weight with another module, and "
+                "a graph of its own would part the two"
+            )
 
 
 def of_layers(found: list[FoundRouter], layers: tuple[int, ...] | None, model: nn.Module) -> list[FoundRouter]:
@@ -102,6 +116,8 @@ def _router_names(modules: dict[str, nn.Module]) -> Iterator[tuple[str, PreTrain
 def _looks_like_router(modules: dict[str, nn.Module], name: str) -> bool:
     """By its class, or, for a plain linear map, by its own name beside `experts`."""
     module = modules[name]
+    if isinstance(getattr(module, "contract", None), RouterContract):
+        return True  # patched already, in a model nested in this one
     if type(module) is not nn.Linear:
         return bool(_ROUTER_CLASS.search(type(module).__name__))
     parent, _, own_name = name.rpartition(".")

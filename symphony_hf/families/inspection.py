@@ -96,8 +96,9 @@ class Probe:
             self.hidden, self.raw = hidden, spy.outputs[-1].reshape(-1, self.rows)
             self.outputs = as_tuple(outputs)
             self.calls_linear = bool(self.linear and calls)
-            product = torch.nn.functional.linear(self.hidden_TD, linear_of(self.router, self.linear).weight)  # type: ignore[arg-type]
-            self.multiplies_input = torch.equal(product, self.raw)
+            weight: Any = linear_of(self.router, self.linear).weight
+            product = torch.nn.functional.linear(self.hidden_TD.float(), weight.float())
+            self.multiplies_input = torch.equal(product, self.raw.float())
             return
         raise UnsupportedModelError(
             f"{self.where}: its forward did not run on hidden states of shape (tokens, {self.hidden_size}) or (1, "
@@ -235,7 +236,8 @@ def _find_carrier(probe: Probe, logits_place: int | None) -> int:
     others = [place for place in floats if place != logits_place]
     # A row of all experts may be logits or probabilities, returned to be recorded.
     weights = [place for place in others if probe.outputs[place].shape[-1] != probe.rows]
-    return (weights or others or floats)[0]
+    # Switch returned each token's highest probability twice before it returned its logits, and used the second.
+    return (weights or others or floats)[-1 if logits_place is None else 0]
 
 
 def _find_top_k(
