@@ -32,7 +32,8 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
                 "`logits` folds"
             )
         weight: Tensor = linear.weight
-        if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
+        sharded = hasattr(weight, "full_tensor")  # FSDP2's, between forwards
+        if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0 or sharded:
             raise FoldError(f"fold: the weight of `{name}` is quantized, offloaded or partitioned: load it whole first")
         path = f"{name}.{contract.linear}" if contract.linear else name
         for parameter_name in ("weight", "bias"):

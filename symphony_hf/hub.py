@@ -140,12 +140,18 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
         del model.config.symphony
         with own_losses(tracker_of(model).silenced):
             type(model).save_pretrained(model, unfinished, state_dict=state)
-        written = {file.name for file in unfinished.iterdir()}
-        for name in written:
-            os.replace(unfinished / name, directory / name)
-        for stale in {file.name for file in directory.glob("model*.safetensors*")} - written:
-            (directory / stale).unlink()  # other shards of what was here before would be read instead
+        if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
+            _replace_checkpoint(directory, unfinished)
     finally:
         model.config.symphony = settings
         shutil.rmtree(unfinished)
+    model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
     return directory
+
+
+def _replace_checkpoint(directory: Path, unfinished: Path) -> None:
+    written = {file.name for file in unfinished.iterdir()}
+    for name in written:
+        os.replace(unfinished / name, directory / name)
+    for stale in {file.name for file in directory.glob("model*.safetensors*")} - written:
+        (directory / stale).unlink()  # other shards of what was here before would be read instead

@@ -15,7 +15,7 @@ from .errors import ConfigError, PatchError, nearest
 from .families import FoundRouter, linear_of, routers_of
 from .graph import ExpertGraph, active_graph
 from .graph_files import match_graphs, read_graphs
-from .router import SymphonyRouter, swap_class, symphony_router_class
+from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
 from .self_check import check_routers
 
 
@@ -52,6 +52,8 @@ def symphonize(
         adjacencies = match_graphs(read_graphs(settings.graph), routers, settings.graph)
         settings = dataclasses.replace(settings, graph="ema")
     check_routers(found, settings)
+    for router in found:
+        check_swappable(router.name, router.module)
     # Everything was checked; from here on nothing is refused.
     graphs = [patch_router(router, settings) for router in found]
     if isinstance(model, PreTrainedModel):

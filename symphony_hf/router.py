@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import PatchError
 from .families import (
     LinearStandIn,
     OutputStandIn,
@@ -155,7 +156,33 @@ def _new_router(base_class: type[nn.Module]) -> nn.Module:
 
 
 def swap_class(router: nn.Module, router_class: type[nn.Module]) -> None:
-    """Give a router another class, also below the hooks of accelerate, which keep the old forward bound."""
+    """Give a router another class, also below what keeps its old forward bound."""
     router.__class__ = router_class
-    if "_old_forward" in router.__dict__:
-        router.__dict__["_old_forward"] = types.MethodType(router_class.forward, router)
+    forward = types.MethodType(router_class.forward, router)
+    cell = _bound_forward(router)
+    if "_old_forward" in router.__dict__:  # by accelerate's hooks
+        router.__dict__["_old_forward"] = forward
+    elif cell is not None:
+        cell.cell_contents = forward
+
+
+def check_swappable(name: str, router: nn.Module) -> None:
+    """Refuse a router whose forward would still be its old class's after `swap_class`.
+
+    Raises:
+        PatchError: If its forward was replaced on the instance by something that does not show what it calls.
+    """
+    replaced = "forward" in router.__dict__ and "_old_forward" not in router.__dict__
+    if replaced and _bound_forward(router) is None:
+        raise PatchError(
+            f"symphonize: the forward of `{name}` was replaced by {router.__dict__['forward']!r}, which may go past "
+            "the graph: symphonize before that is done"
+        )
+
+
+def _bound_forward(router: nn.Module) -> types.CellType | None:
+    """Where a function put over a router's forward keeps it: transformers' 5.17's expert parallelism does."""
+    for cell in getattr(router.__dict__.get("forward"), "__closure__", None) or ():
+        if isinstance(cell.cell_contents, types.MethodType) and cell.cell_contents.__self__ is router:
+            return cell
+    return None

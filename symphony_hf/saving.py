@@ -63,7 +63,10 @@ class SymphonySaver:
         finally:
             if not has_settings:
                 del self.model.config.symphony
-        if is_main_process and (folder / "config.json").exists():
+        # Every rank of a tensor-parallel model calls this as the main process; transformers writes on the first.
+        if not self.model.should_save_on_this_rank(is_main_process):
+            return result
+        if (folder / "config.json").exists():
             _mark_architectures(folder / "config.json")
         if push_to_hub:
             # Not by the call above: it would upload config.json before it is marked.

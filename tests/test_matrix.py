@@ -4,7 +4,6 @@ import copy
 import re
 import types
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
