@@ -52,6 +52,7 @@ class RouterStack:
     Attributes:
         active: Whether the forward under way, or the last one, is a training forward.
         mask_T: Its attention mask, flattened, or None. Kept for the recomputation in the backward pass.
+        image_T: True for its tokens of images, where the model says so; None where all experts get all tokens.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RouterStack:
         self.tracker = tracker
         self.active = False
         self.mask_T: Tensor | None = None
+        self.image_T: Tensor | None = None
         self.tensors: StackTensors | None = None
         self.has_pending = False
         for place, router in enumerate(routers):
@@ -108,6 +110,8 @@ class RouterStack:
             self.tracker.commit()
         self.tracker.place_scale()
         self._take_mask(self._find_mask(args, kwargs))
+        types = kwargs.get("moe_mm_token_type_ids")
+        self.image_T = types.reshape(-1).bool() if isinstance(types, Tensor) else None
         device = self.device
         if self.tensors is None or self.tensors.observed_counts.device != device:
             self.tensors = StackTensors.zeros(len(self.routers), self.num_experts, device)
@@ -162,7 +166,7 @@ class RouterStack:
         if self.routers[place] is not router:
             self.routers[place] = router
         config = self.tracker.config
-        mask_T = self._mask_for(logits_TE.shape[0])
+        mask_T = self._mask_for(router, logits_TE.shape[0])
         needs_loss = self.tracker.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
         with torch.set_grad_enabled(needs_loss):
             balance = load_balancing_loss(logits_TE, indices_TK, mask_T)
@@ -208,14 +212,20 @@ class RouterStack:
             )
         self.mask_T = mask_T
 
-    def _mask_for(self, num_tokens: int) -> Tensor | None:
-        if self.mask_T is not None and self.mask_T.numel() != num_tokens:
-            self.tracker.warn_once(
-                f"the attention mask has {self.mask_T.numel()} entries, the router {num_tokens} tokens: padding, if "
-                "there is any, is counted like other tokens"
-            )
-            return None
-        return self.mask_T
+    def _mask_for(self, router: Any, num_tokens: int) -> Tensor | None:
+        mask_T, image_T = self.mask_T, self.image_T
+        if mask_T is None or mask_T.numel() == num_tokens:
+            return mask_T
+        gets_images = router.contract.image_tokens
+        if gets_images is not None and image_T is not None:
+            mask_T = mask_T[image_T if gets_images else ~image_T]
+            if mask_T.numel() == num_tokens:
+                return mask_T
+        self.tracker.warn_once(
+            f"the attention mask has {mask_T.numel()} entries, the router {num_tokens} tokens: padding, if there is any, "
+            "is counted like other tokens"
+        )
+        return None
 
 
 def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:

@@ -24,6 +24,7 @@ class RouterContract:
         carrier: Place of a float tensor that the experts use, to which a loss can be attached.
         indices: Place of the chosen experts, (tokens, K), in the output; None: the K highest logits are chosen.
         choices: Reads the chosen experts from the output instead, where that takes more.
+        image_tokens: True where the router gets the tokens of images alone, False where it gets all others; None: all.
         head: What turns logits into weights: needed for smoothing `scores`. None: something else.
         no_head: Why, where `head` is None.
     """
@@ -37,6 +38,7 @@ class RouterContract:
     carrier: int = 0
     indices: int | None = None
     choices: Callable[[tuple[Any, ...]], Tensor] | None = None
+    image_tokens: bool | None = None
     head: Head | None = None
     no_head: str = ""
 

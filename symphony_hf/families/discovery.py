@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from ..compat import supported_range
 from ..errors import UnsupportedModelError, nearest
 from .contract import RouterContract
+from .entries import entry_of
 from .inspection import inspect_router
 from .substitution import linear_of
 from .twin import full_shape
@@ -60,7 +61,8 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
         key = _likeness(router)
         if key not in contracts:
             contracts[key] = inspect_router(name, router, modules)
-        found.append(FoundRouter(name, router, contracts[key], owner, layer_number(name, place)))
+        contract = replace(contracts[key], image_tokens=_image_tokens(name, router))
+        found.append(FoundRouter(name, router, contract, owner, layer_number(name, place)))
     _check_untied(model, found)
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -69,6 +71,11 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
             f"for `nn.Linear` gates give `routers=` a pattern of their names. {supported_range()}"
         )
     return found
+
+
+def _image_tokens(name: str, router: nn.Module) -> bool | None:
+    blocks = entry_of(type(router)).image_tokens
+    return next((blocks[part] for part in name.split(".") if part in blocks), None)
 
 
 def _check_untied(model: nn.Module, found: list[FoundRouter]) -> None:

@@ -1,7 +1,7 @@
 """What cannot be found by looking at a router's class: one entry for each class that needs one, by its name."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ class Entry:
     Attributes:
         top_k: Experts chosen per token, where neither the router nor its block says.
         choices: Reads the chosen experts from the router's output, where they are not one tensor of it.
+        image_tokens: By the name of the router's block: whether it gets the tokens of images alone, or all others.
         refusal: Why the class cannot be patched at all.
     """
 
     top_k: int | None = None
     choices: Callable[[tuple[Any, ...]], Tensor] | None = None
+    image_tokens: Mapping[str, bool] = field(default_factory=dict)
     refusal: str | None = None
 
 
@@ -41,6 +43,7 @@ ENTRIES = {
     "SwitchTransformersTop1Router": Entry(top_k=1),  # the choice is a one-hot mask, less what is over capacity
     "NllbMoeTop2Router": Entry(top_k=2),  # likewise
     "ZayaRouter": Entry(choices=_choices_with_skip_expert),
+    "Ernie4_5_VLMoeMoeTopKRouter": Entry(image_tokens={"text_moe": False, "vision_moe": True}),
     "JetMoeTopKGating": Entry(choices=_choices_sorted_by_expert),
     "DogeCDMoE": Entry(
         refusal="it chooses by product keys: its router scores halves of keys, not experts, so there is no graph of "

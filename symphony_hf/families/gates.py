@@ -1,5 +1,6 @@
 """Routers that the user names: gates of remote-code and home-made models, most often a plain `nn.Linear` in a block."""
 
+import re
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -40,10 +41,9 @@ def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -
     names = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in modules):
-            candidates = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+            linears = {re.sub(r"\b\d+\b", "*", name) for name, m in modules.items() if isinstance(m, nn.Linear)}
             raise UnsupportedModelError(
-                f"{type(model).__name__}: `routers` pattern {pattern!r} matches no module; "
-                f"{nearest(pattern.replace('*', ''), candidates)}"
+                f"{type(model).__name__}: `routers` pattern {pattern!r} matches no module; {nearest(pattern, linears)}"
             )
     found = []
     for place, name in enumerate(names):

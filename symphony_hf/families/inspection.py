@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import UnsupportedModelError
 from .contract import Head, RouterContract
 from .entries import entry_of
-from .selection import infer_top_k
+from .selection import BlockRun
 from .substitution import linear_of, stand_in_class, substitute_logits
 from .twin import full_shape, normal, random_like, twin, uniform
 
@@ -142,6 +142,8 @@ def inspect_router(
     if top_k is None:
         indices_place = _find_indices(probe, num_experts)
         top_k = _find_top_k(probe, logits_place, indices_place, carrier, modules, name)
+    elif carrier == logits_place and name:
+        _block_run(probe, modules, name).check_gate_is_called()
     if not 1 <= top_k <= num_experts:
         raise UnsupportedModelError(f"{probe.where}: it chooses {top_k} of {num_experts} experts")
     head, no_head = _find_head(probe, logits_place, num_experts, indices_place, carrier)
@@ -255,9 +257,7 @@ def _find_top_k(
     if entry_of(probe.base_class).choices is not None:
         return own  # type: ignore[return-value]
     if carrier == logits_place:
-        parent = name.rpartition(".")[0]
-        path = f"{name[len(parent) :].lstrip('.')}.{probe.linear}".rstrip(".")
-        return infer_top_k(probe.where, modules[parent], path)
+        return _block_run(probe, modules, name).top_k()
     weights = probe.outputs[carrier]
     if isinstance(own, int) and weights.shape == probe.raw.shape:
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(1, probe.raw.topk(own).indices, True)
@@ -267,6 +267,12 @@ def _find_top_k(
         f"{probe.where}: returns {_describe(probe.outputs)}, among which no integers of shape (tokens, top_k) say "
         "which experts were chosen"
     )
+
+
+def _block_run(probe: Probe, modules: dict[str, nn.Module], name: str) -> BlockRun:
+    parent = name.rpartition(".")[0]
+    path = f"{name[len(parent) :].lstrip('.')}.{probe.linear}".rstrip(".")
+    return BlockRun(probe.where, modules[parent], path)
 
 
 def _find_head(

@@ -43,56 +43,83 @@ class _SelectionSpy(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def infer_top_k(where: str, block: nn.Module, path: str) -> int:
-    """The number of experts that a block chooses by the highest logits of its gate.
+class BlockRun:
+    """What a twin of a block does with its gate's logits, on random hidden states.
 
     Args:
         where: The gate, for error messages.
         block: The module whose forward uses the gate's logits.
         path: Of the gate's linear map in it.
 
-    Raises:
-        UnsupportedModelError: If the block's forward does not run on hidden states alone, or makes no top-k over the
-            experts, or one of something else than its gate's logits.
+    Attributes:
+        logits: What the gate returned when it was last called; None where it was not called.
+        chosen: The scores that the block took the highest of, and how many; None where it was not seen to.
+        problem: Why not.
     """
-    generator = torch.Generator().manual_seed(0)
+
+    def __init__(self, where: str, block: nn.Module, path: str) -> None:
+        self.where, self.block = where, block
+        generator = torch.Generator().manual_seed(0)
+        copied = twin(block, _numbers_for_small(generator))
+        gate = linear_of(copied, path)
+        num_experts, hidden_size = (int(size) for size in gate.weight.shape)  # type: ignore[union-attr]
+        gate.register_forward_hook(self._note_logits)
+        hidden = normal((1, _NUM_TOKENS, hidden_size), generator)
+        for shaped in (hidden[0], hidden):  # the last one's problem is told
+            self.logits: Tensor | None = None
+            self.chosen: _Chosen | None = None
+            self.problem = "it makes no top-k over the experts"
+            self.finished = False
+            try:
+                with torch.no_grad(), torch.device("cpu"), _SelectionSpy(num_experts):
+                    type(block).forward(copied, shaped)
+                self.finished = True
+            except _Chosen as chosen:
+                self.chosen = chosen
+                return
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+                self.problem = f"{type(error).__name__}: {error}"
+
+    def _note_logits(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.logits = output.detach().clone().float()
+
+    def check_gate_is_called(self) -> None:
+        """Refuse a block that reads its gate's weight itself: the gate, patched, would be gone past."""
+        if self.logits is None and (self.finished or self.chosen is not None):
+            raise UnsupportedModelError(
+                f"{self.where}: its block {type(self.block).__name__} does not call it, but reads its weight itself: "
+                "give `routers=` a pattern of the block's name instead"
+            )
+
+    def top_k(self) -> int:
+        """How many experts the block chooses, by the highest logits of its gate.
+
+        Raises:
+            UnsupportedModelError: If that could not be seen, or it chooses by something else.
+        """
+        self.check_gate_is_called()
+        if self.chosen is None or self.logits is None:
+            raise UnsupportedModelError(
+                f"{self.where}: how its block {type(self.block).__name__} chooses experts could not be seen by running "
+                f"it on hidden states ({self.problem}); {_HOW}"
+            )
+        logits, top_k = self.logits.reshape(-1, self.logits.shape[-1]), self.chosen.top_k
+        picked = self.chosen.scores.reshape(logits.shape).topk(top_k).indices.sort(-1).values
+        if not torch.equal(picked, logits.topk(top_k).indices.sort(-1).values):
+            raise UnsupportedModelError(
+                f"{self.where}: its block does not choose by the highest logits of its gate (bias, noise, groups?); "
+                f"{_HOW}"
+            )
+        return top_k
+
+
+def _numbers_for_small(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     number = random_like(generator, torch.float32)
-    meta = torch.device("meta")
 
     def make(tensor: Tensor) -> Tensor:
-        small = torch.Size(full_shape(tensor)).numel() <= _LARGEST
-        return number(tensor) if small else torch.empty(full_shape(tensor), dtype=torch.float32, device=meta)
+        shape = full_shape(tensor)
+        if torch.Size(shape).numel() <= _LARGEST:
+            return number(tensor)
+        return torch.empty(shape, dtype=torch.float32, device="meta")
 
-    copied = twin(block, make)
-    gate = linear_of(copied, path)
-    num_experts, hidden_size = gate.weight.shape  # type: ignore[union-attr, misc]
-    seen: list[Tensor] = []
-    gate.register_forward_hook(lambda module, args, logits: seen.append(logits.detach().clone()))
-    hidden = normal((1, _NUM_TOKENS, int(hidden_size)), generator)
-    problems = []
-    for shaped in (hidden, hidden[0]):
-        seen.clear()
-        try:
-            with torch.no_grad(), torch.device("cpu"), _SelectionSpy(num_experts):  # type: ignore[arg-type]
-                type(block).forward(copied, shaped)
-            problems.append("it makes no top-k over the experts")
-        except _Chosen as chosen:
-            return _checked(where, chosen, seen)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
-            problems.append(f"{type(error).__name__}: {error}")
-    raise UnsupportedModelError(
-        f"{where}: how its block {type(block).__name__} chooses experts could not be seen by running it on hidden "
-        f"states ({problems[0]}); {_HOW}"
-    )
-
-
-def _checked(where: str, chosen: _Chosen, seen: list[Tensor]) -> int:
-    if not seen:
-        raise UnsupportedModelError(f"{where}: its block chooses without calling it; {_HOW}")
-    logits = seen[-1].reshape(-1, seen[-1].shape[-1]).float()
-    picked = chosen.scores.reshape(logits.shape).topk(chosen.top_k).indices.sort(-1).values
-    if not torch.equal(picked, logits.topk(chosen.top_k).indices.sort(-1).values):
-        raise UnsupportedModelError(
-            f"{where}: its block does not choose by the highest logits of its gate (bias, noise, groups?); {_HOW}"
-        )
-    return chosen.top_k
+    return make
