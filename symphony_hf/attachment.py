@@ -11,7 +11,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .errors import PatchError
 from .families import FoundRouter
 from .saving import SymphonySaver
-from .tracking import RouterStack, Tracker
+from .stack import RouterStack
+from .tracking import Tracker
 
 _OWN_LOSSES = {
     ("router_aux_loss_coef", "aux_loss_coef"): "balance_loss_weight",

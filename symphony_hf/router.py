@@ -29,7 +29,7 @@ from .families import (
 )
 from .graph import active_graph
 from .routing import AttachLoss, without_autocast
-from .tracking import RouterStack
+from .stack import RouterStack
 
 
 class SymphonyRouter:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .compat import supported_range
 from .config import SymphonyConfig
 from .errors import UnsupportedModelError
-from .families import FoundRouter, LinearSpy, Probe, RouterContract, as_tuple, linear_of
+from .families import FoundRouter, LinearSpy, Probe, RouterContract, as_tuple, linear_of, same_draws
 from .graph import ExpertGraph
 from .router import swap_class, symphony_router_class
 from .routing import fold_linear, smooth_logits, smooth_probabilities
@@ -57,7 +57,8 @@ class _Check:
             self._check_fold()
 
     def _forward(self, router: Any) -> tuple[Any, ...]:
-        return as_tuple(type(router).forward(router, self.probe.hidden.clone(), **self.probe.arguments))
+        with same_draws():
+            return as_tuple(type(router).forward(router, self.probe.hidden.clone(), **self.probe.arguments))
 
     def _check_logits(self) -> None:
         with LinearSpy(self.probe.rows) as spy:

@@ -18,6 +18,7 @@ LEVELS = {
     "routing": 1,
     "graph": 2,
     "graph_files": 2,
+    "stack": 2,
     "tracking": 2,
     "compat": 3,
     "families": 3,

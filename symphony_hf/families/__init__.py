@@ -15,6 +15,7 @@ from .substitution import (
     substitute,
     substitute_logits,
 )
+from .twin import same_draws
 
 __all__ = [
     "Capabilities",
@@ -36,6 +37,7 @@ __all__ = [
     "is_plain_linear",
     "linear_of",
     "routers_of",
+    "same_draws",
     "stand_in_class",
     "substitute",
     "substitute_logits",

@@ -13,7 +13,7 @@ from .contract import Head, RouterContract
 from .entries import entry_of
 from .selection import BlockRun
 from .substitution import linear_of, stand_in_class, substitute_logits
-from .twin import full_shape, normal, random_like, twin, uniform
+from .twin import full_shape, normal, random_like, same_draws, twin, uniform
 
 _NUM_TOKENS = 24
 _EXPECTED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
@@ -84,7 +84,7 @@ class Probe:
             calls: list[Any] = []
             handle = linear_of(self.router, self.linear).register_forward_hook(lambda *call: calls.append(call))  # noqa: B023
             try:
-                with torch.no_grad(), torch.device("cpu"), LinearSpy(self.rows) as spy:
+                with same_draws(), LinearSpy(self.rows) as spy:
                     outputs = self.base_class.forward(self.router, hidden.clone(), **self.arguments)
             except _EXPECTED as error:
                 errors.append(f"{type(error).__name__}: {error}")
@@ -110,7 +110,7 @@ class Probe:
         stand_in = stand_in_class(self.base_class)
         args = (self.router, stand_in, self.linear, self.calls_linear, logits, self.hidden.clone())
         replaced, hidden = substitute_logits(*args)
-        with torch.no_grad(), torch.device("cpu"):
+        with same_draws():
             outputs = self.base_class.forward(replaced, hidden, **self.arguments)  # type: ignore[arg-type]
         return as_tuple(outputs)
 

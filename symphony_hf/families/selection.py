@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
 from .substitution import linear_of
-from .twin import full_shape, normal, random_like, twin
+from .twin import full_shape, normal, random_like, same_draws, twin
 
 _NUM_TOKENS = 24
 _LARGEST = 2**22
@@ -71,7 +71,7 @@ class BlockRun:
             self.problem = "it makes no top-k over the experts"
             self.finished = False
             try:
-                with torch.no_grad(), torch.device("cpu"), _SelectionSpy(num_experts):
+                with same_draws(), _SelectionSpy(num_experts):
                     type(block).forward(copied, shaped)
                 self.finished = True
             except _Chosen as chosen:

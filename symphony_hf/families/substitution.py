@@ -17,8 +17,10 @@ from torch import Tensor, nn
 class StandIn:
     """Stands in for a module's `self` while its class's forward runs: every attribute but the replaced ones.
 
+    What the forward assigns to `self` goes to the module, but for the replaced ones, which stay the stand-in's.
+
     Args:
-        module: The module itself, which stays as it is, also where the forward assigns to `self`.
+        module: The module itself.
         replaced: Attributes by name.
     """
 
@@ -35,6 +37,12 @@ class StandIn:
             return types.MethodType(value.__func__, self)
         return value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._replaced:
+            self._replaced[name] = value
+        else:
+            setattr(self._module, name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self._module).forward(self, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -43,8 +51,7 @@ def stand_in_class(base_class: type[nn.Module]) -> type[StandIn]:
     """The stand-in for routers of a class: for a subclass of `nn.Linear` one of it, so that `super()` works in it."""
     if base_class is nn.Linear or not issubclass(base_class, nn.Linear):
         return StandIn
-    # nn.Module's own __setattr__ would look for parameters that a stand-in has not got.
-    return type(f"{base_class.__name__}StandIn", (StandIn, base_class), {"__setattr__": object.__setattr__})
+    return type(f"{base_class.__name__}StandIn", (StandIn, base_class), {})
 
 
 class LinearStandIn:

@@ -4,8 +4,9 @@ The model's own weights are not needed: they may be on the meta device while a c
 partitioned by ZeRO-3.
 """
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,14 @@ def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Likewise, from 0 to 1."""
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+@contextlib.contextmanager
+def same_draws() -> Iterator[None]:
+    """The same random draws on the CPU at every entry: some routers sample their choices. Nobody else's change."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        torch.manual_seed(0)
+        yield
 
 
 def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
