@@ -49,12 +49,14 @@ def test_the_test_command_is_the_one_that_ci_runs():
 
 
 def test_the_settings_table_has_every_setting_and_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README, re.M))
+    table = re.search(r"^\| `SymphonyConfig` \| default \|.*?\n\n", README, re.M | re.S).group(0)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.M))
     assert rows.pop("SymphonyConfig") == "default"
     defaults = {field.name: field.default for field in dataclasses.fields(SymphonyConfig)}
     assert rows.keys() == defaults.keys()
     for name, default in defaults.items():
-        expected = "true" if default is True else "all" if default is None else str(default)
+        unset = {"layers": "all", "routers": "found", "top_k": "seen"}
+        expected = "true" if default is True else unset[name] if default is None else str(default)
         assert rows[name].strip("`") == expected, name
 
 
@@ -65,3 +67,13 @@ def test_the_python_in_it_parses_and_names_what_exists():
         assert name in __all__
     for path in re.findall(r"\((recipes/[\w/.]+)\)", README):
         assert (ROOT / path).exists()
+
+
+def test_the_example_of_a_gate_of_ones_own_runs(capsys):
+    code = re.search(r"<!-- gates example -->\n```python\n(.*?)```", README, re.S).group(1)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    graph = names["expert_graphs"](names["model"])["0.switchboard"]
+    assert graph.shape == (4, 4)
+    assert (graph - graph.diag().diag()).sum() > 0
+    assert "tensor(" in capsys.readouterr().out

@@ -4,7 +4,8 @@ from .capability import Capabilities, Capability, Limited, Supported, Unsupporte
 from .contract import RouterContract
 from .discovery import FoundRouter, find_routers
 from .gates import routers_of
-from .inspection import LinearSpy, Probe, as_tuple, inspect_router
+from .inspection import inspect_router
+from .probe import LinearSpy, Probe, as_tuple
 from .substitution import (
     LinearStandIn,
     OutputStandIn,

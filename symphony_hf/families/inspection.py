@@ -1,118 +1,16 @@
-"""Read a router's contract by running a twin of it on random numbers."""
+"""Read a router's contract from what a twin of it returns."""
 
-import inspect
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
 from .contract import Head, RouterContract
 from .entries import entry_of
-from .selection import BlockRun
-from .substitution import linear_of, stand_in_class, substitute_logits
-from .twin import full_shape, normal, random_like, same_draws, twin, uniform
-
-_NUM_TOKENS = 24
-_EXPECTED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
-"""What a forward raises when it is not given what it wants. Others are its own bugs, and not hidden."""
-
-
-class LinearSpy(TorchFunctionMode):
-    """Notes what linear maps with a number of rows return while it is entered.
-
-    Args:
-        rows: The number.
-
-    Attributes:
-        outputs: In the order of the calls. Shape of each: (..., rows).
-    """
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-        self.outputs: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and output.shape[-1] == self.rows:
-            self.outputs.append(output.clone())  # forwards change it in place
-        return output
-
-
-def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    """What a router returned, as a tuple: some return their logits alone."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-class Probe:
-    """One router's twin, its input, and what it returns.
-
-    Args:
-        name: The router's module name, for error messages.
-        router: It stays as it is.
-        dtype: Of its weights; the router's own when None.
-
-    Attributes:
-        raw: What the linear map returned. Shape: (tokens, rows).
-        outputs: What the router returned, as a tuple.
-
-    Raises:
-        UnsupportedModelError: If there is no linear map in it, or its forward does not run.
-    """
-
-    def __init__(self, name: str, router: nn.Module, dtype: torch.dtype | None = None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.where = f"{type(router).__name__} `{name}`"
-        self.base_class = type(router)
-        self.router = twin(router, random_like(generator, dtype))
-        self.linear = _linear_path(self.where, router)
-        weight: Any = linear_of(self.router, self.linear).weight
-        self.rows, inputs = weight.shape
-        self.hidden_size = _hidden_size(router, self.linear, inputs)
-        self.hidden_TD = normal((_NUM_TOKENS, self.hidden_size), generator).to(weight.dtype)
-        self.arguments = _probe_arguments(self.base_class, self.rows, generator)
-        self._run()
-
-    def _run(self) -> None:
-        errors = []
-        for hidden in (self.hidden_TD, self.hidden_TD[None]):  # some take (batch, length, hidden_size) alone
-            calls: list[Any] = []
-            handle = linear_of(self.router, self.linear).register_forward_hook(lambda *call: calls.append(call))  # noqa: B023
-            try:
-                with same_draws(), LinearSpy(self.rows) as spy:
-                    outputs = self.base_class.forward(self.router, hidden.clone(), **self.arguments)
-            except _EXPECTED as error:
-                errors.append(f"{type(error).__name__}: {error}")
-                continue
-            finally:
-                handle.remove()
-            if not spy.outputs:
-                raise UnsupportedModelError(f"{self.where}: its forward does not multiply by its weight")
-            self.hidden, self.raw = hidden, spy.outputs[-1].reshape(-1, self.rows)
-            self.outputs = as_tuple(outputs)
-            self.calls_linear = bool(self.linear and calls)
-            weight: Any = linear_of(self.router, self.linear).weight
-            product = torch.nn.functional.linear(self.hidden_TD.float(), weight.float())
-            self.multiplies_input = torch.equal(product, self.raw.float())
-            return
-        raise UnsupportedModelError(
-            f"{self.where}: its forward did not run on hidden states of shape (tokens, {self.hidden_size}) or (1, "
-            f"tokens, {self.hidden_size}): {' | '.join(errors)}"
-        )
-
-    def finish(self, logits: Tensor) -> tuple[Any, ...]:
-        """What the router's head alone makes of given logits."""
-        stand_in = stand_in_class(self.base_class)
-        args = (self.router, stand_in, self.linear, self.calls_linear, logits, self.hidden.clone())
-        replaced, hidden = substitute_logits(*args)
-        with same_draws():
-            outputs = self.base_class.forward(replaced, hidden, **self.arguments)  # type: ignore[arg-type]
-        return as_tuple(outputs)
+from .probe import NUM_TOKENS, Probe
+from .selection import HOW, BlockRun
 
 
 def inspect_router(
@@ -134,172 +32,161 @@ def inspect_router(
     entry = entry_of(type(router))
     if entry.refusal:
         raise UnsupportedModelError(f"{type(router).__name__} `{name}`: {entry.refusal}")
-    probe = Probe(name, router, torch.float32)  # a head answers to a shift of its logits exactly enough
-    logits_place, num_experts = _find_logits(probe)
+    # In float32, in which a head answers to a shift of its logits exactly enough.
+    reading = _Reading(Probe(name, router, torch.float32))
+    block = BlockRun(reading.probe.where, *_block_of(reading.probe, name, modules)) if reading.is_logits_alone else None
+    indices = reading.indices
     top_k = top_k or entry.top_k
-    indices_place = None
-    carrier = _find_carrier(probe, logits_place)
-    if top_k is None:
-        indices_place = _find_indices(probe, num_experts)
-        top_k = _find_top_k(probe, logits_place, indices_place, carrier, modules, name)
-    elif carrier == logits_place and name:
-        _block_run(probe, modules, name).check_gate_is_called()
-    if not 1 <= top_k <= num_experts:
-        raise UnsupportedModelError(f"{probe.where}: it chooses {top_k} of {num_experts} experts")
-    head, no_head = _find_head(probe, logits_place, num_experts, indices_place, carrier)
+    if top_k is not None:
+        indices = None
+        if block is not None:
+            block.check_gate_is_called()
+    elif block is not None:
+        top_k = block.top_k()
+    else:
+        top_k = reading.top_k(has_choices=entry.choices is not None)
+    if not 1 <= top_k <= reading.num_experts:
+        raise UnsupportedModelError(f"{reading.probe.where}: it chooses {top_k} of {reading.num_experts} experts")
+    head, no_head = reading.head()
     return RouterContract(
-        num_experts=num_experts,
+        num_experts=reading.num_experts,
         top_k=top_k,
-        hidden_size=probe.hidden_size,
-        linear=probe.linear,
-        calls_linear=probe.calls_linear,
-        logits=logits_place,
-        carrier=carrier,
-        indices=indices_place,
+        hidden_size=reading.probe.hidden_size,
+        linear=reading.probe.linear,
+        calls_linear=reading.probe.calls_linear,
+        logits=reading.logits,
+        carrier=reading.carrier,
+        indices=indices,
         choices=entry.choices,
         head=head,
         no_head=no_head,
     )
 
 
-def _linear_path(where: str, router: nn.Module) -> str:
-    """Where the linear map to the logits is: the router's own weight, or the last nn.Linear in it."""
-    own = router._parameters.get("weight")
-    if own is not None:
-        if len(full_shape(own)) != 2 or not own.dtype.is_floating_point:
-            raise UnsupportedModelError(
-                f"{where}: its weight is {own.dtype} of shape {full_shape(own)}, not floating-point of shape "
-                "(num_experts, hidden_size): keep routers out of the quantization"
-            )
-        return ""
-    linears = [path for path, module in router.named_modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise UnsupportedModelError(f"{where}: neither a weight of its own nor an nn.Linear in it")
-    return linears[-1]
+def _block_of(probe: Probe, name: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, str]:
+    """The module that calls a router, and the path of the router's linear map in it."""
+    parent, _, own_name = name.rpartition(".")
+    return modules[parent], f"{own_name}.{probe.linear}".strip(".")
 
 
-def _hidden_size(router: nn.Module, path: str, linear_inputs: int) -> int:
-    """The width of the router's input. In a router of several layers it is not the last one's."""
-    own = getattr(router, "hidden_size", None)
-    return own if isinstance(own, int) and "." in path else linear_inputs
+class _Reading:
+    """What is where in a router's output.
 
+    Attributes:
+        logits: Place of the logits; None where they are not in it.
+        num_experts: Of them: fewer than the linear map has rows, where not all of its rows compete.
+    """
 
-def _probe_arguments(router_class: type[nn.Module], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What a router's forward takes beside hidden states: the bias that some add to their scores to choose."""
-    names = list(inspect.signature(router_class.forward).parameters)[2:]
-    return {name: uniform((rows,), generator) for name in names if name.endswith("bias")}
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.logits, self.num_experts = self._find_logits()
+
+    def _find_logits(self) -> tuple[int | None, int]:
+        probe = self.probe
+        changed = []
+        for place, output in enumerate(probe.outputs):
+            if not _is_float(output) or output.dim() < 2 or output.numel() // output.shape[-1] != NUM_TOKENS:
+                continue
+            num_experts = output.shape[-1]
+            flat = output.reshape(NUM_TOKENS, num_experts).float()
+            if 1 < num_experts <= probe.rows and torch.equal(flat, probe.raw[:, :num_experts].float()):
+                return place, num_experts
+            if num_experts == probe.rows:
+                changed.append(place)
+        if probe.calls_linear:
+            return None, probe.rows
+        if changed:
+            return changed[0], probe.rows
+        if probe.multiplies_input:
+            return None, probe.rows
+        raise UnsupportedModelError(
+            f"{probe.where}: returns {self._shapes()}, among which logits of shape (tokens, {probe.rows}) were expected"
+        )
+
+    @cached_property
+    def carrier(self) -> int:
+        """Place of what the experts use: the weights of the chosen ones, or of all, or the logits themselves."""
+        outputs = self.probe.outputs
+        floats = [place for place, output in enumerate(outputs) if _is_float(output) and output.dim() > 0]
+        others = [place for place in floats if place != self.logits]
+        # A row of all experts may be logits or probabilities, returned to be recorded.
+        weights = [place for place in others if outputs[place].shape[-1] != self.probe.rows]
+        # Switch returned each token's highest probability twice before it returned its logits, and used the second.
+        return (weights or others or floats)[-1 if self.logits is None else 0]
+
+    @property
+    def is_logits_alone(self) -> bool:
+        """Whether the router leaves the choice to its block."""
+        return self.carrier == self.logits
+
+    @cached_property
+    def indices(self) -> int | None:
+        """Place of the chosen experts: integers, a row a token. As many as there are experts would be a mask."""
+        for place, output in enumerate(self.probe.outputs):
+            if not isinstance(output, Tensor) or output.is_floating_point() or output.dtype == torch.bool:
+                continue
+            has_rows = output.dim() >= 2 and output.numel() == NUM_TOKENS * output.shape[-1]
+            if has_rows and output.shape[-1] < self.num_experts:
+                return place
+        return None
+
+    def top_k(self, has_choices: bool) -> int:
+        """How many experts a token chooses; where they are not returned, only if they are the highest logits for sure.
+
+        Args:
+            has_choices: Whether they are read from the output in another way.
+        """
+        probe = self.probe
+        own = getattr(probe.router, "top_k", None)
+        if self.indices is not None:
+            return probe.outputs[self.indices].shape[-1]
+        weights = probe.outputs[self.carrier]
+        if isinstance(own, int) and (has_choices or torch.equal(weights != 0, _mask_of_highest(probe.raw, own))):
+            return own
+        raise UnsupportedModelError(
+            f"{probe.where}: returns {self._shapes()}, among which no integers of shape (tokens, top_k) say which "
+            f"experts were chosen; {HOW}"
+        )
+
+    def head(self) -> tuple[Head | None, str]:
+        """What makes weights of logits, by how they answer to a shift of all logits; or why nothing known does."""
+        probe, outputs = self.probe, self.probe.outputs
+        if self.num_experts != probe.rows:
+            return None, "logits of shared experts go through the same head"
+        if self.logits is not None and not torch.equal(outputs[self.logits].reshape(probe.raw.shape), probe.raw):
+            return None, "its logits are changed after its linear map"
+        if self.is_logits_alone:
+            return None, "its block makes the weights"
+        weights = outputs[self.carrier]
+        if not torch.allclose(probe.finish(probe.raw)[self.carrier], weights):
+            return None, "its head cannot be run on logits alone"
+        if torch.allclose(probe.finish(probe.raw + 1.0)[self.carrier], weights, rtol=1e-2, atol=1e-3):
+            return "softmax", ""
+        scores = probe.raw.sigmoid()
+        if self.indices is not None:
+            scores = scores.gather(1, outputs[self.indices].reshape(NUM_TOKENS, -1).long())
+        if _is_multiple(weights.reshape(NUM_TOKENS, -1), scores):
+            return "sigmoid", ""
+        return None, "its weights are neither a softmax nor a sigmoid of its logits"
+
+    def _shapes(self) -> str:
+        outputs = self.probe.outputs
+        return ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _find_logits(probe: Probe) -> tuple[int | None, int]:
-    """Place of the logits and their number. Some return fewer than the linear map has rows: not all compete."""
-    changed: list[tuple[int, int]] = []
-    for place, output in enumerate(probe.outputs):
-        if not _is_float(output) or output.dim() < 2 or output.numel() // output.shape[-1] != _NUM_TOKENS:
-            continue
-        num_experts = output.shape[-1]
-        flat = output.reshape(_NUM_TOKENS, num_experts)
-        if 1 < num_experts <= probe.rows and torch.equal(flat.float(), probe.raw[:, :num_experts].float()):
-            return place, num_experts
-        if num_experts == probe.rows:
-            changed.append((place, num_experts))
-    if probe.calls_linear:
-        return None, probe.rows
-    if changed:
-        return changed[0]
-    if probe.multiplies_input:
-        return None, probe.rows
-    raise UnsupportedModelError(
-        f"{probe.where}: returns {_describe(probe.outputs)}, among which logits of shape (tokens, {probe.rows}) were "
-        "expected"
-    )
+def _mask_of_highest(scores: Tensor, top_k: int) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(top_k).indices, True)
 
 
-def _describe(outputs: tuple[Any, ...]) -> str:
-    return ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
-
-
-def _find_indices(probe: Probe, num_experts: int) -> int | None:
-    """Place of the chosen experts: integers, a row a token. As many as there are experts would be a mask of them."""
-    for place, output in enumerate(probe.outputs):
-        if not isinstance(output, Tensor) or output.is_floating_point() or output.dtype == torch.bool:
-            continue
-        if output.dim() >= 2 and output.numel() == _NUM_TOKENS * output.shape[-1] and output.shape[-1] < num_experts:
-            return place
-    return None
-
-
-def _find_carrier(probe: Probe, logits_place: int | None) -> int:
-    """Place of what the experts use: the weights of the chosen ones, or of all, or the logits themselves."""
-    floats = [place for place, output in enumerate(probe.outputs) if _is_float(output) and output.dim() > 0]
-    others = [place for place in floats if place != logits_place]
-    # A row of all experts may be logits or probabilities, returned to be recorded.
-    weights = [place for place in others if probe.outputs[place].shape[-1] != probe.rows]
-    # Switch returned each token's highest probability twice before it returned its logits, and used the second.
-    return (weights or others or floats)[-1 if logits_place is None else 0]
-
-
-def _find_top_k(
-    probe: Probe,
-    logits_place: int | None,
-    indices_place: int | None,
-    carrier: int,
-    modules: dict[str, nn.Module],
-    name: str,
-) -> int:
-    """How many experts a token chooses; where they are not returned, only if they are the highest logits for sure."""
-    own = getattr(probe.router, "top_k", None)
-    if indices_place is not None:
-        return probe.outputs[indices_place].shape[-1]
-    if entry_of(probe.base_class).choices is not None:
-        return own  # type: ignore[return-value]
-    if carrier == logits_place:
-        return _block_run(probe, modules, name).top_k()
-    weights = probe.outputs[carrier]
-    if isinstance(own, int) and weights.shape == probe.raw.shape:
-        chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(1, probe.raw.topk(own).indices, True)
-        if torch.equal(weights != 0, chosen):
-            return own
-    raise UnsupportedModelError(
-        f"{probe.where}: returns {_describe(probe.outputs)}, among which no integers of shape (tokens, top_k) say "
-        "which experts were chosen"
-    )
-
-
-def _block_run(probe: Probe, modules: dict[str, nn.Module], name: str) -> BlockRun:
-    parent = name.rpartition(".")[0]
-    path = f"{name[len(parent) :].lstrip('.')}.{probe.linear}".rstrip(".")
-    return BlockRun(probe.where, modules[parent], path)
-
-
-def _find_head(
-    probe: Probe, logits_place: int | None, num_experts: int, indices_place: int | None, carrier: int
-) -> tuple[Head | None, str]:
-    """What makes weights of logits, by how they answer to a shift of all logits."""
-    if num_experts != probe.rows:
-        return None, "logits of shared experts go through the same head"
-    if logits_place is not None and not torch.equal(
-        probe.outputs[logits_place].reshape(probe.raw.shape).float(), probe.raw.float()
-    ):
-        return None, "its logits are changed after its linear map"
-    if carrier == logits_place:
-        return None, "its block makes the weights"
-    weights = probe.outputs[carrier].float()
-    if not torch.allclose(probe.finish(probe.raw)[carrier].float(), weights):
-        return None, "its head cannot be run on logits alone"
-    if torch.allclose(probe.finish(probe.raw + 1.0)[carrier].float(), weights, rtol=1e-2, atol=1e-3):
-        return "softmax", ""
-    scores = probe.raw.float().sigmoid()
-    if indices_place is not None:
-        scores = scores.gather(1, probe.outputs[indices_place].reshape(_NUM_TOKENS, -1).long())
-    weights = weights.reshape(_NUM_TOKENS, -1)
-    if weights.shape == scores.shape:
-        chosen = weights > 0
-        ratio = torch.where(chosen, weights / scores, torch.nan)
-        even = ratio.nanmean(1, keepdim=True).expand_as(ratio).where(chosen, torch.nan)
-        if torch.allclose(ratio, even, rtol=0.05, equal_nan=True):
-            return "sigmoid", ""
-    return None, "its weights are neither a softmax nor a sigmoid of its logits"
+def _is_multiple(weights: Tensor, scores: Tensor) -> bool:
+    """Whether weights are scores times one factor a token, where they are not 0."""
+    if weights.shape != scores.shape:
+        return False
+    chosen = weights > 0
+    ratio = torch.where(chosen, weights / scores, torch.nan)
+    even = ratio.nanmean(1, keepdim=True).expand_as(ratio).where(chosen, torch.nan)
+    return torch.allclose(ratio, even, rtol=0.05, equal_nan=True)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
+from .probe import NUM_TOKENS, WRONG_INPUT
 from .substitution import linear_of
 from .twin import full_shape, normal, random_like, same_draws, twin
 
-_NUM_TOKENS = 24
 _LARGEST = 2**22
 """Elements of the largest tensor that gets numbers in a block's twin: gates are small, and come before the experts."""
-_HOW = "if its highest logits choose, give `routers=` a pattern of its name and `top_k=` the number of experts"
+HOW = "if its highest logits choose, give `routers=` a pattern of its name and `top_k=` the number of experts"
 
 
 class _Chosen(Exception):
@@ -64,7 +64,7 @@ class BlockRun:
         gate = linear_of(copied, path)
         num_experts, hidden_size = (int(size) for size in gate.weight.shape)  # type: ignore[union-attr]
         gate.register_forward_hook(self._note_logits)
-        hidden = normal((1, _NUM_TOKENS, hidden_size), generator)
+        hidden = normal((1, NUM_TOKENS, hidden_size), generator)
         for shaped in (hidden[0], hidden):  # the last one's problem is told
             self.logits: Tensor | None = None
             self.chosen: _Chosen | None = None
@@ -77,7 +77,7 @@ class BlockRun:
             except _Chosen as chosen:
                 self.chosen = chosen
                 return
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+            except WRONG_INPUT as error:
                 self.problem = f"{type(error).__name__}: {error}"
 
     def _note_logits(self, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -101,14 +101,14 @@ class BlockRun:
         if self.chosen is None or self.logits is None:
             raise UnsupportedModelError(
                 f"{self.where}: how its block {type(self.block).__name__} chooses experts could not be seen by running "
-                f"it on hidden states ({self.problem}); {_HOW}"
+                f"it on hidden states ({self.problem}); {HOW}"
             )
         logits, top_k = self.logits.reshape(-1, self.logits.shape[-1]), self.chosen.top_k
         picked = self.chosen.scores.reshape(logits.shape).topk(top_k).indices.sort(-1).values
         if not torch.equal(picked, logits.topk(top_k).indices.sort(-1).values):
             raise UnsupportedModelError(
                 f"{self.where}: its block does not choose by the highest logits of its gate (bias, noise, groups?); "
-                f"{_HOW}"
+                f"{HOW}"
             )
         return top_k
 

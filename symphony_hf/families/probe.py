@@ -1,0 +1,148 @@
+"""Run a twin of a router on random numbers, whole or its head alone, and see what it returns."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import UnsupportedModelError
+from .substitution import linear_of, stand_in_class, substitute_logits
+from .twin import full_shape, normal, random_like, same_draws, twin, uniform
+
+NUM_TOKENS = 24
+WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
+"""What a forward raises when it is not given what it wants. Others are its own bugs, and not hidden."""
+
+
+class LinearSpy(TorchFunctionMode):
+    """Notes what linear maps with a number of rows return while it is entered.
+
+    Args:
+        rows: The number.
+
+    Attributes:
+        outputs: In the order of the calls. Shape of each: (..., rows).
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.outputs: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and output.shape[-1] == self.rows:
+            self.outputs.append(output.clone())  # forwards change it in place
+        return output
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    """What a router returned, as a tuple: some return their logits alone."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+class Probe:
+    """One router's twin, its input, and what it returns.
+
+    Args:
+        name: The router's module name, for error messages.
+        router: It stays as it is.
+        dtype: Of its weights; the router's own when None.
+
+    Attributes:
+        where: The router, for error messages.
+        router: Its twin.
+        linear: Path of the linear map to the logits in it.
+        rows: Of that map's weight.
+        hidden: The input, of the shape that the router takes.
+        arguments: What it takes beside, by name.
+        outputs: What it returned, as a tuple.
+        raw: What the linear map returned. Shape: (tokens, rows).
+        calls_linear: Whether the map was called; otherwise its weight was read.
+        multiplies_input: Whether `raw` is the input itself times the weight.
+
+    Raises:
+        UnsupportedModelError: If there is no linear map in it, or its forward does not run.
+    """
+
+    def __init__(self, name: str, router: nn.Module, dtype: torch.dtype | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.where = f"{type(router).__name__} `{name}`"
+        self.base_class = type(router)
+        self.router = twin(router, random_like(generator, dtype))
+        self.linear = _linear_path(self.where, router)
+        weight: Any = linear_of(self.router, self.linear).weight
+        self.rows, inputs = weight.shape
+        self.hidden_size = _hidden_size(router, self.linear, inputs)
+        self.arguments = _arguments_beside(self.base_class, self.rows, generator)
+        hidden_TD = normal((NUM_TOKENS, self.hidden_size), generator).to(weight.dtype)
+        problems = []
+        for hidden in (hidden_TD, hidden_TD[None]):  # some take (batch, length, hidden_size) alone
+            try:
+                self._run(hidden)
+                break
+            except WRONG_INPUT as error:
+                problems.append(f"{type(error).__name__}: {error}")
+        else:
+            raise UnsupportedModelError(
+                f"{self.where}: its forward did not run on hidden states of shape (tokens, {self.hidden_size}) or (1, "
+                f"tokens, {self.hidden_size}): {' | '.join(problems)}"
+            )
+        if not self._products:
+            raise UnsupportedModelError(f"{self.where}: its forward does not multiply by its weight")
+        self.raw = self._products[-1].reshape(-1, self.rows)
+        product = torch.nn.functional.linear(hidden_TD.float(), weight.float())
+        self.multiplies_input = torch.equal(product, self.raw.float())
+
+    def _run(self, hidden: Tensor) -> None:
+        calls: list[Any] = []
+        handle = linear_of(self.router, self.linear).register_forward_hook(lambda *call: calls.append(call))
+        try:
+            with same_draws(), LinearSpy(self.rows) as spy:
+                outputs = self.base_class.forward(self.router, hidden.clone(), **self.arguments)
+        finally:
+            handle.remove()
+        self.hidden, self.outputs = hidden, as_tuple(outputs)
+        self._products = spy.outputs
+        self.calls_linear = bool(self.linear and calls)
+
+    def finish(self, logits: Tensor) -> tuple[Any, ...]:
+        """What the router's head alone makes of given logits."""
+        replaced, hidden = substitute_logits(
+            self.router, stand_in_class(self.base_class), self.linear, self.calls_linear, logits, self.hidden.clone()
+        )
+        with same_draws():
+            return as_tuple(self.base_class.forward(replaced, hidden, **self.arguments))  # type: ignore[arg-type]
+
+
+def _linear_path(where: str, router: nn.Module) -> str:
+    """Where the linear map to the logits is: the router's own weight, or the last nn.Linear in it."""
+    own = router._parameters.get("weight")
+    if own is not None:
+        if len(full_shape(own)) != 2 or not own.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"{where}: its weight is {own.dtype} of shape {full_shape(own)}, not floating-point of shape "
+                "(num_experts, hidden_size): keep routers out of the quantization"
+            )
+        return ""
+    linears = [path for path, module in router.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise UnsupportedModelError(f"{where}: neither a weight of its own nor an nn.Linear in it")
+    return linears[-1]
+
+
+def _hidden_size(router: nn.Module, path: str, linear_inputs: int) -> int:
+    """The width of the router's input. In a router of several layers it is not the last one's."""
+    own = getattr(router, "hidden_size", None)
+    return own if isinstance(own, int) and "." in path else linear_inputs
+
+
+def _arguments_beside(router_class: type[nn.Module], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What a router's forward takes beside hidden states: the bias that some add to their scores to choose."""
+    names = list(inspect.signature(router_class.forward).parameters)[2:]
+    return {name: uniform((rows,), generator) for name in names if name.endswith("bias")}
