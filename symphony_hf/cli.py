@@ -85,6 +85,32 @@ def bench(
     print_bench(run_bench(models or None, tokens=tokens, device=device, dtype=dtype, seconds=seconds, output=output))
 
 
+check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes, and print what they found.")
+app.add_typer(check_app, name="check")
+
+
+@check_app.callback()
+def check() -> None:
+    """Checks that take minutes, and print what they found."""
+
+
+@check_app.command(epilog="Example: symphony check distributed")
+def distributed(
+    only: Annotated[Optional[str], typer.Option(help="A part of the arrangements' names, such as ZeRO.")] = None,  # noqa: UP045
+) -> None:
+    """Train in many arrangements (accumulation, ranks, ZeRO, checkpointing, ...), which must give the same."""
+    from .training.invariance import ARRANGEMENTS, compare, print_comparisons
+
+    names = [name for name in ARRANGEMENTS if only is None or only.lower() in name.lower()]
+    if not names:
+        raise ConfigError(
+            f"symphony check distributed: no arrangement has {only!r} in its name: {', '.join(ARRANGEMENTS)}"
+        )
+    comparisons = compare(names)
+    print_comparisons(comparisons)
+    raise typer.Exit(0 if all(row.holds for row in comparisons) else 1)
+
+
 @app.command(epilog="Example: symphony families mixtral olmoe --check")
 def families(
     names: Annotated[Optional[list[str]], typer.Argument(help="Model types; all by default.")] = None,  # noqa: UP045

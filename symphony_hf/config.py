@@ -13,6 +13,7 @@ FORMAT = 1
 
 Smoothing = Literal["logits", "scores"]
 Normalization = Literal["row", "conditional", "symmetric"]
+BalanceScope = Literal["local", "global"]
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -77,6 +78,8 @@ class SymphonyConfig:
             `nn.Linear` gates of remote-code and home-made models. Only they are symphonized then.
         top_k: With `routers`: how many experts the highest logits choose. None: seen from the gate's block.
         balance_loss_weight: Of the load-balancing loss, averaged over layers, added in the backward pass.
+        balance_scope: `local`: each micro-batch of each rank is balanced by itself. `global`: by the load of all
+            ranks, as if they had one batch, which costs one small all-reduce a forward.
         z_loss_weight: Of the router z-loss, likewise.
 
     Raises:
@@ -97,6 +100,7 @@ class SymphonyConfig:
     routers: tuple[str, ...] | None = None
     top_k: int | None = None
     balance_loss_weight: float = 0.01
+    balance_scope: BalanceScope = "local"
     z_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
@@ -107,6 +111,7 @@ class SymphonyConfig:
         _check_number("z_loss_weight", self.z_loss_weight, 0, 1e6)
         _check_choice("smoothing", self.smoothing, get_args(Smoothing))
         _check_choice("normalization", self.normalization, get_args(Normalization))
+        _check_choice("balance_scope", self.balance_scope, get_args(BalanceScope))
         if int(self.warmup_steps) != self.warmup_steps:
             raise ConfigError(f"symphony: `warmup_steps` must be a whole number, got {self.warmup_steps!r}")
         if not isinstance(self.self_loops, bool):

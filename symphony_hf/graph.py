@@ -117,13 +117,22 @@ class ExpertGraph(nn.Module):
         kept = self.adjacency
         super()._apply(fn, recurse)
         if self.adjacency.dtype != torch.float32:
-            restored = kept.detach().to(device=self.adjacency.device, dtype=torch.float32)
-            if isinstance(self.adjacency, nn.Parameter):
-                self.adjacency.data = restored
-            else:
-                self.adjacency = restored
+            self.widen(kept)
         self._cached = None
         return self
+
+    def widen(self, values: Tensor | None = None) -> None:
+        """Make the graph float32 again.
+
+        Args:
+            values: It as it was before it was cast; what it is now when None.
+        """
+        values = self.adjacency if values is None else values
+        restored = values.detach().to(device=self.adjacency.device, dtype=torch.float32)
+        if isinstance(self.adjacency, nn.Parameter):
+            self.adjacency.data = restored
+        else:
+            self.adjacency = restored
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from .graph import ExpertGraph, active_graph
 from .graph_files import match_graphs, read_graphs
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
 from .self_check import check_routers
+
+logger = logging.getLogger(__name__)
 
 
 def symphonize(
@@ -60,6 +63,8 @@ def symphonize(
         _own_config(model)
         model.config.symphony = settings.to_dict()
     attach(model, found, settings.to_dict())
+    if settings.strength == 0 and settings.counts_selections:
+        logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
     if settings.graph == "frozen":
         tracker_of(model).warn_once(
             "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "

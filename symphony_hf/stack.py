@@ -11,6 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import PatchError
@@ -31,12 +32,14 @@ class StackTensors(NamedTuple):
     observed_losses: Tensor  # (L, 3)
     pending_counts: Tensor
     pending_losses: Tensor
+    loads: Tensor  # (L, num_experts): the share of all ranks' tokens that chose each expert, in the last forward
 
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StackTensors":
         counts = torch.zeros(num_layers, num_experts, num_experts, device=device, dtype=torch.float32)
         losses = torch.zeros(num_layers, 3, device=device, dtype=torch.float32)
-        return cls(counts, losses, torch.zeros_like(counts), torch.zeros_like(losses))
+        loads = torch.zeros(num_layers, num_experts, device=device, dtype=torch.float32)
+        return cls(counts, losses, torch.zeros_like(counts), torch.zeros_like(losses), loads)
 
 
 class RouterStack:
@@ -112,12 +115,17 @@ class RouterStack:
         self._take_mask(self._find_mask(args, kwargs))
         types = kwargs.get("moe_mm_token_type_ids")
         self.image_T = types.reshape(-1).bool() if isinstance(types, Tensor) else None
+        tensors = self.place_tensors()
+        # A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
+        tensors.observed_counts.zero_()
+        tensors.observed_losses.zero_()
+
+    def place_tensors(self) -> StackTensors:
+        """Have the tensors on the graphs' device."""
         device = self.device
         if self.tensors is None or self.tensors.observed_counts.device != device:
             self.tensors = StackTensors.zeros(len(self.routers), self.num_experts, device)
-        # A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
-        self.tensors.observed_counts.zero_()
-        self.tensors.observed_losses.zero_()
+        return self.tensors
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook of the owner: add up what this forward's routers observed."""
@@ -127,6 +135,23 @@ class RouterStack:
         self.tensors.pending_counts.add_(self.tensors.observed_counts)
         self.tensors.pending_losses.add_(self.tensors.observed_losses)
         self.has_pending = True
+        if self.balances_over_ranks:
+            self._share_loads()
+
+    @property
+    def balances_over_ranks(self) -> bool:
+        config = self.tracker.config
+        return config.balance_scope == "global" and config.balance_loss_weight > 0 and num_ranks() > 1
+
+    @torch.no_grad()
+    def _share_loads(self) -> None:
+        """Sum the loads of this forward over the ranks: one all-reduce for all layers, before any backward reads."""
+        assert self.tensors is not None
+        loads_LE = self.tensors.observed_counts.diagonal(dim1=1, dim2=2).contiguous()
+        dist.all_reduce(loads_LE)
+        top_k = active_graph(self.routers[0].symphony).top_k  # type: ignore[arg-type]
+        # Every token chose K experts. A router that saw none has no load.
+        self.tensors.loads.copy_(loads_LE / (loads_LE.sum(1, keepdim=True) / top_k).clamp_min(1.0))
 
     def bypassed_blocks(self) -> list[nn.Module]:
         """Blocks that ran in this step without their router. A router is idle by right where its block is, too.
@@ -169,7 +194,8 @@ class RouterStack:
         mask_T = self._mask_for(router, logits_TE.shape[0])
         needs_loss = self.tracker.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
         with torch.set_grad_enabled(needs_loss):
-            balance = load_balancing_loss(logits_TE, indices_TK, mask_T)
+            load_E = self.tensors.loads[place] if self.balances_over_ranks and self.tensors is not None else None
+            balance = load_balancing_loss(logits_TE, indices_TK, mask_T, load_E)
             z = z_loss(logits_TE, mask_T)
             total = (config.balance_loss_weight * balance + config.z_loss_weight * z) / self.tracker.num_routers
         if self.active:
@@ -203,7 +229,12 @@ class RouterStack:
         return mask.reshape(-1).bool() if _is_padding_mask(mask) else None
 
     def _take_mask(self, mask_T: Tensor | None) -> None:
-        """Keep this forward's mask, unless a recomputation of the last forward is still to come that needs its own."""
+        """Keep this forward's mask, unless a backward of the last forward is still to come that needs its own."""
+        if self.tracker.awaits_backward and self.balances_over_ranks:
+            raise PatchError(
+                "two training forwards before one backward, with balance_scope `global`: the first would be balanced "
+                "by the load of the second. Run each one's backward before the next forward, or use `local`"
+            )
         if self.tracker.awaits_backward and not _same_mask(self.mask_T, mask_T) and _checkpoints(self.owner):
             raise PatchError(
                 "two training forwards with different padding before one backward, with gradient checkpointing: the "
@@ -226,6 +257,11 @@ class RouterStack:
             "any, is counted like other tokens"
         )
         return None
+
+
+def num_ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:

@@ -11,7 +11,10 @@ from .config import SymphonyConfig
 from .errors import SymphonyWarning
 from .graph import ExpertGraph, active_graph
 from .routing import RecordGradientScale, update_adjacency
-from .stack import RouterStack
+from .stack import RouterStack, num_ranks
+
+RANK_CHECK_EVERY = 100
+"""Commits between two looks at whether all ranks have the same graphs."""
 
 
 class Tracker:
@@ -38,6 +41,7 @@ class Tracker:
         self.handles: list[Any] = []
         self.silenced: list[tuple[Any, str, float]] = []
         self.own_loss: Any = None
+        self.num_commits = 0
         self._warned: set[str] = set()
 
     @property
@@ -100,9 +104,13 @@ class Tracker:
         Returns:
             Whether there was anything to commit.
         """
-        stacks = [stack for stack in self.stacks if stack.has_pending]
-        if not stacks:
+        if not any(stack.has_pending for stack in self.stacks):
             return False
+        # On several ranks every stack: one that no image came by here may have been run on another.
+        stacks = [stack for stack in self.stacks if stack.has_pending or num_ranks() > 1]
+        for stack in stacks:
+            stack.place_tensors()
+        self._look_at_routers()
         self._warn_when_losses_are_off()
         self._note_losses(stacks)
         for stack, counts_LEE in zip(stacks, self._sum_over_ranks(stacks), strict=True):
@@ -118,6 +126,38 @@ class Tracker:
         if self.num_skipped is not None and self.num_skipped.device.type == "cpu":
             self.warn_about_skipped()
         return True
+
+    def _look_at_routers(self) -> None:
+        """Notice, once, what training leaves as it is though the settings want it otherwise."""
+        graphs = [graph for graph in self.graphs if graph.adjacency.dtype != torch.float32]
+        if graphs:
+            for graph in graphs:
+                graph.widen()
+            self.warn_once(
+                f"{len(graphs)} graphs were cast to another type than float32, in which an average stands still: they "
+                "are float32 again. Cast the model with `.to` or `.half`, which leaves graphs as they are"
+            )
+        if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
+            self._compare_ranks()
+        self.num_commits += 1
+        routers = [router for stack in self.stacks for router in stack.routers]
+        if self.weighs_losses and not any(p.requires_grad for r in routers for p in r.parameters()):
+            self.warn_once(
+                "every router is frozen, so the balance and z-loss train only what is below them: train the routers "
+                "(with PEFT: their names in `modules_to_save`), or set `balance_loss_weight` and `z_loss_weight` to 0"
+            )
+
+    def _compare_ranks(self) -> None:
+        """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""
+        bits = torch.stack([graph.adjacency.detach().cpu().view(torch.int32).long().sum() for graph in self.graphs])
+        extremes = torch.cat([bits, -bits]).to(self.stacks[0].device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        highest, lowest = extremes[: len(bits)].cpu(), -extremes[len(bits) :].cpu()
+        if not torch.equal(highest, lowest):
+            self.warn_once(
+                f"{int((highest != lowest).sum())} of {len(bits)} graphs differ between the ranks: they were loaded or "
+                "symphonized otherwise on one. Load the same checkpoint on every rank"
+            )
 
     def _note_losses(self, stacks: list[RouterStack]) -> None:
         pending = [stack.tensors.pending_losses for stack in stacks if stack.tensors is not None]
@@ -139,7 +179,7 @@ class Tracker:
 
     def _sum_over_ranks(self, stacks: list[RouterStack]) -> list[Tensor]:
         counts = [stack.tensors.pending_counts for stack in stacks if stack.tensors is not None]
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if num_ranks() == 1:
             return counts
         # Ranks that saw the same tokens (tensor parallel) multiply counts and tokens alike, which cancels.
         flat = torch.cat([c.reshape(-1) for c in counts])
@@ -157,7 +197,7 @@ class Tracker:
             # Every token chose K experts, so the loads on the diagonal add up to K times the tokens.
             num_tokens = counts_EE.diagonal().sum() / graph.top_k
             graph.adjacency.copy_(update_adjacency(graph.adjacency, counts_EE, num_tokens, graph.config.decay))
-            graph.updates.add_(torch.isfinite(num_tokens).to(graph.updates.dtype))
+            graph.updates.add_((torch.isfinite(num_tokens) & (num_tokens > 0)).to(graph.updates.dtype))
             skipped = (~torch.isfinite(num_tokens)).to(torch.int32)
             self.num_skipped = (
                 skipped if self.num_skipped is None else self.num_skipped + skipped.to(self.num_skipped.device)

@@ -13,6 +13,7 @@ from .substitution import linear_of, stand_in_class, substitute_logits
 from .twin import full_shape, normal, random_like, same_draws, twin, uniform
 
 NUM_TOKENS = 24
+_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")  # DeepSpeed puts one of its own in place of `linear`
 WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
 """What a forward raises when it is not given what it wants. Others are its own bugs, and not hidden."""
 
@@ -36,7 +37,7 @@ class LinearSpy(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and output.shape[-1] == self.rows:
+        if getattr(func, "__name__", "") in _PRODUCTS and output.dim() and output.shape[-1] == self.rows:
             self.outputs.append(output.clone())  # forwards change it in place
         return output
 

@@ -29,17 +29,21 @@ def _without_padding(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     return logits if mask_T is None else logits.masked_fill(~mask_T.bool().to(logits.device).unsqueeze(-1), 0.0)
 
 
-def load_balancing_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None, load_E: Tensor | None = None
+) -> Tensor:
     """E times the sum over experts of (share of tokens that chose it) x (mean probability it was given).
 
     Args:
         logits_TE: The logits that chose: the smoothed ones. Shape: (tokens, num_experts).
         indices_TK: The experts chosen. Shape: (tokens, top_k), integer.
         mask_T: True for tokens that count. Shape: (tokens,).
+        load_E: Where the share of all ranks' tokens that chose each expert will be when the backward runs; the
+            gradient then takes it in place of these tokens' own. Shape: (num_experts,).
 
     Returns:
-        A float32 scalar; K when load and probabilities are even. The gradient reaches the logits through the
-        probabilities alone.
+        A float32 scalar of these tokens; K when load and probabilities are even. The gradient reaches the logits
+        through the probabilities alone.
 
     Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, in the form transformers uses for top-k.
     Deviation: none; transformers pools all layers into one product, here each layer has its own.
@@ -49,7 +53,10 @@ def load_balancing_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | 
         probabilities_TE = _without_padding(logits_TE, mask_T).softmax(-1)
         chosen_TE = torch.zeros_like(probabilities_TE).scatter(1, indices_TK.long(), 1.0)
         share_E = _masked_mean(chosen_TE, mask_T)
-        return num_experts * (share_E * _masked_mean(probabilities_TE, mask_T)).sum()
+        probability_E = _masked_mean(probabilities_TE, mask_T)
+        if load_E is not None:
+            return num_experts * WeighByLoad.apply(probability_E, share_E, load_E)
+        return num_experts * (share_E * probability_E).sum()
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -79,6 +86,23 @@ _read_scale_operator = torch.library.custom_op("symphony_hf::read_scale", _read_
 @_read_scale_operator.register_fake
 def _(gradient: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(scale, device=gradient.device)
+
+
+class WeighByLoad(torch.autograd.Function):
+    """The sum of share x probability over experts; its gradient has a load in place of the share, read in backward.
+
+    The load of all ranks is known after the forward, in one all-reduce for all layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, probability_E: Tensor, share_E: Tensor, load_E: Tensor) -> Tensor:
+        ctx.load = load_E  # not saved for backward: it changes until then
+        return (share_E * probability_E).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        read = _read_scale_operator if torch.compiler.is_compiling() else _read_scale
+        return gradient * read(gradient, ctx.load), None, None
 
 
 class RecordGradientScale(torch.autograd.Function):

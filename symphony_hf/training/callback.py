@@ -6,6 +6,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..attachment import tracker_of
 from ..errors import PatchError
+from ..patching import symphony_routers
 
 
 class SymphonyCallback(TrainerCallback):
@@ -27,6 +28,7 @@ class SymphonyCallback(TrainerCallback):
                 "start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
             )
         tracker.driven = True
+        _check_optimizer(model, kwargs.get("optimizer"), tracker)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -56,3 +58,21 @@ class SymphonyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         tracker_of(model).driven = False
+
+
+def _check_optimizer(model: Any, optimizer: Any, tracker: Any) -> None:
+    """Notice an optimizer that was made before the routers' parameters, or without them."""
+    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    parameters = {
+        id(parameter): f"{name}.{parameter_name}"
+        for name, router in symphony_routers(model)
+        for parameter_name, parameter in router.named_parameters()  # type: ignore[attr-defined]
+        if parameter.requires_grad
+    }
+    missing = [name for key, name in parameters.items() if key not in held]
+    # Sharded optimizers hold flat copies: then none of the model's own parameters is in them.
+    if missing and any(id(parameter) in held for parameter in model.parameters()):
+        tracker.warn_once(
+            f"the optimizer does not hold {len(missing)} of {len(parameters)} router parameters ({missing[0]}, ...), "
+            "which therefore stay as they are: make it after `symphonize`, or freeze them"
+        )

@@ -1,0 +1,160 @@
+"""What goes wrong in silence elsewhere is noticed here, and named once."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import make_ids, make_model, move_graphs
+from transformers import Trainer, TrainingArguments
+
+from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf import stack as stack_module
+from symphony_hf.attachment import tracker_of
+
+
+def step(model, seed=0):
+    ids = make_ids(seed=seed)
+    model(ids, labels=ids).loss.backward()
+    return update_graphs(model)
+
+
+def warned_once(run, match):
+    """Run twice: the first time it warns, the second it does not."""
+    with pytest.warns(SymphonyWarning, match=match):
+        run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+
+
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_graph_that_was_cast_past_the_model_is_widened(graph):
+    model = symphonize(make_model(), graph=graph).train()
+    step(model)
+    router = model.model.layers[1].mlp.gate
+
+    def cast_and_step():
+        router.symphony.adjacency.data = router.symphony.adjacency.data.half()
+        assert step(model)
+        assert router.symphony.adjacency.dtype == torch.float32
+
+    warned_once(cast_and_step, "1 graphs were cast to another type than float32")
+
+
+def test_frozen_routers_are_named():
+    model = symphonize(make_model()).train()
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    warned_once(lambda: step(model), "every router is frozen")
+    without = symphonize(make_model(), balance_loss_weight=0.0, z_loss_weight=0.0).train()
+    for layer in without.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    assert step(without)  # nothing to warn about: no loss was meant for them
+
+
+def train(model, tmp_path, parameters):
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    Trainer(
+        model, arguments, train_dataset=rows, callbacks=[SymphonyCallback()], optimizers=(optimizer, scheduler)
+    ).train()
+
+
+def test_an_optimizer_without_the_routers_is_named(tmp_path):
+    model = symphonize(make_model())
+    parameters = [p for name, p in model.named_parameters() if "gate.weight" not in name]
+    with pytest.warns(SymphonyWarning, match=r"does not hold 3 of 3 router parameters \(model\.layers\.0\.mlp\.gate"):
+        train(model, tmp_path, parameters)
+
+
+def test_an_optimizer_that_was_made_before_the_graph_is_named(tmp_path):
+    model = make_model()
+    parameters = list(model.parameters())
+    symphonize(model, graph="learned")
+    with pytest.warns(SymphonyWarning, match="does not hold 3 of 6 router parameters .*adjacency"):
+        train(model, tmp_path, parameters)
+
+
+def test_an_optimizer_with_everything_is_not(tmp_path):
+    model = symphonize(make_model())
+    train(model, tmp_path, model.parameters())
+
+
+def test_strength_zero_says_so(caplog):
+    with caplog.at_level(logging.WARNING, logger="symphony_hf"):
+        symphonize(make_model(), strength=0.0)
+    assert "strength is 0" in caplog.text
+    caplog.clear()
+    symphonize(make_model())
+    assert caplog.text == ""
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """This process as the first of two, whose other has what `other` makes of a tensor."""
+    others = {"sum": lambda tensor: tensor.clone(), "max": lambda tensor: tensor}
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM):
+        if op == dist.ReduceOp.MAX:
+            tensor.copy_(torch.maximum(tensor, others["max"](tensor.clone())))
+        else:
+            tensor.add_(others["sum"](tensor.clone()))
+
+    monkeypatch.setattr(stack_module, "num_ranks", lambda: 2)
+    monkeypatch.setattr("symphony_hf.tracking.num_ranks", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    return others
+
+
+def test_graphs_that_differ_between_ranks_are_named(two_ranks):
+    model = symphonize(make_model()).train()
+    step(model)  # looked at: the same
+    tracker = tracker_of(model)
+    assert tracker.num_commits == 1
+    num_graphs = len(expert_graphs(model))
+    two_ranks["max"] = lambda tensor: tensor + torch.tensor([1, *[0] * (2 * num_graphs - 1)])
+    tracker.num_commits = 100
+    with pytest.warns(SymphonyWarning, match=f"1 of {num_graphs} graphs differ between the ranks"):
+        step(model)
+
+
+def test_global_balance_takes_the_load_of_all_ranks(two_ranks):
+    """The other rank's tokens all chose experts 0 and 1: the gradient must push away from these."""
+    gradients = {}
+    for scope in ("local", "global"):
+        model = move_graphs(symphonize(make_model("mixtral"), balance_loss_weight=1.0, balance_scope=scope)).train()
+        other = torch.zeros(6)
+        other[:2] = 24.0
+        two_ranks["sum"] = lambda tensor, other=other: other.expand(tensor.shape) if tensor.shape == (3, 6) else tensor
+        ids = make_ids()
+        seen = []
+        hook = lambda module, args, output, seen=seen: seen.append((args[0], *output))  # noqa: E731
+        model.model.layers[2].mlp.gate.register_forward_hook(hook)
+        model(ids, labels=ids).loss.backward()
+        gradients[scope] = model.model.layers[2].mlp.gate.weight.grad.clone()
+    hidden, logits, _, indices = seen[0]
+    weight = model.model.layers[2].mlp.gate.weight.detach().clone().requires_grad_()
+    graph = model.model.layers[2].mlp.gate.symphony
+    probabilities = (hidden.detach() @ (graph.transition() @ weight).T).softmax(-1)
+    loads = torch.zeros_like(logits).scatter(1, indices, 1.0).sum(0) + other
+
+    def naive(load):
+        return torch.autograd.grad(6 / 3 * (load * probabilities.mean(0)).sum(), weight, retain_graph=True)[0]
+
+    own = torch.zeros_like(logits).scatter(1, indices, 1.0).mean(0)
+    expected = naive(loads / 48) - naive(own)
+    # Float32 sums of a few hundred terms in another order.
+    torch.testing.assert_close(gradients["global"] - gradients["local"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_global_balance_refuses_two_forwards_before_a_backward(two_ranks):
+    model, ids = symphonize(make_model(), balance_scope="global").train(), make_ids()
+    model(ids, labels=ids)
+    with pytest.raises(PatchError, match="balance_scope `global`"):
+        model(ids, labels=ids)
