@@ -227,6 +227,13 @@ def _bench_model(
     return rows
 
 
+def measure_layer(name: str, seconds: float, tokens: int = 1024) -> float:
+    """Median seconds of a stock decoder layer's training step, forward and backward, on the CPU in float32."""
+    form = build_forms(name, torch.device("cpu"), torch.float32)["stock"]
+    step = functools.partial(_training_step, form, torch.randn(1, tokens, SHAPES[name]["hidden_size"]))
+    return _measure(step, step, seconds, torch.device("cpu"))[1]
+
+
 def _training_step(model: nn.Module, inputs: Tensor) -> None:
     model.train()
     model(inputs_embeds=inputs.requires_grad_()).last_hidden_state.float().square().mean().backward()

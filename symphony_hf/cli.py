@@ -85,6 +85,17 @@ def bench(
     print_bench(run_bench(models or None, tokens=tokens, device=device, dtype=dtype, seconds=seconds, output=output))
 
 
+@app.command("bench-commit", epilog="Example: symphony bench-commit --output commit.json")
+def bench_commit(
+    seconds: Annotated[float, typer.Option(help="Time for the training step that commits are set beside.")] = 20.0,
+    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench-commit.json",
+) -> None:
+    """Measure what moving the graphs costs with 1, 2 and 4 processes: one all-reduce an optimizer step."""
+    from .bench_commit import print_bench_commit, run_bench_commit
+
+    print_bench_commit(run_bench_commit(output, seconds))
+
+
 check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes, and print what they found.")
 app.add_typer(check_app, name="check")
 

@@ -65,7 +65,7 @@ def _wrap_initialize_weights(original: Any) -> Any:
 def _restore_routers(model: PreTrainedModel) -> None:
     """Make a model that was just built from a Symphony config a Symphony model, before its weights are loaded."""
     settings = SymphonyConfig.from_dict(model.config.symphony, where="config.json: symphony")
-    found = routers_of(model, settings)
+    found = routers_of(model, settings, inside=True)
     for router in found:
         # A model nested in this one has the same config, and was restored when it was built.
         if not is_symphonized(router.module):

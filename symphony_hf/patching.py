@@ -115,6 +115,12 @@ def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
             f"symphonize: expected a transformers model, got {type(model).__name__}: symphonize before wrapping or "
             "compiling; for a model of your own give `routers=` a pattern of its gates' names"
         )
+    inner = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    if not isinstance(model, PreTrainedModel) and inner:
+        raise PatchError(
+            f"symphonize: {type(model).__name__} is wrapped around a transformers model: symphonize that, "
+            f"`{inner[0]}`, before it is wrapped or compiled"
+        )
     if is_symphonized(model):
         raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
     if isinstance(model, PreTrainedModel):

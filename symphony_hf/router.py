@@ -43,10 +43,12 @@ class SymphonyRouter:
     stand_in: type[StandIn]
     training: bool
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # whatever the family calls its hidden states
+            args = (kwargs.pop(next(iter(kwargs))),)
         smooth_logits = active_graph(self.symphony).config.smoothing == "logits"
         forward = self._forward_with_logits_smoothed if smooth_logits else self._forward_with_scores_smoothed
-        outputs, logits_TE = forward(hidden_states, *args, **kwargs)
+        outputs, logits_TE = forward(*args, **kwargs)
         if not self.training or self.stack is None:
             return outputs
         contract, parts = self.contract, as_tuple(outputs)
@@ -68,8 +70,14 @@ class SymphonyRouter:
         Its own softmax or sigmoid, selection and renormalization do the rest.
         """
         contract = self.contract
+        if contract.calls_linear:
+            linear = linear_of(self, contract.linear)  # type: ignore[arg-type]
+            leaf = OutputStandIn(linear, lambda logits: self._smooth_scores(logits.flatten(0, -2)).view_as(logits))
+            outputs, _ = self._run(leaf, hidden_states, *args, **kwargs)
+            assert leaf.output is not None
+            return outputs, leaf.output.flatten(0, -2)
         _, logits_TE = self._run(self._leaf(lambda tensor: tensor), hidden_states, *args, **kwargs)
-        smoothed_TE = self.symphony(logits_TE, contract.head)
+        smoothed_TE = self._smooth_scores(logits_TE)
         replaced, hidden_states = substitute_logits(
             self,  # type: ignore[arg-type]
             self.stand_in,
@@ -80,6 +88,9 @@ class SymphonyRouter:
         )
         outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         return outputs, smoothed_TE
+
+    def _smooth_scores(self, logits_TE: Tensor) -> Tensor:
+        return self.symphony(logits_TE, self.contract.head)
 
     def _run(self, leaf: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         contract = self.contract

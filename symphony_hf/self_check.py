@@ -8,7 +8,7 @@ from torch import Tensor
 from .compat import supported_range
 from .config import SymphonyConfig
 from .errors import UnsupportedModelError
-from .families import FoundRouter, LinearSpy, Probe, RouterContract, as_tuple, linear_of, same_draws
+from .families import WRONG_INPUT, FoundRouter, LinearSpy, Probe, RouterContract, as_tuple, linear_of, same_draws
 from .graph import ExpertGraph
 from .router import swap_class, symphony_router_class
 from .routing import fold_linear, smooth_logits, smooth_probabilities
@@ -23,38 +23,77 @@ def check_routers(found: list[FoundRouter], config: SymphonyConfig) -> None:
     checked: set[tuple[type, RouterContract]] = set()
     for router in found:
         kind = (type(router.module), router.contract)
-        if kind not in checked:
-            checked.add(kind)
-            _Check(router, config).run()
+        if kind in checked:
+            continue
+        checked.add(kind)
+        try:
+            _check(router, config)
+        except WRONG_INPUT as error:
+            raise UnsupportedModelError(
+                f"{type(router.module).__name__} `{router.name}`: patched, its forward fails where the original's does "
+                f"not ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _check(router: FoundRouter, config: SymphonyConfig) -> None:
+    if config.smoothing == "scores":
+        _refuse_without_head(router)
+    for training in (False, True):
+        _Check(router, config, training=training).check_start()
+    # Coarse types make ties, which two ways to the same scores break differently.
+    precise = torch.float32 if config.smoothing == "scores" else None
+    _Check(router, config, precise).check_with_graph()
+
+
+def _refuse_without_head(router: FoundRouter) -> None:
+    if router.contract.head is None:
+        raise UnsupportedModelError(
+            f"{type(router.module).__name__} `{router.name}`: smoothing `scores` is not defined for it: "
+            f"{router.contract.no_head}; use smoothing=`logits`"
+        )
 
 
 class _Check:
     """One router's twin, patched, beside what the family's own class computes."""
 
-    def __init__(self, router: FoundRouter, config: SymphonyConfig) -> None:
+    def __init__(
+        self, router: FoundRouter, config: SymphonyConfig, dtype: torch.dtype | None = None, training: bool = False
+    ) -> None:
         self.contract, self.config = router.contract, config
-        self.probe = Probe(router.name, router.module)
+        self.probe = Probe(router.name, router.module, dtype, training)
         self.trial: Any = self.probe.router
         self.graph = ExpertGraph(self.contract.num_experts, self.contract.top_k, config, "cpu")
+        self.trial.symphony = self.graph
+        self.trial.__dict__["contract"] = self.contract
+        swap_class(self.trial, symphony_router_class(self.probe.base_class))
+
+    def check_start(self) -> None:
+        """With the identity for a graph it is bit for bit the original."""
+        if not _same(self.probe.outputs, self._forward(self.trial)):
+            mode = "training" if self.trial.training else "evaluation"
+            self._refuse(f"with the identity for a graph the patched router differs from the original, in {mode}")
 
     @torch.no_grad()
-    def run(self) -> None:
-        if self.config.smoothing == "scores" and self.contract.head is None:
-            raise UnsupportedModelError(
-                f"{self.probe.where}: smoothing `scores` is not defined for it: {self.contract.no_head}; use smoothing="
-                "`logits`"
-            )
-        self.trial.symphony = self.graph
-        self.trial.contract = self.contract
-        swap_class(self.trial, symphony_router_class(self.probe.base_class))
-        if not _same(self.probe.outputs, self._forward(self.trial)):
-            self._refuse("with the identity for a graph the patched router differs from the original")
+    def check_with_graph(self) -> None:
+        """With any graph it computes the formula, and nothing but the linear map's output decides what it returns."""
         _set_random_graph(self.graph)
         if self.config.smoothing == "scores":
             self._check_scores()
         else:
             self._check_logits()
             self._check_fold()
+        if self.contract.calls_linear:
+            self._check_map_decides()
+
+    def _check_map_decides(self) -> None:
+        """A second map beside it, say one for noise, would be left as it is."""
+        probe = self.probe
+        swap_class(self.trial, probe.base_class)
+        here, elsewhere = (probe.finish(probe.raw, hidden) for hidden in (probe.hidden, probe.hidden.flip(-2) * 0.5))
+        for one, other in zip(here, elsewhere, strict=True):
+            states = isinstance(one, Tensor) and one.shape[:-1] == probe.hidden.shape[:-1] and one.dim() == 3
+            if not states and not _same((one,), (other,)):  # what a router hands on to the next layer's is no choice
+                self._refuse(f"more than its linear map `{self.contract.linear}` decides what it returns")
 
     def _forward(self, router: Any) -> tuple[Any, ...]:
         with same_draws():
@@ -96,21 +135,25 @@ class _Check:
         self._compare("its weights are not those of the mixed scores", wanted, self._forward(self.trial)[place])
 
     def _compare(self, complaint: str, wanted: Tensor, got: Tensor) -> None:
-        # Rounding alone: a few ulps of the weight's type, to which A W is rounded, on sums over the hidden size.
+        # Rounding alone: a few ulps of the weight's type, to which A W is rounded, on sums over the hidden size. The
+        # mean over many experts is smaller than what it is of.
         weight: Any = linear_of(self.trial, self.contract.linear).weight
-        tolerance = 32 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
+        tolerance = 32 * torch.finfo(weight.dtype).eps * float(max(wanted.abs().max(), self.probe.raw.abs().max()))
         off = float((wanted.float() - got.float()).abs().max())
         if not off <= tolerance:
             self._refuse(f"{complaint}, off by {off:.3g}")
 
     def _refuse(self, complaint: str) -> None:
-        raise UnsupportedModelError(f"{self.probe.where}: {complaint}. {supported_range()}")
+        own = self.probe.base_class.__module__.startswith("transformers.")
+        remedy = supported_range() if own else "symphony_hf smooths routers that are linear in one weight"
+        raise UnsupportedModelError(f"{self.probe.where}: {complaint}. {remedy}")
 
 
 def _same(expected: tuple[Any, ...], actual: tuple[Any, ...]) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(expected, actual, strict=True))
 
 
+@torch.no_grad()
 def _set_random_graph(graph: ExpertGraph) -> None:
     generator = torch.Generator().manual_seed(1)
     random_EE = torch.rand(graph.num_experts, graph.num_experts, generator=generator)

@@ -69,7 +69,12 @@ class RouterStack:
         self.owner = owner
         self.routers = routers
         self.blocks = blocks
+        self.child_names = [
+            next((name for name, child in block._modules.items() if child is router), "")
+            for router, block in zip(routers, blocks, strict=True)
+        ]
         self.block_ran: dict[int, bool] = {}  # by place, of the blocks that are watched
+        self.visited: set[int] = set()  # places whose routers ran in the forward under way
         self.mask_position = mask_position
         self.tracker = tracker
         self.active = False
@@ -111,6 +116,8 @@ class RouterStack:
         # Only when this very stack comes around again: a decoder must not settle what its encoder has just counted.
         if self.has_pending and not self.tracker.driven and not self.tracker.awaits_backward:
             self.tracker.commit()
+        if not torch.compiler.is_compiling():
+            self._check_in_place()
         self.tracker.place_scale()
         self._take_mask(self._find_mask(args, kwargs))
         types = kwargs.get("moe_mm_token_type_ids")
@@ -119,6 +126,22 @@ class RouterStack:
         # A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
         tensors.observed_counts.zero_()
         tensors.observed_losses.zero_()
+        self.visited.clear()
+
+    def _check_in_place(self) -> None:
+        """Refuse what was put around, or in the place of, a router that is a linear map, after it was patched.
+
+        LoRA there would add to the smoothed logits its own, which are not smoothed.
+        """
+        for router, name, block in zip(self.routers, self.child_names, self.blocks, strict=True):
+            present = block._modules.get(name)
+            if present is router or not isinstance(router, nn.Linear) or hasattr(present, "modules_to_save"):
+                continue
+            raise PatchError(
+                f"the router `{name}` of {type(block).__name__} was replaced by {type(present).__name__} after it was "
+                "symphonized, which goes past its graph: leave routers out of `target_modules`, and train them by "
+                f"modules_to_save=[{name!r}]"
+            )
 
     def place_tensors(self) -> StackTensors:
         """Have the tensors on the graphs' device."""
@@ -135,6 +158,7 @@ class RouterStack:
         self.tensors.pending_counts.add_(self.tensors.observed_counts)
         self.tensors.pending_losses.add_(self.tensors.observed_losses)
         self.has_pending = True
+        self.visited.clear()  # a recomputation is not a second visit
         if self.balances_over_ranks:
             self._share_loads()
 
@@ -216,6 +240,11 @@ class RouterStack:
         # Top-k of NaN is arbitrary: poison the counts, and `update_adjacency` leaves the graph as it was.
         counts_EE = torch.where(finite_T.all(), counts_EE, torch.full_like(counts_EE, torch.nan))
         # In place: an attribute assigned under torch.compile with checkpointing breaks the graph.
+        if place in self.visited:  # layers that are gone through more than once in a forward
+            self.tensors.observed_counts[place].add_(counts_EE)
+            self.tensors.observed_losses[place].add_(losses)
+            return
+        self.visited.add(place)
         self.tensors.observed_counts[place].copy_(counts_EE)
         self.tensors.observed_losses[place].copy_(losses)
 

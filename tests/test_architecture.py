@@ -37,6 +37,7 @@ LEVELS = {
     "quickstart": 7,
     "report": 7,
     "bench": 7,
+    "bench_commit": 7,
     "train": 7,
     "cli": 7,
 }

@@ -9,13 +9,17 @@ from gates import (
     HIDDEN,
     VOCAB,
     HomeMadeModel,
+    LinearGateBlock,
     ModelOfArgmaxGates,
     ModelOfBiasedGates,
     ModelOfTopKGates,
     PlainModel,
     make_home_made,
 )
-from models import move_graphs
+from models import make_ids as text_ids
+from models import make_model, move_graphs
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from symphony_hf import (
     ConfigError,
@@ -217,3 +221,216 @@ def test_a_gate_that_is_gone_past_while_training_is_warned_about():
         model(ids, labels=ids).loss.backward()
         with pytest.warns(SymphonyWarning, match="1 of 3 routers") if watched else contextlib.nullcontext():
             update_graphs(model)
+
+
+class Variant(LinearGateBlock):
+    """A block that chooses in a way of its own; `choose` gives weights and indices, (tokens, K) each."""
+
+    def choose(self, logits):
+        raise NotImplementedError
+
+    def forward(self, hidden_states):
+        flat = hidden_states.reshape(-1, HIDDEN)
+        weights, self.last_choice = self.choose(self.gate(flat))
+        outputs = torch.stack([expert(flat) for expert in self.experts], dim=1)
+        chosen = outputs.gather(1, self.last_choice.unsqueeze(-1).expand(-1, -1, HIDDEN))
+        return (weights.unsqueeze(-1) * chosen).sum(1).view_as(hidden_states)
+
+
+class StatisticFirst(Variant):
+    def choose(self, logits):
+        self.confidence = logits.softmax(-1).topk(1).values.mean()
+        return logits.softmax(-1).topk(2)
+
+
+class Preselecting(Variant):
+    def choose(self, logits):
+        candidates = logits.topk(4).indices
+        scores = logits.flip(-1).softmax(-1).gather(1, candidates)  # by another order than the logits'
+        weights, places = scores.topk(2)
+        return weights, candidates.gather(1, places)
+
+
+class Lowest(Variant):
+    def choose(self, logits):
+        return logits.softmax(-1).topk(2, largest=False)
+
+
+class ExpertChoice(Variant):
+    def choose(self, logits):
+        logits.topk(4, dim=0)
+        return logits.softmax(-1)[:, :2], torch.arange(2).expand(len(logits), 2)
+
+
+class NoisyInTraining(Variant):
+    def choose(self, logits):
+        if self.training:
+            logits = logits + 3 * torch.randn_like(logits)
+        return logits.softmax(-1).topk(2)
+
+
+class MoreInTraining(Variant):
+    def choose(self, logits):
+        return logits.softmax(-1).topk(3 if self.training else 2)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [StatisticFirst, Preselecting, Lowest, ExpertChoice, NoisyInTraining, MoreInTraining],
+    ids=lambda b: b.__name__,
+)
+def test_other_ways_of_choosing_are_refused(block):
+    model = nn.Sequential(block())
+    with pytest.raises(UnsupportedModelError, match="does not choose by the highest logits"):
+        symphonize(model, routers="*.gate")
+
+
+def test_noise_in_training_is_taken_on_the_users_word_and_a_wrong_number_is_not():
+    symphonize(nn.Sequential(NoisyInTraining()), routers="*.gate", top_k=2)
+    for block in (Lowest(), LinearGateBlock(3)):
+        with pytest.raises(UnsupportedModelError, match=r"highest logits of its gate .* and not 2"):
+            symphonize(nn.Sequential(block), routers="*.gate", top_k=2)
+
+
+def test_blocks_may_choose_different_numbers():
+    model = nn.Sequential(LinearGateBlock(2), LinearGateBlock(3))
+    symphonize(model, routers="*.gate")
+    assert [model[place].gate.contract.top_k for place in (0, 1)] == [2, 3]
+
+
+class Router(nn.Module):
+    """A router of its own weight or of linear maps inside it, whose `logits` are its own affair."""
+
+    def __init__(self):
+        super().__init__()
+        self.top_k = 2
+        self.first = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.last = nn.Linear(HIDDEN, EXPERTS, bias=False)
+
+    def forward(self, x):
+        logits = self.logits(x)
+        return logits, *logits.softmax(-1).topk(self.top_k)
+
+
+class NoiseBeside(Router):
+    def logits(self, x):
+        self.last(x)  # for the spread of a noise that is only added in training
+        return self.first(x)
+
+
+class SumOfTwo(Router):
+    def logits(self, x):
+        return self.first(x) + self.last(x)
+
+
+class WeightAndMap(Router):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def logits(self, x):
+        return torch.nn.functional.linear(x, self.weight) + self.last(x)
+
+
+class TwoKindsOfIndices(Router):
+    def logits(self, x):
+        return self.last(x)
+
+    def forward(self, x):
+        logits, weights, indices = super().forward(x)
+        return logits, weights, indices // 3, indices
+
+
+class ScaledByExpert(Router):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(EXPERTS))
+
+    def logits(self, x):
+        return self.last(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    "router", [NoiseBeside, SumOfTwo, WeightAndMap, TwoKindsOfIndices, ScaledByExpert], ids=lambda r: r.__name__
+)
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_routers_that_more_than_one_map_decides_are_refused(router, top_k):
+    """A graph on one of the maps would change nothing, or half."""
+    model = nn.ModuleDict({"router": router()})
+    with pytest.raises(UnsupportedModelError, match="`router`: "):
+        symphonize(model, routers="router", top_k=top_k)
+
+
+def test_a_gate_in_several_layers_is_refused():
+    block = LinearGateBlock()
+    with pytest.raises(UnsupportedModelError, match="shares its weight"):
+        symphonize(nn.ModuleList([nn.ModuleDict({"moe": block}), nn.ModuleDict({"moe": block})]), routers="*.gate")
+
+
+def test_a_layer_that_is_gone_through_twice_counts_twice():
+    class Looped(PlainModel):
+        def forward(self, input_ids):
+            hidden = self.embed(input_ids)
+            self.choices = []
+            for _ in range(2):
+                hidden = hidden + self.layers[0]["moe"](hidden)
+                self.choices += self.layers[0]["moe"].last_choice.tolist()
+            return self.head(hidden)
+
+    model = symphonize(Looped(), routers="layers.0.*.gate", decay=DECAY).train()
+    add_router_losses(model, model(make_ids()).square().mean()).backward()
+    update_graphs(model)
+    pairs = torch.zeros(EXPERTS, EXPERTS)
+    for chosen in model.choices:
+        for j in chosen:
+            for k in chosen:
+                pairs[j, k] += 1
+    expected = DECAY * torch.eye(EXPERTS) * 2 / EXPERTS + (1 - DECAY) * pairs / len(model.choices)
+    torch.testing.assert_close(expert_graphs(model)["layers.0.moe.gate"], expected, rtol=0, atol=1e-6)
+
+
+def test_routers_named_in_full_are_found_again_in_the_models_inside(tmp_path):
+    model, ids = symphonize(make_model(), routers="model.layers.[02].mlp.gate"), text_ids()
+    move_graphs(model).save_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, type(model.model).from_pretrained):
+        loaded = load(tmp_path)
+        graphs = {name.removeprefix("model."): graph for name, graph in expert_graphs(loaded).items()}
+        assert list(graphs) == ["layers.0.mlp.gate", "layers.2.mlp.gate"]
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_wrappers_are_refused():
+    for wrapped in (nn.Sequential(make_model()), torch.compile(make_model())):
+        with pytest.raises(PatchError, match="symphonize that, `"):
+            symphonize(wrapped, routers="*.gate")
+
+
+def test_lora_around_a_gate_that_is_a_linear_map_is_refused():
+    peft = pytest.importorskip("peft")
+    model, ids = symphonize(make_home_made()), make_ids()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["gate"])).train()
+    with pytest.raises(PatchError, match=r"`gate` of LinearGateBlock was replaced by Linear .*modules_to_save"):
+        adapted(ids, labels=ids)
+    whole = symphonize(make_home_made())
+    adapted = peft.get_peft_model(whole, peft.LoraConfig(target_modules=["head"], modules_to_save=["gate"])).train()
+    adapted(ids, labels=ids).loss.backward()
+    assert update_graphs(adapted)
+
+
+def test_nobodys_random_numbers_are_touched(monkeypatch):
+    """Accelerators' generators neither; here no one has any, so that a call is all there is to see."""
+
+    def fail(seed):
+        raise AssertionError("seeded")
+
+    model = make_home_made()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    before = torch.random.get_rng_state()
+    symphonize(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_hidden_states_may_come_by_name():
+    gate = symphonize(make_home_made(), routers="*.gate").layers[0]["moe"].gate
+    hidden = torch.randn(2, 3, HIDDEN)
+    assert torch.equal(gate(input=hidden), gate(hidden))

@@ -8,16 +8,18 @@ from functools import cache
 import pytest
 import torch
 from test_readme import block
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from symphony_hf import UnsupportedModelError, is_symphonized, symphonize
+from symphony_hf import SymphonyConfig, UnsupportedModelError, is_symphonized, symphonize
 from symphony_hf.compat import transformers_version
 from symphony_hf.conformance.checks import CHECKS, ConformanceError
-from symphony_hf.conformance.matrix import Row, look_at_family, quiet, run_check
+from symphony_hf.conformance.matrix import NotApplicable, Row, look_at_family, quiet, run_check
 from symphony_hf.conformance.specimen import Specimen
 from symphony_hf.conformance.table import summary, table_row, write_readme
 from symphony_hf.conformance.tiny import moe_families, tiny_model, why_not_built
-from symphony_hf.families import Supported, Unsupported, linear_of
+from symphony_hf.families import Supported, find_routers, linear_of
 from symphony_hf.patching import symphony_routers
+from symphony_hf.self_check import check_routers
 
 BUILT = [family for family in moe_families() if not why_not_built(family)]
 REFUSED = {"doge": "product keys", "diffusion_gemma": "shares its weight"}
@@ -37,7 +39,53 @@ def specimen_of(family):
 def test_matrix(family, check):
     with quiet():
         reason = CHECKS[check](specimen_of(family))
-    results[family, check] = Supported() if reason is None else Unsupported(reason)
+    results[family, check] = Supported() if reason is None else NotApplicable(reason)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["phimoe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama4_text", "gemma4_text", "hunyuan_v1_moe"))],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's and transformers' own, of compiling
+def test_compiled_evaluation_is_the_same(family):
+    """PhiMoE samples its experts in training: a router that took itself for training would choose others."""
+    torch._dynamo.reset()
+    with quiet():
+        model = Specimen(family).patched.eval()
+        if family == "phimoe":
+            model.set_experts_implementation("batched_mm")
+        batch = {name: value for name, value in specimen_of(family).batch.items() if name != "labels"}
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False).logits
+            # Float32 sums that the compiler orders otherwise.
+            torch.testing.assert_close(compiled, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+TRUE_SHAPES = {
+    "mixtral": {},
+    "olmoe": {},
+    "qwen3_moe": {"num_experts": 512, "num_experts_per_tok": 8, "hidden_size": 4096},
+    "deepseek_v3": {},
+    "gpt_oss": {},
+    "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "head_dim": 128},
+    "llama4_text": {},
+    "longcat_flash": {},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 64},
+    "zaya": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", TRUE_SHAPES)
+def test_routers_of_true_size_pass_the_self_check(family, dtype):
+    """As they are checked before a large model is patched; without its weights."""
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TRUE_SHAPES[family]), dtype=dtype)
+    found = find_routers(model)
+    assert len({router.contract for router in found}) == 1
+    assert found[0].contract.num_experts >= 8
+    for smoothing in ("logits", "scores"):
+        check_routers(found, SymphonyConfig(smoothing=smoothing))
 
 
 @pytest.mark.parametrize("family", [family for family in REFUSED if family in BUILT])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..attachment import tracker_of, update_graphs
 from ..errors import SymphonyError
-from ..families import LinearSpy, as_tuple, linear_of
+from ..families import LinearSpy, RouterContract, as_tuple, linear_of
 from ..folding import fold
 from ..graph import ExpertGraph
 from ..hub import export_folded
@@ -45,9 +45,12 @@ def _require_close(got: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def identity(specimen: Specimen) -> str | None:
-    """At the start, and at strength 0 with any graph, the logits are bit for bit the base's."""
+    """At the start, in evaluation and training, and at strength 0 with any graph, logits are bit for bit the base's."""
     base = specimen.logits(specimen.base)
     require(torch.equal(specimen.logits(specimen.symphonized()), base), "logits differ at the start")
+    with torch.no_grad():
+        ours, theirs = (specimen.training_outputs(model).logits for model in (specimen.symphonized(), specimen.base))
+    require(torch.equal(ours, theirs), "logits differ at the start, in training")
     off = put_random_graphs(specimen.symphonized(strength=0.0))
     require(torch.equal(specimen.logits(off), base), "logits differ at strength 0")
     return None
@@ -142,6 +145,7 @@ def counts(specimen: Specimen) -> str | None:
     _backward(specimen, model, outputs)
     require(update_graphs(model), "nothing was counted")
     graphs = expert_graphs(model)
+    require(any(seen.values()), "no choice could be seen")
     for name, router in symphony_routers(model):
         start = torch.eye(router.contract.num_experts) * router.contract.top_k / router.contract.num_experts
         pairs, num_tokens = _naive_counts(seen[name], batch["attention_mask"], router.contract.num_experts)
@@ -152,36 +156,52 @@ def counts(specimen: Specimen) -> str | None:
 
 
 def _watch_choices(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Note what each router's experts are told to do; where they are told it in another form, what the router says."""
+    """Note what each router's experts are told to do: by indices, or by a mask or weights that are 0 for the others."""
     seen: dict[str, list[Tensor]] = {}
     for name, router in symphony_routers(model):
+        contract, notes = router.contract, seen.setdefault(name, [])
+
+        def note_values(values: Any, contract: RouterContract = contract, notes: list[Tensor] = notes) -> None:
+            told = [chosen for value in values if (chosen := _as_choices(value, contract)) is not None]
+            notes.extend(told[:1])
+
         block = model.get_submodule(name.rpartition(".")[0])
         experts: Any = block._modules.get("experts")
-        notes = seen[name] = []
-
-        def note_router(module: Any, args: Any, kwargs: Any, output: Any, notes: list[Tensor] = notes) -> None:
-            parts, contract = as_tuple(output), module.contract
-            if contract.logits is None:
-                logits = _linear_output(module, contract.linear, args, kwargs)
-            else:
-                logits = parts[contract.logits].reshape(-1, contract.num_experts)
-            notes.append(contract.chosen_experts(parts, logits))
-
-        def note_experts(module: Any, args: Any, kwargs: Any, notes: list[Tensor] = notes) -> None:
-            values = (*args, *kwargs.values())
-            chosen = [v for v in values if isinstance(v, Tensor) and not v.is_floating_point() and v.dim() == 2]
-            if chosen and chosen[0].shape == notes[-1].shape:
-                notes[-1] = chosen[0]
-
-        router.register_forward_hook(note_router, with_kwargs=True)  # type: ignore[attr-defined]
-        if experts is not None:
-            experts.register_forward_pre_hook(note_experts, with_kwargs=True)
+        if experts is not None and not isinstance(experts, nn.ModuleDict):
+            hook = lambda module, args, kwargs, note=note_values: note((*args, *kwargs.values()))  # noqa: E731
+            experts.register_forward_pre_hook(hook, with_kwargs=True)
+        # Where experts are told otherwise, by what the router says, less its logits.
+        hook = lambda module, args, output, note=note_values: note(_told(module.contract, output))  # noqa: E731
+        router.register_forward_hook(hook)  # type: ignore[attr-defined]
     return seen
+
+
+def _told(contract: RouterContract, output: Any) -> list[Any]:
+    parts = as_tuple(output)
+    if contract.choices is not None:  # sorted by expert: nothing else to read it by
+        return [contract.choices(parts).reshape(-1, contract.top_k)]
+    return [part for place, part in enumerate(parts) if place != contract.logits]
+
+
+def _as_choices(value: Any, contract: RouterContract) -> Tensor | None:
+    """A tensor as indices of the chosen experts, (tokens, K), if it can be read so."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype == torch.bool:
+        return None
+    rows = value.reshape(-1, value.shape[-1])
+    if rows.shape[1] == contract.top_k and not rows.is_floating_point():
+        return rows
+    if rows.shape[1] != contract.num_experts:
+        return None
+    num_chosen = (rows != 0).sum(1)
+    if bool((num_chosen == contract.top_k).all()):
+        return (rows != 0).long().topk(contract.top_k).indices
+    # Experts that are given all logits take the highest themselves.
+    return rows.topk(contract.top_k).indices if bool((num_chosen == rows.shape[1]).all()) else None
 
 
 def _naive_counts(notes: list[Tensor], mask: Tensor, num_experts: int) -> tuple[Tensor, int]:
     pairs, num_tokens = torch.zeros(num_experts, num_experts), 0
-    for indices in notes[:1]:  # the first pass; what checkpointing or a cache runs again is not counted
+    for indices in notes[:1]:  # what the router said, or the experts were told after it, is the same
         kept = mask.reshape(-1).tolist() if mask.numel() == len(indices) else [1] * len(indices)
         for counts, chosen in zip(kept, indices.tolist(), strict=True):
             if not counts:

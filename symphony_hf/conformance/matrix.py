@@ -10,10 +10,21 @@ from transformers.utils import logging
 
 from ..compat import transformers_version
 from ..errors import ConfigError, SymphonyWarning, nearest
-from ..families import Capabilities, Capability, Supported, Unsupported, capabilities
+from ..families import Capabilities, Supported, Unsupported, capabilities
 from .checks import CHECKS, ConformanceError
 from .specimen import Specimen
 from .tiny import moe_families, tiny_model, why_not_built
+
+
+@dataclass(frozen=True)
+class NotApplicable:
+    """A check that means nothing for the family.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Failed:
         return f"FAILED: {self.complaint}"
 
 
-Result = Capability | Failed
+Result = Supported | NotApplicable | Failed
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def run_check(name: str, specimen: Specimen) -> Result:
         return Failed(str(error))
     except Exception as error:  # noqa: BLE001 - nothing is hidden: the matrix shows it, and goes on with the next
         return Failed(f"{type(error).__name__}: {error}")
-    return Supported() if reason is None else Unsupported(reason)
+    return Supported() if reason is None else NotApplicable(reason)
 
 
 def run_matrix(families: list[str], check: bool, progress: bool = True) -> list[Row]:

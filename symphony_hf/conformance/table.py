@@ -9,7 +9,7 @@ from rich.table import Table
 from ..compat import transformers_version
 from ..errors import ConfigError
 from ..families import Limited, Unsupported
-from .matrix import Row
+from .matrix import NotApplicable, Row
 
 HEADER = ["model type", "routers", "logits", "scores", "images", "notes"]
 _BLOCK = re.compile(r"(<!-- families table -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,7 +29,7 @@ def table_row(row: Row) -> list[str]:
 
 
 def _image_cell(result: object) -> str:
-    return "" if result is None or isinstance(result, Unsupported) else "yes"
+    return "" if result is None or isinstance(result, NotApplicable) else "yes"
 
 
 def _notes(row: Row) -> list[str]:
@@ -40,7 +40,7 @@ def _notes(row: Row) -> list[str]:
     if isinstance(row.able.learning, Limited):
         notes.append(row.able.learning.note)
     silent = ("images", "scores")  # a column of their own
-    reasons = {name: r.reason for name, r in row.results.items() if isinstance(r, Unsupported) and name not in silent}
+    reasons = {name: r.reason for name, r in row.results.items() if isinstance(r, NotApplicable) and name not in silent}
     return notes + [f"{name}: {reason}" for name, reason in reasons.items()]
 
 

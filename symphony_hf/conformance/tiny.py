@@ -95,7 +95,7 @@ def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
     if auto_class is None:
         raise ValueError(f"{model_type}: no Auto class of transformers {transformers.__version__} loads it")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = auto_class.from_config(config, dtype=dtype).eval()
         with torch.no_grad():
             _spread_routers(model)

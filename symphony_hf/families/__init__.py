@@ -5,7 +5,7 @@ from .contract import RouterContract
 from .discovery import FoundRouter, find_routers
 from .gates import routers_of
 from .inspection import inspect_router
-from .probe import LinearSpy, Probe, as_tuple
+from .probe import WRONG_INPUT, LinearSpy, Probe, as_tuple
 from .substitution import (
     LinearStandIn,
     OutputStandIn,
@@ -19,6 +19,7 @@ from .substitution import (
 from .twin import same_draws
 
 __all__ = [
+    "WRONG_INPUT",
     "Capabilities",
     "Capability",
     "FoundRouter",

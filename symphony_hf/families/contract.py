@@ -16,7 +16,6 @@ class RouterContract:
     Attributes:
         num_experts: E, the experts that are chosen from.
         top_k: Experts chosen per token, K.
-        hidden_size: Of the router's input, D.
         linear: Path of the linear map inside the router; empty where the router holds the weight itself.
         calls_linear: Whether the forward calls an inner linear map; otherwise it reads its weight.
         logits: Place of the raw logits, (tokens, E), in the output; None: they are not in it, and are what the inner
@@ -31,7 +30,6 @@ class RouterContract:
 
     num_experts: int
     top_k: int
-    hidden_size: int
     linear: str = ""
     calls_linear: bool = False
     logits: int | None = 0

@@ -58,12 +58,12 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
     found = []
     for place, (name, owner) in enumerate(_router_names(modules)):
         router = modules[name]
-        key = _likeness(router)
+        key = likeness(modules, name)
         if key not in contracts:
             contracts[key] = inspect_router(name, router, modules)
         contract = replace(contracts[key], image_tokens=_image_tokens(name, router))
         found.append(FoundRouter(name, router, contract, owner, layer_number(name, place)))
-    _check_untied(model, found)
+    check_untied(model, found)
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedModelError(
@@ -78,7 +78,7 @@ def _image_tokens(name: str, router: nn.Module) -> bool | None:
     return next((blocks[part] for part in name.split(".") if part in blocks), None)
 
 
-def _check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
+def check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
     """Refuse routers that share their weight, as an encoder and a decoder may: a graph would part them."""
     num_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for router in found:
@@ -160,17 +160,19 @@ def _router_recorders(owner: PreTrainedModel) -> list[OutputRecorder]:
     return recorders
 
 
-def _likeness(router: nn.Module) -> tuple[Any, ...]:
-    """The same for routers that compute the same on the same numbers: one look is enough for all layers."""
+def likeness(modules: dict[str, nn.Module], name: str) -> tuple[Any, ...]:
+    """The same for routers that compute the same on the same numbers, in blocks alike: one look is enough for them."""
+    router, block = modules[name], modules.get(name.rpartition(".")[0])
     tensors = [*router.named_parameters(), *router.named_buffers()]
-    shapes = tuple((name, full_shape(tensor), tensor.dtype) for name, tensor in tensors)
-    simple = {
-        name: value
-        for name, value in router.__dict__.items()
-        if isinstance(value, int | float | str) and name not in ("layer_idx", "training")
-    }
+    shapes = tuple((tensor_name, full_shape(tensor), tensor.dtype) for tensor_name, tensor in tensors)
     # A patched router has its contract already, and keeps it.
-    return type(router), shapes, tuple(sorted(simple.items())), id(getattr(router, "contract", None))
+    contract = id(getattr(router, "contract", None))
+    return type(router), type(block), shapes, _settings_of(router), _settings_of(block), contract
+
+
+def _settings_of(module: nn.Module | None) -> tuple[Any, ...]:
+    values = {} if module is None else vars(module)
+    return tuple(sorted((name, value) for name, value in values.items() if isinstance(value, int | float | str)))
 
 
 def layer_number(name: str, place: int) -> int:

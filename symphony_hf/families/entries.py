@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,13 @@ class Entry:
         top_k: Experts chosen per token, where neither the router nor its block says.
         choices: Reads the chosen experts from the router's output, where they are not one tensor of it.
         image_tokens: By the name of the router's block: whether it gets the tokens of images alone, or all others.
-        refusal: Why the class cannot be patched at all.
+        refusal: Says of a router of the class why it cannot be patched; None where it can.
     """
 
     top_k: int | None = None
     choices: Callable[[tuple[Any, ...]], Tensor] | None = None
     image_tokens: Mapping[str, bool] = field(default_factory=dict)
-    refusal: str | None = None
+    refusal: Callable[[nn.Module], str | None] = lambda router: None
 
 
 def _choices_with_skip_expert(outputs: tuple[Any, ...]) -> Tensor:
@@ -39,16 +39,29 @@ def _choices_sorted_by_expert(outputs: tuple[Any, ...]) -> Tensor:
     return torch.empty_like(order).index_copy(0, order, sorted_choices)
 
 
+def _refuse_drawn_choices(router: Any) -> str | None:
+    if router.second_expert_policy == "all":
+        return None
+    return (
+        f"second_expert_policy is {router.second_expert_policy!r}, by which it draws its second expert and does not "
+        "say which: set it to 'all'"
+    )
+
+
+def _refuse_product_keys(router: nn.Module) -> str:
+    return (
+        "it chooses by product keys: its router scores halves of keys, not experts, so there is no graph of experts to "
+        "smooth over"
+    )
+
+
 ENTRIES = {
     "SwitchTransformersTop1Router": Entry(top_k=1),  # the choice is a one-hot mask, less what is over capacity
-    "NllbMoeTop2Router": Entry(top_k=2),  # likewise
+    "NllbMoeTop2Router": Entry(top_k=2, refusal=_refuse_drawn_choices),  # likewise
     "ZayaRouter": Entry(choices=_choices_with_skip_expert),
     "Ernie4_5_VLMoeMoeTopKRouter": Entry(image_tokens={"text_moe": False, "vision_moe": True}),
     "JetMoeTopKGating": Entry(choices=_choices_sorted_by_expert),
-    "DogeCDMoE": Entry(
-        refusal="it chooses by product keys: its router scores halves of keys, not experts, so there is no graph of "
-        "experts to smooth over"
-    ),
+    "DogeCDMoE": Entry(refusal=_refuse_product_keys),
 }
 NO_ENTRY = Entry()
 

@@ -8,12 +8,17 @@ from transformers import PreTrainedModel
 
 from ..config import SymphonyConfig
 from ..errors import UnsupportedModelError, nearest
-from .discovery import FoundRouter, find_routers, layer_number, of_layers, owner_of
+from .discovery import FoundRouter, check_untied, find_routers, layer_number, likeness, of_layers, owner_of
 from .inspection import inspect_router
 
 
-def routers_of(model: nn.Module, settings: SymphonyConfig) -> list[FoundRouter]:
+def routers_of(model: nn.Module, settings: SymphonyConfig, inside: bool = False) -> list[FoundRouter]:
     """The routers that settings mean: those that the user names, or all that a model has; of the wanted layers.
+
+    Args:
+        model: Any model.
+        settings: Its own, or of the model that it is inside of.
+        inside: Whether it may be inside of that one, in which names have more in front.
 
     Raises:
         UnsupportedModelError: If there is none, one cannot be patched, or a wanted layer has none.
@@ -21,8 +26,22 @@ def routers_of(model: nn.Module, settings: SymphonyConfig) -> list[FoundRouter]:
     if settings.routers is None:
         found = find_routers(model)
     else:
-        found = find_gates(model, settings.routers, settings.top_k)
+        patterns = _seen_from_inside(model, settings.routers) if inside else settings.routers
+        found = find_gates(model, patterns, settings.top_k)
     return of_layers(found, settings.layers, model)
+
+
+def _seen_from_inside(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Patterns less what is in front of a model's name, where they match nothing as they are."""
+    names = [name for name, _ in model.named_modules()]
+
+    def shorten(pattern: str) -> str:
+        tail = pattern
+        while tail and not any(fnmatchcase(name, tail) for name in names):
+            tail = tail.partition(".")[2]
+        return tail or pattern
+
+    return tuple(shorten(pattern) for pattern in patterns)
 
 
 def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -> list[FoundRouter]:
@@ -45,9 +64,13 @@ def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -
             raise UnsupportedModelError(
                 f"{type(model).__name__}: `routers` pattern {pattern!r} matches no module; {nearest(pattern, linears)}"
             )
-    found = []
+    found, contracts = [], {}
     for place, name in enumerate(names):
-        contract = inspect_router(name, modules[name], modules, top_k)
+        key = likeness(modules, name)
+        if key not in contracts:
+            contracts[key] = inspect_router(name, modules[name], modules, top_k)
+        contract = contracts[key]
         owner = owner_of(name, owners) or model
         found.append(FoundRouter(name, modules[name], contract, owner, layer_number(name, place)))
+    check_untied(model, found)
     return found

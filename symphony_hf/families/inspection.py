@@ -10,7 +10,7 @@ from ..errors import UnsupportedModelError
 from .contract import Head, RouterContract
 from .entries import entry_of
 from .probe import NUM_TOKENS, Probe
-from .selection import HOW, BlockRun
+from .selection import HOW, BlockLook
 
 
 def inspect_router(
@@ -30,30 +30,29 @@ def inspect_router(
     if isinstance(getattr(router, "contract", None), RouterContract):
         return router.contract  # type: ignore[return-value]  # patched already, in a model nested in this one
     entry = entry_of(type(router))
-    if entry.refusal:
-        raise UnsupportedModelError(f"{type(router).__name__} `{name}`: {entry.refusal}")
+    if refusal := entry.refusal(router):
+        raise UnsupportedModelError(f"{type(router).__name__} `{name}`: {refusal}")
     # In float32, in which a head answers to a shift of its logits exactly enough.
     reading = _Reading(Probe(name, router, torch.float32))
-    block = BlockRun(reading.probe.where, *_block_of(reading.probe, name, modules)) if reading.is_logits_alone else None
-    indices = reading.indices
+    probe, indices = reading.probe, reading.indices
     top_k = top_k or entry.top_k
+    if top_k is not None and top_k > reading.num_experts:
+        raise UnsupportedModelError(f"{probe.where}: it chooses {top_k} of {reading.num_experts} experts")
+    block = BlockLook(probe.where, *_block_of(probe, name, modules)) if reading.is_logits_alone else None
     if top_k is not None:
         indices = None
         if block is not None:
-            block.check_gate_is_called()
+            block.check_top_k(top_k)
     elif block is not None:
         top_k = block.top_k()
     else:
         top_k = reading.top_k(has_choices=entry.choices is not None)
-    if not 1 <= top_k <= reading.num_experts:
-        raise UnsupportedModelError(f"{reading.probe.where}: it chooses {top_k} of {reading.num_experts} experts")
     head, no_head = reading.head()
     return RouterContract(
         num_experts=reading.num_experts,
         top_k=top_k,
-        hidden_size=reading.probe.hidden_size,
-        linear=reading.probe.linear,
-        calls_linear=reading.probe.calls_linear,
+        linear=probe.linear,
+        calls_linear=probe.calls_linear,
         logits=reading.logits,
         carrier=reading.carrier,
         indices=indices,
@@ -93,11 +92,12 @@ class _Reading:
                 return place, num_experts
             if num_experts == probe.rows:
                 changed.append(place)
-        if probe.calls_linear:
-            return None, probe.rows
-        if changed:
-            return changed[0], probe.rows
-        if probe.multiplies_input:
+        for place in changed:
+            # Scaled or capped, all alike: the logits still, as the rest of the router has them.
+            if _keeps_order(probe.raw, probe.outputs[place]):
+                return place, probe.rows
+        distributions = [place for place in changed if _is_distribution(probe.outputs[place])]
+        if (probe.calls_linear or probe.multiplies_input) and changed == distributions:
             return None, probe.rows
         raise UnsupportedModelError(
             f"{probe.where}: returns {self._shapes()}, among which logits of shape (tokens, {probe.rows}) were expected"
@@ -122,13 +122,19 @@ class _Reading:
     @cached_property
     def indices(self) -> int | None:
         """Place of the chosen experts: integers, a row a token. As many as there are experts would be a mask."""
-        for place, output in enumerate(self.probe.outputs):
+        found, outputs = [], self.probe.outputs
+        for place, output in enumerate(outputs):
             if not isinstance(output, Tensor) or output.is_floating_point() or output.dtype == torch.bool:
                 continue
             has_rows = output.dim() >= 2 and output.numel() == NUM_TOKENS * output.shape[-1]
             if has_rows and output.shape[-1] < self.num_experts:
-                return place
-        return None
+                found.append(place)
+        if len(found) > 1 or (found and not _are_choices(outputs[found[0]], self.num_experts)):
+            raise UnsupportedModelError(
+                f"{self.probe.where}: returns {self._shapes()}, among which it is not clear which integers say what "
+                "experts were chosen"
+            )
+        return found[0] if found else None
 
     def top_k(self, has_choices: bool) -> int:
         """How many experts a token chooses; where they are not returned, only if they are the highest logits for sure.
@@ -176,6 +182,22 @@ class _Reading:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _keeps_order(raw: Tensor, changed: Tensor) -> bool:
+    """Whether the same increasing function was applied to every logit."""
+    in_order = changed.reshape(-1)[raw.reshape(-1).argsort()]
+    return bool((in_order.diff() >= 0).all())
+
+
+def _is_distribution(output: Tensor) -> bool:
+    return bool((output >= 0).all() and ((output.sum(-1) - 1.0).abs() < 1e-4).all())
+
+
+def _are_choices(indices: Tensor, num_experts: int) -> bool:
+    """Whether every row has distinct numbers of experts."""
+    in_order = indices.sort(-1).values
+    return bool((in_order.diff(dim=-1) > 0).all() and in_order.min() >= 0 and in_order.max() < num_experts)
 
 
 def _mask_of_highest(scores: Tensor, top_k: int) -> Tensor:

@@ -54,6 +54,7 @@ class Probe:
         name: The router's module name, for error messages.
         router: It stays as it is.
         dtype: Of its weights; the router's own when None.
+        training: In which mode it is run.
 
     Attributes:
         where: The router, for error messages.
@@ -71,17 +72,17 @@ class Probe:
         UnsupportedModelError: If there is no linear map in it, or its forward does not run.
     """
 
-    def __init__(self, name: str, router: nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, name: str, router: nn.Module, dtype: torch.dtype | None = None, training: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
         self.where = f"{type(router).__name__} `{name}`"
         self.base_class = type(router)
-        self.router = twin(router, random_like(generator, dtype))
+        self.router = twin(router, random_like(generator, dtype), training)
         self.linear = _linear_path(self.where, router)
         weight: Any = linear_of(self.router, self.linear).weight
         self.rows, inputs = weight.shape
-        self.hidden_size = _hidden_size(router, self.linear, inputs)
+        hidden_size = _hidden_size(self.router, self.linear)
         self.arguments = _arguments_beside(self.base_class, self.rows, generator)
-        hidden_TD = normal((NUM_TOKENS, self.hidden_size), generator).to(weight.dtype)
+        hidden_TD = normal((NUM_TOKENS, hidden_size), generator).to(weight.dtype)
         problems = []
         for hidden in (hidden_TD, hidden_TD[None]):  # some take (batch, length, hidden_size) alone
             try:
@@ -91,14 +92,20 @@ class Probe:
                 problems.append(f"{type(error).__name__}: {error}")
         else:
             raise UnsupportedModelError(
-                f"{self.where}: its forward did not run on hidden states of shape (tokens, {self.hidden_size}) or (1, "
-                f"tokens, {self.hidden_size}): {' | '.join(problems)}"
+                f"{self.where}: its forward did not run on hidden states of shape (tokens, {hidden_size}) or (1, "
+                f"tokens, {hidden_size}): {' | '.join(problems)}"
             )
         if not self._products:
             raise UnsupportedModelError(f"{self.where}: its forward does not multiply by its weight")
+        if not self.linear and len(self._products) > 1:
+            raise UnsupportedModelError(
+                f"{self.where}: its forward makes {len(self._products)} products with {self.rows} outputs, of which "
+                "its weight is in one"
+            )
         self.raw = self._products[-1].reshape(-1, self.rows)
-        product = torch.nn.functional.linear(hidden_TD.float(), weight.float())
-        self.multiplies_input = torch.equal(product, self.raw.float())
+        self.multiplies_input = inputs == hidden_size and torch.equal(
+            torch.nn.functional.linear(hidden_TD.float(), weight.float()), self.raw.float()
+        )
 
     def _run(self, hidden: Tensor) -> None:
         calls: list[Any] = []
@@ -112,13 +119,19 @@ class Probe:
         self._products = spy.outputs
         self.calls_linear = bool(self.linear and calls)
 
-    def finish(self, logits: Tensor) -> tuple[Any, ...]:
-        """What the router's head alone makes of given logits."""
-        replaced, hidden = substitute_logits(
-            self.router, stand_in_class(self.base_class), self.linear, self.calls_linear, logits, self.hidden.clone()
+    def finish(self, logits: Tensor, hidden: Tensor | None = None) -> tuple[Any, ...]:
+        """What the router's head alone makes of given logits.
+
+        Args:
+            logits: In place of what the linear map returns. Shape: (tokens, rows).
+            hidden: What the rest of the router gets; the probe's own when None.
+        """
+        hidden = self.hidden if hidden is None else hidden
+        replaced, inputs = substitute_logits(
+            self.router, stand_in_class(self.base_class), self.linear, self.calls_linear, logits, hidden.clone()
         )
         with same_draws():
-            return as_tuple(self.base_class.forward(replaced, hidden, **self.arguments))  # type: ignore[arg-type]
+            return as_tuple(self.base_class.forward(replaced, inputs, **self.arguments))  # type: ignore[arg-type]
 
 
 def _linear_path(where: str, router: nn.Module) -> str:
@@ -137,10 +150,11 @@ def _linear_path(where: str, router: nn.Module) -> str:
     return linears[-1]
 
 
-def _hidden_size(router: nn.Module, path: str, linear_inputs: int) -> int:
-    """The width of the router's input. In a router of several layers it is not the last one's."""
-    own = getattr(router, "hidden_size", None)
-    return own if isinstance(own, int) and "." in path else linear_inputs
+def _hidden_size(router: nn.Module, path: str) -> int:
+    """The width of the router's input: of its weight, or of the first of its linear maps."""
+    if not path:
+        return router.weight.shape[1]  # type: ignore[union-attr, return-value, index]
+    return next(full_shape(m.weight)[1] for m in router.modules() if isinstance(m, nn.Linear))
 
 
 def _arguments_beside(router_class: type[nn.Module], rows: int, generator: torch.Generator) -> dict[str, Tensor]:

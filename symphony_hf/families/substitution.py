@@ -27,6 +27,8 @@ class StandIn:
     def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
         object.__setattr__(self, "_module", module)
         object.__setattr__(self, "_replaced", replaced)
+        # torch.compile reads it off an nn.Module without asking __getattr__, and would find the class's True.
+        object.__setattr__(self, "training", module.training)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._replaced:

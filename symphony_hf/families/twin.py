@@ -5,6 +5,7 @@ partitioned by ZeRO-3.
 """
 
 import contextlib
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -41,7 +42,7 @@ def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def same_draws() -> Iterator[None]:
     """The same random draws on the CPU at every entry: some routers sample their choices. Nobody else's change."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed accelerators, too
         yield
 
 
@@ -65,24 +66,27 @@ def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) ->
     return make
 
 
-def twin(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a module without its hooks, in evaluation mode.
+def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = False) -> nn.Module:
+    """A copy of a module without its hooks.
 
     Args:
         module: Of any class; it is left as it is.
         make: Gives a tensor for each parameter and buffer.
+        training: The copy's mode.
     """
     copied = type(module).__new__(type(module))
-    copied.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        # A forward may note things in a list or a dictionary of its own.
+        copied.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
     for name in ("forward", "_old_forward", "_hf_hook"):  # of accelerate
         copied.__dict__.pop(name, None)
     for name in _HOOKS:
         copied.__dict__[name] = OrderedDict()
-    copied.__dict__["training"] = False
+    copied.__dict__["training"] = training
     for kind in ("_parameters", "_buffers"):
         tensors = getattr(module, kind).items()
         copied.__dict__[kind] = {name: None if tensor is None else make(tensor) for name, tensor in tensors}
     copied.__dict__["_modules"] = {
-        name: None if child is None else twin(child, make) for name, child in module._modules.items()
+        name: None if child is None else twin(child, make, training) for name, child in module._modules.items()
     }
     return copied

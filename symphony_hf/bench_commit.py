@@ -1,0 +1,160 @@
+"""`symphony bench-commit`: what moving the graphs costs where several processes train together.
+
+At each optimizer step the counts of all layers go through one all-reduce. It is timed with the rest of the commit, over
+gloo on this machine, and set beside a training step of as many of OLMoE's decoder layers at their true shapes.
+"""
+
+import dataclasses
+import os
+import platform
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import OlmoeConfig, OlmoeModel
+from transformers.utils import logging
+
+from ._version import __version__
+from .attachment import tracker_of, update_graphs
+from .bench import measure_layer
+from .patching import symphonize
+from .training.runner import write_json
+
+PROCESSES, LAYERS, EXPERTS = (1, 2, 4), (4, 32), (64, 256)
+_LAYER, _ROUNDS, _WARM_UP = "olmoe-1b-7b", 30, 5
+
+
+@dataclass(frozen=True)
+class CommitRow:
+    """The commit of one arrangement.
+
+    Attributes:
+        processes: That train together.
+        layers: With a router each.
+        experts: Of each router.
+        seconds: Median time of a commit, on the first process.
+        low: 25th percentile.
+        high: 75th percentile.
+        share: Of a training step of as many layers, `layers` times the measured one.
+    """
+
+    processes: int
+    layers: int
+    experts: int
+    seconds: float
+    low: float
+    high: float
+    share: float
+
+
+def run_bench_commit(output: str | Path = "symphony-bench-commit.json", seconds: float = 20.0) -> dict[str, Any]:
+    """Measure all arrangements and write them as JSON.
+
+    Args:
+        output: The JSON file.
+        seconds: Time for the training step of one layer that they are set beside.
+
+    Returns:
+        The rows, and what they were measured on.
+    """
+    logging.set_verbosity_error()
+    layer_seconds = measure_layer(_LAYER, seconds)
+    rows: list[CommitRow] = []
+    for processes in tqdm(PROCESSES, desc="bench-commit", unit=" processes", disable=None):
+        for (layers, experts), times in _times(processes).items():
+            low, median, high = (float(value) for value in np.percentile(times, [25, 50, 75]))
+            rows.append(CommitRow(processes, layers, experts, median, low, high, median / (layers * layer_seconds)))
+    result = {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "layer": _LAYER,
+        "layer_seconds": layer_seconds,
+        "rounds": _ROUNDS,
+        "device": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {"symphony_hf": __version__, "torch": torch.__version__},
+        "output": str(output),
+    }
+    write_json(Path(output), result)
+    return result
+
+
+def _times(processes: int) -> dict[tuple[int, int], list[float]]:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        torch.multiprocessing.spawn(_run_rank, (processes, port, folder), nprocs=processes)  # type: ignore[attr-defined]
+        return {
+            (layers, experts): np.load(Path(folder) / f"{layers}-{experts}.npy").tolist()
+            for layers in LAYERS
+            for experts in EXPERTS
+        }
+
+
+def _run_rank(rank: int, processes: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    try:
+        for layers in LAYERS:
+            for experts in EXPERTS:
+                times = _time_commits(layers, experts)
+                if rank == 0:
+                    np.save(Path(folder) / f"{layers}-{experts}.npy", times, allow_pickle=False)
+    finally:
+        dist.destroy_process_group()
+
+
+def _time_commits(layers: int, experts: int) -> list[float]:
+    """Commits of a model whose routers have the true number of experts, and nothing else has its true size."""
+    config = OlmoeConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=4,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        pad_token_id=0,
+    )
+    model = symphonize(OlmoeModel(config), balance_loss_weight=0.0, z_loss_weight=0.0).train()
+    model(torch.ones(1, 4, dtype=torch.long))
+    times = []
+    for _ in range(_WARM_UP + _ROUNDS):
+        for stack in tracker_of(model).stacks:
+            stack.has_pending = True
+        dist.barrier()
+        started = time.perf_counter()
+        update_graphs(model)
+        times.append(time.perf_counter() - started)
+    return times[_WARM_UP:]
+
+
+def commit_table(result: dict[str, Any]) -> list[list[str]]:
+    """The rows of a result as text, header first."""
+    table = [["processes", "layers", "experts", "commit, ms", "quartiles", "of a training step"]]
+    for row in result["rows"]:
+        quartiles = f"{1000 * row['low']:.2f} to {1000 * row['high']:.2f}"
+        numbers = [str(row[name]) for name in ("processes", "layers", "experts")]
+        table.append([*numbers, f"{1000 * row['seconds']:.2f}", quartiles, f"{row['share']:.3%}"])
+    return table
+
+
+def print_bench_commit(result: dict[str, Any], console: Console | None = None) -> None:
+    """The rows as a table, and where the JSON is."""
+    console = console or Console()
+    header, *rows = commit_table(result)
+    table = Table(*header, title=f"One commit, beside training steps of {result['layer']}'s layers")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
