@@ -102,8 +102,17 @@ def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any)
         return
     tracker: Any = model._symphony_tracker
     loss = getattr(output, "loss", None)
-    if isinstance(loss, Tensor) and not tracker.recorded_in_forward:
+    # TRL's trainers make their loss of log-probabilities, and leave the output's own alone.
+    is_used = getattr(output, "log_probs", None) is None
+    if isinstance(loss, Tensor) and is_used and not tracker.recorded_in_forward:
         output.loss = tracker.record_loss(loss)
+
+
+def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Post-hook of a model that TRL's SFTTrainer trains: its loss is the mean over tokens of `output.log_probs`."""
+    log_probs = getattr(output, "log_probs", None)
+    if isinstance(log_probs, Tensor) and model.training and torch.is_grad_enabled():
+        output.log_probs = tracker_of(model).record_loss(log_probs, -output.label_mask.float())
 
 
 def _mask_position(owner: nn.Module) -> int | None:

@@ -114,8 +114,8 @@ class RouterStack:
         if not active:
             return
         # Only when this very stack comes around again: a decoder must not settle what its encoder has just counted.
-        if self.has_pending and not self.tracker.driven and not self.tracker.awaits_backward:
-            self.tracker.commit()
+        if self.has_pending:
+            self.tracker.commit_if_forgotten()
         if not torch.compiler.is_compiling():
             self._check_in_place()
         self.tracker.place_scale()

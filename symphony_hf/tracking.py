@@ -1,11 +1,14 @@
 """What training a Symphony model keeps between forwards: counts and losses until the graph moves, at commit."""
 
+import functools
 import warnings
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import SymphonyConfig
 from .errors import SymphonyWarning
@@ -16,13 +19,28 @@ from .stack import RouterStack, num_ranks
 RANK_CHECK_EVERY = 100
 """Commits between two looks at whether all ranks have the same graphs."""
 
+_TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
+
+
+def _note_optimizer_step(*_: Any) -> None:
+    """After a step of any optimizer of torch, those inside DeepSpeed's and accelerate's too."""
+    for tracker in _TRACKERS:
+        tracker.stepped = tracker.stepped or any(stack.has_pending for stack in tracker.stacks)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once, when the first model is symphonized."""
+    register_optimizer_step_post_hook(_note_optimizer_step)
+
 
 class Tracker:
     """Everything that training a Symphony model keeps between forwards: one per model.
 
     Attributes:
         driven: True while a callback (or the user's loop) calls `commit` at each optimizer step. Where nothing
-            does, the next training forward commits first.
+            does, the first training forward after the step commits.
+        stepped: Whether an optimizer has taken a step since there is something to commit.
         scale: The factor that the main loss's gradient came with, written in the backward pass.
         awaits_backward: Whether a main loss was recorded whose backward has not begun.
     """
@@ -30,6 +48,9 @@ class Tracker:
     def __init__(self) -> None:
         self.stacks: list[RouterStack] = []
         self.driven = False
+        self.stepped = False
+        _watch_optimizers()
+        _TRACKERS.add(self)
         self.scale: Tensor | None = None
         self.loss_recorded = False
         self.recorded_in_forward = False
@@ -43,6 +64,12 @@ class Tracker:
         self.own_loss: Any = None
         self.num_commits = 0
         self._warned: set[str] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy's, too, the optimizer's steps are noted."""
+        self.__dict__.update(state)
+        _watch_optimizers()
+        _TRACKERS.add(self)
 
     @property
     def graphs(self) -> list[ExpertGraph]:
@@ -76,8 +103,9 @@ class Tracker:
         """Tie the router losses to a main loss: whatever scales its gradient scales theirs.
 
         Args:
-            loss: What the loop will call backward on, perhaps scaled.
-            share: The part that this micro-batch is of the optimizer step, where `loss` already has it divided in.
+            loss: What the loop will call backward on, perhaps scaled; or what it makes the mean of.
+            share: The part that this micro-batch is of the optimizer step, where `loss` already has it divided in; a
+                factor for each element where `loss` has several.
 
         Returns:
             The same loss.
@@ -96,6 +124,18 @@ class Tracker:
 
     def _note_backward(self, gradient: Tensor) -> None:
         self.awaits_backward, self.loss_recorded = False, True
+
+    def commit_if_forgotten(self) -> None:
+        """Before a training forward: settle the last optimizer step where nothing did when it was taken."""
+        if self.driven or self.awaits_backward or not self.stepped:
+            return
+        self.commit()
+        if not torch.compiler.is_compiling():
+            self.warn_once(
+                "nothing moved the graphs after an optimizer step, so they move at the next training forward, and the "
+                "last step of a run is left out. Call `symphony_hf.update_graphs(model)` after `optimizer.step()`, or "
+                "give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
+            )
 
     @torch.no_grad()
     def commit(self) -> bool:
@@ -120,7 +160,7 @@ class Tracker:
             stack.tensors.pending_counts.zero_()
             stack.tensors.pending_losses.zero_()
             stack.has_pending = False
-        self.awaits_backward = False
+        self.awaits_backward = self.stepped = False
         if self.scale is not None and not torch.compiler.is_compiling():
             self.scale.zero_()  # a loss that is not recorded must not start the routers' with an old factor
         if self.num_skipped is not None and self.num_skipped.device.type == "cpu":

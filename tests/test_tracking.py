@@ -140,12 +140,14 @@ def test_a_forward_without_gradient_between_forward_and_backward_disturbs_nothin
         assert torch.equal(grad, results[1][1][name]), name
 
 
-def test_a_plain_loop_without_a_callback_moves_the_graph_at_the_next_forward():
+def test_a_loop_that_moves_no_graph_has_it_moved_at_the_first_forward_after_a_step():
     model, ids = symphonize(make_model(), decay=DECAY).train(), make_ids()
     before, seen = expert_graphs(model), spy_on_selections(model)
     model(ids, labels=ids).loss.backward()
     assert all(torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
-    model(ids, labels=ids)
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    with pytest.warns(SymphonyWarning, match="update_graphs"):
+        model(ids, labels=ids)
     first_only = {name: selections[:1] for name, selections in seen.items()}
     assert_moved(model, before, first_only, [[1] * 24])
 
@@ -161,7 +163,7 @@ def test_two_forwards_before_one_backward():
         first, second = make_ids(), make_ids(seed=1)
         (model(first, labels=first).loss + model(second, labels=second).loss).backward()
         before = expert_graphs(model)
-        model(first, labels=first)
+        update_graphs(model)
         assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
         results.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in results[0].items():
@@ -405,5 +407,6 @@ def test_resuming_through_trainer_is_the_uninterrupted_run(tmp_path):
 def test_trainer_without_the_callback_still_moves_the_graph(tmp_path):
     model = symphonize(make_model())
     before = expert_graphs(model)
-    train(model, make_ids(16), tmp_path)
+    with pytest.warns(SymphonyWarning, match="SymphonyCallback"):
+        train(model, make_ids(16), tmp_path)
     assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())

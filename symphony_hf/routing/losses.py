@@ -106,7 +106,10 @@ class WeighByLoad(torch.autograd.Function):
 
 
 class RecordGradientScale(torch.autograd.Function):
-    """Identity on the main loss; its backward writes `gradient * share` into a scalar tensor `scale`, in place."""
+    """Identity on the main loss; its backward writes `gradient * share` into a scalar tensor `scale`, in place.
+
+    Of a tensor whose elements the loop makes its loss of, it writes the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, share: Tensor, scale: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ class RecordGradientScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (share,) = ctx.saved_tensors
-        ctx.scale.copy_(gradient.float().sum() * share)
+        ctx.scale.copy_((gradient.float() * share).sum())
         return gradient, None, None
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..attachment import tracker_of
+from ..attachment import record_log_probs, tracker_of
 from ..errors import PatchError
 from ..patching import symphony_routers
 
@@ -18,6 +18,9 @@ class SymphonyCallback(TrainerCallback):
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
     """
 
+    def __init__(self) -> None:
+        self._log_probs_hook: Any = None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -27,7 +30,16 @@ class SymphonyCallback(TrainerCallback):
                 f"SymphonyCallback: {args.n_gpu} GPUs in one process (DataParallel) lose all counts but one replica's: "
                 "start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
             )
+        # TRL's own balance loss is off, as the model's weight of it is 0, unless its arguments have one.
+        if tracker.config.balance_loss_weight > 0 and getattr(args, "router_aux_loss_coef", None):
+            raise PatchError(
+                f"SymphonyCallback: router_aux_loss_coef={args.router_aux_loss_coef} would add TRL's balance loss to "
+                "ours: leave it out, or symphonize with balance_loss_weight=0"
+            )
         tracker.driven = True
+        # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
+        if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
+            self._log_probs_hook = model.register_forward_hook(record_log_probs)
         _check_optimizer(model, kwargs.get("optimizer"), tracker)
 
     def on_step_end(
@@ -58,6 +70,8 @@ class SymphonyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         tracker_of(model).driven = False
+        if self._log_probs_hook is not None:
+            self._log_probs_hook.remove()
 
 
 def _check_optimizer(model: Any, optimizer: Any, tracker: Any) -> None:
