@@ -7,7 +7,6 @@ gloo on this machine, and set beside a training step of as many of OLMoE's decod
 import dataclasses
 import os
 import platform
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ from .bench import measure_layer
 from .patching import symphonize
 from .training.runner import write_json
 
-PROCESSES, LAYERS, EXPERTS = (1, 2, 4), (4, 32), (64, 256)
+PROCESSES = (1, 2, 4)
+SIZES = ((4, 64), (4, 256), (32, 64), (32, 256))
+"""Layers and experts of each."""
 _LAYER, _ROUNDS, _WARM_UP = "olmoe-1b-7b", 30, 5
 
 
@@ -56,12 +57,19 @@ class CommitRow:
     share: float
 
 
-def run_bench_commit(output: str | Path = "symphony-bench-commit.json", seconds: float = 20.0) -> dict[str, Any]:
+def run_bench_commit(
+    output: str | Path = "symphony-bench-commit.json",
+    seconds: float = 20.0,
+    processes: tuple[int, ...] = PROCESSES,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
+) -> dict[str, Any]:
     """Measure all arrangements and write them as JSON.
 
     Args:
         output: The JSON file.
         seconds: Time for the training step of one layer that they are set beside.
+        processes: How many train together, one arrangement after the other.
+        sizes: (layers, experts) of each model.
 
     Returns:
         The rows, and what they were measured on.
@@ -69,10 +77,10 @@ def run_bench_commit(output: str | Path = "symphony-bench-commit.json", seconds:
     logging.set_verbosity_error()
     layer_seconds = measure_layer(_LAYER, seconds)
     rows: list[CommitRow] = []
-    for processes in tqdm(PROCESSES, desc="bench-commit", unit=" processes", disable=None):
-        for (layers, experts), times in _times(processes).items():
+    for number in tqdm(processes, desc="bench-commit", unit=" arrangements", disable=None):
+        for (layers, experts), times in zip(sizes, _times(number, sizes), strict=True):
             low, median, high = (float(value) for value in np.percentile(times, [25, 50, 75]))
-            rows.append(CommitRow(processes, layers, experts, median, low, high, median / (layers * layer_seconds)))
+            rows.append(CommitRow(number, layers, experts, median, low, high, median / (layers * layer_seconds)))
     result = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "layer": _LAYER,
@@ -87,29 +95,21 @@ def run_bench_commit(output: str | Path = "symphony-bench-commit.json", seconds:
     return result
 
 
-def _times(processes: int) -> dict[tuple[int, int], list[float]]:
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        torch.multiprocessing.spawn(_run_rank, (processes, port, folder), nprocs=processes)  # type: ignore[attr-defined]
-        return {
-            (layers, experts): np.load(Path(folder) / f"{layers}-{experts}.npy").tolist()
-            for layers in LAYERS
-            for experts in EXPERTS
-        }
+def _times(processes: int, sizes: tuple[tuple[int, int], ...]) -> list[list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_run_rank, (processes, sizes, folder), nprocs=processes)  # type: ignore[attr-defined]
+        return [np.load(Path(folder) / f"{layers}-{experts}.npy").tolist() for layers, experts in sizes]
 
 
-def _run_rank(rank: int, processes: int, port: int, folder: str) -> None:
+def _run_rank(rank: int, processes: int, sizes: tuple[tuple[int, int], ...], folder: str) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     try:
-        for layers in LAYERS:
-            for experts in EXPERTS:
-                times = _time_commits(layers, experts)
-                if rank == 0:
-                    np.save(Path(folder) / f"{layers}-{experts}.npy", times, allow_pickle=False)
+        for layers, experts in sizes:
+            times = _time_commits(layers, experts)
+            if rank == 0:
+                np.save(Path(folder) / f"{layers}-{experts}.npy", times, allow_pickle=False)
     finally:
         dist.destroy_process_group()
 

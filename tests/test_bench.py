@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from symphony_hf import ConfigError
+from symphony_hf import ConfigError, bench_commit
 from symphony_hf import bench as bench_module
 from symphony_hf.bench import AIMS, SHAPES, build_forms, print_bench, run_bench
 
@@ -80,3 +80,15 @@ def test_the_true_shapes_are_those_of_the_models():
         "olmoe-1b-7b": (2048, 1024, 64, 8),
         "qwen3-30b-a3b": (2048, 768, 128, 8),
     }
+
+
+def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_commit, "measure_layer", lambda name, seconds: 0.5)
+    result = bench_commit.run_bench_commit(tmp_path / "commit.json", processes=(1,), sizes=((2, 16), (3, 16)))
+    assert json.loads((tmp_path / "commit.json").read_text()) == result
+    assert [(row["processes"], row["layers"], row["experts"]) for row in result["rows"]] == [(1, 2, 16), (1, 3, 16)]
+    for row in result["rows"]:
+        assert 0 < row["low"] <= row["seconds"] <= row["high"]
+        assert row["share"] == row["seconds"] / (row["layers"] * 0.5)
+    header, *rows = bench_commit.commit_table(result)
+    assert [len(row) for row in rows] == [len(header)] * 2

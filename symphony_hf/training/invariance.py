@@ -7,7 +7,6 @@ must be the same numbers and the routers' weights the same to rounding, step by 
 import contextlib
 import importlib.util
 import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -279,7 +278,7 @@ def run_ranks(names: list[str]) -> dict[str, list[Trace]]:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in sorted({ARRANGEMENTS[name][0].ranks for name in names}):
             group = [name for name in names if ARRANGEMENTS[name][0].ranks == ranks]
-            torch.multiprocessing.spawn(_run_on_rank, (ranks, group, folder, _free_port()), nprocs=ranks)  # type: ignore[attr-defined]
+            torch.multiprocessing.spawn(_run_on_rank, (ranks, group, folder), nprocs=ranks)  # type: ignore[attr-defined]
             for name in group:
                 files = [load_file(_trace_file(folder, name, rank)) for rank in range(ranks)]
                 traces[name] = [Trace(file["graphs"], file["weights"]) for file in files]
@@ -290,19 +289,13 @@ def _trace_file(folder: str, name: str, rank: int) -> Path:
     return Path(folder) / f"{sorted(ARRANGEMENTS).index(name)}-{rank}.safetensors"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _run_on_rank(rank: int, ranks: int, names: list[str], folder: str, port: int) -> None:
+def _run_on_rank(rank: int, ranks: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # DeepSpeed's, about itself
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
+    settings = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in settings.items()}, DS_ACCELERATOR="cpu")
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{ranks}", rank=rank, world_size=ranks)
     try:
         for name in names:
             trace = run(ARRANGEMENTS[name][0], rank)
