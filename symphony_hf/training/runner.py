@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -26,7 +24,9 @@ from ..errors import ConfigError, nearest
 from ..evaluation import score_documents
 from ..patching import is_symphonized, symphonize
 from .callback import SymphonyCallback
+from .checkpoints import reporting_failed_save, write_json
 from .progress import StepProgress
+from .trainer import ResumableTrainer, checkpoint_to_resume
 
 if TYPE_CHECKING:
     from ..recipe import EvalSection, ModelSection, Recipe
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 def run_recipe(recipe: "Recipe") -> dict[str, Any]:
     """Train what a recipe says, save it in `final/`, and measure it on clean and attacked text.
 
+    With `resume_from_checkpoint` in the train section, training goes on from there as if it had not been interrupted.
+
     Args:
         recipe: From `load_recipe`. Under a launcher every process calls this.
 
@@ -42,10 +44,12 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
         The results, as written to `results.json` in the output directory.
 
     Raises:
-        SymphonyError: If the recipe, the data or the model is not usable; before anything is trained.
+        SymphonyError: If the recipe, the data, the model or the checkpoint is not usable, before anything is trained;
+            later, if something cannot be written.
     """
     output = Path(recipe.output.directory)
     arguments = training_arguments(recipe.train, output)
+    checkpoint = checkpoint_to_resume(arguments)
     corpus = load_corpus(recipe.data.path, text_column=recipe.data.text_column)
     tokenizer = load_tokenizer(recipe, corpus)
     blocks = {
@@ -55,18 +59,23 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     model = load_model(recipe.model, tokenizer)
     _symphonize(model, recipe)
-    trainer = train(model, blocks["train"], blocks["validation"], arguments)
-    trainer.save_model(str(output / "final"))
+    if checkpoint is not None:
+        _check_same_graphs(model, checkpoint)
+    trainer = train(model, blocks["train"], blocks["validation"], arguments, resume_from=checkpoint)
+    trainer.save_final(output / "final", tokenizer)
     results = {
         "recipe": dataclasses.asdict(recipe),
         "processes": arguments.world_size,
-        "train": trainer.state.log_history[-1],
+        "train": dict(trainer.state.log_history[-1]),
     }
+    mean_loss = trainer.mean_loss()
+    if mean_loss is not None:
+        results["train"]["train_loss"] = mean_loss
     # On every process: where the weights are spread over them, each forward needs them all.
     results["test"] = evaluate_clean_and_attacked(trainer.model, tokenizer, corpus, recipe.data.block_size, recipe.eval)
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(output / "final")
-        write_json(output / "results.json", results)
+        with reporting_failed_save(output / "results.json"):
+            write_json(output / "results.json", results)
     return results
 
 
@@ -87,6 +96,25 @@ def _symphonize(model: PreTrainedModel, recipe: "Recipe") -> None:
         raise ConfigError(
             f"symphony: the checkpoint `{recipe.model.path}` was saved with other settings ({', '.join(differing)}): "
             "give the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
+        )
+
+
+def _check_same_graphs(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Going on with other settings than a run began with would be neither run.
+
+    Raises:
+        ConfigError: If the settings of the checkpoint's graphs differ from the model's.
+    """
+    if not (checkpoint / "config.json").exists():
+        return  # written in pieces, by FSDP
+    stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("symphony")
+    own = getattr(model.config, "symphony", None)
+    before, now = ({} if values is None else SymphonyConfig.from_dict(values).to_dict() for values in (stored, own))
+    differing = [name for name in SymphonyConfig().to_dict() if before.get(name) != now.get(name)]
+    if differing:
+        raise ConfigError(
+            f"symphony: `{checkpoint}` was saved with other settings ({', '.join(differing)}): resume with the same "
+            "ones, or start a new run in another output directory"
         )
 
 
@@ -135,22 +163,31 @@ def train(
     validation_data: Dataset[dict[str, torch.Tensor]] | None,
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback] | None = None,
-) -> Trainer:
+    resume_from: Path | None = None,
+) -> ResumableTrainer:
     """Train a model with transformers' Trainer; a Symphony model's graphs move once per optimizer step.
 
     Progress is one bar that shows the last values, where Trainer would print a dictionary at each.
 
+    Args:
+        resume_from: A whole checkpoint to go on from.
+
     Returns:
         The Trainer, after training.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be written, or the one to go on from is of another model.
     """
-    trainer = Trainer(model, arguments, train_dataset=train_data, eval_dataset=validation_data, callbacks=callbacks)
+    trainer = ResumableTrainer(
+        model, arguments, train_dataset=train_data, eval_dataset=validation_data, callbacks=callbacks
+    )
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(StepProgress())
     if is_symphonized(model):
         # In front of the reporting callbacks, so that they see what it adds to the logs.
         trainer.callback_handler.callbacks.insert(0, SymphonyCallback())
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 
 
@@ -187,11 +224,3 @@ def clean_and_attacked_windows(
     # A document too short for one prediction has nothing to score, in either form.
     kept = [name for name in names if clean_windows[name] and attacked_windows[name]]
     return {name: clean_windows[name] for name in kept}, {name: attacked_windows[name] for name in kept}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,0 +1,252 @@
+"""A Trainer whose runs may be killed at any moment: checkpoints are whole, and going on from one changes nothing."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .checkpoints import (
+    UNFINISHED,
+    CheckpointError,
+    clear_leftovers,
+    delete_oldest,
+    find_checkpoint,
+    finish,
+    finish_checkpoint,
+    place_to_write,
+    read_record,
+    reporting_failed_save,
+)
+
+logger = logging.get_logger(__name__)
+
+PRIVATE = ("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint")
+"""Methods of Trainer that are overridden here though it does not document them: its hooks come after the folder has
+its name, and after an older one was deleted."""
+
+
+class ResumableTrainer(Trainer):
+    """transformers' Trainer, with checkpoints that have their name only once they are whole.
+
+    Three more differences. A checkpoint keeps the model's own tensor names: Trainer loads it without the conversion
+    from the Hub's, and so loses the experts of Mixtral, OLMoE and others in silence. The losses are logged before each
+    checkpoint, so that no average runs across it. An older checkpoint is deleted only after the newer one is whole.
+
+    Raises:
+        CheckpointError: In training, if a checkpoint cannot be written, or does not fit the model.
+    """
+
+    _writing = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(ResumableFlow())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._writing else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output = Path(self._get_output_dir(trial))
+        target = output / f"checkpoint-{self.state.global_step}"
+        with reporting_failed_save(target):
+            self._write_checkpoint(model, trial)
+            self._note_best(output, target)
+            self.accelerator.wait_for_everyone()  # each process writes files of its own
+            if self.args.should_save:
+                finish_checkpoint(target, self.state.global_step, self.args.world_size)
+                best = self.state.best_model_checkpoint
+                delete_oldest(output, self.args.save_total_limit, {target, *([Path(best)] if best else [])})
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._writing = True
+        try:
+            with _own_tensor_names(unwrapped):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = False
+
+    def _note_best(self, output: Path, target: Path) -> None:
+        """Trainer looked for the best checkpoint where this one was written."""
+        best = output / f"checkpoint-{self.state.best_global_step}"
+        if best == target or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(place_to_write(target) / "trainer_state.json"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing:  # it is pushed from the place where it stays
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        target = self.model if model is None else model
+        try:
+            if isinstance(target, PreTrainedModel) and _has_other_names(folder, target):
+                logger.warning(
+                    f"{folder} has the tensor names of the Hub, and Trainer would leave out those that the model names "
+                    "otherwise, such as its experts: it is loaded with from_pretrained"
+                )
+                _load_converted(folder, target)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "Error(s) in loading state_dict" not in str(error):
+                raise
+            first = [line.strip() for line in str(error).splitlines()[1:]][:1]
+            raise CheckpointError(f"`{folder}` is of another model than the recipe's: {' '.join(first)}") from error
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """No more batches after the last step: Trainer, resumed there within an epoch, would go one step too far."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def save_final(self, target: Path, *others: Any) -> None:
+        """Save the trained model, and what else has a `save_pretrained`, in a folder that appears whole.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        written = place_to_write(target)
+        with reporting_failed_save(target):
+            self.save_model(str(written))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                for other in others:
+                    other.save_pretrained(written)
+                finish(target)
+            self.accelerator.wait_for_everyone()
+
+    def mean_loss(self) -> float | None:
+        """The mean of the logged losses over all steps, those before a resume too; None when a step was not logged.
+
+        Trainer's own `train_loss` knows only what came after the resume; transformers 5.17 divides even that by the
+        steps of the whole run.
+        """
+        total, last = 0.0, 0
+        for entry in self.state.log_history:
+            if "loss" in entry:
+                total += entry["loss"] * (entry["step"] - last)
+                last = entry["step"]
+        return total / last if last and last == self.state.global_step else None
+
+
+class ResumableFlow(TrainerCallback):
+    """What a run that goes on from a checkpoint needs of Trainer's flow, before and after.
+
+    The losses are logged before a checkpoint: the sums of a window that is not over are in none. And a run whose
+    checkpoint is of its last step ends at once.
+    """
+
+    def __init__(self) -> None:
+        self._stepped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stepped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stepped = True
+        self._log_before_save(args, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._stepped and state.global_step >= state.max_steps:
+            control.should_training_stop = True
+            control.should_save = control.should_evaluate = control.should_log = False  # all of it was done before
+        self._log_before_save(args, control)
+
+    def _log_before_save(self, args: TrainingArguments, control: TrainerControl) -> None:
+        may_save = control.should_save or (args.save_strategy == "best" and control.should_evaluate)
+        if may_save and args.logging_strategy != "no":
+            control.should_log = True
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
+    """Find what `resume_from_checkpoint` asks for, after clearing what a killed save left; and say which it is.
+
+    Every process calls this, and gets the same.
+
+    Raises:
+        ConfigError: If it is neither true nor false nor a path.
+        CheckpointError: If the checkpoint that it names is not whole.
+    """
+    output = Path(arguments.output_dir)
+    with arguments.main_process_first(local=arguments.save_on_each_node, desc="clearing unfinished checkpoints"):
+        removed = clear_leftovers(output) if arguments.should_save else []
+    folder, notes = find_checkpoint(output, arguments.resume_from_checkpoint)
+    if removed:
+        notes.insert(0, f"removed from `{output}` what an earlier run did not finish: {', '.join(removed)}")
+    record = read_record(folder) if folder is not None else None
+    if record is not None and record["processes"] != arguments.world_size:
+        notes.append(
+            f"it was saved by {record['processes']} processes, not {arguments.world_size}: the batches will be others"
+        )
+    if folder is not None and arguments.device.type == "cpu":
+        _restore_numbered_cpus()
+    if folder is not None and not any(folder.glob("rng_state*")):
+        notes.append("it has the weights alone (save_only_model): the optimizer and the random numbers start anew")
+    if arguments.process_index == 0:
+        for note in notes:
+            print(f"symphony_hf: {note}", flush=True)
+    return folder
+
+
+@functools.cache
+def _restore_numbered_cpus() -> None:
+    """Have torch load the optimizer to `cpu:0`, where transformers 5.17 asks for it in runs of several processes."""
+
+    def restore(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(99, lambda storage: None, restore)
+
+
+@contextlib.contextmanager
+def _own_tensor_names(model: Any) -> Iterator[None]:
+    """Have a model saved in its own tensor names, without the conversion to those of the Hub."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    replaced = model.__dict__.get("save_pretrained")
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if replaced is not None:
+            model.save_pretrained = replaced  # type: ignore[method-assign]
+
+
+def _has_other_names(folder: Path, model: PreTrainedModel) -> bool:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    elif single.exists():
+        with safe_open(single, "pt") as file:
+            names = set(file.keys())
+    else:
+        return False
+    return not names <= set(model.state_dict())
+
+
+def _load_converted(folder: Path, model: PreTrainedModel) -> None:
+    loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if lost:
+        raise CheckpointError(f"`{folder}` is of another model than the recipe's: {', '.join(lost[:3])} do not match")
+    model.load_state_dict(loaded.state_dict())
