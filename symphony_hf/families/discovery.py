@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,16 +54,7 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
         UnsupportedModelError: If there is none, or one cannot be patched.
     """
     modules = dict(model.named_modules())
-    contracts: dict[Any, RouterContract] = {}
-    found = []
-    for place, (name, owner) in enumerate(_router_names(modules)):
-        router = modules[name]
-        key = likeness(modules, name)
-        if key not in contracts:
-            contracts[key] = inspect_router(name, router, modules)
-        contract = replace(contracts[key], image_tokens=_image_tokens(name, router))
-        found.append(FoundRouter(name, router, contract, owner, layer_number(name, place)))
-    check_untied(model, found)
+    found = look_at_routers(model, modules, _router_names(modules))
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UnsupportedModelError(
@@ -73,12 +64,42 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
     return found
 
 
+def look_at_routers(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    names: Iterable[tuple[str, nn.Module]],
+    top_k: int | None = None,
+) -> list[FoundRouter]:
+    """Read the contracts of named modules, one look for all that are alike.
+
+    Args:
+        model: Any model.
+        modules: Its own, by name.
+        names: (name, owner) of each router.
+        top_k: Experts chosen per token, where the user says so.
+
+    Raises:
+        UnsupportedModelError: If one cannot be patched.
+    """
+    contracts: dict[Any, RouterContract] = {}
+    found = []
+    for place, (name, owner) in enumerate(names):
+        router = modules[name]
+        key = _likeness(modules, name)
+        if key not in contracts:
+            contracts[key] = inspect_router(name, router, modules, top_k)
+        contract = replace(contracts[key], image_tokens=_image_tokens(name, router))
+        found.append(FoundRouter(name, router, contract, owner, _layer_number(name, place)))
+    _check_untied(model, found)
+    return found
+
+
 def _image_tokens(name: str, router: nn.Module) -> bool | None:
     blocks = entry_of(type(router)).image_tokens
     return next((blocks[part] for part in name.split(".") if part in blocks), None)
 
 
-def check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
+def _check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
     """Refuse routers that share their weight, as an encoder and a decoder may: a graph would part them."""
     num_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for router in found:
@@ -160,7 +181,7 @@ def _router_recorders(owner: PreTrainedModel) -> list[OutputRecorder]:
     return recorders
 
 
-def likeness(modules: dict[str, nn.Module], name: str) -> tuple[Any, ...]:
+def _likeness(modules: dict[str, nn.Module], name: str) -> tuple[Any, ...]:
     """The same for routers that compute the same on the same numbers, in blocks alike: one look is enough for them."""
     router, block = modules[name], modules.get(name.rpartition(".")[0])
     tensors = [*router.named_parameters(), *router.named_buffers()]
@@ -175,7 +196,7 @@ def _settings_of(module: nn.Module | None) -> tuple[Any, ...]:
     return tuple(sorted((name, value) for name, value in values.items() if isinstance(value, int | float | str)))
 
 
-def layer_number(name: str, place: int) -> int:
+def _layer_number(name: str, place: int) -> int:
     """The first number in a module name such as `model.layers.3.mlp.gate`; its place among routers without one."""
     number = re.search(r"\.(\d+)\.", name)
     return int(number.group(1)) if number else place

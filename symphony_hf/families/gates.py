@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from ..config import SymphonyConfig
 from ..errors import UnsupportedModelError, nearest
-from .discovery import FoundRouter, check_untied, find_routers, layer_number, likeness, of_layers, owner_of
-from .inspection import inspect_router
+from .discovery import FoundRouter, find_routers, look_at_routers, of_layers, owner_of
 
 
 def routers_of(model: nn.Module, settings: SymphonyConfig, inside: bool = False) -> list[FoundRouter]:
@@ -64,13 +63,4 @@ def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -
             raise UnsupportedModelError(
                 f"{type(model).__name__}: `routers` pattern {pattern!r} matches no module; {nearest(pattern, linears)}"
             )
-    found, contracts = [], {}
-    for place, name in enumerate(names):
-        key = likeness(modules, name)
-        if key not in contracts:
-            contracts[key] = inspect_router(name, modules[name], modules, top_k)
-        contract = contracts[key]
-        owner = owner_of(name, owners) or model
-        found.append(FoundRouter(name, modules[name], contract, owner, layer_number(name, place)))
-    check_untied(model, found)
-    return found
+    return look_at_routers(model, modules, [(name, owner_of(name, owners) or model) for name in names], top_k)
