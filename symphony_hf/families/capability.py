@@ -12,9 +12,6 @@ from .discovery import FoundRouter, find_routers
 class Supported:
     """It works, and the tests hold it."""
 
-    def __str__(self) -> str:
-        return "yes"
-
 
 @dataclass(frozen=True)
 class Limited:
@@ -26,9 +23,6 @@ class Limited:
 
     note: str
 
-    def __str__(self) -> str:
-        return self.note
-
 
 @dataclass(frozen=True)
 class Unsupported:
@@ -39,9 +33,6 @@ class Unsupported:
     """
 
     reason: str
-
-    def __str__(self) -> str:
-        return f"no: {self.reason}"
 
 
 Capability = Supported | Limited | Unsupported
