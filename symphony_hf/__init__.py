@@ -13,6 +13,7 @@ from ._version import __version__
 from .hub import install_loading_wraps
 
 _HOMES = {
+    "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "EvaluationError": "errors",
@@ -35,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "EvaluationError",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from .attachment import add_router_losses, update_graphs
     from .config import SymphonyConfig
     from .errors import (
+        CheckpointError,
         ConfigError,
         DataError,
         EvaluationError,

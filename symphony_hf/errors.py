@@ -32,6 +32,10 @@ class FoldError(SymphonyError, ValueError):
     """The graph cannot be folded exactly into a plain router."""
 
 
+class CheckpointError(SymphonyError, OSError):
+    """A checkpoint cannot be written, or is not whole."""
+
+
 class DataError(SymphonyError, ValueError):
     """A corpus is missing, empty, unreadable, or too short."""
 

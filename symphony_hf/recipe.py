@@ -1,7 +1,7 @@
 """A recipe: a YAML file that says which model is trained on what, and how. Data, no logic."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import yaml
 
 from .config import SymphonyConfig, from_mapping
 from .errors import ConfigError, nearest
+
+STRATEGIES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
 def _check_whole(section: str, name: str, value: Any, low: int) -> None:
@@ -67,6 +69,25 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchSection:
+    """What the recipe counts on; a run that turns out otherwise is refused.
+
+    Args:
+        processes: How many train together; any number when None.
+        strategy: `single`, `ddp`, `fsdp`, `zero1`, `zero2` or `zero3`; any when None.
+    """
+
+    processes: int | None = None
+    strategy: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes is not None:
+            _check_whole("launch", "processes", self.processes, 1)
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise ConfigError(f"launch: `strategy` is {self.strategy!r}; {nearest(str(self.strategy), STRATEGIES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSection:
     """What is measured after training, on the test split.
 
@@ -111,6 +132,7 @@ class Recipe:
         model: Which model.
         symphony: How it is routed; null leaves it plain. A baseline is the same recipe with `strength: 0`.
         data: Which text.
+        launch: What must run.
         train: Settings of transformers' TrainingArguments, by their own names.
         eval: What is measured at the end.
         output: Where the results go.
@@ -119,6 +141,7 @@ class Recipe:
     model: ModelSection
     symphony: SymphonyConfig | None = field(default_factory=SymphonyConfig)
     data: DataSection = field(default_factory=DataSection)
+    launch: LaunchSection = field(default_factory=LaunchSection)
     train: dict[str, Any] = field(default_factory=dict)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
@@ -127,6 +150,7 @@ class Recipe:
 _SECTIONS = {
     "model": ModelSection,
     "data": DataSection,
+    "launch": LaunchSection,
     "eval": EvalSection,
     "output": OutputSection,
 }
@@ -161,7 +185,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _build(values: dict[str, Any], where: str) -> Recipe:
-    known = ("model", "symphony", "data", "train", "eval", "output")
+    known = [section.name for section in fields(Recipe)]
     for name in values:
         if name not in known:
             raise ConfigError(f"recipe `{where}`: unknown section `{name}`; {nearest(str(name), known)}")

@@ -19,13 +19,16 @@ from .stack import RouterStack, num_ranks
 RANK_CHECK_EVERY = 100
 """Commits between two looks at whether all ranks have the same graphs."""
 
+CROWDED_STEPS = 3
+"""Optimizer steps in a row with several commits each that are no accident; a loss scaler skips a step now and then."""
+
 _TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
 
 
 def _note_optimizer_step(*_: Any) -> None:
     """After a step of any optimizer of torch, those inside DeepSpeed's and accelerate's too."""
     for tracker in _TRACKERS:
-        tracker.stepped = tracker.stepped or any(stack.has_pending for stack in tracker.stacks)
+        tracker.note_optimizer_step()
 
 
 @functools.cache
@@ -41,6 +44,7 @@ class Tracker:
         driven: True while a callback (or the user's loop) calls `commit` at each optimizer step. Where nothing
             does, the first training forward after the step commits.
         stepped: Whether an optimizer has taken a step since there is something to commit.
+        commits_since_step: Commits since an optimizer's last step: one, where all is well.
         scale: The factor that the main loss's gradient came with, written in the backward pass.
         awaits_backward: Whether a main loss was recorded whose backward has not begun.
     """
@@ -49,6 +53,8 @@ class Tracker:
         self.stacks: list[RouterStack] = []
         self.driven = False
         self.stepped = False
+        self.commits_since_step = 0
+        self.crowded_steps = 0
         _watch_optimizers()
         _TRACKERS.add(self)
         self.scale: Tensor | None = None
@@ -125,6 +131,19 @@ class Tracker:
     def _note_backward(self, gradient: Tensor) -> None:
         self.awaits_backward, self.loss_recorded = False, True
 
+    def note_optimizer_step(self) -> None:
+        """An optimizer, perhaps of this model, took a step."""
+        self.stepped = self.stepped or any(stack.has_pending for stack in self.stacks)
+        if self.commits_since_step > 0:
+            self.crowded_steps = self.crowded_steps + 1 if self.commits_since_step > 1 else 0
+        if self.crowded_steps == CROWDED_STEPS:
+            self.warn_once(
+                f"the graphs moved {self.commits_since_step} times within one optimizer step, each time by a "
+                "micro-batch: call `update_graphs` once, after `optimizer.step()`, so that their average does not "
+                "depend on gradient accumulation"
+            )
+        self.commits_since_step = 0
+
     def commit_if_forgotten(self) -> None:
         """Before a training forward: settle the last optimizer step where nothing did when it was taken."""
         if self.driven or self.awaits_backward or not self.stepped:
@@ -161,6 +180,7 @@ class Tracker:
             stack.tensors.pending_losses.zero_()
             stack.has_pending = False
         self.awaits_backward = self.stepped = False
+        self.commits_since_step += 1
         if self.scale is not None and not torch.compiler.is_compiling():
             self.scale.zero_()  # a loss that is not recorded must not start the routers' with an old factor
         if self.num_skipped is not None and self.num_skipped.device.type == "cpu":

@@ -15,7 +15,9 @@ Train what a recipe says. NAME is a setting of the train section (TrainingArgume
 
   python -m symphony_hf.train recipes/quickstart/config.yaml
   python -m symphony_hf.train recipes/quickstart/config.yaml --max_steps 2 --symphony.strength 0
-  accelerate launch --num_processes 2 -m symphony_hf.train recipes/quickstart/config.yaml
+  python -m symphony_hf.train recipes/quickstart/config.yaml --save_strategy steps --save_steps 100
+  python -m symphony_hf.train recipes/quickstart/config.yaml --save_strategy steps --resume_from_checkpoint true
+  accelerate launch --num_processes 2 -m symphony_hf.train recipes/quickstart/config.yaml --launch.processes 2
 """
 
 

@@ -158,3 +158,25 @@ def test_global_balance_refuses_two_forwards_before_a_backward(two_ranks):
     model(ids, labels=ids)
     with pytest.raises(PatchError, match="balance_scope `global`"):
         model(ids, labels=ids)
+
+
+def test_graphs_that_move_at_every_micro_batch_are_named():
+    model = symphonize(make_model()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def accumulate(commits):
+        for number in range(2):
+            ids = make_ids(seed=number)
+            model(ids, labels=ids).loss.backward()
+            if number >= 2 - commits:
+                update_graphs(model)
+        optimizer.step()
+
+    def train(*commits):
+        for number in commits:
+            accumulate(number)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(1, 1, 1, 2, 2, 1, 2, 2, 1)  # now and then, as a loss scaler that skips steps has it
+    warned_once(lambda: train(2, 2, 2, 2), "moved 2 times within one optimizer step")

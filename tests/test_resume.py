@@ -22,10 +22,10 @@ from resume_runs import RECIPE, outcome, run, settings, words, write_text
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from symphony_hf import ConfigError, SymphonyCallback, symphonize
+from symphony_hf import CheckpointError, ConfigError, SymphonyCallback, symphonize
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training import checkpoints
-from symphony_hf.training.checkpoints import RECORD, UNFINISHED, CheckpointError
+from symphony_hf.training.checkpoints import RECORD, UNFINISHED
 from symphony_hf.training.runner import run_recipe
 from symphony_hf.training.trainer import PRIVATE, ResumableTrainer
 

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..attachment import record_log_probs, tracker_of
 from ..errors import PatchError
 from ..patching import symphony_routers
+from .launch import check_launch_of_trainer
 
 
 class SymphonyCallback(TrainerCallback):
@@ -16,6 +17,7 @@ class SymphonyCallback(TrainerCallback):
 
     Raises:
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
+        ConfigError: There, if less runs than the launcher was asked for, as accelerate has it where it cannot do more.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,7 @@ class SymphonyCallback(TrainerCallback):
                 f"SymphonyCallback: router_aux_loss_coef={args.router_aux_loss_coef} would add TRL's balance loss to "
                 "ours: leave it out, or symphonize with balance_loss_weight=0"
             )
+        check_launch_of_trainer(args)
         tracker.driven = True
         # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import ConfigError, SymphonyError
+from ..errors import CheckpointError, ConfigError
 
 UNFINISHED = "_symphony_unfinished"
 """The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
@@ -28,10 +28,6 @@ RECORD = "symphony_checkpoint.json"
 _STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OURS = re.compile(r"(checkpoint-\d+|final)(\.replaced|\.deleted)?")
-
-
-class CheckpointError(SymphonyError, OSError):
-    """A checkpoint cannot be written, or is not whole."""
 
 
 def place_to_write(target: Path) -> Path:

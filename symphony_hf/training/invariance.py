@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ..attachment import update_graphs
 from ..patching import expert_graphs, symphonize, symphony_routers
+from .zero import prepare_deepspeed
 
 NUM_STEPS, NUM_ROWS, NUM_TOKENS, LENGTH, VOCAB = 8, 8, 12, 16, 64
 LEARNING_RATE = 0.05
@@ -238,8 +239,7 @@ class _DeepSpeedLoop:
     def __init__(self, model: PreTrainedModel, arrangement: Arrangement) -> None:
         import deepspeed
 
-        # A kernel for shared memory on one machine, which would be built at the first run.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        prepare_deepspeed(model.device)
         self.model = model
         zero: dict[str, Any] = {"stage": arrangement.zero}
         if arrangement.offload:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from ..evaluation import score_documents
 from ..patching import is_symphonized, symphonize
 from .callback import SymphonyCallback
 from .checkpoints import reporting_failed_save, write_json
+from .launch import Ask, asks, check_launch, strategy_of, strategy_to_come
 from .progress import StepProgress
 from .trainer import ResumableTrainer, checkpoint_to_resume
+from .zero import prepare_deepspeed
 
 if TYPE_CHECKING:
     from ..recipe import EvalSection, ModelSection, Recipe
@@ -49,6 +52,11 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
     """
     output = Path(recipe.output.directory)
     arguments = training_arguments(recipe.train, output)
+    asked = asks(recipe.launch, arguments)
+    strategy = strategy_to_come(arguments)
+    check_launch(asked, arguments.world_size, strategy)
+    if strategy.startswith("zero"):
+        prepare_deepspeed(arguments.device)
     checkpoint = checkpoint_to_resume(arguments)
     corpus = load_corpus(recipe.data.path, text_column=recipe.data.text_column)
     tokenizer = load_tokenizer(recipe, corpus)
@@ -61,11 +69,12 @@ def run_recipe(recipe: "Recipe") -> dict[str, Any]:
     _symphonize(model, recipe)
     if checkpoint is not None:
         _check_same_graphs(model, checkpoint)
-    trainer = train(model, blocks["train"], blocks["validation"], arguments, resume_from=checkpoint)
+    trainer = train(model, blocks["train"], blocks["validation"], arguments, resume_from=checkpoint, asked=asked)
     trainer.save_final(output / "final", tokenizer)
     results = {
         "recipe": dataclasses.asdict(recipe),
         "processes": arguments.world_size,
+        "strategy": strategy_of(trainer.accelerator.state),
         "train": dict(trainer.state.log_history[-1]),
     }
     mean_loss = trainer.mean_loss()
@@ -164,6 +173,7 @@ def train(
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback] | None = None,
     resume_from: Path | None = None,
+    asked: Sequence[Ask] = (),
 ) -> ResumableTrainer:
     """Train a model with transformers' Trainer; a Symphony model's graphs move once per optimizer step.
 
@@ -171,16 +181,19 @@ def train(
 
     Args:
         resume_from: A whole checkpoint to go on from.
+        asked: What must run, compared with what the Trainer made of it.
 
     Returns:
         The Trainer, after training.
 
     Raises:
+        ConfigError: If something else runs than was asked for.
         CheckpointError: If a checkpoint cannot be written, or the one to go on from is of another model.
     """
     trainer = ResumableTrainer(
         model, arguments, train_dataset=train_data, eval_dataset=validation_data, callbacks=callbacks
     )
+    check_launch(asked, trainer.accelerator.num_processes, strategy_of(trainer.accelerator.state))
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(StepProgress())

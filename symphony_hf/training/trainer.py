@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..errors import CheckpointError
 from .checkpoints import (
     UNFINISHED,
-    CheckpointError,
     clear_leftovers,
     delete_oldest,
     find_checkpoint,

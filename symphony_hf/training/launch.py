@@ -1,0 +1,113 @@
+"""What was asked for, and what runs: accelerate turns a launch that it cannot do into a lesser one, in silence.
+
+On a CPU, an FSDP configuration runs plain data parallelism; `--cpu --num_processes 2` runs one process; DeepSpeed
+without `use_cpu` runs as many separate trainings as it has processes. Each of them trains, and none as was meant.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from transformers import TrainingArguments
+
+from ..errors import ConfigError
+from ..recipe import LaunchSection
+
+
+class Ask(NamedTuple):
+    """One thing that was asked for."""
+
+    who: str
+    what: str  # processes or strategy
+    wanted: Any
+
+
+def check_launch(asked: Sequence[Ask], processes: int, strategy: str) -> None:
+    """Compare what was asked for with what runs, or is about to.
+
+    Args:
+        asked: From `asks`.
+        processes: How many train together.
+        strategy: Of `strategy_to_come` or `strategy_of`.
+
+    Raises:
+        ConfigError: If something else runs.
+    """
+    running = {"processes": processes, "strategy": strategy}
+    for who, what, wanted in asked:
+        found = running[what]
+        any_stage = wanted == "zero" and strategy.startswith("zero")
+        if found != wanted and not any_stage:
+            raise ConfigError(
+                f"launch: {who} asks for {what} `{wanted}`, but what runs is `{found}` ({processes} processes, "
+                f"strategy `{strategy}`). accelerate downgrades without a word: on a CPU it has no FSDP, and starts "
+                "several processes only for DeepSpeed (torchrun does), which needs `use_cpu: true` in the train "
+                "section and no ACCELERATE_USE_CPU"
+            )
+
+
+def asks(section: LaunchSection, arguments: TrainingArguments) -> list[Ask]:
+    """What the recipe, the train section and the launcher of this process ask for."""
+    return [*_asks_of_recipe(section), *_asks_of_arguments(arguments), *_asks_of_launcher()]
+
+
+def strategy_to_come(arguments: TrainingArguments) -> str:
+    """How accelerate will spread the training over processes, as far as is known before a Trainer is made."""
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None and not _is_on("ACCELERATE_USE_CPU"):
+        return f"zero{plugin.zero_stage}"
+    if (arguments.fsdp or _is_on("ACCELERATE_USE_FSDP")) and arguments.device.type != "cpu":
+        return "fsdp"
+    return "single" if arguments.world_size == 1 else "ddp"
+
+
+def strategy_of(state: Any) -> str:
+    """How accelerate's AcceleratorState says that training is spread: `single`, `ddp`, `fsdp`, `zero0` to `zero3`."""
+    from accelerate import DistributedType
+
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{state.deepspeed_plugin.zero_stage}"
+    if state.distributed_type == DistributedType.FSDP:
+        return "fsdp"
+    return "single" if state.num_processes == 1 else "ddp"
+
+
+def check_launch_of_trainer(arguments: TrainingArguments) -> None:
+    """For a Trainer that no recipe made: compare what its arguments and the launcher ask for with what it made of it.
+
+    Raises:
+        ConfigError: If something else runs.
+    """
+    from accelerate.state import AcceleratorState
+
+    state = AcceleratorState()
+    check_launch([*_asks_of_arguments(arguments), *_asks_of_launcher()], state.num_processes, strategy_of(state))
+
+
+def _asks_of_recipe(section: LaunchSection) -> Iterator[Ask]:
+    for what in ("processes", "strategy"):
+        if getattr(section, what) is not None:
+            yield Ask("the recipe", what, getattr(section, what))
+
+
+def _asks_of_arguments(arguments: TrainingArguments) -> Iterator[Ask]:
+    if arguments.deepspeed:
+        yield Ask("the train section", "strategy", "zero")
+    if arguments.fsdp:
+        yield Ask("the train section", "strategy", "fsdp")
+
+
+def _asks_of_launcher() -> Iterator[Ask]:
+    if "WORLD_SIZE" in os.environ:
+        yield Ask("the launcher", "processes", int(os.environ["WORLD_SIZE"]))
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        # With a file of DeepSpeed's own, the stage is in that.
+        in_file = "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ
+        stage = "" if in_file else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        yield Ask("the launcher", "strategy", f"zero{stage}")
+    if _is_on("ACCELERATE_USE_FSDP"):
+        yield Ask("the launcher", "strategy", "fsdp")
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
