@@ -45,7 +45,7 @@ def test_the_test_command_is_the_one_that_ci_runs():
     result = subprocess.run(
         ["bash", "-c", f"{function}\ntest_command"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
     )
-    assert result.stdout == 'pip install -e ".[test]" && pytest\n'
+    assert result.stdout == 'pip install -e ".[test]" && pytest -n auto\n'
 
 
 def test_the_settings_table_has_every_setting_and_its_default():
