@@ -202,7 +202,7 @@ GOOD = "model: {config: {model_type: olmoe}}\n"
         ("model: [", "no YAML"),
         ("modle: {}\n" + GOOD, "unknown section `modle`; did you mean `model`"),
         ("symphony: {}\n", "`model` is missing"),
-        ("model: {}\n", "got both or neither"),
+        ("model: {}\n", "got neither"),
         ("model: {config: {hidden_size: 3}}\n", "needs a `model_type`"),
         ("model: {path: x, dtype: float31}\n", "did you mean `float32`"),
         (GOOD + "data: {blocksize: 3}\n", "unknown setting `blocksize`; did you mean `block_size`"),
@@ -210,8 +210,8 @@ GOOD = "model: {config: {model_type: olmoe}}\n"
         (GOOD + "symphony: {strength: 2}\n", "`strength` must be between"),
         (GOOD + "symphony: 3\n", "expected settings by name"),
         (GOOD + "train: [1]\n", "expected settings by name"),
-        (GOOD + "eval: {attack_rate: abc}\n", "`attack_rate` must be a number"),
-        (GOOD + "eval: {documents: 0}\n", "`documents` must be a whole number of at least 1"),
+        (GOOD + "eval: {attack_rate: abc}\n", "`attack_rate` must be float, got 'abc'"),
+        (GOOD + "eval: {documents: 0}\n", "`documents` must be at least 1"),
         (GOOD + "eval: {seed: -1}\n", "`seed` must be"),
     ],
 )
@@ -230,6 +230,15 @@ def test_recipe_overrides_and_null(tmp_path):
     assert recipe.symphony.strength == 0
     path.write_text(GOOD + "symphony:\n")
     assert load_recipe(path).symphony is None
+    below = tmp_path / "smoke.yaml"
+    below.write_text("base: recipe.yaml\nsymphony: {decay: 0.9}\npeft:\ntrain: {seed: 1}\n")
+    path.write_text(GOOD + "symphony: {strength: 0.5}\npeft: {r: 4}\ntrain: {max_steps: 9}\n")
+    recipe = load_recipe(below, {"symphony.strength": "1e-1"})
+    assert (recipe.symphony.strength, recipe.symphony.decay, recipe.peft) == (0.1, 0.9, None)
+    assert recipe.train == {"max_steps": 9, "seed": 1}
+    path.write_text("base: smoke.yaml\n")
+    with pytest.raises(ConfigError, match="its own `base`"):
+        load_recipe(below)
     path.write_text(GOOD + "train: 3\n")
     with pytest.raises(ConfigError, match="train: expected settings by name, got 3"):
         load_recipe(path, {"max_steps": 2})

@@ -13,6 +13,7 @@ from models import make_ids, make_model
 from transformers import Trainer, TrainingArguments
 
 from symphony_hf import ConfigError, SymphonyCallback, symphonize
+from symphony_hf.parsing import parse_settings
 from symphony_hf.recipe import LaunchSection
 from symphony_hf.training.launch import Ask, asks, check_launch, strategy_to_come
 
@@ -81,8 +82,8 @@ def test_what_is_to_come(monkeypatch):
 
 def test_a_recipe_says_it_in_known_words():
     with pytest.raises(ConfigError, match="did you mean `zero3`"):
-        LaunchSection(strategy="zero-3")
-    with pytest.raises(ConfigError, match="whole number"):
+        parse_settings(LaunchSection, {"strategy": "zero-3"}, "launch")
+    with pytest.raises(ConfigError, match="at least 1"):
         LaunchSection(processes=0)
 
 

@@ -21,8 +21,9 @@ from transformers import (
 
 from ..config import SymphonyConfig
 from ..data import BlockDataset, Corpus, Document, attack, cached_tokenizer, document_windows, load_corpus, pack_blocks
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
 from ..evaluation import score_documents
+from ..parsing import parse_settings
 from ..patching import is_symphonized, symphonize
 from .callback import SymphonyCallback
 from .checkpoints import reporting_failed_save, write_json
@@ -133,14 +134,12 @@ def training_arguments(settings: dict[str, Any], output: Path) -> TrainingArgume
     Raises:
         ConfigError: If a setting is unknown, or TrainingArguments refuses a value.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"train: TrainingArguments has no `{name}`; {nearest(str(name), known)}")
-    try:
-        return TrainingArguments(**{"output_dir": str(output), "report_to": "none", **settings})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train: {error}") from error
+    # Trainer takes true for it, too, which TrainingArguments' type does not say.
+    settings, resume_from = dict(settings), settings.get("resume_from_checkpoint")
+    settings.pop("resume_from_checkpoint", None)
+    arguments = parse_settings(TrainingArguments, settings, "train", output_dir=str(output), report_to="none")
+    arguments.resume_from_checkpoint = resume_from
+    return arguments
 
 
 def load_tokenizer(recipe: "Recipe", corpus: Corpus) -> PreTrainedTokenizerBase:
