@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..attachment import tracker_of, update_graphs
 from ..errors import SymphonyError
-from ..families import LinearSpy, RouterContract, as_tuple, linear_of
+from ..families import LinearSpy, linear_of
 from ..folding import fold
 from ..graph import ExpertGraph
 from ..hub import export_folded
 from ..patching import expert_graphs, symphony_routers, unsymphonize
+from .choices import naive_counts, watch_choices
 from .overrides import NO_LOSS
 from .specimen import Specimen, mix_rows, naive_transition, put_random_graphs
 from .tiny import auto_class_of
@@ -140,7 +141,7 @@ def counts(specimen: Specimen) -> str | None:
     if not model.config.is_encoder_decoder:
         batch["attention_mask"] = batch["attention_mask"].clone()
         batch["attention_mask"][0, :3] = 0
-    seen = _watch_choices(model)
+    seen = watch_choices(model)
     outputs = specimen.training_outputs(model, batch)
     _backward(specimen, model, outputs)
     require(update_graphs(model), "nothing was counted")
@@ -148,69 +149,11 @@ def counts(specimen: Specimen) -> str | None:
     require(any(seen.values()), "no choice could be seen")
     for name, router in symphony_routers(model):
         start = torch.eye(router.contract.num_experts) * router.contract.top_k / router.contract.num_experts
-        pairs, num_tokens = _naive_counts(seen[name], batch["attention_mask"], router.contract.num_experts)
+        pairs, num_tokens = naive_counts(seen[name], batch["attention_mask"], router.contract.num_experts)
         wanted = 0.5 * start + 0.5 * pairs / num_tokens if num_tokens else start
         # Two roundings of numbers below 1.
         require(torch.allclose(graphs[name], wanted, rtol=0, atol=1e-6), f"{name}: the graph is not the naive count")
     return None
-
-
-def _watch_choices(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Note what each router's experts are told to do: by indices, or by a mask or weights that are 0 for the others."""
-    seen: dict[str, list[Tensor]] = {}
-    for name, router in symphony_routers(model):
-        contract, notes = router.contract, seen.setdefault(name, [])
-
-        def note_values(values: Any, contract: RouterContract = contract, notes: list[Tensor] = notes) -> None:
-            told = [chosen for value in values if (chosen := _as_choices(value, contract)) is not None]
-            notes.extend(told[:1])
-
-        block = model.get_submodule(name.rpartition(".")[0])
-        experts: Any = block._modules.get("experts")
-        if experts is not None and not isinstance(experts, nn.ModuleDict):
-            hook = lambda module, args, kwargs, note=note_values: note((*args, *kwargs.values()))  # noqa: E731
-            experts.register_forward_pre_hook(hook, with_kwargs=True)
-        # Where experts are told otherwise, by what the router says, less its logits.
-        hook = lambda module, args, output, note=note_values: note(_told(module.contract, output))  # noqa: E731
-        router.register_forward_hook(hook)  # type: ignore[attr-defined]
-    return seen
-
-
-def _told(contract: RouterContract, output: Any) -> list[Any]:
-    parts = as_tuple(output)
-    if contract.choices is not None:  # sorted by expert: nothing else to read it by
-        return [contract.choices(parts).reshape(-1, contract.top_k)]
-    return [part for place, part in enumerate(parts) if place != contract.logits]
-
-
-def _as_choices(value: Any, contract: RouterContract) -> Tensor | None:
-    """A tensor as indices of the chosen experts, (tokens, K), if it can be read so."""
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype == torch.bool:
-        return None
-    rows = value.reshape(-1, value.shape[-1])
-    if rows.shape[1] == contract.top_k and not rows.is_floating_point():
-        return rows
-    if rows.shape[1] != contract.num_experts:
-        return None
-    num_chosen = (rows != 0).sum(1)
-    if bool((num_chosen == contract.top_k).all()):
-        return (rows != 0).long().topk(contract.top_k).indices
-    # Experts that are given all logits take the highest themselves.
-    return rows.topk(contract.top_k).indices if bool((num_chosen == rows.shape[1]).all()) else None
-
-
-def _naive_counts(notes: list[Tensor], mask: Tensor, num_experts: int) -> tuple[Tensor, int]:
-    pairs, num_tokens = torch.zeros(num_experts, num_experts), 0
-    for indices in notes[:1]:  # what the router said, or the experts were told after it, is the same
-        kept = mask.reshape(-1).tolist() if mask.numel() == len(indices) else [1] * len(indices)
-        for counts, chosen in zip(kept, indices.tolist(), strict=True):
-            if not counts:
-                continue
-            num_tokens += 1
-            for j in chosen:
-                for k in chosen:
-                    pairs[j, k] += 1
-    return pairs, num_tokens
 
 
 def _backward(specimen: Specimen, model: nn.Module, outputs: Any) -> None:

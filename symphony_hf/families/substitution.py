@@ -56,75 +56,78 @@ def stand_in_class(base_class: type[nn.Module]) -> type[StandIn]:
     return type(f"{base_class.__name__}StandIn", (StandIn, base_class), {})
 
 
-class LinearStandIn:
-    """Stands in for an `nn.Linear` inside a router, with another weight.
+class Leaf:
+    """Stands in for a linear map inside a router: it has every attribute of the map, and returns something else.
+
+    Args:
+        linear: The map.
 
     Attributes:
         output: What the last call returned; None before it.
     """
 
-    def __init__(self, linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         self._linear = linear
-        self.weight = weight
-        self.bias = bias
         self.output: Tensor | None = None
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        self.output = F.linear(hidden_states, self.weight, self.bias)
+        self.output = self.compute(hidden_states)
         return self.output
 
-    def to(self, dtype: torch.dtype) -> "LinearStandIn":
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        """What takes the place of the map's output. Shape: (..., hidden_size) to (..., rows)."""
+        raise NotImplementedError
+
+    def to(self, dtype: torch.dtype) -> "Leaf":
         """As Switch and NLLB cast theirs in their forward; in place of it, since `output` is read afterwards."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._linear, name)
+
+
+class LinearStandIn(Leaf):
+    """The map with another weight and bias."""
+
+    def __init__(self, linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(linear)
+        self.weight = weight
+        self.bias = bias
+
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight, self.bias)
+
+    def to(self, dtype: torch.dtype) -> "LinearStandIn":
         self.weight = self.weight.to(dtype)
         self.bias = None if self.bias is None else self.bias.to(dtype)
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._linear, name)
 
-
-class OutputStandIn:
-    """Stands in for a linear map that is more than its weight (LoRA, 4-bit, hooks): what it returns is changed.
+class OutputStandIn(Leaf):
+    """A map that is more than its weight (LoRA, 4-bit, hooks), called as it is: what it returns is changed.
 
     Args:
-        linear: The map, called as it is.
+        linear: The map.
         change: Applied to its output. Shape: (..., rows), in and out.
     """
 
     def __init__(self, linear: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-        self._linear = linear
+        super().__init__(linear)
         self._change = change
-        self.output: Tensor | None = None
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        self.output = self._change(self._linear(hidden_states))
-        return self.output
-
-    def to(self, dtype: torch.dtype) -> "OutputStandIn":
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._linear, name)
+    def compute(self, hidden_states: Tensor) -> Tensor:
+        return self._change(self._linear(hidden_states))
 
 
-class GivenLogits:
-    """Stands in for a linear map inside a router: it returns the given logits, whatever comes in."""
+class GivenLogits(Leaf):
+    """A map that returns the given logits, whatever comes in."""
 
     def __init__(self, linear: nn.Module, logits: Tensor) -> None:
-        self._linear = linear
+        super().__init__(linear)
         self._logits = logits
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
+    def compute(self, hidden_states: Tensor) -> Tensor:
         return self._logits.view(*hidden_states.shape[:-1], -1)
-
-    def to(self, dtype: torch.dtype) -> "GivenLogits":
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._linear, name)
-
-
-Leaf = LinearStandIn | OutputStandIn | GivenLogits
 
 
 def is_plain_linear(linear: nn.Module) -> bool:
