@@ -9,6 +9,7 @@ from pathlib import Path
 
 from symphony_hf import SymphonyConfig, __all__
 from symphony_hf.bench import AIMS, bench_table
+from symphony_hf.bench_commit import PROCESSES, commit_table
 from symphony_hf.report import findings, result_table
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,12 @@ def test_the_bench_table_is_the_result_file():
     assert block("bench table") == as_markdown(bench_table(result))
     assert {row["model"] for row in result["rows"]} == {"mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"}
     assert result["aims"] == AIMS
+
+
+def test_the_commit_table_is_the_result_file():
+    result = json.loads((RESULTS / "bench_commit.json").read_text())
+    assert block("commit table") == as_markdown(commit_table(result))
+    assert {row["processes"] for row in result["rows"]} == set(PROCESSES)
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
