@@ -20,18 +20,29 @@ _HOMES = {
     "FoldError": "errors",
     "GraphError": "errors",
     "PatchError": "errors",
+    "PushError": "errors",
     "SymphonyCallback": "training",
     "SymphonyConfig": "config",
     "SymphonyError": "errors",
     "SymphonyWarning": "errors",
     "UnsupportedModelError": "errors",
+    "UpcycleError": "errors",
     "add_router_losses": "attachment",
     "expert_graphs": "patching",
     "export_folded": "hub",
     "fold": "folding",
+    "inspect_model": "anatomy",
     "is_symphonized": "patching",
+    "load_adapter": "adapters",
+    "lora_config": "adapters",
+    "print_inspection": "anatomy",
+    "print_trainable_parameters": "adapters",
+    "push": "sharing",
+    "quantize_experts": "quantization",
     "symphonize": "patching",
+    "trainable_parameters": "adapters",
     "unsymphonize": "patching",
+    "upcycle": "upcycling",
     "update_graphs": "attachment",
 }
 
@@ -43,23 +54,36 @@ __all__ = [
     "FoldError",
     "GraphError",
     "PatchError",
+    "PushError",
     "SymphonyCallback",
     "SymphonyConfig",
     "SymphonyError",
     "SymphonyWarning",
     "UnsupportedModelError",
+    "UpcycleError",
     "__version__",
     "add_router_losses",
     "expert_graphs",
     "export_folded",
     "fold",
+    "inspect_model",
     "is_symphonized",
+    "load_adapter",
+    "lora_config",
+    "print_inspection",
+    "print_trainable_parameters",
+    "push",
+    "quantize_experts",
     "symphonize",
+    "trainable_parameters",
     "unsymphonize",
+    "upcycle",
     "update_graphs",
 ]
 
 if TYPE_CHECKING:
+    from .adapters import load_adapter, lora_config, print_trainable_parameters, trainable_parameters
+    from .anatomy import inspect_model, print_inspection
     from .attachment import add_router_losses, update_graphs
     from .config import SymphonyConfig
     from .errors import (
@@ -70,14 +94,19 @@ if TYPE_CHECKING:
         FoldError,
         GraphError,
         PatchError,
+        PushError,
         SymphonyError,
         SymphonyWarning,
         UnsupportedModelError,
+        UpcycleError,
     )
     from .folding import fold
     from .hub import export_folded
     from .patching import expert_graphs, is_symphonized, symphonize, unsymphonize
+    from .quantization import quantize_experts
+    from .sharing import push
     from .training import SymphonyCallback
+    from .upcycling import upcycle
 
 
 def __getattr__(name: str) -> Any:

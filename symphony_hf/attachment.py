@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .errors import PatchError
 from .families import FoundRouter
-from .saving import SymphonySaver
+from .saving import SymphonyPusher, SymphonySaver
 from .stack import RouterStack
 from .tracking import Tracker
 
@@ -62,6 +62,7 @@ def _attach_to_pretrained(
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
             module.save_pretrained = SymphonySaver(module, settings, tracker.silenced)  # type: ignore[method-assign]
+            module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
 
@@ -76,6 +77,7 @@ def detach(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
             del part.save_pretrained
+            del part.push_to_hub
     for holder, name, weight in tracker.silenced:
         holder.__dict__[name] = weight
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):

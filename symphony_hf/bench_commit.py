@@ -26,7 +26,7 @@ from ._version import __version__
 from .attachment import tracker_of, update_graphs
 from .bench import measure_layer
 from .patching import symphonize
-from .training.runner import write_json
+from .training.checkpoints import write_json
 
 PROCESSES = (1, 2, 4)
 SIZES = ((4, 64), (4, 256), (32, 64), (32, 256))

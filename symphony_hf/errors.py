@@ -36,6 +36,14 @@ class CheckpointError(SymphonyError, OSError):
     """A checkpoint cannot be written, or is not whole."""
 
 
+class PushError(SymphonyError, RuntimeError):
+    """A folder is not fit for the Hub, or the Hub refuses it, or is not reached."""
+
+
+class UpcycleError(SymphonyError, ValueError):
+    """No MoE family computes what the dense model does, or the two were seen to differ."""
+
+
 class DataError(SymphonyError, ValueError):
     """A corpus is missing, empty, unreadable, or too short."""
 

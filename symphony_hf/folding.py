@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from .errors import FoldError
 from .families import linear_of
-from .graph import active_graph
-from .patching import is_adapted, symphony_routers, unsymphonize
+from .graph import active_graph, is_adapted
+from .patching import symphony_routers, unsymphonize
 
 
 def folded_parameters(model: nn.Module) -> dict[str, Tensor]:

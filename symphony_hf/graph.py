@@ -149,7 +149,33 @@ def active_graph(module: nn.Module) -> ExpertGraph:
     """
     if isinstance(module, ExpertGraph):
         return module
-    adapters: Any = [] if module.disable_adapters else module.active_adapters
-    graph = module.modules_to_save[adapters[0]] if adapters else module.original_module  # type: ignore[index, operator]
+    graph = _active_module(module)
     assert isinstance(graph, ExpertGraph)
     return graph
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into a model, or around it."""
+    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
+
+
+def kept_in_adapters(model: nn.Module) -> set[int]:
+    """The identities of the modules that adapters have copies of, by `modules_to_save`: those copies."""
+    copies: Any = [wrapper.modules_to_save for wrapper in model.modules() if "modules_to_save" in wrapper._modules]
+    return {id(module) for copy in copies for module in copy.modules()}
+
+
+def put_aside(model: nn.Module) -> set[int]:
+    """The identities of the modules that PEFT's `modules_to_save` wrappers hold and do not run now."""
+    aside: set[int] = set()
+    for wrapper in model.modules():
+        if "modules_to_save" in wrapper._modules:
+            active = _active_module(wrapper)
+            held: Any = (wrapper.original_module, *wrapper.modules_to_save.values())  # type: ignore[operator, union-attr]
+            aside.update(id(module) for copy in held if copy is not active for module in copy.modules())
+    return aside
+
+
+def _active_module(wrapper: nn.Module) -> nn.Module:
+    adapters: Any = [] if wrapper.disable_adapters else wrapper.active_adapters
+    return wrapper.modules_to_save[adapters[0]] if adapters else wrapper.original_module  # type: ignore[index, operator, return-value]

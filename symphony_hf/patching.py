@@ -14,7 +14,7 @@ from .attachment import attach, detach, tracker_of
 from .config import SymphonyConfig
 from .errors import ConfigError, PatchError, nearest
 from .families import FoundRouter, linear_of, routers_of
-from .graph import ExpertGraph, active_graph
+from .graph import ExpertGraph, active_graph, is_adapted, put_aside
 from .graph_files import match_graphs, read_graphs
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
 from .self_check import check_routers
@@ -127,11 +127,6 @@ def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
         check_nothing_bypasses(model)
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into a model, or around it."""
-    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
-
-
 def check_nothing_bypasses(model: PreTrainedModel) -> None:
     """Refuse what reads a router's weight itself, past any patch.
 
@@ -178,14 +173,10 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
     """
     if not is_symphonized(model):
         raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+    aside = put_aside(model)
     for name, module in model.named_modules():
-        if isinstance(module, SymphonyRouter) and _is_in_use(module):
+        if isinstance(module, SymphonyRouter) and id(module) not in aside:
             yield name, module
-
-
-def _is_in_use(router: SymphonyRouter) -> bool:
-    """False for the one of two that PEFT's `modules_to_save` put aside when it copied a whole router."""
-    return router.stack is None or router.stack.routers[router.place] is router
 
 
 def expert_graphs(model: nn.Module) -> dict[str, Tensor]:

@@ -34,9 +34,12 @@ from .evaluation import (
 from .folding import folded_parameters
 from .hub import export_folded
 from .patching import expert_graphs, symphonize, unsymphonize
-from .recipe import EvalSection, ModelSection
+from .recipe import EvalSection, ModelSection, Recipe
 from .report import write_report
-from .training.runner import clean_and_attacked_windows, load_model, train, training_arguments, write_json
+from .training.checkpoints import write_json
+from .training.fitting import train
+from .training.measuring import clean_and_attacked_windows
+from .training.models import load_model
 
 ARMS = ("plain", "symphony")
 TOP_K = 2
@@ -180,23 +183,22 @@ def _blocks(settings: QuickstartSettings, corpus: Corpus, tokenizer: PreTrainedT
 
 
 def _arguments(settings: QuickstartSettings, output: Path, steps: int, learning_rate: float) -> TrainingArguments:
-    return training_arguments(
-        {
-            "max_steps": steps,
-            "per_device_train_batch_size": settings.batch_size,
-            "per_device_eval_batch_size": settings.batch_size,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, steps // 20),
-            "weight_decay": 0.01,
-            "logging_steps": max(1, steps // 30),
-            "eval_strategy": "steps",
-            "eval_steps": max(1, steps // 5),
-            "save_strategy": "no",
-            "seed": settings.seed,
-            "dataloader_pin_memory": False,
-        },
-        output,
+    return TrainingArguments(
+        output_dir=str(output),
+        report_to="none",
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.01,
+        logging_steps=max(1, steps // 30),
+        eval_strategy="steps",
+        eval_steps=max(1, steps // 5),
+        save_strategy="no",
+        seed=settings.seed,
+        dataloader_pin_memory=False,
     )
 
 
@@ -209,7 +211,7 @@ def _pretrain(
 ) -> tuple[dict[str, list[tuple[float, float]]], float]:
     set_seed(settings.seed)
     # A stock model, with its family's own balance loss.
-    model = load_model(ModelSection(config={**MODEL, "output_router_logits": True}), tokenizer)
+    model = load_model(Recipe(model=ModelSection(config={**MODEL, "output_router_logits": True})), tokenizer)
     arguments = _arguments(settings, output, settings.pretrain_steps, 3e-3)
     timer = _StepTimer()
     trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments, [timer])

@@ -33,6 +33,7 @@ class ModelSection:
         tokenizer: Another checkpoint's; that of `path` when None.
         vision: A vision tower's checkpoint (CLIP, SigLIP): LLaVA is built of it and the language model of `path`,
             with a new projector.
+        trainable: Patterns of parameter names, as in a shell (`*projector*`), that are trained; all when None.
         upcycle_modules: Settings of `symphony_hf.upcycle_modules`, for the model's own MLPs that become experts.
         dtype: Of the weights; `auto` for the checkpoint's own.
         quantization: `nf4`: 4-bit experts and linear layers.
@@ -45,6 +46,7 @@ class ModelSection:
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     vision: str | None = None
+    trainable: list[str] | None = None
     upcycle_modules: dict[str, Any] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["nf4"] | None = None

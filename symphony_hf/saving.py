@@ -4,11 +4,15 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .publishing import Origin, hub_name, open_folder, publish
 
 ARCHITECTURE_PREFIX = "Symphony"
 """Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
@@ -74,6 +78,50 @@ class SymphonySaver:
             settings = {name: kwargs[name] for name in known if name in kwargs}
             self.model.push_to_hub(kwargs.get("repo_id", folder.name), **settings)
         return result
+
+
+class SymphonyPusher:
+    """`push_to_hub` of a Symphony model, or of one inside it: transformers' own arguments, and our card.
+
+    Args:
+        model: Whose.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = "50GB",
+        base_model: str | None = None,
+        license: str | None = None,
+        data: str | None = None,
+        **settings: Any,
+    ) -> CommitInfo | None:
+        """Save the model, and push it.
+
+        Args:
+            repo_id: `namespace/name` on the Hub; made if it is not there.
+            max_shard_size: Of a file of weights.
+            base_model: Its name on the Hub, for the card; else what the model was loaded from, if that is one.
+            license: Of the base model; else as the Hub has it.
+            data: What it was trained on: a data set's name on the Hub, or a description.
+            **settings: `private`, `revision`, `token`, `create_pr`, `commit_message`, `commit_description`, `tags`.
+
+        Returns:
+            The commit; None on the other ranks of a tensor-parallel model.
+
+        Raises:
+            PushError: If the Hub refuses, or is not reached.
+        """
+        origin = Origin(base_model or hub_name(self.model.name_or_path), license, data)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.model.save_pretrained(scratch, max_shard_size=max_shard_size)
+            if not self.model.should_save_on_this_rank(is_main_process=True):
+                return None
+            return publish(open_folder(scratch), repo_id, origin=origin, **settings)
 
 
 def _mark_architectures(config_file: Path) -> None:

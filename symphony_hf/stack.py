@@ -137,6 +137,8 @@ class RouterStack:
             present = block._modules.get(name)
             if present is router or not isinstance(router, nn.Linear) or hasattr(present, "modules_to_save"):
                 continue
+            if getattr(present, "stack", None) is self:
+                continue  # the copy of it that an adapter trained, merged into the model
             raise PatchError(
                 f"the router `{name}` of {type(block).__name__} was replaced by {type(present).__name__} after it was "
                 "symphonized, which goes past its graph: leave routers out of `target_modules`, and train them by "

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import SymphonyConfig
 from .errors import SymphonyWarning
-from .graph import ExpertGraph, active_graph
+from .graph import ExpertGraph, active_graph, is_adapted, kept_in_adapters
 from .routing import RecordGradientScale, update_adjacency
 from .stack import RouterStack, num_ranks
 
@@ -197,6 +197,8 @@ class Tracker:
                 f"{len(graphs)} graphs were cast to another type than float32, in which an average stands still: they "
                 "are float32 again. Cast the model with `.to` or `.half`, which leaves graphs as they are"
             )
+        if self.num_commits == 0:
+            self._look_for_adapters()
         if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
             self._compare_ranks()
         self.num_commits += 1
@@ -206,6 +208,18 @@ class Tracker:
                 "every router is frozen, so the balance and z-loss train only what is below them: train the routers "
                 "(with PEFT: their names in `modules_to_save`), or set `balance_loss_weight` and `z_loss_weight` to 0"
             )
+
+    def _look_for_adapters(self) -> None:
+        """An adapter that is trained without the graphs is saved without them."""
+        for stack in self.stacks:
+            if self.config.graph != "frozen" and is_adapted(stack.owner):
+                kept = kept_in_adapters(stack.owner)
+                if not all(id(graph) in kept for graph in stack.graphs):
+                    self.warn_once(
+                        "the model has adapters of PEFT, and its graphs are not in them: they are trained in the base "
+                        "model, and are not saved with the adapter. Make the adapter's config with "
+                        "`symphony_hf.lora_config`, or put modules_to_save=['symphony'] into it"
+                    )
 
     def _compare_ranks(self) -> None:
         """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""

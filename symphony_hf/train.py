@@ -1,7 +1,10 @@
 """`python -m symphony_hf.train RECIPE.yaml`, and through `accelerate launch -m`: train what a recipe says."""
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,8 +15,9 @@ from .recipe import load_recipe
 USAGE = """usage: python -m symphony_hf.train RECIPE.yaml [--NAME VALUE ...]
 
 Train what a recipe says. NAME is a setting of the train section (TrainingArguments' own name), or SECTION.NAME.
+With --dry_run, print what would be done, and touch nothing.
 
-  python -m symphony_hf.train recipes/quickstart/config.yaml
+  python -m symphony_hf.train recipes/quickstart/config.yaml --dry_run
   python -m symphony_hf.train recipes/quickstart/config.yaml --max_steps 2 --symphony.strength 0
   python -m symphony_hf.train recipes/quickstart/config.yaml --save_strategy steps --save_steps 100
   python -m symphony_hf.train recipes/quickstart/config.yaml --save_strategy steps --resume_from_checkpoint true
@@ -50,20 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
+    dry_run = "--dry_run" in words
+    words = [word for word in words if word != "--dry_run"]
     try:
         recipe = load_recipe(words[0], parse_overrides(words[1:]))
-        from .training.runner import run_recipe  # after the recipe was found to be sound: this import takes seconds
+        # After the recipe was found to be sound: these imports take seconds.
+        from .training.runner import prepare_run, run_recipe
 
-        results = run_recipe(recipe)
+        if dry_run:
+            from .training.dry_run import print_dry_run
+
+            print_dry_run(recipe, prepare_run(recipe)[0])
+            return 0
+        results = run_recipe(recipe, f"python -m symphony_hf.train {shlex.join(words)}")
     except SymphonyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if "test" in results:
-        test = results["test"]
-        print(
-            f"test perplexity {test['clean']:.2f} clean, {test['attacked']:.2f} attacked (x{test['ratio']:.3f}), "
-            f"{test['documents']} documents; results in {recipe.output.directory}"
+    if int(os.environ.get("RANK", 0)) == 0:
+        measured = ", ".join(
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in results["test"].items()
         )
+        print(f"test: {measured}; report: {Path(recipe.output.directory) / 'report.md'}")
     return 0
 
 

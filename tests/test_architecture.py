@@ -14,6 +14,8 @@ LEVELS = {
     "_version": 0,
     "errors": 0,
     "config": 0,
+    "unfinished": 0,
+    "parsing": 0,
     "recipe": 0,
     "routing": 1,
     "graph": 2,
@@ -25,13 +27,19 @@ LEVELS = {
     "router": 4,
     "self_check": 4,
     "attachment": 4,
+    "publishing": 4,
     "saving": 4,
     "patching": 4,
     "folding": 4,
+    "anatomy": 5,
+    "adapters": 5,
+    "quantization": 5,
     "hub": 5,
+    "sharing": 5,
     "data": 5,
     "evaluation": 5,
-    "diagnostics": 5,
+    "upcycling": 5,
+    "diagnostics": 4,
     "training": 6,
     "conformance": 6,
     "quickstart": 7,
@@ -43,10 +51,10 @@ LEVELS = {
 }
 ONLY_IN = {  # what may import it; `lazy`: inside functions alone
     "matplotlib": ({"diagnostics"}, False),
-    "peft": ({"training", "hub"}, True),
+    "peft": ({"training", "hub", "adapters"}, True),
     "deepspeed": ({"training", "hub"}, True),
     "accelerate": ({"training", "hub"}, True),
-    "bitsandbytes": ({"training", "hub"}, True),
+    "bitsandbytes": ({"training", "hub", "quantization"}, True),
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -41,13 +41,22 @@ def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBa
     token_ids = array("q")
     for document_ids in _tokenize(documents, tokenizer, block_size):
         token_ids.extend(document_ids)
-    num_blocks = len(token_ids) // block_size
-    if num_blocks == 0:
+    num_blocks = count_blocks(len(documents), len(token_ids), block_size)
+    return torch.frombuffer(token_ids, dtype=torch.int64)[: num_blocks * block_size].view(num_blocks, block_size)
+
+
+def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
+    """How many blocks the tokens of some documents fill.
+
+    Raises:
+        DataError: If they do not fill one.
+    """
+    if num_tokens < block_size:
         raise DataError(
-            f"{len(documents):,} documents have {len(token_ids):,} tokens, less than one block of {block_size:,}; "
+            f"{num_documents:,} documents have {num_tokens:,} tokens, less than one block of {block_size:,}; "
             "give more text, or a smaller block_size"
         )
-    return torch.frombuffer(token_ids, dtype=torch.int64)[: num_blocks * block_size].view(num_blocks, block_size)
+    return num_tokens // block_size
 
 
 def document_windows(
@@ -106,13 +115,27 @@ def _tokenize(
     """The token ids of each document, and the end-of-text token."""
     if block_size < 2:
         raise ConfigError(f"data: block_size must be 2 or more, so that there is a token to predict; got {block_size}")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{type(tokenizer).__name__} has no end-of-text token; set its `eos_token`")
+    end_of_text(tokenizer)
     with tqdm(total=len(documents), desc="tokenizing", unit=" documents", delay=_PATIENCE, disable=None) as bar:
         for start in range(0, len(documents), _BATCH):
             texts = [document.text for document in documents[start : start + _BATCH]]
-            # Not verbose: it would warn that a document is longer than the model's context, which blocks are not.
-            batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for document_ids in batch["input_ids"]:
-                yield [*document_ids, tokenizer.eos_token_id]
+            yield from closed_ids(texts, tokenizer)
             bar.update(len(texts))
+
+
+def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that closes a document.
+
+    Raises:
+        ConfigError: If the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{type(tokenizer).__name__} has no end-of-text token; set its `eos_token`")
+    return tokenizer.eos_token_id
+
+
+def closed_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """The token ids of each text, and the end of text; no other special token."""
+    # Not verbose: it would warn that a document is longer than the model's context, which blocks are not.
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [[*document_ids, tokenizer.eos_token_id] for document_ids in batch["input_ids"]]

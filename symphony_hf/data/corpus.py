@@ -7,23 +7,28 @@ from ..errors import DataError
 from .documents import Corpus, Document, build_corpus
 from .embedded import embedded_corpus
 from .files import TEXT_SUFFIXES, read_file, read_folder
-from .tables import TABLE_FORMATS, read_hub
+from .loading import TABLE_FORMATS
+from .tables import read_hub
 
 __all__ = ["Corpus", "Document", "embedded_corpus", "load_corpus"]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.+-]+))?")
 
 
-def load_corpus(path: str | None, *, text_column: str = "text") -> Corpus:
+def load_corpus(
+    path: str | None, *, text_column: str = "text", name: str | None = None, revision: str | None = None
+) -> Corpus:
     """Load documents in three splits.
 
     Args:
         path: One of
             - None: the embedded corpus, the sources of Python's standard library;
-            - a text file (UTF-8) or a table (`.jsonl`, `.json`, `.csv`, `.parquet`);
+            - a text file (UTF-8) or a table (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`);
             - a folder of text files, or one with its own `train`, `validation` and `test` files or subfolders;
             - a data set of the Hub, `owner/name` or `owner/name:configuration`.
         text_column: The column of a table or data set that holds the text.
+        name: The configuration of a data set of the Hub, where `path` does not give it.
+        revision: Branch, tag or commit of a data set of the Hub.
 
     Returns:
         The corpus. Splits that the source does not have are cut from its train split, 5% each, by a hash that does
@@ -34,17 +39,28 @@ def load_corpus(path: str | None, *, text_column: str = "text") -> Corpus:
     """
     if path is None:
         return embedded_corpus()
+    commit = None
     local = Path(path).expanduser()
     if path and local.is_dir():  # Path("") is the current folder
         splits = read_folder(local, text_column)
     elif local.is_file():
         splits = read_file(local, text_column)
     else:
-        splits = _read_hub(path, text_column)
-    return build_corpus(splits, source=path)
+        repository, config = hub_name(path, name)
+        splits, commit = read_hub(repository, config, text_column, revision)
+    return build_corpus(splits, source=path, commit=commit)
 
 
-def _read_hub(path: str, text_column: str) -> dict[str, list[Document]]:
+def hub_name(path: str, config: str | None = None) -> tuple[str, str | None]:
+    """The name of a data set of the Hub, and its configuration, if it has one.
+
+    Args:
+        path: `owner/name` or `owner/name:configuration`.
+        config: The configuration, where `path` does not give it.
+
+    Raises:
+        DataError: If it can be no name on the Hub, or two configurations are given.
+    """
     match = _HUB_NAME.fullmatch(path)
     # A mistyped file name should fail now, not after half a minute of asking the Hub for it.
     if match is None or Path(path).suffix.lower() in TEXT_SUFFIXES | TABLE_FORMATS.keys():
@@ -52,4 +68,6 @@ def _read_hub(path: str, text_column: str) -> dict[str, list[Document]]:
             f"data.path: `{path}`: no such file or folder, and not the name of a reachable data set "
             "(`owner/name` or `owner/name:configuration`)"
         )
-    return read_hub(match["name"], match["config"], text_column)
+    if match["config"] and config and match["config"] != config:
+        raise DataError(f"data: path `{path}` gives one configuration, and name `{config}` another: give one of them")
+    return match["name"], match["config"] or config

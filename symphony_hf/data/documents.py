@@ -46,12 +46,14 @@ class Corpus:
         validation: Documents for decisions made while developing.
         test: Documents for the reported numbers.
         source: What was read, for reports.
+        commit: Of a data set of the Hub, where it is known.
     """
 
     train: list[Document]
     validation: list[Document]
     test: list[Document]
     source: str
+    commit: str | None = None
 
 
 def by_name(document: Document) -> str:
@@ -81,24 +83,26 @@ def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, 
         splits[split] = list(given.get(split, ()))
     missing = [split for split in HELD_OUT if split not in given]
     for document in given["train"]:
-        split = _split_of(key(document))
+        split = split_of(key(document))
         splits[split if split in missing else "train"].append(document)
     return splits
 
 
-def _split_of(key: str) -> str:
+def split_of(key: str) -> str:
+    """The split of whatever has this key: 5% each are for validation and for testing."""
     # surrogatepass: a key may be the name of a file, which need not be valid text.
     digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
     bucket = int.from_bytes(digest[:8], "big") % _BUCKETS
     return HELD_OUT[bucket] if bucket < len(HELD_OUT) else "train"
 
 
-def build_corpus(splits: Splits, source: str) -> Corpus:
+def build_corpus(splits: Splits, source: str, commit: str | None = None) -> Corpus:
     """Make a corpus of all documents that have any text.
 
     Args:
         splits: Documents by split, all three.
         source: What was read, for reports and for the error message.
+        commit: Of a data set of the Hub, where it is known.
 
     Returns:
         The corpus, in which no split is empty.
@@ -114,4 +118,4 @@ def build_corpus(splits: Splits, source: str) -> Corpus:
                 f"{source}: the {split} split has no text (documents with text: {counts}); give more documents "
                 "(a hundred are usually enough), or a folder or data set with its own train, validation and test splits"
             )
-    return Corpus(train=kept["train"], validation=kept["validation"], test=kept["test"], source=source)
+    return Corpus(kept["train"], kept["validation"], kept["test"], source, commit)

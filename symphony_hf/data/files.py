@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from .documents import HELD_OUT, SPLIT_NAMES, Document, by_name, by_text, complete_splits
-from .tables import TABLE_FORMATS, read_table
+from .loading import TABLE_FORMATS
+from .tables import read_table
 
 TEXT_SUFFIXES = frozenset((".txt", ".text", ".md", ".rst", ".py", ".tokens"))
 """Of the files that are read from a folder. A file that is given itself may have any."""
@@ -55,7 +56,7 @@ def read_folder(folder: Path, text_column: str) -> dict[str, list[Document]]:
     Raises:
         DataError: If there is no text file, or one is not UTF-8.
     """
-    named = _entries_by_split(folder)
+    named = entries_by_split(folder)
     if "train" in named and any(split in named for split in HELD_OUT):
         given = {split: _entry_documents(entries, folder, text_column) for split, entries in named.items()}
         return complete_splits(given, by_text)
@@ -65,7 +66,8 @@ def read_folder(folder: Path, text_column: str) -> dict[str, list[Document]]:
     return complete_splits({"train": documents}, by_name)
 
 
-def _entries_by_split(folder: Path) -> dict[str, list[Path]]:
+def entries_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The files and subfolders that are named for a split, by split, sorted."""
     named: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
         parts = re.split("[.-]", entry.name.lower())

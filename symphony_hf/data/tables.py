@@ -1,16 +1,14 @@
-"""Documents from rows: local tables, and data sets of the Hub."""
+"""Documents from rows: of local tables, and of data sets of the Hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, nearest
 from .documents import SPLIT_NAMES, Document, by_text, complete_splits
+from .loading import commit_of, load_hub, load_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Suffix of a local table -> its name in `datasets`."""
 
 
 def read_table(path: Path, text_column: str) -> list[Document]:
@@ -26,48 +24,36 @@ def read_table(path: Path, text_column: str) -> list[Document]:
     Raises:
         DataError: If the file cannot be parsed, or the column is not there or not text.
     """
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(TABLE_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: not a readable {path.suffix} table ({error.__cause__ or error})") from error
-    return _row_documents(rows, text_column, path.name, where=str(path))
+    return _row_documents(load_table(path), text_column, path.name, where=str(path))
 
 
-def read_hub(name: str, config: str | None, text_column: str) -> dict[str, list[Document]]:
+def read_hub(
+    name: str, config: str | None, text_column: str, revision: str | None = None
+) -> tuple[dict[str, list[Document]], str | None]:
     """Read a data set of the Hub, each row one document named `<split>[<row>]`.
 
     Args:
         name: The data set: `owner/name`.
         config: Its configuration, if it needs one.
         text_column: The column that holds the text.
+        revision: Branch, tag or commit; the newest of the main branch when None.
 
     Returns:
-        Documents by split. A missing validation or test split is cut from train by the hash of each row's text.
+        Documents by split, and the commit they are of, where it is known. A missing validation or test split is cut
+        from train by the hash of each row's text.
 
     Raises:
         DataError: If there is no such data set, it cannot be reached, it has no train split, or the column is not
             there or not text.
     """
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, config)
-    # RuntimeError: a data set that is a script, which `datasets` no longer runs.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data.path: `{name}`: no such file or folder, and not a data set that can be reached and read ({error}); "
-            "check the spelling (`owner/name` or `owner/name:configuration`) and the network, or leave data.path out "
-            "to use the embedded corpus"
-        ) from error
+    loaded = load_hub(name, config, revision, "leave data.path out to use the embedded corpus")
     named = {SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES}
     if "train" not in named:
         raise DataError(f"{name}: no train split; its splits are {', '.join(map(str, loaded))}")
     given = {
         split: _row_documents(rows, text_column, split, where=f"{name}, {split} split") for split, rows in named.items()
     }
-    return complete_splits(given, by_text)
+    return complete_splits(given, by_text), commit_of(loaded)
 
 
 def _row_documents(rows: "Dataset", text_column: str, name: str, where: str) -> list[Document]:

@@ -4,8 +4,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapters import print_trainable_parameters, record_adapters
 from ..attachment import record_log_probs, tracker_of
 from ..errors import PatchError
+from ..graph import is_adapted
 from ..patching import symphony_routers
 from .launch import check_launch_of_trainer
 
@@ -44,6 +46,10 @@ class SymphonyCallback(TrainerCallback):
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
             self._log_probs_hook = model.register_forward_hook(record_log_probs)
         _check_optimizer(model, kwargs.get("optimizer"), tracker)
+        if is_adapted(model):
+            record_adapters(model)
+            if state.is_world_process_zero:
+                print_trainable_parameters(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ..errors import CheckpointError
@@ -126,6 +127,7 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 for other in others:
                     other.save_pretrained(written)
+                (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, that no loading needs
                 finish(target)
             self.accelerator.wait_for_everyone()
 
@@ -141,6 +143,14 @@ class ResumableTrainer(Trainer):
                 total += entry["loss"] * (entry["step"] - last)
                 last = entry["step"]
         return total / last if last and last == self.state.global_step else None
+
+
+@functools.cache
+def resumable_sft_trainer() -> type[ResumableTrainer]:
+    """TRL's SFTTrainer, between ResumableTrainer and Trainer in the order of methods."""
+    from trl import SFTTrainer
+
+    return type("ResumableSFTTrainer", (ResumableTrainer, SFTTrainer), {"__module__": __name__})
 
 
 class ResumableFlow(TrainerCallback):

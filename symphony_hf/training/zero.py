@@ -1,7 +1,10 @@
 """What DeepSpeed needs to know before a model is built for it, on machines where it does not find out by itself."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 def prepare_deepspeed(device: torch.device) -> None:
@@ -16,3 +19,28 @@ def prepare_deepspeed(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dist.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend())
+
+
+def gather_when_saving(plugin: Any) -> None:
+    """Have ZeRO-3 save whole weights: without this setting a saved model is pieces that nothing else loads."""
+    plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def set_aside_empty_parameters(model: nn.Module) -> int:
+    """Make parameters without elements buffers: DeepSpeed's ZeRO-3 fails when it gathers one.
+
+    An upcycled Phi-3 has them: its container, Qwen2-MoE, has a shared expert, of size 0. As buffers they keep their names
+    in a checkpoint.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned, it has another of its own
+            if 0 in shape:
+                delattr(module, name)
+                module.register_buffer(name, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+                count += 1
+    return count

@@ -25,3 +25,11 @@ def small(embedded):
 @pytest.fixture(scope="session")
 def tokenizer(small):
     return train_tokenizer(small.train, VOCAB_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """What `datasets` keeps is kept for one test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

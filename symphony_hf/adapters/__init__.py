@@ -1,0 +1,17 @@
+"""PEFT adapters that hold the graph: what LoRA is put on, what is saved beside them, how they are loaded."""
+
+from .loading import load_adapter
+from .lora import lora_config
+from .record import RECORD_NAME, AdapterRecord, record_adapters
+from .trainable import TrainableCount, print_trainable_parameters, trainable_parameters
+
+__all__ = [
+    "RECORD_NAME",
+    "AdapterRecord",
+    "TrainableCount",
+    "load_adapter",
+    "lora_config",
+    "print_trainable_parameters",
+    "record_adapters",
+    "trainable_parameters",
+]

@@ -1,0 +1,168 @@
+"""load_adapter: an adapter with graphs, on a base model that is made ready for it first."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..anatomy import bare_name
+from ..errors import ConfigError, GraphError, PatchError
+from ..families import routers_of
+from ..graph_files import read_graphs
+from ..patching import is_symphonized, symphonize
+from ..routing import adjacency_problems
+from .record import RECORD_NAME, AdapterRecord, RouterShape, keep_record
+from .targets import base_of, family_of
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_adapter(
+    model: nn.Module,
+    adapter: str | Path,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Load an adapter that was trained on a Symphony model. A plain base model is symphonized first, as it needs.
+
+    Everything is checked before the model is touched. Nothing but JSON and safetensors is read.
+
+    Args:
+        model: The base model, plain or symphonized; or what this returned for another adapter, to add one.
+        adapter: A folder, or a repository on the Hub.
+        name: What to call the adapter; `set_adapter(name)` switches to it.
+        trainable: Whether to go on training it.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        PEFT's `PeftModel`. The first adapter is active; a further one is after `set_adapter`.
+
+    Raises:
+        ConfigError: If the adapter's record is missing or not usable, or of another model or other settings than this
+            one's.
+        GraphError: If a graph is missing from the adapter, or is none.
+        PatchError: If the model has an adapter of that name.
+    """
+    from peft import PeftModel, get_peft_model
+
+    folder = _local_folder(str(adapter), revision)
+    record = AdapterRecord.read(folder)
+    _check_graphs(folder / _WEIGHTS, record)
+    if name in getattr(model, "peft_config", {}):
+        raise PatchError(f"load_adapter: the model has an adapter `{name}` already: give another name=")
+    _make_ready(model, record, folder)
+    config = keep_record(_read_config(folder), record)
+    config.inference_mode = not trainable
+    if isinstance(model, PeftModel):
+        adapted: Any = model
+        adapted.add_adapter(name, config)
+    else:
+        adapted = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+    restore_adapter(adapted, folder, name)
+    if trainable:
+        adapted.set_requires_grad(name)
+    return adapted.train(trainable)
+
+
+def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> None:
+    """Give an adapter that is in a model the numbers that were saved: the exact reverse of how PEFT saved them.
+
+    PEFT's own loading also renames tensors as older checkpoints need it, which for some families (DeepSeek-OCR 2,
+    Inkling 2, ...) leaves LoRA's tensors of today without a place, and says nothing.
+
+    Args:
+        model: PEFT's, with the adapter.
+        folder: Where the adapter was saved.
+        name: The adapter's in the model.
+
+    Raises:
+        ConfigError: If the tensors are not those that the adapter has; nothing was changed then.
+    """
+    from peft import get_peft_model_state_dict
+
+    saved = load_file(Path(folder) / _WEIGHTS)
+    # What PEFT would save now: the model's own tensors, under the names in the file.
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    lost = sorted({*saved} ^ {*own}) or sorted(key for key in own if own[key].shape != saved[key].shape)
+    if lost:
+        raise ConfigError(
+            f"`{folder}`: {len(lost)} tensors of the adapter have no place in {family_of(model)}, are missing, or have "
+            f"another shape ({lost[0]}, ...): it is of another base model, or of other settings"
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
+
+
+def _local_folder(adapter: str, revision: str | None) -> Path:
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    names = (RECORD_NAME, "adapter_config.json", _WEIGHTS)
+    try:
+        files = [huggingface_hub.hf_hub_download(adapter, name, revision=revision) for name in names]
+    except EntryNotFoundError as error:
+        raise ConfigError(f"load_adapter: `{adapter}` on the Hub lacks one of {', '.join(names)}: {error}") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConfigError(f"load_adapter: `{adapter}` is no folder, and not to be had from the Hub: {error}") from error
+    return Path(files[0]).parent
+
+
+def _check_graphs(weights: Path, record: AdapterRecord) -> None:
+    if not weights.exists():
+        raise ConfigError(f"`{weights}` does not exist, and adapters are loaded from nothing but safetensors")
+    stored = {bare_name(name): graph for name, graph in read_graphs(weights).items()}
+    problems = [f"{name}: missing" for name in record.routers if name not in stored]
+    for name, shape in record.routers.items():
+        if name in stored:
+            problems += [f"{name}: {problem}" for problem in adjacency_problems(stored[name], shape.num_experts)]
+    if problems:
+        raise GraphError(f"`{weights}`: its graphs are not usable: {' | '.join(problems)}")
+
+
+def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> None:
+    """Symphonize a plain base model as the adapter's was, or see that a symphonized one is so."""
+    base = base_of(model)
+    if record.model_type != getattr(getattr(base, "config", None), "model_type", None):
+        raise ConfigError(f"load_adapter: `{folder}` is for a model of type {record.model_type}, not {family_of(base)}")
+    if is_symphonized(base):
+        own = AdapterRecord.of(base, record.router)
+        wanted = record.settings.to_dict()
+        stored = own.settings.to_dict()
+        differing = [f"{key} {stored[key]!r}, not {value!r}" for key, value in wanted.items() if stored[key] != value]
+        if differing:
+            raise ConfigError(
+                f"load_adapter: the model is symphonized with other settings than the adapter of `{folder}` needs: "
+                f"{', '.join(differing)}. Give the plain base model, and it is symphonized as the adapter was"
+            )
+        _check_routers(record.routers, own.routers, folder)
+        return
+    found = {router.name: RouterShape.of(router.contract) for router in routers_of(base, record.settings)}
+    _check_routers(record.routers, found, folder)
+    symphonize(base, record.settings)
+
+
+def _check_routers(wanted: dict[str, RouterShape], found: dict[str, RouterShape], folder: Path) -> None:
+    if found != wanted:
+        raise ConfigError(f"load_adapter: `{folder}` is for {_told(wanted)}; the model has {_told(found)}")
+
+
+def _told(routers: dict[str, RouterShape]) -> str:
+    kinds = sorted({f"top-{shape.top_k} of {shape.num_experts}" for shape in routers.values()})
+    names = list(routers)
+    return f"{len(names)} routers, {names[0]} to {names[-1]}, {' and '.join(kinds)} experts"
+
+
+def _read_config(folder: Path) -> Any:
+    from peft import PeftConfig
+
+    with warnings.catch_warnings():
+        # The settings are there for whoever loads the adapter without its record.
+        warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['symphony'\]")
+        return PeftConfig.from_pretrained(str(folder))

@@ -1,0 +1,108 @@
+"""In which types a model's tensors are stored, in files or in memory, and how many bytes each type takes."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .tensors import held_tensors
+
+_PACKED = ".quant_state.bitsandbytes__"
+"""In the name of what bitsandbytes stores beside a weight that it packed; the type follows: nf4, fp4."""
+
+
+@dataclass(frozen=True)
+class TypeCount:
+    """All tensors of one type.
+
+    Attributes:
+        type: Its name, such as bfloat16, or nf4 for what bitsandbytes packs in 4 bits.
+        parameters: What they stand for: two of a byte in 4 bits.
+        bytes: What they take, with the constants of a quantization.
+    """
+
+    type: str
+    parameters: int
+    bytes: int
+
+
+def held_types(model: nn.Module) -> list[TypeCount]:
+    """The types of a model's parameters and graphs as they are in memory, the largest share first."""
+    counted = []
+    for held in held_tensors(model):
+        state = held.quant_state
+        name = str(held.tensor.dtype).removeprefix("torch.") if state is None else state.quant_type
+        size = held.numel * held.tensor.element_size() if state is None else held.tensor.nbytes + state_bytes(state)
+        counted.append(TypeCount(name, held.numel, size))
+    return _sum(counted)
+
+
+def state_bytes(state: Any) -> int:
+    """The bytes of a `bitsandbytes.functional.QuantState`: the scales, and, where these are quantized, theirs."""
+    tensors = [value for value in vars(state).values() if isinstance(value, Tensor)]
+    nested = getattr(state, "state2", None)
+    return sum(tensor.nbytes for tensor in tensors) + (0 if nested is None else state_bytes(nested))
+
+
+def stored_types(source: str | Path, revision: str | None = None) -> list[TypeCount] | None:
+    """The types in a checkpoint's safetensors files, from their headers alone, the largest share first.
+
+    Args:
+        source: A folder, or a repository's name on the Hub, of which only the headers are downloaded. A single file
+            is a config, and has no weights.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        None if there are no safetensors files.
+
+    Raises:
+        DataError: If a header cannot be read, or a shard is missing.
+    """
+    if Path(source).is_file():
+        return None
+    try:
+        if Path(source).is_dir():
+            metadata = huggingface_hub.get_local_safetensors_metadata(source)
+        else:
+            metadata = huggingface_hub.get_safetensors_metadata(str(source), revision=revision)
+    except NotASafetensorsRepoError:
+        return None
+    except (SafetensorsParsingError, FileNotFoundError) as error:
+        raise DataError(f"`{source}`: {error}: is the checkpoint whole?") from error
+    files = metadata.files_metadata.values()
+    return _sum(_stored({name: info for file in files for name, info in file.tensors.items()}))
+
+
+def _stored(tensors: Mapping[str, Any]) -> Iterable[TypeCount]:
+    packed = dict(name.split(_PACKED) for name in tensors if _PACKED in name)
+    for name, info in tensors.items():
+        size = info.data_offsets[1] - info.data_offsets[0]
+        if name in packed:
+            yield TypeCount(packed[name], 2 * size, size)
+            continue
+        weight = name.partition(_PACKED)[0] if _PACKED in name else name.rpartition(".")[0]
+        if weight in packed:  # a constant of its quantization
+            yield TypeCount(packed[weight], 0, size)
+        else:
+            yield TypeCount(_torch_name(info.dtype), math.prod(info.shape), size)
+
+
+def _torch_name(name: str) -> str:
+    """A safetensors type by torch's name for it."""
+    names = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
+    letters = name.rstrip("0123456789")
+    return names[letters] + name[len(letters) :] if letters in names else name.lower()
+
+
+def _sum(counted: Iterable[TypeCount]) -> list[TypeCount]:
+    sums: dict[str, tuple[int, int]] = {}
+    for count in counted:
+        parameters, size = sums.get(count.type, (0, 0))
+        sums[count.type] = (parameters + count.parameters, size + count.bytes)
+    return sorted((TypeCount(name, *pair) for name, pair in sums.items()), key=lambda count: -count.bytes)

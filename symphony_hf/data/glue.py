@@ -1,0 +1,221 @@
+"""GLUE tasks as text to text: data of kind `glue`."""
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from ..errors import DataError
+from .digests import digest_rows
+from .docstrings import SOURCE, Described, described_names
+from .documents import split_of
+from .glue_tasks import STAND_IN, GlueTask, find_task
+from .padding import NO_LABEL, PadCollator
+from .prepared import PreparedData
+from .questions import Question, tokenize_choices
+from .rows import Rows, cut_held_out, read_rows, require_columns, thin_rows
+from .skipping import PROBLEM, without_problems
+from .steps import Step
+from .templates import ensure_padding
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+    from ..recipe import DataSection
+
+HUB = "nyu-mll/glue"
+EMBEDDED = "embedded"
+"""As `data.path`: the stand-in."""
+
+_HIDDEN = {-1, None}
+"""Labels of rows whose labels are not published."""
+
+_SHORT = 80
+"""Characters of a sentence of the stand-in at most, so that small models with short blocks can be tried on it."""
+
+_LENGTH = "num_tokens"
+"""Column: tokens of a question with its right answer."""
+
+
+class LabelledQuestions(Dataset[dict[str, list[int]]]):
+    """Questions with their right answers, as the Trainer takes them: the answer's tokens alone are learned.
+
+    Args:
+        rows: With columns `prompt`, `choices` and `answer`, see `Question`.
+
+    Attributes:
+        rows: Likewise.
+    """
+
+    def __init__(self, rows: "Table") -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """`input_ids` and `labels` of one question and its right answer."""
+        question = self.question(index)
+        answer = question.choices[question.answer]
+        return {"input_ids": question.prompt + answer, "labels": [NO_LABEL] * len(question.prompt) + answer}
+
+    def question(self, index: int) -> Question:
+        """One question with all its answers, for `evaluation.score_choices`."""
+        row = self.rows[index]
+        return Question(row["prompt"], row["choices"], row["answer"])
+
+    def questions(self) -> list[Question]:
+        """All of them."""
+        return [self.question(index) for index in range(len(self))]
+
+
+def prepare_glue(section: "DataSection", tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
+    """Read a task's rows, and make questions of them.
+
+    Args:
+        section: Of a recipe. `name` is the task; without `path` it is read from the Hub; `path: embedded` takes a
+            stand-in instead of it.
+        tokenizer: The model's; it is given a padding token where it has none.
+
+    Returns:
+        Splits of `LabelledQuestions`. `test` is None where its labels are hidden, as GLUE's own are.
+
+    Raises:
+        DataError: If there is no such task, file, column or label; if a split is empty; if one of ten training rows,
+            or any other row, is longer than `block_size`.
+    """
+    notes: list[str] = []
+    pad_id = ensure_padding(tokenizer, notes)
+    assert section.name is not None
+    if section.path == EMBEDDED:
+        task, rows = STAND_IN, _stand_in()
+        notes.append(f"no GLUE: a stand-in made of the {SOURCE}, for trying things out")
+    else:
+        task = find_task(section.name)
+        rows = _read(section, task, notes)
+    splits = {}
+    for split, table in rows.splits.items():
+        where = f"{rows.source}, {split} split"
+        table = _tokenized(thin_rows(_with_answers(table, task, where), section.limit), task, tokenizer, section)
+        if split != "train":
+            _check_whole(table, where, section.block_size)
+        splits[split] = LabelledQuestions(without_problems(table, where, notes))
+    notes.append(f"{rows.source}: " + ", ".join(f"{len(splits[s]):,} {s} questions" for s in splits))
+    return PreparedData(
+        kind="glue",
+        train=splits["train"],
+        validation=splits.get("validation"),
+        test=splits.get("test"),
+        collator=PadCollator(pad_id),
+        revision=rows.revision,
+        num_tokens=sum(splits["train"].rows[_LENGTH][:]),
+        notes=notes,
+    )
+
+
+def _read(section: "DataSection", task: GlueTask, notes: list[str]) -> Rows:
+    names = {"train": "train", task.validation: "validation", "validation": "validation", "test": "test"}
+    instead = "give a folder of tables train and validation with GLUE's columns, or `embedded` for a stand-in"
+    rows = read_rows(section.path or HUB, section.name, section.revision, instead=instead, names=names)
+    splits = dict(rows.splits)
+    if "test" in splits and _labels_are_hidden(splits["test"]):
+        notes.append(f"{rows.source}: the test split's labels are hidden, so it is left out")
+        del splits["test"]
+    for split, table in splits.items():
+        require_columns(table, [*task.columns, "label"], f"{rows.source}, {split} split")
+    if "validation" not in splits:
+        notes.append(f"{rows.source}: no validation split, so 5% of train are held out")
+    splits = cut_held_out(splits, lambda row: "\n".join(str(row[column]) for column in task.columns), ("validation",))
+    return rows._replace(splits=splits)
+
+
+def _labels_are_hidden(table: "Table") -> bool:
+    return "label" not in table.column_names or set(table.unique("label")) <= _HIDDEN
+
+
+def _with_answers(table: "Table", task: GlueTask, where: str) -> "Table":
+    """The task's sentences, and the number of the right answer, from whatever the labels are: numbers or names."""
+    import datasets
+
+    feature = table.features["label"]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    answers = []
+    for row, label in enumerate(table["label"][:]):
+        if names is not None and 0 <= label < len(names):
+            label = names[label]
+        if label in task.labels:
+            label = task.labels.index(label)
+        if not isinstance(label, int) or not 0 <= label < len(task.labels):
+            known = ", ".join(f"{number} or `{name}`" for number, name in enumerate(task.labels))
+            raise DataError(f"{where}: row {row} has the label {label!r}; {task.name} has {known}")
+        answers.append(label)
+    return table.select_columns(list(task.columns)).add_column("answer", answers)
+
+
+def _tokenized(table: "Table", task: GlueTask, tokenizer: "PreTrainedTokenizerBase", section: "DataSection") -> "Table":
+    settings = {"task": task, "tokenizer": tokenizer, "block_size": section.block_size}
+    return table.map(
+        Step(_tokenize, settings),
+        remove_columns=list(task.columns),
+        desc="Tokenizing questions",
+    )
+
+
+def _tokenize(
+    row: Mapping[str, Any], task: GlueTask, tokenizer: "PreTrainedTokenizerBase", block_size: int
+) -> dict[str, Any]:
+    prompt = task.prompt.format(**{column: row[column] for column in task.columns})
+    shared, choices = tokenize_choices([f"{prompt} {answer}" for answer in task.answers], tokenizer)
+    longest = _longest(shared, choices)
+    return {
+        "prompt": shared,
+        "choices": choices,
+        _LENGTH: len(shared) + len(choices[row["answer"]]),
+        PROBLEM: f"longer than block_size: {longest} tokens" if longest > block_size else "",
+    }
+
+
+def _check_whole(table: "Table", where: str, block_size: int) -> None:
+    """Without a question that is measured, the accuracy would be another."""
+    long = [row for row, problem in enumerate(table[PROBLEM][:]) if problem]
+    if long:
+        longest = max(_longest(table[row]["prompt"], table[row]["choices"]) for row in long)
+        raise DataError(
+            f"{where}: {len(long)} questions have more tokens than block_size {block_size}, {longest} at most; what is "
+            f"measured is neither cut nor left out: set data.block_size to {longest}"
+        )
+
+
+def _longest(prompt: list[int], choices: list[list[int]]) -> int:
+    return len(prompt) + max(map(len, choices))
+
+
+def _stand_in() -> Rows:
+    """Does a sentence describe a function? Half of them do; the others describe another of the same split."""
+    import datasets
+
+    by_split: dict[str, list[Described]] = {"train": [], "validation": [], "test": []}
+    for described in described_names():
+        if len(described.summary) > _SHORT:
+            continue
+        by_split[split_of(described.summary)].append(described)
+    tables = {}
+    for split, members in by_split.items():
+        generator = random.Random(0)
+        generator.shuffle(members)
+        rows = []
+        for place, described in enumerate(members):
+            belongs = place % 2 == 0
+            other = members[place - 1]
+            rows.append(
+                {
+                    "question": f"What does `{described.name}` do?",
+                    "sentence": described.summary if belongs else other.summary,
+                    "label": STAND_IN.labels[0 if belongs else 1],
+                }
+            )
+        tables[split] = datasets.Dataset.from_list(rows)
+    return Rows(tables, digest_rows(row for table in tables.values() for row in table), EMBEDDED)

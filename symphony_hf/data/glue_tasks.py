@@ -1,0 +1,120 @@
+"""The GLUE tasks as questions to a causal language model: each one's columns, prompt, labels and answers."""
+
+from dataclasses import dataclass
+
+from ..errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One task.
+
+    Attributes:
+        name: As GLUE spells it.
+        columns: Of the sentences.
+        prompt: With the columns' names in braces; the answer follows after a space.
+        labels: Their names in GLUE, by their numbers there.
+        answers: The words that the model answers with, by label.
+        validation: GLUE's name of the split that is reported on.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    prompt: str
+    labels: tuple[str, ...]
+    answers: tuple[str, ...]
+    validation: str = "validation"
+
+
+_NO_YES = ("no", "yes")
+_YES_NO = ("yes", "no")
+
+TASKS = {
+    task.name: task
+    for task in (
+        GlueTask(
+            "cola",
+            ("sentence",),
+            "Sentence: {sentence}\nIs the sentence grammatical?\nAnswer:",
+            ("unacceptable", "acceptable"),
+            _NO_YES,
+        ),
+        GlueTask(
+            "sst2",
+            ("sentence",),
+            "Review: {sentence}\nIs the review negative or positive?\nAnswer:",
+            ("negative", "positive"),
+            ("negative", "positive"),
+        ),
+        GlueTask(
+            "mrpc",
+            ("sentence1", "sentence2"),
+            "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nDo both sentences mean the same?\nAnswer:",
+            ("not_equivalent", "equivalent"),
+            _NO_YES,
+        ),
+        GlueTask(
+            "qqp",
+            ("question1", "question2"),
+            "Question 1: {question1}\nQuestion 2: {question2}\nDo both questions ask the same?\nAnswer:",
+            ("not_duplicate", "duplicate"),
+            _NO_YES,
+        ),
+        GlueTask(
+            "mnli",
+            ("premise", "hypothesis"),
+            "Premise: {premise}\nHypothesis: {hypothesis}\nIs the hypothesis true, given the premise?\nAnswer:",
+            ("entailment", "neutral", "contradiction"),
+            ("yes", "maybe", "no"),
+            validation="validation_matched",
+        ),
+        GlueTask(
+            "qnli",
+            ("question", "sentence"),
+            "Question: {question}\nSentence: {sentence}\nDoes the sentence answer the question?\nAnswer:",
+            ("entailment", "not_entailment"),
+            _YES_NO,
+        ),
+        GlueTask(
+            "rte",
+            ("sentence1", "sentence2"),
+            "Premise: {sentence1}\nHypothesis: {sentence2}\nIs the hypothesis true, given the premise?\nAnswer:",
+            ("entailment", "not_entailment"),
+            _YES_NO,
+        ),
+        GlueTask(
+            "wnli",
+            ("sentence1", "sentence2"),
+            "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nDoes sentence 2 follow from sentence 1?\nAnswer:",
+            ("not_entailment", "entailment"),
+            _NO_YES,
+        ),
+    )
+}
+
+_REFUSED = {
+    "stsb": "it asks for a number from 0 to 5, not for one of a few words",
+    "ax": "it has no rows to train on",
+}
+
+STAND_IN = GlueTask(
+    "stand-in",
+    ("question", "sentence"),
+    TASKS["qnli"].prompt,
+    TASKS["qnli"].labels,
+    TASKS["qnli"].answers,
+)
+"""Of no GLUE task: for `data.path: embedded`, which is there on every machine."""
+
+
+def find_task(name: str) -> GlueTask:
+    """The task of this name.
+
+    Raises:
+        DataError: If there is none, or it is not one of choosing a word.
+    """
+    if name in _REFUSED:
+        raise DataError(f"data.name: GLUE's `{name}` is not supported: {_REFUSED[name]}; there are {', '.join(TASKS)}")
+    if name not in TASKS:
+        raise DataError(f"data.name: no GLUE task `{name}`; {nearest(name, TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,70 @@
+"""One way from a recipe's data section to data that can be trained on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DataError
+from .bars import progress_bars
+from .chat import prepare_chat
+from .glue import prepare_glue
+from .prepared import PreparedData
+from .texts import prepare_text
+from .visual import prepare_llava
+
+if TYPE_CHECKING:
+    from ..recipe import DataSection
+
+_STREAMED = ("text",)
+_PACKED = ("text", "chat")
+
+
+def prepare_data(section: "DataSection", processor: Any, *, seed: int, progress: bool = True) -> PreparedData:
+    """Read, check and tokenize what a recipe names. All that can be wrong with it is found here.
+
+    Tokens and checks are kept in the cache of `datasets`. Under a launcher, let one process go first.
+
+    Args:
+        section: Of a recipe.
+        processor: The model's tokenizer; for kind `llava` its LlavaProcessor. A tokenizer without a padding token or
+            a chat template is given one where the kind needs it, which the notes say.
+        seed: Of the order of streams and of embedded conversations. What is held out does not depend on it.
+        progress: Whether progress is shown, where there is a terminal.
+
+    Returns:
+        The splits, how to make batches of them, and what to report.
+
+    Raises:
+        DataError: If the data is not there, not readable, not as the kind needs it, or empty.
+        ConfigError: If two settings, or the tokenizer, do not fit.
+    """
+    _check_settings(section, processor)
+    with progress_bars(progress):
+        if section.kind == "text":
+            return prepare_text(section, processor, seed)
+        if section.kind == "chat":
+            return prepare_chat(section, processor, seed)
+        if section.kind == "glue":
+            return prepare_glue(section, processor)
+        return prepare_llava(section, processor)
+
+
+def _check_settings(section: "DataSection", processor: Any) -> None:
+    """Settings that would do nothing are mistakes."""
+    kind, path = section.kind, section.path
+    if section.streaming and kind not in _STREAMED:
+        raise DataError(f"data: streaming: only text can be streamed, not {kind}: leave `streaming` out")
+    if section.packing and kind not in _PACKED:
+        raise ConfigError(f"data: packing: only text and chat can be packed, not {kind}: leave `packing` out")
+    if section.images is not None and kind != "llava":
+        raise ConfigError(f"data: images: only `kind: llava` has images, not {kind}")
+    is_local = kind == "llava" or (path is not None and Path(path).expanduser().exists())
+    names = ("revision",) if kind == "glue" else ("revision", "name")
+    given = [name for name in names if getattr(section, name) is not None]
+    if given and (is_local or (path is None and kind != "glue")):
+        raise ConfigError(
+            f"data: `{given[0]}` is of data sets on the Hub, and this one is not from there: leave it out"
+        )
+    has_images = hasattr(processor, "image_processor")
+    if (kind == "llava") != has_images:
+        needed = "a LlavaProcessor" if kind == "llava" else "a tokenizer"
+        raise ConfigError(f"data: `kind: {kind}` needs {needed}, got {type(processor).__name__}")

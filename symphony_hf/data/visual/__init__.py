@@ -1,0 +1,14 @@
+"""Conversations about images: LLaVA's files, their batches, and questions to measure a model by."""
+
+from .batches import VisualCollator, VisualConversations, VisualRow
+from .llava import prepare_llava
+from .questions import VisualPrompt, VisualQuestions
+
+__all__ = [
+    "VisualCollator",
+    "VisualConversations",
+    "VisualPrompt",
+    "VisualQuestions",
+    "VisualRow",
+    "prepare_llava",
+]

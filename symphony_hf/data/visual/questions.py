@@ -1,0 +1,81 @@
+"""Questions about images, from conversations about them: with answers to choose from, or to be answered freely."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...errors import DataError
+from ..conversations import Message
+from ..questions import Question, split_shared
+from .batches import VisualCollator, VisualConversations
+from .images import EncodedImage
+from .rendering import PLACEHOLDER, make_renderer
+
+
+class VisualPrompt(NamedTuple):
+    """A question about images, up to where the answer begins.
+
+    Attributes:
+        input_ids: With all tokens of the images.
+        pixel_values: Shape: (images, channels, height, width); None where the question has no image.
+        answer: The right one.
+    """
+
+    input_ids: list[int]
+    pixel_values: Tensor | None
+    answer: str
+
+
+class VisualQuestions:
+    """The first question of every conversation. Images are decoded when a question is looked at.
+
+    Args:
+        conversations: A split of `PreparedData`.
+        collator: Of the same.
+    """
+
+    def __init__(self, conversations: VisualConversations, collator: VisualCollator) -> None:
+        self.rows = conversations.rows
+        self.collator = collator
+        self.renderer = make_renderer(collator.processor)
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self.rows)
+
+    def prompts(self) -> Iterator[VisualPrompt]:
+        """Each question as it is asked."""
+        for number in range(len(self)):
+            asked, images, answer = self._first(number)
+            ids = self._expanded(self.renderer.text(asked, to_answer=True))
+            yield VisualPrompt(ids, self._pixels(images), answer)
+
+    def choices(self, answers: Sequence[str]) -> Iterator[Question]:
+        """Each question with the same answers to choose from.
+
+        Raises:
+            DataError: If a right answer is none of them, or the tokenizer cannot tell two apart.
+        """
+        for number in range(len(self)):
+            asked, images, answer = self._first(number)
+            if answer not in answers:
+                raise DataError(f"question {number}: the right answer, {answer!r}, is none of the {len(answers)} given")
+            texts = [self.renderer.text([*asked, {"role": "assistant", "content": choice}]) for choice in answers]
+            prompt, choices = split_shared([self._expanded(text) for text in texts], texts)
+            yield Question(prompt, choices, answers.index(answer), self._pixels(images))
+
+    def _first(self, number: int) -> tuple[list[Message], list[EncodedImage], str]:
+        """The first question's messages and images, and its answer."""
+        row = self.rows[number]
+        messages = row["messages"]
+        end = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        num_images = sum(message["content"].count(PLACEHOLDER) for message in messages[:end])
+        return messages[:end], row["images"][:num_images], messages[end]["content"].strip()
+
+    def _expanded(self, text: str) -> list[int]:
+        ids = self.renderer.ids(text)
+        return self.collator.expand(ids, ids)["input_ids"]
+
+    def _pixels(self, images: Sequence[EncodedImage]) -> Tensor | None:
+        return self.collator.pixels(images) if images else None

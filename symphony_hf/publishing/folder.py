@@ -1,0 +1,150 @@
+"""What a folder is, before any of it leaves the machine: which model, and which of its files."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..config import SymphonyConfig
+from ..errors import GraphError, PushError
+from ..graph_files import read_graphs
+from ..routing import adjacency_problems
+from .contents import check_contents, is_wanted
+
+Kind = Literal["symphony", "folded", "adapter"]
+_RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
+"""Where a run keeps its model, and beside it what it has measured: the recipes' runner, and the quickstart."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on the disk, as it is pushed.
+
+    Attributes:
+        path: Where its config is.
+        kind: `symphony`: with its graphs. `folded`: a plain checkpoint. `adapter`: PEFT's.
+        config: Of the model; of the adapter, where it is one.
+        settings: Of the graphs, where the config has them.
+        graphs: Router -> adjacency; of the model that was folded, where it is known. Empty where there are none.
+        files: Name in the repository -> file.
+        left_out: Name -> why it stays here.
+        results: The file with what a run has measured.
+    """
+
+    path: Path
+    kind: Kind
+    config: Mapping[str, Any]
+    settings: SymphonyConfig | None
+    graphs: Mapping[str, Tensor]
+    files: Mapping[str, Path]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    results: Path | None = None
+
+
+def open_folder(directory: str | Path) -> ModelFolder:
+    """Look at a folder with a checkpoint, an adapter, or a run, and refuse what must not be shared.
+
+    Args:
+        directory: With a `config.json` or `adapter_config.json`; or a run's, with its model in `final/` or, the
+            quickstart's, in `symphony/`.
+
+    Raises:
+        PushError: If there is no model, or a file of it is a pickle, code, or of a kind that no model needs.
+        ConfigError: If the settings of the graphs cannot be read.
+        GraphError: If the graphs cannot be read.
+    """
+    path, results = _find(Path(directory))
+    is_adapter = (path / "adapter_config.json").exists()
+    config = read_json(path / ("adapter_config.json" if is_adapter else "config.json"))
+    stored = config.get("symphony")
+    settings = None if stored is None else SymphonyConfig.from_dict(stored, where=f"{path / 'config.json'}: symphony")
+    if not is_adapter and settings is None and not _names_experts(config):
+        raise PushError(f"push: `{path / 'config.json'}` names no experts: this is no mixture of experts")
+    files, left_out = _sort(path)
+    check_contents(files)
+    return ModelFolder(
+        path=path,
+        kind="adapter" if is_adapter else "folded" if settings is None else "symphony",
+        config=config,
+        settings=settings,
+        graphs=_graphs(path, is_adapter, settings),
+        files=files,
+        left_out=left_out,
+        results=results,
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PushError: If it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PushError(f"`{file}`: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise PushError(f"`{file}` is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise PushError(f"`{file}`: expected an object, got {type(values).__name__}")
+    return values
+
+
+def _names_experts(config: Mapping[str, Any]) -> bool:
+    return any(
+        "expert" in name or (isinstance(value, Mapping) and _names_experts(value)) for name, value in config.items()
+    )
+
+
+def _find(directory: Path) -> tuple[Path, Path | None]:
+    """Where the model is, and what its run has measured."""
+    if not directory.is_dir():
+        raise PushError(f"push: `{directory}` is no folder: give the one of a checkpoint, an adapter or a run")
+    inside = [directory / name for name, measured in _RUNS.items() if (directory / measured).exists()]
+    for path in (directory, *inside):
+        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+            measured = [path / "results.json", path / "report.json"]
+            if path.resolve().name in _RUNS:
+                measured.append(path.resolve().parent / _RUNS[path.resolve().name])
+            return path, next((file for file in measured if file.exists()), None)
+    raise PushError(
+        f"push: no model in `{directory}`: expected a config.json or an adapter_config.json there, or a run's `final/`"
+    )
+
+
+def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    files: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    for entry in sorted(path.iterdir()):
+        reason = is_wanted(entry)
+        if reason is not None:
+            left_out[entry.name] = reason
+        elif entry.is_dir():
+            inside, outside = _sort(entry)
+            files.update({f"{entry.name}/{name}": file for name, file in inside.items()})
+            left_out.update({f"{entry.name}/{name}": why for name, why in outside.items()})
+        else:
+            files[entry.name] = entry
+    return files, left_out
+
+
+def _graphs(path: Path, is_adapter: bool, settings: SymphonyConfig | None) -> dict[str, Tensor]:
+    if settings is not None:
+        graphs = read_graphs(path)
+    elif is_adapter:
+        try:
+            graphs = read_graphs(path / "adapter_model.safetensors")
+        except GraphError:
+            return {}  # an adapter without the graph: of the experts or the attention alone
+    else:
+        return {}
+    for name, graph in graphs.items():
+        problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
+        if problems:
+            raise GraphError(f"push: the graph of `{name}` in `{path}` is not usable: {'; '.join(problems)}")
+    return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}

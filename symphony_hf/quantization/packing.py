@@ -1,0 +1,94 @@
+"""Packing one stacked weight of experts in 4 bits, behind bitsandbytes' own parametrization."""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from packaging.version import Version
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, HeldTensor, Part, held_tensors
+from ..errors import ConfigError, PatchError, UnsupportedModelError, nearest
+
+OLDEST_BITSANDBYTES = "0.49"
+QuantType = Literal["nf4", "fp4"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is packed.
+
+    Attributes:
+        quant_type: nf4, whose 16 values are those of a normal distribution, or fp4.
+        double_quant: Whether the scales, one for 64 numbers, are quantized in turn.
+    """
+
+    quant_type: QuantType = "nf4"
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        known = ("nf4", "fp4")
+        if self.quant_type not in known:
+            raise ConfigError(
+                f"quantize_experts: `quant_type` is {self.quant_type!r}; {nearest(self.quant_type, known)}"
+            )
+
+    def pack(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Put a weight into a module, packed: reading it there gives it back, as far as 4 bits can.
+
+        Args:
+            module: That has a parameter of this name, which is replaced.
+            name: Of the parameter.
+            weight: Floating-point. Where it is, it is packed.
+        """
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        replace_parameter_4bit(module, name, compress_statistics=self.double_quant, quant_type=self.quant_type)
+
+
+def check_bitsandbytes() -> None:
+    """Refuse to go on without a bitsandbytes that can pack any parameter.
+
+    Raises:
+        ConfigError: If it is not installed, or too old.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("quantize_experts needs bitsandbytes: pip install 'symphony-hf[bitsandbytes]'")
+    installed = importlib.metadata.version("bitsandbytes")
+    if Version(installed) < Version(OLDEST_BITSANDBYTES):
+        raise ConfigError(f"quantize_experts needs bitsandbytes >={OLDEST_BITSANDBYTES}, and {installed} is installed")
+
+
+def stacked_experts(model: nn.Module) -> dict[str, HeldTensor]:
+    """The weights that hold all experts of a layer at once, which bitsandbytes alone leaves as they are.
+
+    Args:
+        model: Any; it may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: If there are none.
+        PatchError: If they are packed already.
+    """
+    anatomy = Anatomy(model)
+    experts = [held for held in held_tensors(model) if anatomy.part_of(held) is Part.EXPERTS]
+    stacked = {held.name: held for held in experts if len(held.shape) == 3}
+    if any(held.quant_state is not None for held in stacked.values()):
+        raise PatchError("quantize_experts: the model's experts are packed in 4 bits already")
+    if not stacked:
+        raise UnsupportedModelError(f"quantize_experts: {type(model).__name__}: {_why_none(experts, anatomy)}")
+    return stacked
+
+
+def _why_none(experts: list[HeldTensor], anatomy: Anatomy) -> str:
+    if not experts:
+        return "no experts were found in it"
+    owners: list[Any] = [anatomy.modules[held.name.rpartition(".")[0]] for held in experts]
+    if any(isinstance(owner, nn.Linear) for owner in owners):
+        return (
+            "each of its experts has linear maps of its own, which transformers quantizes itself: load it with "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
+        )
+    shapes = sorted({held.shape for held in experts})
+    return f"its experts are not stacked in parameters of shape (experts, ..., ...), but have the shapes {shapes}"

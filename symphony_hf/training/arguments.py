@@ -1,0 +1,77 @@
+"""A recipe's train section as TrainingArguments, and what it needs that is not there."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import ConfigError
+from ..parsing import parse_settings
+from ..recipe import Recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments from a recipe's train section; TRL's SFTConfig for conversations.
+
+    Raises:
+        ConfigError: If a setting is unknown, TrainingArguments refuses a value, or a package or device that the recipe
+            needs is missing.
+    """
+    _check_packages(recipe)
+    _check_devices(recipe)
+    # Trainer takes true for it, too, which TrainingArguments' type does not say.
+    settings = {name: value for name, value in recipe.train.items() if name != "resume_from_checkpoint"}
+    fixed: dict[str, Any] = {"output_dir": str(Path(recipe.output.directory)), "report_to": "none"}
+    kind: type[TrainingArguments] = TrainingArguments
+    if recipe.data.kind == "chat":
+        from trl import SFTConfig
+
+        kind = SFTConfig
+        fixed |= {"max_length": recipe.data.block_size, "packing": recipe.data.packing}
+    elif recipe.data.kind == "llava":
+        fixed |= {"remove_unused_columns": False}  # the collator makes what the model uses
+    arguments = parse_settings(kind, settings, "train", **fixed)
+    arguments.resume_from_checkpoint = recipe.train.get("resume_from_checkpoint")
+    return arguments
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """Name what must be installed, before anything is loaded: the libraries say it minutes later, at first use."""
+    optimizer = str(recipe.train.get("optim", ""))
+    needs = {
+        "bitsandbytes": recipe.model.quantization is not None or "8bit" in optimizer or "paged" in optimizer,
+        "deepspeed": _asks_for_deepspeed(recipe),
+        "trl": recipe.data.kind == "chat",
+    }
+    for package, needed in needs.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{package}]'"
+            )
+
+
+def _asks_for_deepspeed(recipe: Recipe) -> bool:
+    by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    by_launch = (recipe.launch.strategy or "").startswith("zero")
+    return by_launcher or by_launch or bool(recipe.train.get("deepspeed"))
+
+
+def _check_devices(recipe: Recipe) -> None:
+    """Refuse what only a GPU can do, and more processes than there are GPUs, before weights are loaded."""
+    on_gpu = torch.accelerator.is_available() and not recipe.train.get("use_cpu")
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu and num_here > torch.accelerator.device_count():
+        raise ConfigError(
+            f"launch: {num_here} processes were started on a machine with {torch.accelerator.device_count()} GPUs: "
+            "one GPU each; set `--num_processes`"
+        )
+    quantized = recipe.model.quantization is not None and recipe.launch.strategy in ("zero3", "fsdp")
+    if quantized:
+        raise ConfigError("model: 4-bit weights cannot be partitioned over processes: use `ddp` or `zero2`")
+    if not on_gpu and "flash" in (recipe.model.attention or ""):
+        raise ConfigError(
+            f"model: attention `{recipe.model.attention}` runs on a GPU alone; use `sdpa`, or leave it out"
+        )

@@ -1,0 +1,219 @@
+"""The model that a recipe means, with its tokenizer or processor, its graph and its adapters."""
+
+import contextlib
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..config import SymphonyConfig
+from ..data import cached_tokenizer, check_lengths, embedded_corpus, load_corpus
+from ..errors import ConfigError, nearest
+from ..patching import is_symphonized, symphonize
+from ..recipe import ModelSection, PeftSection, Recipe
+
+IMAGE_TOKEN = "<image>"
+
+
+def auto_class(recipe: Recipe) -> Any:
+    """The Auto class of the recipe's kind of data."""
+    return AutoModelForImageTextToText if recipe.data.kind == "llava" else AutoModelForCausalLM
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The checkpoint's tokenizer, or processor where there are images; one made for it where the model is built.
+
+    A tokenizer that is made is trained on the recipe's text (and cached).
+    """
+    source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    if source is not None:
+        loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
+        return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
+    is_text = recipe.data.kind == "text" and recipe.data.path is not None
+    corpus = load_corpus(recipe.data.path, text_column=recipe.data.text_column) if is_text else embedded_corpus()
+    tokenizer = cached_tokenizer(corpus, recipe.data.vocab_size)
+    return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
+
+
+def _build_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """A processor for a LLaVA that is built: images of its vision tower's size, and a token for them."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    vision = build_config(section, tokenizer).vision_config
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # CLIP's class token
+    )
+
+
+def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The config that a model section spells out; the vocabulary is the tokenizer's.
+
+    Raises:
+        ConfigError: If transformers knows no such family, or its config refuses a value.
+    """
+    fields, of_text = dict(section.config or {}), {}
+    if tokenizer is not None:
+        of_text = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+    if "text_config" in fields:
+        fields["text_config"] = {**of_text, **fields["text_config"]}
+        if tokenizer is not None:
+            fields["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    else:
+        fields = {**of_text, **fields}
+    model_type = fields.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: config: {error}") from error
+
+
+def empty_model(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's model without weights, on the meta device.
+
+    Raises:
+        ConfigError: If its config is not to be had.
+    """
+    section = recipe.model
+    if section.config is not None:
+        fields = {"vocab_size": recipe.data.vocab_size} if section.path is None else {}
+        config = build_config(dataclasses.replace(section, config={**fields, **section.config}), None)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(section.path, revision=section.revision)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model: the config of `{section.path}` is not to be had: {first}") from error
+    with torch.device("meta"), _without_empty_experts_warning():
+        dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
+        return auto_class(recipe).from_config(config, dtype=dtype)
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that a recipe names, or builds with random weights.
+
+    Raises:
+        ConfigError: If the checkpoint is not what the recipe's `config` says.
+    """
+    section, auto = recipe.model, auto_class(recipe)
+    settings: dict[str, Any] = {"dtype": section.dtype}
+    if section.attention is not None:
+        settings["attn_implementation"] = section.attention
+    if section.experts is not None:
+        settings["experts_implementation"] = section.experts
+    if section.path is not None:
+        config = AutoConfig.from_pretrained(section.path, revision=section.revision)
+        _check_config(config, section)
+        check_lengths(recipe.data, config)
+        with _without_empty_experts_warning():
+            return auto.from_pretrained(section.path, revision=section.revision, **settings)
+    settings["dtype"] = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
+    config = build_config(section, tokenizer)
+    check_lengths(recipe.data, config)
+    with _without_empty_experts_warning():
+        return auto.from_config(config, **settings)
+
+
+@contextlib.contextmanager
+def _without_empty_experts_warning() -> Iterator[None]:
+    """Qwen2-MoE has a shared expert, of size 0 where there is none, and torch warns that it has nothing to draw."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield
+
+
+def _check_config(config: PreTrainedConfig, section: ModelSection) -> None:
+    """A checkpoint of another model than the recipe was made for is refused before its weights are read."""
+    for name, wanted in (section.config or {}).items():
+        found = getattr(config, name, None)
+        found = found.to_dict() if isinstance(found, PreTrainedConfig) else found
+        if isinstance(wanted, dict) and isinstance(found, dict):
+            found = {key: found.get(key) for key in wanted}
+        if found != wanted:
+            raise ConfigError(
+                f"model: the recipe's `config` says {name}={wanted!r}, but `{section.path}` has {found!r}: give the "
+                "checkpoint that the recipe was made for, or change the recipe"
+            )
+
+
+def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Give the model the recipe's graph settings; a Symphony checkpoint brings its own, which must be the same.
+
+    Raises:
+        ConfigError: If the checkpoint's settings differ from the recipe's.
+    """
+    if not is_symphonized(model):
+        if recipe.symphony is not None:
+            symphonize(model, recipe.symphony)
+        return
+    stored = SymphonyConfig.from_dict(model.config.symphony)
+    if recipe.symphony != stored:
+        wanted = {} if recipe.symphony is None else recipe.symphony.to_dict()
+        differing = [name for name, value in stored.to_dict().items() if wanted.get(name) != value]
+        raise ConfigError(
+            f"symphony: the checkpoint `{recipe.model.path}` was saved with other settings ({', '.join(differing)}): "
+            "give the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
+        )
+
+
+def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
+    """Freeze all parameters but those whose names match.
+
+    Raises:
+        ConfigError: If a pattern matches none.
+    """
+    if patterns is None:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = {re.sub(r"\b\d+\b", "*", name) for name in names}
+            raise ConfigError(f"model: trainable: `{pattern}` matches no parameter; {nearest(pattern, known)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def add_adapters(model: PreTrainedModel, section: PeftSection | None) -> Any:
+    """The model with LoRA adapters, or as it is without a section."""
+    if section is None:
+        return model
+    from peft import get_peft_model
+
+    from ..adapters import lora_config
+
+    alpha = 2 * section.r if section.alpha is None else section.alpha
+    config = lora_config(
+        model,
+        router=section.router,
+        experts=section.experts,
+        attention=section.attention,
+        r=section.r,
+        alpha=alpha,
+        dropout=section.dropout,
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,130 @@
+"""What a run leaves for people: `report.md`, from the same values as `results.json`."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from .._version import __version__
+from ..recipe import Recipe
+from .launch import strategy_of
+from .monitor import PICTURE
+from .trainer import ResumableTrainer
+
+if TYPE_CHECKING:
+    from ..data import PreparedData
+
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "bitsandbytes")
+
+
+def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData", command: str) -> dict[str, Any]:
+    """What was run and how it went; what was measured at its end comes on top.
+
+    Returns:
+        Values for `results.json`.
+    """
+    state, parameters = trainer.state, list(trainer.model.parameters())
+    train = dict(state.log_history[-1])
+    mean_loss = trainer.mean_loss()
+    if mean_loss is not None:
+        train["train_loss"] = mean_loss
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "command": command,
+        "processes": trainer.accelerator.num_processes,
+        "strategy": strategy_of(trainer.accelerator.state),
+        "device": _device(trainer.args.device),
+        "versions": {"symphony_hf": __version__, "python": platform.python_version(), **_versions()},
+        "data": {"revision": data.revision, "notes": data.notes, "tokens": data.num_tokens},
+        "parameters": {
+            "total": sum(_size(parameter) for parameter in parameters),
+            "trained": sum(_size(parameter) for parameter in parameters if parameter.requires_grad),
+        },
+        "train": train,
+        "validation": [entry for entry in state.log_history if "eval_loss" in entry],
+        "best_checkpoint": state.best_model_checkpoint,
+        "steps": state.global_step,
+    }
+
+
+def _size(parameter: torch.Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # whole, where ZeRO-3 holds a part
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_run_report(results: Mapping[str, Any], output: Path) -> Path:
+    """Write `report.md`.
+
+    Args:
+        results: As in `results.json`.
+        output: The run's directory.
+
+    Returns:
+        The page.
+    """
+    page = output / "report.md"
+    page.write_text("\n".join(_lines(results, output)) + "\n", encoding="utf-8")
+    return page
+
+
+def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
+    recipe, train = results["recipe"], results["train"]
+    yield f"# {output.name}"
+    yield ""
+    if results["command"]:
+        yield from ("```bash", results["command"], "```", "")
+    yield from _table("Result", results["test"])
+    if "train_loss" in train:
+        loss, seconds = train["train_loss"], results["seconds"]
+        yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds in all."
+        yield ""
+    yield f"Model: `final/`, after the last step{_best(results)}."
+    parameters = results["parameters"]
+    yield f"Parameters: {parameters['total']:,}, of which {parameters['trained']:,} were trained."
+    yield f"Run by {results['processes']} processes, strategy {results['strategy']}, on {results['device']}."
+    yield f"Data: {recipe['data']['path'] or 'embedded'}, revision {results['data']['revision']}."
+    yield from (f"- {note}" for note in results["data"]["notes"])
+    yield ""
+    if (output / PICTURE).exists():
+        yield from (f"![How often two experts are chosen together, by layer]({PICTURE})", "")
+    yield from ("## Settings", "", "```yaml", yaml.safe_dump(_plain(recipe), sort_keys=False).strip(), "```", "")
+    yield from ("## Versions", "", ", ".join(f"{name} {version}" for name, version in results["versions"].items()))
+
+
+def _best(results: Mapping[str, Any]) -> str:
+    best = results["best_checkpoint"]
+    return f"; best by validation: `{Path(best).name}/`" if best else ""
+
+
+def _table(title: str, values: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"## {title}", "", "|  |  |", "|---|---|")
+    for name, value in values.items():
+        yield f"| {name.replace('_', ' ')} | {f'{value:.4f}' if isinstance(value, float) else value} |"
+    yield ""
+
+
+def _plain(value: Any) -> Any:
+    """Without tuples and settings that are not there, which YAML would spell out."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items() if inner is not None}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

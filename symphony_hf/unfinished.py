@@ -1,0 +1,82 @@
+"""Folders that have their name only once they are whole.
+
+A folder is written in `_symphony_unfinished/`, beside its place, flushed to the disk, and then renamed. Whatever kills
+the process before that leaves what had the name as it was.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = "_symphony_unfinished"
+"""The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
+
+
+def place_to_write(target: Path) -> Path:
+    """Where to write what will be `target`. The last name is the same: Symphony models look at it when they save."""
+    return target.parent / UNFINISHED / target.name
+
+
+def place_of_replaced(target: Path) -> Path:
+    """Where what `target` replaces is, between the two renames."""
+    return target.parent / UNFINISHED / f"{target.name}.replaced"
+
+
+def finish(target: Path) -> None:
+    """Give a folder that was written in its `place_to_write` its name, in place of what has it.
+
+    If the process ends between the two renames, what was replaced is in its `place_of_replaced`.
+    """
+    written = place_to_write(target)
+    for folder, _, files in os.walk(written):
+        for name in files:
+            flush(Path(folder) / name)
+        flush(Path(folder))
+    replaced = place_of_replaced(target)
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(written, target)
+    flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    remove_if_empty(written.parent)
+
+
+def clear(target: Path) -> None:
+    """Remove what a killed process left of `target`; what it was about to replace gets its name back."""
+    replaced = place_of_replaced(target)
+    if replaced.exists() and not target.exists():
+        os.replace(replaced, target)
+    for left in (replaced, place_to_write(target)):
+        if left.exists():
+            shutil.rmtree(left)
+    remove_if_empty(target.parent / UNFINISHED)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before anything refers to it."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing is in."""
+    with contextlib.suppress(OSError):  # it is not empty, or another process was faster
+        folder.rmdir()

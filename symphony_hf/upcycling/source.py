@@ -1,0 +1,122 @@
+"""A dense checkpoint, found and understood, before anything is written."""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..errors import CheckpointError, UpcycleError
+from .checkpoint import Checkpoint, StoredTensor, check_tensors
+from .companions import CARRIED
+from .conversions import CONVERSIONS
+
+_EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense checkpoint.
+
+    Attributes:
+        checkpoint: Its tensors.
+        config: Its config.
+        tensors: Those that are converted, by name: without the head where it is the embedding, and without buffers
+            that are computed.
+    """
+
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    tensors: dict[str, StoredTensor]
+
+
+def find_folder(source: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint, which is downloaded if it is a name on the Hub.
+
+    Raises:
+        CheckpointError: If there is no such folder, and no such model that can be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        huggingface_hub.utils.validate_repo_id(str(source))
+    except HFValidationError:
+        raise CheckpointError(f"upcycle: `{source}`: no such folder, and not the name of a model on the Hub") from None
+    try:
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED, "additional_chat_templates/*"]
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"upcycle: `{source}`: no such folder, and no model of the Hub that can be downloaded ({reason}); check "
+            "the spelling and the network, or give the folder of a downloaded checkpoint"
+        ) from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a dense checkpoint.
+
+    Raises:
+        CheckpointError: If there is none that can be read.
+        UpcycleError: If it is that of a quantized model, of a MoE, or of a family that nothing is known of.
+    """
+    values = _read_json(folder / "config.json")
+    model_type = str(values.get("model_type"))
+    if values.get("quantization_config") is not None:
+        raise UpcycleError(f"upcycle: `{folder}` is quantized (`quantization_config`): take the one that it was made of")
+    experts = sorted(name for name, value in values.items() if _EXPERTS.fullmatch(name) and value)
+    if experts or model_type in {conversion.container.model_type for conversion in CONVERSIONS}:
+        said = f"`{experts[0]}: {values[experts[0]]}`" if experts else f"`model_type: {model_type}`"
+        raise UpcycleError(f"upcycle: `{folder}` is a MoE already ({said}): only dense checkpoints are upcycled")
+    if model_type not in {conversion.source.model_type for conversion in CONVERSIONS}:
+        known = ", ".join(sorted({conversion.source.model_type for conversion in CONVERSIONS}))
+        raise UpcycleError(f"upcycle: `{folder}` is a `{model_type}`; the families that can be upcycled are {known}")
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"`{folder / 'config.json'}`: transformers refuses it: {error}") from error
+    return config
+
+
+def open_dense(folder: Path, config: PreTrainedConfig) -> DenseModel:
+    """The tensors of a dense checkpoint, compared with those that the model of its config has.
+
+    Raises:
+        CheckpointError: If files or tensors are missing, cut off, unexpected, or misshapen.
+        UpcycleError: If they are quantized, or tied and different.
+    """
+    checkpoint = Checkpoint(folder)
+    expected = {name: tuple(parameter.shape) for name, parameter in meta_model(config).state_dict().items()}
+    tied = _TIED if config.tie_word_embeddings else {}
+    check_tensors(checkpoint, expected, tied)
+    return DenseModel(checkpoint, config, {name: checkpoint.tensors[name] for name in expected if name not in tied})
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The stock causal language model of a config, without weights, in float32."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")  # no shared expert
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, experts_implementation="eager"
+        )
+    return model.eval()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"`{file}` is missing: is `{file.parent}` a model's folder?") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`{file}` cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"`{file}` holds no settings by name")
+    return values

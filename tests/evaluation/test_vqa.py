@@ -1,0 +1,140 @@
+"""Questions about images: free answers and chosen ones, against the model asked by hand."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from visual import TOKENS_PER_IMAGE, entry, make_model, make_processor, write_llava
+
+from symphony_hf.data import VisualQuestions, prepare_data, train_tokenizer
+from symphony_hf.data.documents import Document
+from symphony_hf.errors import DataError, EvaluationError
+from symphony_hf.evaluation import AnswerScores, score_answers, score_choices
+from symphony_hf.recipe import DataSection
+
+DIGITS = [f"The digit is {digit}." for digit in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(train_tokenizer([Document("a", "Which digit is shown? The digit is 7. " * 9)], 300))
+
+
+@pytest.fixture
+def digits(processor):
+    return prepare_data(DataSection(kind="llava", limit=12), processor, seed=0)
+
+
+@pytest.fixture
+def model(processor):
+    return make_model(processor)
+
+
+def by_hand(questions, number):
+    """Rendered text and pixels of one question, by the processor itself."""
+    row = questions.rows[number]
+    text = questions.collator.processor.tokenizer.apply_chat_template(
+        row["messages"][:1], tokenize=False, add_generation_prompt=True
+    )
+    pixels = questions.collator.pixels(row["images"])
+    ids = questions.collator.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    place = ids.index(questions.collator.image_id)
+    ids[place : place + 1] = [questions.collator.image_id] * TOKENS_PER_IMAGE
+    return torch.tensor([ids]), pixels, row["messages"][1]["content"]
+
+
+def test_chosen_answers_are_the_likeliest(digits, model):
+    questions = VisualQuestions(digits.test, digits.collator)
+    scores = score_choices(model, questions.choices(DIGITS), batch_size=5)
+    assert len(scores.chosen) == len(questions) == 12
+    for number in range(12):
+        ids, pixels, answer = by_hand(questions, number)
+        assert DIGITS[scores.answers[number]] == answer
+        expected = []
+        for choice in DIGITS:
+            text = f" {choice}<|endoftext|>"
+            tokens = questions.collator.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole = torch.cat([ids, torch.tensor([tokens])], dim=1)
+            with torch.no_grad():
+                log_probs = model(input_ids=whole, pixel_values=pixels).logits[0].log_softmax(-1)
+            start = ids.shape[1]
+            expected.append(sum(float(log_probs[start - 1 + place, t]) for place, t in enumerate(tokens)))
+        # The tokens that all answers share are in the prompt, not in the scores: the differences are the same.
+        # float32 sums over padded rows, in another order.
+        found = scores.log_probs[number]
+        np.testing.assert_allclose(found - found[0], np.array(expected) - expected[0], rtol=1e-3, atol=1e-3)
+
+
+def test_free_answers_are_those_of_generate(digits, model):
+    questions = VisualQuestions(digits.test, digits.collator)
+    tokenizer = digits.collator.processor.tokenizer
+    scores = score_answers(model.train(), questions.prompts(), tokenizer, max_new_tokens=5, batch_size=5)
+    assert model.training
+    model.eval()
+    for number in range(12):
+        ids, pixels, answer = by_hand(questions, number)
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        assert scores.given[number] == tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert scores.answers[number] == answer
+
+
+def test_prompts_of_all_lengths_and_numbers_of_images_are_asked_together(tmp_path, processor, model):
+    entries = [entry(number, images=number % 3, turns=1 + number % 2) for number in range(6)]
+    entries[4]["conversations"][0]["value"] += " And what else, in some more words?"
+    data = prepare_data(DataSection(kind="llava", path=str(write_llava(tmp_path, entries))), processor, seed=0)
+    questions = VisualQuestions(data.train, data.collator)
+    prompts = list(questions.prompts())
+    assert len({len(prompt.input_ids) for prompt in prompts}) > 2
+    assert [0 if prompt.pixel_values is None else len(prompt.pixel_values) for prompt in prompts] == [0, 1, 2] * 2
+    together = score_answers(model, prompts, processor.tokenizer, max_new_tokens=4, batch_size=6)
+    alone = score_answers(model, prompts, processor.tokenizer, max_new_tokens=4, batch_size=1)
+    assert together.given == alone.given
+    answers = [f"Answer {number} of turn 0." for number in range(6)]
+    assert together.answers == answers
+    chosen = score_choices(model, questions.choices(answers), batch_size=6)
+    assert chosen.answers.tolist() == list(range(6))
+
+
+def test_answers_agree_but_for_case_spaces_and_punctuation():
+    scores = AnswerScores([" the digit is 7", "No!", "8", ""], ["The digit is 7.", "no", "9", "."])
+    assert scores.correct.tolist() == [1, 1, 0, 1]
+    assert scores.accuracy == 0.75
+
+
+def test_training_on_digits_raises_their_accuracy(processor):
+    """What is learned is what is measured, from the image to the answer."""
+    data = prepare_data(DataSection(kind="llava", limit=12), processor, seed=0)
+    model = make_model(processor)
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.mul_(10)  # a new projector's small weights would let little of the image through for long
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    batch = data.collator(list(data.train))
+    for _ in range(60):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    questions = VisualQuestions(data.train, data.collator)
+    assert score_choices(model, questions.choices(DIGITS)).accuracy == 1.0
+    assert score_answers(model, questions.prompts(), processor.tokenizer).accuracy == 1.0
+
+
+def test_a_right_answer_that_cannot_be_chosen_and_no_questions_are_refused(digits, model):
+    questions = VisualQuestions(digits.test, digits.collator)
+    with pytest.raises(DataError, match=r"the right answer, 'The digit is \d\.', is none of the 2 given"):
+        list(questions.choices(["yes", "no"]))
+    with pytest.raises(EvaluationError, match="no questions"):
+        score_answers(model, [], digits.collator.processor.tokenizer)
