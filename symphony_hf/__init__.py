@@ -27,6 +27,7 @@ _HOMES = {
     "SymphonyWarning": "errors",
     "UnsupportedModelError": "errors",
     "UpcycleError": "errors",
+    "UpcycledMoE": "modules",
     "add_router_losses": "attachment",
     "expert_graphs": "patching",
     "export_folded": "hub",
@@ -43,6 +44,7 @@ _HOMES = {
     "trainable_parameters": "adapters",
     "unsymphonize": "patching",
     "upcycle": "upcycling",
+    "upcycle_modules": "modules",
     "update_graphs": "attachment",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "SymphonyWarning",
     "UnsupportedModelError",
     "UpcycleError",
+    "UpcycledMoE",
     "__version__",
     "add_router_losses",
     "expert_graphs",
@@ -78,6 +81,7 @@ __all__ = [
     "trainable_parameters",
     "unsymphonize",
     "upcycle",
+    "upcycle_modules",
     "update_graphs",
 ]
 
@@ -102,6 +106,7 @@ if TYPE_CHECKING:
     )
     from .folding import fold
     from .hub import export_folded
+    from .modules import UpcycledMoE, upcycle_modules
     from .patching import expert_graphs, is_symphonized, symphonize, unsymphonize
     from .quantization import quantize_experts
     from .sharing import push

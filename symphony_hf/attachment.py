@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .errors import PatchError
 from .families import FoundRouter
-from .saving import SymphonyPusher, SymphonySaver
+from .saving import SymphonyPusher, SymphonySaver, mark_savers
 from .stack import RouterStack
 from .tracking import Tracker
 
@@ -78,6 +78,7 @@ def detach(module: nn.Module) -> None:
         if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
             del part.save_pretrained
             del part.push_to_hub
+    mark_savers(module)
     for holder, name, weight in tracker.silenced:
         holder.__dict__[name] = weight
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):

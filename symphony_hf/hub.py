@@ -22,9 +22,10 @@ from .errors import GraphError, PatchError, SymphonyError
 from .families import routers_of
 from .folding import folded_parameters
 from .graph import ExpertGraph, active_graph
+from .modules import UpcycledMoE, check_loaded, restore_modules
 from .patching import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers
 from .routing import adjacency_problems
-from .saving import own_losses, unmark_architectures
+from .saving import mark_architectures, own_losses, unmark_architectures
 
 
 def install_loading_wraps() -> None:
@@ -44,6 +45,9 @@ def _wrap_post_init(original: Any) -> Any:
     @functools.wraps(original)
     def post_init(self: PreTrainedModel) -> None:
         original(self)
+        if getattr(self.config, "upcycled", None) is not None:
+            restore_modules(self)
+            unmark_architectures(self.config)
         if getattr(self.config, "symphony", None) is not None:
             _restore_routers(self)
 
@@ -56,8 +60,10 @@ def _wrap_initialize_weights(original: Any) -> Any:
     def _initialize_weights(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
         if isinstance(module, ExpertGraph):
             _check_or_reset(self, module)
-        else:
-            original(self, module, is_custom_code)
+            return
+        if isinstance(module, UpcycledMoE) and module.awaits_checkpoint:
+            check_loaded(self)
+        original(self, module, is_custom_code)
 
     return _initialize_weights
 
@@ -112,8 +118,9 @@ def _loading_problems(model: PreTrainedModel) -> list[str]:
 def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
     """Write a plain checkpoint of the base family, with each graph folded into its router's weight.
 
-    It has the stock tensor names and config and nothing of ours in it; any server runs it, to the same logits. The
-    model itself is left as it is.
+    It has the stock tensor names and config and nothing of ours in it; any server runs it, to the same logits. But for
+    a model with modules of `upcycle_modules`: without graphs, these still need this package. The model itself is left
+    as it is.
 
     Args:
         model: A Symphony model, not wrapped.
@@ -140,6 +147,8 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
         del model.config.symphony
         with own_losses(tracker_of(model).silenced):
             type(model).save_pretrained(model, unfinished, state_dict=state)
+        if getattr(model.config, "upcycled", None) is not None and (unfinished / "config.json").exists():
+            mark_architectures(unfinished / "config.json")  # its experts are of no family that others know
         if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
             _replace_checkpoint(directory, unfinished)
     finally:

@@ -35,12 +35,13 @@ class SymphonySaver:
 
     Args:
         model: Whose.
-        settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say).
+        settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say). None for
+            a model without graphs that is upcycled, which other software does not know either.
         silenced: (holder, name, weight) of the model's own router losses, which a saved config has at their weight.
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: dict[str, Any], silenced: list[tuple[Any, str, float]]
+        self, model: PreTrainedModel, settings: dict[str, Any] | None, silenced: list[tuple[Any, str, float]]
     ) -> None:
         self.model = model
         self.settings = settings
@@ -58,7 +59,7 @@ class SymphonySaver:
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             # Trainer resumes without the conversion to and from the names on the Hub, and would lose the experts.
             kwargs.setdefault("save_original_format", False)
-        has_settings = hasattr(self.model.config, "symphony")
+        has_settings = self.settings is None or hasattr(self.model.config, "symphony")
         if not has_settings:
             self.model.config.symphony = self.settings
         try:
@@ -71,13 +72,21 @@ class SymphonySaver:
         if not self.model.should_save_on_this_rank(is_main_process):
             return result
         if (folder / "config.json").exists():
-            _mark_architectures(folder / "config.json")
+            mark_architectures(folder / "config.json")
         if push_to_hub:
             # Not by the call above: it would upload config.json before it is marked.
             known = ("token", "commit_message", "private", "create_pr", "revision", "max_shard_size", "tags")
             settings = {name: kwargs[name] for name in known if name in kwargs}
             self.model.push_to_hub(kwargs.get("repo_id", folder.name), **settings)
         return result
+
+
+def mark_savers(model: Any) -> None:
+    """Have a model whose config records upcycled modules, and those inside it, saved so that others do not load it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "upcycled", None) is not None:
+            module.save_pretrained = SymphonySaver(module, None, [])  # type: ignore[method-assign]
+            module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
 
 
 class SymphonyPusher:
@@ -124,7 +133,8 @@ class SymphonyPusher:
             return publish(open_folder(scratch), repo_id, origin=origin, **settings)
 
 
-def _mark_architectures(config_file: Path) -> None:
+def mark_architectures(config_file: Path) -> None:
+    """Have a saved config not taken for a stock model's by software that does not know us."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     names = config.get("architectures") or []
     config["architectures"] = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names]

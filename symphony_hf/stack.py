@@ -276,6 +276,8 @@ class RouterStack:
 
     def _mask_for(self, router: Any, num_tokens: int) -> Tensor | None:
         mask_T, image_T = self.mask_T, self.image_T
+        if router.contract.image_tokens and image_T is None:
+            return None  # a vision tower's or projector's: there the text's mask means nothing
         if mask_T is None or mask_T.numel() == num_tokens:
             return mask_T
         gets_images = router.contract.image_tokens

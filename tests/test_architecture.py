@@ -29,6 +29,7 @@ LEVELS = {
     "attachment": 4,
     "publishing": 4,
     "saving": 4,
+    "modules": 4,
     "patching": 4,
     "folding": 4,
     "anatomy": 5,

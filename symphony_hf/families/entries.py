@@ -55,11 +55,16 @@ def _refuse_product_keys(router: nn.Module) -> str:
     )
 
 
+VISUAL = ("multi_modal_projector", "vision_tower", "vision_model", "visual", "connector")
+"""Modules that get the tokens of images alone, by what families call them."""
+
 ENTRIES = {
     "SwitchTransformersTop1Router": Entry(top_k=1),  # the choice is a one-hot mask, less what is over capacity
     "NllbMoeTop2Router": Entry(top_k=2, refusal=_refuse_drawn_choices),  # likewise
     "ZayaRouter": Entry(choices=_choices_with_skip_expert),
     "Ernie4_5_VLMoeMoeTopKRouter": Entry(image_tokens={"text_moe": False, "vision_moe": True}),
+    # Ours, in the place of an MLP of a vision tower or of a projector, where there is no padding.
+    "UpcycledRouter": Entry(image_tokens=dict.fromkeys(VISUAL, True)),
     "JetMoeTopKGating": Entry(choices=_choices_sorted_by_expert),
     "DogeCDMoE": Entry(refusal=_refuse_product_keys),
 }

@@ -29,24 +29,22 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
 
     Returns:
         With whole documents: clean and attacked perplexity, see `evaluate_clean_and_attacked`. Otherwise `loss` and
-        `perplexity` of the test split, and `accuracy` where its questions have answers to choose from; nothing where
-        there is no test split.
+        `perplexity` of the test split, or of the validation split where there is no other, as `split` says; and
+        `accuracy` where its questions have answers to choose from. Nothing where neither is there.
     """
     if data.documents is not None:
         documents = data.documents[: recipe.eval.documents]
         return evaluate_clean_and_attacked(trainer.model, processor, documents, recipe.data.block_size, recipe.eval)
-    if data.test is None:
+    split = "validation" if data.test is None else "test"  # the labels of GLUE's test splits are not public
+    held_out = getattr(data, split)
+    if held_out is None:
         return {}
-    values = _loss(trainer, data)
-    questions = _questions(data, processor)
+    loss = trainer.evaluate(held_out, metric_key_prefix=split)[f"{split}_loss"]
+    values = {"split": split, "loss": loss, "perplexity": math.exp(loss)}
+    questions = _questions(held_out, data)
     if questions is not None:
-        scores = score_choices(
-            trainer.model,
-            questions,
-            batch_size=trainer.args.eval_batch_size,
-            progress="Answering",
-            total=len(data.test),
-        )
+        batch_size, total = trainer.args.eval_batch_size, len(held_out)
+        scores = score_choices(trainer.model, questions, batch_size=batch_size, progress="Answering", total=total)
         values |= {"accuracy": scores.accuracy, "questions": len(scores.answers)}
         if len(scores.answers) >= MIN_DOCUMENTS:
             interval = accuracy_interval(scores, seed=recipe.eval.seed)
@@ -54,20 +52,15 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     return values
 
 
-def _questions(data: PreparedData, processor: Any) -> Iterable[Question] | None:
-    """The test split as questions with a choice of answers, where it is one."""
+def _questions(held_out: Any, data: PreparedData) -> Iterable[Question] | None:
+    """A split as questions with a choice of answers, where it is one."""
     if data.kind == "glue":
-        return data.test.questions()
+        return held_out.questions()
     if isinstance(data.collator, VisualCollator):
-        questions = VisualQuestions(data.test, data.collator)
-        answers = {prompt.answer for prompt in questions.prompts()}
+        questions = VisualQuestions(held_out, data.collator)
+        answers = set(questions.answers())
         return questions.choices(sorted(answers)) if len(answers) <= MOST_ANSWERS else None
     return None
-
-
-def _loss(trainer: ResumableTrainer, data: PreparedData) -> dict[str, Any]:
-    loss = trainer.evaluate(data.test, metric_key_prefix="test")["test_loss"]
-    return {"loss": loss, "perplexity": math.exp(loss)}
 
 
 def evaluate_clean_and_attacked(

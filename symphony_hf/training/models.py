@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -25,8 +28,11 @@ from transformers import (
 from ..config import SymphonyConfig
 from ..data import cached_tokenizer, check_lengths, embedded_corpus, load_corpus
 from ..errors import ConfigError, nearest
+from ..modules import build_llava, upcycle_modules, vision_config_of
+from ..parsing import check_names
 from ..patching import is_symphonized, symphonize
 from ..recipe import ModelSection, PeftSection, Recipe
+from .zero import gathered
 
 IMAGE_TOKEN = "<image>"
 
@@ -42,6 +48,8 @@ def load_processor(recipe: Recipe) -> Any:
     A tokenizer that is made is trained on the recipe's text (and cached).
     """
     source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    if source is not None and recipe.model.vision is not None:
+        return _processor_of_both(recipe.model, AutoTokenizer.from_pretrained(source, revision=revision))
     if source is not None:
         loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
         return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
@@ -49,6 +57,20 @@ def load_processor(recipe: Recipe) -> Any:
     corpus = load_corpus(recipe.data.path, text_column=recipe.data.text_column) if is_text else embedded_corpus()
     tokenizer = cached_tokenizer(corpus, recipe.data.vocab_size)
     return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
+
+
+def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """A processor for a LLaVA that is put together: the images of the vision tower's own, and a token for them."""
+    assert section.vision is not None
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(section.vision),
+        tokenizer=tokenizer,
+        patch_size=vision_config_of(section.vision).patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # the class token
+    )
 
 
 def _build_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
@@ -111,7 +133,7 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
             raise ConfigError(f"model: the config of `{section.path}` is not to be had: {first}") from error
     with torch.device("meta"), _without_empty_experts_warning():
         dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
-        return auto_class(recipe).from_config(config, dtype=dtype)
+        return _upcycle(auto_class(recipe).from_config(config, dtype=dtype), section)
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -130,13 +152,43 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)
         _check_config(config, section)
         check_lengths(recipe.data, config)
+        if section.vision is not None:
+            image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
+            model = build_llava(
+                section.path, section.vision, image_token_id, dtype=dtype, text_revision=section.revision
+            )
+            return _upcycle(model, section)
         with _without_empty_experts_warning():
-            return auto.from_pretrained(section.path, revision=section.revision, **settings)
+            return _upcycle(auto.from_pretrained(section.path, revision=section.revision, **settings), section)
     settings["dtype"] = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
     config = build_config(section, tokenizer)
     check_lengths(recipe.data, config)
     with _without_empty_experts_warning():
-        return auto.from_config(config, **settings)
+        return _upcycle(auto.from_config(config, **settings), section)
+
+
+def _upcycle(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
+    """Make the recipe's modules mixtures of experts, if it names any; a checkpoint of them has them already."""
+    settings = section.upcycle_modules
+    if settings is None:
+        return model
+    recorded = getattr(model.config, "upcycled", None)
+    if recorded is None:
+        known = [*inspect.signature(upcycle_modules).parameters][1:]
+        settings = check_names(settings, known, "model: upcycle_modules")
+        patterns = settings.get("patterns", [])
+        matching = [m for name, m in model.named_modules() if any(fnmatchcase(name, p) for p in patterns)]
+        with gathered([parameter for module in matching for parameter in module.parameters()]):
+            return upcycle_modules(model, **settings)
+    differing = [
+        name for name in ("num_experts", "top_k", "head") if settings.get(name, recorded[name]) != recorded[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"model: upcycle_modules: `{section.path}` was upcycled with other settings ({', '.join(differing)})"
+        )
+    return model
 
 
 @contextlib.contextmanager
@@ -182,11 +234,13 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
-    """Freeze all parameters but those whose names match.
+    """Freeze all parameters but those whose names match, and what of a vision tower nothing reads.
 
     Raises:
         ConfigError: If a pattern matches none.
     """
+    for parameter in _unread_parameters(model):
+        parameter.requires_grad_(False)
     if patterns is None:
         return
     names = [name for name, _ in model.named_parameters()]
@@ -195,7 +249,24 @@ def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
             known = {re.sub(r"\b\d+\b", "*", name) for name in names}
             raise ConfigError(f"model: trainable: `{pattern}` matches no parameter; {nearest(pattern, known)}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+        chosen = any(fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(chosen and parameter.requires_grad)
+
+
+def _unread_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Of LLaVA's vision tower, what comes after the layer whose features are taken: it never has a gradient, for which
+    DistributedDataParallel would wait."""
+    layer = getattr(model.config, "vision_feature_layer", None)
+    tower = next((module for name, module in model.named_modules() if name.endswith("vision_tower")), None)
+    if not isinstance(layer, int) or layer >= 0 or tower is None:
+        return
+    layers = next((module for module in tower.modules() if isinstance(module, nn.ModuleList)), None)
+    assert layers is not None
+    for module in layers[len(layers) + layer + 1 :]:
+        yield from module.parameters()
+    for name, parameter in tower.named_parameters():
+        if any(part in name for part in ("post_layernorm", "head.")):  # CLIP's norm, SigLIP's pooling
+            yield parameter
 
 
 def add_adapters(model: PreTrainedModel, section: PeftSection | None) -> Any:

@@ -1,5 +1,7 @@
 """What DeepSpeed needs to know before a model is built for it, on machines where it does not find out by itself."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,19 @@ def prepare_deepspeed(device: torch.device) -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend())
 
 
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Have parameters whole on every process, where ZeRO-3 partitioned them when the model was built."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
 def gather_when_saving(plugin: Any) -> None:
     """Have ZeRO-3 save whole weights: without this setting a saved model is pieces that nothing else loads."""
     plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
@@ -29,8 +44,8 @@ def gather_when_saving(plugin: Any) -> None:
 def set_aside_empty_parameters(model: nn.Module) -> int:
     """Make parameters without elements buffers: DeepSpeed's ZeRO-3 fails when it gathers one.
 
-    An upcycled Phi-3 has them: its container, Qwen2-MoE, has a shared expert, of size 0. As buffers they keep their names
-    in a checkpoint.
+    An upcycled Phi-3 has them: its container, Qwen2-MoE, has a shared expert, of size 0. As buffers they keep their
+    names in a checkpoint.
 
     Returns:
         How many there were.

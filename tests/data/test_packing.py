@@ -82,9 +82,10 @@ def test_the_first_token_of_a_document_is_no_label_and_positions_begin_anew():
     assert block["position_ids"].tolist() == [0, 1, 0, 0, 1, 2, 0, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_that_keep_documents_apart_may_pack(family):
-    model = tiny_model(family).train()
+def test_models_that_keep_documents_apart_may_pack(family, dtype):
+    model = tiny_model(family).to(dtype).train()
     check_packing(model)
     assert model.training
 

@@ -52,6 +52,7 @@ def test_chosen_answers_are_the_likeliest(digits, model):
     questions = VisualQuestions(digits.test, digits.collator)
     scores = score_choices(model, questions.choices(DIGITS), batch_size=5)
     assert len(scores.chosen) == len(questions) == 12
+    assert questions.answers() == [DIGITS[answer] for answer in scores.answers]
     for number in range(12):
         ids, pixels, answer = by_hand(questions, number)
         assert DIGITS[scores.answers[number]] == answer

@@ -44,6 +44,10 @@ class VisualQuestions:
         """Number of questions."""
         return len(self.rows)
 
+    def answers(self) -> list[str]:
+        """The right answers, for which no image is decoded."""
+        return [self._first(number)[2] for number in range(len(self))]
+
     def prompts(self) -> Iterator[VisualPrompt]:
         """Each question as it is asked."""
         for number in range(len(self)):
