@@ -206,7 +206,8 @@ class Tracker:
         if self.weighs_losses and not any(p.requires_grad for r in routers for p in r.parameters()):
             self.warn_once(
                 "every router is frozen, so the balance and z-loss train only what is below them: train the routers "
-                "(with PEFT: their names in `modules_to_save`), or set `balance_loss_weight` and `z_loss_weight` to 0"
+                "(with PEFT: `lora_config(model, router='train')`), or set `balance_loss_weight` and `z_loss_weight` "
+                "to 0"
             )
 
     def _look_for_adapters(self) -> None:

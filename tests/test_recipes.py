@@ -35,8 +35,8 @@ def name_of(path):
 
 
 def on_this_machine(path):
-    """A recipe's training settings less what only its GPUs have."""
-    gpu_only = {"bf16": False, "use_cpu": True, "optim": "adamw_torch"}
+    """A recipe's training settings less what only its GPUs and their libraries have."""
+    gpu_only = {"bf16": False, "use_cpu": True, "optim": "adamw_torch", "launch.strategy": None}
     return load_recipe(path, {**gpu_only, "model.quantization": None})
 
 

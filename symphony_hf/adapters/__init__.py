@@ -1,6 +1,6 @@
 """PEFT adapters that hold the graph: what LoRA is put on, what is saved beside them, how they are loaded."""
 
-from .loading import load_adapter
+from .loading import load_adapter, restore_adapter
 from .lora import lora_config
 from .record import RECORD_NAME, AdapterRecord, record_adapters
 from .trainable import TrainableCount, print_trainable_parameters, trainable_parameters
@@ -13,5 +13,6 @@ __all__ = [
     "lora_config",
     "print_trainable_parameters",
     "record_adapters",
+    "restore_adapter",
     "trainable_parameters",
 ]

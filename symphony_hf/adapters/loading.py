@@ -7,6 +7,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +33,7 @@ def load_adapter(
 ) -> Any:
     """Load an adapter that was trained on a Symphony model. A plain base model is symphonized first, as it needs.
 
-    Everything is checked before the model is touched. Nothing but JSON and safetensors is read.
+    The record and the graphs are checked before the model is touched. Nothing but JSON and safetensors is read.
 
     Args:
         model: The base model, plain or symphonized; or what this returned for another adapter, to add one.
@@ -60,11 +61,13 @@ def load_adapter(
     _make_ready(model, record, folder)
     config = keep_record(_read_config(folder), record)
     config.inference_mode = not trainable
+    # PEFT's LoRA is float32 on a model of 16 bits, unless it was trained otherwise, as TRL does on one of 4.
+    widens = _is_wide(folder / _WEIGHTS)
     if isinstance(model, PeftModel):
         adapted: Any = model
-        adapted.add_adapter(name, config)
+        adapted.add_adapter(name, config, autocast_adapter_dtype=widens)
     else:
-        adapted = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=widens)  # type: ignore[arg-type]
     restore_adapter(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
@@ -83,10 +86,13 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
         name: The adapter's in the model.
 
     Raises:
-        ConfigError: If the tensors are not those that the adapter has; nothing was changed then.
+        ConfigError: If the tensors are not those that the adapter has, or its record asks for other graphs than the
+            model's; nothing was changed then.
     """
     from peft import get_peft_model_state_dict
 
+    if (Path(folder) / RECORD_NAME).exists():
+        _check_ready(base_of(model), AdapterRecord.read(folder), Path(folder))
     saved = load_file(Path(folder) / _WEIGHTS)
     # What PEFT would save now: the model's own tensors, under the names in the file.
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -126,26 +132,35 @@ def _check_graphs(weights: Path, record: AdapterRecord) -> None:
         raise GraphError(f"`{weights}`: its graphs are not usable: {' | '.join(problems)}")
 
 
+def _is_wide(weights: Path) -> bool:
+    """Whether LoRA was saved in float32."""
+    with safe_open(weights, "pt") as file:
+        return any(file.get_slice(name).get_dtype() == "F32" for name in file.keys() if ".lora_" in name)  # noqa: SIM118
+
+
 def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> None:
     """Symphonize a plain base model as the adapter's was, or see that a symphonized one is so."""
     base = base_of(model)
     if record.model_type != getattr(getattr(base, "config", None), "model_type", None):
         raise ConfigError(f"load_adapter: `{folder}` is for a model of type {record.model_type}, not {family_of(base)}")
     if is_symphonized(base):
-        own = AdapterRecord.of(base, record.router)
-        wanted = record.settings.to_dict()
-        stored = own.settings.to_dict()
-        differing = [f"{key} {stored[key]!r}, not {value!r}" for key, value in wanted.items() if stored[key] != value]
-        if differing:
-            raise ConfigError(
-                f"load_adapter: the model is symphonized with other settings than the adapter of `{folder}` needs: "
-                f"{', '.join(differing)}. Give the plain base model, and it is symphonized as the adapter was"
-            )
-        _check_routers(record.routers, own.routers, folder)
+        _check_ready(base, record, folder)
         return
     found = {router.name: RouterShape.of(router.contract) for router in routers_of(base, record.settings)}
     _check_routers(record.routers, found, folder)
     symphonize(base, record.settings)
+
+
+def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
+    own = AdapterRecord.of(base, record.router)
+    wanted, stored = record.settings.to_dict(), own.settings.to_dict()
+    differing = [f"{key} {stored[key]!r}, not {value!r}" for key, value in wanted.items() if stored[key] != value]
+    if differing:
+        raise ConfigError(
+            f"the model is symphonized with other settings than the adapter of `{folder}` needs: "
+            f"{', '.join(differing)}. Give `load_adapter` the plain base, and it is symphonized as the adapter's was"
+        )
+    _check_routers(record.routers, own.routers, folder)
 
 
 def _check_routers(wanted: dict[str, RouterShape], found: dict[str, RouterShape], folder: Path) -> None:
@@ -165,4 +180,7 @@ def _read_config(folder: Path) -> Any:
     with warnings.catch_warnings():
         # The settings are there for whoever loads the adapter without its record.
         warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['symphony'\]")
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+    # A model without a name has '' there, which PEFT would compare with the base model's.
+    config.base_model_name_or_path = config.base_model_name_or_path or None
+    return config

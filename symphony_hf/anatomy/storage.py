@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def stored_types(source: str | Path, revision: str | None = None) -> list[TypeCo
         None if there are no safetensors files.
 
     Raises:
-        DataError: If a header cannot be read, or a shard is missing.
+        DataError: If a header cannot be read, a shard is missing, or the Hub is not reached.
     """
     if Path(source).is_file():
         return None
@@ -75,6 +76,8 @@ def stored_types(source: str | Path, revision: str | None = None) -> list[TypeCo
         return None
     except (SafetensorsParsingError, FileNotFoundError) as error:
         raise DataError(f"`{source}`: {error}: is the checkpoint whole?") from error
+    except (OSError, httpx.HTTPError) as error:
+        raise DataError(f"`{source}`: the headers of its weights are not to be had from the Hub: {error}") from error
     files = metadata.files_metadata.values()
     return _sum(_stored({name: info for file in files for name, info in file.tensors.items()}))
 

@@ -188,7 +188,7 @@ def restore_modules(model: PreTrainedModel) -> None:
         if not isinstance(modules[name], UpcycledMoE):
             made = _replace(model, name, read_mlp(name, modules[name]), settings)
             _initialize(made, 0.02, 0.0, torch.Generator().manual_seed(0))
-            made.awaits_checkpoint = made.experts.down_proj.is_meta  # type: ignore[union-attr]
+            made.awaits_checkpoint = made.experts.down_proj.is_meta  # type: ignore[union-attr, assignment]
     mark_savers(model)
 
 

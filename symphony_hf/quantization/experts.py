@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, PatchError
 from ..graph import is_adapted
 from .loading import guard_saving, load_packed
-from .packing import Packing, QuantType, check_bitsandbytes, stacked_experts
+from .packing import Packing, QuantType, check_bitsandbytes, check_rows, stacked_experts
 
 
 def quantize_experts(
@@ -41,7 +41,7 @@ def quantize_experts(
 
     Raises:
         ConfigError: If bitsandbytes is missing, a setting is unknown, or the checkpoint is quantized already.
-        UnsupportedModelError: If there are no stacked experts.
+        UnsupportedModelError: If there are no stacked experts, or, on a CPU, such of sizes that are no multiple of 64.
         PatchError: If the model's experts are packed already, or are not to be had as numbers.
         DataError: If the checkpoint lacks experts.
     """
@@ -78,4 +78,5 @@ def _check_packable(model: PreTrainedModel) -> list[str]:
                 f"quantize_experts: the weight of `{name}` is offloaded, partitioned or of type {held.tensor.dtype}: "
                 "give the checkpoint's path instead of the model"
             )
+    check_rows({name: held for name, held in experts.items() if held.tensor.device.type == "cpu"})
     return list(experts)

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..anatomy import Anatomy, model_class_of, read_config
 from ..errors import ConfigError, DataError, PatchError
-from .packing import Packing, stacked_experts
+from .packing import Packing, check_rows, stacked_experts
 
 METHOD = "symphony_hf_experts_4bit"
 """What transformers finds the quantizer by, in a quantization config that is made for one load."""
@@ -42,7 +42,10 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self.model: PreTrainedModel | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
-        self.expert_names = frozenset(stacked_experts(model))
+        experts = stacked_experts(model)
+        if "cpu" in map(str, (device_map or {}).values()):
+            check_rows(experts)
+        self.expert_names = frozenset(experts)
         if self.quantizes_linears:
             config = self.quantization_config
             kept = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
@@ -66,7 +69,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 f"({min(missing)}, ...)"
             )
         if self.quantizes_linears:
-            super()._process_model_after_weight_loading(model, **kwargs)
+            # All that transformers' own does; of old it also asks `is_serializable`.
+            model.is_loaded_in_4bit = True  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
@@ -136,7 +140,7 @@ def load_packed(
 
     Raises:
         ConfigError: If there is no such checkpoint, it is quantized already, or so is not meant to be in 4 bits.
-        UnsupportedModelError: If it has no stacked experts.
+        UnsupportedModelError: If it has no stacked experts, or, on a CPU, such of odd sizes.
         DataError: If it lacks some of them.
     """
     loading = dict(loading or {})

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -12,6 +14,9 @@ from ..anatomy import Anatomy, HeldTensor, Part, held_tensors
 from ..errors import ConfigError, PatchError, UnsupportedModelError, nearest
 
 OLDEST_BITSANDBYTES = "0.49"
+BLOCK = 64
+"""Numbers that have one scale."""
+
 QuantType = Literal["nf4", "fp4"]
 
 
@@ -42,10 +47,21 @@ class Packing:
             name: Of the parameter.
             weight: Floating-point. Where it is, it is packed.
         """
-        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+        from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
-        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        replace_parameter_4bit(module, name, compress_statistics=self.double_quant, quant_type=self.quant_type)
+        # An expert at a time: on a CPU, bitsandbytes takes ten times a weight's bytes to pack it.
+        experts = weight.unbind() if weight.dim() == 3 and weight[0].numel() % BLOCK == 0 else (weight,)
+        packed = [quantize_4bit(expert, blocksize=BLOCK, quant_type=self.quant_type) for expert in experts]
+        state = packed[0][1]
+        state.shape = weight.shape
+        state.absmax = torch.cat([part.absmax for _, part in packed])
+        if self.double_quant:  # as bitsandbytes does for a weight as a whole
+            state.offset = state.absmax.mean()
+            state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
+            state.nested = True
+        module._parameters[name] = nn.Parameter(torch.cat([part for part, _ in packed]), requires_grad=False)
+        replace_parameter_4bit_prequantized(module, name, state.as_dict(), weight.device)
 
 
 def check_bitsandbytes() -> None:
@@ -59,6 +75,20 @@ def check_bitsandbytes() -> None:
     installed = importlib.metadata.version("bitsandbytes")
     if Version(installed) < Version(OLDEST_BITSANDBYTES):
         raise ConfigError(f"quantize_experts needs bitsandbytes >={OLDEST_BITSANDBYTES}, and {installed} is installed")
+
+
+def check_rows(experts: Mapping[str, HeldTensor]) -> None:
+    """Refuse weights that bitsandbytes would unpack wrongly on a CPU: with a block of 64 numbers in two rows.
+
+    Raises:
+        UnsupportedModelError: If there is one.
+    """
+    for name, held in experts.items():
+        if held.shape[-1] % BLOCK:
+            raise UnsupportedModelError(
+                f"quantize_experts: `{name}` has rows of {held.shape[-1]} numbers, no multiple of {BLOCK}, which "
+                "bitsandbytes gives back wrongly on a CPU: use an accelerator"
+            )
 
 
 def stacked_experts(model: nn.Module) -> dict[str, HeldTensor]:

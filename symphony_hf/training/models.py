@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPImageProcessorPil,
     LlavaProcessor,
     PreTrainedConfig,
@@ -132,7 +133,7 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f"model: the config of `{section.path}` is not to be had: {first}") from error
     with torch.device("meta"), _without_empty_experts_warning():
-        dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
+        dtype = config.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
         return _upcycle(auto_class(recipe).from_config(config, dtype=dtype), section)
 
 
@@ -159,6 +160,8 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
                 section.path, section.vision, image_token_id, dtype=dtype, text_revision=section.revision
             )
             return _upcycle(model, section)
+        if section.quantization is not None:
+            return _upcycle(_load_in_4_bits(section, auto, config, settings), section)
         with _without_empty_experts_warning():
             return _upcycle(auto.from_pretrained(section.path, revision=section.revision, **settings), section)
     settings["dtype"] = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
@@ -166,6 +169,27 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     check_lengths(recipe.data, config)
     with _without_empty_experts_warning():
         return _upcycle(auto.from_config(config, **settings), section)
+
+
+def _load_in_4_bits(
+    section: ModelSection, auto: Any, config: PreTrainedConfig, settings: dict[str, Any]
+) -> PreTrainedModel:
+    from ..quantization import quantize_experts
+
+    compute_dtype = config.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    linears = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    return quantize_experts(
+        section.path,  # type: ignore[arg-type]
+        model_class=auto,
+        revision=section.revision,
+        quantization_config=linears,
+        **settings,
+    )
 
 
 def _upcycle(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
+from ..adapters import RECORD_NAME, restore_adapter
 from ..errors import CheckpointError
 from .checkpoints import (
     UNFINISHED,
@@ -100,6 +101,8 @@ class ResumableTrainer(Trainer):
                     "otherwise, such as its experts: it is loaded with from_pretrained"
                 )
                 _load_converted(folder, target)
+            elif (folder / RECORD_NAME).exists():
+                restore_adapter(target, folder)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         except RuntimeError as error:

@@ -1,0 +1,48 @@
+"""Small adapted models, and what is compared of them."""
+
+import peft
+import torch
+from models import make_ids, make_model
+
+from symphony_hf import expert_graphs, lora_config, symphonize
+from symphony_hf.families import linear_of
+from symphony_hf.graph import active_graph
+from symphony_hf.patching import symphony_routers
+
+DECAY = 0.5
+
+
+def adapt(model, name="default", seed=0, **settings):
+    """An adapter as training would leave it: LoRA far from its start, and graphs that moved."""
+    torch.manual_seed(seed)
+    config = lora_config(model, **{"r": 4, "init_lora_weights": False, **settings})
+    if hasattr(model, "add_adapter") and hasattr(model, "get_base_model"):
+        model.add_adapter(name, config)
+        model.set_adapter(name)
+        adapted = model
+    else:
+        adapted = peft.get_peft_model(model, config, adapter_name=name)
+    with torch.no_grad():
+        for _, router in symphony_routers(adapted):
+            graph = active_graph(router.symphony)
+            values = torch.rand(graph.num_experts, graph.num_experts)
+            graph.adjacency.copy_(values + values.T)
+            graph.updates.add_(7)
+            if settings.get("router") == "train":
+                linear_of(router, router.contract.linear).weight.mul_(1.5)
+    return adapted
+
+
+def adapted_model(family="olmoe", **settings):
+    return adapt(symphonize(make_model(family), decay=DECAY), **settings).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=make_ids()).logits
+
+
+def assert_same_graphs(ours, others):
+    graphs, wanted = expert_graphs(ours), expert_graphs(others)
+    assert len(graphs) == len(wanted) > 0
+    assert all(torch.equal(a, b) for a, b in zip(graphs.values(), wanted.values(), strict=True))
