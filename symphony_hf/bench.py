@@ -131,7 +131,7 @@ def run_bench(
             raise ConfigError(f"bench: unknown model `{name}`; {nearest(name, SHAPES)}")
     if tokens < 1:
         raise ConfigError(f"bench: `tokens` must be at least 1, got {tokens}")
-    place = _device(device)
+    place = find_device(device)
     kind = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16"):
         raise ConfigError(f"bench: `dtype` is {kind!r}; known names: bfloat16, float32")
@@ -153,7 +153,12 @@ def run_bench(
     return result
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """A device by name; the accelerator, or else the CPU, for None.
+
+    Raises:
+        ConfigError: If it is not to be had.
+    """
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -215,7 +220,7 @@ def _bench_model(
     rows = []
     for mode, form, stock_step, step in modes:
         bar.set_postfix_str(f"{name}, {mode}")
-        ratios, stock_seconds = _measure(
+        ratios, stock_seconds = alternate(
             functools.partial(stock_step, forms["stock"], inputs),
             functools.partial(step, forms[form], inputs),
             seconds,
@@ -231,7 +236,7 @@ def measure_layer(name: str, seconds: float, tokens: int = 1024) -> float:
     """Median seconds of a stock decoder layer's training step, forward and backward, on the CPU in float32."""
     form = build_forms(name, torch.device("cpu"), torch.float32)["stock"]
     step = functools.partial(_training_step, form, torch.randn(1, tokens, SHAPES[name]["hidden_size"]))
-    return _measure(step, step, seconds, torch.device("cpu"))[1]
+    return alternate(step, step, seconds, torch.device("cpu"))[1]
 
 
 def _training_step(model: nn.Module, inputs: Tensor) -> None:
@@ -254,10 +259,14 @@ def _inference_step(model: nn.Module, inputs: Tensor) -> None:
     model(inputs_embeds=inputs)
 
 
-def _measure(
+def alternate(
     stock: Callable[[], None], other: Callable[[], None], seconds: float, device: torch.device
 ) -> tuple[list[float], float]:
-    """Ratios of the other's time to stock's, one a round, and stock's median seconds."""
+    """Run two steps in alternation, their order turned at each round.
+
+    Returns:
+        Ratios of the other's time to stock's, one a round, and stock's median seconds.
+    """
     for _ in range(2):
         stock()
         other()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from symphony_hf import ConfigError, bench_commit
+from symphony_hf import ConfigError, bench_commit, bench_experts
 from symphony_hf import bench as bench_module
 from symphony_hf.bench import AIMS, SHAPES, build_forms, print_bench, run_bench
 
@@ -20,6 +20,8 @@ TINY = {
         "num_experts_per_tok": 2,
     }
 }
+
+TINY_EXPERTS = {"wide": (16, 24, 20, "gelu", 6), "square": (16, 24, 16, "quick_gelu", 7)}
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +94,30 @@ def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch):
         assert row["share"] == row["seconds"] / (row["layers"] * 0.5)
     header, *rows = bench_commit.commit_table(result)
     assert [len(row) for row in rows] == [len(header)] * 2
+
+
+def test_the_loop_over_experts_computes_what_upcycled_moe_does(monkeypatch):
+    monkeypatch.setattr(bench_experts, "SHAPES", TINY_EXPERTS)
+    for shape, form in (("wide", "eager"), ("square", "eager"), ("square", "grouped_mm")):
+        moe = bench_experts.build_experts(shape, form, torch.device("cpu"), torch.float32)
+        loop, inputs = bench_experts.ExpertsLoop(moe), torch.randn(20, 16)
+        torch.testing.assert_close(moe(inputs), loop(inputs))  # sums of other orders: float32's own tolerance
+        moe(inputs).square().sum().backward()
+        got = moe.experts.up_proj.grad.clone()
+        loop(inputs).square().sum().backward()
+        torch.testing.assert_close(got, torch.stack([up.weight.grad for up in loop.up]))
+
+
+def test_bench_experts_has_a_row_for_every_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_experts, "SHAPES", TINY_EXPERTS)
+    result = bench_experts.run_bench_experts(tmp_path / "experts.json", images=2, device="cpu", seconds=0.01)
+    assert json.loads((tmp_path / "experts.json").read_text()) == json.loads(json.dumps(result))
+    forms = [(row["shape"], row["form"], row["tokens"]) for row in result["rows"]]
+    wide = [("wide", form, 12) for form in ("eager", "products")]
+    square = [("square", form, 14) for form in ("eager", "grouped_mm", "products")]
+    assert forms == wide + square
+    header, *rows = bench_experts.experts_table(result)
+    assert len(rows) == 5
+    assert all(len(row) == len(header) for row in rows)
+    with pytest.raises(ConfigError, match="`images` must be at least 1"):
+        bench_experts.run_bench_experts(images=0)

@@ -1,4 +1,4 @@
-"""`symphony bench` and `symphony bench-commit`."""
+"""`symphony bench`, `bench-commit` and `bench-experts`."""
 
 from typing import Annotated
 
@@ -34,3 +34,16 @@ def bench_commit(
     from ..bench_commit import print_bench_commit, run_bench_commit
 
     print_bench_commit(run_bench_commit(output, seconds))
+
+
+@app.command("bench-experts", epilog="Example: symphony bench-experts --images 4 --output experts.json")
+def bench_experts(
+    images: Annotated[int, typer.Option(help="Whose tokens make one step.")] = 4,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the accelerator where there is one.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each row, after warm-up.")] = 30.0,
+    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench-experts.json",
+) -> None:
+    """Measure UpcycledMoE against a loop over experts, at the shapes of LLaVA's projector and CLIP's MLP."""
+    from ..bench_experts import print_bench_experts, run_bench_experts
+
+    print_bench_experts(run_bench_experts(output, images=images, device=device, seconds=seconds))

@@ -8,10 +8,12 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import use_experts_implementation
 
+from .grouped import grouped_linear
 from .mlp import MlpParts
 from .routers import ROUTERS
 
@@ -69,27 +71,24 @@ class _Experts(nn.Module):
         num_tokens, top_k = top_k_index.shape
         sorted_S, order_S = top_k_index.reshape(-1).sort(stable=True)
         lengths = torch.bincount(sorted_S, minlength=self.num_experts).tolist()
-        slices = hidden_states[order_S // top_k].split(lengths)
-        outputs = torch.cat([self._run(expert, x) for expert, x in enumerate(slices)])
-        weighted = outputs * top_k_weights.reshape(-1)[order_S, None]
+        outputs_SO = self._run(hidden_states[order_S // top_k], lengths)
         # Back into the tokens' order, then summed: index_add_ would sum in another order at each run on a GPU.
-        places = torch.empty_like(order_S)
-        places[order_S] = torch.arange(len(order_S), device=order_S.device)
-        return weighted[places].unflatten(0, (num_tokens, top_k)).sum(1)
+        places_S = torch.empty_like(order_S)
+        places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        weights_TK = top_k_weights.to(outputs_SO.dtype)
+        return F.embedding_bag(places_S.view(num_tokens, top_k), outputs_SO, per_sample_weights=weights_TK, mode="sum")
 
-    def _run(self, expert: int, x: Tensor) -> Tensor:
+    def _run(self, x_SI: Tensor, lengths: list[int]) -> Tensor:
+        """The experts on their slices, without the routing's weights."""
         parameters: Any = self
         name = "gate_up_proj" if parameters.has_gate else "up_proj"
-        bias, down_bias = None, None
-        if parameters.has_bias:
-            bias, down_bias = getattr(self, f"{name}_bias")[expert], parameters.down_proj_bias[expert]
-        inner = nn.functional.linear(x, getattr(self, name)[expert], bias)
+        inner = grouped_linear(x_SI, getattr(self, name), getattr(self, f"{name}_bias", None), lengths)
         if parameters.has_gate:
             gate, up = inner.chunk(2, dim=-1)
             inner = self.act_fn(gate) * up
         else:
             inner = self.act_fn(inner)
-        return nn.functional.linear(inner, parameters.down_proj[expert], down_bias)
+        return grouped_linear(inner, parameters.down_proj, getattr(self, "down_proj_bias", None), lengths)
 
 
 @functools.cache

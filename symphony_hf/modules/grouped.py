@@ -1,0 +1,65 @@
+"""A linear map of each expert on its own slice of the tokens, with one gradient for the stack of them.
+
+Indexing the stack gives each expert's gradient the size of the whole stack, and the sum of them costs more than the
+matrix products. Here each product writes into its place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """Apply each expert's linear map to its slice.
+
+    Args:
+        x: Tokens, sorted by expert. Shape: (S, input_size).
+        weight: Shape: (num_experts, output_size, input_size).
+        bias: Shape: (num_experts, output_size).
+        lengths: How many of the tokens each expert has; 0 for one that nobody chose.
+
+    Returns:
+        Shape: (S, output_size), in autocast's type where that is on.
+    """
+    if torch.is_autocast_enabled(x.device.type):  # which does not look into functions of one's own
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    output: Tensor = _GroupedLinear.apply(x, weight, bias, list(lengths))
+    return output
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, lengths: list[int]) -> Tensor:
+        ctx.save_for_backward(x_SI, weight_EOI)
+        ctx.lengths = lengths
+        out_SO = x_SI.new_empty(len(x_SI), weight_EOI.shape[1])
+        for expert, (x, out) in enumerate(zip(x_SI.split(lengths), out_SO.split(lengths), strict=True)):
+            if bias_EO is None:
+                torch.mm(x, weight_EOI[expert].T, out=out)
+            else:
+                torch.addmm(bias_EO[expert], x, weight_EOI[expert].T, out=out)
+        return out_SO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x_SI, weight_EOI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x_SI = torch.empty_like(x_SI) if needs_x else None
+        grad_weight_EOI = torch.empty_like(weight_EOI) if needs_weight else None
+        grad_bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2]) if needs_bias else None
+        start = 0
+        for expert, length in enumerate(ctx.lengths):
+            part, start = slice(start, start + length), start + length
+            grad = grad_SO[part]
+            if grad_x_SI is not None:
+                torch.mm(grad, weight_EOI[expert], out=grad_x_SI[part])
+            if grad_weight_EOI is not None:
+                torch.mm(grad.T, x_SI[part], out=grad_weight_EOI[expert])
+            if grad_bias_EO is not None:
+                torch.sum(grad, 0, out=grad_bias_EO[expert])
+        return grad_x_SI, grad_weight_EOI, grad_bias_EO, None
