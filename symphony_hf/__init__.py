@@ -35,6 +35,7 @@ _HOMES = {
     "inspect_model": "anatomy",
     "is_symphonized": "patching",
     "load_adapter": "adapters",
+    "load_checkpoint": "loading",
     "lora_config": "adapters",
     "print_inspection": "anatomy",
     "print_trainable_parameters": "adapters",
@@ -72,6 +73,7 @@ __all__ = [
     "inspect_model",
     "is_symphonized",
     "load_adapter",
+    "load_checkpoint",
     "lora_config",
     "print_inspection",
     "print_trainable_parameters",
@@ -106,6 +108,7 @@ if TYPE_CHECKING:
     )
     from .folding import fold
     from .hub import export_folded
+    from .loading import load_checkpoint
     from .modules import UpcycledMoE, upcycle_modules
     from .patching import expert_graphs, is_symphonized, symphonize, unsymphonize
     from .quantization import quantize_experts

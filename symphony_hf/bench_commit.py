@@ -1,7 +1,8 @@
-"""`symphony bench-commit`: what moving the graphs costs where several processes train together.
+"""`symphony bench-commit`: what moving the graphs costs where several processes train together, and what logging them.
 
 At each optimizer step the counts of all layers go through one all-reduce. It is timed with the rest of the commit, over
-gloo on this machine, and set beside a training step of as many of OLMoE's decoder layers at their true shapes.
+gloo on this machine, and set beside a training step of as many of OLMoE's decoder layers at their true shapes. So are
+the numbers on the graphs that `GraphMonitor` adds to each log, as if every step were logged.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 from transformers import OlmoeConfig, OlmoeModel
 from transformers.utils import logging
@@ -25,6 +27,7 @@ from transformers.utils import logging
 from ._version import __version__
 from .attachment import tracker_of, update_graphs
 from .bench import measure_layer
+from .diagnostics import graph_summary
 from .patching import symphonize
 from .training.checkpoints import write_json
 
@@ -36,18 +39,20 @@ _LAYER, _ROUNDS, _WARM_UP = "olmoe-1b-7b", 30, 5
 
 @dataclass(frozen=True)
 class CommitRow:
-    """The commit of one arrangement.
+    """The commit, or the log, of one arrangement.
 
     Attributes:
+        work: `commit` or `log`.
         processes: That train together.
         layers: With a router each.
         experts: Of each router.
-        seconds: Median time of a commit, on the first process.
+        seconds: Median time, on the first process.
         low: 25th percentile.
         high: 75th percentile.
         share: Of a training step of as many layers, `layers` times the measured one.
     """
 
+    work: str
     processes: int
     layers: int
     experts: int
@@ -79,8 +84,8 @@ def run_bench_commit(
     rows: list[CommitRow] = []
     for number in tqdm(processes, desc="bench-commit", unit=" arrangements", disable=None):
         for (layers, experts), times in zip(sizes, _times(number, sizes), strict=True):
-            low, median, high = (float(value) for value in np.percentile(times, [25, 50, 75]))
-            rows.append(CommitRow(number, layers, experts, median, low, high, median / (layers * layer_seconds)))
+            rows.append(_row("commit", number, layers, experts, times, layer_seconds))
+    rows += [_row("log", 1, layers, experts, _time_logs(layers, experts), layer_seconds) for layers, experts in sizes]
     result = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "layer": _LAYER,
@@ -93,6 +98,11 @@ def run_bench_commit(
     }
     write_json(Path(output), result)
     return result
+
+
+def _row(work: str, processes: int, layers: int, experts: int, times: list[float], layer_seconds: float) -> CommitRow:
+    low, median, high = (float(value) for value in np.percentile(times, [25, 50, 75]))
+    return CommitRow(work, processes, layers, experts, median, low, high, median / (layers * layer_seconds))
 
 
 def _times(processes: int, sizes: tuple[tuple[int, int], ...]) -> list[list[float]]:
@@ -139,12 +149,29 @@ def _time_commits(layers: int, experts: int) -> list[float]:
     return times[_WARM_UP:]
 
 
+def _time_logs(layers: int, experts: int) -> list[float]:
+    """The numbers on graphs of random co-selections, and on how far they moved."""
+    generator = torch.Generator().manual_seed(0)
+    graphs, before = ({str(n): _graph(experts, generator) for n in range(layers)} for _ in range(2))
+    times = []
+    for _ in range(_WARM_UP + _ROUNDS):
+        started = time.perf_counter()
+        graph_summary(graphs, before)
+        times.append(time.perf_counter() - started)
+    return times[_WARM_UP:]
+
+
+def _graph(experts: int, generator: torch.Generator) -> Tensor:
+    half = torch.rand(experts, experts, generator=generator)
+    return half + half.T
+
+
 def commit_table(result: dict[str, Any]) -> list[list[str]]:
     """The rows of a result as text, header first."""
-    table = [["processes", "layers", "experts", "commit, ms", "quartiles", "of a training step"]]
+    table = [["work", "processes", "layers", "experts", "ms", "quartiles", "of a training step"]]
     for row in result["rows"]:
         quartiles = f"{1000 * row['low']:.2f} to {1000 * row['high']:.2f}"
-        numbers = [str(row[name]) for name in ("processes", "layers", "experts")]
+        numbers = [str(row[name]) for name in ("work", "processes", "layers", "experts")]
         table.append([*numbers, f"{1000 * row['seconds']:.2f}", quartiles, f"{row['share']:.3%}"])
     return table
 
@@ -153,7 +180,7 @@ def print_bench_commit(result: dict[str, Any], console: Console | None = None) -
     """The rows as a table, and where the JSON is."""
     console = console or Console()
     header, *rows = commit_table(result)
-    table = Table(*header, title=f"One commit, beside training steps of {result['layer']}'s layers")
+    table = Table(*header, title=f"One commit, one log, beside training steps of {result['layer']}'s layers")
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -31,7 +31,7 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise GraphError(f"graph: `{path}` does not exist: give a Symphony checkpoint, or one of ema, frozen, learned")
     graphs: dict[str, Tensor] = {}
-    for file in _files(path):
+    for file in checkpoint_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -44,7 +44,15 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
     return graphs
 
 
-def _files(path: Path) -> list[Path]:
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all of them in its own folder.
+
+    Args:
+        path: A folder, or one file.
+
+    Raises:
+        GraphError: If one is missing, or the index of the shards is none.
+    """
     if path.is_file():
         return [path]
     index = path / _INDEX

@@ -112,6 +112,8 @@ def _loading_problems(model: PreTrainedModel) -> list[str]:
                 problems.append(f"{name}.{tensor_name}: missing, or of another shape")
             elif tensor_name == "adjacency" and not tensor.is_meta:
                 problems += [f"{name}.adjacency: {found}" for found in adjacency_problems(tensor, module.num_experts)]
+            elif tensor_name == "updates" and not tensor.is_meta and int(tensor) < 0:
+                problems.append(f"{name}.updates: {int(tensor)}, where a number of updates was expected")
     return problems
 
 

@@ -71,9 +71,7 @@ def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
     export_folded(_load(folder), scratch)
     plain = open_folder(scratch)
     beside = {name: file for name, file in folder.files.items() if not name.startswith(("model", "config.json"))}
-    return dataclasses.replace(
-        folder, path=scratch, kind="folded", config=plain.config, files={**beside, **plain.files}
-    )
+    return dataclasses.replace(folder, path=scratch, kind="plain", config=plain.config, files={**beside, **plain.files})
 
 
 def _load(folder: ModelFolder) -> PreTrainedModel:

@@ -88,12 +88,14 @@ def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_commit, "measure_layer", lambda name, seconds: 0.5)
     result = bench_commit.run_bench_commit(tmp_path / "commit.json", processes=(1,), sizes=((2, 16), (3, 16)))
     assert json.loads((tmp_path / "commit.json").read_text()) == result
-    assert [(row["processes"], row["layers"], row["experts"]) for row in result["rows"]] == [(1, 2, 16), (1, 3, 16)]
+    names = ("work", "processes", "layers", "experts")
+    wanted = [(work, 1, layers, 16) for work in ("commit", "log") for layers in (2, 3)]
+    assert [tuple(row[name] for name in names) for row in result["rows"]] == wanted
     for row in result["rows"]:
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
         assert row["share"] == row["seconds"] / (row["layers"] * 0.5)
     header, *rows = bench_commit.commit_table(result)
-    assert [len(row) for row in rows] == [len(header)] * 2
+    assert [len(row) for row in rows] == [len(header)] * 4
 
 
 def test_the_loop_over_experts_computes_what_upcycled_moe_does(monkeypatch):

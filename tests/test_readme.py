@@ -7,6 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from symphony_hf import SymphonyConfig, __all__
 from symphony_hf.bench import AIMS, bench_table
 from symphony_hf.bench_commit import PROCESSES, commit_table
@@ -84,3 +86,46 @@ def test_the_example_of_a_gate_of_ones_own_runs(capsys):
     assert graph.shape == (4, 4)
     assert (graph - graph.diag().diag()).sum() > 0
     assert "tensor(" in capsys.readouterr().out
+
+
+def figures(name):
+    return re.search(rf"<!-- {name} figures -->(.*?)<!-- end -->", README, re.S).group(1).replace("\n", " ")
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.2f} GB"
+
+
+def test_the_figures_of_upcycling_are_the_result_file():
+    result = json.loads((ROOT / "recipes" / "phi3-smoe-7.4b-glue" / "upcycle.json").read_text())
+    assert result["shapes"] == "Phi-3-mini"
+    wanted = [gigabytes(result[name]) for name in ("dense_bytes", "bytes", "peak_memory_bytes")]
+    wanted += [f"{sum(result['seconds']) / 2:.0f} seconds", gigabytes(result["peak_memory_bytes_with_check"])]
+    assert sorted(re.findall(r"\d[\d.]* (?:GB|seconds)", figures("upcycle"))) == sorted(wanted)
+    assert result["check"]["difference"] <= 1e-5 * result["check"]["largest"]
+
+
+def test_the_figures_of_4_bits_are_the_result_files():
+    wanted = []
+    for recipe in ("olmoe-7b-sft", "mixtral-8x7b-qlora"):
+        sizes = json.loads((ROOT / "recipes" / recipe / "bytes_4bit.json").read_text())["bytes"]
+        wanted += [gigabytes(sizes["bfloat16"]), gigabytes(sizes["experts and linear maps in 4 bits"])]
+    assert re.findall(r"\d[\d.]* GB", figures("4-bit")) == wanted
+
+
+def test_every_recipe_is_named():
+    for folder in (ROOT / "recipes").glob("*/README.md"):
+        assert f"(recipes/{folder.parent.name}/README.md)" in README, folder
+
+
+@pytest.mark.parametrize("recipe", ["phi3-smoe-7.4b-glue", "llava-smoe-4.2b"])
+def test_the_figures_of_full_size_are_the_result_files(recipe):
+    result = json.loads((ROOT / "recipes" / recipe / "full_size.json").read_text())
+    assert result["difference"] == 0
+    assert result["shrink"] == 1
+    rows = [["stage", "seconds", "largest memory"]]
+    for stage, seen in result["stages"].items():
+        steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in seen["seconds"].items())
+        rows.append([stage, steps, gigabytes(seen["peak_memory_bytes"])])
+    page = (ROOT / "recipes" / recipe / "README.md").read_text()
+    assert re.search(r"<!-- full size -->\n(.*?)<!-- end -->", page, re.S).group(1) == as_markdown(rows)

@@ -27,6 +27,7 @@ PARAMETERS = {
     "phi3-smoe-7.4b-sft": UPCYCLED + 16 * 3072,
     "olmoe-7b-sft": 6_919_161_856,
     "mixtral-8x7b-qlora": 46_702_792_704,
+    "llava-smoe-4.2b": 4_174_947_328,
 }
 
 

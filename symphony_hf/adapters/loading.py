@@ -128,8 +128,21 @@ def _check_graphs(weights: Path, record: AdapterRecord) -> None:
     for name, shape in record.routers.items():
         if name in stored:
             problems += [f"{name}: {problem}" for problem in adjacency_problems(stored[name], shape.num_experts)]
+    problems += _updates_problems(weights)
     if problems:
         raise GraphError(f"`{weights}`: its graphs are not usable: {' | '.join(problems)}")
+
+
+def _updates_problems(weights: Path) -> list[str]:
+    """By how many updates a strength warms up; a negative number, or none, would turn it around."""
+    with safe_open(weights, "pt") as file:
+        names = [name for name in file.keys() if name.endswith(".symphony.updates")]  # noqa: SIM118
+        stored = {name: file.get_tensor(name) for name in names}
+    return [
+        f"{bare_name(name)}: a whole number from 0 on was expected"
+        for name, updates in stored.items()
+        if updates.dtype != torch.int64 or updates.ndim or updates < 0
+    ]
 
 
 def _is_wide(weights: Path) -> bool:

@@ -14,7 +14,7 @@ PICTURE = "graphs.png"
 BEGIN, END = "<!-- symphony card -->", "<!-- end of the symphony card -->"
 """Around what a later push writes anew."""
 
-_LIBRARIES = {"symphony": "symphony_hf", "folded": "transformers", "adapter": "peft"}
+_LIBRARIES = {"symphony": "symphony_hf", "plain": "transformers", "adapter": "peft"}
 
 _CITATION = f"""```bibtex
 @misc{{symphonysmoe,
@@ -53,12 +53,12 @@ def _metadata(
         base_model=origin.base_model,
         base_model_relation=relation if origin.base_model is not None else None,
         datasets=None if data_id is None else [data_id],
-        library_name=_LIBRARIES[folder.kind],
+        library_name="symphony_hf" if folder.is_upcycled else _LIBRARIES[folder.kind],
         license=origin.license,
         pipeline_tag=_pipeline_tag(folder),
         tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
     )
-    if results is not None:
+    if results is not None and results.scores:
         data.model_name = repo_id.split("/")[-1]
         data.eval_results = eval_results(results, origin.data or "text", data_id)
     return data
@@ -74,9 +74,8 @@ def _sections(folder: ModelFolder, repo_id: str, origin: Origin, results: Result
     if folder.settings is not None:
         rows = [["setting", "value"], *([f"`{key}`", f"`{value}`"] for key, value in folder.settings.to_dict().items())]
         sections.append(f"## Settings of the graph\n\n{_table(rows)}")
-    if results is not None:
-        note = f"On {results.documents} held-out documents; `attacked`: with words replaced by AAA."
-        sections.append(f"## Results\n\n{_table(result_rows(results))}\n\n{note}")
+    if results is not None and results.scores:
+        sections.append(f"## Results\n\n{_table(result_rows(results))}\n\n{results.note}")
     if folder.graphs:
         caption = "How often two experts of a layer are chosen together"
         sections.append(f"## Graphs\n\n![{caption}]({PICTURE})\n\n{caption}; above, the experts' loads.")
@@ -100,10 +99,15 @@ def _what_it_is(folder: ModelFolder) -> str:
     elif folder.kind == "symphony":
         sentences = [f"A mixture of experts ({family}) with {symphony}: each expert's gate is smoothed over {graph}."]
     else:
-        sentences = [
-            f"A plain mixture of experts ({family}), for any software that runs this family.",
-            f"Its routers' weights have {symphony} folded into them: {graph}, which smooths each expert's gate.",
-        ]
+        readers = "symphony_hf, which made its experts" if folder.is_upcycled else "any software that runs this family"
+        sentences = [f"A mixture of experts ({family}) without graphs of its own, for {readers}."]
+        # A checkpoint does not tell that it was folded. One that was folded just now has its graphs beside it.
+        folded = f"{symphony} folded into their weights: {graph}, which smooths each expert's gate."
+        sentences.append(
+            f"Its routers have {folded}"
+            if folder.graphs
+            else f"Where it was trained with graphs, its routers have {folded}"
+        )
     if folder.graphs:
         sizes = " or ".join(str(size) for size in sorted({len(graph) for graph in folder.graphs.values()}))
         sentences.append(f"{len(folder.graphs)} layers have a graph, of {sizes} experts each.")

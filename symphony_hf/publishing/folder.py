@@ -15,7 +15,9 @@ from ..graph_files import read_graphs
 from ..routing import adjacency_problems
 from .contents import check_contents, is_wanted
 
-Kind = Literal["symphony", "folded", "adapter"]
+Kind = Literal["symphony", "plain", "adapter"]
+RECORD_NAME = "symphony_config.json"
+"""Beside an adapter with graphs: what it needs to be loaded."""
 _RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
 """Where a run keeps its model, and beside it what it has measured: the recipes' runner, and the quickstart."""
 
@@ -26,7 +28,7 @@ class ModelFolder:
 
     Attributes:
         path: Where its config is.
-        kind: `symphony`: with its graphs. `folded`: a plain checkpoint. `adapter`: PEFT's.
+        kind: `symphony`: with its graphs. `plain`: without, folded or never with any. `adapter`: PEFT's.
         config: Of the model; of the adapter, where it is one.
         settings: Of the graphs, where the config has them.
         graphs: Router -> adjacency; of the model that was folded, where it is known. Empty where there are none.
@@ -44,6 +46,11 @@ class ModelFolder:
     left_out: Mapping[str, str] = field(default_factory=dict)
     results: Path | None = None
 
+    @property
+    def is_upcycled(self) -> bool:
+        """Whether it has modules of `upcycle_modules`, which no other software knows."""
+        return "upcycled" in self.config
+
 
 def open_folder(directory: str | Path) -> ModelFolder:
     """Look at a folder with a checkpoint, an adapter, or a run, and refuse what must not be shared.
@@ -59,16 +66,17 @@ def open_folder(directory: str | Path) -> ModelFolder:
     """
     path, results = _find(Path(directory))
     is_adapter = (path / "adapter_config.json").exists()
-    config = read_json(path / ("adapter_config.json" if is_adapter else "config.json"))
+    name = "adapter_config.json" if is_adapter else "config.json"
+    config = read_json(path / name)
     stored = config.get("symphony")
-    settings = None if stored is None else SymphonyConfig.from_dict(stored, where=f"{path / 'config.json'}: symphony")
+    settings = None if stored is None else SymphonyConfig.from_dict(stored, where=f"{path / name}: symphony")
     if not is_adapter and settings is None and not _names_experts(config):
         raise PushError(f"push: `{path / 'config.json'}` names no experts: this is no mixture of experts")
     files, left_out = _sort(path)
     check_contents(files)
     return ModelFolder(
         path=path,
-        kind="adapter" if is_adapter else "folded" if settings is None else "symphony",
+        kind="adapter" if is_adapter else "plain" if settings is None else "symphony",
         config=config,
         settings=settings,
         graphs=_graphs(path, is_adapter, settings),
@@ -134,13 +142,15 @@ def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _graphs(path: Path, is_adapter: bool, settings: SymphonyConfig | None) -> dict[str, Tensor]:
-    if settings is not None:
-        graphs = read_graphs(path)
-    elif is_adapter:
+    if is_adapter:
         try:
             graphs = read_graphs(path / "adapter_model.safetensors")
         except GraphError:
+            if settings is not None:
+                raise
             return {}  # an adapter without the graph: of the experts or the attention alone
+    elif settings is not None:
+        graphs = read_graphs(path)
     else:
         return {}
     for name, graph in graphs.items():

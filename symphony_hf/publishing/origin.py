@@ -42,7 +42,8 @@ def hub_name(name: str | None) -> str | None:
 
 def without_folders(path: str) -> str:
     """A data set's name on the Hub, or a path without the folders of the machine that it was on."""
-    return path if hub_name(path) is not None else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    name = path.partition(":")[0]  # `owner/name:configuration`
+    return name if hub_name(name) is not None else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def complete(origin: Origin | None, results: Results | None, folder: ModelFolder, api: HfApi) -> Origin:

@@ -1,6 +1,6 @@
 """How a pushed model is loaded, in a few lines of Python: with symphony_hf, and without it where that is right."""
 
-from .folder import ModelFolder
+from .folder import RECORD_NAME, ModelFolder
 
 
 def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
@@ -12,43 +12,47 @@ def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
         base_model: Of an adapter; a placeholder stands where it is not known.
     """
     auto = "AutoModelForImageTextToText" if "vision_config" in folder.config else "AutoModelForCausalLM"
-    if folder.kind == "folded":
+    if folder.kind == "plain" and not folder.is_upcycled:
         lines = [f"from transformers import {auto}", f'model = {auto}.from_pretrained("{repo_id}")']
         return f"{_python(lines)}\n\nNothing else is needed; servers run it as any checkpoint of its family."
     if folder.kind == "adapter":
         return _adapter(folder, repo_id, base_model or "BASE_MODEL")
     lines = [
-        "import symphony_hf  # brings the graphs back",
+        f"import symphony_hf  # brings the {'experts' if folder.is_upcycled else 'graphs'} back",
         f"from transformers import {auto}",
         f'model = {auto}.from_pretrained("{repo_id}")',
     ]
-    foldable = folder.settings is not None and folder.settings.smoothing == "logits"
-    served = (
-        '`symphony_hf.export_folded(model, "folded")` writes a plain checkpoint with the same logits, for software '
-        "that does not know of graphs."
-        if foldable
-        else "It smooths scores, which no plain router computes: it cannot be folded into a plain checkpoint."
-    )
+    return f"{_python(lines)}\n\n{_served(folder)}"
+
+
+def _served(folder: ModelFolder) -> str:
+    """What other software can do with it."""
+    if folder.is_upcycled:
+        return "**Not without `symphony_hf`**: software that does not know it has no place for its upcycled experts."
     warning = "**Not without `symphony_hf`**: software that does not know it would route without the graphs."
-    return f"{_python(lines)}\n\n{warning} {served}"
+    if folder.settings is None or folder.settings.smoothing != "logits":
+        return (
+            f"{warning} It smooths scores, which no plain router computes: it cannot be folded into a plain checkpoint."
+        )
+    return (
+        f'{warning} `symphony_hf.export_folded(model, "folded")` writes a plain checkpoint with the same logits, for '
+        "software that does not know of graphs."
+    )
 
 
 def _adapter(folder: ModelFolder, repo_id: str, base_model: str) -> str:
-    lines = [
-        "import symphony_hf",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{base_model}")',
-    ]
-    if folder.graphs:
-        lines.append("symphony_hf.symphonize(model)  # with the settings that it was trained with")
-    lines.append(f'model = PeftModel.from_pretrained(model, "{repo_id}")')
-    warning = (
-        "\n\nPEFT loads an adapter on a base that is not symphonized in silence, without its graphs: symphonize first."
-        if folder.graphs
-        else ""
-    )
-    return _python(lines) + warning
+    auto = "from transformers import AutoModelForCausalLM"
+    base = f'model = AutoModelForCausalLM.from_pretrained("{base_model}")'
+    peft = f'model = PeftModel.from_pretrained(model, "{repo_id}")'
+    if not folder.graphs:
+        return _python(["from peft import PeftModel", auto, base, peft])
+    silent = "PEFT's own loader puts an adapter on a base that is not symphonized in silence, without its graphs"
+    if RECORD_NAME in folder.files:
+        lines = ["import symphony_hf", auto, base, f'model = symphony_hf.load_adapter(model, "{repo_id}")']
+        return f"{_python(lines)}\n\nThe plain base is symphonized as the adapter needs it. {silent}."
+    symphonize = "symphony_hf.symphonize(model)  # with the settings that it was trained with"
+    lines = ["import symphony_hf", "from peft import PeftModel", auto, base, symphonize, peft]
+    return f"{_python(lines)}\n\n{silent}: symphonize first."
 
 
 def _python(lines: list[str]) -> str:

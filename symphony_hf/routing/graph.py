@@ -136,7 +136,8 @@ def adjacency_problems(adjacency_EE: Tensor, num_experts: int) -> list[str]:
         num_experts: E of the router that it is meant for.
 
     Returns:
-        One phrase a problem: wrong shape, not a float type, non-finite, negative or non-symmetric entries.
+        One phrase a problem: wrong shape, not a float type, non-finite, negative, non-symmetric entries, or some that
+        float32 cannot normalize.
     """
     if tuple(adjacency_EE.shape) != (num_experts, num_experts):
         return [f"shape {tuple(adjacency_EE.shape)} instead of ({num_experts}, {num_experts})"]
@@ -147,6 +148,11 @@ def adjacency_problems(adjacency_EE: Tensor, num_experts: int) -> list[str]:
     if num_bad:
         return [f"{num_bad} non-finite entries"]
     problems = []
+    # What normalizing divides by, and what it divides, must both be in float32's range: a quotient is not, otherwise.
+    size_E = values_EE.diagonal()
+    size_E = torch.where(size_E < torch.finfo(torch.float32).tiny, torch.ones_like(size_E), size_E)
+    if not torch.isfinite(values_EE.sum(-1)).all() or not torch.isfinite(values_EE / size_E.unsqueeze(-1)).all():
+        problems.append(f"entries too large, or too far apart, to be normalized (up to {values_EE.max():.3g})")
     num_negative = int((values_EE < 0).sum())
     if num_negative:
         problems.append(f"{num_negative} negative entries")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Document, PreparedData, Question, VisualCollator, VisualQuestions, attack, document_windows
-from ..evaluation import MIN_DOCUMENTS, accuracy_interval, score_choices, score_documents
+from ..evaluation import MIN_DOCUMENTS, accuracy_interval, perplexity_interval, score_choices, score_documents
 from .trainer import ResumableTrainer
 
 if TYPE_CHECKING:
@@ -73,20 +73,26 @@ def evaluate_clean_and_attacked(
     """Perplexity on documents, as they are and with words swapped.
 
     Returns:
-        `clean` and `attacked` perplexity, their ratio, and how many documents and tokens they come from.
+        `clean` and `attacked` perplexity, their ratio, and how many documents and tokens they come from; with enough
+        documents, the ends of their 95% intervals, `clean_low` and so on.
     """
     clean, attacked = clean_and_attacked_windows(documents, tokenizer, block_size, section)
     scores = {
         name: score_documents(model, windows, progress=f"Scoring {name} text")
         for name, windows in (("clean", clean), ("attacked", attacked))
     }
-    return {
+    values = {
         "clean": scores["clean"].perplexity,
         "attacked": scores["attacked"].perplexity,
         "ratio": scores["attacked"].perplexity / scores["clean"].perplexity,
         "documents": len(scores["clean"].names),
         "tokens": int(scores["clean"].num_tokens.sum()),
     }
+    if len(scores["clean"].names) >= MIN_DOCUMENTS:
+        for name, scored in scores.items():
+            interval = perplexity_interval(scored, seed=section.seed)
+            values |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return values
 
 
 def clean_and_attacked_windows(

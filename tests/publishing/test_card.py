@@ -1,45 +1,24 @@
 """What the card says, and what becomes of a README that is there already."""
 
 import json
-import shutil
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from models import make_ids, make_model
-from transformers import AutoModelForCausalLM
+from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
+from pushed import card_of, make_run
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from symphony_hf import PushError, export_folded, push, symphonize
+from symphony_hf import PushError, load_adapter, lora_config, push, symphonize, upcycle_modules
 
 pytestmark = [
     pytest.mark.allow_hosts(["127.0.0.1"]),
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub's, about its LFS upload
 ]
-REPORT = Path(__file__).parents[2] / "recipes" / "quickstart" / "report.json"
-
-
-def card_of(hub, repo_id="me/it", revision="main"):
-    return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
 
 
 def code_of(card):
     return card.text.split("```python\n")[1].split("```")[0]
-
-
-def make_run(tmp_path, trained, /, **recipe):
-    """What the runner leaves."""
-    run = tmp_path / "run"
-    trained.save_pretrained(run / "final")
-    torch.save({"learning_rate": 1}, run / "final" / "training_args.bin")
-    results = {
-        "recipe": {"model": {"path": None}, "data": {"path": None}, **recipe},
-        "test": {"clean": 10.0, "attacked": 25.0, "ratio": 2.5, "documents": 7, "tokens": 99},
-    }
-    (run / "results.json").write_text(json.dumps(results))
-    (run / "checkpoint-3").mkdir(exist_ok=True)
-    return run
 
 
 def test_what_is_known_is_said_and_what_is_not_known_too(hub, checkpoint):
@@ -73,23 +52,6 @@ def test_the_code_of_the_card_loads_the_model(folded, hub, model, checkpoint):
     assert torch.equal(names["model"](ids).logits, model(ids).logits)
 
 
-def test_a_run_is_pushed_with_its_results_and_without_its_state(hub, model, tmp_path, caplog):
-    run = make_run(tmp_path, model, model={"path": "them/base"}, data={"path": "them/words"})
-    push(run, "me/it")
-    assert not {"training_args.bin", "results.json"} & set(hub.files("me/it"))
-    assert "left out: training_args.bin (a pickle of Trainer's state)" in caplog.text
-    card = card_of(hub)
-    assert card.data.base_model == "them/base"
-    assert card.data.datasets == ["them/words"]
-    by_name = {result.metric_name: result for result in card.data.eval_results}
-    assert by_name["perplexity, clean"].metric_value == 10.0
-    assert by_name["perplexity, attacked"].metric_value == 25.0
-    assert by_name["perplexity, attacked"].dataset_type == "them/words"
-    for row in ("| perplexity, clean | 10.00 |", "| attacked / clean | 2.5000 |"):
-        assert row in card.text
-    assert "On 7 held-out documents" in card.text
-
-
 def test_the_licence_is_the_base_models(hub, model, tmp_path):
     push(make_run(tmp_path, model), "them/base", license="apache-2.0")
     run = make_run(tmp_path, model, model={"path": "them/base"})
@@ -110,35 +72,28 @@ def test_the_folders_of_the_machine_are_not_said(hub, model, tmp_path):
     assert "| data | words |" in readme
 
 
-def test_the_quickstarts_report_gives_intervals(hub, model, tmp_path):
-    for name in ("symphony", "plain"):
-        model.save_pretrained(tmp_path / name)
-    export_folded(model, tmp_path / "folded")
-    shutil.copy(REPORT, tmp_path / "report.json")
-    arms = json.loads(REPORT.read_text())["arms"]
-    for directory, arm in ((tmp_path, "symphony"), (tmp_path / "folded", "symphony"), (tmp_path / "plain", "plain")):
-        push(directory, f"me/{directory.name}")
-        card = card_of(hub, f"me/{directory.name}")
-        attacked = arms[arm]["attacked"]
-        result = next(result for result in card.data.eval_results if "attacked" in result.metric_name)
-        assert result.metric_value == attacked["estimate"]
-        assert result.metric_name == f"perplexity, attacked [95%: {attacked['low']:.2f} to {attacked['high']:.2f}]"
-        row = f"{attacked['estimate']:.2f} [{attacked['low']:.2f}, {attacked['high']:.2f}]"
-        assert f"| perplexity, attacked [95%] | {row} |" in card.text
+def test_a_checkpoint_without_graphs_does_not_say_that_it_had_any(hub, tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    push(tmp_path, "me/it")
+    text = card_of(hub).text
+    assert "without graphs of its own" in text
+    assert "Where it was trained with graphs" in text
+    assert "import symphony_hf" not in text
 
 
-NO_PERPLEXITY = {"recipe": {"data": {"path": "x"}, "model": {"path": None}}, "test": {"clean": 0, "attacked": 1}}
-
-
-@pytest.mark.parametrize(
-    "results",
-    ["[", "[]", "{}", '{"arms": {}}', '{"test": 3}', '{"test": {}, "recipe": {}}', json.dumps(NO_PERPLEXITY)],
-)
-def test_results_that_are_none(results, hub, checkpoint):
-    (checkpoint / "results.json").write_text(results)
-    with pytest.raises(PushError, match=r"results\.json"):
-        push(checkpoint, "me/it")
-    assert hub.requests == []
+def test_upcycled_experts_need_this_package_folded_or_not(hub, tmp_path):
+    model = move_graphs(symphonize(upcycle_modules(make_llava(), "*multi_modal_projector")))
+    model.save_pretrained(tmp_path / "model")
+    for folded in (False, True):
+        push(tmp_path / "model", "me/it", folded=folded)
+        card = card_of(hub)
+        assert card.data.library_name == "symphony_hf"
+        assert "has no place for its upcycled experts" in card.text
+        names = {}
+        exec(code_of(card), names)
+        inputs = llava_inputs()
+        # Folding changes no bit of a router's logits; loading changes none at all.
+        assert torch.equal(names["model"](**inputs).logits, model(**inputs).logits)
 
 
 # A README that is there.
@@ -229,10 +184,21 @@ def test_an_adapter(graphs, hub, tmp_path):
     assert torch.equal(again(ids).logits, adapted(ids).logits)
 
 
-def test_a_vision_language_model(hub, tmp_path):
-    from models import llava_inputs, make_llava, move_graphs
-    from transformers import AutoModelForImageTextToText
+def test_an_adapter_with_its_record_is_loaded_as_its_card_says(hub, tmp_path):
+    adapted = peft.get_peft_model(move_graphs(symphonize(make_model())), lora_config(symphonize(make_model()))).eval()
+    move_graphs(adapted, seed=1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    push(tmp_path / "adapter", "me/it", base_model="them/base")
+    code = code_of(card_of(hub))
+    assert code.splitlines()[-2:] == [
+        'model = AutoModelForCausalLM.from_pretrained("them/base")',
+        'model = symphony_hf.load_adapter(model, "me/it")',
+    ]
+    ids = make_ids()
+    assert torch.equal(load_adapter(make_model(), "me/it")(ids).logits, adapted(ids).logits)
 
+
+def test_a_vision_language_model(hub, tmp_path):
     model, inputs = move_graphs(symphonize(make_llava())), llava_inputs()
     model.save_pretrained(tmp_path)
     push(tmp_path, "me/it", folded=True)

@@ -224,7 +224,7 @@ def test_private_and_branches(hub, model, checkpoint, monkeypatch):
     ids = make_ids()
     assert torch.equal(load(revision="second")(ids).logits, model(ids).logits)
     with pytest.raises(OSError, match="me/it"):
-        load(token=False, force_download=True)
+        load(token=False)
     push(checkpoint, "me/open")
     with pytest.raises(PushError, match="me/open is there already, and public"):
         push(checkpoint, "me/open", private=True)

@@ -1,0 +1,144 @@
+"""load_checkpoint: a checkpoint from someone else, believed in nothing before it was checked."""
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+
+from .errors import CheckpointError, GraphError, SymphonyError
+from .graph_files import SUFFIX, checkpoint_files
+from .saving import ARCHITECTURE_PREFIX
+
+MAX_CONFIG_BYTES = 8 * 2**20
+_REFUSALS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
+    *(SafetensorError, StrictDataclassError, TypeError, ValueError),
+)
+"""What transformers and torch raise for a config or a file that they cannot make a model of."""
+
+
+def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """Load a checkpoint whose origin is not trusted: with graphs, with upcycled modules, or plain.
+
+    Transformers' own classes check the graphs as much. This also sees, before anything is allocated, that the config
+    asks for no more weights than the files have; refuses a checkpoint that lacks one, which transformers would fill in
+    at random; and has one kind of error for whatever is wrong. It reads JSON and safetensors, and runs no code of the
+    checkpoint. A quantized checkpoint has fewer numbers than its model, and is refused: load it by its Auto class.
+
+    Args:
+        directory: With `config.json` and `model.safetensors`, or its shards and their index.
+        dtype: Of the weights; `auto` for the checkpoint's own. The graphs are float32 in any.
+
+    Returns:
+        The model, of the class that the config names, in evaluation mode.
+
+    Raises:
+        ConfigError: If the settings of its graphs, or the record of its upcycled modules, are not usable.
+        GraphError: If a graph is missing, misshapen, or none, or is there and the config does not ask for it.
+        CheckpointError: If anything else of the checkpoint is not usable, or not whole.
+    """
+    directory = Path(directory)
+    model_class = _class_of(directory, _read_config(directory))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a config that is about to be refused
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            tensors = _tensors(directory)
+            _check_size(directory, model_class, config, tensors)
+            model, info = model_class.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except SymphonyError:
+        raise
+    except _REFUSALS as error:
+        raise CheckpointError(f"`{directory}`: no model can be made of it: {type(error).__name__}: {error}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"`{directory}` lacks {len(missing)} of its model's weights ({missing[0]}, ...)")
+    graphs = sorted(name for name in info["unexpected_keys"] if name.endswith(SUFFIX))
+    if graphs:
+        raise GraphError(
+            f"`{directory}` has {len(graphs)} graphs that its config.json does not ask for ({graphs[0]}, ...): without "
+            "them it would route otherwise than it was trained to"
+        )
+    return model
+
+
+def _read_config(directory: Path) -> Mapping[str, Any]:
+    """The config, as far as it decides what is read next."""
+    file = directory / "config.json"
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"`{directory}` is an adapter: load it by `symphony_hf.load_adapter`, onto its base model"
+        )
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_CONFIG_BYTES + 1)
+        config = json.loads(content) if len(content) <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{file}` cannot be read: {error}") from error
+    if config is None:
+        raise CheckpointError(f"`{file}` has more than {MAX_CONFIG_BYTES:,} bytes, or is null: no config needs that")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"`{file}`: expected an object, got {type(config).__name__}")
+    if config.get("auto_map"):
+        raise CheckpointError(f"`{file}` asks for code of its own (`auto_map`), and code of a checkpoint is not run")
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"`{file}` is of a quantized checkpoint: load it by its Auto class")
+    return config
+
+
+def _class_of(directory: Path, config: Mapping[str, Any]) -> type[PreTrainedModel]:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    model_class: Any = getattr(transformers, name.removeprefix(ARCHITECTURE_PREFIX), None) if name else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise CheckpointError(f"`{directory}`: transformers has no model class {name or 'in its config'}")
+    return model_class
+
+
+def _tensors(directory: Path) -> dict[str, int]:
+    """How many numbers each tensor of the files has, by their headers."""
+    sizes: dict[str, int] = {}
+    for file in checkpoint_files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            sizes |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return sizes
+
+
+def _check_size(directory: Path, model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, int]) -> None:
+    """Refuse a config that asks for more than the files have, on the meta device, where nothing is allocated."""
+    for name, value in _whole_numbers(config.to_dict()):
+        if name.endswith("_layers") and value > len(tensors):  # even there, each layer would take its time
+            raise CheckpointError(f"`{directory}`: `{name}` is {value}, and the files have {len(tensors)} tensors")
+    plain = copy.deepcopy(config)
+    plain.symphony = None  # a router is tried out on the CPU before it gets its graph, at the size that is claimed
+    with torch.device("meta"):
+        model = model_class(plain)
+    asked, there = sum(tensor.numel() for tensor in model.parameters()), sum(tensors.values())
+    if asked > there:
+        raise CheckpointError(f"`{directory}`: its config asks for {asked:,} weights, and the files have {there:,}")
+
+
+def _whole_numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found += _whole_numbers(value)
+        elif isinstance(value, int) and isinstance(name, str):
+            found.append((name, value))
+    return found

@@ -1,0 +1,32 @@
+"""The recipes' models, made, run, saved and loaded again: here with all widths divided."""
+
+import json
+
+import pytest
+
+from symphony_hf import ConfigError, full_size
+from symphony_hf.full_size import print_full_size, run_full_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", full_size.MODELS)
+def test_a_small_copy_of_each_goes_all_the_way(model, tmp_path, capsys):
+    file = tmp_path / "seen.json"
+    result = run_full_size(model, tmp_path, tokens=8, shrink=32, output=file)
+    assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+    assert list(tmp_path.iterdir()) == [file]
+    assert result["difference"] == 0
+    assert result["largest_logit"] > 0
+    assert result["tokens"] == 8 + (576 if model == "4.2b" else 0)
+    for seen in result["stages"].values():
+        assert seen["peak_memory_bytes"] > 1e8  # Python and PyTorch alone are that large
+        assert all(seconds > 0 for seconds in seen["seconds"].values())
+    print_full_size(result)
+    assert str(file) in capsys.readouterr().out.replace("\n", "")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown model `7\.4`; did you mean `7\.4b`"):
+        run_full_size("7.4", tmp_path)
+    with pytest.raises(ConfigError, match="`tokens` must be at least 1"):
+        run_full_size("7.4b", tmp_path, tokens=0)
