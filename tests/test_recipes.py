@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
+from symphony_hf.publishing import open_folder
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training.arguments import training_arguments
 from symphony_hf.training.models import empty_model
@@ -95,6 +97,12 @@ def test_a_smoke_form_runs(path, tmp_path, monkeypatch):
     for name, version in results["versions"].items():
         assert f"{name} {version}" in page
     assert (tmp_path / "run" / "graphs.png").exists()
+    card = ModelCard.load(tmp_path / "run" / "final" / "README.md")
+    assert card.data.tags[0] == "symphony-smoe"
+    assert "NAMESPACE/run" in card.text
+    assert (tmp_path / "run" / "final" / "graphs.png").exists()
+    assert len(card.data.eval_results) > 0
+    open_folder(tmp_path / "run")  # nothing in it that a push would refuse
 
 
 LAUNCHERS = {

@@ -2,6 +2,6 @@
 
 from .folder import ModelFolder, open_folder
 from .origin import Origin, hub_name
-from .upload import publish
+from .upload import publish, write_card
 
-__all__ = ["ModelFolder", "Origin", "hub_name", "open_folder", "publish"]
+__all__ = ["ModelFolder", "Origin", "hub_name", "open_folder", "publish", "write_card"]

@@ -46,14 +46,14 @@ def without_folders(path: str) -> str:
     return name if hub_name(name) is not None else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def complete(origin: Origin | None, results: Results | None, folder: ModelFolder, api: HfApi) -> Origin:
+def complete(origin: Origin | None, results: Results | None, folder: ModelFolder, api: HfApi | None) -> Origin:
     """Fill in what the user did not say: from the run's results, the adapter's config, the base model's card.
 
     Args:
         origin: What the user says.
         results: Of the run.
         folder: What is pushed.
-        api: Of the Hub, to ask for the base model's licence.
+        api: Of the Hub, to ask for the base model's licence; None to ask nobody.
 
     Raises:
         PushError: If the user says of the base model what is no name on the Hub.
@@ -69,7 +69,7 @@ def complete(origin: Origin | None, results: Results | None, folder: ModelFolder
     base_model = next((name for name in map(hub_name, said) if name is not None), None)
     data = origin.data or (without_folders(results.data) if results is not None else None)
     origin = dataclasses.replace(origin, base_model=base_model, data=data)
-    if origin.license is None and base_model is not None:
+    if origin.license is None and base_model is not None and api is not None:
         return dataclasses.replace(origin, license=_license_of(base_model, api))
     return origin
 

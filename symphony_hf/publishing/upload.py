@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from .._version import __version__
 from ..errors import PushError
 from .card import PICTURE, model_card
-from .folder import ModelFolder
+from .folder import ModelFolder, open_folder
 from .merging import is_template, merge_cards
 from .origin import Origin, complete
 from .results import read_results
@@ -96,6 +96,31 @@ def publish(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def write_card(directory: str | Path, name: str) -> Path:
+    """Write a run's model card into its model's folder, ready to be read, and to be pushed.
+
+    What it says of itself is written anew at each push; words that somebody adds around it stay.
+
+    Args:
+        directory: What `open_folder` takes.
+        name: That the model will have on the Hub, without the namespace.
+
+    Returns:
+        The README.md.
+
+    Raises:
+        PushError: If there is no model, or what must not be shared.
+    """
+    folder = open_folder(directory)
+    results = read_results(folder)
+    card = model_card(folder, f"NAMESPACE/{name}", complete(None, results, folder, None), results, [])
+    if folder.graphs:
+        _draw(folder, folder.path / PICTURE)
+    readme = folder.path / _README
+    readme.write_text(_readme(card, folder, None, None), encoding="utf-8")
+    return readme
 
 
 def _token(token: str | bool | None) -> str:

@@ -98,7 +98,7 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
         loss, seconds = train["train_loss"], results["seconds"]
         yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds in all."
         yield ""
-    yield f"Model: `final/`, after the last step{_best(results)}."
+    yield f"Model: `final/`, after the last step{_best(results)}. To share it: `symphony push {output} NAMESPACE/NAME`."
     parameters = results["parameters"]
     yield f"Parameters: {parameters['total']:,}, of which {parameters['trained']:,} were trained."
     yield f"Run by {results['processes']} processes, strategy {results['strategy']}, on {results['device']}."

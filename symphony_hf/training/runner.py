@@ -12,6 +12,7 @@ from ..config import SymphonyConfig
 from ..data import check_packing, prepare_data
 from ..errors import ConfigError
 from ..patching import is_symphonized
+from ..publishing import write_card
 from ..recipe import Recipe
 from .arguments import training_arguments
 from .checkpoints import reporting_failed_save, write_json
@@ -35,7 +36,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         command: What the report names as the way to run it again.
 
     Returns:
-        The results, as written to `results.json` in the output directory.
+        The results, as written to `results.json` in the output directory. Beside it is `report.md`, and in `final/` the
+        model card, ready to be pushed.
 
     Raises:
         SymphonyError: If the recipe, the data, the model or the checkpoint is not usable, before anything is trained;
@@ -78,6 +80,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         with reporting_failed_save(output / "results.json"):
             write_json(output / "results.json", results)
             write_run_report(results, output)
+            if recipe.symphony is not None:
+                write_card(output / "final", output.name)
     return results
 
 
