@@ -91,7 +91,7 @@ def run_full_size(
         "dtype": "bfloat16",
         "largest_logit": stages["again"].pop("largest_logit"),
         "difference": stages["again"].pop("difference"),
-        "stages": stages,
+        "stages": [{"stage": name, **seen} for name, seen in stages.items()],
         "device": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -116,12 +116,12 @@ class _Clock:
     """Seconds of each step of a stage."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.steps: list[dict[str, Any]] = []
 
     def __call__(self, name: str, step: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = step()
-        self.seconds[name] = time.perf_counter() - started
+        self.steps.append({"step": name, "seconds": time.perf_counter() - started})
         return result
 
 
@@ -232,10 +232,10 @@ def print_full_size(result: dict[str, Any], console: Console | None = None) -> N
     table = Table("stage", "step", title=title, title_justify="left")
     for name in ("seconds", "largest memory"):
         table.add_column(name, justify="right")
-    for stage, seen in result["stages"].items():
-        for number, (step, seconds) in enumerate(seen["seconds"].items()):
+    for seen in result["stages"]:
+        for number, step in enumerate(seen["steps"]):
             memory = "" if number else f"{seen['peak_memory_bytes'] / 1e9:.2f} GB"
-            table.add_row("" if number else stage, step, f"{seconds:.1f}", memory)
+            table.add_row("" if number else seen["stage"], step["step"], f"{step['seconds']:.1f}", memory)
     console.print(table)
     console.print("The logits of the saved and loaded model are the same to the last bit.")
     console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
@@ -245,7 +245,7 @@ def _main() -> None:
     stage, settings = sys.argv[1], json.loads(sys.argv[2])
     clock = _Clock()
     seen = {"make": _make, "run": _run, "again": _again}[stage](clock, settings)
-    print(json.dumps({**seen, "seconds": clock.seconds, "peak_memory_bytes": peak_memory()}))
+    print(json.dumps({**seen, "steps": clock.steps, "peak_memory_bytes": peak_memory()}))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ def test_a_small_copy_of_each_goes_all_the_way(model, tmp_path, capsys):
     assert result["difference"] == 0
     assert result["largest_logit"] > 0
     assert result["tokens"] == 8 + (576 if model == "4.2b" else 0)
-    for seen in result["stages"].values():
+    assert [seen["stage"] for seen in result["stages"]] == ["make", "run", "again"]
+    for seen in result["stages"]:
         assert seen["peak_memory_bytes"] > 1e8  # Python and PyTorch alone are that large
-        assert all(seconds > 0 for seconds in seen["seconds"].values())
+        assert all(step["seconds"] > 0 for step in seen["steps"])
     print_full_size(result)
     assert str(file) in capsys.readouterr().out.replace("\n", "")
 

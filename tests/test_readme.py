@@ -124,8 +124,8 @@ def test_the_figures_of_full_size_are_the_result_files(recipe):
     assert result["difference"] == 0
     assert result["shrink"] == 1
     rows = [["stage", "seconds", "largest memory"]]
-    for stage, seen in result["stages"].items():
-        steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in seen["seconds"].items())
-        rows.append([stage, steps, gigabytes(seen["peak_memory_bytes"])])
+    for seen in result["stages"]:
+        steps = ", ".join(f"{step['step']} {step['seconds']:.1f}" for step in seen["steps"])
+        rows.append([seen["stage"], steps, gigabytes(seen["peak_memory_bytes"])])
     page = (ROOT / "recipes" / recipe / "README.md").read_text()
     assert re.search(r"<!-- full size -->\n(.*?)<!-- end -->", page, re.S).group(1) == as_markdown(rows)

@@ -24,7 +24,8 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequ
     Returns:
         Shape: (S, output_size), in autocast's type where that is on.
     """
-    if torch.is_autocast_enabled(x.device.type):  # which does not look into functions of one's own
+    # Autocast does not look into functions of one's own. The meta device has none.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     output: Tensor = _GroupedLinear.apply(x, weight, bias, list(lengths))

@@ -2,5 +2,6 @@
 
 from .exactness import Exactness
 from .pipeline import UpcycleResult, upcycle
+from .told import print_result
 
-__all__ = ["Exactness", "UpcycleResult", "upcycle"]
+__all__ = ["Exactness", "UpcycleResult", "print_result", "upcycle"]

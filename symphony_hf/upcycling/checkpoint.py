@@ -98,16 +98,10 @@ class Checkpoint:
                 yield buffer[:count]
                 left -= count
 
-    def read(self, rows: Rows) -> Tensor:
-        """Some rows, as they are stored. Shape: (rows, width), or the tensor's own when it has one dimension."""
-        stored = self.tensors[rows.tensor]
-        count = rows.stop - rows.start
-        matrix = torch.empty(count, stored.shape[-1], dtype=TORCH_DTYPES[stored.dtype])
-        view, filled = matrix.view(-1).view(torch.uint8).numpy(), 0
-        for block in self.blocks(rows):
-            view[filled : filled + len(block)] = block
-            filled += len(block)
-        return matrix[0] if len(stored.shape) == 1 else matrix
+    def float_blocks(self, rows: Rows) -> Iterator[Tensor]:
+        """The values of some rows in float32, a block at a time. Shape: (values,)."""
+        dtype = TORCH_DTYPES[self.tensors[rows.tensor].dtype]
+        return (torch.frombuffer(block, dtype=dtype).float() for block in self.blocks(rows))
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:

@@ -56,7 +56,7 @@ class Contents:
     def _computed(self, piece: Piece, dtype: torch.dtype) -> Iterator[memoryview]:
         expert = piece.expert if self.options.noise > 0 else None
         stream = self._expert_stream(expert) if expert is not None else None
-        for values in self._floats(piece.rows):
+        for values in self.source.float_blocks(piece.rows):
             changed = values
             if stream is not None:
                 drawn = torch.from_numpy(stream.standard_normal(len(values), dtype=np.float32))
@@ -72,14 +72,10 @@ class Contents:
     def _expert_stream(self, expert: ExpertPart) -> np.random.Generator:
         return self._stream(expert.layer, 1 + PARTS.index(expert.part), expert.expert)
 
-    def _floats(self, rows: Rows) -> Iterator[Tensor]:
-        dtype = TORCH_DTYPES[self.source.tensors[rows.tensor].dtype]
-        return (torch.frombuffer(block, dtype=dtype).float() for block in self.source.blocks(rows))
-
     def _root_mean_square(self, rows: Rows) -> float:
         """What noise is measured by."""
         squares, count = 0.0, 0
-        for values in self._floats(rows):
+        for values in self.source.float_blocks(rows):
             squares += values.double().square().sum().item()
             count += len(values)
         return math.sqrt(squares / count)

@@ -5,7 +5,7 @@ layer's weights are there only while it runs. Experts are compared bit by bit, a
 that even a large MoE layer takes no more memory than a dense one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ class Upcycled:
             return _read(self.checkpoint, name.replace(self.container.router_in_memory, self.container.router))
         layer = int(name.split(".")[2])
         parts = {"gate_up_proj": (GATE, UP), "down_proj": (DOWN,)}[kind]
-        first = torch.cat([_read_rows(self.checkpoint, self.experts[ExpertPart(layer, 0, part)]) for part in parts])
+        first = _floats(self.checkpoint, [self.experts[ExpertPart(layer, 0, part)] for part in parts])
         for part in parts:
             self._check_copies(layer, part)
         return first.expand(self.num_experts, *first.shape)
@@ -152,9 +152,15 @@ def _release(module: nn.Module, _: object, __: object, *, progress: "tqdm[Any]")
 
 def _read(checkpoint: Checkpoint, name: str, dtype: str | None = None) -> Tensor:
     stored = name if name in checkpoint.tensors else name.replace("lm_head.", "model.embed_tokens.")  # they are tied
-    return _read_rows(checkpoint, checkpoint.whole(stored), dtype)
+    return _floats(checkpoint, [checkpoint.whole(stored)], dtype).view(checkpoint.tensors[stored].shape)
 
 
-def _read_rows(checkpoint: Checkpoint, rows: Rows, dtype: str | None = None) -> Tensor:
-    values = checkpoint.read(rows)
-    return (values if dtype is None else values.to(TORCH_DTYPES[dtype])).float()
+def _floats(checkpoint: Checkpoint, parts: Sequence[Rows], dtype: str | None = None) -> Tensor:
+    """Rows one below the other, in float32, without a copy in another type or of a part. Shape: (rows, width)."""
+    width = checkpoint.tensors[parts[0].tensor].shape[-1]
+    values = torch.empty(sum(part.stop - part.start for part in parts), width)
+    flat, filled = values.view(-1), 0
+    for block in (block for part in parts for block in checkpoint.float_blocks(part)):
+        flat[filled : filled + len(block)] = block if dtype is None else block.to(TORCH_DTYPES[dtype])
+        filled += len(block)
+    return values

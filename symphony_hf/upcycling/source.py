@@ -71,7 +71,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     values = _read_json(folder / "config.json")
     model_type = str(values.get("model_type"))
     if values.get("quantization_config") is not None:
-        raise UpcycleError(f"upcycle: `{folder}` is quantized (`quantization_config`): take the one that it was made of")
+        raise UpcycleError(
+            f"upcycle: `{folder}` is quantized (`quantization_config`): take the one that it was made of"
+        )
     experts = sorted(name for name, value in values.items() if _EXPERTS.fullmatch(name) and value)
     if experts or model_type in {conversion.container.model_type for conversion in CONVERSIONS}:
         said = f"`{experts[0]}: {values[experts[0]]}`" if experts else f"`model_type: {model_type}`"
