@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..patching import is_symphonized, symphony_routers
 from ..recipe import Recipe
 from ..training.models import add_adapters, add_graph, choose_trained, empty_model
@@ -41,11 +41,6 @@ def meta_model(recipe: Recipe) -> nn.Module:
     Raises:
         ConfigError: If the model's config is not to be had.
     """
-    if recipe.model.vision is not None and recipe.model.config is None:
-        raise ConfigError(
-            "plan: model: a LLaVA put together of `path` and `vision` has no config before it is: say in "
-            "`config` what it will be (model_type: llava, text_config, vision_config)"
-        )
     model = empty_model(recipe)
     add_graph(model, recipe)
     choose_trained(model, recipe.model.trainable)

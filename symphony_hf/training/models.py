@@ -29,7 +29,7 @@ from transformers import (
 from ..config import SymphonyConfig
 from ..data import cached_tokenizer, check_lengths, embedded_corpus, load_corpus
 from ..errors import ConfigError, nearest
-from ..modules import build_llava, upcycle_modules, vision_config_of
+from ..modules import build_llava, llava_config, upcycle_modules, vision_config_of
 from ..parsing import check_names
 from ..patching import is_symphonized, symphonize
 from ..recipe import ModelSection, PeftSection, Recipe
@@ -127,14 +127,23 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
         fields = {"vocab_size": recipe.data.vocab_size} if section.path is None else {}
         config = build_config(dataclasses.replace(section, config={**fields, **section.config}), None)
     else:
-        try:
-            config = AutoConfig.from_pretrained(section.path, revision=section.revision)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"model: the config of `{section.path}` is not to be had: {first}") from error
+        config = _stored_config(section)
     with torch.device("meta"), _without_empty_experts_warning():
         dtype = config.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
         return _upcycle(auto_class(recipe).from_config(config, dtype=dtype), section)
+
+
+def _stored_config(section: ModelSection) -> PreTrainedConfig:
+    """The checkpoint's config; where a vision tower is put to it, that of both."""
+    try:
+        config = AutoConfig.from_pretrained(section.path, revision=section.revision)
+        if section.vision is None:
+            return config
+        # Any token stands for an image here: the tokenizer is not read, and no size depends on it.
+        return llava_config(config, vision_config_of(section.vision), config.vocab_size - 1)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model: the config of `{section.path}` is not to be had: {first}") from error
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
