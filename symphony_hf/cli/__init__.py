@@ -9,7 +9,19 @@ from .app import app
 
 __all__ = ["app", "main"]
 
-for _command in ("quickstart", "train", "families", "inspect", "check", "bench", "push"):  # in the order of the help page
+for _command in (
+    "quickstart",
+    "upcycle",
+    "train",
+    "plan",
+    "families",
+    "inspect",
+    "attack",
+    "eval",
+    "check",
+    "bench",
+    "push",
+):  # in the order of the help page
     importlib.import_module(f".{_command}", __name__)
 
 # Large blocks are kept instead of handed back to the system at every step; on CPU this is a large part of a step.

@@ -4,7 +4,7 @@ import importlib.util
 
 from ..errors import DataError
 
-_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "imagecorruptions": "imagecorruptions-imaug"}
 """Module -> the package that it comes with, where their names differ."""
 
 

@@ -2,8 +2,8 @@
 
 from .alignment import aligned_positions
 from .classification import ChoiceScores, accuracy_interval, compare_accuracy, score_choices
-from .comparison import compare_perplexity, compare_robustness, perplexity_interval
-from .perplexity import DocumentScores, score_documents
+from .comparison import compare_attacked, compare_perplexity, compare_robustness, perplexity_interval
+from .perplexity import DocumentScores, score_documents, score_tokens
 from .routing import RoutingKept, choices_kept, record_routing, routing_kept
 from .statistics import MIN_DOCUMENTS, Interval, paired_bootstrap
 from .vqa import AnswerScores, score_answers
@@ -19,6 +19,7 @@ __all__ = [
     "aligned_positions",
     "choices_kept",
     "compare_accuracy",
+    "compare_attacked",
     "compare_perplexity",
     "compare_robustness",
     "paired_bootstrap",
@@ -28,4 +29,5 @@ __all__ = [
     "score_answers",
     "score_choices",
     "score_documents",
+    "score_tokens",
 ]

@@ -21,6 +21,11 @@ def _paired_tokens(a: DocumentScores, b: DocumentScores) -> np.ndarray:
     return a.num_tokens
 
 
+def _check_versions(clean: DocumentScores, attacked: DocumentScores) -> None:
+    if clean.names != attacked.names:
+        raise EvaluationError("the clean and the attacked documents differ by name: score versions of the same ones")
+
+
 def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
     """The 95% interval of one model's perplexity.
 
@@ -44,13 +49,16 @@ def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
     return paired_bootstrap((scores.nll, scores.num_tokens), statistic, seed=seed, null=None).exp()
 
 
-def compare_perplexity(a: DocumentScores, b: DocumentScores, *, seed: int = 0) -> Interval:
+def compare_perplexity(
+    a: DocumentScores, b: DocumentScores, *, seed: int = 0, weights: np.ndarray | None = None
+) -> Interval:
     """The 95% interval of log-perplexity of `a` minus that of `b`, in nats a token; `.exp()` is their ratio.
 
     Args:
         a: Scores of one model.
         b: Scores of another one, on the same documents.
         seed: Of the bootstrap.
+        weights: See `paired_bootstrap`.
 
     Raises:
         EvaluationError: If the documents or their tokens differ, or are fewer than 10.
@@ -59,7 +67,33 @@ def compare_perplexity(a: DocumentScores, b: DocumentScores, *, seed: int = 0) -
     def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
         return nll_a.sum(axis) / tokens.sum(axis) - nll_b.sum(axis) / tokens.sum(axis)
 
-    return paired_bootstrap((a.nll, b.nll, _paired_tokens(a, b)), statistic, seed=seed)
+    return paired_bootstrap((a.nll, b.nll, _paired_tokens(a, b)), statistic, seed=seed, weights=weights)
+
+
+def compare_attacked(
+    clean: DocumentScores, attacked: DocumentScores, *, seed: int = 0, weights: np.ndarray | None = None
+) -> Interval:
+    """The 95% interval of one model's log-perplexity on attacked documents minus that on clean ones.
+
+    Args:
+        clean: Scores of a model on the clean documents.
+        attacked: Its scores on the attacked versions of the same documents, which may have other numbers of tokens.
+        seed: Of the bootstrap.
+        weights: See `paired_bootstrap`.
+
+    Returns:
+        In nats; `.exp()` is the attacked/clean ratio.
+
+    Raises:
+        EvaluationError: If the documents differ, or are fewer than 10.
+    """
+    _check_versions(clean, attacked)
+
+    def statistic(nll_a: np.ndarray, num_a: np.ndarray, nll: np.ndarray, num: np.ndarray, axis: int) -> np.ndarray:
+        return nll_a.sum(axis) / num_a.sum(axis) - nll.sum(axis) / num.sum(axis)
+
+    columns = (attacked.nll, attacked.num_tokens, clean.nll, clean.num_tokens)
+    return paired_bootstrap(columns, statistic, seed=seed, weights=weights)
 
 
 def compare_robustness(
@@ -69,6 +103,7 @@ def compare_robustness(
     attacked_b: DocumentScores,
     *,
     seed: int = 0,
+    weights: np.ndarray | None = None,
 ) -> Interval:
     """The 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
 
@@ -80,14 +115,14 @@ def compare_robustness(
         clean_b: Scores of another model on the clean documents.
         attacked_b: Its scores on the attacked ones.
         seed: Of the bootstrap.
+        weights: See `paired_bootstrap`.
 
     Raises:
         EvaluationError: If the documents or their tokens differ, or are fewer than 10.
     """
     clean_tokens = _paired_tokens(clean_a, clean_b)
     attacked_tokens = _paired_tokens(attacked_a, attacked_b)
-    if clean_a.names != attacked_a.names:
-        raise EvaluationError("the clean and the attacked documents differ by name: score versions of the same ones")
+    _check_versions(clean_a, attacked_a)
 
     def statistic(clean: np.ndarray, attacked: np.ndarray, *nll: np.ndarray, axis: int) -> np.ndarray:
         clean, attacked = clean.sum(axis), attacked.sum(axis)
@@ -97,4 +132,4 @@ def compare_robustness(
         return ratio_a - ratio_b
 
     nll = (clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
-    return paired_bootstrap((clean_tokens, attacked_tokens, *nll), statistic, seed=seed)
+    return paired_bootstrap((clean_tokens, attacked_tokens, *nll), statistic, seed=seed, weights=weights)

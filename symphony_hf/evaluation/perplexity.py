@@ -1,6 +1,5 @@
 """Perplexity of a causal language model, kept by document so that models can be compared in pairs."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +29,7 @@ class DocumentScores:
 
 def _next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
     # float32 one window at a time: a float32 copy of a whole batch of logits would double the peak of memory.
-    return F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum")
+    return F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
 
 
 def score_documents(
@@ -51,22 +50,48 @@ def score_documents(
     Raises:
         EvaluationError: If a document has no usable window, or its NLL is not finite.
     """
+    nll = score_tokens(model, windows, batch_size=batch_size, progress=progress)
+    sums = np.array([values.sum(dtype=np.float64) for values in nll.values()])
+    return DocumentScores(list(nll), sums, np.array([len(values) for values in nll.values()]))
+
+
+def score_tokens(
+    model: nn.Module, windows: Windows, *, batch_size: int = 16, progress: str | None = None
+) -> dict[str, np.ndarray]:
+    """The next-token negative log-likelihood of every predicted token.
+
+    Args:
+        model: As in `score_documents`.
+        windows: Likewise.
+        batch_size: Windows a forward.
+        progress: What the progress bar says; no bar when None.
+
+    Returns:
+        By document name, in nats, in reading order; the first token of each window is not predicted. Shape of each:
+        (predicted tokens,), float32.
+
+    Raises:
+        EvaluationError: If a document has no usable window, or a value is not finite.
+    """
     flat, owners = flatten(windows)
     names = list(windows)
-    nll = np.zeros(len(names))
-    num_tokens = np.zeros(len(names), dtype=np.int64)
+    by_window: dict[int, np.ndarray] = {}
     with evaluating(model) as device:
         for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             lengths = [len(flat[index]) for index in indices]
-            batch_nll = [_next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
+            nll = [_next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
             # One wait for the device a batch, not one a window.
-            for index, length, value in zip(indices, lengths, torch.stack(batch_nll).tolist(), strict=True):
-                if not math.isfinite(value):
+            values = torch.cat(nll).cpu().numpy()
+            pieces = np.split(values, np.cumsum([length - 1 for length in lengths])[:-1])
+            for index, piece in zip(indices, pieces, strict=True):
+                if not np.isfinite(piece).all():
                     raise EvaluationError(
-                        f"document {names[owners[index]]!r}: the NLL of a window is {value}. The model's logits are "
-                        "not finite: check the checkpoint, or load it in bfloat16 or float32 instead of float16"
+                        f"document {names[owners[index]]!r}: the NLL of a window is {piece.sum()}. The model's logits "
+                        "are not finite: check the checkpoint, or load it in bfloat16 or float32 instead of float16"
                     )
-                nll[owners[index]] += value
-                num_tokens[owners[index]] += length - 1
-    return DocumentScores(names, nll, num_tokens)
+                by_window[index] = piece
+    parts: list[list[np.ndarray]] = [[] for _ in names]
+    for index, owner in enumerate(owners):
+        parts[owner].append(by_window[index])
+    return {name: np.concatenate(pieces) for name, pieces in zip(names, parts, strict=True)}

@@ -1,0 +1,21 @@
+"""Attacks on what a model reads: text damaged by letters and words, images by ImageNet-C's corruptions."""
+
+from .files import AttackedFile, attack_file
+from .image import IMAGE_ATTACKS, ImageAttack, enlarged, find_image_attack, library_version
+from .text import SEVERITIES, TEXT_ATTACKS, TextAttack, attack_documents, check_severity, find_text_attack
+
+__all__ = [
+    "IMAGE_ATTACKS",
+    "SEVERITIES",
+    "TEXT_ATTACKS",
+    "AttackedFile",
+    "ImageAttack",
+    "TextAttack",
+    "attack_documents",
+    "attack_file",
+    "check_severity",
+    "enlarged",
+    "find_image_attack",
+    "find_text_attack",
+    "library_version",
+]

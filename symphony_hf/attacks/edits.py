@@ -1,0 +1,123 @@
+"""Changes to a share of a text's letters or words. None adds or removes a line.
+
+Each draws its places in an order that does not depend on the share: a larger share changes what a smaller one does, and
+more. At least one place is changed where the text has any.
+"""
+
+import itertools
+import math
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from .characters import HOMOGLYPHS, KEYBOARD, typo_of
+
+_WORD = re.compile(r"\S+")
+_DRAWS = 1 << 30
+_RUN = 3
+"""Words that are put in another order together."""
+
+
+def num_changed(rate: float, num_candidates: int) -> int:
+    """How many of the places that could be changed are: the share, rounded half up, and one at least."""
+    share = Fraction(str(float(rate)))  # as written: 0.35 * 90 is a half, which its float falls short of
+    return min(num_candidates, max(1, math.floor(share * num_candidates + Fraction(1, 2))))
+
+
+def mistype(text: str, rate: float, rng: random.Random) -> str:
+    """Replace letters by neighbours on the keyboard."""
+    return _edit_letters(text, rate, rng, lambda letter: letter.lower() in KEYBOARD and letter.isascii(), typo_of)
+
+
+def delete_letters(text: str, rate: float, rng: random.Random) -> str:
+    """Leave letters out."""
+    return _edit_letters(text, rate, rng, str.isalpha, lambda letter, draw: "")
+
+
+def insert_letters(text: str, rate: float, rng: random.Random) -> str:
+    """Put any letter from a to z behind letters."""
+    letters = string.ascii_lowercase
+    return _edit_letters(text, rate, rng, str.isalpha, lambda letter, draw: letter + letters[draw % len(letters)])
+
+
+def replace_by_homoglyphs(text: str, rate: float, rng: random.Random) -> str:
+    """Replace letters by Cyrillic ones that look the same."""
+    can = frozenset(map(chr, HOMOGLYPHS))
+    return _edit_letters(text, rate, rng, can.__contains__, lambda letter, draw: letter.translate(HOMOGLYPHS))
+
+
+def swap_letters(text: str, rate: float, rng: random.Random) -> str:
+    """Let letters trade places with the one behind them, each letter once at most."""
+    letters = list(text)
+    pairs = itertools.pairwise(text)
+    candidates = [place for place, (a, b) in enumerate(pairs) if a.isalpha() and b.isalpha() and a != b]
+    left = num_changed(rate, len(candidates))
+    moved: set[int] = set()
+    for place in rng.sample(candidates, len(candidates)):
+        if left and not moved & {place, place + 1}:
+            letters[place : place + 2] = letters[place + 1], letters[place]
+            moved |= {place, place + 1}
+            left -= 1
+    return "".join(letters)
+
+
+def drop_words(text: str, rate: float, rng: random.Random) -> str:
+    """Leave words out, each with the space in front of it; a line keeps its indentation."""
+    dropped = set(_chosen(range(len(_WORD.findall(text))), rate, rng))
+    numbers = itertools.count()
+    return "\n".join(_without(line, dropped, numbers) for line in text.split("\n"))
+
+
+def shuffle_words(text: str, rate: float, rng: random.Random) -> str:
+    """Turn runs of three words of a line (of two where no third is left) round, so that no word keeps its place."""
+    runs = _runs(text)
+    pieces = list(text)
+    for number in _chosen(range(len(runs)), rate, rng):
+        run = runs[number]
+        turn = rng.randrange(1, len(run))
+        for old, new in zip(run, run[turn:] + run[:turn], strict=True):
+            pieces[old.start() : old.end()] = [new[0], *[""] * (len(old[0]) - 1)]
+    return "".join(pieces)
+
+
+def _edit_letters(
+    text: str,
+    rate: float,
+    rng: random.Random,
+    can: Callable[[str], bool],
+    edit: Callable[[str, int], str],
+) -> str:
+    letters = list(text)
+    candidates = [place for place, letter in enumerate(text) if can(letter)]
+    for place in _chosen(candidates, rate, rng):
+        letters[place] = edit(letters[place], rng.randrange(_DRAWS))
+    return "".join(letters)
+
+
+def _chosen(candidates: Sequence[int], rate: float, rng: random.Random) -> list[int]:
+    return rng.sample(candidates, len(candidates))[: num_changed(rate, len(candidates))]
+
+
+def _without(line: str, dropped: set[int], numbers: "itertools.count[int]") -> str:
+    """A line without the words whose numbers, in the text, are dropped."""
+    words, gaps = _WORD.findall(line), _WORD.split(line)
+    kept = [place for place in range(len(words)) if next(numbers) not in dropped]
+    if len(kept) == len(words):
+        return line
+    pieces = [gaps[0]]
+    for number, place in enumerate(kept):
+        pieces += [gaps[place] if number else "", words[place]]
+    return "".join([*pieces, gaps[-1]])
+
+
+def _runs(text: str) -> list[list["re.Match[str]"]]:
+    """The words of each line in runs of three, without those of one or of equal words, which have no other order."""
+    runs = []
+    start = 0
+    for line in text.split("\n"):
+        words = list(_WORD.finditer(text, start, start + len(line)))
+        runs += [words[place : place + _RUN] for place in range(0, len(words), _RUN)]
+        start += len(line) + 1
+    return [run for run in runs if len({word[0] for word in run}) > 1]

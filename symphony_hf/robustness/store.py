@@ -1,0 +1,61 @@
+"""Finished measurements on the disk, so that a run that was stopped goes on where it was."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import SymphonyWarning
+from ..unfinished import flush
+
+_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+"""What numpy raises for a file that is none of its own, or ends too early."""
+
+
+class Store:
+    """A folder of measurements, each under what decides its numbers: another model, text or setting is another entry.
+
+    Args:
+        folder: Made when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, label: str, identity: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+        """What was measured before; None where nothing was.
+
+        Warns:
+            SymphonyWarning: If the file is damaged, which is then measured again.
+        """
+        path = self._path(label, identity)
+        if not path.is_file():
+            return None
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except _BROKEN as error:
+            warnings.warn(f"{path}: damaged, so it is measured again ({error})", SymphonyWarning, stacklevel=2)
+            return None
+
+    def save(self, label: str, identity: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a measurement: the whole of it is there, or nothing."""
+        path = self._path(label, identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+
+    def _path(self, label: str, identity: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{label}-{digest[:20]}.npz"
