@@ -64,7 +64,7 @@ ENTRIES = {
     "ZayaRouter": Entry(choices=_choices_with_skip_expert),
     "Ernie4_5_VLMoeMoeTopKRouter": Entry(image_tokens={"text_moe": False, "vision_moe": True}),
     # Ours, in the place of an MLP of a vision tower or of a projector, where there is no padding.
-    "UpcycledRouter": Entry(image_tokens=dict.fromkeys(VISUAL, True)),
+    "TopKRouter": Entry(image_tokens=dict.fromkeys(VISUAL, True)),
     "JetMoeTopKGating": Entry(choices=_choices_sorted_by_expert),
     "DogeCDMoE": Entry(refusal=_refuse_product_keys),
 }

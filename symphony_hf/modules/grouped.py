@@ -1,15 +1,46 @@
-"""A linear map of each expert on its own slice of the tokens, with one gradient for the stack of them.
+"""Experts on their own slices of the tokens, with one gradient for each stack of their weights.
 
 Indexing the stack gives each expert's gradient the size of the whole stack, and the sum of them costs more than the
 matrix products. Here each product writes into its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def run_sorted(
+    hidden_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    run: Callable[[Tensor, list[int]], Tensor],
+) -> Tensor:
+    """Sort the chosen tokens by expert, run the experts, and sum their outputs for each token.
+
+    Args:
+        hidden_TD: Tokens. Shape: (T, hidden_size).
+        indices_TK: The chosen experts. Shape: (T, top_k).
+        weights_TK: Theirs. Same shape.
+        num_experts: E.
+        run: The experts: tokens sorted by expert (T * top_k, hidden_size), and how many of them each has, to outputs
+            (T * top_k, output_size).
+
+    Returns:
+        Shape: (T, output_size).
+    """
+    sorted_S, order_S = indices_TK.reshape(-1).sort(stable=True)
+    lengths = torch.bincount(sorted_S, minlength=num_experts).tolist()
+    outputs_SO = run(hidden_TD[order_S // indices_TK.shape[1]], lengths)
+    # Back into the tokens' order, then summed: index_add_ would sum in another order at each run on a GPU.
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    weights_TK = weights_TK.to(outputs_SO.dtype)
+    return F.embedding_bag(places_S.view_as(indices_TK), outputs_SO, per_sample_weights=weights_TK, mode="sum")
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:

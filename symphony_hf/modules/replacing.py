@@ -16,7 +16,7 @@ from ..errors import ConfigError, PatchError, UpcycleError, nearest
 from ..graph import is_adapted
 from ..saving import mark_savers
 from .mlp import MlpParts, read_mlp
-from .routers import ROUTERS, TEMPERATURE, UpcycledCosineRouter, UpcycledLinearRouter
+from .routers import ROUTERS, TEMPERATURE, CosineRouter, LinearRouter
 from .upcycled import UpcycledMoE
 
 FORMAT = 1
@@ -156,9 +156,9 @@ def _initialize(module: UpcycledMoE, router_std: float, noise: float, generator:
         return torch.randn(shape, generator=generator)
 
     router = module.gate
-    if isinstance(router, UpcycledLinearRouter):
+    if isinstance(router, LinearRouter):
         router.linear.weight.copy_(router_std * draw(router.linear.weight.shape))
-    elif isinstance(router, UpcycledCosineRouter):
+    elif isinstance(router, CosineRouter):
         router.reduction.weight.copy_(router_std * draw(router.reduction.weight.shape))
         router.embeddings.weight.copy_(draw(router.embeddings.weight.shape))
         router.log_temperature.fill_(math.log(TEMPERATURE))

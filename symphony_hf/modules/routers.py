@@ -1,4 +1,4 @@
-"""Routers of our own, for experts that were made of a dense MLP: linear (SMoE) and cosine (XMoE).
+"""Routers of our own models and of experts that were made of a dense MLP: linear (SMoE) and cosine (XMoE).
 
 Shapes: T tokens, D hidden size, R dimensions of the cosine router's space, E experts, K chosen by a token.
 """
@@ -13,7 +13,7 @@ LOW_DIMENSIONS = 16
 """Of the cosine router's space at least; half as many as experts where that is more."""
 
 
-class UpcycledRouter(nn.Module):
+class TopKRouter(nn.Module):
     """Chooses the K highest logits, and weighs them by a softmax over the chosen, so that the weights sum to 1.
 
     With equal experts their weighted sum is then what one of them gives, whatever the router chooses.
@@ -48,29 +48,42 @@ class UpcycledRouter(nn.Module):
         raise NotImplementedError
 
 
-class UpcycledLinearRouter(UpcycledRouter):
-    """SMoE's: one linear map."""
+class LinearRouter(TopKRouter):
+    """SMoE's: one linear map.
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: K.
+        bias: Whether it has one.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, bias: bool = False) -> None:
         super().__init__(hidden_size, num_experts, top_k)
-        self.linear = nn.Linear(hidden_size, num_experts, bias=False)
+        self.linear = nn.Linear(hidden_size, num_experts, bias=bias)
 
     def compute_logits(self, hidden_TD: Tensor) -> Tensor:
         return self.linear(hidden_TD)
 
 
-class UpcycledCosineRouter(UpcycledRouter):
+class CosineRouter(TopKRouter):
     """XMoE's: cosines to the experts' embeddings in a space of few dimensions, over a learned temperature.
 
     Cosines are no linear map of the embeddings, so no embeddings could hold the graph of a folded router. `mix` is the
     linear map that can: the identity, never trained, until a graph is folded into it.
 
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: K.
+        dimensions: R; half as many as experts when None, but LOW_DIMENSIONS at least.
+
     Source: arXiv 2204.09179. Deviation: the temperature is learned as its logarithm, so that it stays positive.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, dimensions: int | None = None) -> None:
         super().__init__(hidden_size, num_experts, top_k)
-        dimensions = max(LOW_DIMENSIONS, num_experts // 2)
+        dimensions = dimensions or max(LOW_DIMENSIONS, num_experts // 2)
         self.reduction = nn.Linear(hidden_size, dimensions, bias=False)
         self.embeddings = nn.Linear(dimensions, num_experts, bias=False)
         self.log_temperature = nn.Parameter(self.embeddings.weight.new_empty(1))
@@ -82,4 +95,4 @@ class UpcycledCosineRouter(UpcycledRouter):
         return self.mix(cosines_TE / self.log_temperature.exp())
 
 
-ROUTERS: dict[str, type[UpcycledRouter]] = {"smoe": UpcycledLinearRouter, "xmoe": UpcycledCosineRouter}
+ROUTERS: dict[str, type[TopKRouter]] = {"smoe": LinearRouter, "xmoe": CosineRouter}

@@ -8,12 +8,11 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import use_experts_implementation
 
-from .grouped import grouped_linear
+from .grouped import grouped_linear, run_sorted
 from .mlp import MlpParts
 from .routers import ROUTERS
 
@@ -68,15 +67,7 @@ class _Experts(nn.Module):
         Returns:
             The weighted sum of the chosen experts' outputs. Shape: (tokens, output_size).
         """
-        num_tokens, top_k = top_k_index.shape
-        sorted_S, order_S = top_k_index.reshape(-1).sort(stable=True)
-        lengths = torch.bincount(sorted_S, minlength=self.num_experts).tolist()
-        outputs_SO = self._run(hidden_states[order_S // top_k], lengths)
-        # Back into the tokens' order, then summed: index_add_ would sum in another order at each run on a GPU.
-        places_S = torch.empty_like(order_S)
-        places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        weights_TK = top_k_weights.to(outputs_SO.dtype)
-        return F.embedding_bag(places_S.view(num_tokens, top_k), outputs_SO, per_sample_weights=weights_TK, mode="sum")
+        return run_sorted(hidden_states, top_k_index, top_k_weights, self.num_experts, self._run)
 
     def _run(self, x_SI: Tensor, lengths: list[int]) -> Tensor:
         """The experts on their slices, without the routing's weights."""
