@@ -3,7 +3,7 @@
     from symphony_hf import symphonize
     symphonize(model)      # the same model, routed through the graph of its experts
 
-Importing this package lets transformers' own classes load Symphony checkpoints.
+Importing this package lets transformers' own classes load Symphony checkpoints, and the model of `modules.wikitext`.
 """
 
 import importlib
@@ -130,3 +130,4 @@ def __dir__() -> list[str]:
 
 
 install_loading_wraps()
+importlib.import_module(".modules.wikitext", __name__)  # transformers' Auto classes learn of it

@@ -106,6 +106,7 @@ class DataSection:
         streaming: Whether a data set is read while training goes on, for one that does not fit on the disk.
         limit: Examples of each split at most.
         vocab_size: Of the tokenizer that is trained when the model is built from a config.
+        tokenizer: Which one that is: `bpe`, of pieces of words, or `words`, of what whitespace separates.
     """
 
     kind: DataKind = "text"
@@ -119,6 +120,7 @@ class DataSection:
     streaming: bool = False
     limit: int | None = None
     vocab_size: int = 4096
+    tokenizer: Literal["bpe", "words"] = "bpe"
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 2, f"`block_size` must be at least 2, got {self.block_size}")

@@ -30,6 +30,7 @@ PARAMETERS = {
     "olmoe-7b-sft": 6_919_161_856,
     "mixtral-8x7b-qlora": 46_702_792_704,
     "llava-smoe-4.2b": 4_174_947_328,
+    "wikitext103-216m": 215_679_863,  # published
 }
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import huggingface_hub
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.utils import httpx  # the one that it calls: its second version has another
 from torch import Tensor, nn
 
 from ..errors import DataError

@@ -1,15 +1,16 @@
-"""A byte-level BPE tokenizer of the corpus's own, trained in seconds and then kept."""
+"""A tokenizer of the corpus's own, of pieces of words or of whole ones, trained in seconds and then kept."""
 
 import hashlib
 import os
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..errors import ConfigError, SymphonyWarning
 from .documents import Corpus, Document
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 _SPECIAL = (END_OF_TEXT, PADDING)
+END_OF_LINE, UNKNOWN = "<eos>", "<unk>"
+"""Words of a vocabulary of words, as WikiText-103's has them: the end of a line, and every word that is not in it."""
+
+TokenizerKind = Literal["bpe", "words"]
 _SMALLEST = len(_SPECIAL) + 256
 
 _FORMAT = 1
@@ -28,13 +33,17 @@ _FORMAT = 1
 _TOKENIZER, _DIGEST = "tokenizer.json", "tokenizer.json.sha256"
 
 
-def train_tokenizer(documents: Sequence[Document], vocab_size: int = 4096) -> "PreTrainedTokenizerFast":
-    """Train byte-level BPE: any text can be encoded, and decodes to itself.
+def train_tokenizer(
+    documents: Sequence[Document], vocab_size: int = 4096, kind: TokenizerKind = "bpe"
+) -> "PreTrainedTokenizerFast":
+    """Train a tokenizer.
 
     Args:
         documents: Texts to train on, of the train split only.
-        vocab_size: Number of tokens, `<|endoftext|>` (id 0, begin and end of text) and `<|pad|>` (id 1) included. A
-            short text may give fewer.
+        vocab_size: Number of tokens, special ones included. A short text may give fewer.
+        kind: `bpe`: byte-level BPE, with which any text can be encoded, and decodes to itself; `<|endoftext|>` (id 0)
+            begins and ends a text, `<|pad|>` (id 1) fills a batch. `words`: what whitespace separates, the most
+            frequent ones; `<eos>` (id 0) is the end of a line and of a text, `<unk>` (id 1) every other word.
 
     Returns:
         The tokenizer, which puts no special token in front or behind by itself.
@@ -42,15 +51,18 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int = 4096) -> "P
     Raises:
         ConfigError: If `vocab_size` has no room for the 256 bytes and the special tokens.
     """
+    texts = [document.text for document in documents]
+    if kind == "words":
+        return _wrap(_count_words(texts, vocab_size))
     if vocab_size < _SMALLEST:
         raise ConfigError(
             f"data: vocab_size must be {_SMALLEST} or more (256 bytes, 2 special tokens); got {vocab_size}"
         )
-    return _wrap(_train([document.text for document in documents], vocab_size))
+    return _wrap(_train(texts, vocab_size))
 
 
 def cached_tokenizer(
-    corpus: Corpus, vocab_size: int = 4096, cache_dir: Path | None = None
+    corpus: Corpus, vocab_size: int = 4096, cache_dir: Path | None = None, kind: TokenizerKind = "bpe"
 ) -> "PreTrainedTokenizerFast":
     """Train a tokenizer on the train split, or load the one trained on the same texts before.
 
@@ -59,6 +71,7 @@ def cached_tokenizer(
         vocab_size: Number of tokens, special ones included.
         cache_dir: Where entries are kept: `$SYMPHONY_HF_CACHE` if None, or else `symphony_hf` in the user's cache
             folder (`$XDG_CACHE_HOME`, `~/.cache`).
+        kind: See `train_tokenizer`.
 
     Returns:
         The same tokenizer as `train_tokenizer`.
@@ -69,11 +82,11 @@ def cached_tokenizer(
     Warns:
         SymphonyWarning: If the entry was damaged, and is replaced; or could not be written.
     """
-    entry = (cache_dir or _default_cache()) / "tokenizers" / _key(corpus.train, vocab_size)
+    entry = (cache_dir or _default_cache()) / "tokenizers" / _key(corpus.train, vocab_size, kind)
     stored = _read(entry)
     if stored is not None:
         return _wrap(stored)
-    tokenizer = train_tokenizer(corpus.train, vocab_size)
+    tokenizer = train_tokenizer(corpus.train, vocab_size, kind)
     try:
         _write(entry, tokenizer.backend_tokenizer.to_str())
     except OSError as error:
@@ -95,9 +108,24 @@ def _train(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _count_words(texts: list[str], vocab_size: int) -> Tokenizer:
+    # Of equally frequent words the first in the alphabet, so that the same texts give the same vocabulary.
+    counts = Counter(word for text in texts for word in text.split() if word not in (END_OF_LINE, UNKNOWN))
+    most_frequent = sorted(counts, key=lambda word: (-counts[word], word))
+    words = [END_OF_LINE, UNKNOWN, *most_frequent][:vocab_size]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Replace("\n", f" {END_OF_LINE} ")
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 def _wrap(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
+    if isinstance(tokenizer.model, models.WordLevel):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token=END_OF_LINE, pad_token=END_OF_LINE, unk_token=UNKNOWN
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -112,8 +140,8 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "symphony_hf"
 
 
-def _key(documents: Sequence[Document], vocab_size: int) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {vocab_size}".encode())
+def _key(documents: Sequence[Document], vocab_size: int, kind: TokenizerKind) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {vocab_size} {kind}".encode())
     for document in documents:
         text = document.text.encode()
         digest.update(len(text).to_bytes(8, "big"))  # so that ["ab", "c"] is not ["a", "bc"]

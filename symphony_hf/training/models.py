@@ -54,9 +54,13 @@ def load_processor(recipe: Recipe) -> Any:
     if source is not None:
         loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
         return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
-    is_text = recipe.data.kind == "text" and recipe.data.path is not None
-    corpus = load_corpus(recipe.data.path, text_column=recipe.data.text_column) if is_text else embedded_corpus()
-    tokenizer = cached_tokenizer(corpus, recipe.data.vocab_size)
+    data = recipe.data
+    is_text = data.kind == "text" and data.path is not None
+    if is_text:
+        corpus = load_corpus(data.path, text_column=data.text_column, name=data.name, revision=data.revision)
+    else:
+        corpus = embedded_corpus()
+    tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
     return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
 
 

@@ -173,3 +173,24 @@ def test_cache_folder_follows_the_environment(small, tmp_path, monkeypatch, vari
         monkeypatch.setenv(name, str(tmp_path / value))
     cached_tokenizer(small, VOCAB_SIZE)
     assert entry_of(tmp_path / folder).is_dir()
+
+
+def test_words_are_what_whitespace_separates():
+    texts = ["the cat <unk> the\ndog , the cat\n", "a dog\n"]
+    tokenizer = train_tokenizer([Document(str(n), text) for n, text in enumerate(texts)], 7, "words")
+    # By frequency: the 3, cat and dog 2, then the first of `,` and `a` in the alphabet.
+    vocabulary = ["<eos>", "<unk>", "the", "cat", "dog", ",", "a"]
+    assert [tokenizer.convert_ids_to_tokens(n) for n in range(len(tokenizer))] == vocabulary
+    assert tokenizer(texts[0])["input_ids"] == [2, 3, 1, 2, 0, 4, 5, 2, 3, 0]
+    assert tokenizer("no cat")["input_ids"] == [1, 3]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 0, 1)
+    assert len(train_tokenizer([Document("0", texts[0])], 4, "words")) == 4
+
+
+def test_words_are_kept_beside_pieces(tmp_path):
+    corpus = Corpus([Document("0", "one two\n" * 50)], [], [], "texts")
+    pieces, words = (cached_tokenizer(corpus, 300, tmp_path, kind) for kind in ("bpe", "words"))
+    assert len(words) == 4
+    assert len(pieces) > 256
+    again = cached_tokenizer(corpus, 300, tmp_path, "words")
+    assert again("two one\n")["input_ids"] == words("two one\n")["input_ids"] == [3, 2, 0]
