@@ -8,15 +8,17 @@ from functools import cache
 import pytest
 import torch
 from test_readme import block
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from symphony_hf import SymphonyConfig, UnsupportedModelError, is_symphonized, symphonize
 from symphony_hf.compat import transformers_version
 from symphony_hf.conformance.checks import CHECKS, ConformanceError
 from symphony_hf.conformance.matrix import NotApplicable, Row, look_at_family, quiet, run_check
+from symphony_hf.conformance.overrides import BROKEN, OVERRIDES
+from symphony_hf.conformance.shrinking import shrink
 from symphony_hf.conformance.specimen import Specimen
 from symphony_hf.conformance.table import summary, table_row, write_readme
-from symphony_hf.conformance.tiny import moe_families, tiny_model, why_not_built
+from symphony_hf.conformance.tiny import auto_class_of, moe_families, tiny_batch, tiny_model, why_not_built
 from symphony_hf.families import Supported, find_routers, linear_of
 from symphony_hf.patching import symphony_routers
 from symphony_hf.self_check import check_routers
@@ -96,6 +98,15 @@ def test_refused_families_say_why_and_stay_as_they_are(family):
     with pytest.raises(UnsupportedModelError, match=REFUSED[family]):
         symphonize(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("family", [f for f in BROKEN if f in moe_families() and why_not_built(f)])
+def test_what_is_said_to_be_broken_is(family):
+    with quiet():
+        config = shrink(CONFIG_MAPPING[family], OVERRIDES.get(family, {}))
+        model = auto_class_of(family).from_config(config)
+        with pytest.raises((AttributeError, TypeError)):
+            model(**tiny_batch(model))
 
 
 def table_of_readme():

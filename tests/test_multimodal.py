@@ -31,7 +31,7 @@ from symphony_hf import (
     unsymphonize,
     update_graphs,
 )
-from symphony_hf.conformance.tiny import moe_families, tiny_batch
+from symphony_hf.conformance.tiny import moe_families, tiny_batch, why_not_built
 
 WHOLE = ["aria", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "llama4", "minimax_m3_vl", "qwen3_5_moe", "qwen3_vl_moe"]
 MORE = [
@@ -58,6 +58,8 @@ SPECIAL_TOKENS = list(range(96, 128))
 def case(request):
     if "+" not in request.param and request.param not in moe_families():
         pytest.skip("not in the installed transformers")
+    if reason := why_not_built(request.param):
+        pytest.skip(reason)
     return request.param
 
 
@@ -219,12 +221,17 @@ def test_the_returned_loss_is_the_cross_entropy_alone(case):
     batch = image_batch(case, padded=True)
     stock = stock_model(case)
     plain = train_forward(stock, batch).loss
-    with_own = train_forward(stock, batch | {"output_router_logits": True}).loss
+    model = symphonized(case)
+    assert torch.equal(train_forward(model, batch).loss, plain)
+    with_own = None
+    # LLaVA's outputs have no place for router logits from transformers 5.24 on.
+    with contextlib.suppress(*([TypeError] if "+" in case else [])):
+        with_own = train_forward(stock, batch | {"output_router_logits": True}).loss
+    if with_own is None:
+        return
     own_is_added = not torch.equal(with_own, plain)
     assert own_is_added or case not in ("ernie4_5_vl_moe", "qwen3_5_moe", "qwen3_vl_moe")
     assert not (own_is_added and "+" in case)  # transformers leaves it out around LLaVA's text model
-    model = symphonized(case)
-    assert torch.equal(train_forward(model, batch).loss, plain)
     assert torch.equal(train_forward(model, batch | {"output_router_logits": True}).loss, plain)
     unsymphonize(model)
     assert torch.equal(train_forward(model, batch | {"output_router_logits": True}).loss, with_own)

@@ -106,6 +106,7 @@ def _inkling2_pixels(vision: PretrainedConfig, rows: int, noise: Callable[..., T
 _OWN_PIXELS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "inkling_mm_model": _inkling_pixels,
     "inkling2": _inkling2_pixels,
+    "inkling2_loop": _inkling2_pixels,
 }
 
 

@@ -47,6 +47,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"text_config": {"index_kpool": 2}},
     "glm_moe_dsa": _HALF_SHARED,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]},
+    "hy_v4_vl": {"text_config": {"rope_parameters": _IMAGE_ROPE}},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 3},
     "laguna": {"layer_types": _HALF_SLIDING},
@@ -73,9 +74,10 @@ NOT_BUILT: dict[str, str] = {
     "qwen3_omni_moe": "the whole has no forward, it only generates; its thinker, qwen3_omni_moe_thinker, has a row",
     "vitpose_backbone": "the number of the dataset, given with the input, chooses its expert; nothing routes",
 }
-# Broken in transformers itself, and the release that mended it.
-MENDED_IN: dict[str, tuple[str, str]] = {
-    "doge": ("5.23", "its decoder layer takes the pair that its experts return, of states and logits, for the states"),
+# Broken in transformers itself: in which releases, and how.
+BROKEN: dict[str, tuple[str, str]] = {
+    "doge": ("<5.23", "its decoder layer takes the pair that its experts return, of states and logits, for the states"),
+    "llama4": ("==5.24.*", "its forward reads `image_outputs` off its text model's output, which has none"),
 }
 NO_LOSS: dict[str, str] = {
     "diffusion_gemma": "its forward takes no labels: it gives logits for a canvas of noise, not for a next token",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from .batches import tiny_batch, tiny_images
-from .overrides import MENDED_IN, NOT_BUILT, OVERRIDES
+from .overrides import BROKEN, NOT_BUILT, OVERRIDES
 from .shrinking import shrink
 
 __all__ = ["moe_families", "tiny_batch", "tiny_config", "tiny_images", "tiny_model", "why_not_built"]
@@ -67,9 +67,9 @@ def moe_families() -> list[str]:
 
 def why_not_built(model_type: str) -> str | None:
     """Why a family has no tiny model under the installed transformers; None where it has one."""
-    mended_in, fault = MENDED_IN.get(model_type, ("0", ""))
-    if Version(transformers.__version__) < Version(mended_in):
-        return f"broken in transformers before {mended_in}: {fault}"
+    releases, fault = BROKEN.get(model_type, ("<0", ""))
+    if SpecifierSet(releases, prereleases=True).contains(transformers.__version__):
+        return f"broken in transformers {releases}: {fault}"
     return NOT_BUILT.get(model_type)
 
 

@@ -12,7 +12,7 @@ def _check_experts(what: str, num_experts: int, transition_EE: Tensor) -> None:
 
 
 def _change(transition_EE: Tensor) -> Tensor:
-    """A - I. `x + (A - I) x` is exactly x where A = I, also where the product is rounded to TF32, as `A x` is not."""
+    """A - I. `x + (A - I) x` is exactly x where A = I, also where products are of TF32 or bfloat16, as `A x` is not."""
     return transition_EE.float() - torch.eye(transition_EE.shape[-1], device=transition_EE.device)
 
 
@@ -24,7 +24,7 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: The matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        Smoothed logits g @ A.T, float32. Shape: (tokens, num_experts).
+        Smoothed logits g @ A.T, float32: A = I gives g itself. Shape: (tokens, num_experts).
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -33,7 +33,8 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     """
     _check_experts("the logits", logits_TE.shape[-1], transition_EE)
     with without_autocast(logits_TE):
-        return logits_TE.float() @ transition_EE.float().T
+        logits = logits_TE.float()
+        return torch.addmm(logits, logits, _change(transition_EE).T)
 
 
 def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
@@ -47,8 +48,8 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: The matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        A @ W, computed in float32 and rounded once to the weight's type. A = I gives W itself, in every precision of
-        matrix products (a zero may lose its sign). Same shape.
+        A @ W, computed in float32 and rounded once to the weight's type. A = I gives W itself, in every precision that
+        `torch.set_float32_matmul_precision` gives to products (a zero may lose its sign). Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
