@@ -166,22 +166,25 @@ def _graph(experts: int, generator: torch.Generator) -> Tensor:
     return half + half.T
 
 
-def commit_table(result: dict[str, Any]) -> list[list[str]]:
-    """The rows of a result as text, header first."""
-    table = [["work", "processes", "layers", "experts", "ms", "quartiles", "of a training step"]]
+def commit_table(result: dict[str, Any], work: str = "commit") -> list[list[str]]:
+    """The rows of one kind of work as text, header first."""
+    table = [["processes", "layers", "experts", f"{work}, ms", "quartiles", "of a training step"]]
     for row in result["rows"]:
+        if row["work"] != work:
+            continue
         quartiles = f"{1000 * row['low']:.2f} to {1000 * row['high']:.2f}"
-        numbers = [str(row[name]) for name in ("work", "processes", "layers", "experts")]
+        numbers = [str(row[name]) for name in ("processes", "layers", "experts")]
         table.append([*numbers, f"{1000 * row['seconds']:.2f}", quartiles, f"{row['share']:.3%}"])
     return table
 
 
 def print_bench_commit(result: dict[str, Any], console: Console | None = None) -> None:
-    """The rows as a table, and where the JSON is."""
+    """The rows as a table for each kind of work, and where the JSON is."""
     console = console or Console()
-    header, *rows = commit_table(result)
-    table = Table(*header, title=f"One commit, one log, beside training steps of {result['layer']}'s layers")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    for work in ("commit", "log"):
+        header, *rows = commit_table(result, work)
+        table = Table(*header, title=f"One {work}, beside training steps of {result['layer']}'s layers")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)

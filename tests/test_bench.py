@@ -84,7 +84,7 @@ def test_the_true_shapes_are_those_of_the_models():
     }
 
 
-def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch):
+def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_commit, "measure_layer", lambda name, seconds: 0.5)
     result = bench_commit.run_bench_commit(tmp_path / "commit.json", processes=(1,), sizes=((2, 16), (3, 16)))
     assert json.loads((tmp_path / "commit.json").read_text()) == result
@@ -94,8 +94,12 @@ def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch):
     for row in result["rows"]:
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
         assert row["share"] == row["seconds"] / (row["layers"] * 0.5)
-    header, *rows = bench_commit.commit_table(result)
-    assert [len(row) for row in rows] == [len(header)] * 4
+    for work in ("commit", "log"):
+        header, *rows = bench_commit.commit_table(result, work)
+        assert header[3] == f"{work}, ms"
+        assert [row[:3] for row in rows] == [["1", "2", "16"], ["1", "3", "16"]]
+    bench_commit.print_bench_commit(result)
+    assert "One log, beside training steps" in capsys.readouterr().out
 
 
 def test_the_loop_over_experts_computes_what_upcycled_moe_does(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from symphony_hf import SymphonyConfig, __all__
 from symphony_hf.bench import AIMS, bench_table
-from symphony_hf.bench_commit import PROCESSES, commit_table
+from symphony_hf.bench_commit import PROCESSES, SIZES, commit_table
 from symphony_hf.report import findings, result_table
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,8 @@ def test_the_bench_table_is_the_result_file():
 def test_the_commit_table_is_the_result_file():
     result = json.loads((RESULTS / "bench_commit.json").read_text())
     assert block("commit table") == as_markdown(commit_table(result))
-    assert {row["processes"] for row in result["rows"]} == set(PROCESSES)
+    sizes = [(row["processes"], row["layers"], row["experts"]) for row in result["rows"] if row["work"] == "commit"]
+    assert sizes == [(number, *size) for number in PROCESSES for size in SIZES]
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
