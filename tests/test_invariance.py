@@ -6,9 +6,12 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from symphony_hf.cli import app
 from symphony_hf.training import invariance
-from symphony_hf.training.invariance import ARRANGEMENTS, Arrangement, compare, print_comparisons, run
+from symphony_hf.training.arrangements import ARRANGEMENTS, UNION, Arrangement
+from symphony_hf.training.invariance import Trace, compare, print_comparisons, run
 
 ONE_PROCESS = [name for name, (arrangement, _) in ARRANGEMENTS.items() if arrangement.ranks == 1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and transformers', of checkpointing and compiling
@@ -33,21 +36,77 @@ def test_all_arrangements():
     )
 
 
+def test_every_arrangement_is_there():
+    """One of each, whatever else is in the table."""
+    present = [arrangement for arrangement, _ in ARRANGEMENTS.values()]
+    for accumulation in (2, 4, 8):
+        assert Arrangement(accumulation=accumulation) in present
+    for stage in (1, 2, 3):
+        assert Arrangement(ranks=2, zero=stage) in present
+        assert any(a.zero == stage and a.offload and a.ranks == 2 for a in present)
+    for checkpointing in ("reentrant", "non-reentrant"):
+        assert Arrangement(checkpointing=checkpointing) in present
+    assert {Arrangement(ranks=2), Arrangement(packed=True), Arrangement(compiled=True)} <= set(present)
+    for zero in (None, 2, 3):
+        for scope in ("local", "global"):
+            assert Arrangement(ranks=2, zero=zero, scope=scope) in present
+
+
 @pytest.mark.parametrize(
     "spoiled",
     [
         Arrangement(scope="local"),  # another loss
         Arrangement(accumulation=2, packed=False, scope="local"),
+        Arrangement(z_loss_weight=0.0101),
+        Arrangement(accumulation=2, z_loss_weight=0.02),  # as many times as there are micro-batches
     ],
 )
 def test_a_difference_is_seen(spoiled, monkeypatch):
-    monkeypatch.setitem(ARRANGEMENTS, "spoiled", (spoiled, "union batch"))
+    monkeypatch.setitem(ARRANGEMENTS, "spoiled", (spoiled, UNION))
     (row,) = compare(["spoiled"])
     assert not row.holds
-    assert row.weight_difference > 1e-3
+    assert row.gradient_difference > 1e-3
     stream = io.StringIO()
     print_comparisons([row], Console(file=stream, width=160))
     assert "FAILS" in stream.getvalue()
+
+
+@pytest.mark.parametrize("part", ["model.layers.0.mlp.gate.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_gradient_that_differs_on_one_rank_in_one_step_is_seen(part):
+    reference = run(Arrangement())
+    other = Trace(reference.graphs, reference.weights, {n: g.clone() for n, g in reference.gradients.items()})
+    other.gradients[part][5] *= 1 + 3e-5
+    assert invariance._compare(UNION, [reference, reference], reference).holds
+    assert not invariance._compare(UNION, [reference, other], reference).holds
+    del other.gradients[part]
+    assert not invariance._compare(UNION, [other, reference], reference).holds
+
+
+def test_the_cross_entropy_and_the_z_loss_both_weigh():
+    """What is left of a gradient without the other is more than rounding, so neither can hide behind it."""
+    both, entropy = run(Arrangement()).gradients, run(Arrangement(z_loss_weight=0.0)).gradients
+    assert both.keys() == entropy.keys()
+    for name in both:
+        largest = both[name][0].abs().max()
+        assert entropy[name][0].abs().max() > 1e-3 * largest
+        # The last layer's experts and what comes after them are behind every router.
+        is_behind = name in ("lm_head.weight", "model.norm.weight") or "layers.1.mlp.experts" in name
+        assert is_behind or (both[name][0] - entropy[name][0]).abs().max() > 1e-2 * largest, name
+
+
+def test_the_command_prints_the_table_and_fails_where_a_row_does(monkeypatch):
+    def check(only):
+        result = CliRunner().invoke(app, ["check", "distributed", "--only", only])
+        return result.exit_code, result.output if result.exception is None else f"{result.output}{result.exception}"
+
+    code, printed = check("accumulation 4")
+    assert code == 0
+    assert "same bits" in printed
+    monkeypatch.setitem(ARRANGEMENTS, "spoiled", (Arrangement(z_loss_weight=0.02), UNION))
+    code, printed = check("spoiled")
+    assert code == 1
+    assert "FAILS" in printed
+    assert "no arrangement has 'nothing'" in check("nothing")[1]
 
 
 def test_a_graph_that_counts_twice_is_seen(monkeypatch):
