@@ -3,16 +3,18 @@
 import functools
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import SymphonyConfig
 from .errors import SymphonyWarning
 from .graph import ExpertGraph, active_graph, is_adapted, kept_in_adapters
+from .guards import left_out, num_differing
 from .routing import RecordGradientScale, update_adjacency
 from .stack import RouterStack, num_ranks
 
@@ -25,10 +27,10 @@ CROWDED_STEPS = 3
 _TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
 
 
-def _note_optimizer_step(*_: Any) -> None:
+def _note_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After a step of any optimizer of torch, those inside DeepSpeed's and accelerate's too."""
     for tracker in _TRACKERS:
-        tracker.note_optimizer_step()
+        tracker.note_optimizer_step(optimizer)
 
 
 @functools.cache
@@ -45,6 +47,7 @@ class Tracker:
             does, the first training forward after the step commits.
         stepped: Whether an optimizer has taken a step since there is something to commit.
         commits_since_step: Commits since an optimizer's last step: one, where all is well.
+        held: The identities of what optimizers hold that have taken steps; None once they were looked at.
         scale: The factor that the main loss's gradient came with, written in the backward pass.
         awaits_backward: Whether a main loss was recorded whose backward has not begun.
     """
@@ -55,6 +58,7 @@ class Tracker:
         self.stepped = False
         self.commits_since_step = 0
         self.crowded_steps = 0
+        self.held: set[int] | None = set()
         _watch_optimizers()
         _TRACKERS.add(self)
         self.scale: Tensor | None = None
@@ -131,9 +135,11 @@ class Tracker:
     def _note_backward(self, gradient: Tensor) -> None:
         self.awaits_backward, self.loss_recorded = False, True
 
-    def note_optimizer_step(self) -> None:
+    def note_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of this model, took a step."""
         self.stepped = self.stepped or any(stack.has_pending for stack in self.stacks)
+        if self.stepped and self.held is not None:
+            self.held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         if self.commits_since_step > 0:
             self.crowded_steps = self.crowded_steps + 1 if self.commits_since_step > 1 else 0
         if self.crowded_steps == CROWDED_STEPS:
@@ -202,6 +208,8 @@ class Tracker:
         if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
             self._compare_ranks()
         self.num_commits += 1
+        if self.held and not torch.compiler.is_compiling():
+            self._look_at_optimizers_that_stepped()
         routers = [router for stack in self.stacks for router in stack.routers]
         if self.weighs_losses and not any(p.requires_grad for r in routers for p in r.parameters()):
             self.warn_once(
@@ -224,15 +232,33 @@ class Tracker:
 
     def _compare_ranks(self) -> None:
         """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""
-        bits = torch.stack([graph.adjacency.detach().cpu().view(torch.int32).long().sum() for graph in self.graphs])
-        extremes = torch.cat([bits, -bits]).to(self.stacks[0].device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        highest, lowest = extremes[: len(bits)].cpu(), -extremes[len(bits) :].cpu()
-        if not torch.equal(highest, lowest):
+        number = num_differing(self.graphs, self.stacks[0].device)
+        if number:
             self.warn_once(
-                f"{int((highest != lowest).sum())} of {len(bits)} graphs differ between the ranks: they were loaded or "
-                "symphonized otherwise on one. Load the same checkpoint on every rank"
+                f"{number} of {len(self.graphs)} graphs differ between the ranks: they were loaded or symphonized "
+                "otherwise on one. Load the same checkpoint on every rank"
             )
+
+    def look_at_optimizers(self, routers: list[tuple[str, nn.Module]], parameters: Iterable[nn.Parameter]) -> None:
+        """Notice, once, optimizers that were made before the routers' parameters, or without them.
+
+        Args:
+            routers: With their names.
+            parameters: Of the model.
+        """
+        missing, number = left_out(routers, parameters, self.held or set())
+        self.held = None
+        if missing:
+            self.warn_once(
+                f"the optimizer does not hold {len(missing)} of {number} router parameters ({missing[0]}, ...), "
+                "which therefore stay as they are: make it after `symphonize`, or freeze them"
+            )
+
+    def _look_at_optimizers_that_stepped(self) -> None:
+        """At the first commit after one has: where no Trainer showed its own before."""
+        names = {id(module): name for stack in self.stacks for name, module in stack.owner.named_modules()}
+        routers = [(names.get(id(router), "router"), router) for stack in self.stacks for router in stack.routers]
+        self.look_at_optimizers(routers, (p for stack in self.stacks for p in stack.owner.parameters()))
 
     def _note_losses(self, stacks: list[RouterStack]) -> None:
         pending = [stack.tensors.pending_losses for stack in stacks if stack.tensors is not None]

@@ -1,14 +1,33 @@
 """What one of two processes does in test_distributed.py: a module of its own, which a spawned process can import."""
 
+import json
+import warnings
+
 import torch
 import torch.distributed as dist
-from models import gradients, make_ids, make_model
+from models import gradients, make_ids, make_model, move_graphs
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from symphony_hf import expert_graphs, symphonize, update_graphs
+from symphony_hf import SymphonyWarning, expert_graphs, symphonize, update_graphs
 
 STEPS = 3
+
+
+def messages_of_ranks_that_differ(rank):
+    """What is said where the second rank has two experts of one graph in another order."""
+    model = move_graphs(symphonize(make_model())).train()
+    if rank == 1:
+        graph = model.model.layers[1].mlp.gate.symphony
+        order = torch.tensor([1, 0, *range(2, graph.num_experts)])
+        graph.adjacency.copy_(graph.adjacency[order][:, order])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            ids = make_ids(seed=seed)
+            model(input_ids=ids, labels=ids).loss.backward()
+            update_graphs(model)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, SymphonyWarning)]
 
 
 def run_rank(rank, folder):
@@ -26,5 +45,7 @@ def run_rank(rank, folder):
         assert update_graphs(wrapped)
     # One for all layers, each step; and, every hundred steps from the first on, a look at whether the ranks agree.
     assert reduces == [(dist.ReduceOp.MAX,), *[()] * STEPS]
+    dist.all_reduce = original
+    (folder / f"{rank}.json").write_text(json.dumps(messages_of_ranks_that_differ(rank)))
     save_file({**expert_graphs(model), **{f"grad.{n}": g for n, g in gradients(model).items()}}, folder / f"{rank}.st")
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ LEVELS = {
     "routing": 1,
     "graph": 2,
     "graph_files": 2,
+    "guards": 2,
     "stack": 2,
     "tracking": 2,
     "compat": 3,

@@ -1,5 +1,7 @@
 """Two real processes over gloo: every rank ends with the graph of the union of their batches."""
 
+import json
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -14,6 +16,9 @@ pytestmark = pytest.mark.slow
 
 def test_the_ranks_graphs_are_those_of_the_union_batch(tmp_path):
     mp.spawn(run_rank, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        (message,) = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert message.startswith("1 of 3 graphs differ between the ranks")
     ranks = [load_file(tmp_path / f"{rank}.st") for rank in range(2)]
     model = symphonize(make_model(), balance_loss_weight=0.0, decay=0.9).train()
     update_graphs(model)

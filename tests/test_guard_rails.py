@@ -9,9 +9,18 @@ import torch.distributed as dist
 from models import make_ids, make_model, move_graphs
 from transformers import Trainer, TrainingArguments
 
-from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf import (
+    PatchError,
+    SymphonyCallback,
+    SymphonyWarning,
+    expert_graphs,
+    lora_config,
+    symphonize,
+    update_graphs,
+)
 from symphony_hf import stack as stack_module
 from symphony_hf.attachment import tracker_of
+from symphony_hf.guards import fingerprint
 
 
 def step(model, seed=0):
@@ -52,6 +61,41 @@ def test_frozen_routers_are_named():
     for layer in without.model.layers:
         layer.mlp.gate.weight.requires_grad_(False)
     assert step(without)  # nothing to warn about: no loss was meant for them
+
+
+def test_an_adapter_that_leaves_the_routers_frozen_is_named():
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["symphony"]}
+    model = peft.get_peft_model(symphonize(make_model()), peft.LoraConfig(**settings)).train()
+    warned_once(lambda: step(model), "every router is frozen, .* train the routers")
+    model = symphonize(make_model())
+    assert step(peft.get_peft_model(model, lora_config(model, router="train")).train())
+
+
+def test_an_optimizer_of_a_loop_of_ones_own_without_the_routers_is_named():
+    model = symphonize(make_model()).train()
+    parameters = [p for name, p in model.named_parameters() if "gate.weight" not in name]
+    optimizers = [torch.optim.SGD(part, lr=0.01) for part in (parameters[:5], parameters[5:])]
+    other = torch.nn.Linear(2, 2)
+    stranger = torch.optim.SGD(other.parameters(), lr=0.01)
+
+    def train_a_step():
+        ids = make_ids()
+        model(ids, labels=ids).loss.backward()
+        for optimizer in (stranger, *optimizers):
+            optimizer.step()
+        assert update_graphs(model)
+
+    warned_once(train_a_step, r"does not hold 3 of 3 router parameters \(layers\.0\.mlp\.gate\.weight, \.\.\.\)")
+
+
+def test_routers_may_have_an_optimizer_of_their_own():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model(ids, labels=ids).loss.backward()
+    for wanted in (False, True):
+        parameters = [p for name, p in model.named_parameters() if ("gate.weight" in name) == wanted]
+        torch.optim.SGD(parameters, lr=0.01).step()
+    assert update_graphs(model)  # warnings are errors
 
 
 def train(model, tmp_path, parameters):
@@ -122,6 +166,27 @@ def test_graphs_that_differ_between_ranks_are_named(two_ranks):
     tracker.num_commits = 100
     with pytest.warns(SymphonyWarning, match=f"1 of {num_graphs} graphs differ between the ranks"):
         step(model)
+
+
+def test_a_fingerprint_knows_every_bit_its_place_and_the_updates():
+    model = move_graphs(symphonize(make_model()))
+    graph = model.model.layers[0].mlp.gate.symphony
+    kept, seen = graph.adjacency.clone(), {int(fingerprint(graph))}
+    order = torch.tensor([1, 0, *range(2, graph.num_experts)])
+    others = [kept[order][:, order], kept.T.contiguous().flip(0), torch.nextafter(kept, kept + 1), -kept]
+    for place in range(graph.num_experts):
+        other = kept.clone()
+        other[place, place] = torch.nextafter(other[place, place], other[place, place] + 1)
+        others.append(other)
+    for other in others:
+        graph.adjacency.copy_(other)
+        seen.add(int(fingerprint(graph)))
+    graph.adjacency.copy_(kept)
+    graph.updates.add_(1)
+    seen.add(int(fingerprint(graph)))
+    assert len(seen) == len(others) + 2
+    graph.updates.sub_(1)
+    assert int(fingerprint(graph)) in seen
 
 
 def test_global_balance_takes_the_load_of_all_ranks(two_ranks):

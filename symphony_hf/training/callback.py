@@ -45,7 +45,9 @@ class SymphonyCallback(TrainerCallback):
         # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
             self._log_probs_hook = model.register_forward_hook(record_log_probs)
-        _check_optimizer(model, kwargs.get("optimizer"), tracker)
+        groups = getattr(kwargs.get("optimizer"), "param_groups", ())
+        tracker.held = {id(parameter) for group in groups for parameter in group["params"]}
+        tracker.look_at_optimizers(list(symphony_routers(model)), model.parameters())
         if is_adapted(model):
             record_adapters(model)
             if state.is_world_process_zero:
@@ -81,21 +83,3 @@ class SymphonyCallback(TrainerCallback):
         tracker_of(model).driven = False
         if self._log_probs_hook is not None:
             self._log_probs_hook.remove()
-
-
-def _check_optimizer(model: Any, optimizer: Any, tracker: Any) -> None:
-    """Notice an optimizer that was made before the routers' parameters, or without them."""
-    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
-    parameters = {
-        id(parameter): f"{name}.{parameter_name}"
-        for name, router in symphony_routers(model)
-        for parameter_name, parameter in router.named_parameters()  # type: ignore[attr-defined]
-        if parameter.requires_grad
-    }
-    missing = [name for key, name in parameters.items() if key not in held]
-    # Sharded optimizers hold flat copies: then none of the model's own parameters is in them.
-    if missing and any(id(parameter) in held for parameter in model.parameters()):
-        tracker.warn_once(
-            f"the optimizer does not hold {len(missing)} of {len(parameters)} router parameters ({missing[0]}, ...), "
-            "which therefore stay as they are: make it after `symphonize`, or freeze them"
-        )
