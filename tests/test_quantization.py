@@ -467,7 +467,7 @@ def test_the_recorded_plans_add_up(name, total):
 # What is refused.
 
 
-def test_it_cannot_be_saved_but_its_adapter_can(tmp_path):
+def test_it_cannot_be_saved_but_its_adapter_can(tmp_path, native_adapters):
     import peft
 
     packed = quantize_experts(make_model())
@@ -530,7 +530,7 @@ def make_llama_config():
     return transformers.LlamaConfig(**COMMON)
 
 
-def test_what_is_not_to_be_had_as_numbers():
+def test_what_is_not_to_be_had_as_numbers(native_adapters):
     with torch.device("meta"):
         model = make_model()
     with pytest.raises(PatchError, match="the checkpoint's path"):

@@ -200,7 +200,7 @@ def test_what_is_beside_an_adapter(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_transformers_own_integration_saves_and_loads_it(tmp_path):
+def test_transformers_own_integration_saves_and_loads_it(tmp_path, native_adapters):
     model = symphonize(make_model(), decay=DECAY)
     torch.manual_seed(0)
     model.add_adapter(lora_config(model, init_lora_weights=False))
