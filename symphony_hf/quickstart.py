@@ -143,7 +143,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
             score_documents(model, texts, progress=f"Scoring the {name} copy, {kind}")
             for kind, texts in zip(("clean", "attacked"), windows, strict=True)
         )
-        kept = routing_kept(model, *windows, top_k=TOP_K, progress=f"Routing of the {name} copy")
+        kept = routing_kept(model, *windows, progress=f"Routing of the {name} copy")
         arms[name] = Arm(clean, attacked, kept, seconds, curves)
         if name == "plain":
             unsymphonize(model)

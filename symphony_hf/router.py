@@ -42,6 +42,7 @@ class SymphonyRouter:
     base_class: type[nn.Module]
     stand_in: type[StandIn]
     training: bool
+    logit_notes: tuple[Callable[[Tensor], None], ...] = ()  # of those who watch logits that are not returned
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args:  # whatever the family calls its hidden states
@@ -49,6 +50,8 @@ class SymphonyRouter:
         smooth_logits = active_graph(self.symphony).config.smoothing == "logits"
         forward = self._forward_with_logits_smoothed if smooth_logits else self._forward_with_scores_smoothed
         outputs, logits_TE = forward(*args, **kwargs)
+        for note in self.logit_notes:
+            note(logits_TE)
         if not self.training or self.stack is None:
             return outputs
         contract, parts = self.contract, as_tuple(outputs)

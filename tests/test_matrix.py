@@ -207,6 +207,7 @@ def forget_a_class(model):
         ("identity", change_weights),
         ("reference", change_the_graph),
         ("recorded", change_forward(lambda output: (output[0] * 1.01, *output[1:]))),
+        ("watched", None),
         ("counts", count_wrongly),
         ("gradients", lose_the_losses),
         ("own loss", lambda model: setattr(model, "router_aux_loss_coef", 0.5)),
@@ -225,6 +226,10 @@ def test_every_check_can_fail(check, spoil, monkeypatch):
         monkeypatch.setattr("symphony_hf.graph.ExpertGraph._apply", torch.nn.Module._apply)
         cast = Specimen.symphonized
         monkeypatch.setattr(Specimen, "symphonized", lambda self, **s: cast(self, **s).to(torch.bfloat16))
+        spoiled = specimen
+    elif check == "watched":
+        lowest = lambda self, outputs, logits: logits.topk(self.top_k, largest=False).indices  # noqa: E731
+        monkeypatch.setattr("symphony_hf.families.RouterContract.chosen_experts", lowest)
         spoiled = specimen
     else:
         spoiled = sabotaged(specimen, spoil)

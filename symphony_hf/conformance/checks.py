@@ -5,6 +5,7 @@ where it fails. References are independent of the routing's own code: loops in d
 other weights, and what is seen to arrive at the experts.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..folding import fold
 from ..graph import ExpertGraph
 from ..hub import export_folded
 from ..patching import expert_graphs, symphony_routers, unsymphonize
+from ..watching import routers_to_watch, watching_routers
 from .choices import naive_counts, watch_choices
 from .overrides import NO_LOSS
 from .specimen import Specimen, mix_rows, naive_transition, put_random_graphs
@@ -133,6 +135,23 @@ def _recorded(specimen: Specimen, model: nn.Module) -> list[Tensor]:
     names = ("router_logits", "encoder_router_logits", "decoder_router_logits")
     values = [value for name in names for value in (getattr(outputs, name, None) or ())]
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def watched(specimen: Specimen) -> str | None:
+    """What `watching_routers` says of a stock model and of a patched one is what is seen to reach the experts."""
+    for model in (copy.deepcopy(specimen.base), put_random_graphs(specimen.symphonized())):
+        reached = watch_choices(model)
+        with watching_routers(model) as told:
+            specimen.logits(model)
+        require(any(told.values()), "no router was seen to run")
+        for name, router in routers_to_watch(model).items():
+            for routed in told[name][:1]:
+                chosen = routed.indices_TK.sort(-1).values
+                # Where it takes more to read the choice, experts are not told it as it is (ZAYA's that does nothing).
+                for seen in reached[name][:1] if router.contract.choices else reached[name]:
+                    require(torch.equal(chosen, seen.sort(-1).values), f"{name}: not what reached the experts")
+                require(routed.logits_TE.shape == (len(chosen), router.contract.num_experts), f"{name}: not its logits")
+    return None
 
 
 def counts(specimen: Specimen) -> str | None:
@@ -350,6 +369,7 @@ CHECKS: dict[str, Check] = {
     "identity": identity,
     "reference": reference,
     "recorded": recorded,
+    "watched": watched,
     "counts": counts,
     "gradients": gradients,
     "own loss": own_loss,

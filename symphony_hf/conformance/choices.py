@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ..families import RouterContract, as_tuple
-from ..patching import symphony_routers
+from ..watching import routers_to_watch
 
 
 def watch_choices(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Note what each router's experts are told to do: by indices, or by a mask or weights that are 0 for the others."""
+    """Note what each router's experts are told to do: by indices, or by a mask or weights that are 0 for the others.
+
+    `watching.watching_routers` says the same by the routers' contracts, which are what is put to the test here.
+    """
     seen: dict[str, list[Tensor]] = {}
-    for name, router in symphony_routers(model):
-        contract, notes = router.contract, seen.setdefault(name, [])
+    for name, (router, contract) in routers_to_watch(model).items():
+        notes = seen.setdefault(name, [])
 
         def note_values(values: Any, contract: RouterContract = contract, notes: list[Tensor] = notes) -> None:
             told = [chosen for value in values if (chosen := _as_choices(value, contract)) is not None]
@@ -24,9 +27,12 @@ def watch_choices(model: nn.Module) -> dict[str, list[Tensor]]:
         if experts is not None and not isinstance(experts, nn.ModuleDict):
             hook = lambda module, args, kwargs, note=note_values: note((*args, *kwargs.values()))  # noqa: E731
             experts.register_forward_pre_hook(hook, with_kwargs=True)
+
         # Where experts are told otherwise, by what the router says, less its logits.
-        hook = lambda module, args, output, note=note_values: note(_told(module.contract, output))  # noqa: E731
-        router.register_forward_hook(hook)  # type: ignore[attr-defined]
+        def note_output(module: nn.Module, args: Any, output: Any, note: Any = note_values, c: Any = contract) -> None:
+            note(_told(c, output))
+
+        router.register_forward_hook(note_output)
     return seen
 
 

@@ -1,14 +1,48 @@
-"""Diagnostics: what the graph of experts looks like, in numbers. In pictures: `symphony_hf.diagnostics.plots`."""
+"""Diagnostics: routing, experts and their graph in numbers. In pictures: `symphony_hf.diagnostics.plots`."""
 
 from .graph_metrics import cluster_order, coselection_lift, load, load_entropy, off_diagonal_mass, spectral_gap
+from .graph_structure import centrality, communities, drift, modularity
+from .routing_metrics import (
+    choices_kept,
+    coactivation,
+    dead_experts,
+    domain_allocation,
+    domain_information,
+    expert_change_rate,
+    flip_rate,
+    kept_by_token,
+    load_of_choices,
+    normalized_entropy,
+    router_margin,
+    router_saturation,
+)
+from .similarity import cka_matrix, linear_cka
 from .summary import graph_summary
 
 __all__ = [
+    "centrality",
+    "choices_kept",
+    "cka_matrix",
     "cluster_order",
+    "coactivation",
+    "communities",
     "coselection_lift",
+    "dead_experts",
+    "domain_allocation",
+    "domain_information",
+    "drift",
+    "expert_change_rate",
+    "flip_rate",
     "graph_summary",
+    "kept_by_token",
+    "linear_cka",
     "load",
     "load_entropy",
+    "load_of_choices",
+    "modularity",
+    "normalized_entropy",
     "off_diagonal_mass",
+    "router_margin",
+    "router_saturation",
     "spectral_gap",
 ]

@@ -4,8 +4,6 @@ Every function takes one adjacency of shape (num_experts, num_experts): symmetri
 average of the share of tokens that chose a pair of experts together, with each expert's load on the diagonal.
 """
 
-import math
-
 import numpy as np
 import torch
 from scipy.cluster import hierarchy
@@ -14,13 +12,22 @@ from torch import Tensor
 
 from ..errors import GraphError
 from ..routing import adjacency_problems, transition_matrix
+from .routing_metrics import normalized_entropy
 
 
-def _checked(adjacency_EE: Tensor) -> Tensor:
-    """The graph in float64 on the CPU."""
+def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tensor:
+    """The graph in float64 on the CPU.
+
+    Args:
+        adjacency_EE: Any tensor.
+        num_experts: Of the graph that is wanted; its own when None.
+
+    Raises:
+        GraphError: If it is no social graph.
+    """
     if adjacency_EE.dim() != 2 or len(adjacency_EE) < 2:
         raise GraphError(f"an adjacency of at least 2 experts was expected, got shape {tuple(adjacency_EE.shape)}")
-    problems = adjacency_problems(adjacency_EE, len(adjacency_EE))
+    problems = adjacency_problems(adjacency_EE, num_experts or len(adjacency_EE))
     if not problems and not adjacency_EE.diagonal().sum() > 0:
         problems.append("no load on the diagonal")
     if problems:
@@ -40,7 +47,7 @@ def load(adjacency_EE: Tensor) -> Tensor:
     Raises:
         GraphError: If it is no social graph.
     """
-    load_E = _checked(adjacency_EE).diagonal()
+    load_E = checked_graph(adjacency_EE).diagonal()
     return load_E / load_E.sum()
 
 
@@ -53,7 +60,7 @@ def load_entropy(adjacency_EE: Tensor) -> float:
     Raises:
         GraphError: If it is no social graph.
     """
-    return float(torch.special.entr(load(adjacency_EE)).sum()) / math.log(len(adjacency_EE))
+    return normalized_entropy(load(adjacency_EE))
 
 
 def off_diagonal_mass(adjacency_EE: Tensor) -> float:
@@ -68,7 +75,7 @@ def off_diagonal_mass(adjacency_EE: Tensor) -> float:
     Raises:
         GraphError: If it is no social graph.
     """
-    adjacency_EE = _checked(adjacency_EE)
+    adjacency_EE = checked_graph(adjacency_EE)
     return 1.0 - float(adjacency_EE.trace() / adjacency_EE.sum())
 
 
@@ -89,7 +96,7 @@ def spectral_gap(adjacency_EE: Tensor) -> float:
     Source: Chung, Spectral Graph Theory (1997), chapter 1. D^-1 A has the eigenvalues of the symmetric
     D^-1/2 A D^-1/2, to which it is similar.
     """
-    symmetric_EE = transition_matrix(_checked(adjacency_EE), "symmetric")
+    symmetric_EE = transition_matrix(checked_graph(adjacency_EE), "symmetric")
     return 1.0 - float(torch.linalg.eigvalsh(symmetric_EE)[-2])
 
 
@@ -115,7 +122,7 @@ def coselection_lift(adjacency_EE: Tensor, num_iterations: int = 200) -> Tensor:
     Source: Goodman, "The Analysis of Cross-Classified Data: Independence, Quasi-Independence, and Interactions in
     Contingency Tables with or without Missing Entries" (1968).
     """
-    pairs_EE = _checked(adjacency_EE).clone().fill_diagonal_(0.0)
+    pairs_EE = checked_graph(adjacency_EE).clone().fill_diagonal_(0.0)
     pairs_E = pairs_EE.sum(1)
     u_E = pairs_E.sqrt()
     for _ in range(num_iterations):

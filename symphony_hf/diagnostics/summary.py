@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-DEAD = 0.1
-"""Of the even load, below which an expert counts as dead."""
+from .routing_metrics import DEAD
 
 
 def graph_summary(graphs: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> dict[str, float]:

@@ -4,7 +4,7 @@ from .alignment import aligned_positions
 from .classification import ChoiceScores, accuracy_interval, compare_accuracy, score_choices
 from .comparison import compare_attacked, compare_perplexity, compare_robustness, perplexity_interval
 from .perplexity import DocumentScores, score_documents, score_tokens
-from .routing import RoutingKept, choices_kept, record_routing, routing_kept
+from .routing import RoutingKept, RoutingRecord, choices_kept, record_routing, routing_kept
 from .statistics import MIN_DOCUMENTS, Interval, paired_bootstrap
 from .vqa import AnswerScores, score_answers
 
@@ -15,6 +15,7 @@ __all__ = [
     "DocumentScores",
     "Interval",
     "RoutingKept",
+    "RoutingRecord",
     "accuracy_interval",
     "aligned_positions",
     "choices_kept",

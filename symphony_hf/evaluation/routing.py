@@ -1,14 +1,19 @@
-"""How much of a model's routing survives an attack on its input."""
+"""What a model's routers choose for a text, and how much of it survives an attack on the text."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..diagnostics import choices_kept, router_margin
 from ..errors import EvaluationError
+from ..watching import Routed, watching_routers
 from .alignment import aligned_positions
 from .batching import Windows, evaluating, flatten, padded_batches
+
+__all__ = ["RoutingKept", "RoutingRecord", "choices_kept", "record_routing", "routing_kept"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,73 +28,89 @@ class RoutingKept:
     """Untouched tokens that were compared."""
 
 
-def _router_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    output = model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=True)
-    logits = getattr(output, "router_logits", None)
-    if not logits:
-        raise EvaluationError(
-            f"{type(model).__name__}: its output has no `router_logits`. Pass the part of the model that has the "
-            "routers and takes token ids, such as `model.language_model` of a vision-language model"
-        )
-    for number, logits_TE in enumerate(logits):
-        num_rows, num_experts = logits_TE.numel() // logits_TE.shape[-1], logits_TE.shape[-1]
-        if num_rows != input_ids.numel():
-            raise EvaluationError(
-                f"MoE layer {number}: router logits for {num_rows} tokens, the batch has {input_ids.numel()}: only "
-                "models whose routers see every token can be compared token by token"
-            )
-        if not 1 <= top_k <= num_experts:
-            raise EvaluationError(f"`top_k` is {top_k}; MoE layer {number} has {num_experts} experts to choose from")
-    return logits
+class RoutingRecord(NamedTuple):
+    """What one router decided about every token.
+
+    Attributes:
+        indices_TK: The experts chosen, sorted within a token. Shape: (tokens, top_k), int16.
+        margin_T: See `diagnostics.router_margin`. In nats. Shape: (tokens,), float32.
+    """
+
+    indices_TK: Tensor
+    margin_T: Tensor
 
 
 def record_routing(
-    model: nn.Module, windows: Windows, top_k: int, batch_size: int = 16, *, progress: str | None = None
-) -> Tensor:
-    """The experts that every token chose, in every MoE layer.
+    model: nn.Module, windows: Windows, batch_size: int = 16, *, progress: str | None = None
+) -> dict[str, RoutingRecord]:
+    """What every router of a model decides about every token.
 
-    The choice is read off as the top k of the recorded router logits: that of routers which take the top k of
-    their logits or of a softmax of them. Routers with a selection bias or with groups of experts choose otherwise.
+    It is read where it is decided, off what each router returns (`watching.watching_routers`); so it takes no recorded
+    router logits, and is right where a family adds a bias to choose by, or chooses groups of experts first.
 
     Args:
-        model: A model that takes `input_ids`, `attention_mask` and `output_router_logits=True`, and whose output
-            has `.router_logits`: for each MoE layer one tensor of shape (windows * length, num_experts).
+        model: Any that discovery knows, symphonized or not, and that takes `input_ids` and `attention_mask`. One that
+            has an encoder and a decoder is given the same text in both.
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
-        top_k: Experts chosen per token, K.
         batch_size: Windows a forward.
         progress: What the progress bar says; no bar when None.
 
     Returns:
-        Expert numbers, sorted within a token, of all tokens of all documents in order. int64, on the CPU: 8 * K
-        bytes a token and layer. Shape: (layers, tokens, top_k).
+        By router, in the order of the modules, of all tokens of all documents in order. On the CPU: 2 * K + 4 bytes a
+        token and layer. Routers that did not run, such as those for images, are left out; a layer that is gone through
+        more than once has an entry for each time.
 
     Raises:
-        EvaluationError: If the output has no router logits, or not one row for each token.
+        EvaluationError: If no router ran, or one did not see every token once.
+        UnsupportedModelError: If there are no routers that are known.
     """
     flat, _ = flatten(windows)
-    chosen_by_window: dict[int, Tensor] = {}
-    with evaluating(model) as device:
+    by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
+    with evaluating(model) as device, watching_routers(model) as seen:
         for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
-            logits = _router_logits(model, input_ids, attention_mask, top_k)
-            chosen = torch.stack([layer.topk(top_k).indices.view(*input_ids.shape, top_k) for layer in logits])
-            chosen = chosen.sort(-1).values.cpu()
-            for row, index in enumerate(indices):
-                chosen_by_window[index] = chosen[:, row, : len(flat[index])]
-    return torch.cat([chosen_by_window[index] for index in range(len(flat))], dim=1)
+            _run(model, input_ids, attention_mask)
+            for name, routed in _taken(seen):
+                record = _recorded(name, routed, input_ids)
+                for row, index in enumerate(indices):
+                    length = len(flat[index])
+                    by_window[index][name] = RoutingRecord(*(part[row, :length] for part in record))
+    names = list(by_window[0])
+    if not names:
+        raise EvaluationError(f"{type(model).__name__}: none of its {len(seen)} routers ran on text alone")
+    return {
+        name: RoutingRecord(*(torch.cat(parts) for parts in zip(*(w[name] for w in by_window), strict=True)))
+        for name in names
+    }
 
 
-def choices_kept(clean_TK: Tensor, attacked_TK: Tensor) -> float:
-    """The share of a token's K experts that it still chooses, |clean & attacked| / K, averaged over tokens.
+def _run(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = input_ids
+    model(**inputs)
 
-    Args:
-        clean_TK: Experts chosen, distinct within a token. Shape: (..., tokens, top_k), integer.
-        attacked_TK: Experts that the same tokens chose in the attacked text. Same shape.
 
-    Returns:
-        A share in [0, 1]: exactly 1 if every token kept all its experts, in whatever order.
-    """
-    kept = (clean_TK.unsqueeze(-1) == attacked_TK.unsqueeze(-2)).any(-1)
-    return int(kept.sum()) / kept.numel()
+def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
+    """What the routers decided in this forward, by the name that a record has; their lists are empty afterwards."""
+    taken = []
+    for name, calls in seen.items():
+        taken += [(name if place == 0 else f"{name} (pass {place + 1})", routed) for place, routed in enumerate(calls)]
+        calls.clear()
+    return taken
+
+
+def _recorded(name: str, routed: Routed, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Choices, shape (windows, length, top_k), and margins, shape (windows, length), on the CPU."""
+    logits_TE, indices_TK = routed
+    if len(indices_TK) != input_ids.numel():
+        raise EvaluationError(
+            f"router `{name}` saw {len(indices_TK)} tokens, the batch has {input_ids.numel()}: only routers that see "
+            "every token can be compared token by token. Pass the part of the model that takes token ids, such as "
+            "`model.language_model` of a vision-language model"
+        )
+    chosen = indices_TK.sort(-1).values.to(device="cpu", dtype=torch.int16)
+    margin_T = router_margin(logits_TE, indices_TK).cpu()
+    return chosen.view(*input_ids.shape, -1), margin_T.view(input_ids.shape)
 
 
 def _untouched_tokens(clean: Windows, attacked: Windows) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +133,6 @@ def routing_kept(
     clean_windows: Windows,
     attacked_windows: Windows,
     *,
-    top_k: int,
     batch_size: int = 16,
     progress: str | None = None,
 ) -> RoutingKept:
@@ -125,7 +145,6 @@ def routing_kept(
         model: As in `record_routing`.
         clean_windows: Token ids by document name, in windows without overlap.
         attacked_windows: The same of the attacked texts: the same names, the same tokenizer.
-        top_k: Experts chosen per token, K.
         batch_size: Windows a forward.
         progress: What the progress bars say, before "clean" and "attacked"; no bars when None.
 
@@ -133,8 +152,7 @@ def routing_kept(
         The share of choices kept. Exactly 1 where the documents are identical.
 
     Raises:
-        EvaluationError: If the documents differ by name or have no token in common, or the model records no
-            router logits.
+        EvaluationError: If the documents differ by name or have no token in common.
     """
     if clean_windows.keys() != attacked_windows.keys():
         differing = sorted(clean_windows.keys() ^ attacked_windows.keys())
@@ -146,8 +164,8 @@ def routing_kept(
     if not len(clean_T):
         raise EvaluationError("no token is the same in clean and attacked documents: were they tokenized alike?")
     bars = [None if progress is None else f"{progress}, {text}" for text in ("clean", "attacked")]
-    clean = record_routing(model, clean_windows, top_k, batch_size, progress=bars[0])
-    attacked = record_routing(model, attacked_windows, top_k, batch_size, progress=bars[1])
-    layers = zip(clean[:, clean_T], attacked[:, attacked_T], strict=True)
-    per_layer = np.array([choices_kept(clean_TK, attacked_TK) for clean_TK, attacked_TK in layers])
+    clean = record_routing(model, clean_windows, batch_size, progress=bars[0])
+    attacked = record_routing(model, attacked_windows, batch_size, progress=bars[1])
+    pairs = [(clean[name].indices_TK[clean_T], attacked[name].indices_TK[attacked_T]) for name in clean]
+    per_layer = np.array([choices_kept(clean_TK, attacked_TK) for clean_TK, attacked_TK in pairs])
     return RoutingKept(float(per_layer.mean()), per_layer, len(clean_T))

@@ -16,7 +16,7 @@ from .substitution import (
     substitute,
     substitute_logits,
 )
-from .twin import same_draws
+from .twin import full_shape, same_draws
 
 __all__ = [
     "WRONG_INPUT",
@@ -35,6 +35,7 @@ __all__ = [
     "as_tuple",
     "capabilities",
     "find_routers",
+    "full_shape",
     "inspect_router",
     "is_plain_linear",
     "linear_of",

@@ -5,7 +5,9 @@ import pytest
 import torch
 from models import VOCAB, make_llava, make_model
 
-from symphony_hf.errors import EvaluationError
+from symphony_hf.conformance.choices import watch_choices
+from symphony_hf.conformance.tiny import tiny_model
+from symphony_hf.errors import EvaluationError, UnsupportedModelError
 from symphony_hf.evaluation import choices_kept, record_routing, routing_kept
 
 TOP_K = 3
@@ -66,18 +68,38 @@ def naive_choices(model, windows):
 
 def test_recorded_routing_is_what_the_routers_chose_in_document_order(model, documents):
     windows = windows_of(documents, 0)
-    recorded = record_routing(model, windows, TOP_K, batch_size=4)
+    recorded = record_routing(model, windows, batch_size=4)
     flat = [window for parts in windows.values() for window in parts]
     expected = naive_choices(model, flat)
-    assert recorded.dtype == torch.int64
-    assert recorded.shape == (3, sum(len(window) for window in flat), TOP_K)
-    assert torch.equal(recorded, recorded.sort(-1).values)
-    assert [[set(token) for token in layer] for layer in recorded.tolist()] == expected
+    num_tokens = sum(len(window) for window in flat)
+    for name, layer in zip(recorded, expected, strict=True):
+        indices, margin = recorded[name]
+        assert indices.dtype == torch.int16
+        assert indices.shape == (num_tokens, TOP_K)
+        assert torch.equal(indices, indices.sort(-1).values)
+        assert [set(token) for token in indices.tolist()] == layer
+        assert margin.shape == (num_tokens,)
+        assert (margin >= 0).all()  # OLMoE takes the highest; the token of padding has none
+
+
+def test_margins_are_in_document_order(model, documents):
+    windows = windows_of(documents, 0)
+    recorded = record_routing(model, windows, batch_size=4)
+    names = list(recorded)
+    gaps = [[] for _ in names]
+    for window in (window for parts in windows.values() for window in parts):
+        with torch.no_grad():
+            logits = model(input_ids=window.unsqueeze(0), output_router_logits=True).router_logits
+        for layer, values in zip(gaps, logits, strict=True):
+            layer.append(values.topk(TOP_K + 1).values[:, TOP_K - 1 :].diff(dim=1).neg().flatten())
+    for name, layer in zip(names, gaps, strict=True):
+        # Padded batches sum in another order; logits are of order 10.
+        torch.testing.assert_close(recorded[name].margin_T, torch.cat(layer), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_routing_kept_equals_a_loop_over_tokens(model, documents, batch_size):
-    kept = routing_kept(model, windows_of(documents, 0), windows_of(documents, 1), top_k=TOP_K, batch_size=batch_size)
+    kept = routing_kept(model, windows_of(documents, 0), windows_of(documents, 1), batch_size=batch_size)
     shares = np.zeros(3)
     for clean, attacked, untouched in documents.values():
         before, after = naive_choices(model, cut(clean)), naive_choices(model, cut(attacked))
@@ -92,7 +114,7 @@ def test_routing_kept_equals_a_loop_over_tokens(model, documents, batch_size):
 
 def test_identical_documents_keep_exactly_everything(model, documents):
     windows = windows_of(documents, 0)
-    kept = routing_kept(model, windows, windows, top_k=TOP_K, batch_size=3)
+    kept = routing_kept(model, windows, windows, batch_size=3)
     assert kept.share == 1.0
     assert kept.per_layer.tolist() == [1.0, 1.0, 1.0]
     assert kept.num_tokens == sum(len(window) for parts in windows.values() for window in parts)
@@ -101,44 +123,78 @@ def test_identical_documents_keep_exactly_everything(model, documents):
 def test_documents_are_matched_by_name_not_by_order(model, documents):
     clean, attacked = windows_of(documents, 0), windows_of(documents, 1)
     backwards = {name: attacked[name] for name in reversed(attacked)}
-    assert (
-        routing_kept(model, clean, backwards, top_k=TOP_K).share
-        == routing_kept(model, clean, attacked, top_k=TOP_K).share
-    )
+    assert routing_kept(model, clean, backwards).share == routing_kept(model, clean, attacked).share
 
 
 def test_a_nested_language_model_can_be_passed_by_itself(documents):
     model = make_llava("olmoe")
     windows = windows_of(documents, 0)
-    recorded = record_routing(model.model.language_model, windows, TOP_K)
-    assert recorded.shape[0] == 3
+    recorded = record_routing(model.model.language_model, windows)
+    assert len(recorded) == 3
+    assert {name: record.indices_TK.shape[1] for name, record in recorded.items()} == dict.fromkeys(recorded, TOP_K)
 
 
-def test_a_model_without_router_logits_is_refused(documents):
-    class Dense(torch.nn.Linear):
-        def forward(self, input_ids, attention_mask, output_router_logits):
-            return object()
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "dbrx", "openai_privacy_filter", "nllb-moe"])
+def test_families_whose_recorded_logits_do_not_say(family):
+    """A selection bias and groups; a selection bias; the choice in the block; no recorded logits; two stacks."""
+    model = tiny_model(family)
+    ids = torch.randint(3, 90, (40,), generator=torch.Generator().manual_seed(0))
+    windows = {"a": list(ids[:26].split(13)), "b": [ids[26:]]}
+    recorded = record_routing(model, windows, batch_size=2)
+    reached = watch_choices(model)
+    flat = [*windows["a"], *windows["b"]]
+    for window in flat:
+        inputs = {"decoder_input_ids": window[None]} if model.config.is_encoder_decoder else {}
+        with torch.no_grad():
+            model(input_ids=window[None], attention_mask=torch.ones(1, len(window)).long(), **inputs)
+    assert recorded.keys() == reached.keys()
+    for name, record in recorded.items():
+        notes = reached[name][:: len(reached[name]) // len(flat)]  # the router's own, not that of its experts
+        assert torch.equal(record.indices_TK.long(), torch.cat(notes).sort(-1).values)
 
-    with pytest.raises(EvaluationError, match=r"Dense.*router_logits.*language_model"):
-        record_routing(Dense(1, 1), windows_of(documents, 0), TOP_K)
+
+def test_a_dense_model_is_refused(documents):
+    with pytest.raises(UnsupportedModelError, match="no router found in Linear"):
+        record_routing(torch.nn.Linear(1, 1), windows_of(documents, 0))
 
 
-def test_too_many_choices_are_refused(model, documents):
-    with pytest.raises(EvaluationError, match=r"`top_k` is 9.*8 experts"):
-        record_routing(model, windows_of(documents, 0), 9)
+def test_routers_that_see_other_tokens_are_refused(model, documents):
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            self.model(input_ids[:, ::2], attention_mask[:, ::2])
+
+    with pytest.raises(EvaluationError, match=r"saw 24 tokens, the batch has 48"):
+        record_routing(Half(), windows_of(documents, 0), 3)
+
+
+def test_routers_that_do_not_run_are_refused(model, documents):
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            pass
+
+    with pytest.raises(EvaluationError, match="none of its 3 routers ran"):
+        record_routing(Idle(), windows_of(documents, 0))
 
 
 def test_documents_in_one_text_only_are_refused(model, documents):
     clean, attacked = windows_of(documents, 0), windows_of(documents, 1)
     attacked["other"] = attacked.pop("b")
     with pytest.raises(EvaluationError, match="'b', 'other'"):
-        routing_kept(model, clean, attacked, top_k=TOP_K)
+        routing_kept(model, clean, attacked)
 
 
 def test_texts_without_a_common_token_are_refused(model):
     clean, attacked = {"a": [torch.tensor([1, 2, 3])]}, {"a": [torch.tensor([4, 5])]}
     with pytest.raises(EvaluationError, match="tokenized"):
-        routing_kept(model, clean, attacked, top_k=TOP_K)
+        routing_kept(model, clean, attacked)
 
 
 def test_choices_kept_by_hand():

@@ -1,0 +1,195 @@
+"""Numbers that describe how tokens were routed: by the experts that they chose, and the logits that chose.
+
+Shapes: T tokens, E experts, K experts per token. Choices are indices of distinct experts, integer, in any order.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import EvaluationError
+from ..routing import count_coselections
+
+DEAD = 0.1
+"""Of the even load, below which an expert counts as dead."""
+
+
+def load_of_choices(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """Each expert's share of all choices.
+
+    Args:
+        indices_TK: The experts that each token chose. Shape: (tokens, top_k).
+        num_experts: E.
+
+    Returns:
+        Shares that sum to 1, float64. Shape: (num_experts,).
+
+    Raises:
+        EvaluationError: If there is no token.
+    """
+    if not indices_TK.numel():
+        raise EvaluationError("no tokens, so no load")
+    counts_E = torch.bincount(indices_TK.reshape(-1).long(), minlength=num_experts).double()
+    return counts_E / counts_E.sum()
+
+
+def normalized_entropy(load_E: Tensor) -> float:
+    """Entropy of a load over its maximum, log E: 1 when even, 0 when one expert takes every token.
+
+    Args:
+        load_E: Shares that sum to 1. Shape: (num_experts,).
+    """
+    return float(torch.special.entr(load_E.double()).sum()) / math.log(len(load_E))
+
+
+def dead_experts(load_E: Tensor, threshold: float = DEAD) -> list[int]:
+    """The experts that get less than a tenth of the even load, 1 / E.
+
+    Args:
+        load_E: Shares that sum to 1. Shape: (num_experts,).
+        threshold: Of the even load.
+    """
+    return (load_E < threshold / len(load_E)).nonzero().flatten().tolist()
+
+
+def router_margin(logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
+    """By how much each token's choice was won: its K-th highest logit minus the next.
+
+    In general, the lowest logit that was chosen minus the highest that was not. Where the highest logits choose that is
+    the gap between the K-th and the (K + 1)-th. Where a family adds a bias to choose by, or chooses groups first, it is
+    negative for the tokens whose choice the logits alone would not have made.
+
+    Args:
+        logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
+        indices_TK: The experts chosen. Shape: (tokens, top_k).
+
+    Returns:
+        In nats, float32; infinite where all experts are chosen. Shape: (tokens,).
+
+    Source: ours; the margin of a classifier, between the last that is in and the first that is out.
+    """
+    logits_TE, indices_TK = logits_TE.float(), indices_TK.long()
+    lowest_T = logits_TE.gather(1, indices_TK).amin(1)
+    highest_T = logits_TE.scatter(1, indices_TK, -math.inf).amax(1)
+    return lowest_T - highest_T
+
+
+def kept_by_token(before_TK: Tensor, after_TK: Tensor) -> Tensor:
+    """The share of each token's experts that it still chooses, |before & after| / K: the overlap of the top K.
+
+    Args:
+        before_TK: Shape: (..., tokens, top_k).
+        after_TK: Experts that the same tokens choose after a change: of the text, or of the model. Same shape.
+
+    Returns:
+        From 0 to 1, float64. Shape: (..., tokens).
+    """
+    return (before_TK.unsqueeze(-1) == after_TK.unsqueeze(-2)).any(-1).double().mean(-1)
+
+
+def choices_kept(before_TK: Tensor, after_TK: Tensor) -> float:
+    """The mean over tokens of `kept_by_token`: exactly 1 if every token kept all its experts, in whatever order.
+
+    Args:
+        before_TK: Shape: (..., tokens, top_k).
+        after_TK: Same shape.
+    """
+    kept = (before_TK.unsqueeze(-1) == after_TK.unsqueeze(-2)).any(-1)
+    return int(kept.sum()) / kept.numel()
+
+
+def expert_change_rate(before_TK: Tensor, after_TK: Tensor) -> float:
+    """The share of choices that changed: 1 - `choices_kept`. Choosing at random anew would give 1 - K / E.
+
+    Args:
+        before_TK: Shape: (tokens, top_k).
+        after_TK: Same shape.
+    """
+    return 1.0 - choices_kept(before_TK, after_TK)
+
+
+def flip_rate(before_TK: Tensor, after_TK: Tensor) -> float:
+    """The share of tokens whose set of experts changed in any way.
+
+    Args:
+        before_TK: Shape: (tokens, top_k).
+        after_TK: Same shape.
+    """
+    return float((kept_by_token(before_TK, after_TK) < 1).double().mean())
+
+
+def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
+    """How much of its final routing a checkpoint has: the share of choices that are those of the last checkpoint.
+
+    Args:
+        indices_TK: The experts that a checkpoint chooses for some tokens. Shape: (tokens, top_k).
+        final_TK: Those that the final checkpoint chooses for the same tokens. Same shape.
+
+    Returns:
+        From 0 to 1; K / E by chance.
+
+    Source: Muennighoff et al., "OLMoE" (arXiv 2409.02060), router saturation: 1/N sum_i |E_i(t) & E_i(T)| / k.
+    """
+    return choices_kept(indices_TK, final_TK)
+
+
+def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
+    """How often expert j is chosen, too, where i is: N_ij / N_i.
+
+    Args:
+        indices_TK: Shape: (tokens, top_k).
+        num_experts: E.
+
+    Returns:
+        From 0 to 1, 1 on the diagonal, and 0 in the row of an expert that was never chosen. Not symmetric. float64.
+        Shape: (num_experts, num_experts).
+
+    Source: OLMoE (arXiv 2409.02060), expert co-activation.
+    """
+    counts_EE = count_coselections(indices_TK, num_experts).double()
+    return counts_EE / counts_EE.diagonal().clamp(min=1.0).unsqueeze(1)
+
+
+def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> Tensor:
+    """Which experts each domain's tokens go to: the share of its tokens that chose an expert.
+
+    Args:
+        indices_by_domain: Of each domain's tokens. Shape of each: (tokens, top_k).
+        num_experts: E.
+
+    Returns:
+        Rows that sum to K; K / E is what an expert would get of a domain without preferences. float64. Shape:
+        (domains, num_experts).
+
+    Raises:
+        EvaluationError: If a domain has no token.
+
+    Source: OLMoE (arXiv 2409.02060), domain specialization: N_i(k, D) / N_D.
+    """
+    rows = [load_of_choices(indices, num_experts) * indices.shape[1] for indices in indices_by_domain]
+    return torch.stack(rows)
+
+
+def domain_information(allocation_DE: Tensor) -> float:
+    """How much the choice of an expert tells about the domain: their mutual information over the domains' entropy.
+
+    Each domain counts alike, however many tokens it has: it is the Jensen-Shannon divergence of the domains'
+    distributions over experts, over its maximum.
+
+    Args:
+        allocation_DE: From `domain_allocation`. Shape: (domains, num_experts).
+
+    Returns:
+        0 where all domains use the experts alike, 1 where no two share one; 0 for a single domain. A little above 0 by
+        chance.
+
+    Source: Lin, "Divergence Measures Based on the Shannon Entropy" (1991), with equal weights.
+    """
+    num_domains = len(allocation_DE)
+    if num_domains < 2:
+        return 0.0
+    share_DE = allocation_DE.double() / allocation_DE.double().sum(1, keepdim=True)
+    mixed = torch.special.entr(share_DE.mean(0)).sum()
+    return float((mixed - torch.special.entr(share_DE).sum(1).mean()).clamp(min=0.0)) / math.log(num_domains)

@@ -1,0 +1,93 @@
+"""Run a model as if each token's first expert were not there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..families import as_tuple, full_shape, linear_of, stand_in_class, substitute_logits
+from ..router import SymphonyRouter
+from .routers import RouterReader, WatchedRouter, routers_to_watch
+
+_NEVER = -1e4
+"""A logit that no softmax or sigmoid leaves anything of, and that float16 can hold."""
+
+
+@contextmanager
+def first_expert_dropped(model: nn.Module) -> Iterator[None]:
+    """While this is entered, every token goes without its first expert: the next one takes its place.
+
+    The first expert is the chosen one with the highest logit, and so the greatest weight. Its logit is put out of
+    reach, and the router's own head chooses and weighs again: in all layers at once, so that later layers choose for
+    what earlier ones have made of it.
+
+    Args:
+        model: As in `routers_to_watch`, in eval mode.
+
+    Raises:
+        UnsupportedModelError: On entry or at the first forward, if a router's head cannot be run on logits alone.
+
+    Source: Dai et al., "DeepSeekMoE" (arXiv 2401.06066), section 4.5, which masks a share of the top routed experts
+    and selects from the remaining ones.
+    """
+    droppers: list[_Dropper] = []
+    try:
+        for name, router in routers_to_watch(model).items():
+            droppers.append(_Dropper(name, router))
+        yield
+    finally:
+        for dropper in droppers:
+            dropper.remove()
+
+
+class _Dropper(RouterReader):
+    """Puts what a router would have returned in the place of what it did."""
+
+    def __init__(self, name: str, router: WatchedRouter) -> None:
+        self.name, self.is_checked = name, False
+        linear: Any = linear_of(router.module, router.contract.linear)
+        if full_shape(linear.weight)[0] != router.contract.num_experts:
+            raise _refusal(name, router.module, "its logits are not all of experts that compete")
+        super().__init__(router)
+        self.handles.append(self.router.register_forward_hook(self._replace, with_kwargs=True))
+
+    def _replace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        contract = self.contract
+        logits_TE, indices_TK = self.read(args, kwargs, output)
+        indices_TK = indices_TK.long()
+        first_T1 = indices_TK.gather(1, logits_TE.gather(1, indices_TK).argmax(1, keepdim=True))
+        without_TE = logits_TE.scatter(1, first_T1, _NEVER)
+        parts = as_tuple(output)
+        if contract.carrier == contract.logits:  # its block chooses, by what it returns
+            without = without_TE.view_as(parts[contract.carrier])
+            return (*parts[: contract.carrier], without, *parts[contract.carrier + 1 :]) if parts is output else without
+        if not self.is_checked:
+            again = as_tuple(self._finish(logits_TE, args, kwargs))
+            if not _are_close(parts[contract.carrier], again[contract.carrier]):
+                raise _refusal(self.name, module, "its head does not give the same weights when given its logits alone")
+            self.is_checked = True
+        return self._finish(without_TE, args, kwargs)
+
+    def _finish(self, logits_TE: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the router's head makes of given logits."""
+        router, contract = self.router, self.contract
+        if not args:  # whatever the family calls its hidden states
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(next(iter(kwargs))),)
+        base_class = router.base_class if isinstance(router, SymphonyRouter) else type(router)
+        stand_in = router.stand_in if isinstance(router, SymphonyRouter) else stand_in_class(base_class)
+        replaced, hidden = substitute_logits(
+            router, stand_in, contract.linear, contract.calls_linear, logits_TE, args[0]
+        )
+        return base_class.forward(replaced, hidden, *args[1:], **kwargs)  # type: ignore[arg-type]
+
+
+def _are_close(weights: Tensor, again: Tensor) -> bool:
+    return weights.shape == again.shape and torch.allclose(weights.float(), again.float(), rtol=1e-2, atol=1e-3)
+
+
+def _refusal(name: str, module: nn.Module, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{type(module).__name__} `{name}`: its first expert cannot be left out: {reason}")
