@@ -1,8 +1,8 @@
 """`symphony bench-commit`: what moving the graphs costs where several processes train together, and what logging them.
 
 At each optimizer step the counts of all layers go through one all-reduce. It is timed with the rest of the commit, over
-gloo on this machine, and set beside a training step of as many of OLMoE's decoder layers at their true shapes. So are
-the numbers on the graphs that `GraphMonitor` adds to each log, as if every step were logged.
+gloo on this machine, and set beside a training step of as many of OLMoE's decoder layers at their true shapes. So is
+all that `SymphonyCallback` and `GraphMonitor` add to a log, as if every step were logged.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from tqdm import tqdm
-from transformers import OlmoeConfig, OlmoeModel
+from transformers import OlmoeConfig, OlmoeModel, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from ._version import __version__
 from .attachment import tracker_of, update_graphs
 from .bench import measure_layer
-from .diagnostics import graph_summary
 from .patching import symphonize
+from .training.callback import SymphonyCallback
 from .training.checkpoints import write_json
+from .training.monitor import GraphMonitor
 
 PROCESSES = (1, 2, 4)
 SIZES = ((4, 64), (4, 256), (32, 64), (32, 256))
@@ -124,8 +124,8 @@ def _run_rank(rank: int, processes: int, sizes: tuple[tuple[int, int], ...], fol
         dist.destroy_process_group()
 
 
-def _time_commits(layers: int, experts: int) -> list[float]:
-    """Commits of a model whose routers have the true number of experts, and nothing else has its true size."""
+def _model(layers: int, experts: int) -> Any:
+    """A model whose routers have the true number of experts, and nothing else has its true size."""
     config = OlmoeConfig(
         vocab_size=8,
         hidden_size=8,
@@ -136,7 +136,11 @@ def _time_commits(layers: int, experts: int) -> list[float]:
         num_experts_per_tok=8,
         pad_token_id=0,
     )
-    model = symphonize(OlmoeModel(config), balance_loss_weight=0.0, z_loss_weight=0.0).train()
+    return symphonize(OlmoeModel(config), balance_loss_weight=0.0, z_loss_weight=0.0).train()
+
+
+def _time_commits(layers: int, experts: int) -> list[float]:
+    model = _model(layers, experts)
     model(torch.ones(1, 4, dtype=torch.long))
     times = []
     for _ in range(_WARM_UP + _ROUNDS):
@@ -150,20 +154,20 @@ def _time_commits(layers: int, experts: int) -> list[float]:
 
 
 def _time_logs(layers: int, experts: int) -> list[float]:
-    """The numbers on graphs of random co-selections, and on how far they moved."""
-    generator = torch.Generator().manual_seed(0)
-    graphs, before = ({str(n): _graph(experts, generator) for n in range(layers)} for _ in range(2))
+    """All that a recipe's run adds to one log of the Trainer: the router losses, and the numbers on the graphs."""
+    model, callbacks = _model(layers, experts), (SymphonyCallback(), GraphMonitor(pictures=False))
+    state, control = TrainerState(), TrainerControl()
+    arguments: Any = None  # which neither reads here
+    callbacks[1].on_train_begin(arguments, state, control, model=model)
     times = []
     for _ in range(_WARM_UP + _ROUNDS):
+        tracker_of(model).logged_losses = torch.ones(3)  # balance, z, forwards
+        logs: dict[str, Any] = {"loss": 1.0}
         started = time.perf_counter()
-        graph_summary(graphs, before)
+        for callback in callbacks:
+            callback.on_log(arguments, state, control, model=model, logs=logs)
         times.append(time.perf_counter() - started)
     return times[_WARM_UP:]
-
-
-def _graph(experts: int, generator: torch.Generator) -> Tensor:
-    half = torch.rand(experts, experts, generator=generator)
-    return half + half.T
 
 
 def commit_table(result: dict[str, Any], work: str = "commit") -> list[list[str]]:

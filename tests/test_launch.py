@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from symphony_hf import ConfigError, SymphonyCallback, symphonize
 from symphony_hf.parsing import parse_settings
 from symphony_hf.recipe import LaunchSection
-from symphony_hf.training.launch import Ask, asks, check_launch, strategy_to_come
+from symphony_hf.training.launch import Ask, asks, check_launch, launching_words, strategy_to_come
 
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU")
 
@@ -78,6 +78,34 @@ def test_what_is_to_come(monkeypatch):
     assert strategy_to_come(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "zero2"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert strategy_to_come(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "ddp"
+
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+HOST = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2"),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nproc_per_node 8 --nnodes 2"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"},
+            "accelerate launch --num_processes 1 --mixed_precision no --cpu",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "8", **ZERO, **HOST},
+            "accelerate launch --num_processes 8 --mixed_precision bf16 --use_deepspeed --zero_stage 3 "
+            "--offload_optimizer_device cpu",
+        ),
+    ],
+)
+def test_a_report_has_the_launcher_in_its_command(environment, words, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launching_words() == words.split()
 
 
 def test_a_recipe_says_it_in_known_words():

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
+from visual import entry, write_llava
 
-from symphony_hf import ConfigError, DataError, expert_graphs, is_symphonized
+from symphony_hf import ConfigError, DataError, SymphonyConfig, expert_graphs, is_symphonized
 from symphony_hf.recipe import load_recipe
+from symphony_hf.training import runner
 from symphony_hf.training.runner import run_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "config.yaml"
@@ -58,6 +61,54 @@ def test_a_recipe_runs(small, tmp_path):
     run_recipe(load_recipe(RECIPE, again))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "final")
     assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {6}
+
+
+def test_the_best_and_the_last_checkpoint_stay(small, tmp_path):
+    """With a learning rate that makes the first one the best, and room for two."""
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    results = run_recipe(load_recipe(RECIPE, {**small, **every, "save_total_limit": 2, "learning_rate": 10.0}), "again")
+    output = tmp_path / "run"
+    losses = [entry["eval_loss"] for entry in results["validation"]]
+    assert len(losses) == 3
+    assert losses[0] == min(losses)
+    assert results["best_checkpoint"] == str(output / "checkpoint-1")
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+    assert "best by validation: `checkpoint-1/`" in (output / "report.md").read_text()
+
+
+def test_the_report_says_what_a_reader_needs_to_run_it_again(small, tmp_path):
+    results = run_recipe(load_recipe(RECIPE, {**small, "eval.seed": 7}), "the command")
+    page = (tmp_path / "run" / "report.md").read_text()
+    settings = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    recipe = load_recipe(RECIPE, {**small, "eval.seed": 7})
+    assert settings["train"] == recipe.train
+    assert SymphonyConfig.from_dict(settings["symphony"]) == recipe.symphony
+    assert "```bash\nthe command\n```" in page
+    assert "Seeds: training 0, data 0, evaluation 7." in page
+    assert f"revision {results['data']['revision']}." in page
+    assert len(results["data"]["revision"]) == 64  # the SHA-256 of what was read
+    assert f"| clean | {results['test']['clean']:.4f} |" in page
+    assert all(f"{name} {version}" in page for name, version in results["versions"].items())
+
+
+def test_a_validation_that_is_not_there_is_refused_before_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(runner, "load_model", None)  # calling it would raise another error
+    smoke = RECIPE.parents[1] / "llava-smoe-4.2b" / "smoke.yaml"
+    path = write_llava(tmp_path, [entry(number) for number in range(4)])
+    overrides = {"eval_strategy": "steps", "data.path": str(path), "output.directory": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match="eval_strategy `steps` needs a validation split"):
+        run_recipe(load_recipe(smoke, overrides))
+
+
+def test_a_stream_trains_its_own_tokenizer(small, tmp_path):
+    """On its first documents: for that, too, it is not read whole."""
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"text": f"row {n} of {n * 7919} numbers"}) + "\n" for n in range(400)))
+    streamed = {**small, "data.path": str(table), "data.streaming": True}
+    results = run_recipe(load_recipe(RECIPE, streamed))
+    assert results["steps"] == 3
+    assert "read while training goes on" in results["data"]["notes"][0]
 
 
 def test_a_plain_recipe_runs(small, tmp_path):

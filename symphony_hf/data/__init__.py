@@ -9,6 +9,7 @@ from .packing import check_packing
 from .prepare import prepare_data
 from .prepared import PreparedData
 from .questions import Question
+from .streams import sample_stream
 from .tokenizer import cached_tokenizer, train_tokenizer
 from .visual import VisualCollator, VisualConversations, VisualPrompt, VisualQuestions
 
@@ -33,6 +34,7 @@ __all__ = [
     "load_corpus",
     "pack_blocks",
     "prepare_data",
+    "sample_stream",
     "train_tokenizer",
     "word_swap",
     "words_changed",

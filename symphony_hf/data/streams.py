@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import DataError, nearest
 from .blocks import closed_ids, end_of_text
 from .corpus import hub_name
-from .documents import HELD_OUT, SPLIT_NAMES, Document, split_of
+from .documents import HELD_OUT, SPLIT_NAMES, Corpus, Document, split_of
 from .loading import TABLE_FORMATS, open_hub, open_table
 from .packing import make_block
 
@@ -79,6 +79,26 @@ def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", se
         )
     shuffled = train.shuffle(seed=seed, buffer_size=SHUFFLED)
     return TextStream(_cut(shuffled, section, tokenizer), {split: held_out[split] for split in HELD_OUT}, revision)
+
+
+def sample_stream(section: "DataSection") -> Corpus:
+    """The first documents for training of a stream, which a tokenizer is trained on: not all of it would fit.
+
+    Args:
+        section: Of a recipe.
+
+    Returns:
+        A corpus with a train split alone, of as many documents as the next one is drawn from in training.
+
+    Raises:
+        DataError: If the source cannot stream, or has no such column.
+    """
+    splits, revision = _open(section)
+    assert section.path is not None  # which cannot be streamed
+    column, missing = section.text_column, [split for split in HELD_OUT if split not in splits]
+    _check_column(splits["train"], column, f"{section.path}, train split")
+    rows = splits["train"].filter(_is_for_training, fn_kwargs={"column": column, "missing": missing})
+    return Corpus(list(_documents(rows.take(SHUFFLED), column, "train")), [], [], section.path, revision)
 
 
 def _open(section: "DataSection") -> tuple[dict[str, "IterableDataset"], str | None]:

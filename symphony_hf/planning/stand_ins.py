@@ -24,6 +24,7 @@ class MetaStandIns(TorchFunctionMode):
     """Stands in for what the meta device lacks.
 
     - A question about numbers is answered yes: models ask whether a check holds, or whether nothing is masked.
+    - Every number that a mask picks out of others is picked: sequences are full, and all their tokens are predicted.
     - Tokens choose their experts evenly.
     - Attention keeps what a fused kernel keeps: queries, keys, values, outputs, and one number a row. The meta device
       would take the unfused form, and its squares of scores.
@@ -47,6 +48,9 @@ class MetaStandIns(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.Tensor.__bool__, torch.Tensor.item) and args[0].is_meta and args[0].dtype is torch.bool:
             return True
+        if func is torch.Tensor.__getitem__ and _is_mask(args[1]):
+            number = torch.arange(args[1].numel(), device="meta")
+            return args[0].flatten(0, args[1].dim() - 1)[number]
         if func is torch.bincount and args[0].is_meta:
             each, more = divmod(args[0].numel(), kwargs["minlength"])
             return torch.tensor([each + (expert < more) for expert in range(kwargs["minlength"])])
@@ -67,6 +71,10 @@ class MetaStandIns(TorchFunctionMode):
         if id(value) not in self._cast_weights:
             self._cast_weights[id(value)] = value.to(dtype)
         return self._cast_weights[id(value)]
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.is_meta and index.dtype is torch.bool
 
 
 def _fused_attention(

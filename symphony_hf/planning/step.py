@@ -182,7 +182,13 @@ def _grouped_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any
     return 2 * math.prod(left) * right[-1]
 
 
+def _product_flops(_: Sequence[int], left: Sequence[int], right: Sequence[int], **__: Any) -> int:
+    """A product that is added to what is there."""
+    return 2 * math.prod(left) * right[-1]
+
+
 _FLOPS = {
+    torch.ops.aten.addmm_: _product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten._grouped_mm: _grouped_flops,

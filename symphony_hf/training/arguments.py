@@ -12,13 +12,15 @@ from ..errors import ConfigError
 from ..parsing import parse_settings
 from ..recipe import Recipe
 
+_TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """TrainingArguments from a recipe's train section; TRL's SFTConfig for conversations.
 
     Raises:
-        ConfigError: If a setting is unknown, TrainingArguments refuses a value, or a package or device that the recipe
-            needs is missing.
+        ConfigError: If a setting is unknown, TrainingArguments refuses a value, a stream is to be read to an end that
+            nobody knows, or a package or device that the recipe needs is missing.
     """
     _check_packages(recipe)
     _check_devices(recipe)
@@ -33,23 +35,31 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         fixed |= {"max_length": recipe.data.block_size, "packing": recipe.data.packing}
     elif recipe.data.kind == "llava":
         fixed |= {"remove_unused_columns": False}  # the collator makes what the model uses
+    if settings.get("eval_strategy", "no") not in ("no", False):
+        fixed |= {
+            "metric_for_best_model": "loss"
+        }  # else Trainer notes no best checkpoint, and deletes it as an old one
     arguments = parse_settings(kind, settings, "train", **fixed)
+    if recipe.data.streaming and arguments.max_steps <= 0:
+        raise ConfigError("train: a stream has no length that is known: set `max_steps`, or leave `data.streaming` out")
     arguments.resume_from_checkpoint = recipe.train.get("resume_from_checkpoint")
     return arguments
 
 
 def _check_packages(recipe: Recipe) -> None:
     """Name what must be installed, before anything is loaded: the libraries say it minutes later, at first use."""
-    optimizer = str(recipe.train.get("optim", ""))
+    optimizer, report_to = str(recipe.train.get("optim", "")), recipe.train.get("report_to") or []
     needs = {
         "bitsandbytes": recipe.model.quantization is not None or "8bit" in optimizer or "paged" in optimizer,
         "deepspeed": _asks_for_deepspeed(recipe),
         "trl": recipe.data.kind == "chat",
+        **{tracker: tracker in ([report_to] if isinstance(report_to, str) else report_to) for tracker in _TRACKERS},
     }
     for package, needed in needs.items():
         if needed and importlib.util.find_spec(package) is None:
+            extra = "tracking" if package in _TRACKERS else package
             raise ConfigError(
-                f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{package}]'"
+                f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{extra}]'"
             )
 
 
@@ -68,10 +78,20 @@ def _check_devices(recipe: Recipe) -> None:
             f"launch: {num_here} processes were started on a machine with {torch.accelerator.device_count()} GPUs: "
             "one GPU each; set `--num_processes`"
         )
-    quantized = recipe.model.quantization is not None and recipe.launch.strategy in ("zero3", "fsdp")
-    if quantized:
-        raise ConfigError("model: 4-bit weights cannot be partitioned over processes: use `ddp` or `zero2`")
+    if not on_gpu and not recipe.train.get("use_cpu") and _is_for_a_gpu():
+        raise ConfigError(
+            "launch: the launcher's configuration is for a GPU, and there is none: launch with "
+            "recipes/accelerate/cpu.yaml, or set `use_cpu: true` in the train section"
+        )
+    if not on_gpu and recipe.train.get("fp16"):
+        raise ConfigError("train: `fp16` runs on a GPU alone: set `fp16: false`, or `bf16: true`")
     if not on_gpu and "flash" in (recipe.model.attention or ""):
         raise ConfigError(
             f"model: attention `{recipe.model.attention}` runs on a GPU alone; use `sdpa`, or leave it out"
         )
+
+
+def _is_for_a_gpu() -> bool:
+    """Whether accelerate started this process by a configuration such as `single_gpu.yaml`; its default is for none."""
+    use_cpu, precision = (os.environ.get(f"ACCELERATE_{name}", "").lower() for name in ("USE_CPU", "MIXED_PRECISION"))
+    return use_cpu == "false" and precision in ("bf16", "fp16", "fp8")

@@ -84,6 +84,34 @@ def check_launch_of_trainer(arguments: TrainingArguments) -> None:
     check_launch([*_asks_of_arguments(arguments), *_asks_of_launcher()], state.num_processes, strategy_of(state))
 
 
+def launching_words() -> list[str]:
+    """The words that this process's launcher would be started with to do the same again, up to `-m`.
+
+    Of accelerate's configuration they spell out what it left in the environment: the number of processes, precision,
+    and DeepSpeed's stage and offloading.
+    """
+    processes = os.environ.get("WORLD_SIZE")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is None:
+        if processes is None:
+            return ["python"]
+        local = os.environ.get("LOCAL_WORLD_SIZE", processes)
+        machines = ["--nnodes", str(int(processes) // int(local))] if local != processes else []
+        return ["torchrun", "--nproc_per_node", local, *machines]
+    words = ["accelerate", "launch", "--num_processes", processes or "1", "--mixed_precision", precision]
+    if _is_on("ACCELERATE_USE_CPU"):
+        words.append("--cpu")
+    if _is_on("ACCELERATE_USE_FSDP"):
+        words.append("--use_fsdp")
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        words.append("--use_deepspeed")
+        for name in ("config_file", "zero_stage", "offload_optimizer_device", "offload_param_device"):
+            value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}")
+            if value not in (None, "none"):
+                words += [f"--{'deepspeed_' if name == 'config_file' else ''}{name}", str(value)]
+    return words
+
+
 def _asks_of_recipe(section: LaunchSection) -> Iterator[Ask]:
     for what in ("processes", "strategy"):
         if getattr(section, what) is not None:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ..config import SymphonyConfig
-from ..data import cached_tokenizer, check_lengths, embedded_corpus, load_corpus
+from ..data import cached_tokenizer, check_lengths, embedded_corpus, load_corpus, sample_stream
 from ..errors import ConfigError, nearest
 from ..modules import build_llava, llava_config, upcycle_modules, vision_config_of
 from ..parsing import check_names
@@ -46,7 +46,7 @@ def auto_class(recipe: Recipe) -> Any:
 def load_processor(recipe: Recipe) -> Any:
     """The checkpoint's tokenizer, or processor where there are images; one made for it where the model is built.
 
-    A tokenizer that is made is trained on the recipe's text (and cached).
+    A tokenizer that is made is trained on the recipe's text (and cached); of a stream, on its first documents.
     """
     source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
     if source is not None and recipe.model.vision is not None:
@@ -56,7 +56,9 @@ def load_processor(recipe: Recipe) -> Any:
         return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
     data = recipe.data
     is_text = data.kind == "text" and data.path is not None
-    if is_text:
+    if is_text and data.streaming:
+        corpus = sample_stream(data)
+    elif is_text:
         corpus = load_corpus(data.path, text_column=data.text_column, name=data.name, revision=data.revision)
     else:
         corpus = embedded_corpus()

@@ -40,6 +40,7 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
         "strategy": strategy_of(trainer.accelerator.state),
         "device": _device(trainer.args.device),
         "versions": {"symphony_hf": __version__, "python": platform.python_version(), **_versions()},
+        "seeds": _seeds(recipe, trainer),
         "data": {"revision": data.revision, "notes": data.notes, "tokens": data.num_tokens},
         "parameters": {
             "total": sum(_size(parameter) for parameter in parameters),
@@ -50,6 +51,13 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
         "best_checkpoint": state.best_model_checkpoint,
         "steps": state.global_step,
     }
+
+
+def _seeds(recipe: Recipe, trainer: ResumableTrainer) -> dict[str, int]:
+    """All of them, those that the recipe leaves to their defaults, too."""
+    arguments = trainer.args
+    data = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    return {"training": arguments.seed, "data": data, "evaluation": recipe.eval.seed}
 
 
 def _size(parameter: torch.Tensor) -> int:
@@ -104,6 +112,8 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
     yield f"Run by {results['processes']} processes, strategy {results['strategy']}, on {results['device']}."
     yield f"Data: {recipe['data']['path'] or 'embedded'}, revision {results['data']['revision']}."
     yield from (f"- {note}" for note in results["data"]["notes"])
+    yield ""
+    yield f"Seeds: {', '.join(f'{name} {seed}' for name, seed in results['seeds'].items())}."
     yield ""
     if (output / PICTURE).exists():
         yield from (f"![How often two experts are chosen together, by layer]({PICTURE})", "")

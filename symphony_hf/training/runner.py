@@ -49,6 +49,11 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the others find it in the cache
         data = prepare_data(recipe.data, processor, seed=arguments.seed)
+    if data.validation is None and arguments.eval_strategy.value != "no":
+        raise ConfigError(
+            f"train: eval_strategy `{arguments.eval_strategy.value}` needs a validation split, which "
+            f"`{recipe.data.path}` has not: give the data one, or set `eval_strategy: no`"
+        )
     torch.manual_seed(arguments.seed)
     model = load_model(recipe, getattr(processor, "tokenizer", processor))
     if strategy_to_come(arguments) == "zero3":
@@ -98,6 +103,8 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
     arguments = training_arguments(recipe)
     asked = asks(recipe.launch, arguments)
     strategy = strategy_to_come(arguments)
+    if recipe.model.quantization is not None and strategy in ("zero3", "fsdp"):
+        raise ConfigError("model: 4-bit weights cannot be partitioned over processes: use `ddp` or `zero2`")
     check_launch(asked, arguments.world_size, strategy)
     if strategy.startswith("zero"):
         prepare_deepspeed(arguments.device)
