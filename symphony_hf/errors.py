@@ -52,6 +52,10 @@ class EvaluationError(SymphonyError, ValueError):
     """An evaluation cannot give the number it was asked for."""
 
 
+class ReportError(SymphonyError, ValueError):
+    """A folder is no run of ours, or one that has not ended, or the page cannot be written."""
+
+
 class SymphonyWarning(UserWarning):
     """Something that works, but probably not as meant."""
 

@@ -156,10 +156,11 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     report |= {
         "stock_seconds_per_step": base_seconds,
         "words_changed": _share_of_words_changed(settings, corpus),
+        "curves": {"base": base_curves, **{name: arm.curves for name, arm in arms.items()}},
         "seconds": time.perf_counter() - started,
     }
     write_json(output / "report.json", report)
-    write_report(report, graphs, {"base": base_curves, **{name: arm.curves for name, arm in arms.items()}}, output)
+    write_report(report, graphs, report["curves"], output)
     return report
 
 

@@ -57,9 +57,14 @@ def clear(target: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write JSON so that a reader finds the old file or the whole new one."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader finds the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)

@@ -53,6 +53,7 @@ LEVELS = {
     "fuzzing": 6,
     "quickstart": 7,
     "report": 7,
+    "reporting": 7,
     "bench": 7,
     "bench_commit": 7,
     "bench_experts": 7,

@@ -18,6 +18,7 @@ for _command in (
     "inspect",
     "attack",
     "eval",
+    "report",
     "check",
     "bench",
     "push",

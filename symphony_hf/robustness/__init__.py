@@ -2,6 +2,6 @@
 
 from .evaluate import evaluate_robustness
 from .plan import RobustnessSettings
-from .table import print_robustness
+from .table import print_robustness, verdicts
 
-__all__ = ["RobustnessSettings", "evaluate_robustness", "print_robustness"]
+__all__ = ["RobustnessSettings", "evaluate_robustness", "print_robustness", "verdicts"]

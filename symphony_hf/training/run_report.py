@@ -47,6 +47,7 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
             "trained": sum(_size(parameter) for parameter in parameters if parameter.requires_grad),
         },
         "train": train,
+        "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in state.log_history if "loss" in entry],
         "validation": [entry for entry in state.log_history if "eval_loss" in entry],
         "best_checkpoint": state.best_model_checkpoint,
         "steps": state.global_step,

@@ -4,11 +4,13 @@ Figures are made through matplotlib's object API alone, so nothing here opens a 
 a notebook's own figures.
 """
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -33,6 +35,25 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def as_svg(figure: Figure) -> bytes:
+    """The figure as an SVG for a page: letters as shapes, no background, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "symphony_hf"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def plain_label(text: str, longest: int = 40) -> str:
+    """A name as matplotlib will draw it letter by letter: no formula between dollars, no hiding underscore in front.
+
+    Names that are too long for a legend lose their middle.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
+    text = "".join(letter if letter.isprintable() else " " for letter in text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _titles(names: Sequence[str]) -> list[str]:

@@ -61,18 +61,28 @@ def plot_curves(
                 raise EvaluationError(f"curves of {model}: unknown curve `{name}`; {nearest(name, CURVES)}")
             if not points:
                 continue
-            steps, losses = zip(*points, strict=True)
-            style = {"color": COLORS[number % 6], "linestyle": LINES[number % 4], "linewidth": 1.5, "markersize": 4}
-            marker = MARKERS[number % 6] if name == "eval" else None
-            panels[name].plot(steps, losses, label=f"{model}, last {losses[-1]:.3f}", marker=marker, **style)
+            draw_curve(panels[name], number, model, name, points)
     for name, axes in panels.items():
-        axes.set(xlabel="step", ylabel=f"{CURVES[name]} (nats per token)")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(fontsize=9, frameon=False)
+        finish_curves(axes, name)
     return save_png(figure, path)
+
+
+def draw_curve(axes: Axes, number: int, model: str, name: str, points: Sequence[tuple[float, float]]) -> None:
+    """One model's losses, in the style of its number; with markers for an evaluation's, which are few."""
+    steps, losses = zip(*points, strict=True)
+    style: dict[str, Any] = {"color": COLORS[number % 6], "linestyle": LINES[number % 4], "linewidth": 1.5}
+    marker = MARKERS[number % 6] if name == "eval" else None
+    axes.plot(steps, losses, label=f"{model}, last {losses[-1]:.3f}", marker=marker, markersize=4, **style)
+
+
+def finish_curves(axes: Axes, name: str) -> None:
+    """Axes, grid and legend of a panel of curves."""
+    axes.set(xlabel="step", ylabel=f"{CURVES[name]} (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(fontsize=9, frameon=False)
 
 
 def _draw_intervals(

@@ -1,0 +1,112 @@
+"""The reader of what `symphony eval` wrote."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import Interval
+from ..robustness import verdicts
+from .json_files import as_interval, is_interval
+from .runs import AttackRow, Comparison, Level, Run, flat
+
+_WHAT = {
+    "perplexity": "ratio of perplexities",
+    "ratio": "difference of attacked / clean",
+    "untouched": "ratio on untouched tokens",
+}
+_NO_DIFFERENCE = frozenset({"model", "against", "output", "batch_size"})
+"""Settings that say nothing on what was measured, or that the page shows elsewhere."""
+
+
+def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
+    """A folder with `result.json` that has `models`."""
+    labels = _labels(result["settings"], list(result["models"]))
+    levels = [level for role, model in result["models"].items() for level in _levels(labels[role], model["clean"])]
+    attacks = [row for role, model in result["models"].items() for row in _attacks(labels[role], model)]
+    compared = result.get("comparisons")
+    named = {**result, "settings": {**result["settings"], **labels}}
+    documents = result["documents"]
+    return Run(
+        folder=folder,
+        kind="evaluation",
+        about=f"{' against '.join(labels.values())}, {documents['number']} documents of {documents['source']}",
+        findings=verdicts(named) if compared else list(_told(levels, attacks)),
+        settings=flat({k: v for k, v in result["settings"].items() if k not in _NO_DIFFERENCE} | {"on": documents}),
+        levels=levels,
+        attacks=attacks,
+        comparisons=[] if compared is None else list(_comparisons(compared, labels)),
+        seconds=float(result["seconds"]),
+        versions=result["versions"],
+        command=_command(result["settings"]),
+    )
+
+
+def _labels(settings: Mapping[str, Any], roles: list[str]) -> dict[str, str]:
+    """The models by role: the last part of a path, or all of it where the last parts are alike."""
+    full = {role: str(settings[role]) for role in roles}
+    short = {role: name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name for role, name in full.items()}
+    for names in (short, full):
+        if len(set(names.values())) == len(names):
+            return names
+    return {role: f"{name} ({role})" for role, name in full.items()}  # two revisions of one
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, Interval]:
+    """What was measured of one form of the text, `perplexity` say; not the ratios, which compare two forms."""
+    return {name: as_interval(value) for name, value in values.items() if is_interval(value) and name != "ratio"}
+
+
+def _levels(label: str, clean: Mapping[str, Any]) -> Iterator[Level]:
+    for metric, interval in _metrics(clean).items():
+        ends = interval.low, interval.high
+        yield Level(label, metric, "clean", interval.estimate, *ends, interval.num_documents)
+
+
+def _attacks(label: str, model: Mapping[str, Any]) -> Iterator[AttackRow]:
+    for row in model["attacks"]:
+        ratio, untouched = row.get("ratio"), row.get("untouched")
+        for metric, interval in _metrics(row).items():
+            yield AttackRow(
+                label,
+                str(row["attack"]),
+                row["severity"],
+                metric,
+                interval,
+                as_interval(ratio) if is_interval(ratio) else None,
+                as_interval(untouched["ratio"]) if untouched else None,
+            )
+
+
+def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[Comparison]:
+    first, second = labels["model"], labels["against"]
+    clean = compared["clean"]
+    yield Comparison(first, second, "clean", _WHAT["perplexity"], as_interval(clean), clean["verdict"], headline=True)
+    overall = {row["attack"]: row for row in compared["attacks"]}  # the last: all severities together
+    for row in compared["attacks"]:
+        severity = "all severities" if row["severity"] is None else f"severity {row['severity']}"
+        for name, value in row.items():
+            if is_interval(value) and "verdict" in value:
+                text, told = f"{row['attack']}, {severity}", row is overall[row["attack"]] and name != "untouched"
+                what = _WHAT.get(name, name)
+                yield Comparison(first, second, text, what, as_interval(value), value["verdict"], headline=told)
+
+
+def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
+    """Of one model alone: what it was, and what an attack makes of it."""
+    for level in levels:
+        yield f"On clean text, {level.metric} {level.value:.2f} [{level.low:.2f}, {level.high:.2f}]."
+    for row in {(row.attack, row.metric): row for row in attacks}.values():  # the last: all severities together
+        times = "" if row.ratio is None else f", {row.ratio.estimate:.2f} times as high"
+        yield f"Under {row.attack}, {row.metric} {row.value.estimate:.2f}{times}."
+
+
+def _command(settings: Mapping[str, Any]) -> str:
+    """The command line of the settings, but for those that are not there."""
+    words = ["symphony eval", str(settings["model"])]
+    names = {"attacks": "attack", "severities": "severity"}
+    for name, value in settings.items():
+        if name == "model" or value is None:
+            continue
+        joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words.append(f"--{names.get(name, name)} {joined}")
+    return " ".join(words)
