@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _SIDE = 224
 """Pixels. What the severities are made for: the reach of a blur, the size of a snowflake."""
 
+_FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+"""Leave nothing to chance."""
+
 _OWN_SEED = ("impulse_noise", "glass_blur")
 """Take a seed; the others draw from numpy's global generator."""
 
@@ -37,6 +40,11 @@ class ImageAttack:
 
     name: str
     kind: str
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives another image."""
+        return self.name not in _FIXED
 
     def __call__(self, image: "Image", severity: int, *, seed: int = 0, name: str = "") -> "Image":
         """Corrupt one image.

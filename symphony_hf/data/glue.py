@@ -90,16 +90,11 @@ def prepare_glue(section: "DataSection", tokenizer: "PreTrainedTokenizerBase") -
     notes: list[str] = []
     pad_id = ensure_padding(tokenizer, notes)
     assert section.name is not None
-    if section.path == EMBEDDED:
-        task, rows = STAND_IN, _stand_in()
-        notes.append(f"no GLUE: a stand-in made of the {SOURCE}, for trying things out")
-    else:
-        task = find_task(section.name)
-        rows = _read(section, task, notes)
+    task, rows = read_glue(section.path, section.name, section.revision, notes)
     splits = {}
     for split, table in rows.splits.items():
         where = f"{rows.source}, {split} split"
-        table = _tokenized(thin_rows(_with_answers(table, task, where), section.limit), task, tokenizer, section)
+        table = _tokenized(thin_rows(table, section.limit), task, tokenizer, section)
         if split != "train":
             _check_whole(table, where, section.block_size)
         splits[split] = LabelledQuestions(without_problems(table, where, notes))
@@ -116,10 +111,54 @@ def prepare_glue(section: "DataSection", tokenizer: "PreTrainedTokenizerBase") -
     )
 
 
-def _read(section: "DataSection", task: GlueTask, notes: list[str]) -> Rows:
+def read_glue(path: str | None, name: str, revision: str | None, notes: list[str]) -> tuple[GlueTask, Rows]:
+    """Read a task's sentences and right answers.
+
+    Args:
+        path: A table, a folder of tables, or a data set of the Hub, with the task's columns; `embedded` for a stand-in
+            that is of no GLUE task; GLUE on the Hub when None.
+        name: Of the task.
+        revision: On the Hub.
+        notes: Gets what is to be said of the data.
+
+    Returns:
+        The task, and rows with its columns and `answer`, the number of the right one.
+
+    Raises:
+        DataError: If there is no such task, file, column or label.
+    """
+    if path == EMBEDDED:
+        task, rows = STAND_IN, _stand_in()
+        notes.append(f"no GLUE: a stand-in made of the {SOURCE}, for trying things out")
+    else:
+        task = find_task(name)
+        rows = _read(path or HUB, revision, task, notes)
+    splits = {
+        split: _with_answers(table, task, f"{rows.source}, {split} split") for split, table in rows.splits.items()
+    }
+    return task, rows._replace(splits=splits)
+
+
+def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tokenizer: Any) -> Question:
+    """A task's question about sentences, in tokens.
+
+    Args:
+        task: Whose prompt and answers.
+        sentences: By the task's columns.
+        answer: The number of the right answer.
+        tokenizer: The model's.
+
+    Raises:
+        DataError: If the tokenizer cannot tell the answers apart.
+    """
+    prompt = task.prompt.format(**{column: sentences[column] for column in task.columns})
+    return Question(*tokenize_choices([f"{prompt} {choice}" for choice in task.answers], tokenizer), answer)
+
+
+def _read(path: str, revision: str | None, task: GlueTask, notes: list[str]) -> Rows:
     names = {"train": "train", task.validation: "validation", "validation": "validation", "test": "test"}
     instead = "give a folder of tables train and validation with GLUE's columns, or `embedded` for a stand-in"
-    rows = read_rows(section.path or HUB, section.name, section.revision, instead=instead, names=names)
+    rows = read_rows(path, task.name, revision, instead=instead, names=names)
     splits = dict(rows.splits)
     if "test" in splits and _labels_are_hidden(splits["test"]):
         notes.append(f"{rows.source}: the test split's labels are hidden, so it is left out")
@@ -167,13 +206,12 @@ def _tokenized(table: "Table", task: GlueTask, tokenizer: "PreTrainedTokenizerBa
 def _tokenize(
     row: Mapping[str, Any], task: GlueTask, tokenizer: "PreTrainedTokenizerBase", block_size: int
 ) -> dict[str, Any]:
-    prompt = task.prompt.format(**{column: row[column] for column in task.columns})
-    shared, choices = tokenize_choices([f"{prompt} {answer}" for answer in task.answers], tokenizer)
-    longest = _longest(shared, choices)
+    question = make_question(task, row, row["answer"], tokenizer)
+    longest = _longest(question.prompt, question.choices)
     return {
-        "prompt": shared,
-        "choices": choices,
-        _LENGTH: len(shared) + len(choices[row["answer"]]),
+        "prompt": question.prompt,
+        "choices": question.choices,
+        _LENGTH: len(question.prompt) + len(question.choices[question.answer]),
         PROBLEM: f"longer than block_size: {longest} tokens" if longest > block_size else "",
     }
 

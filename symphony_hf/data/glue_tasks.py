@@ -16,6 +16,7 @@ class GlueTask:
         labels: Their names in GLUE, by their numbers there.
         answers: The words that the model answers with, by label.
         validation: GLUE's name of the split that is reported on.
+        metrics: What GLUE reports beside accuracy, or in its place: names of `evaluation.METRICS`.
     """
 
     name: str
@@ -24,6 +25,7 @@ class GlueTask:
     labels: tuple[str, ...]
     answers: tuple[str, ...]
     validation: str = "validation"
+    metrics: tuple[str, ...] = ()
 
 
 _NO_YES = ("no", "yes")
@@ -38,6 +40,7 @@ TASKS = {
             "Sentence: {sentence}\nIs the sentence grammatical?\nAnswer:",
             ("unacceptable", "acceptable"),
             _NO_YES,
+            metrics=("matthews",),
         ),
         GlueTask(
             "sst2",
@@ -52,6 +55,7 @@ TASKS = {
             "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nDo both sentences mean the same?\nAnswer:",
             ("not_equivalent", "equivalent"),
             _NO_YES,
+            metrics=("f1",),
         ),
         GlueTask(
             "qqp",
@@ -59,6 +63,7 @@ TASKS = {
             "Question 1: {question1}\nQuestion 2: {question2}\nDo both questions ask the same?\nAnswer:",
             ("not_duplicate", "duplicate"),
             _NO_YES,
+            metrics=("f1",),
         ),
         GlueTask(
             "mnli",

@@ -119,7 +119,7 @@ def compare_accuracy(a: ChoiceScores, b: ChoiceScores, *, seed: int = 0) -> Inte
     def statistic(correct_a: np.ndarray, correct_b: np.ndarray, axis: int) -> np.ndarray:
         return correct_a.mean(axis) - correct_b.mean(axis)
 
-    return paired_bootstrap((a.correct, b.correct), statistic, seed=seed)
+    return paired_bootstrap((a.correct, b.correct), statistic, seed=seed, swapped=[(0, 1)])
 
 
 def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.device) -> list[np.ndarray]:

@@ -67,7 +67,8 @@ def compare_perplexity(
     def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
         return nll_a.sum(axis) / tokens.sum(axis) - nll_b.sum(axis) / tokens.sum(axis)
 
-    return paired_bootstrap((a.nll, b.nll, _paired_tokens(a, b)), statistic, seed=seed, weights=weights)
+    columns = (a.nll, b.nll, _paired_tokens(a, b))
+    return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(0, 1)])
 
 
 def compare_attacked(
@@ -93,7 +94,7 @@ def compare_attacked(
         return nll_a.sum(axis) / num_a.sum(axis) - nll.sum(axis) / num.sum(axis)
 
     columns = (attacked.nll, attacked.num_tokens, clean.nll, clean.num_tokens)
-    return paired_bootstrap(columns, statistic, seed=seed, weights=weights)
+    return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(0, 2), (1, 3)])
 
 
 def compare_robustness(
@@ -131,5 +132,5 @@ def compare_robustness(
         ratio_b = np.exp(nll_attacked_b / attacked - nll_clean_b / clean)
         return ratio_a - ratio_b
 
-    nll = (clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
-    return paired_bootstrap((clean_tokens, attacked_tokens, *nll), statistic, seed=seed, weights=weights)
+    columns = (clean_tokens, attacked_tokens, clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
+    return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(2, 4), (3, 5)])

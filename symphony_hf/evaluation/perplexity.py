@@ -27,7 +27,8 @@ class DocumentScores:
         return float(np.exp(self.nll.sum() / self.num_tokens.sum()))
 
 
-def _next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+def next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+    """Of each token but the first, in nats, float32. Shape: (tokens - 1,)."""
     # float32 one window at a time: a float32 copy of a whole batch of logits would double the peak of memory.
     return F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
 
@@ -80,7 +81,7 @@ def score_tokens(
         for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             lengths = [len(flat[index]) for index in indices]
-            nll = [_next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
+            nll = [next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
             # One wait for the device a batch, not one a window.
             values = torch.cat(nll).cpu().numpy()
             pieces = np.split(values, np.cumsum([length - 1 for length in lengths])[:-1])

@@ -62,10 +62,10 @@ def read_documents(settings: RobustnessSettings) -> tuple[str, list[Document]]:
     path = None if settings.data is None else Path(settings.data).expanduser()
     if path is not None and path.is_file():
         # A file has no splits of its own, and someone who gives one to evaluate on means all of it.
-        splits = read_file(path, settings.text_column)
+        splits = read_file(path, settings.text_column or "text")
         source, split = str(settings.data), settings.split or "all"
     else:
-        corpus = load_corpus(settings.data, text_column=settings.text_column)
+        corpus = load_corpus(settings.data, text_column=settings.text_column or "text")
         splits = {name: getattr(corpus, name) for name in _SPLITS}
         source, split = corpus.source, settings.split or "test"
     names = _SPLITS if split == "all" else (split,)

@@ -1,4 +1,4 @@
-"""evaluate_robustness: everything that `symphony eval` does with text."""
+"""evaluate_robustness: everything that `symphony eval` does."""
 
 import dataclasses
 import platform
@@ -9,59 +9,47 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..attacks import find_text_attack
 from ..compat import transformers_version
 from ..unfinished import write_json
-from .documents import prepare_texts
-from .measure import TextMeasurer, default_block_size
 from .plan import RobustnessSettings
 from .store import Store
-from .subject import Subject, load_tokenizer
 from .summary import summarize
+from .tasks import open_task
 
 
 def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
-    """Measure one or two models on documents and on their attacked forms, and say what is more than chance.
+    """Measure one or two models on examples and on their attacked forms, and say what is more than chance.
 
     The same call again takes what was measured before from `output/cells`, and goes on from there.
 
     Args:
-        settings: Which models, which text, which attacks.
+        settings: Which models, which task and data, which attacks.
 
     Returns:
-        As in `output/result.json`: `models`, `comparisons` where there are two, `documents`, `settings`, `versions`.
+        As in `output/result.json`, which has one shape for all tasks. `measure` says which entry of a row is the level
+        and which the change under attack, and what is better. `models` by role, and `comparisons` where there are
+        two, see `summarize`. `documents`: what was evaluated on. `settings`, `fingerprints`, `versions`, `notes`.
 
     Raises:
         SymphonyError: If a model or the data is not to be had, or a number is not finite.
     """
     started = time.perf_counter()
-    subjects = {role: Subject(*named, settings.dtype) for role, named in settings.models().items()}
-    tokenizers = {
-        role: load_tokenizer(settings.tokenizer or subject.source, None if settings.tokenizer else subject.revision)
-        for role, subject in subjects.items()
-    }
-    texts = prepare_texts(settings)
     output = Path(settings.output)
-    block_size = settings.block_size or default_block_size(list(subjects.values()))
-    measurer = TextMeasurer(texts, block_size, settings.batch_size, Store(output / "cells"))
-    measured = {role: measurer.measure(subjects[role], tokenizers[role], role) for role in subjects}
+    task = open_task(settings, Store(output / "cells"))
+    measured = {role: task.measure(role) for role in task.subjects}
     result = {
-        **summarize(measured, measurer.names),
-        "settings": dataclasses.asdict(settings) | {"block_size": block_size},
-        "rates": {name: list(find_text_attack(name).rates) for name in settings.attacks},
-        "documents": {
-            "source": texts.source,
-            "number": len(texts.documents),
-            "words": int(measured["model"].clean.num_words.sum()),
-            "bytes": int(measured["model"].clean.num_bytes.sum()),
-        },
-        "fingerprints": {role: subject.fingerprint for role, subject in subjects.items()},
+        "task": settings.task,
+        **summarize(measured, task.scale),
+        "settings": dataclasses.asdict(settings),
+        **task.told(measured),
+        "fingerprints": {role: subject.fingerprint for role, subject in task.subjects.items()},
         "versions": {
             "symphony_hf": __version__,
             "torch": torch.__version__,
             "transformers": transformers_version(),
             "python": platform.python_version(),
         },
+        "notes": task.notes,
         "seconds": time.perf_counter() - started,
     }
     write_json(output / "result.json", result)

@@ -16,6 +16,7 @@ from .plan import Cell
 from .scores import TextScores
 from .store import Store
 from .subject import Subject
+from .task import Measured
 from .windows import Tokens, Untouched, attacked_cuts, clean_cuts, cut, find_untouched, first_token, tokenize
 
 if TYPE_CHECKING:
@@ -30,18 +31,6 @@ _USUAL_BLOCK = 512
 
 _GROWTH = 4
 """How many times longer attacked text may be in tokens, at the default size of a window."""
-
-
-class Measured(NamedTuple):
-    """One model on all forms.
-
-    Attributes:
-        clean: On the documents as they are.
-        attacked: On their attacked forms.
-    """
-
-    clean: TextScores
-    attacked: dict[Cell, TextScores]
 
 
 class _Form(NamedTuple):
@@ -77,7 +66,7 @@ class TextMeasurer:
         self.names = [document.name for document in texts.documents]
         self._untouched: dict[tuple[str, str], list[Untouched]] = {}  # models mostly share a tokenizer
 
-    def measure(self, subject: Subject, tokenizer: "PreTrainedTokenizerBase", role: str) -> Measured:
+    def measure(self, subject: Subject, tokenizer: "PreTrainedTokenizerBase", role: str) -> Measured[TextScores]:
         """One model on all forms; what is finished is kept if the process ends before the rest.
 
         Args:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.sources import read_config
 from ..errors import ConfigError
 
 _WEIGHTS = (".safetensors", ".bin", ".json")
 """Suffixes of the files that decide what a model computes."""
+
+_HINT = "name a folder or model that has it: --tokenizer"
 
 _LARGE = 1 << 20
 """Bytes. A larger file is told by its size and the time of its last change, a smaller one by its contents."""
@@ -26,6 +28,7 @@ class Subject:
         source: A folder, or a name on the Hub.
         revision: On the Hub.
         dtype: Of the weights; auto: as they are stored.
+        auto_class: Of transformers, that loads it.
 
     Attributes:
         source: Likewise.
@@ -37,12 +40,10 @@ class Subject:
         ConfigError: If it is no model that transformers knows, or an adapter.
     """
 
-    auto_class: Any = AutoModelForCausalLM
-
-    def __init__(self, source: str, revision: str | None, dtype: str) -> None:
-        self.source, self.revision, self.dtype = source, revision, dtype
+    def __init__(self, source: str, revision: str | None, dtype: str, auto_class: Any = AutoModelForCausalLM) -> None:
+        self.source, self.revision, self.dtype, self.auto_class = source, revision, dtype, auto_class
         self.config: PreTrainedConfig = read_config(source, revision)
-        self.fingerprint = _fingerprint(source, revision)
+        self.fingerprint = fingerprint_of(source, revision)
 
     @property
     def max_tokens(self) -> int | None:
@@ -76,19 +77,35 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     Raises:
         ConfigError: If it has none.
     """
-    hint = "name a folder or model that has it: --tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"`{source}`: no tokenizer ({first}); {hint}") from error
+        raise ConfigError(f"`{source}`: no tokenizer ({first}); {_HINT}") from error
     # Where there are no files, transformers makes one that knows nothing, of the class that the model mostly has.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-        raise ConfigError(f"`{source}`: no tokenizer (none of its files is there); {hint}")
+        raise ConfigError(f"`{source}`: no tokenizer (none of its files is there); {_HINT}")
     return tokenizer
 
 
-def _fingerprint(source: str, revision: str | None) -> str:
+def load_processor(source: str, revision: str | None) -> Any:
+    """A vision-language checkpoint's processor.
+
+    Raises:
+        ConfigError: If it has none, or one that takes no images.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`{source}`: no processor ({first}); {_HINT}") from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise ConfigError(f"`{source}`: {type(processor).__name__} is no processor of images and text; {_HINT}")
+    return processor
+
+
+def fingerprint_of(source: str, revision: str | None) -> str:
+    """Tells a checkpoint from any other: the commit on the Hub, or a digest of what decides what it computes."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         # The Hub's cache keeps each commit in a folder of its name.

@@ -6,40 +6,50 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .plan import KINDS
+
 _LOSSES = {
     "better": "loses less than",
     "worse": "loses more than",
     "not distinguishable": "loses what cannot be told from",
 }
+_CHANGES = {"ratio": "attacked / clean", "difference": "attacked - clean"}
+_PLURALS = {"perplexity": "perplexities", "accuracy": "accuracies"}
+_DIGITS = {"perplexity": 2, "accuracy": 3}
 
 
 def print_robustness(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print levels, comparisons and verdicts of `evaluate_robustness`."""
     console = console or Console()
     settings, documents = result["settings"], result["documents"]
-    console.print(
-        f"{documents['number']} documents, {documents['words']:,} words: {documents['source']}; "
-        f"attack seeds {', '.join(map(str, settings['seeds']))}; 95% intervals over documents",
-        highlight=False,
-        soft_wrap=True,
-    )
+    words = f", {documents['words']:,} words" if "words" in documents else ""
+    answered = f", answered by {documents['answers']}" if "answers" in documents else ""
+    lines = [
+        f"{documents['number']} {documents['unit']}{words}: {documents['source']}{answered}; attack seeds "
+        f"{', '.join(map(str, settings['seeds']))}; 95% intervals over {documents['unit']}",
+        *result["notes"],
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for role, model in result["models"].items():
-        console.print(_levels_table(settings[role], model))
+        console.print(_levels_table(settings[role], model, result["measure"]))
     if "comparisons" in result:
-        console.print(_comparison_table(result["comparisons"]))
+        console.print(_comparison_table(result))
         for line in verdicts(result):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def verdicts(result: Mapping[str, Any]) -> list[str]:
-    """A sentence for clean text, and one for each attack over all its severities."""
-    comparisons = result["comparisons"]
+    """A sentence for clean input, and one for each attack over all its severities."""
+    comparisons, measure = result["comparisons"], result["measure"]
     a, b = result["settings"]["model"], result["settings"]["against"]
-    lines = [f"On clean text, {a} is {_told(comparisons['clean'], b)}."]
+    what = KINDS[result["task"]].what
+    lines = [f"On clean {what}, {a} is {_told(comparisons['clean'], b, measure)}."]
     for row in _overall(comparisons["attacks"]):
-        loses = _LOSSES[row["ratio"]["verdict"]]
-        lines.append(f"Under {row['attack']}, {a} is {_told(row['perplexity'], b)}. Against clean text it {loses} {b}.")
-    number = 1 + 2 * len(comparisons["attacks"])
+        loses = _LOSSES[row[measure["change"]]["verdict"]]
+        told = _told(row[measure["level"]], b, measure)
+        lines.append(f"Under {row['attack']}, {a} is {told}. Against clean {what} it {loses} {b}.")
+    number = 1 + 2 * len(comparisons["attacks"]) * (1 + len(measure["also"]))
     lines.append(f"Of models that are equal, one verdict in twenty would say otherwise by chance; there are {number}.")
     return lines
 
@@ -49,59 +59,75 @@ def _overall(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list({row["attack"]: row for row in rows}.values())
 
 
-def _told(interval: Mapping[str, Any], other: str) -> str:
-    value = f"(ratio {_interval(interval, 4)})"
+def _told(interval: Mapping[str, Any], other: str, measure: Mapping[str, Any]) -> str:
+    value = f"({measure['change']} {_interval(interval, 4)})"
     if interval["verdict"] == "not distinguishable":
         return f"not distinguishable from {other} {value}"
     return f"{interval['verdict']} than {other} {value}"
 
 
-def _levels_table(name: str, model: Mapping[str, Any]) -> Table:
+def _levels_table(name: str, model: Mapping[str, Any], measure: Mapping[str, Any]) -> Table:
     table = Table(title=name, title_justify="left")
-    for column, justify in (("attack", "left"), ("severity", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for column in ("perplexity", "per word", "per byte", "attacked / clean", "on untouched tokens"):
+    table.add_column("attack")
+    level, change = measure["level"], _CHANGES[measure["change"]]
+    further = ("per word", "per byte") if level == "perplexity" else ()
+    also = [heading for other in measure["also"] for heading in (other, f"{other}, {change}")]
+    untouched = ("on untouched tokens",) if level == "perplexity" else ()
+    for column in ("severity", level, *further, change, *untouched, *also):
         table.add_column(column, justify="right")
-    clean = model["clean"]
-    table.add_row("clean", "", _interval(clean["perplexity"]), *_rates(clean), "", "")
-    for row in model["attacks"]:
-        untouched = "" if row["untouched"] is None else _interval(row["untouched"]["ratio"], 3)
-        ratio = _interval(row["ratio"], 3)
-        table.add_row(row["attack"], _severity(row), _interval(row["perplexity"]), *_rates(row), ratio, untouched)
+    for row in ({"attack": "clean"} | dict(model["clean"]), *model["attacks"]):
+        table.add_row(*_level_cells(row, measure))
     return table
 
 
-def _comparison_table(comparisons: Mapping[str, Any]) -> Table:
-    title = f"the first against the second, per {comparisons['unit']}"
-    table = Table(title=title, title_justify="left")
+def _level_cells(row: Mapping[str, Any], measure: Mapping[str, Any]) -> list[str]:
+    """Of the clean row, those of the change are empty."""
+    digits = _DIGITS[measure["level"]]
+    cells = [row["attack"], _severity(row), _interval(row[measure["level"]], digits)]
+    if measure["level"] == "perplexity":
+        cells += [f"{row['per_word']:.4g}", f"{row['per_byte']:.3f}"]
+    cells.append(_interval(row.get(measure["change"]), 3))
+    if measure["level"] == "perplexity":
+        untouched = row.get("untouched")
+        cells.append(_interval(untouched and untouched["ratio"], 3))
+    for other in measure["also"]:
+        values = row["also"][other]
+        cells += [_interval(values["level"], 3), _interval(values.get(measure["change"]), 3)]
+    return cells
+
+
+def _comparison_table(result: Mapping[str, Any]) -> Table:
+    comparisons, measure = result["comparisons"], result["measure"]
+    unit = f", per {comparisons['unit']}" if "unit" in comparisons else ""
+    table = Table(title=f"the first against the second{unit}", title_justify="left")
     table.add_column("attack")
     table.add_column("severity", justify="right")
-    for column in ("ratio of perplexities", "difference of attacked / clean"):
-        table.add_column(column)
-        table.add_column("verdict")
+    levels = [measure["level"], *measure["also"]]
+    for level in levels:
+        for column in (
+            f"{measure['change']} of {_PLURALS.get(level, level)}",
+            f"difference of {_CHANGES[measure['change']]}",
+        ):
+            table.add_column(column)
+            table.add_column("verdict")
     clean = comparisons["clean"]
-    table.add_row("clean", "", _interval(clean, 4), clean["verdict"], "", "")
+    table.add_row("clean", "", _interval(clean, 4), clean["verdict"])
     for row in comparisons["attacks"]:
-        levels, ratios = row["perplexity"], row["ratio"]
-        table.add_row(
-            row["attack"],
-            _severity(row),
-            _interval(levels, 4),
-            levels["verdict"],
-            _interval(ratios, 4),
-            ratios["verdict"],
-        )
+        pairs = [(row[measure["level"]], row[measure["change"]])]
+        pairs += [(row["also"][other]["level"], row["also"][other][measure["change"]]) for other in measure["also"]]
+        cells = [text for pair in pairs for one in pair for text in (_interval(one, 4), one["verdict"])]
+        table.add_row(row["attack"], _severity(row), *cells)
     return table
 
 
 def _severity(row: Mapping[str, Any]) -> str:
+    if "severity" not in row:
+        return ""
     return "all" if row["severity"] is None else str(row["severity"])
 
 
-def _rates(row: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{row['per_word']:.4g}", f"{row['per_byte']:.3f}"
-
-
-def _interval(interval: Mapping[str, Any], digits: int = 2) -> str:
+def _interval(interval: Mapping[str, Any] | None, digits: int = 2) -> str:
+    if interval is None:
+        return ""
     estimate, low, high = (f"{interval[name]:.{digits}f}" for name in ("estimate", "low", "high"))
     return f"{estimate} [{low}, {high}]"

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from symphony_hf.robustness.measure import Measured
+from symphony_hf.robustness.perplexity import Perplexity
 from symphony_hf.robustness.plan import Cell
 from symphony_hf.robustness.scores import TextScores, pooled
 from symphony_hf.robustness.summary import compare_models, groups_of
+from symphony_hf.robustness.task import Measured
 
 CELLS = [Cell("aaa", 1, 0), Cell("aaa", 1, 1)]
 DOCUMENTS = 60
@@ -36,7 +37,7 @@ def draw_pair(rng, better=0.0, sturdier=0.0):
 
 
 def verdicts(pair):
-    comparisons = compare_models(*pair, NAMES)
+    comparisons = compare_models(*pair, Perplexity(NAMES))
     (row,) = comparisons["attacks"]
     return {
         "clean": comparisons["clean"]["verdict"],
@@ -80,7 +81,7 @@ def test_seeds_of_one_document_are_one_draw():
     for seeds in (10, 1):
         cells = [Cell("aaa", 1, seed) for seed in range(seeds)]
         pair = [Measured(model.clean, dict.fromkeys(cells, model.attacked[CELLS[0]])) for model in (a, b)]
-        rows += compare_models(*pair, NAMES)["attacks"]
+        rows += compare_models(*pair, Perplexity(NAMES))["attacks"]
     repeated, single = rows
     assert repeated["perplexity"]["low"] == pytest.approx(single["perplexity"]["low"])
     assert repeated["perplexity"]["high"] == pytest.approx(single["perplexity"]["high"])

@@ -2,6 +2,7 @@
 
 import io
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ def image_problem(path: Path) -> str:
     except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
         return f"an image that does not decode: {path} ({error})"
     return ""
+
+
+def encoded_problem(image: Mapping[str, Any]) -> str:
+    """What is wrong with an image that may be a file; one in memory was made here."""
+    return image_problem(Path(image["path"])) if image["bytes"] is None else ""
 
 
 def decode(image: EncodedImage) -> "Image":

@@ -15,7 +15,7 @@ from ..skipping import PROBLEM, without_problems
 from ..steps import Step
 from ..templates import REFUSED, ensure_chat_template, ensure_padding
 from .batches import VisualCollator, VisualConversations, make_collator
-from .images import image_problem
+from .images import encoded_problem
 from .llava_json import digit_rows, read_llava
 from .rendering import Renderer, make_renderer
 
@@ -107,7 +107,7 @@ def tokenize_row(
     """
     ids: list[int] = []
     labels: list[int] = []
-    problem = row[PROBLEM] or next(filter(None, map(_problem_of, row["images"])), "")
+    problem = row[PROBLEM] or next(filter(None, map(encoded_problem, row["images"])), "")
     if not problem:
         try:
             ids, labels = renderer.tokens(row["messages"])
@@ -130,7 +130,3 @@ def tokenize_row(
         "num_tokens": len(labels) + more,
         PROBLEM: problem,
     }
-
-
-def _problem_of(image: Mapping[str, Any]) -> str:
-    return image_problem(Path(image["path"])) if image["bytes"] is None else ""

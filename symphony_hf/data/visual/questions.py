@@ -1,7 +1,7 @@
 """Questions about images, from conversations about them: with answers to choose from, or to be answered freely."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,14 @@ class VisualPrompt(NamedTuple):
     answer: str
 
 
+def first_question(row: Mapping[str, Any]) -> tuple[list[Message], list[EncodedImage], str]:
+    """What a conversation begins with: messages up to the first answer, their images, and that answer."""
+    messages = row["messages"]
+    end = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    num_images = sum(message["content"].count(PLACEHOLDER) for message in messages[:end])
+    return messages[:end], row["images"][:num_images], messages[end]["content"].strip()
+
+
 class VisualQuestions:
     """The first question of every conversation. Images are decoded when a question is looked at.
 
@@ -46,12 +54,12 @@ class VisualQuestions:
 
     def answers(self) -> list[str]:
         """The right answers, for which no image is decoded."""
-        return [self._first(number)[2] for number in range(len(self))]
+        return [first_question(row)[2] for row in self.rows]
 
     def prompts(self) -> Iterator[VisualPrompt]:
         """Each question as it is asked."""
         for number in range(len(self)):
-            asked, images, answer = self._first(number)
+            asked, images, answer = first_question(self.rows[number])
             ids = self._expanded(self.renderer.text(asked, to_answer=True))
             yield VisualPrompt(ids, self._pixels(images), answer)
 
@@ -62,20 +70,12 @@ class VisualQuestions:
             DataError: If a right answer is none of them, or the tokenizer cannot tell two apart.
         """
         for number in range(len(self)):
-            asked, images, answer = self._first(number)
+            asked, images, answer = first_question(self.rows[number])
             if answer not in answers:
                 raise DataError(f"question {number}: the right answer, {answer!r}, is none of the {len(answers)} given")
             texts = [self.renderer.text([*asked, {"role": "assistant", "content": choice}]) for choice in answers]
             prompt, choices = split_shared([self._expanded(text) for text in texts], texts)
             yield Question(prompt, choices, answers.index(answer), self._pixels(images))
-
-    def _first(self, number: int) -> tuple[list[Message], list[EncodedImage], str]:
-        """The first question's messages and images, and its answer."""
-        row = self.rows[number]
-        messages = row["messages"]
-        end = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
-        num_images = sum(message["content"].count(PLACEHOLDER) for message in messages[:end])
-        return messages[:end], row["images"][:num_images], messages[end]["content"].strip()
 
     def _expanded(self, text: str) -> list[int]:
         ids = self.renderer.ids(text)

@@ -1,0 +1,154 @@
+"""Accuracy and GLUE's other metrics of a model's choices, with intervals by question.
+
+A metric is a function of sums over questions: so it can be taken of any resample of them at once, and of several
+attacked forms of each question together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import EvaluationError
+from .statistics import Interval, paired_bootstrap
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What was chosen at each question, in one form of it or several.
+
+    Attributes:
+        chosen: Numbers of answers. Shape: (forms, questions), integer.
+        answers: Those of the right ones. Shape: (questions,), integer.
+    """
+
+    chosen: np.ndarray
+    answers: np.ndarray
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good choices are.
+
+    Attributes:
+        name: As reports call it.
+        counts: Of choices and right answers, what is counted of each. Shape: (counts, ...), as the choices.
+        value: Of the sums of those, the metric.
+    """
+
+    name: str
+    counts: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    value: Callable[..., np.ndarray]
+
+    def columns(self, choices: Choices) -> list[np.ndarray]:
+        """What is counted of each question, as a mean over its forms. Shape of each: (questions,)."""
+        return list(self.counts(choices.chosen, choices.answers).astype(np.float64).mean(axis=1))
+
+    def of(self, choices: Choices) -> float:
+        """The metric of all questions."""
+        return float(self.value(*(column.sum() for column in self.columns(choices))))
+
+
+def pooled_choices(forms: list[Choices]) -> Choices:
+    """Several attacked forms of the same questions as one: a question stays one draw, whatever was done to it."""
+    return Choices(np.concatenate([form.chosen for form in forms]), forms[0].answers)
+
+
+def _hits(chosen: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    return np.stack([chosen == answers, np.ones_like(chosen)])
+
+
+def _share(hits: np.ndarray, number: np.ndarray) -> np.ndarray:
+    return hits / number
+
+
+def _positives(chosen: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    right = np.broadcast_to(answers == 1, chosen.shape)
+    return np.stack([(chosen == 1) & right, chosen == 1, right, np.ones_like(right)])
+
+
+def _f1(hits: np.ndarray, chosen: np.ndarray, right: np.ndarray, number: np.ndarray) -> np.ndarray:
+    return _ratio(2 * hits, chosen + right)
+
+
+def _matthews(hits: np.ndarray, chosen: np.ndarray, right: np.ndarray, number: np.ndarray) -> np.ndarray:
+    # Rounding may leave a product of zero a little below it.
+    spread = np.clip(chosen * (number - chosen), 0, None) * np.clip(right * (number - right), 0, None)
+    return _ratio(number * hits - chosen * right, np.sqrt(spread))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """0 where nothing was chosen, or only one answer: as scikit-learn has it."""
+    return np.divide(above, below, out=np.zeros(np.shape(below)), where=np.asarray(below) > 1e-9)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _hits, _share),
+        Metric("f1", _positives, _f1),
+        Metric("matthews", _positives, _matthews),
+    )
+}
+"""By name. `f1` is that of the answer number 1, and `matthews` is Matthews' correlation, both of two answers."""
+
+
+def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Interval:
+    """The 95% interval of one model's metric: a level, which has no verdict.
+
+    Raises:
+        EvaluationError: If there are fewer than 10 questions.
+    """
+
+    def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
+        return metric.value(*(column.sum(axis) for column in columns))
+
+    return paired_bootstrap(metric.columns(choices), statistic, seed=seed, null=None)
+
+
+def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) -> Interval:
+    """The 95% interval of the metric of `a` minus that of `b`: of two models, or of attacked and clean questions.
+
+    Raises:
+        EvaluationError: If the questions differ, or are fewer than 10.
+    """
+    _check_pairs(a, b)
+    first, second = metric.columns(a), metric.columns(b)
+    number = len(first)
+
+    def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
+        sums = [column.sum(axis) for column in columns]
+        return metric.value(*sums[:number]) - metric.value(*sums[number:])
+
+    swapped = [(place, number + place) for place in range(number)]
+    return paired_bootstrap([*first, *second], statistic, seed=seed, swapped=swapped)
+
+
+def compare_changes(
+    metric: Metric, clean_a: Choices, attacked_a: Choices, clean_b: Choices, attacked_b: Choices, *, seed: int = 0
+) -> Interval:
+    """The 95% interval of what an attack takes from the metric of `a`, attacked minus clean, minus that of `b`.
+
+    A better model is better under attack, too. This tells whether it is so by more than it was on clean questions.
+
+    Raises:
+        EvaluationError: If the questions differ, or are fewer than 10.
+    """
+    for other in (attacked_a, clean_b, attacked_b):
+        _check_pairs(clean_a, other)
+    groups = [metric.columns(choices) for choices in (attacked_a, clean_a, attacked_b, clean_b)]
+    number = len(groups[0])
+
+    def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
+        sums = [column.sum(axis) for column in columns]
+        values = [metric.value(*sums[start : start + number]) for start in range(0, 4 * number, number)]
+        return (values[0] - values[1]) - (values[2] - values[3])
+
+    swapped = [(place, 2 * number + place) for place in range(2 * number)]
+    columns = [column for group in groups for column in group]
+    return paired_bootstrap(columns, statistic, seed=seed, swapped=swapped)
+
+
+def _check_pairs(a: Choices, b: Choices) -> None:
+    if not np.array_equal(a.answers, b.answers):
+        raise EvaluationError("the choices are of different questions: score both on the same ones")
