@@ -239,7 +239,7 @@ class Tracker:
                 "otherwise on one. Load the same checkpoint on every rank"
             )
 
-    def look_at_optimizers(self, routers: list[tuple[str, nn.Module]], parameters: Iterable[nn.Parameter]) -> None:
+    def look_at_optimizers(self, routers: list[tuple[str, Any]], parameters: Iterable[nn.Parameter]) -> None:
         """Notice, once, optimizers that were made before the routers' parameters, or without them.
 
         Args:

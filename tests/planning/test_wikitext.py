@@ -1,4 +1,4 @@
-"""The plan of the paper's WikiText-103 model, whose loss picks the predicted words and makes no logits of all of them."""
+"""The plan of the paper's WikiText-103 model, whose loss makes logits of the predicted words alone."""
 
 from pathlib import Path
 
