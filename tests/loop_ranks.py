@@ -1,21 +1,41 @@
 """The loops of test_loops.py. Those of several ranks, and DeepSpeed's, run in spawned processes, which import this."""
 
 import datetime
+import functools
 import os
+import re
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from models import make_ids, make_model
 from safetensors.torch import save_file
 
-from symphony_hf import SymphonyWarning, expert_graphs, symphonize, update_graphs
+import symphony_hf
+from symphony_hf import SymphonyWarning, expert_graphs, symphonize
 from symphony_hf.patching import symphony_routers
 
 SETTINGS = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25, "decay": 0.9}
 STEPS = 3
 LR = 0.05
 RANKS = 2
+
+
+@functools.cache
+def line_of(loop):
+    """The code of a row of the README's table of loops: what the loops here run is what is written there."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {re.escape(loop)}.*$", readme, re.M)
+    (code,) = (code for code in re.findall(r"`([^`]+)`", row) if "symphony_hf." in code)
+    return code
+
+
+def run_line_of(loop, **names):
+    """Run it; returns the names as it left them."""
+    names["symphony_hf"] = symphony_hf
+    exec(compile(line_of(loop), "README.md", "exec"), names)
+    return names
 
 
 def make(**settings):
@@ -86,7 +106,7 @@ def plain_loop(model, steps, lr=LR):
         record.gradients()
         optimizer.step()
         optimizer.zero_grad()
-        update_graphs(model)
+        run_line_of("plain PyTorch", model=model)
         record.graphs()
     return record.tensors
 
@@ -104,8 +124,8 @@ def accelerate_loop(model, accumulation, rank=0):
                 record.gradients()
             optimizer.step()
             optimizer.zero_grad()
+        run_line_of("Accelerate", accelerator=accelerator, model=wrapped)
         if accelerator.sync_gradients:
-            update_graphs(wrapped)
             record.graphs()
     return record.tensors
 
@@ -137,8 +157,8 @@ def engine_loop(model, accumulation, stage, rank=0, lr=LR, **config):
         if engine.is_gradient_accumulation_boundary():
             record.gradients(safe_get_full_grad)
         engine.step()
+        run_line_of("DeepSpeed's engine", engine=engine)
         if engine.was_step_applied():
-            update_graphs(engine)
             record.graphs()
     engine.destroy()
     return record.tensors

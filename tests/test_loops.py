@@ -2,12 +2,26 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import loop_ranks
 import pytest
 import torch
 import torch.multiprocessing as mp
-from loop_ranks import LR, RANKS, SETTINGS, STEPS, Record, make, micro_batch, plain_loop, sgd, steps_of
+from loop_ranks import (
+    LR,
+    RANKS,
+    SETTINGS,
+    STEPS,
+    Record,
+    line_of,
+    make,
+    micro_batch,
+    plain_loop,
+    run_line_of,
+    sgd,
+    steps_of,
+)
 from models import make_ids, make_model, move_graphs
 from safetensors.torch import load_file
 from test_router_losses import WEIGHTS, assert_gradients, reference_gradients
@@ -18,7 +32,6 @@ from symphony_hf import (
     PatchError,
     SymphonyCallback,
     SymphonyWarning,
-    add_router_losses,
     expert_graphs,
     symphonize,
     unsymphonize,
@@ -69,7 +82,8 @@ def test_a_loss_of_the_loops_own():
             labels = batch.pop("labels")[:, 1:].flatten()
             logits = model(**batch).logits[:, :-1].flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(logits, labels)
-            (add_router_losses(model, loss) * weight).backward()
+            loss = run_line_of("any that computes its own loss", model=model, loss=loss)["loss"]
+            (loss * weight).backward()
         record.gradients()
         optimizer.step()
         optimizer.zero_grad()
@@ -182,6 +196,11 @@ class Recorder(SymphonyCallback):
         self.record.tensors |= {f"loss.{step}": torch.tensor(loss) for step, loss in enumerate(logged)}
 
 
+def recording():
+    """What the README says to give a Trainer, with the callback that records for ours."""
+    return eval(f"dict({line_of('Trainer')})", {"symphony_hf": SimpleNamespace(SymphonyCallback=Recorder)})
+
+
 def run_trainer(trainer):
     """Train with a Recorder; returns what was recorded, and the micro-batches of each step with their weights."""
     (recorder,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Recorder))
@@ -214,7 +233,7 @@ def test_trainer(tmp_path, accumulation):
     arguments = TrainingArguments(
         str(tmp_path), gradient_accumulation_steps=accumulation, remove_unused_columns=False, **ARGUMENTS
     )
-    trainer = Trainer(make(), arguments, train_dataset=range(12), data_collator=collate, callbacks=[Recorder()])
+    trainer = Trainer(make(), arguments, train_dataset=range(12), data_collator=collate, **recording())
     tensors, steps = run_trainer(trainer)
     assert_same(tensors, plain_loop(make(), steps))
 
@@ -272,7 +291,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sft_trainer(trl, tmp_path, variant, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, **VARIANTS[variant]}
-    trainer = sft(trl, make(), tmp_path, [Recorder()], ROWS if "pad" in variant else ROWS * 3, **settings)
+    trainer = sft(trl, make(), tmp_path, **recording(), rows=ROWS if "pad" in variant else ROWS * 3, **settings)
     tensors, steps = run_trainer(trainer)
     # TRL's own loss is not there: the loss is the cross-entropy, no gradient is another's, nothing of it is logged.
     assert_same(tensors, plain_loop(make(), steps))

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 from symphony_hf import CheckpointError, ConfigError, SymphonyCallback, symphonize
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training import checkpoints
+from symphony_hf.training import trainer as trainer_module
 from symphony_hf.training.checkpoints import RECORD, UNFINISHED
 from symphony_hf.training.runner import run_recipe
 from symphony_hf.training.trainer import PRIVATE, ResumableTrainer
@@ -522,8 +523,11 @@ def test_a_bare_trainer_resumes_too(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
-def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_path):
-    """It has the Hub's tensor names, and a bare Trainer goes on from it without the experts."""
+def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_path, monkeypatch):
+    """It has the Hub's tensor names, and a bare Trainer goes on from it without the experts. Ours says so."""
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
     expected = trained(Trainer, make_model(family), tmp_path / "whole")
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
     assert_equal(trained(ResumableTrainer, make_model(family, seed=1), tmp_path / "on", checkpoint), expected)
+    assert ["Trainer would leave out" in message for message in said] == [True]
