@@ -1,6 +1,5 @@
 """load_adapter: an adapter with graphs, on a base model that is made ready for it first."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from ..anatomy import bare_name
 from ..errors import ConfigError, GraphError, PatchError
 from ..families import routers_of
 from ..graph_files import read_graphs
-from ..patching import is_symphonized, symphonize
+from ..patching import is_symphonized, symphonize, unsymphonize
 from ..routing import adjacency_problems
 from .record import RECORD_NAME, AdapterRecord, RouterShape, keep_record
 from .targets import base_of, family_of
+from .untrusted import CONFIG_NAME, add_adapter, check_tensors, read_peft_config, refusals, try_config
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -33,7 +33,8 @@ def load_adapter(
 ) -> Any:
     """Load an adapter that was trained on a Symphony model. A plain base model is symphonized first, as it needs.
 
-    The record and the graphs are checked before the model is touched. Nothing but JSON and safetensors is read.
+    The record, PEFT's config, the graphs, and the names and shapes of all tensors are checked first: what is refused
+    leaves the model as it was. Nothing but JSON and safetensors is read.
 
     Args:
         model: The base model, plain or symphonized; or what this returned for another adapter, to add one.
@@ -46,28 +47,28 @@ def load_adapter(
         PEFT's `PeftModel`. The first adapter is active; a further one is after `set_adapter`.
 
     Raises:
-        ConfigError: If the adapter's record is missing or not usable, or of another model or other settings than this
-            one's.
+        ConfigError: If the adapter's record or PEFT's config is missing or not usable, or of another model or other
+            settings than this one's; or its tensors are not those that the two ask for.
         GraphError: If a graph is missing from the adapter, or is none.
         PatchError: If the model has an adapter of that name.
     """
-    from peft import PeftModel, get_peft_model
-
     folder = _local_folder(str(adapter), revision)
     record = AdapterRecord.read(folder)
     _check_graphs(folder / _WEIGHTS, record)
     if name in getattr(model, "peft_config", {}):
         raise PatchError(f"load_adapter: the model has an adapter `{name}` already: give another name=")
-    _make_ready(model, record, folder)
-    config = keep_record(_read_config(folder), record)
+    config = keep_record(read_peft_config(folder), record)
     config.inference_mode = not trainable
+    made_ready = _make_ready(model, record, folder)
+    try:
+        try_config(model, config, folder / _WEIGHTS, name)
+    except ConfigError:
+        if made_ready:
+            unsymphonize(base_of(model))
+        raise
     # PEFT's LoRA is float32 on a model of 16 bits, unless it was trained otherwise, as TRL does on one of 4.
-    widens = _is_wide(folder / _WEIGHTS)
-    if isinstance(model, PeftModel):
-        adapted: Any = model
-        adapted.add_adapter(name, config, autocast_adapter_dtype=widens)
-    else:
-        adapted = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=widens)  # type: ignore[arg-type]
+    with refusals(f"{folder / CONFIG_NAME}"):
+        adapted = add_adapter(model, config, name, widens=_is_wide(folder / _WEIGHTS))
     restore_adapter(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
@@ -96,12 +97,8 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
     saved = load_file(Path(folder) / _WEIGHTS)
     # What PEFT would save now: the model's own tensors, under the names in the file.
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    lost = sorted({*saved} ^ {*own}) or sorted(key for key in own if own[key].shape != saved[key].shape)
-    if lost:
-        raise ConfigError(
-            f"`{folder}`: {len(lost)} tensors of the adapter have no place in {family_of(model)}, are missing, or have "
-            f"another shape ({lost[0]}, ...): it is of another base model, or of other settings"
-        )
+    shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
+    check_tensors(Path(folder), model, *shapes)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])
@@ -110,7 +107,7 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
 def _local_folder(adapter: str, revision: str | None) -> Path:
     if Path(adapter).is_dir():
         return Path(adapter)
-    names = (RECORD_NAME, "adapter_config.json", _WEIGHTS)
+    names = (RECORD_NAME, CONFIG_NAME, _WEIGHTS)
     try:
         files = [huggingface_hub.hf_hub_download(adapter, name, revision=revision) for name in names]
     except EntryNotFoundError as error:
@@ -151,17 +148,18 @@ def _is_wide(weights: Path) -> bool:
         return any(file.get_slice(name).get_dtype() == "F32" for name in file.keys() if ".lora_" in name)  # noqa: SIM118
 
 
-def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> None:
-    """Symphonize a plain base model as the adapter's was, or see that a symphonized one is so."""
+def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> bool:
+    """Symphonize a plain base model as the adapter's was, or see that a symphonized one is so; whether it was plain."""
     base = base_of(model)
     if record.model_type != getattr(getattr(base, "config", None), "model_type", None):
         raise ConfigError(f"load_adapter: `{folder}` is for a model of type {record.model_type}, not {family_of(base)}")
     if is_symphonized(base):
         _check_ready(base, record, folder)
-        return
+        return False
     found = {router.name: RouterShape.of(router.contract) for router in routers_of(base, record.settings)}
     _check_routers(record.routers, found, folder)
     symphonize(base, record.settings)
+    return True
 
 
 def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
@@ -185,15 +183,3 @@ def _told(routers: dict[str, RouterShape]) -> str:
     kinds = sorted({f"top-{shape.top_k} of {shape.num_experts}" for shape in routers.values()})
     names = list(routers)
     return f"{len(names)} routers, {names[0]} to {names[-1]}, {' and '.join(kinds)} experts"
-
-
-def _read_config(folder: Path) -> Any:
-    from peft import PeftConfig
-
-    with warnings.catch_warnings():
-        # The settings are there for whoever loads the adapter without its record.
-        warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['symphony'\]")
-        config = PeftConfig.from_pretrained(str(folder))
-    # A model without a name has '' there, which PEFT would compare with the base model's.
-    config.base_model_name_or_path = config.base_model_name_or_path or None
-    return config

@@ -48,13 +48,36 @@ def mutate_config_text(folder: Path, rng: random.Random) -> str:
 
 def mutate_record(folder: Path, rng: random.Random) -> str:
     """The record beside an adapter: a field at any depth, or its bytes."""
-    file = folder / "symphony_config.json"
-    if rng.random() < 0.3:
-        return _mutate_text(file, rng)
-    values = json.loads(file.read_text())
-    told = _mutate_object(values, rng)
-    file.write_text(json.dumps(values))
-    return told
+    return _mutate_json(folder / "symphony_config.json", rng)
+
+
+def mutate_peft_config(folder: Path, rng: random.Random) -> str:
+    """PEFT's config of an adapter: a field at any depth, or its bytes."""
+    return _mutate_json(folder / "adapter_config.json", rng)
+
+
+def mutate_generation_config(folder: Path, rng: random.Random) -> str:
+    """generation_config.json: a field at any depth, or its bytes."""
+    return _mutate_json(folder / "generation_config.json", rng)
+
+
+def mutate_index(folder: Path, rng: random.Random) -> str:
+    """The index of shards, into which the weights are divided first: where it says a tensor is, or its bytes."""
+    file, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    tensors, places = load_file(weights), dict[str, Any]()
+    weights.unlink()
+    names = sorted(tensors)
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
+        places.update(dict.fromkeys(part, shard))
+    file.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    if rng.random() < 0.4:
+        return _mutate_json(file, rng)
+    name = rng.choice(names)
+    places[name] = rng.choice([*_VALUES, "model-00001-of-00002.safetensors", "model-00003-of-00002.safetensors"])
+    file.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return f"{name} in {places[name]!r}"
 
 
 def mutate_header(folder: Path, rng: random.Random) -> str:
@@ -159,6 +182,15 @@ _GRAPHS: dict[str, Callable[[Tensor, random.Random], Tensor | None]] = {
 }
 
 
+def _mutate_json(file: Path, rng: random.Random) -> str:
+    if rng.random() < 0.3:
+        return _mutate_text(file, rng)
+    values = json.loads(file.read_text())
+    told = _mutate_object(values, rng)
+    file.write_text(json.dumps(values))
+    return told
+
+
 def _mutate_under(file: Path, key: str, rng: random.Random) -> str:
     values = json.loads(file.read_text())
     if rng.random() < 0.15:
@@ -224,7 +256,9 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         "settings": mutate_settings,
         "config": mutate_config,
         "config text": mutate_config_text,
+        "generation config": mutate_generation_config,
         "header": mutate_header,
+        "index": mutate_index,
         "graph": mutate_graph,
     },
     "upcycled": {
@@ -234,6 +268,11 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         "header": mutate_header,
         "graph": mutate_graph,
     },
-    "adapter": {"record": mutate_record, "header": mutate_header, "graph": mutate_graph},
+    "adapter": {
+        "record": mutate_record,
+        "PEFT's config": mutate_peft_config,
+        "header": mutate_header,
+        "graph": mutate_graph,
+    },
 }
 """Specimen -> what is done to it."""

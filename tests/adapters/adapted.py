@@ -1,10 +1,11 @@
 """Small adapted models, and what is compared of them."""
 
 import peft
+import pytest
 import torch
 from models import make_ids, make_model
 
-from symphony_hf import expert_graphs, lora_config, symphonize
+from symphony_hf import expert_graphs, load_adapter, lora_config, symphonize
 from symphony_hf.families import linear_of
 from symphony_hf.graph import active_graph
 from symphony_hf.patching import symphony_routers
@@ -46,3 +47,15 @@ def assert_same_graphs(ours, others):
     graphs, wanted = expert_graphs(ours), expert_graphs(others)
     assert len(graphs) == len(wanted) > 0
     assert all(torch.equal(a, b) for a, b in zip(graphs.values(), wanted.values(), strict=True))
+
+
+def refuses(model, folder, error, message, **settings):
+    """`load_adapter` raises this, and the model is what it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds, config = [type(module) for module in model.modules()], model.config.to_dict()
+    with pytest.raises(error, match=message):
+        load_adapter(model, folder, **settings)
+    assert [type(module) for module in model.modules()] == kinds
+    assert model.config.to_dict() == config
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
