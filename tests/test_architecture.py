@@ -44,6 +44,7 @@ LEVELS = {
     "attacks": 5,
     "robustness": 6,
     "observation": 6,
+    "compression": 6,
     "upcycling": 5,
     "diagnostics": 4,
     "training": 6,

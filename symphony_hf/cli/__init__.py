@@ -19,6 +19,7 @@ for _command in (
     "attack",
     "eval",
     "report",
+    "compress",
     "check",
     "bench",
     "push",

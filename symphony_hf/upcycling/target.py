@@ -48,10 +48,14 @@ def check_room(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[Path]:
+def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
     """Write a folder that has its name only once it is whole; nothing of it stays if an error is raised within.
 
     What a killed process left of the same target is removed first.
+
+    Args:
+        target: The folder.
+        command: That writes it, for error messages.
 
     Yields:
         Where to write.
@@ -61,7 +65,7 @@ def writing(target: Path) -> Iterator[Path]:
     """
     folder = place_to_write(target)
     try:
-        with _alone(target):
+        with _alone(target, command):
             clear(target)
             folder.mkdir(parents=True)
             try:
@@ -73,11 +77,13 @@ def writing(target: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"upcycle: `{target}` could not be written ({error}); nothing of it was kept") from error
+        raise CheckpointError(
+            f"{command}: `{target}` could not be written ({error}); nothing of it was kept"
+        ) from error
 
 
 @contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _alone(target: Path, command: str) -> Iterator[None]:
     """Keep other processes from writing the same target; whatever ends this one lets them."""
     lock = place_to_write(target).with_name(f"{target.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,7 @@ def _alone(target: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CheckpointError(f"upcycle: another process is writing `{target}`") from error
+                raise CheckpointError(f"{command}: another process is writing `{target}`") from error
         try:
             yield
         finally:

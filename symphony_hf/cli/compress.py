@@ -1,0 +1,166 @@
+"""`symphony merge`, `symphony prune` and `symphony topk`."""
+
+from typing import Annotated
+
+import typer
+
+from .app import app
+
+_Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hub; any MoE language model.")]
+_Output = Annotated[str, typer.Argument(help="The folder to write.")]
+_Experts = Annotated[int, typer.Option(help="To leave in each layer.")]
+_Graph = Annotated[
+    str, typer.Option(help="learned: the model's own; counted: of the calibration text, for models without one.")
+]
+_CalibrationTokens = Annotated[int, typer.Option("--calibration_tokens", help="Of the train split.")]
+_Data = Annotated[
+    str | None,
+    typer.Option(help="Text file, table, folder, or Hub data set, instead of the Python library's own sources."),
+]
+_TextColumn = Annotated[str, typer.Option("--text_column", help="Of a table.")]
+_Documents = Annotated[int, typer.Option(help="Of the test split, to evaluate on, at most.")]
+_BlockSize = Annotated[int | None, typer.Option("--block_size", help="Tokens; a quarter of what the model takes.")]
+_BatchSize = Annotated[int, typer.Option("--batch_size", help="Windows a forward.")]
+_Seed = Annotated[int, typer.Option(help="Of the calibration's blocks and the bootstrap.")]
+_Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+_Tokenizer = Annotated[str | None, typer.Option(help="Where the model has none of its own.")]
+_Revision = Annotated[str | None, typer.Option(help="On the Hub.")]
+_Result = Annotated[str | None, typer.Option(help="File for the result; result.json in the output.")]
+
+
+@app.command(epilog="Example: symphony merge symphony-quickstart/symphony merged --experts 8 --by graph")
+def merge(
+    model: _Model,
+    output: _Output,
+    experts: _Experts,
+    by: Annotated[str, typer.Option(help="graph, or outputs (HC-SMoE).")],
+    graph: _Graph = "learned",
+    calibration_tokens: _CalibrationTokens = 65_536,
+    data: _Data = None,
+    text_column: _TextColumn = "text",
+    documents: _Documents = 100,
+    block_size: _BlockSize = None,
+    batch_size: _BatchSize = 8,
+    seed: _Seed = 0,
+    dtype: _Dtype = "auto",
+    tokenizer: _Tokenizer = None,
+    revision: _Revision = None,
+    result: _Result = None,
+) -> None:
+    """Merge experts that are alike: a smaller stock checkpoint, measured on held-out text before and after."""
+    from ..compression import MergeSettings, merge_experts, print_compression
+
+    settings = MergeSettings(
+        model=model,
+        output=output,
+        experts=experts,
+        by=by,
+        graph=graph,
+        calibration_tokens=calibration_tokens,
+        data=data,
+        text_column=text_column,
+        documents=documents,
+        block_size=block_size,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        result=result,
+    )
+    print_compression(merge_experts(settings))
+
+
+@app.command(epilog="Example: symphony prune symphony-quickstart/symphony pruned --experts 8 --by centrality")
+def prune(
+    model: _Model,
+    output: _Output,
+    experts: _Experts,
+    by: Annotated[str, typer.Option(help="load, centrality (of the graph), or reap (gate-weighted output norm).")],
+    graph: _Graph = "learned",
+    calibration_tokens: _CalibrationTokens = 65_536,
+    data: _Data = None,
+    text_column: _TextColumn = "text",
+    documents: _Documents = 100,
+    block_size: _BlockSize = None,
+    batch_size: _BatchSize = 8,
+    seed: _Seed = 0,
+    dtype: _Dtype = "auto",
+    tokenizer: _Tokenizer = None,
+    revision: _Revision = None,
+    result: _Result = None,
+) -> None:
+    """Drop the experts that matter least: a smaller stock checkpoint, measured on held-out text before and after."""
+    from ..compression import PruneSettings, print_compression, prune_experts
+
+    settings = PruneSettings(
+        model=model,
+        output=output,
+        experts=experts,
+        by=by,
+        graph=graph,
+        calibration_tokens=calibration_tokens,
+        data=data,
+        text_column=text_column,
+        documents=documents,
+        block_size=block_size,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        result=result,
+    )
+    print_compression(prune_experts(settings))
+
+
+@app.command(epilog="Example: symphony topk allenai/OLMoE-1B-7B-0924 olmoe-top4 --top_k 1,2,4,8 --keep 4")
+def topk(
+    model: _Model,
+    output: Annotated[str | None, typer.Argument(help="The folder to write, if a checkpoint is wanted.")] = None,
+    top_k: Annotated[
+        str | None, typer.Option("--top_k", help="Numbers with commas; all up to the model's own.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(help="The one that the checkpoint in OUTPUT chooses.")] = None,
+    data: _Data = None,
+    text_column: _TextColumn = "text",
+    documents: _Documents = 100,
+    block_size: _BlockSize = None,
+    batch_size: _BatchSize = 8,
+    seed: _Seed = 0,
+    dtype: _Dtype = "auto",
+    tokenizer: _Tokenizer = None,
+    revision: _Revision = None,
+    result: Annotated[
+        str | None, typer.Option(help="File for the result; result.json in the output, or symphony-topk.json.")
+    ] = None,
+) -> None:
+    """Measure a model with fewer experts a token, and write one of them as a stock checkpoint if asked to."""
+    from ..compression import TopKSettings, print_sweep, sweep_top_k
+
+    settings = TopKSettings(
+        model=model,
+        output=output,
+        top_k=None if top_k is None else _numbers(top_k),
+        keep=keep,
+        data=data,
+        text_column=text_column,
+        documents=documents,
+        block_size=block_size,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        result=result,
+    )
+    print_sweep(sweep_top_k(settings))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from ..errors import ConfigError
+
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"symphony topk: --top_k takes numbers with commas between them, got {text!r}") from error

@@ -1,0 +1,55 @@
+"""merge_experts: clusters of experts that are alike become one expert each."""
+
+from typing import Any
+
+import torch
+
+from .calibration import ExpertStatistics
+from .clustering import cluster_experts
+from .graphs import deciding_graphs, graph_distance
+from .opening import Opened
+from .reducing import NewExpert
+from .settings import MergeSettings
+from .shrinking import shrink
+
+
+def merge_experts(settings: MergeSettings) -> dict[str, Any]:
+    """Merge a model's experts in clusters, and write the smaller stock checkpoint.
+
+    `by="outputs"`: experts are near whose mean outputs over the calibration tokens are. `by="graph"`: experts are near
+    that are chosen together more than their loads explain. A merged expert's weights are the mean of its members',
+    weighted by how often each was chosen; so is its router row (see `with_fewer_experts`).
+
+    Args:
+        settings: Which model, how many experts, and on what text.
+
+    Returns:
+        What the result file holds: the clusters, perplexity on held-out text before and after with intervals, their
+        ratio with its verdict, parameters, scores by document, the command and the versions.
+
+    Raises:
+        SymphonyError: If the model is not one that can be merged, or the output exists.
+
+    Source: HC-SMoE (arXiv 2410.08589) for `outputs`: average linkage of the Euclidean distances of mean outputs over
+    all calibration tokens, merged by frequency. Deviation: the router's rows are merged, too, as stock checkpoints need
+    one for each expert. Clustering by the graph is ours.
+    """
+
+    def plan(opened: Opened, seen: list[ExpertStatistics]) -> list[list[NewExpert]]:
+        if settings.by == "outputs":
+            distances = [torch.cdist(own.mean_outputs, own.mean_outputs) for own in seen]
+        else:
+            distances = [graph_distance(graph) for graph in deciding_graphs(opened, seen, settings)]
+        return [
+            [_merged(cluster, own) for cluster in cluster_experts(distance, settings.experts, own.layer.num_groups)]
+            for distance, own in zip(distances, seen, strict=True)
+        ]
+
+    return shrink(settings, plan, outputs=settings.by == "outputs", norms=False)
+
+
+def _merged(cluster: list[int], statistics: ExpertStatistics) -> NewExpert:
+    """By load; evenly where none of the cluster was ever chosen."""
+    load = statistics.load[cluster]
+    shares = load / load.sum() if load.sum() > 0 else torch.full_like(load, 1 / len(cluster))
+    return NewExpert(tuple(cluster), tuple(shares.tolist()))
