@@ -20,6 +20,8 @@ for _command in (
     "eval",
     "report",
     "compress",
+    "prepare",
+    "ablate",
     "check",
     "bench",
     "push",

@@ -9,6 +9,7 @@ from .packing import check_packing
 from .prepare import prepare_data
 from .prepared import PreparedData
 from .questions import Question
+from .splits import PreparedSplit, prepare_split
 from .streams import sample_stream
 from .tokenizer import cached_tokenizer, train_tokenizer
 from .visual import VisualCollator, VisualConversations, VisualPrompt, VisualQuestions
@@ -20,6 +21,7 @@ __all__ = [
     "Document",
     "LabelledQuestions",
     "PreparedData",
+    "PreparedSplit",
     "Question",
     "VisualCollator",
     "VisualConversations",
@@ -34,6 +36,7 @@ __all__ = [
     "load_corpus",
     "pack_blocks",
     "prepare_data",
+    "prepare_split",
     "sample_stream",
     "train_tokenizer",
     "word_swap",

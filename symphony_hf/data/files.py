@@ -98,10 +98,10 @@ def _folder_documents(folder: Path, root: Path) -> list[Document]:
 def _file_documents(path: Path, text_column: str) -> list[Document]:
     if path.suffix.lower() in TABLE_FORMATS:
         return read_table(path, text_column)
-    return [Document(f"{path.name}[{index}]", piece) for index, piece in enumerate(_pieces(_lines(path)))]
+    return [Document(f"{path.name}[{index}]", piece) for index, piece in enumerate(pieces_of(_lines(path)))]
 
 
-def _pieces(lines: Iterable[str]) -> Iterator[str]:
+def pieces_of(lines: Iterable[str]) -> Iterator[str]:
     """Group lines into pieces, which concatenated are the lines again."""
     piece: list[str] = []
     size = 0

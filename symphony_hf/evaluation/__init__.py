@@ -7,6 +7,7 @@ from .metrics import METRICS, Choices, Metric, compare_changes, compare_choices,
 from .perplexity import DocumentScores, score_documents, score_tokens
 from .processed import answer_freely, choose_answers
 from .routing import RoutingKept, RoutingRecord, choices_kept, record_routing, routing_kept
+from .seeds import SeedInterval, paired_ratio, t_interval
 from .statistics import MIN_DOCUMENTS, Interval, paired_bootstrap
 from .vqa import AnswerScores, score_answers
 
@@ -21,6 +22,7 @@ __all__ = [
     "Metric",
     "RoutingKept",
     "RoutingRecord",
+    "SeedInterval",
     "accuracy_interval",
     "aligned_positions",
     "answer_freely",
@@ -34,6 +36,7 @@ __all__ = [
     "compare_robustness",
     "metric_interval",
     "paired_bootstrap",
+    "paired_ratio",
     "perplexity_interval",
     "pooled_choices",
     "record_routing",
@@ -42,4 +45,5 @@ __all__ = [
     "score_choices",
     "score_documents",
     "score_tokens",
+    "t_interval",
 ]

@@ -6,6 +6,7 @@ Nothing else in the package imports matplotlib.
 from .heat_maps import plot_graphs
 from .networks import plot_expert_network
 from .pages import draw_attack, draw_levels, draw_losses
+from .points import plot_points
 from .runs import plot_comparison, plot_curves
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "plot_curves",
     "plot_expert_network",
     "plot_graphs",
+    "plot_points",
 ]

@@ -1,0 +1,153 @@
+"""A study: the YAML file that says which recipe is run at which points."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from ..parsing import check_names, parse_settings
+from ..recipe import Recipe, load_recipe
+from .point import SYSTEMS, Point
+
+_MODEL_TYPE = "wikitext_moe"
+_SCHEDULES = ("constant_with_warmup", "constant")
+_WHERE = "ablation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is run.
+
+    Args:
+        recipe: Model, text, training and attack of every cell; a pre-training recipe of `wikitext_moe`.
+        base: The point that everything is around.
+        systems: Those that are run at the base point and without a graph.
+        axes: Setting of a point -> its values, at the base point otherwise; a value that is settings by name changes
+            these instead.
+        seeds: Of weights, batches and dropout. Cells of one seed are compared in pairs.
+        product: Whether all combinations of the axes' values are run, instead of one change at a time.
+    """
+
+    recipe: Recipe
+    base: Point = field(default_factory=Point)
+    systems: tuple[str, ...] = ("smoe",)
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    product: bool = False
+
+    def __post_init__(self) -> None:
+        for system in self.systems:
+            if system not in SYSTEMS:
+                raise ConfigError(f"{_WHERE}: `systems` has {system!r}; known are {', '.join(SYSTEMS)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigError(f"{_WHERE}: `seeds` must be one or more, each once; got {list(self.seeds)}")
+        _check_recipe(self.recipe)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a cell."""
+        return int(self.recipe.train["max_steps"])
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return int(self.recipe.train["per_device_train_batch_size"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a cell."""
+        return self.steps * self.rows * self.recipe.data.block_size
+
+    def points(self) -> list[Point]:
+        """All points, each once: first the systems without and with a graph, then the axes' values."""
+        points = [point for system in self.systems for point in self._pair(system)]
+        for change in self._changes():
+            points.append(_changed(self.base, change))
+        if any(point.system not in self.systems for point in points):
+            points += [self.base.plain]
+        return list(dict.fromkeys(point.canonical() for point in points))
+
+    def _pair(self, system: str) -> list[Point]:
+        point = _changed(self.base, {"system": system})
+        return [point.plain, point]
+
+    def _changes(self) -> list[dict[str, Any]]:
+        choices = [[_change(name, value) for value in values] for name, values in self.axes.items()]
+        if not self.product:
+            return [change for axis in choices for change in axis]
+        combined: list[dict[str, Any]] = [{}]
+        for axis in choices:
+            combined = [before | change for before in combined for change in axis]
+        return combined if choices else []
+
+
+def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Study:
+    """Read a study.
+
+    Args:
+        path: Of the YAML file. Its `recipe` is a path beside it; its `overrides` change that recipe's settings, by
+            `section.name`, or the train section's by name.
+        overrides: More of them, which win.
+
+    Raises:
+        ConfigError: If a file cannot be read, or a setting or a value is not known.
+    """
+    path = Path(path)
+    where = f"study `{path}`"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is no YAML: {error}") from error
+    known = ("recipe", "overrides", "base", "systems", "axes", "seeds", "product")
+    values = check_names(values, known, where)
+    if not isinstance(values.get("recipe"), str):
+        raise ConfigError(f"{where}: `recipe` must be the path of a recipe, from the study's folder")
+    settings = check_names(values.pop("overrides", None) or {}, None, f"{where}: overrides")
+    recipe = load_recipe(path.parent / values.pop("recipe"), {**settings, **(overrides or {})})
+    base = parse_settings(Point, values.pop("base", None) or {}, f"{where}: base")
+    axes = check_names(values.pop("axes", None) or {}, None, f"{where}: axes")
+    for name, choices in axes.items():
+        if not isinstance(choices, list) or not choices:
+            raise ConfigError(f"{where}: axis `{name}` must be a list of values, got {choices!r}")
+        for choice in choices:
+            parse_settings(Point, _change(name, choice), f"{where}: axis `{name}`")
+    for name in ("systems", "seeds"):
+        if name in values:
+            if not isinstance(values[name], list):
+                raise ConfigError(f"{where}: `{name}` must be a list, got {values[name]!r}")
+            values[name] = tuple(values[name])
+    return Study(recipe=recipe, base=base, axes=axes, **values)
+
+
+def _change(axis: str, value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {axis: value}
+
+
+def _changed(point: Point, change: dict[str, Any]) -> Point:
+    return parse_settings(Point, {**dataclasses.asdict(point), **change}, _WHERE)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    model_type = (recipe.model.config or {}).get("model_type")
+    if recipe.model.path is not None or model_type != _MODEL_TYPE:
+        raise ConfigError(
+            f"{_WHERE}: the recipe must build a `{_MODEL_TYPE}` model from a config, got "
+            f"{recipe.model.path or model_type}: the three systems are forms of that one"
+        )
+    if recipe.symphony is None or recipe.data.kind != "text" or recipe.data.streaming:
+        raise ConfigError(f"{_WHERE}: the recipe needs a `symphony` section, and data of kind `text`, unstreamed")
+    for name in ("max_steps", "per_device_train_batch_size", "learning_rate"):
+        value = recipe.train.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(f"{_WHERE}: the recipe's train section needs a positive `{name}`, got {value!r}")
+    schedule = recipe.train.get("lr_scheduler_type", "linear")
+    if schedule not in _SCHEDULES or recipe.train.get("weight_decay", 0.0) != 0:
+        raise ConfigError(
+            f"{_WHERE}: cells are trained as published, by Adam without weight decay and with a constant rate "
+            f"after warm-up; the recipe has lr_scheduler_type {schedule}, weight_decay {recipe.train.get('weight_decay')}"
+        )

@@ -1,0 +1,108 @@
+"""Any local text as a split of a corpus: one file a document, tagged words made plain."""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import ConfigError, DataError
+from .documents import HELD_OUT
+from .files import pieces_of
+
+_WORD = re.compile(r"\S+")
+_BLANK_LINES = re.compile(r"\n\s*\n")
+_NOT_TEXT = re.compile(r"readme|contents|cats\.txt|license", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """What was written.
+
+    Attributes:
+        folder: Of the documents.
+        num_documents: Files in it.
+        num_words: By whitespace, in all of them.
+    """
+
+    folder: Path
+    num_documents: int
+    num_words: int
+
+
+def prepare_split(
+    source: str | Path, output: str | Path, *, split: str = "train", strip_tags: str | None = None
+) -> PreparedSplit:
+    """Write a text file, a folder or a zip archive as a split of a corpus that `load_corpus` reads.
+
+    A file is cut at blank lines into documents of about 2,000 characters, as `load_corpus` cuts one; a file of a
+    folder or of an archive is a document. Lists of contents, licences and README files are left out.
+
+    Args:
+        source: UTF-8 text.
+        output: Of the corpus; documents go to `output/split/source's name/`.
+        split: `train`, `validation` or `test`.
+        strip_tags: A sign; each word is cut at the last of it, unless that leaves nothing. Blank lines go, too: tagged
+            text has them around each sentence.
+
+    Raises:
+        ConfigError: If there is no such split, or `strip_tags` is not one sign.
+        DataError: If there is no text at `source`, it is not UTF-8, or its place is taken.
+    """
+    if split not in ("train", *HELD_OUT):
+        raise ConfigError(f"prepare: split must be train, validation or test; got {split!r}")
+    if strip_tags is not None and (len(strip_tags) != 1 or strip_tags.isspace()):
+        raise ConfigError(f"prepare: strip_tags must be one sign, such as /; got {strip_tags!r}")
+    source = Path(source).expanduser()
+    folder = Path(output).expanduser() / split / source.name
+    if folder.exists():
+        raise DataError(f"{folder}: something is there already; remove it, or give another --output")
+    texts = {name: _plain(text, strip_tags) for name, text in _texts(source) if text.strip()}
+    if not texts:
+        raise DataError(f"{source}: no text in it")
+    folder.mkdir(parents=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return PreparedSplit(folder, len(texts), sum(len(text.split()) for text in texts.values()))
+
+
+def _plain(text: str, sign: str | None) -> str:
+    if sign is None:
+        return text
+    words = _WORD.sub(lambda match: match[0].rpartition(sign)[0] or match[0], text)
+    return _BLANK_LINES.sub("\n", words).lstrip("\n")
+
+
+def _texts(source: Path) -> Iterator[tuple[str, str]]:
+    """Names without folders, and texts."""
+    if source.is_dir():
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            if _is_text(path.relative_to(source).as_posix()):
+                yield _flat(path.relative_to(source).as_posix()), _decoded(path.read_bytes(), path)
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for name in sorted(archive.namelist()):
+                if not name.endswith("/") and _is_text(name):
+                    yield _flat(name), _decoded(archive.read(name), source)
+    elif source.is_file():
+        lines = _decoded(source.read_bytes(), source).splitlines(keepends=True)
+        for number, piece in enumerate(pieces_of(lines)):
+            yield f"{number:05d}", piece
+    else:
+        raise DataError(f"{source}: no such file or folder")
+
+
+def _is_text(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not any(part.startswith(".") for part in path.parts) and not _NOT_TEXT.match(path.name)
+
+
+def _flat(name: str) -> str:
+    return "_".join(PurePosixPath(name).parts)
+
+
+def _decoded(contents: bytes, where: Path) -> str:
+    try:
+        return contents.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text ({error.reason}); convert it first") from error
