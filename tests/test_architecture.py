@@ -52,6 +52,8 @@ LEVELS = {
     "conformance": 6,
     "loading": 5,
     "fuzzing": 6,
+    "ablation": 6,
+    "theory": 6,
     "quickstart": 7,
     "report": 7,
     "reporting": 7,

@@ -1,5 +1,6 @@
 """A study from its plan to its report: one process a cell, as many at a time as there are workers."""
 
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -47,7 +48,7 @@ def run_ablation(
         ConfigError: If `workers` is below 1.
         DataError: If there is no such text, or too little of it.
     """
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"ablation: `workers` must be at least 1, got {workers}")
     output = Path(output)
@@ -84,11 +85,10 @@ def _seconds_per_cell(study: Study, results: Results, folder: Path) -> float:
     done = [values for cell in cells_of(study) if (values := results.load(cell)) is not None]
     if done:
         return sum(values["train_seconds"] + values["measure_seconds"] for values in done) / len(done)
-    import dataclasses
-
     train_settings = {**study.recipe.train, "max_steps": _TRIAL_STEPS}
     trial = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, train=train_settings))
     text = read_streams(folder)
+    torch.set_num_threads(1)  # as each cell has
     torch.manual_seed(0)
     model = build_model(trial, study.base, text.vocab_size)
     train(model, trial, study.base, 0, text.train)  # the first steps are slower

@@ -11,12 +11,16 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from ..data import Document, attack, cached_tokenizer, load_corpus
+from ..data.blocks import closed_ids
 from ..errors import DataError
 from ..recipe import Recipe
 from ..unfinished import flush
 
 ATTACK_TOKEN = "AAA"
 """A word of the vocabulary, whether the training text has it or not, as WikiText-103's has it."""
+
+VALIDATION_TOKENS = 16_384
+"""At most: enough to choose a learning rate by, and little beside the test text."""
 
 
 class StudyText(NamedTuple):
@@ -53,7 +57,7 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
     damaged = attack(test, rate=settings.attack_rate, minimum=settings.attack_minimum, seed=settings.seed)
     streams = {
         "train": _stream(_some(corpus.train, section.limit), tokenizer),
-        "validation": _stream(_some(corpus.validation, section.limit), tokenizer),
+        "validation": _stream(corpus.validation, tokenizer)[:VALIDATION_TOKENS],
         "test": _stream(test, tokenizer),
         "attacked": _stream(damaged, tokenizer),
     }
@@ -88,8 +92,6 @@ def _some(documents: list[Document], most: int | None) -> list[Document]:
 
 
 def _stream(documents: list[Document], tokenizer: Any) -> np.ndarray:
-    from ..data.blocks import closed_ids
-
     pieces = closed_ids([document.text for document in documents], tokenizer)
     return np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
 

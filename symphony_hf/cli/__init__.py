@@ -22,6 +22,7 @@ for _command in (
     "compress",
     "prepare",
     "ablate",
+    "theory",
     "check",
     "bench",
     "push",
