@@ -197,3 +197,39 @@ def test_the_experts_part_when_they_are_trained(tmp_path):
         gradient = layer.mlp.experts.down_proj.grad
         assert not torch.equal(gradient[0], gradient[1])
         assert layer.mlp.gate.weight.grad is not None
+
+
+PUBLISHED = {  # what no test above has: as the Hub has these configs, written by older transformers
+    "Phi-3-mini-4k": ("phi3", 64, {"rope_scaling": None, "original_max_position_embeddings": 64, "sliding_window": 31}),
+    "Phi-3.5-mini": (
+        "phi3",
+        512,
+        {
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]},
+            "original_max_position_embeddings": 16,
+            "sliding_window": 1024,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("to", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_in_its_published_form(name, to, tmp_path):
+    """With code of its own in `auto_map`, which is neither run nor carried over, and settings by their old names."""
+    kind, positions, settings = PUBLISHED[name]
+    _, source = save_dense(tmp_path / "dense", kind, num_key_value_heads=4)
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"], config["dtype"]
+    config |= {"max_position_embeddings": positions, "rope_theta": 10_000.0, "torch_dtype": "float32", **settings}
+    config |= {"attention_bias": False, "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}
+    config |= {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "transformers_version": "4.40.2", "_name_or_path": name}
+    file.write_text(json.dumps(config))
+    dense = load(source)  # by the stock class, which reads the old names
+    result = run(source, tmp_path / "moe", to=to, layers="every-other" if to == "qwen2_moe" else "all")
+    assert result.exactness.difference <= result.exactness.tolerance
+    moe = load(tmp_path / "moe")
+    assert "auto_map" not in json.loads((tmp_path / "moe" / "config.json").read_text())
+    for length in (12, 40):  # on both sides of what the window and the rotations begin at
+        assert_same_logits(logits(moe, length), logits(dense, length))
