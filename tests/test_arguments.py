@@ -73,7 +73,7 @@ def test_what_only_a_gpu_does_is_refused_on_a_cpu(name):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_a_launch_for_a_gpu_is_refused_on_a_cpu(monkeypatch):
-    """By `single_gpu.yaml`, which accelerate would run on the CPU; without a configuration it is for both."""
+    """By `single_gpu.yaml`, which accelerate would run on the CPU; its own default is for both."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     training_arguments(load_recipe(QUICKSTART))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -11,18 +11,8 @@ from symphony_hf.cli import app
 from symphony_hf.train import main as train_main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ON_A_CPU = [
-    "--use_cpu",
-    "true",
-    "--bf16",
-    "false",
-    "--optim",
-    "adamw_torch",
-    "--launch.strategy",
-    "null",
-    "--model.quantization",
-    "null",
-]
+ON_A_CPU = ["--use_cpu", "true", "--bf16", "false", "--optim", "adamw_torch"]
+ON_A_CPU += ["--launch.strategy", "null", "--model.quantization", "null"]
 NAMES = ["quickstart/config", "phi3-smoe-7.4b-glue/lora", "olmoe-7b-sft/full", "llava-smoe-4.2b/config"]
 
 

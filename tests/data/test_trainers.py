@@ -109,6 +109,7 @@ def test_chat(own_tokenizer, tmp_path, packing):
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert ("position_ids" in batch) == packing
+    assert not packing or "attention_mask" not in batch  # with one, packed conversations would hear each other
     learned = own_tokenizer.decode([label for label in batch["labels"][0].tolist() if label != -100])
     assert "What does" not in learned
     num_conversations = int((batch["position_ids"][0] == 0).sum()) if packing else 1

@@ -1,4 +1,4 @@
-"""The plan of the paper's WikiText-103 model, whose loss makes logits of the predicted words alone."""
+"""The plan of the paper's WikiText-103 model, whose loss never has all logits."""
 
 from pathlib import Path
 
