@@ -23,11 +23,12 @@ def print_robustness(result: Mapping[str, Any], console: Console | None = None) 
     console = console or Console()
     settings, documents = result["settings"], result["documents"]
     words = f", {documents['words']:,} words" if "words" in documents else ""
-    answered = f", answered by {documents['answers']}" if "answers" in documents else ""
+    answered = f", answered {documents['answers']}" if "answers" in documents else ""
     lines = [
         f"{documents['number']} {documents['unit']}{words}: {documents['source']}{answered}; attack seeds "
         f"{', '.join(map(str, settings['seeds']))}; 95% intervals over {documents['unit']}",
         *result["notes"],
+        *_narrow(result),
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -37,6 +38,19 @@ def print_robustness(result: Mapping[str, Any], console: Console | None = None) 
         console.print(_comparison_table(result))
         for line in verdicts(result):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _narrow(result: Mapping[str, Any]) -> list[str]:
+    """A warning, where there are intervals of shares without a width. Source: the rule of three."""
+    measure, number = result["measure"], result["documents"]["number"]
+    rows = [row for model in result["models"].values() for row in (model["clean"], *model["attacks"])]
+    intervals = [row[name] for row in rows for name in (measure["level"], measure["change"]) if name in row]
+    if measure["change"] != "difference" or all(one["low"] < one["high"] for one in intervals):
+        return []
+    return [
+        f"An interval without a width means that none of the {number} questions differs; what happens to fewer than "
+        f"{3 / number:.1%} of all questions may well not be among them"
+    ]
 
 
 def verdicts(result: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..data.bars import progress_bars
 from .classification import ClassificationTask
 from .plan import RobustnessSettings
 from .store import Store
@@ -18,4 +19,5 @@ def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
     Raises:
         SymphonyError: If a model's config, its tokenizer, or the data is not to be had.
     """
-    return TASKS[settings.task](settings, store)
+    with progress_bars(True):
+        return TASKS[settings.task](settings, store)

@@ -54,7 +54,7 @@ class VisualTask(QuestionTask):
 
     def told(self, measured: Any) -> dict[str, Any]:
         """What was asked, and how it was answered."""
-        answers = f"the likeliest of {len(self.choices)}" if self.choices else "in words"
+        answers = f"choosing among {len(self.choices)}" if self.choices else "in words"
         entries = super().told(measured)
         return {"documents": entries["documents"] | {"answers": answers, "corruptions": self.version}}
 
