@@ -23,6 +23,7 @@ for _command in (
     "prepare",
     "ablate",
     "theory",
+    "routing",
     "check",
     "bench",
     "push",

@@ -1,10 +1,12 @@
 """`symphony eval`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .app import app
+from .options import numbers
 
 
 @app.command(
@@ -65,7 +67,9 @@ def evaluate(
     tokenizer: Annotated[str | None, typer.Option(help="Or processor, where a model has none of its own.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of MODEL on the Hub.")] = None,
     against_revision: Annotated[str | None, typer.Option("--against_revision", help="Of the other one.")] = None,
-    output: Annotated[str, typer.Option(help="Folder for result.json and finished cells.")] = "symphony-eval",
+    output: Annotated[
+        str, typer.Option(help="Folder for result.json, robustness.png and finished cells.")
+    ] = "symphony-eval",
 ) -> None:
     """Measure how a model holds up under attack on its input, alone or against another one. Stopped, it goes on."""
     from ..robustness import RobustnessSettings, evaluate_robustness, print_robustness
@@ -82,8 +86,8 @@ def evaluate(
         split=split,
         text_column=text_column,
         attacks=None if attack is None else tuple(attack.split(",")),
-        severities=_numbers(severity, "severity"),
-        seeds=_numbers(seeds, "seeds"),
+        severities=numbers(severity, "eval", "severity"),
+        seeds=numbers(seeds, "eval", "seeds"),
         documents=documents,
         block_size=block_size,
         batch_size=batch_size,
@@ -93,13 +97,8 @@ def evaluate(
         against_revision=against_revision,
         output=output,
     )
-    print_robustness(evaluate_robustness(settings))
+    result = evaluate_robustness(settings)
+    print_robustness(result)
+    from ..diagnostics.plots import plot_robustness  # matplotlib is slow to import
 
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    from ..errors import ConfigError
-
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"symphony eval: --{option} takes numbers with commas between them, got {text!r}") from error
+    print(f"Curves: {plot_robustness(result, Path(output) / 'robustness.png').resolve()}")

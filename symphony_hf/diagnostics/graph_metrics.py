@@ -150,8 +150,17 @@ def cluster_order(adjacency_EE: Tensor) -> list[int]:
 
     Source: Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering" (2001).
     """
-    distance = 1.0 / (1.0 + coselection_lift(adjacency_EE).numpy())
-    np.fill_diagonal(distance, 0.0)
+    return leaf_order(1.0 / (1.0 + coselection_lift(adjacency_EE).numpy()))
+
+
+def leaf_order(distance_EE: np.ndarray) -> list[int]:
+    """An order of experts that puts near ones next to each other: leaves of average linkage, closest neighbours.
+
+    Args:
+        distance_EE: Symmetric but for rounding. Shape: (num_experts, num_experts).
+    """
+    distance_EE = distance_EE.copy()
+    np.fill_diagonal(distance_EE, 0.0)
     # Symmetric to rounding only, which `squareform` would refuse: it reads the upper triangle.
-    condensed = squareform(distance, checks=False)
+    condensed = squareform(distance_EE, checks=False)
     return hierarchy.leaves_list(hierarchy.linkage(condensed, "average", optimal_ordering=True)).tolist()

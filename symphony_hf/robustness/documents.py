@@ -50,7 +50,7 @@ def prepare_texts(settings: RobustnessSettings) -> Texts:
             f"found; intervals need {MIN_DOCUMENTS}: give more text, another --split, or raise --documents"
         )
     cells = tqdm(settings.cells(), desc="Attacking", unit=" texts", delay=2, disable=None)
-    return Texts(source, documents, {cell: _attacked(documents, cell, source) for cell in cells})
+    return Texts(source, documents, {cell: attacked_form(documents, cell, source) for cell in cells})
 
 
 def read_documents(settings: RobustnessSettings) -> tuple[str, list[Document]]:
@@ -72,7 +72,12 @@ def read_documents(settings: RobustnessSettings) -> tuple[str, list[Document]]:
     return f"{source}, {split} split" if split != "all" else source, [d for name in names for d in splits[name]]
 
 
-def _attacked(documents: Sequence[Document], cell: Cell, source: str) -> list[Document]:
+def attacked_form(documents: Sequence[Document], cell: Cell, source: str) -> list[Document]:
+    """Documents as an attack leaves them.
+
+    Raises:
+        DataError: If it changes none.
+    """
     attack = find_text_attack(cell.attack)
     attacked = attack_documents(documents, attack, attack.rate(cell.severity), cell.seed)
     if attacked == documents:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...errors import GraphError
+from ..names import layer_titles
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
@@ -56,25 +57,21 @@ def plain_label(text: str, longest: int = 40) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def _titles(names: Sequence[str]) -> list[str]:
-    """Module paths cut to the parts in which they differ: `model.layers.3.mlp.gate` to `layer 3`."""
-    columns = list(zip(*(name.split(".") for name in names), strict=False))
-    differing = [number for number, column in enumerate(columns) if len(set(column)) > 1]
-    titles = [".".join(name.split(".")[number] for number in differing) for name in names]
-    if not all(titles) or len(set(titles)) < len(names):
-        return list(names)
-    return [f"layer {title}" if title.isdigit() else title for title in titles]
+def shown_names(names: Sequence[str], most: int = _MAX_LAYERS) -> tuple[dict[str, str], str]:
+    """At most 16 layers' names by title, evenly spaced, and a word on how many they are of."""
+    shown = list(names)
+    if len(shown) > most:
+        shown = [shown[round(place)] for place in np.linspace(0, len(shown) - 1, most)]
+    left_out = "" if len(shown) == len(names) else f" ({len(shown)} of {len(names)} layers)"
+    return dict(zip(layer_titles(shown), shown, strict=True)), left_out
 
 
 def shown_layers(graphs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """At most 16 layers by title, evenly spaced, and a word on how many they are of."""
+    """The graphs of at most 16 layers by title, evenly spaced, and a word on how many they are of."""
     if not graphs:
         raise GraphError("no graphs to plot: the model has no Symphony router")
-    names = list(graphs)
-    if len(names) > _MAX_LAYERS:
-        names = [names[round(place)] for place in np.linspace(0, len(names) - 1, _MAX_LAYERS)]
-    shown = {title: graphs[name] for title, name in zip(_titles(names), names, strict=True)}
-    return shown, "" if len(names) == len(graphs) else f" ({len(names)} of {len(graphs)} layers)"
+    titles, left_out = shown_names(list(graphs))
+    return {title: graphs[name] for title, name in titles.items()}, left_out
 
 
 def grid(num_panels: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ MIN_LIFT = 1.25
 """Pairs chosen together more than this many times as often as their loads would give are worth a line."""
 
 
-def _strongest_edges(adjacency_EE: Tensor) -> list[tuple[int, int, float]]:
+def strongest_edges(adjacency_EE: Tensor) -> list[tuple[int, int, float]]:
     """The 2 E pairs (j, k, lift) that are chosen together most above what their loads give, and clearly above it.
 
     Ranked by the excess over the expected, not by lift: the lift of two rare experts is mostly chance.
@@ -34,7 +34,7 @@ def _strongest_edges(adjacency_EE: Tensor) -> list[tuple[int, int, float]]:
     return [(j, k, lift) for j, k, lift in pairs if lift > MIN_LIFT]
 
 
-def _edge_style(lift: float, top: float, scale: float = 1.0) -> dict[str, Any]:
+def edge_style(lift: float, top: float, scale: float = 1.0) -> dict[str, Any]:
     strength = (lift - 1) / (top - 1)
     return {"color": COLORS[0], "linewidth": scale * (0.4 + 3.6 * strength), "alpha": 0.25 + 0.75 * strength}
 
@@ -46,7 +46,7 @@ def _draw_network(axes: Axes, adjacency_EE: Tensor, edges: list[tuple[int, int, 
     angle_E[cluster_order(adjacency_EE)] = np.pi / 2 - 2 * np.pi * np.arange(num_experts) / num_experts
     x_E, y_E = np.cos(angle_E), np.sin(angle_E)
     for j, k, lift in edges:
-        axes.plot(x_E[[j, k]], y_E[[j, k]], **_edge_style(lift, top, scale=min(1.0, 4 / math.sqrt(num_experts))))
+        axes.plot(x_E[[j, k]], y_E[[j, k]], **edge_style(lift, top, scale=min(1.0, 4 / math.sqrt(num_experts))))
     axes.scatter(x_E, y_E, s=1000 * load(adjacency_EE).numpy(), color=COLORS[1], linewidth=0, zorder=3)
     if num_experts <= 64:
         for expert in range(num_experts):
@@ -75,7 +75,7 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
         GraphError: If there is none, or one is no social graph.
     """
     shown, left_out = shown_layers(graphs)
-    edges = [_strongest_edges(adjacency_EE) for adjacency_EE in shown.values()]
+    edges = [strongest_edges(adjacency_EE) for adjacency_EE in shown.values()]
     # At least 2, so that a graph with nothing but faint preferences looks faint.
     top = max([2.0, *(lift for layer in edges for _, _, lift in layer)])
     rows, columns = grid(len(shown))
@@ -87,7 +87,7 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
         axes.set_title(title, fontsize=9)
         _draw_network(axes, adjacency_EE, edges[number], top)
     lifts = [1 + share * (top - 1) for share in (0.2, 0.5, 1.0)]
-    handles = [Line2D([], [], label=f"{lift:.1f} x expected", **_edge_style(lift, top)) for lift in lifts]
+    handles = [Line2D([], [], label=f"{lift:.1f} x expected", **edge_style(lift, top)) for lift in lifts]
     handles.append(Line2D([], [], marker="o", linestyle="", color=COLORS[1], label="area: load"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return save_png(figure, path)

@@ -1,0 +1,13 @@
+"""What layers are called in pictures and tables."""
+
+from collections.abc import Sequence
+
+
+def layer_titles(names: Sequence[str]) -> list[str]:
+    """Module paths cut to the parts in which they differ: `model.layers.3.mlp.gate` to `layer 3`."""
+    columns = list(zip(*(name.split(".") for name in names), strict=False))
+    differing = [number for number, column in enumerate(columns) if len(set(column)) > 1]
+    titles = [".".join(name.split(".")[number] for number in differing) for name in names]
+    if not all(titles) or len(set(titles)) < len(names):
+        return list(names)
+    return [f"layer {title}" if title.isdigit() else title for title in titles]

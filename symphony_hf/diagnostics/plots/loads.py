@@ -1,0 +1,145 @@
+"""Who gets the tokens: by time, and by domain. Both over the even load, on one scale of colours."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from ...errors import EvaluationError
+from .figure import grid, save_png, shown_names
+
+_LIMIT = 2.0
+"""Of the colour scale: four times the even load, and a quarter of it, by the logarithm to base 2."""
+
+_TICKS = {-2: "1/4", -1: "1/2", 0: "even", 1: "2 x", 2: "4 x"}
+_MOST_NUMBERED = 32
+_MOST_MOMENTS = 6
+
+
+def plot_load_history(
+    loads: Mapping[str, Sequence[Sequence[float]]], moments: Sequence[str], path: str | os.PathLike[str]
+) -> Path:
+    """Draw one heat map a layer: each expert's load over time.
+
+    Experts are in the order of their last load, the busiest on top.
+
+    Args:
+        loads: By layer name, shares that sum to 1. Shape of each: (moments, num_experts). Of more than 16 layers, 16
+            evenly spaced ones are drawn.
+        moments: What each moment is called: a step, a checkpoint.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there is no layer or no moment, or a layer has other moments.
+    """
+    if not loads or not moments or any(len(rows) != len(moments) for rows in loads.values()):
+        raise EvaluationError("a history of loads needs layers, and each of them the load of every moment")
+    titles, left_out = shown_names(list(loads))
+    arrays = {title: np.array(loads[name], dtype=float).T for title, name in titles.items()}
+    rows, columns = grid(len(arrays))
+    tallest = max(map(len, arrays.values()))
+    size = (2.3 * columns + 1.2, (1.1 + 0.09 * min(max(tallest, 14), 40)) * rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"Load of each expert over time{left_out}", fontsize=11)
+    axes = np.array(figure.subplots(rows, columns, squeeze=False))
+    for place, (title, load_ET) in enumerate(arrays.items()):
+        panel = axes.flat[place]
+        panel.set_title(title, fontsize=9)
+        order = np.argsort(-load_ET[:, -1], kind="stable")
+        image = _draw(panel, load_ET[order] * len(load_ET))
+        _number_experts(panel.set_yticks, order, size=6)
+        _name_moments(panel, moments)
+    _clear(axes, len(arrays))
+    figure.supylabel("expert, the busiest at the end on top", fontsize=9)
+    _bar(figure, axes, image)
+    return save_png(figure, path)
+
+
+def plot_allocation(
+    allocation: Mapping[str, Mapping[str, Sequence[float]]], top_k: Mapping[str, int], path: str | os.PathLike[str]
+) -> Path:
+    """Draw one heat map a layer: which experts the tokens of each domain go to.
+
+    Args:
+        allocation: By layer name, then by domain: the share of its tokens that chose each expert, see
+            `diagnostics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
+        top_k: By layer name, the experts that a token chooses.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there is no layer.
+    """
+    if not allocation:
+        raise EvaluationError("no layers, so no allocation to draw")
+    titles, left_out = shown_names(list(allocation))
+    num_domains = max(map(len, allocation.values()))
+    rows, columns = _flat_grid(len(titles))
+    figure = Figure(figsize=(3.4 * columns + 2.2, (0.24 * num_domains + 0.75) * rows + 0.9), layout="constrained")
+    figure.suptitle(f"Experts by domain: share of its tokens over the even share{left_out}", fontsize=11)
+    axes = np.array(figure.subplots(rows, columns, squeeze=False))
+    for place, (title, name) in enumerate(titles.items()):
+        panel = axes.flat[place]
+        panel.set_title(title, fontsize=9)
+        share_DE = np.array(list(allocation[name].values()), dtype=float)
+        image = _draw(panel, share_DE * share_DE.shape[1] / top_k[name])
+        _number_experts(panel.set_xticks, np.arange(share_DE.shape[1]), size=6)
+        domains = list(allocation[name]) if place % columns == 0 else []
+        panel.set_yticks(range(len(domains)), domains, fontsize=8)
+    _clear(axes, len(titles))
+    figure.supxlabel("expert", fontsize=9)
+    _bar(figure, axes, image)
+    return save_png(figure, path)
+
+
+def _flat_grid(num_panels: int) -> tuple[int, int]:
+    """Rows and columns for panels that are wide: two beside each other at most."""
+    columns = 1 if num_panels == 1 else 2
+    return -(-num_panels // columns), columns
+
+
+def _draw(axes: Axes, ratio: np.ndarray) -> AxesImage:
+    """Over the even load; nothing at all is as dark as the scale goes."""
+    logarithm = np.log2(np.maximum(ratio, 2.0 ** -(_LIMIT + 1)))
+    axes.tick_params(length=0, pad=2)
+    colors = matplotlib.colormaps["PuOr_r"]
+    return axes.imshow(logarithm, cmap=colors, vmin=-_LIMIT, vmax=_LIMIT, aspect="auto", interpolation="nearest")
+
+
+def _number_experts(set_ticks: "matplotlib.axis.Axis", order: np.ndarray, size: float) -> None:
+    labels = [str(expert) for expert in order] if len(order) <= _MOST_NUMBERED else []
+    set_ticks(range(len(labels)), labels, fontsize=size)  # type: ignore[operator]
+
+
+def _name_moments(axes: Axes, moments: Sequence[str]) -> None:
+    places = np.unique(np.linspace(0, len(moments) - 1, min(len(moments), _MOST_MOMENTS)).round().astype(int))
+    longest = max(len(moments[place]) for place in places)
+    turned: dict[str, Any] = (
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest * len(places) > 22 else {}
+    )
+    axes.set_xticks(places, [moments[place] for place in places], fontsize=7, **turned)
+
+
+def _clear(axes: np.ndarray, num_panels: int) -> None:
+    for panel in axes.flat[num_panels:]:
+        panel.set_axis_off()
+
+
+def _bar(figure: Figure, axes: np.ndarray, image: AxesImage) -> Colorbar:
+    bar = figure.colorbar(image, ax=axes, extend="both", ticks=list(_TICKS), fraction=0.05, aspect=30)
+    bar.ax.set_yticklabels(list(_TICKS.values()))
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("share over the even share", fontsize=9)
+    return bar
