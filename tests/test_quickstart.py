@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_runs import quickstart_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -19,23 +20,7 @@ from symphony_hf.report import print_report
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    text = folder / "text"
-    for split, count in (("train", 30), ("validation", 4), ("test", 14)):
-        (text / split).mkdir(parents=True)
-        for number in range(count):
-            offset = number * 31 + len(split)
-            lines = [f"line{(offset + n * 7) % 97} of text{n % 23} says value{offset % 19}" for n in range(40)]
-            (text / split / f"{number}.txt").write_text("\n".join(lines))
-    settings = QuickstartSettings(
-        output=str(folder / "out"),
-        data=str(text),
-        pretrain_steps=4,
-        finetune_steps=4,
-        batch_size=4,
-        block_size=32,
-        vocab_size=300,
-        documents=12,
-    )
+    settings = quickstart_settings(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYMPHONY_HF_CACHE", str(folder / "cache"))
         return settings, run_quickstart(settings), folder / "out"

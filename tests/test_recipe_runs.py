@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from small_runs import RECIPE, recipe_overrides
 from transformers import AutoModelForCausalLM
 from visual import entry, write_llava
 
@@ -17,30 +17,12 @@ from symphony_hf.recipe import load_recipe
 from symphony_hf.training import runner
 from symphony_hf.training.runner import run_recipe
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "config.yaml"
-
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Overrides that make the recipe a matter of seconds."""
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text"
-    text.mkdir()
-    words = [f"word{n} speaks of thing{n * 7 % 13} and place{n * 5 % 11}" for n in range(400)]
-    for number in range(40):
-        (text / f"{number}.txt").write_text("\n".join(words[number * 7 : number * 7 + 60]))
-    return {
-        "data.path": str(text),
-        "data.vocab_size": 300,
-        "data.block_size": 16,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "output.directory": str(tmp_path / "run"),
-    }
+    return recipe_overrides(tmp_path)
 
 
 def test_a_recipe_runs(small, tmp_path):

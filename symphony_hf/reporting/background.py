@@ -9,7 +9,7 @@ from ..diagnostics import load, load_entropy, off_diagonal_mass, spectral_gap
 from ..diagnostics.summary import DEAD
 from .pictures import Picture, from_png, of_graphs
 from .sections import Named, Section, label
-from .tables import MISSING, Cell, Table, number, text
+from .tables import MISSING, Cell, Table, make_table, number, text
 
 
 def differing(runs: Named) -> Section | None:
@@ -68,7 +68,9 @@ def graphs(runs: Named) -> Section | None:
         "different experts, what smoothing takes from others. Spectral gap: 0 where the graph falls apart into groups; "
         "the larger, the more smoothing blurs experts into one."
     )
-    return Section("graphs", "The graphs of experts", [note], pictures, [Table("Graphs by layer", header, rows)])
+    return Section(
+        "graphs", "The graphs of experts", [note], pictures, [make_table("Graphs by layer", header, rows, len(runs))]
+    )
 
 
 def _graph_numbers(graph: Tensor) -> Iterator[Cell]:
@@ -123,7 +125,7 @@ def cost(runs: Named) -> Section | None:
         "quickstart, the median step. In all: the whole command. Times of different machines, or of a machine that did "
         "something else beside, do not compare."
     )
-    return Section("cost", "Cost", [note], tables=[Table("Cost", (*header, "seconds in all"), rows)])
+    return Section("cost", "Cost", [note], tables=[make_table("Cost", (*header, "seconds in all"), rows, len(runs))])
 
 
 def _gib(size: float | None) -> float | None:

@@ -15,11 +15,9 @@ from ..unfinished import write_text
 from .background import cost, differing, graphs, made, routing
 from .runs import Run, names_of
 from .sections import attacked, compared, measured, trained
-from .tables import verdict
+from .tables import show_interval, verdict
 
 _SECTIONS = (measured, compared, attacked, trained, differing, graphs, routing, cost, made)
-_SHOWN = 4
-"""Sentences of a run that are not folded away."""
 
 
 def write_page(runs: Sequence[Run], output: Path) -> Path:
@@ -63,7 +61,7 @@ def _render(runs: dict[str, Run]) -> str:
         version=__version__,
         runs=runs,
         sections=[section for make in _SECTIONS if (section := make(runs)) is not None],
-        shown=_SHOWN,
+        show_interval=show_interval,
         tone=lambda word: verdict(word).tone,
         style=Markup(style),
         script=Markup(script),

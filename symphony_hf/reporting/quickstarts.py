@@ -9,7 +9,12 @@ from .graphs import read_run_graphs
 from .json_files import as_interval
 from .runs import Comparison, Cost, Level, Run, flat
 
-_WHAT = {"clean": "ratio of perplexities", "attacked": "ratio of perplexities"}
+_COMPARED = {
+    "clean": ("clean", "ratio of perplexities"),
+    "attacked": ("attacked", "ratio of perplexities"),
+    "attacked_to_clean": ("attacked", "difference of attacked / clean"),
+}
+"""Of the report's comparisons: on which text, and what."""
 
 
 def read_quickstart(folder: Path, report: Mapping[str, Any]) -> Run:
@@ -48,7 +53,6 @@ def _levels(report: Mapping[str, Any]) -> Iterator[Level]:
 
 
 def _comparisons(report: Mapping[str, Any]) -> Iterator[Comparison]:
-    for name, values in report["comparisons"].items():
-        text = name if name in _WHAT else "attacked"
-        what = _WHAT.get(name, "difference of attacked / clean")
+    for name, (text, what) in _COMPARED.items():
+        values = report["comparisons"][name]
         yield Comparison("symphony", "plain", text, what, as_interval(values), values["verdict"], headline=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from .pictures import Picture, from_svg
 from .runs import Level, Run
-from .tables import Table, interval, level, level_format, number, text, verdict
+from .tables import Table, interval, is_share, level, make_table, number, show, text, verdict
 
 Named = Mapping[str, Run]
 """Runs by the name that the page gives them."""
@@ -53,10 +53,10 @@ def measured(runs: Named) -> Section | None:
                 by_text = levels.setdefault(label(runs, name, value.model), {})
                 by_text[value.text] = (value.value, value.low, value.high)
         alt = f"{metric} by model: " + "; ".join(
-            f"{model} {', '.join(f'{text_} {format(value[0], level_format(metric))}' for text_, value in by.items())}"
+            f"{model} {', '.join(f'{text_} {show(value[0], metric)}' for text_, value in by.items())}"
             for model, by in levels.items()
         )
-        pictures.append(from_svg(plots.draw_levels(levels, metric), alt, _capital(metric)))
+        pictures.append(from_svg(plots.draw_levels(levels, metric, is_share(metric)), alt, _capital(metric)))
     header = ("run", "model", "measure", "on", "value", "low", "high", "documents")
     notes = [
         "Intervals are 95%, over documents, and of each model alone: mostly the documents' own variety, which models "
@@ -65,7 +65,7 @@ def measured(runs: Named) -> Section | None:
     ]
     if not any(run.comparisons for run in runs.values()):
         notes.append("For a paired comparison with a verdict: symphony eval ONE/final --against OTHER/final.")
-    return Section("measured", "What was measured", notes, pictures, [Table("Levels", header, rows)])
+    return Section("measured", "What was measured", notes, pictures, [make_table("Levels", header, rows, len(runs))])
 
 
 def compared(runs: Named) -> Section | None:
@@ -91,7 +91,9 @@ def compared(runs: Named) -> Section | None:
         "seed says nothing of how others would come out."
     )
     header = ("run", "models", "on", "what", "value [95%]", "verdict")
-    return Section("compared", "Against each other", [note], tables=[Table("Comparisons", header, rows)])
+    return Section(
+        "compared", "Against each other", [note], tables=[make_table("Comparisons", header, rows, len(runs))]
+    )
 
 
 def attacked(runs: Named) -> Section | None:
@@ -106,7 +108,7 @@ def attacked(runs: Named) -> Section | None:
             text(row.attack),
             text("all") if row.severity is None else number(row.severity),
             text(row.metric),
-            interval(row.value, level_format(row.metric)),
+            interval(row.value, row.metric),
             interval(row.ratio),
             interval(row.untouched),
         ]
@@ -117,7 +119,7 @@ def attacked(runs: Named) -> Section | None:
         "Attacked / clean is the ratio of a model's own values on attacked and on clean text. On untouched tokens it "
         "is taken over the words that the attack left alone, which a change of tokens cannot confound."
     )
-    table = Table("Attacks by severity", header, rows)
+    table = make_table("Attacks by severity", header, rows, len(runs))
     return Section("attacked", "Under attack", [note], list(_attack_pictures(runs)), [table])
 
 
@@ -196,7 +198,7 @@ def trained(runs: Named) -> Section | None:
         )
     header = ("run", "model", "last step", "first loss", "last loss", "last evaluation", "lowest evaluation")
     note = "Losses in nats a token, as they were logged: a point is the mean since the point before it."
-    return Section("trained", "Training", [note], pictures, [Table("Losses", header, rows)])
+    return Section("trained", "Training", [note], pictures, [make_table("Losses", header, rows, len(runs))])
 
 
 def _capital(words: str) -> str:

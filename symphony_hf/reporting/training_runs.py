@@ -7,7 +7,7 @@ from typing import Any
 from .graphs import read_run_graphs
 from .json_files import read_object
 from .runs import Cost, Level, Run, flat
-from .tables import level_format
+from .tables import show
 
 Points = list[tuple[float, float]]
 
@@ -70,7 +70,7 @@ def _told_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
         ]
     if not levels:
         return ["Nothing was held out to measure on."]
-    values = ", ".join(f"{level.metric} {format(level.value, level_format(level.metric))}" for level in levels)
+    values = ", ".join(f"{level.metric} {show(level.value, level.metric)}" for level in levels)
     return [f"On the {test['split']} split: {values}."]
 
 

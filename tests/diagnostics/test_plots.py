@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from matplotlib.image import imread
 
 import symphony_hf.diagnostics
 from symphony_hf.diagnostics.plots import (
+    draw_attack,
+    draw_levels,
+    draw_losses,
     figure,
     heat_maps,
     networks,
+    pages,
     plot_comparison,
     plot_curves,
     plot_expert_network,
@@ -232,3 +237,79 @@ def test_the_numbers_do_without_matplotlib(fresh_import):
 def test_the_figures_do_without_pyplot(fresh_import, tmp_path):
     plots = fresh_import("symphony_hf.diagnostics.plots", missing="matplotlib.pyplot")
     assert plots.plot_curves(CURVES, tmp_path / "curves.png").exists()
+
+
+LEVELS = {"a": {"clean": (30.0, 29.0, 31.0), "attacked": (40.0, None, None)}, "b": {"clean": (33.0, 31.0, 35.0)}}
+SEVERITIES = {"a": {0: (30.0, 29.0, 31.0), 1: (33.0, 32.0, 34.0), 5: (60.0, 55.0, 65.0)}, "b": {5: (50.0, None, None)}}
+PANELS = {
+    "losses": lambda: draw_losses({"a": [(10, 4.0), (20, 3.5)], "b": [(10, 4.1)]}, "train"),
+    "levels": lambda: draw_levels(LEVELS, "perplexity"),
+    "shares": lambda: draw_levels({"a": {"clean": (0.5, None, None)}}, "accuracy", percent=True),
+    "attack": lambda: draw_attack(SEVERITIES, "keyboard", "perplexity", (29.0, 65.0)),
+}
+
+
+@pytest.fixture
+def panel(monkeypatch):
+    """The axes of a panel that is drawn."""
+    figures = []
+    monkeypatch.setattr(pages, "as_svg", figures.append)
+
+    def draw(name):
+        PANELS[name]()
+        (axes,) = figures.pop().axes
+        return axes
+
+    return draw
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_a_panel_is_an_svg_and_the_same_twice(name):
+    content = PANELS[name]()
+    root = ElementTree.fromstring(content)
+    assert root.tag.endswith("}svg")
+    assert content == PANELS[name]()
+    links = [value for node in root.iter() for name, value in node.attrib.items() if name.endswith("href")]
+    assert all(link.startswith("#") for link in links)
+
+
+def test_a_panel_of_levels_has_the_intervals_that_are_known(panel):
+    axes = panel("levels")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    ends = [
+        tuple(round(float(x), 6) for x, _ in segment) for bar in axes.containers for segment in bar[2][0].get_segments()
+    ]
+    assert sorted(ends) == [(29.0, 31.0), (31.0, 35.0), (40.0, 40.0)]
+
+
+def test_a_panel_of_an_attack_begins_at_clean_text(panel):
+    axes = panel("attack")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["clean", "1", "5"]
+    assert axes.get_yscale() == "linear"
+    low, high = axes.get_ylim()
+    assert low < 29.0 < 65.0 < high
+
+
+def test_values_far_apart_are_drawn_on_a_logarithmic_axis(monkeypatch):
+    figures = []
+    monkeypatch.setattr(pages, "as_svg", figures.append)
+    draw_levels({"a": {"clean": (10.0, None, None)}, "b": {"clean": (5000.0, None, None)}}, "perplexity")
+    draw_attack({"a": {0: (10.0, 9.0, 11.0), 1: (900.0, 800.0, 950.0)}}, "aaa", "perplexity", (9.0, 950.0))
+    assert figures[0].axes[0].get_xscale() == "log"
+    assert figures[1].axes[0].get_yscale() == "log"
+
+
+def test_an_unknown_kind_of_loss_is_refused():
+    with pytest.raises(EvaluationError, match="unknown curve `evall`; did you mean `eval`"):
+        draw_losses({"a": [(1, 2.0)]}, "evall")
+
+
+def test_names_are_drawn_letter_by_letter(monkeypatch):
+    """matplotlib would take dollars for a formula, and leave a name with an underscore out of the legend."""
+    figures = []
+    monkeypatch.setattr(pages, "as_svg", figures.append)
+    draw_losses({"_$\\bad$": [(1, 2.0)], "n" * 90: [(1, 2.0)]}, "train")
+    hidden, long = (text.get_text() for text in figures[0].axes[0].get_legend().get_texts())
+    assert hidden == " _\\$\\bad\\$, last 2.000"
+    assert len(long) < 60
+    assert "…" in long

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ...errors import EvaluationError, nearest
 from .figure import COLORS, as_svg, plain_label
@@ -15,7 +16,7 @@ Ends = tuple[float, float | None, float | None]
 
 
 def _panel(height: float = 3.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    figure = Figure(figsize=(4.8, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -54,12 +55,13 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) 
     return as_svg(figure)
 
 
-def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str) -> bytes:
+def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: bool = False) -> bytes:
     """What was measured of several models, a line each, with the intervals that are known.
 
     Args:
         levels: By model, then by text (`clean`, `attacked`): value and interval.
         metric: What they are, as the axis has it.
+        percent: Whether they are shares.
 
     Returns:
         An SVG.
@@ -82,6 +84,10 @@ def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str) -> bytes:
     axes.set(xlabel=metric, ylim=(len(levels) - 0.5, -0.5))
     if _spread_wide([value for by_text in levels.values() for value, _, _ in by_text.values()]):
         axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        if percent:
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(x=0.08)
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
