@@ -25,7 +25,7 @@ def differing(runs: Named) -> Section | None:
         if not differ:
             notes.append(f"The {len(own)} runs of the kind {kind} have the same {same} settings.")
             continue
-        notes.append(f"Of the kind {kind}: {len(differ)} differ, {same} are the same in all {len(own)} runs.")
+        notes.append(f"Of {len(own)} runs of the kind {kind}, settings that differ: {len(differ)}; the same: {same}.")
         rows = [[text(name, code=True), *(text(settings.get(name)) for settings in own.values())] for name in differ]
         tables.append(Table(f"Settings that differ: {kind}", ("setting", *own), rows))
     return Section("settings", "Settings that differ", notes, tables=tables) if notes else None

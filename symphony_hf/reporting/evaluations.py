@@ -20,9 +20,10 @@ _NO_DIFFERENCE = frozenset({"model", "against", "output", "batch_size"})
 
 def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
     """A folder with `result.json` that has `models`."""
-    labels = _labels(result["settings"], list(result["models"]))
-    levels = [level for role, model in result["models"].items() for level in _levels(labels[role], model["clean"])]
-    attacks = [row for role, model in result["models"].items() for row in _attacks(labels[role], model)]
+    models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
+    labels = _labels(result["settings"], list(models))
+    levels = [level for role, model in models.items() for level in _levels(labels[role], model["clean"])]
+    attacks = [row for role, model in models.items() for row in _attacks(labels[role], model)]
     compared = result.get("comparisons")
     named = {**result, "settings": {**result["settings"], **labels}}
     documents = result["documents"]
