@@ -87,8 +87,8 @@ def compared(runs: Named) -> Section | None:
     note = (
         "Paired over documents: the verdict is about the first of the two. Not distinguishable means that the 95% "
         "interval holds what equal models would give (1 for a ratio, 0 for a difference). Of models that are equal, "
-        f"one comparison in twenty would come out better or worse by chance; there are {len(rows)}. One training seed says "
-        "nothing of how others would come out."
+        "one comparison in twenty would come out better or worse by chance; there are "
+        f"{len(rows)}. One training seed says nothing of how others would come out."
     )
     header = ("run", "models", "on", "what", "value [95%]", "verdict")
     return Section(
