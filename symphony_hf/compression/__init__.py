@@ -1,10 +1,11 @@
 """Fewer experts, or fewer of them a token: a smaller stock checkpoint, and what that costs on held-out text."""
 
+from .measuring import compare_results
 from .merging import merge_experts
 from .pruning import prune_experts
 from .settings import GRAPHS, MERGE_BY, PRUNE_BY, MergeSettings, PruneSettings, TopKSettings
 from .sweeping import sweep_top_k
-from .tables import compression_table, print_compression, print_sweep, sweep_table
+from .tables import compression_table, findings, print_compression, print_sweep, sweep_table
 
 __all__ = [
     "GRAPHS",
@@ -13,7 +14,9 @@ __all__ = [
     "MergeSettings",
     "PruneSettings",
     "TopKSettings",
+    "compare_results",
     "compression_table",
+    "findings",
     "merge_experts",
     "print_compression",
     "print_sweep",

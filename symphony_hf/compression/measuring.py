@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,6 @@ from ..errors import DataError
 from ..evaluation import (
     MIN_DOCUMENTS,
     DocumentScores,
-    Interval,
     compare_perplexity,
     perplexity_interval,
     score_documents,
@@ -87,9 +87,17 @@ def ratio(after: DocumentScores, before: DocumentScores, seed: int) -> dict[str,
     return dataclasses.asdict(interval) | {"verdict": interval.verdict()}
 
 
-def as_interval(values: Mapping[str, Any]) -> Interval:
-    """An interval of a result file."""
-    return Interval(**{name: value for name, value in values.items() if name != "verdict"})
+def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Perplexity of one smaller model over that of another, of two result files, paired by document.
+
+    Raises:
+        EvaluationError: If they were measured on different documents.
+    """
+    scores = [
+        DocumentScores(kept["names"], np.array(kept["nll"]), np.array(kept["num_tokens"]))
+        for kept in (a["documents"]["after"], b["documents"]["after"])
+    ]
+    return ratio(scores[0], scores[1], a["settings"]["seed"])
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int | None]:

@@ -42,8 +42,8 @@ def open_model(settings: TextSettings) -> Opened:
 
     Raises:
         ConfigError: If there is none, or its tokenizer is missing.
-        UnsupportedModelError: If it is quantized, has upcycled modules, is more than a language model, or has experts
-            of a form that is not known.
+        UnsupportedModelError: If it is quantized, has upcycled modules, is more than a language model, has experts of a
+            form that is not known, or does not fit one device.
         FoldError: If its graphs smooth scores, which no plain router computes.
     """
     subject = Subject(settings.model, settings.revision, settings.dtype)
@@ -61,6 +61,8 @@ def open_model(settings: TextSettings) -> Opened:
         raise UnsupportedModelError(
             f"{where} is a {named[0]}, of which {type(model).__name__} is a part: the rest would be lost"
         )
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UnsupportedModelError(f"{where} is spread over several devices: give one with room, or hide the GPUs")
     tokenizer = load_tokenizer(settings.tokenizer or settings.model, None if settings.tokenizer else settings.revision)
     graphs = {}
     if is_symphonized(model):

@@ -11,6 +11,7 @@ from ..robustness.plan import DTYPES
 MERGE_BY = ("graph", "outputs")
 PRUNE_BY = ("load", "centrality", "reap")
 GRAPHS = ("learned", "counted")
+RESULT = "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)

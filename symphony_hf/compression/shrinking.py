@@ -2,23 +2,39 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..evaluation import DocumentScores
+from ..robustness.subject import Subject
+from ..unfinished import write_json
+from ..upcycling.target import writing
 from .calibration import ExpertStatistics, calibrate
 from .layers import check_number
-from .measuring import by_document, circumstances, level, parameters, ratio, read_texts, score
+from .measuring import Texts, by_document, circumstances, level, parameters, ratio, read_texts, score
 from .opening import Opened, open_model
 from .reducing import NewExpert, with_fewer_experts
-from .settings import FewerExpertsSettings
-from .writing import write_and_measure
+from .settings import RESULT, FewerExpertsSettings
 
 Planner = Callable[[Opened, list[ExpertStatistics]], list[list[NewExpert]]]
 
 
+@dataclass(frozen=True)
+class _Shrunk:
+    """The smaller model, and what is kept of the old one."""
+
+    smaller: PreTrainedModel
+    tokenizer: Any
+    texts: Texts
+    before: DocumentScores
+    result: dict[str, Any]
+
+
 def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norms: bool) -> dict[str, Any]:
-    """Make a checkpoint with fewer experts.
+    """Make a checkpoint with fewer experts, load it by the Auto class, and measure that.
 
     Args:
         settings: Which, and how many.
@@ -32,6 +48,23 @@ def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norm
     started = time.perf_counter()
     target = settings.check_output()
     assert target is not None
+    shrunk = _shrink(settings, plan, outputs, norms)  # the old model is gone when it returns
+    result = shrunk.result
+    with writing(target, settings.command) as folder:
+        shrunk.smaller.save_pretrained(folder)
+        shrunk.tokenizer.save_pretrained(folder)
+        loaded = Subject(str(folder), None, "auto").model
+        after = score(loaded, shrunk.texts, settings, "after")
+        result["parameters"]["after"] = parameters(loaded)
+        result["perplexity"]["after"] = level(after, settings)
+        result["perplexity"]["ratio"] = ratio(after, shrunk.before, settings.seed)
+        result["documents"]["after"] = by_document(after)
+        result["seconds"] = time.perf_counter() - started
+        write_json(Path(settings.result) if settings.result else folder / RESULT, result)
+    return result
+
+
+def _shrink(settings: FewerExpertsSettings, plan: Planner, outputs: bool, norms: bool) -> _Shrunk:
     opened = open_model(settings)
     check_number(opened.layers, settings.experts, settings.command)
     texts = read_texts(opened, settings, settings.calibration_tokens)
@@ -45,8 +78,9 @@ def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norm
     )
     new_experts = plan(opened, seen)
     before = score(opened.model, texts, settings, "before")
+    layer = opened.layers[0]
     result = circumstances(opened, texts, settings) | {
-        "experts": {"before": opened.layers[0].num_experts, "after": settings.experts, "top_k": opened.layers[0].top_k},
+        "experts": {"before": layer.num_experts, "after": settings.experts, "top_k": layer.top_k},
         "made_of": {
             layer.router.name: [list(new.members) for new in own]
             for layer, own in zip(opened.layers, new_experts, strict=True)
@@ -56,16 +90,8 @@ def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norm
         "perplexity": {"before": level(before, settings)},
         "documents": {"before": by_document(before)},
     }
-
-    def measure(loaded: PreTrainedModel) -> dict[str, Any]:
-        after = score(loaded, texts, settings, "after")
-        result["parameters"]["after"] = parameters(loaded)
-        result["perplexity"] |= {"after": level(after, settings), "ratio": ratio(after, before, settings.seed)}
-        result["documents"]["after"] = by_document(after)
-        return result | {"seconds": time.perf_counter() - started}
-
     smaller = with_fewer_experts(opened.model, opened.layers, new_experts)
-    return write_and_measure(smaller, opened.tokenizer, target, measure, settings.result, settings.command)
+    return _Shrunk(smaller, opened.tokenizer, texts, before, result)
 
 
 def _load_kept(new_experts: list[NewExpert], statistics: ExpertStatistics) -> float:

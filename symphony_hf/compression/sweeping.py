@@ -6,11 +6,11 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..unfinished import write_json
+from ..upcycling.target import writing
 from .measuring import by_document, circumstances, level, parameters, ratio, read_texts, score
 from .opening import open_model
 from .reducing import with_top_k
-from .settings import TopKSettings
-from .writing import write_and_measure
+from .settings import RESULT, TopKSettings
 
 RESULT_FILE = "symphony-topk.json"
 
@@ -60,9 +60,9 @@ def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
     if target is None:
         write_json(Path(settings.result or RESULT_FILE), result)
         return result
-    chosen = settings.keep or numbers[0]
-    smaller = with_top_k(opened.model, opened.layers, chosen)
-    result["kept"] = chosen
-    return write_and_measure(
-        smaller, opened.tokenizer, target, lambda loaded: result, settings.result, settings.command
-    )
+    result["kept"] = settings.keep or numbers[0]
+    with writing(target, settings.command) as folder:
+        with_top_k(opened.model, opened.layers, result["kept"]).save_pretrained(folder)
+        opened.tokenizer.save_pretrained(folder)
+        write_json(Path(settings.result) if settings.result else folder / RESULT, result)
+    return result

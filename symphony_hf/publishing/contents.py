@@ -13,7 +13,7 @@ _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", "
 _NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
 _STAYS = {
     r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth": "a pickle of Trainer's state",
-    r"trainer_state\.json|symphony_checkpoint\.json|results\.json|report\.(json|md)": "of the run, not of the model",
+    r"trainer_state\.json|symphony_checkpoint\.json|results?\.json|report\.(json|md)": "of the run, not of the model",
     r"global_step\d+|latest|zero_to_fp32\.py": "DeepSpeed's state",
     r"checkpoint-\d+(\..*)?|runs|logs|_symphony_unfinished": "of the run, not of the model",
     r"\.git|\.cache|\.gitignore|\.DS_Store|__pycache__": "of the machine, not of the model",

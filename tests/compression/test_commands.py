@@ -138,7 +138,7 @@ def test_a_counted_graph_serves_plain_models(plain, data_folder, tmp_path):
     merged = merge_experts(MergeSettings(output=str(tmp_path / "merged"), by="graph", **settings))
     pruned = prune_experts(PruneSettings(output=str(tmp_path / "pruned"), by="centrality", **settings))
     table = compression_table([merged, pruned])
-    assert [row[1] for row in table[1:]] == ["", "merge by graph, counted graph", "prune by centrality, counted graph"]
+    assert [row[1] for row in table[1:]] == ["", "merge by graph (counted)", "prune by centrality (counted)"]
     assert [row[2] for row in table[1:]] == ["8", "4", "4"]
     console = Console(record=True, width=200)
     print_compression(pruned, console)
