@@ -54,6 +54,7 @@ LEVELS = {
     "fuzzing": 6,
     "ablation": 6,
     "theory": 6,
+    "evidence": 7,
     "quickstart": 7,
     "report": 7,
     "reporting": 7,

@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
 
 def cells_of(study: Study) -> list[Cell]:
-    """All cells, the systems' pairs of all seeds first; then seed by seed, so that a part of the grid is a whole one."""
+    """All cells, the systems' pairs first; seed by seed, so that a part of the grid is a whole one."""
     points = study.points()
     pairs = [point for point in points if point.is_plain or point == _base_of(study, point)]
     others = [point for point in points if point not in pairs]
@@ -104,6 +104,6 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
         lines.append(f"  {mark}  {cell.point.label(study.base)}, seed {cell.seed}")
     hours = len(waiting) * seconds_per_cell / workers / 3600
     lines.append(
-        f"About {seconds_per_cell:.0f} s a cell, {hours:.1f} hours for the {len(waiting)} that wait, {workers} at a time"
+        f"About {seconds_per_cell:.0f} s a cell, {hours:.1f} hours for {len(waiting)} of them, {workers} at a time"
     )
     return lines

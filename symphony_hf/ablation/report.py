@@ -49,6 +49,7 @@ def write_ablation(
         "failed": {f"{cell.point.label(study.base)}, seed {cell.seed}": words for cell, words in failed.items()},
         "settings": _settings(study, done.values()),
         "machine": dict(machine),
+        "command": study.command,
         "output": str(results.folder),
     }
     write_json(results.folder / "report.json", report)
@@ -141,16 +142,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# Ablation",
         "",
-        f"{settings['tokens']:,} tokens a cell, seeds {', '.join(map(str, settings['seeds']))}. Perplexities of the test "
-        "text, and 95% t-intervals over seeds in brackets; ratios to the same system without a graph are paired by seed. "
-        "Below 1 is better. Each verdict is of its interval alone: of twenty, one is expected to be chance.",
+        f"{settings['tokens']:,} tokens a cell, seeds {', '.join(map(str, settings['seeds']))}. Perplexities of the "
+        "test text, and 95% t-intervals over seeds in brackets; ratios to the same system without a graph are paired "
+        "by seed. Below 1 is better. Each verdict is of its interval alone: of twenty, one is expected to be chance.",
         "",
         *as_markdown(table_of(report)),
     ]
-    for title, problems in (
-        ("Missing", report["missing"]),
-        ("Failed", [f"{k}: {v}" for k, v in report["failed"].items()]),
-    ):
+    failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
+    for title, problems in (("Missing", report["missing"]), ("Failed", failed)):
         if problems:
             lines += ["", f"## {title}", "", *(f"- {problem}" for problem in problems)]
     return "\n".join(lines) + "\n"

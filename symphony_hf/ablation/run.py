@@ -142,7 +142,7 @@ def _work(study: Study, cell: Cell, results: Results) -> None:
 
 def _last_words(log: Path, code: int | None) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    return f"exit code {code}: {lines[-1] if lines else 'it said nothing'} ({log})"
+    return f"exit code {code}: {lines[-1] if lines else 'it said nothing'} (logs/{log.name})"
 
 
 def _machine(workers: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Study:
             these instead.
         seeds: Of weights, batches and dropout. Cells of one seed are compared in pairs.
         product: Whether all combinations of the axes' values are run, instead of one change at a time.
+        command: By which it is run, for the report; without the place of its text.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class Study:
     axes: dict[str, list[Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     product: bool = False
+    command: str = ""
 
     def __post_init__(self) -> None:
         for system in self.systems:
@@ -121,7 +123,13 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
             if not isinstance(values[name], list):
                 raise ConfigError(f"{where}: `{name}` must be a list, got {values[name]!r}")
             values[name] = tuple(values[name])
-    return Study(recipe=recipe, base=base, axes=axes, **values)
+    command = _command(path, overrides or {})
+    return Study(recipe=recipe, base=base, axes=axes, command=command, **values)
+
+
+def _command(path: Path, overrides: dict[str, Any]) -> str:
+    shown = {name: "TEXT" if name == "data.path" else value for name, value in overrides.items()}
+    return " ".join([f"symphony ablate {path} --output DIR", *(f"--set {k}={v}" for k, v in shown.items())])
 
 
 def _change(axis: str, value: Any) -> dict[str, Any]:
@@ -146,8 +154,9 @@ def _check_recipe(recipe: Recipe) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ConfigError(f"{_WHERE}: the recipe's train section needs a positive `{name}`, got {value!r}")
     schedule = recipe.train.get("lr_scheduler_type", "linear")
-    if schedule not in _SCHEDULES or recipe.train.get("weight_decay", 0.0) != 0:
+    decay = recipe.train.get("weight_decay", 0.0)
+    if schedule not in _SCHEDULES or decay != 0:
         raise ConfigError(
             f"{_WHERE}: cells are trained as published, by Adam without weight decay and with a constant rate "
-            f"after warm-up; the recipe has lr_scheduler_type {schedule}, weight_decay {recipe.train.get('weight_decay')}"
+            f"after warm-up; the recipe has lr_scheduler_type {schedule}, weight_decay {decay}"
         )

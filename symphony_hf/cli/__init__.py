@@ -24,6 +24,7 @@ for _command in (
     "ablate",
     "theory",
     "routing",
+    "evidence",
     "check",
     "bench",
     "push",

@@ -20,7 +20,6 @@ from ..evaluation import t_interval
 from ..routing import (
     count_coselections,
     initial_adjacency,
-    mix_with_identity,
     smooth_logits,
     transition_matrix,
     update_adjacency,
@@ -31,7 +30,13 @@ from .planted import TOP_K, Planted, draw_tokens, plant, share_right
 ROUTINGS = ("smoe", "symphony", "true graph")
 """Plain; by the graph of its own noisy choices; by the planted graph, which no router could learn better."""
 
-FIXED_DECAY = 0.99
+FIXED_DECAY, SOME_NOISE = 0.99, 0.4
+CURVES: dict[str, tuple[float | None, float]] = {
+    "suited decay": (None, 0.0),
+    f"decay {FIXED_DECAY:g}": (FIXED_DECAY, 0.0),
+    f"suited decay, noise {SOME_NOISE:g}": (None, SOME_NOISE),
+}
+"""By name: the decay, suited to the number of updates when None, and the noise of the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,30 +83,27 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
         The values of `theory.json`.
     """
     started = time.perf_counter()
-    distances: dict[str, list[list[float]]] = {name: [] for name in ("suited decay", f"decay {FIXED_DECAY:g}")}
+    distances: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    expected: dict[str, list[list[float]]] = {name: [] for name, (_, noise) in CURVES.items() if noise == 0}
     bias: dict[float, list[float]] = {noise: [] for noise in settings.noises}
     shares: dict[str, dict[float, list[float]]] = {name: {noise: [] for noise in settings.noises} for name in ROUTINGS}
     for seed in settings.seeds:
         generator = torch.Generator().manual_seed(seed)
         planted = plant(settings.num_experts, settings.num_communities, settings.within, generator)
         for name, curve in distances.items():
-            curve.append(_distances(settings, planted, None if name == "suited decay" else FIXED_DECAY, generator))
+            curve.append(_distances(settings, planted, *CURVES[name], generator))
+        for name, curve in expected.items():
+            curve.append([expected_distance(planted, settings.batch, n, CURVES[name][0]) for n in settings.updates])
         for noise in settings.noises:
-            learned_EE = _learn(settings, planted, noise, max(settings.updates), None, generator, by_graph=True)
+            learned_EE = _learn(settings, planted, noise, max(settings.updates), None, generator)
             bias[noise].append(distance(learned_EE, planted))
             _add_shares(shares, settings, planted, noise, learned_EE, generator)
-    tokens = [updates * settings.batch for updates in settings.updates]
+    values = dataclasses.asdict(settings)
+    values.pop("output")
     result = {
-        "settings": {**dataclasses.asdict(settings), "seeds": list(settings.seeds)},
+        "settings": {**values, "seeds": list(settings.seeds)},
         "command": "symphony theory",
-        "convergence": {
-            name: {
-                "tokens": tokens,
-                "distance": [_interval([run[place] for run in runs]) for place in range(len(tokens))],
-                "slope": _interval([float(np.polyfit(np.log(tokens), np.log(run), 1)[0]) for run in runs]),
-            }
-            for name, runs in distances.items()
-        },
+        "convergence": [_curve(settings, name, runs, expected.get(name)) for name, runs in distances.items()],
         "distance_under_noise": [{"noise": noise, **_interval(values)} for noise, values in bias.items()],
         "shares": {
             name: [{"noise": noise, **_interval(values)} for noise, values in by_noise.items()]
@@ -136,6 +138,43 @@ def suited_decay(updates: int) -> float:
     return 1 - math.log(updates) / (2 * updates)
 
 
+def expected_distance(planted: Planted, batch: int, updates: int, decay: float | None) -> float:
+    """The root of the mean square of `distance`, in closed form, where tokens choose their right experts.
+
+    The start is forgotten as decay^updates; what is left of each update's chance, (1 - decay) decay^age times a mean of
+    `batch` choices, adds up in squares.
+    """
+    decay = suited_decay(updates) if decay is None else decay
+    true_EE = planted.probabilities_EE.double()
+    start_EE = initial_adjacency(len(true_EE), TOP_K).double()
+    forgotten = decay ** (2 * updates)
+    spread = (1 - decay) / (1 + decay) * (1 - forgotten) / batch
+    square = forgotten * (start_EE - true_EE).square().sum() + spread * (true_EE * (1 - true_EE)).sum()
+    return float(square.sqrt() / torch.linalg.matrix_norm(true_EE))
+
+
+def _curve(
+    settings: TheorySettings, name: str, runs: list[list[float]], expected: list[list[float]] | None
+) -> dict[str, Any]:
+    """One line of the picture: by tokens, over seeds."""
+    tokens = [updates * settings.batch for updates in settings.updates]
+    curve = {
+        "name": name,
+        "tokens": tokens,
+        "distance": [_interval([run[place] for run in runs]) for place in range(len(tokens))],
+        "slope": _interval([_slope(tokens, run) for run in runs]),
+    }
+    if expected is not None:
+        mean = [float(value) for value in np.mean(expected, axis=0)]
+        curve |= {"expected": mean, "expected_slope": _slope(tokens, mean)}
+    return curve
+
+
+def _slope(tokens: Sequence[int], distances: Sequence[float]) -> float:
+    """The power of the tokens by which distances fall, fitted on logarithms."""
+    return float(np.polyfit(np.log(tokens), np.log(distances), 1)[0])
+
+
 def _learn(
     settings: TheorySettings,
     planted: Planted,
@@ -143,28 +182,25 @@ def _learn(
     updates: int,
     decay: float | None,
     generator: torch.Generator,
-    by_graph: bool,
 ) -> Tensor:
-    """The moving average of the choices that a router makes, plain or by the graph as it is by then."""
+    """The moving average of the choices that a router makes by the graph as it is by then."""
     decay = suited_decay(updates) if decay is None else decay
     adjacency_EE = initial_adjacency(settings.num_experts, TOP_K)
     num_tokens = torch.tensor(float(settings.batch))
     for _ in range(updates):
         logits_TE, _ = draw_tokens(planted, settings.batch, noise, generator)
-        if by_graph:
-            logits_TE = smooth_logits(logits_TE, mix_with_identity(transition_matrix(adjacency_EE), 1.0))
+        logits_TE = smooth_logits(logits_TE, transition_matrix(adjacency_EE))
         counts_EE = count_coselections(logits_TE.topk(TOP_K).indices, settings.num_experts)
         adjacency_EE = update_adjacency(adjacency_EE, counts_EE, num_tokens, decay)
     return adjacency_EE
 
 
 def _distances(
-    settings: TheorySettings, planted: Planted, decay: float | None, generator: torch.Generator
+    settings: TheorySettings, planted: Planted, decay: float | None, noise: float, generator: torch.Generator
 ) -> list[float]:
-    """Without noise, after each number of updates: what is left is the average's own error."""
+    """After each number of updates, each learned anew. Without noise what is left is the average's own error."""
     return [
-        distance(_learn(settings, planted, 0.0, updates, decay, generator, by_graph=False), planted)
-        for updates in settings.updates
+        distance(_learn(settings, planted, noise, updates, decay, generator), planted) for updates in settings.updates
     ]
 
 

@@ -49,9 +49,7 @@ def plant(num_experts: int, num_communities: int, within: float, generator: torc
     return Planted(probabilities_EE + torch.diag(probabilities_EE.sum(1)), pairs_P2, weights_P)
 
 
-def draw_tokens(
-    planted: Planted, num_tokens: int, noise: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(planted: Planted, num_tokens: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw tokens.
 
     Args:

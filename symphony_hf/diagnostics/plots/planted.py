@@ -11,25 +11,27 @@ from .figure import COLORS, save_png
 from .runs import LINES, MARKERS
 
 
-def plot_convergence(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
     """Draw the distance to the planted graph by tokens, both on logarithmic scales, beside tokens^-1/2.
 
     Args:
-        curves: By name: `tokens`, and `distance`, one interval each.
+        curves: `name`, `tokens`, `distance`, one interval each, and where it is known `expected`.
         path: Of the PNG.
     """
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    for number, (name, curve) in enumerate(curves.items()):
-        _draw(axes, curve["tokens"], curve["distance"], number, name)
-    first = next(iter(curves.values()))
+    for number, curve in enumerate(curves):
+        _draw(axes, curve["tokens"], curve["distance"], number, curve["name"])
+        if "expected" in curve:
+            axes.plot(curve["tokens"], curve["expected"], color=COLORS[number % 6], linewidth=0.8, linestyle=":")
+    first = curves[0]
     start = first["tokens"][0], first["distance"][0]["estimate"]
     axes.plot(
         first["tokens"],
         [start[1] * (tokens / start[0]) ** -0.5 for tokens in first["tokens"]],
         color="black",
         linewidth=0.8,
-        linestyle=":",
+        linestyle="--",
         label="tokens$^{-1/2}$",
     )
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="distance to the planted graph")
@@ -63,5 +65,5 @@ def _finish(figure: Figure, axes: Any, path: str | os.PathLike[str]) -> Path:
     axes.legend(frameon=False, fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("bands: 95% t-intervals over seeds", fontsize=9)
+    figure.supxlabel("bands: 95% t-intervals over seeds; dotted: closed form", fontsize=9)
     return save_png(figure, path)

@@ -1,0 +1,176 @@
+"""The page itself: sections of tables and sentences, every number of them from a result file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..ablation.report import as_markdown, table_of
+from ..theory.report import convergence_table, share_table, theory_findings
+
+_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
+_ABSENT = "not known"
+
+
+def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the page.
+
+    Args:
+        results: `paper`, and `ablation` and `theory` where they were run; see `read_results`.
+    """
+    paper, ablation, theory = results["paper"], results.get("ablation"), results.get("theory")
+    lines = [
+        "# Evidence",
+        "",
+        "Written by `symphony evidence` from the files in `evidence/`; change those, not this page. Brackets are 95% "
+        "t-intervals over seeds. A ratio below 1 says that the graph's perplexity is the lower one; it is paired by "
+        "seed with the same system without a graph, which has the same weights at the start, batches and budget.",
+        "",
+        *_section("In short", _summary(paper, ablation, theory)),
+    ]
+    if ablation is not None:
+        lines += _section("The three pairs", [*_how(ablation), "", *as_markdown(_pairs(paper, ablation))])
+        lines += _section("The axes, one change at a time", as_markdown(_axes(ablation)))
+        lines += _section("What is missing", _missing(ablation))
+    if theory is not None:
+        lines += _section("The theory, on planted communities", _theory(theory))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""] if lines else []
+
+
+def _summary(
+    paper: Mapping[str, Any], ablation: Mapping[str, Any] | None, theory: Mapping[str, Any] | None
+) -> list[str]:
+    """What was confirmed, what was not, and what could not be run."""
+    lines = []
+    if ablation is not None:
+        for measure, claim in (
+            ("clean", "lower clean perplexity"),
+            ("attacked", "lower attacked perplexity"),
+            ("ratio", "a lower ratio of attacked to clean"),
+            ("routing_kept", "more of the routing kept under attack"),
+        ):
+            lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(ablation, measure)}.")
+        better, worse = (_variants(ablation, verdict) for verdict in ("better", "worse"))
+        lines.append(
+            f"- **Other forms of the graph**, on clean text against no graph: better are {better}; worse are {worse}. "
+            "The defaults of `SymphonyConfig` stay as they are unless a form stands out here."
+        )
+    if theory is not None:
+        lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
+    lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
+    return lines
+
+
+def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
+    """Each system's verdict on one claim."""
+    words = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed"}
+    found = []
+    for system, name in _NAMES.items():
+        row = _row(ablation, system, graph=True)
+        if row is None or "against_plain" not in row:
+            found.append(f"{name} not run")
+            continue
+        values = row["against_plain"][measure]
+        found.append(f"{name} {words[values['verdict']]} ({_difference(values, measure)})")
+    return "; ".join(found)
+
+
+def _variants(ablation: Mapping[str, Any], verdict: str) -> str:
+    labels = [
+        row["label"]
+        for row in ablation["rows"]
+        if "against_plain" in row and row["against_plain"]["clean"]["verdict"] == verdict
+    ]
+    return "; ".join(labels) or "none"
+
+
+def _row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, Any] | None:
+    """A system's row without a graph, or at the base point."""
+    base = ablation["settings"]["base"]
+    for row in ablation["rows"]:
+        point = row["point"]
+        is_plain = point["graph"] == "identity"
+        at_base = all(point[name] == value for name, value in base.items() if name != "system")
+        if point["system"] == system and (at_base if graph else is_plain):
+            return row
+    return None
+
+
+def _how(ablation: Mapping[str, Any]) -> list[str]:
+    settings, machine = ablation["settings"], ablation["machine"]
+    model = settings["model"]
+    speeds = sorted(cell["tokens_per_cpu_second"] for cell in ablation["cells"])
+    return [
+        f"`{ablation['command']}`",
+        "",
+        f"Trained on the Brown corpus and WikiText's validation text, tested on {settings['test_tokens']:,} words of "
+        f"WikiText's test text, of which the attack replaces {settings['attacked_tokens']:,}. Each cell: "
+        f"{settings['tokens']:,} words ({settings['steps']:,} steps of {settings['rows']} rows of "
+        f"{settings['block_size']}), {settings['parameters']:,} parameters, {model['hidden_size']} wide, "
+        f"a vocabulary of {settings['vocab_size']:,} words, Adam at {settings['learning_rate']}; seeds "
+        f"{', '.join(map(str, settings['seeds']))}. {speeds[0]:,.0f} to {speeds[-1]:,.0f} tokens a second of one "
+        f"core's time, on a CPU ({machine['machine']}). Perplexities of the paper's size, text and "
+        "vocabulary are not to be compared with these; ratios are.",
+    ]
+
+
+def _pairs(paper: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[list[str]]:
+    by_label = dict(zip((row["label"] for row in ablation["rows"]), table_of(ablation)[1:], strict=True))
+    header = table_of(ablation)[0]
+    table = [["system", "paper: clean, attacked, ratio", "paper: graph over none, clean, attacked", *header[1:]]]
+    for known in paper["rows"]:
+        row = _row(ablation, known["system"], known["graph"])
+        ratios = paper["graph_over_plain"][known["system"]] if known["graph"] else {}
+        levels = ", ".join(_known(known[name], 3 if name == "ratio" else 2) for name in ("clean", "attacked", "ratio"))
+        over = ", ".join(_known(ratios[name], 4) for name in ("clean", "attacked")) if ratios else ""
+        cells = by_label[row["label"]][1:] if row is not None else ["not run", *[""] * (len(header) - 2)]
+        table.append([known["name"], levels, over, *cells])
+    return table
+
+
+def _known(value: float | None, digits: int) -> str:
+    return _ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _axes(ablation: Mapping[str, Any]) -> list[list[str]]:
+    header, *rows = table_of(ablation)
+    system = ablation["settings"]["base"]["system"]
+    return [
+        header,
+        *(cells for cells, row in zip(rows, ablation["rows"], strict=True) if row["point"]["system"] == system),
+    ]
+
+
+def _missing(ablation: Mapping[str, Any]) -> list[str]:
+    lines = [f"- {cell}: not run" for cell in ablation["missing"] if cell not in ablation["failed"]]
+    return lines + [f"- {cell}: failed, {words}" for cell, words in ablation["failed"].items()]
+
+
+def _theory(theory: Mapping[str, Any]) -> list[str]:
+    settings = theory["settings"]
+    return [
+        f"`{theory['command']}`",
+        "",
+        f"{settings['num_experts']} experts in {settings['num_communities']} communities; a token's two right experts "
+        f"are of one community with a chance of {settings['within']:g}, stand out by 1, and all logits have noise. "
+        f"{len(settings['seeds'])} seeds, {theory['seconds']:.0f} s.",
+        "",
+        "Distance of the learned graph to the planted co-selection probabilities, over their norm:",
+        "",
+        *as_markdown(convergence_table(theory)),
+        "",
+        "Share of the right experts that are chosen, and the distance of the graph that Symphony has learned by then:",
+        "",
+        *as_markdown(share_table(theory)),
+    ]
+
+
+def _difference(values: Mapping[str, Any], measure: str) -> str:
+    is_share = measure == "routing_kept"
+    scale, digits, unit = (100, 2, " points") if is_share else (1, 4, "")
+    text = f"{scale * values['estimate']:{'+' if is_share else ''}.{digits}f}"
+    if values["low"] is None:
+        return f"{text}{unit}, one seed"
+    return f"{text} [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]{unit}"

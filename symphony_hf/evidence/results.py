@@ -1,0 +1,72 @@
+"""The result files that the page is written from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..unfinished import write_json
+from .page import evidence_page
+
+REQUIRED, RUN = "paper", ("ablation", "theory")
+SOURCES = {"ablation": "report.json", "theory": "theory.json"}
+"""What the commands call their results."""
+
+_LOCAL = ("output",)
+"""What says where on a machine something was, and nothing else."""
+
+
+def add_results(folder: str | Path, **outputs: str | None) -> None:
+    """Copy results of commands into the folder of result files, less the paths of the machine.
+
+    Args:
+        folder: `recipes/evidence`.
+        **outputs: `ablation`, `theory`: the output folders of these commands; None leaves what is there.
+
+    Raises:
+        DataError: If a folder has no results.
+    """
+    for name, output in outputs.items():
+        if output is None:
+            continue
+        values = _read(Path(output) / SOURCES[name])
+        write_json(Path(folder) / f"{name}.json", {key: value for key, value in values.items() if key not in _LOCAL})
+
+
+def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The paper's numbers, and those of the commands that were run.
+
+    Raises:
+        DataError: If the paper's are not there, or a file is no JSON.
+    """
+    folder = Path(folder)
+    run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
+    return {REQUIRED: _read(folder / f"{REQUIRED}.json"), **run}
+
+
+def write_evidence(folder: str | Path, page: str | Path) -> Path:
+    """Write the page.
+
+    Args:
+        folder: Of the result files.
+        page: `recipes/EVIDENCE.md`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: As `read_results`.
+    """
+    page = Path(page)
+    page.write_text(evidence_page(read_results(folder)), encoding="utf-8")
+    return page
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise DataError(f"{path}: {problem}; give the output folder of a command that has finished") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: no JSON ({error})") from error

@@ -1,0 +1,103 @@
+"""From a study to its cells: each routing once, under a name that its settings alone decide."""
+
+import dataclasses
+
+import pytest
+
+from symphony_hf.ablation import Cell, Point, cells_of, describe_plan
+from symphony_hf.ablation.plan import Results, digest_of
+from symphony_hf.errors import ConfigError
+
+AXES = """
+systems: [smoe, glam]
+seeds: [3, 4]
+axes:
+  strength: [0, 0.5, 1.0]
+  graph: [identity, learned]
+  normalization: [conditional, {self_loops: false}]
+"""
+
+
+def test_the_points_are_one_change_each_and_each_routing_once(make_study):
+    study = make_study(AXES)
+    assert [point.label(study.base) for point in study.points()] == [
+        "smoe, no graph",
+        "smoe, graph",
+        "glam, no graph",
+        "glam, graph",
+        "smoe, strength 0.5",
+        "smoe, graph learned",
+        "smoe, normalization conditional",
+        "smoe, self_loops false",
+    ]
+    cells = cells_of(study)
+    assert len(set(cells)) == len(cells) == 16
+    # The pairs of every seed come first, so that what a stopped study has is whole.
+    assert [cell.seed for cell in cells] == [3] * 4 + [4] * 4 + [3] * 4 + [4] * 4
+
+
+def test_a_product_has_every_combination(make_study):
+    study = make_study("product: true\naxes: {strength: [0.25, 0.5], decay: [0.9, 0.99], graph: [ema, random]}")
+    assert len(study.points()) == 2 + 8
+
+
+def test_a_system_that_only_an_axis_has_brings_its_own_plain_one(make_study):
+    study = make_study("systems: [glam]\naxes: {decay: [0.9]}")
+    assert Point(system="smoe", graph="identity", strength=0.0) in study.points()
+
+
+def test_what_decides_the_numbers_decides_the_digest(make_study):
+    study = make_study(AXES)
+    cell = cells_of(study)[1]
+    base = digest_of(study, cell, "text")
+    assert base == digest_of(study, cell, "text")
+    others = [
+        digest_of(study, cell._replace(seed=9), "text"),
+        digest_of(study, cell._replace(point=dataclasses.replace(cell.point, decay=0.5)), "text"),
+        digest_of(study, cell, "other text"),
+        digest_of(make_study(AXES, max_steps=7), cell, "text"),
+        digest_of(make_study(AXES, **{"model.config": {**study.recipe.model.config, "num_experts": 8}}), cell, "text"),
+    ]
+    assert len({base, *others}) == 6
+    # What does not decide them does not.
+    assert digest_of(make_study(AXES, logging_steps=3), cell, "text") == base
+
+
+def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
+    study = make_study(AXES)
+    results = Results(tmp_path / "out", study, "text")
+    results.save(cells_of(study)[2], {})
+    lines = describe_plan(study, results, seconds_per_cell=720.0, workers=2)
+    assert lines[0] == "8 points, 2 seeds: 16 cells of 192 tokens (6 steps); 1 are done"
+    assert [line.split()[0] for line in lines[1:-1]] == ["waiting"] * 2 + ["done"] + ["waiting"] * 13
+    assert lines[-1] == "About 720 s a cell, 1.5 hours for 15 of them, 2 at a time"
+
+
+@pytest.mark.parametrize(
+    ("study", "overrides", "message"),
+    [
+        ("axis: {}", {}, "unknown setting `axis`; did you mean `axes`"),
+        ("axes: {strenght: [1]}", {}, "unknown setting `strenght`; did you mean `strength`"),
+        ("axes: {graph: [emma]}", {}, "`graph` is 'emma'; did you mean `ema`"),
+        ("axes: {decay: 0.9}", {}, "must be a list of values"),
+        ("axes: {normalization: [{smoothing: scores, normalization: symmetric}]}", {}, "scores.*needs.*row"),
+        ("systems: [smoke]", {}, "known are smoe, xmoe, glam"),
+        ("seeds: [1, 1]", {}, "each once"),
+        ("base: {freeze_after: 0}", {}, "share of the steps"),
+        ("", {"lr_scheduler_type": "cosine"}, "constant rate"),
+        ("", {"max_steps": -1}, "positive `max_steps`"),
+        ("", {"model.path": "somewhere"}, "must build a `wikitext_moe` model"),
+        ("", {"symphony": None}, ""),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(make_study, study, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_study(study, **overrides)
+
+
+def test_plain_is_plain_by_any_name():
+    for point in (Point(graph="identity", decay=0.5), Point(strength=0, normalization="symmetric")):
+        assert point.is_plain
+        assert point.canonical() == Point(graph="identity", strength=0.0)
+    assert Point(graph="learned", decay=0.5).canonical() == Point(graph="learned")
+    assert Cell(Point(), 1).name("abc") == "smoe-ema-seed1-abc"

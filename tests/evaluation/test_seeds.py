@@ -1,0 +1,47 @@
+"""Intervals over seeds, against tables and by hand."""
+
+import math
+
+import pytest
+
+from symphony_hf.errors import EvaluationError
+from symphony_hf.evaluation import paired_ratio, t_interval
+
+
+def test_the_interval_is_student_s():
+    interval = t_interval([1.0, 2.0, 3.0])
+    # Standard deviation 1; t of 2 degrees of freedom, two-sided 95%, from any table.
+    assert interval.estimate == 2
+    assert interval.low == pytest.approx(2 - 4.303 / math.sqrt(3), abs=1e-3)
+    assert interval.high == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+    assert interval.excludes(5)
+    assert not interval.excludes(0)
+    wider = t_interval([1.0, 2.0, 3.0], confidence=0.99)
+    assert wider.high == pytest.approx(2 + 9.925 / math.sqrt(3), abs=1e-3)
+
+
+def test_what_pairs_share_is_not_in_the_interval_of_their_ratio():
+    interval = paired_ratio([9.0, 90.0, 900.0], [10.0, 100.0, 1000.0])
+    assert interval.estimate == pytest.approx(0.9)
+    assert interval.low == pytest.approx(0.9)
+    assert interval.high == pytest.approx(0.9)
+    assert interval.excludes(1)
+
+
+def test_one_seed_excludes_nothing():
+    interval = t_interval([4.0])
+    assert (interval.estimate, interval.low, interval.high) == (4.0, None, None)
+    assert not interval.excludes(100)
+    assert paired_ratio([2.0], [4.0]).estimate == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_no_value_or_one_that_is_none_is_refused(values):
+    with pytest.raises(EvaluationError, match="one finite value a seed"):
+        t_interval(values)
+
+
+@pytest.mark.parametrize(("values", "others"), [([1.0], [1.0, 2.0]), ([0.0], [1.0]), ([], [])])
+def test_ratios_need_positive_pairs(values, others):
+    with pytest.raises(EvaluationError, match="pairs of positive values|one finite value"):
+        paired_ratio(values, others)

@@ -1,0 +1,127 @@
+"""EVIDENCE.md: it is what the command writes, and no number in it is from anywhere but a result file."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from symphony_hf.cli import app
+from symphony_hf.errors import DataError
+from symphony_hf.evidence import evidence_page, read_results
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PAGE = RECIPES / "EVIDENCE.md"
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?![\w.]*\d)")
+
+
+def numbers_in(value) -> Iterator[float]:
+    """Of a result file: its numbers, how long its lists are, and the numbers in its names and sentences."""
+    if isinstance(value, bool) or value is None:
+        return
+    if isinstance(value, int | float):
+        yield float(value)
+    elif isinstance(value, str):
+        yield from (float(found.replace(",", "")) for found in NUMBER.findall(value))
+    elif isinstance(value, list):
+        yield float(len(value))
+        for item in value:
+            yield from numbers_in(item)
+    else:
+        for name, item in value.items():
+            yield from numbers_in(name)
+            yield from numbers_in(item)
+
+
+def test_the_page_is_what_the_command_writes_of_the_files(tmp_path):
+    result = CliRunner().invoke(
+        app, ["evidence", "--folder", str(RECIPES / "evidence"), "--page", str(tmp_path / "page.md")]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "page.md").read_text() == PAGE.read_text()
+
+
+def test_every_number_of_the_page_is_in_a_result_file():
+    known = {number for values in read_results(RECIPES / "evidence").values() for number in numbers_in(values)}
+    assert known
+    # What is no result: the level of all intervals, the null of all ratios, a slope that theory expects.
+    constants = {95.0, 1.0, -0.5}
+    text = re.sub(r"`[^`]*`", "", PAGE.read_text())
+    unknown = []
+    for found in NUMBER.findall(text):
+        digits = len(found.partition(".")[2])
+        value = float(found.replace(",", ""))
+        rounded = {round(scale * number, digits) for number in known for scale in (1, 100)}
+        if value not in rounded | constants and value not in {round(value_, digits) for value_ in known}:
+            unknown.append(found)
+    assert not unknown
+
+
+def test_the_paper_s_ratios_are_those_of_its_numbers():
+    paper = json.loads((RECIPES / "evidence" / "paper.json").read_text())
+    rows = {(row["system"], row["graph"]): row for row in paper["rows"]}
+    for row in rows.values():
+        if row["clean"] and row["attacked"]:
+            assert row["ratio"] == round(row["attacked"] / row["clean"], 3)
+        else:
+            assert row["ratio"] is None
+    for system, ratios in paper["graph_over_plain"].items():
+        for name, ratio in ratios.items():
+            plain, graph = rows[system, False][name], rows[system, True][name]
+            assert ratio == (round(graph / plain, 4) if plain and graph else None)
+
+
+def test_no_result_file_says_where_on_a_machine_it_was_made():
+    for path in (RECIPES / "evidence").glob("*.json"):
+        assert not re.search(r'"/(?:home|root|tmp|work|Users)', path.read_text()), path.name
+
+
+def test_results_are_taken_in_without_paths_and_missing_ones_are_refused(tmp_path):
+    folder, output = tmp_path / "evidence", tmp_path / "theory"
+    folder.mkdir()
+    output.mkdir()
+    (folder / "paper.json").write_text((RECIPES / "evidence" / "paper.json").read_text())
+    arguments = ["evidence", "--folder", str(folder), "--page", str(tmp_path / "page.md"), "--theory", str(output)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, DataError)
+    assert "theory.json" in str(result.exception)
+    values = json.loads((RECIPES / "evidence" / "theory.json").read_text())
+    (output / "theory.json").write_text(json.dumps({**values, "output": "/somewhere"}))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert json.loads((folder / "theory.json").read_text()) == values
+    assert "/somewhere" not in (tmp_path / "page.md").read_text()
+
+
+def test_a_page_of_the_paper_alone_claims_nothing():
+    page = evidence_page({"paper": read_results(RECIPES / "evidence")["paper"]})
+    assert "Not run" in page
+    assert "confirmed" not in page
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "not distinguishable"])
+def test_what_did_not_help_is_said(verdict):
+    interval = {"estimate": 0.5, "low": 0.4, "high": 0.6, "num_seeds": 3, "confidence": 0.95}
+    measures = ("clean", "attacked", "ratio", "routing_kept")
+    base = {"system": "smoe", "graph": "ema", "strength": 1.0}
+    row = {**dict.fromkeys(measures, interval), "seeds": [0, 1, 2]}
+    against = {name: {**interval, "verdict": verdict} for name in measures}
+    settings = {
+        **{"base": base, "model": {"hidden_size": 64}, "seeds": [0, 1, 2], "learning_rate": 0.003},
+        **dict.fromkeys(("tokens", "steps", "rows", "block_size", "parameters", "vocab_size"), 8),
+        **dict.fromkeys(("test_tokens", "attacked_tokens"), 8),
+    }
+    ablation = {
+        "rows": [
+            {**row, "label": "smoe, no graph", "point": {**base, "graph": "identity", "strength": 0.0}},
+            {**row, "label": "smoe, graph", "point": base, "against_plain": against},
+        ],
+        **{"cells": [{"tokens_per_cpu_second": 5000.0}], "missing": ["glam, graph, seed 0"], "failed": {}},
+        **{"machine": {"machine": "x"}, "command": "symphony ablate STUDY", "settings": settings},
+    }
+    page = evidence_page({"paper": read_results(RECIPES / "evidence")["paper"], "ablation": ablation})
+    word = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed"}[verdict]
+    assert f"Lower clean perplexity with the graph**: SMoE {word} (0.5000 [0.4000, 0.6000])" in page
+    assert "XMoE not run" in page
+    assert "- glam, graph, seed 0: not run" in page
