@@ -1,11 +1,12 @@
 """The pictures of an observation, from its `result.json` and `matrices.safetensors` alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from ..unfinished import flush
 
@@ -33,46 +34,48 @@ def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns:
         Their paths.
     """
-    from ..diagnostics import plots  # matplotlib is slow to import
-
-    matrices, routers, layers = load_file(folder / "matrices.safetensors"), result["routers"], result["layers"]
-    graphs = _matrices_of(matrices, "coselection/", routers)
-    drawn = [
-        plots.plot_graphs(graphs, folder / "graphs.png"),
-        plots.plot_expert_network(graphs, folder / "network.png"),
-    ]
-    learned = _matrices_of(matrices, "learned/", routers)
-    if learned:
-        drawn.append(plots.plot_graphs(learned, folder / "learned.png"))
-    similarities = _matrices_of(matrices, "similarity/", routers)
-    if similarities:
-        drawn.append(plots.plot_similarity(similarities, folder / "similarity.png"))
-    if len(result["domains"]) > 1:
-        allocation = {
-            name: {domain: layers[name]["allocation"][domain] for domain in _domains(result)} for name in routers
-        }
-        top_k = {name: layers[name]["top_k"] for name in routers}
-        drawn.append(plots.plot_allocation(allocation, top_k, folder / "allocation.png"))
-    drawn += _draw_flips(plots, result, folder)
-    if len(result["checkpoints"]) > 1:
-        drawn += _draw_checkpoints(plots, result, matrices, folder)
+    # disable=None: no bar where the output is not a terminal, such as a log file.
+    drawn = list(tqdm(_draw(result, folder), desc="Drawing", unit=" pictures", delay=2, disable=None))
     for path in drawn:
         flush(path)
     return drawn
+
+
+def _draw(result: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    from ..diagnostics import plots  # matplotlib is slow to import
+
+    matrices, routers = load_file(folder / "matrices.safetensors"), result["routers"]
+    graphs = _matrices_of(matrices, "coselection/", routers)
+    yield plots.plot_graphs(graphs, folder / "graphs.png")
+    yield plots.plot_expert_network(graphs, folder / "network.png")
+    learned = _matrices_of(matrices, "learned/", routers)
+    if learned:
+        yield plots.plot_graphs(learned, folder / "learned.png")
+    similarities = _matrices_of(matrices, "similarity/", routers)
+    if similarities:
+        yield plots.plot_similarity(similarities, folder / "similarity.png")
+    if len(result["domains"]) > 1:
+        top_k = {name: result["layers"][name]["top_k"] for name in routers}
+        yield plots.plot_allocation(_allocation(result), top_k, folder / "allocation.png")
+    yield from _draw_flips(plots, result, folder)
+    if len(result["checkpoints"]) > 1:
+        yield from _draw_checkpoints(plots, result, matrices, folder)
+
+
+def _allocation(result: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """By layer and domain: the largest domain first, the rest last."""
+    domains = sorted(result["domains"], key=lambda name: (name == "other", -result["domains"][name]))
+    layers = {name: result["layers"][name]["allocation"] for name in result["routers"]}
+    return {name: {domain: allocation[domain] for domain in domains} for name, allocation in layers.items()}
 
 
 def _matrices_of(matrices: Mapping[str, Tensor], prefix: str, routers: list[str]) -> dict[str, Tensor]:
     return {name: matrices[prefix + name] for name in routers if prefix + name in matrices}
 
 
-def _domains(result: Mapping[str, Any]) -> list[str]:
-    """The largest first, the rest last."""
-    return sorted(result["domains"], key=lambda name: (name == "other", -result["domains"][name]))
-
-
-def _draw_flips(plots: Any, result: Mapping[str, Any], folder: Path) -> list[Path]:
+def _draw_flips(plots: Any, result: Mapping[str, Any], folder: Path) -> Iterator[Path]:
     """One plan an attack."""
-    drawn, routers = [], result["routers"]
+    routers = result["routers"]
     attacks = list(dict.fromkeys(row["attack"] for row in result["corruption"]))
     for attack in attacks:
         rows = [row for row in result["corruption"] if row["attack"] == attack]
@@ -85,8 +88,7 @@ def _draw_flips(plots: Any, result: Mapping[str, Any], folder: Path) -> list[Pat
             "kind of token" + suffix: (result["classes"], _in_order(hardest["by_class"], routers)),
         }
         name = "flips.png" if len(attacks) == 1 else f"flips-{attack}.png"
-        drawn.append(plots.plot_flips(panels, f"Where routing changes under {attack}", folder / name))
-    return drawn
+        yield plots.plot_flips(panels, f"Where routing changes under {attack}", folder / name)
 
 
 def _in_order(values: Mapping[str, Any], routers: list[str]) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _in_order(values: Mapping[str, Any], routers: list[str]) -> dict[str, Any]:
 
 def _draw_checkpoints(
     plots: Any, result: Mapping[str, Any], matrices: Mapping[str, Tensor], folder: Path
-) -> list[Path]:
+) -> Iterator[Path]:
     routers, checkpoints = result["routers"], result["checkpoints"]
     names = checkpoint_names([checkpoint["source"] for checkpoint in checkpoints])
     loads = {name: [checkpoint["load"][name] for checkpoint in checkpoints] for name in routers}
@@ -105,11 +107,9 @@ def _draw_checkpoints(
         _matrices_of(matrices, f"checkpoint/{number}/coselection/", routers) for number in range(len(checkpoints))
     ]
     chance = chances.pop() if len(chances) == 1 else None
-    return [
-        plots.plot_load_history(loads, names, folder / "load.png"),
-        plots.plot_graph_evolution(graphs, names, folder / "evolution.png"),
-        plots.plot_saturation(saturation, names, folder / "saturation.png", chance),
-    ]
+    yield plots.plot_load_history(loads, names, folder / "load.png")
+    yield plots.plot_graph_evolution(graphs, names, folder / "evolution.png")
+    yield plots.plot_saturation(saturation, names, folder / "saturation.png", chance)
 
 
 def checkpoint_names(sources: list[str]) -> list[str]:

@@ -9,18 +9,7 @@ from rich.table import Table
 from ..diagnostics.names import layer_titles
 from .pictures import checkpoint_names
 
-_LAYER_COLUMNS = (
-    "layer",
-    "experts",
-    "load entropy",
-    "busiest",
-    "dead",
-    "margin",
-    "gap",
-    "modularity",
-    "domains",
-    "CKA",
-)
+_LAYER_COLUMNS = ("layer", "experts", "entropy", "busiest", "dead", "margin", "gap", "mod.", "dom.", "CKA")
 
 
 def print_observation(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -80,12 +69,12 @@ def _layer_table(result: Mapping[str, Any]) -> Table:
     )
     table = Table(title=str(result["settings"]["model"]), title_justify="left", caption=caption, caption_justify="left")
     for column in _LAYER_COLUMNS:
-        table.add_column(column, justify="left" if column == "layer" else "right")
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for name, layer in _layers(result):
         graph, similarity = layer["graph"], layer["similarity"]
         table.add_row(
             name,
-            f"{layer['top_k']} of {layer['num_experts']}",
+            f"{layer['top_k']}/{layer['num_experts']}",
             f"{layer['load_entropy']:.3f}",
             f"{layer['busiest']:.2f}",
             str(len(layer["dead_experts"])),

@@ -76,8 +76,9 @@ def _layout(adjacency_EE: Tensor) -> np.ndarray:
     """Positions within the unit square, by springs along the edges that are worth a line. Shape: (num_experts, 2)."""
     network = nx.Graph()
     network.add_nodes_from(range(len(adjacency_EE)))
-    network.add_weighted_edges_from(strongest_edges(adjacency_EE))
-    found = nx.spring_layout(network, k=1.6 / np.sqrt(len(adjacency_EE)), iterations=200, seed=_SEED)
+    # Without their weights: those of a close community would pull it into one dot.
+    network.add_edges_from((j, k) for j, k, _ in strongest_edges(adjacency_EE))
+    found = nx.spring_layout(network, k=3.0 / np.sqrt(len(adjacency_EE)), iterations=300, seed=_SEED)
     places = np.array([found[expert] for expert in range(len(adjacency_EE))])
     least, most = places.min(0), places.max(0)
     return (places - least) / np.maximum(most - least, 1e-9)

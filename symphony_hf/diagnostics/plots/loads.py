@@ -48,8 +48,8 @@ def plot_load_history(
     arrays = {title: np.array(loads[name], dtype=float).T for title, name in titles.items()}
     rows, columns = grid(len(arrays))
     tallest = max(map(len, arrays.values()))
-    size = (2.3 * columns + 1.2, (1.1 + 0.09 * min(max(tallest, 14), 40)) * rows + 0.9)
-    figure = Figure(figsize=size, layout="constrained")
+    height = 1.1 + 0.09 * max(tallest, 14) if tallest <= _MOST_NUMBERED else 2.4
+    figure = Figure(figsize=(2.3 * columns + 1.2, height * rows + 0.9), layout="constrained")
     figure.suptitle(f"Load of each expert over time{left_out}", fontsize=11)
     axes = np.array(figure.subplots(rows, columns, squeeze=False))
     for place, (title, load_ET) in enumerate(arrays.items()):
