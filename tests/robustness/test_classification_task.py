@@ -58,7 +58,7 @@ def models(review_tokenizer, tmp_path_factory):
     """One that has learned the word that counts, and one that has not. Folders."""
     paths = {}
     for name, steps in (("trained", 40), ("untrained", 0)):
-        model = make_model("olmoe", vocab_size=len(review_tokenizer), max_position_embeddings=128)
+        model = make_model("olmoe", vocab_size=len(review_tokenizer), max_position_embeddings=256)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         rows = [(row["sentence"], ANSWERS[row["label"]]) for row in reviews(60, seed=1)]
         for step in range(steps):

@@ -66,9 +66,10 @@ def trained(processor, untrained, tmp_path_factory):
             parameter.mul_(10)  # a new projector's small weights would let little of the image through for long
     task = open_task(make_settings(untrained, tmp_path_factory.mktemp("none")), Store(None))
     asked = list(task._asked(None))
-    inputs = make_asker(processor, []).answered(asked, [one.example.answer for one in asked])
-    hidden = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == model.config.image_token_id)
-    labels = inputs["input_ids"].masked_fill(hidden, -100)
+    asker = make_asker(processor, [])
+    inputs = asker.answered(asked, [one.example.answer for one in asked])
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, : asker.prompts(asked)["input_ids"].shape[1]] = -100  # all prompts are the same
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
         model.train()(**inputs, labels=labels).loss.backward()
