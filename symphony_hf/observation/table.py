@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -10,6 +11,9 @@ from ..diagnostics.names import layer_titles
 from .pictures import checkpoint_names
 
 _LAYER_COLUMNS = ("layer", "experts", "entropy", "busiest", "dead", "margin", "gap", "mod.", "dom.", "CKA")
+
+_NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+"""So that ten columns fit a terminal of 80."""
 
 
 def print_observation(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -67,7 +71,8 @@ def _layer_table(result: Mapping[str, Any]) -> Table:
         "last expert chosen, in nats; gap: spectral, and mod.: modularity, of the graph of experts chosen together; "
         "dom.: what an expert tells about the domain, from 0 to 1; CKA: mean similarity of two experts' outputs"
     )
-    table = Table(title=str(result["settings"]["model"]), title_justify="left", caption=caption, caption_justify="left")
+    title = str(result["settings"]["model"])
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", **_NARROW)
     for column in _LAYER_COLUMNS:
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for name, layer in _layers(result):

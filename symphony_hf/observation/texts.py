@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Document
+from ..data.documents import SPLIT_NAMES
 from ..data.rows import thinned
 from ..errors import DataError
 from ..evaluation import MIN_DOCUMENTS
@@ -185,9 +186,11 @@ def _distances(untouched: Untouched, ends: np.ndarray) -> np.ndarray:
     """How far behind the last edit of its window each untouched token is, as a number in `DISTANCE_NAMES`."""
     number = len(untouched.clean)
     window = np.searchsorted(ends, untouched.attacked, side="right")
-    # Something was put in, taken out or changed right in front of these.
+    # Something was put in, taken out or changed right in front of these, and not in another window.
+    is_first = window != np.searchsorted(ends, untouched.attacked - 1, side="right")
     before = [np.append(-1, places[:-1]) for places in untouched]
     is_behind = (untouched.clean - before[0] != 1) | (untouched.attacked - before[1] != 1)
+    is_behind &= ~is_first & (untouched.attacked > 0)
     last = np.maximum.accumulate(np.where(is_behind, np.arange(number), -1))
     has_edit = (last >= 0) & (window[last] == window)
     distance = untouched.attacked - untouched.attacked[last] + 1
@@ -200,7 +203,7 @@ def _distances(untouched: Untouched, ends: np.ndarray) -> np.ndarray:
 
 def _domains(names: Sequence[str], num_tokens: Sequence[int]) -> tuple[list[str], np.ndarray]:
     """Domains by the first folder of a document's name, and the number of each document's."""
-    folders = [name.split("/")[0] if "/" in name else "top level" for name in names]
+    folders = [_folder_of(name) for name in names]
     sizes: Counter[str] = Counter()
     for folder, size in zip(folders, num_tokens, strict=True):
         sizes[folder] += size
@@ -209,6 +212,14 @@ def _domains(names: Sequence[str], num_tokens: Sequence[int]) -> tuple[list[str]
     if len(sizes) > len(kept):
         kept.append(OTHERS)
     return kept, np.array([kept.index(folder if folder in kept else OTHERS) for folder in folders])
+
+
+def _folder_of(name: str) -> str:
+    """The first folder in a document's name, but for that of its split."""
+    parts = name.split("/")
+    if parts[0].lower() in SPLIT_NAMES:
+        parts = parts[1:]
+    return parts[0] if len(parts) > 1 else "top level"
 
 
 def _classes(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
