@@ -8,12 +8,17 @@ from ..evaluation import Interval
 from ..robustness import verdicts
 from .json_files import as_interval, is_interval
 from .runs import AttackRow, Comparison, Level, Run, flat
+from .tables import show, show_interval
 
 _WHAT = {
     "perplexity": "ratio of perplexities",
+    "accuracy": "difference of accuracies",
     "ratio": "difference of attacked / clean",
+    "difference": "difference of attacked - clean",
     "untouched": "ratio on untouched tokens",
 }
+_CHANGES = ("ratio", "difference")
+"""Entries of a row that compare attacked with clean input; what else is an interval was measured of one of them."""
 _NO_DIFFERENCE = frozenset({"model", "against", "output", "batch_size"})
 """Settings that say nothing on what was measured, or that the page shows elsewhere."""
 
@@ -53,8 +58,8 @@ def _labels(settings: Mapping[str, Any], roles: list[str]) -> dict[str, str]:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Interval]:
-    """What was measured of one form of the text, `perplexity` say; not the ratios, which compare two forms."""
-    return {name: as_interval(value) for name, value in values.items() if is_interval(value) and name != "ratio"}
+    """What was measured of one form of the input, `perplexity` say."""
+    return {name: as_interval(value) for name, value in values.items() if is_interval(value) and name not in _CHANGES}
 
 
 def _levels(label: str, clean: Mapping[str, Any]) -> Iterator[Level]:
@@ -65,7 +70,8 @@ def _levels(label: str, clean: Mapping[str, Any]) -> Iterator[Level]:
 
 def _attacks(label: str, model: Mapping[str, Any]) -> Iterator[AttackRow]:
     for row in model["attacks"]:
-        ratio, untouched = row.get("ratio"), row.get("untouched")
+        change = next((row[name] for name in _CHANGES if is_interval(row.get(name))), None)
+        untouched = row.get("untouched")
         for metric, interval in _metrics(row).items():
             yield AttackRow(
                 label,
@@ -73,7 +79,7 @@ def _attacks(label: str, model: Mapping[str, Any]) -> Iterator[AttackRow]:
                 row["severity"],
                 metric,
                 interval,
-                as_interval(ratio) if is_interval(ratio) else None,
+                None if change is None else as_interval(change),
                 as_interval(untouched["ratio"]) if untouched else None,
             )
 
@@ -81,7 +87,8 @@ def _attacks(label: str, model: Mapping[str, Any]) -> Iterator[AttackRow]:
 def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[Comparison]:
     first, second = labels["model"], labels["against"]
     clean = compared["clean"]
-    yield Comparison(first, second, "clean", _WHAT["perplexity"], as_interval(clean), clean["verdict"], headline=True)
+    level = "accuracy" if clean["null"] == 0 else "perplexity"  # a difference, or a ratio
+    yield Comparison(first, second, "clean", _WHAT[level], as_interval(clean), clean["verdict"], headline=True)
     overall = {row["attack"]: row for row in compared["attacks"]}  # the last: all severities together
     for row in compared["attacks"]:
         severity = "all severities" if row["severity"] is None else f"severity {row['severity']}"
@@ -95,10 +102,13 @@ def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iter
 def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
     """Of one model alone: what it was, and what an attack makes of it."""
     for level in levels:
-        yield f"On clean text, {level.metric} {level.value:.2f} [{level.low:.2f}, {level.high:.2f}]."
+        shown, low, high = (
+            show(value, level.metric) for value in (level.value, level.low, level.high) if value is not None
+        )
+        yield f"On clean input, {level.metric} {shown} [{low}, {high}]."
     for row in {(row.attack, row.metric): row for row in attacks}.values():  # the last: all severities together
-        times = "" if row.ratio is None else f", {row.ratio.estimate:.2f} times as high"
-        yield f"Under {row.attack}, {row.metric} {row.value.estimate:.2f}{times}."
+        times = "" if row.change is None else f"; against clean input {show_interval(row.change)}"
+        yield f"Under {row.attack}, {row.metric} {show(row.value.estimate, row.metric)}{times}."
 
 
 def _command(settings: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ _READERS = (
     _Reader("results.json", "recipe", read_training_run),
     _Reader("report.json", "arms", read_quickstart),
     _Reader("result.json", "models", read_evaluation),
+    _Reader("result.json", "layers", read_routing),
     _Reader("result.json", "metrics", read_routing),
 )
 _FILES = tuple(dict.fromkeys(reader.file for reader in _READERS))

@@ -8,15 +8,15 @@ from .runs import Run, flat
 
 
 def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
-    """A folder with `result.json` that has `metrics`, and PNGs."""
-    metrics = _rows(result["metrics"])
+    """A folder with `result.json` that has `metrics`, or `layers` by router, and PNGs."""
+    metrics = _rows(result["metrics"]) if "metrics" in result else _layers(result)
     captions = result.get("pictures")
     captions = captions if isinstance(captions, Mapping) else {}
     settings = result.get("settings", {})
     pictures = {
         str(captions.get(path.name) or path.stem.replace("_", " ")): path for path in sorted(folder.glob("*.png"))
     }
-    about = settings.get("model", "")
+    about = str(settings.get("model", "")).rstrip("/").rsplit("/", 1)[-1]
     told = [str(line) for line in result.get("findings", [])]
     return Run(
         folder=folder,
@@ -30,6 +30,16 @@ def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
         versions=result.get("versions", {}),
         command=str(result.get("command", "")),
     )
+
+
+def _layers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each router: its numbers, and not its lists, which have an entry for each expert or domain."""
+    layers = result["layers"]
+    rows = []
+    for router in result.get("routers", layers):
+        numbers = {name: value for name, value in flat(layers[router]).items() if isinstance(value, int | float)}
+        rows.append({"router": router, **numbers})
+    return rows
 
 
 def _rows(metrics: Any) -> list[dict[str, Any]]:

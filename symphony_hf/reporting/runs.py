@@ -40,7 +40,7 @@ class AttackRow:
 
     Attributes:
         severity: From 1 to 5; None for all that were measured together.
-        ratio: Attacked / clean, where the metric has one.
+        change: Attacked / clean of a perplexity, attacked - clean of an accuracy.
         untouched: The same on the tokens that the attack left alone.
     """
 
@@ -49,7 +49,7 @@ class AttackRow:
     severity: int | None
     metric: str
     value: Interval
-    ratio: Interval | None = None
+    change: Interval | None = None
     untouched: Interval | None = None
 
 

@@ -109,14 +109,14 @@ def attacked(runs: Named) -> Section | None:
             text("all") if row.severity is None else number(row.severity),
             text(row.metric),
             interval(row.value, row.metric),
-            interval(row.ratio),
+            interval(row.change),
             interval(row.untouched),
         ]
         for name, row in found
     ]
-    header = ("run", "model", "attack", "severity", "measure", "value [95%]", "attacked / clean", "on untouched tokens")
+    header = ("run", "model", "attack", "severity", "measure", "value [95%]", "against clean", "on untouched tokens")
     note = (
-        "Attacked / clean is the ratio of a model's own values on attacked and on clean text. On untouched tokens it "
+        "Against clean: attacked / clean of a perplexity, attacked - clean of an accuracy. On untouched tokens it "
         "is taken over the words that the attack left alone, which a change of tokens cannot confound."
     )
     table = make_table("Attacks by severity", header, rows, len(runs))

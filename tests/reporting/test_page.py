@@ -70,7 +70,7 @@ def test_attacks_and_losses_are_those_of_the_files(parsed, evaluated, trained):
     assert parsed.column("Attacks by severity", "severity") == ["1", "3", "all"] * 4
     assert parsed.column("Attacks by severity", "model") == ["symphony"] * 6 + ["plain"] * 6
     header, *shown = parsed.tables["Attacks by severity"]
-    place = [cell for cell, _ in header].index("attacked / clean")
+    place = [cell for cell, _ in header].index("against clean")
     assert [row[place][1] for row in shown] == [row["ratio"]["estimate"] for row in rows]
     results = json.loads((trained / "results.json").read_text())
     (own,) = [row for row in parsed.tables["Losses"] if row[0][0] == "run" and row[1][0] == "–"]

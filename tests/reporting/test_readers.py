@@ -53,7 +53,7 @@ def test_one_model_alone_has_no_verdict(evaluated, copy):
     (run,) = read_runs([folder])
     assert run.comparisons == []
     assert len(run.findings) == 3  # clean, and two attacks
-    assert "times as high" in run.findings[1]
+    assert "; against clean input " in run.findings[1]
 
 
 def test_two_revisions_of_a_model_have_two_names(evaluated, copy):
@@ -84,6 +84,40 @@ def test_memory_is_read_where_trainer_measured_it(trained, copy):
     folder = copy(trained)
     rewrite(folder / "results.json", lambda r: r["train"].update(train_mem_gpu_peaked_delta=2**30))
     assert read_runs([folder])[0].costs[0].memory == {"mem gpu peaked delta": 2**30}
+
+
+def test_layers_are_rows_with_their_numbers(routed, copy):
+    folder = copy(routed)
+    layer = {"top_k": 2, "load": [0.5, 0.5], "graph": {"modularity": 0.25, "communities": [[0], [1]]}}
+
+    def by_layer(result):
+        del result["metrics"]
+        result.update(layers={"layers.10": layer, "layers.2": layer}, routers=["layers.2", "layers.10"])
+
+    rewrite(folder / "result.json", by_layer)
+    numbers = {"top_k": 2, "graph.modularity": 0.25}
+    assert read_runs([folder])[0].metrics == [
+        {"router": "layers.2", **numbers},
+        {"router": "layers.10", **numbers},
+    ]
+
+
+def test_an_evaluation_may_be_of_accuracy(evaluated, copy):
+    folder = copy(evaluated)
+
+    def accuracy(result):
+        share = {"estimate": 0.75, "low": 0.5, "high": 0.9, "confidence": 0.95, "num_documents": 12, "seed": 0}
+        less = share | {"estimate": -0.25, "low": -0.3, "high": -0.2, "null": 0.0}
+        row = {"attack": "aaa", "severity": 1, "accuracy": share, "difference": less, "also": {}}
+        result["models"] = {"model": {"clean": {"accuracy": share, "also": {}}, "attacks": [row]}}
+        del result["comparisons"]
+        result["settings"]["against"] = None
+
+    rewrite(folder / "result.json", accuracy)
+    (run,) = read_runs([folder])
+    assert [(level.metric, level.value) for level in run.levels] == [("accuracy", 0.75)]
+    assert [(row.metric, row.value.estimate, row.change.estimate) for row in run.attacks] == [("accuracy", 0.75, -0.25)]
+    assert run.findings[0] == "On clean input, accuracy 75.00% [50.00%, 90.00%]."
 
 
 @pytest.mark.parametrize(
