@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from symphony_hf import SymphonyCallback, expert_graphs, symphonize
 from symphony_hf.diagnostics import graph_summary
+from symphony_hf.errors import SymphonyWarning
+from symphony_hf.training.load_history import LoadHistory
 from symphony_hf.training.monitor import GraphMonitor
 
 
@@ -19,7 +21,13 @@ def test_the_summary_of_two_graphs_by_hand():
     entropy = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(3)
     summary = graph_summary({"a": uneven, "b": even})
     assert summary == pytest.approx(
-        {"load_entropy": (entropy + 1) / 2, "dead_experts": 1 / 6, "neighbours": 1 / 6, "drift": 0.0}
+        {
+            "load_entropy": (entropy + 1) / 2,
+            "dead_experts": 1 / 6,
+            "busiest": (2.25 + 1) / 2,
+            "neighbours": 1 / 6,
+            "drift": 0.0,
+        }
     )
     drift = graph_summary({"b": 2 * even}, {"b": even})["drift"]
     assert drift == pytest.approx(0.5)  # |2I - I| / |2I|
@@ -55,6 +63,43 @@ def test_numbers_are_in_every_log(tmp_path):
     assert (tmp_path / "graphs.png").stat().st_size > 10_000
 
 
+def test_the_loads_of_every_log_are_kept_and_drawn(tmp_path):
+    trainer = train(tmp_path, report_to="none")
+    history = LoadHistory.read(tmp_path / "load_history.safetensors")
+    assert history.steps == [1, 2, 3, 4]
+    for name, graph in expert_graphs(trainer.model).items():
+        torch.testing.assert_close(history.loads[name][-1], graph.diagonal() / graph.diagonal().sum())
+    assert (tmp_path / "load.png").stat().st_size > 10_000
+
+
+def test_a_run_that_goes_on_has_the_loads_of_before(tmp_path):
+    train(tmp_path, report_to="none")
+    path = tmp_path / "load_history.safetensors"
+    model, monitor = move_graphs(symphonize(make_model())), GraphMonitor(pictures=False)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    state = TrainerState(global_step=2, is_world_process_zero=True)  # it was broken off after 4, and saved at 2
+    monitor.on_train_begin(arguments, state, None, model=model)
+    state.global_step = 5
+    monitor.on_log(arguments, state, None, model=model, logs={"loss": 1.0})
+    monitor.on_save(arguments, state, None, model=model)
+    assert LoadHistory.read(path).steps == [1, 2, 5]
+    path.write_bytes(b"damaged")
+    state.global_step = 2
+    with pytest.warns(SymphonyWarning, match="load_history.safetensors: damaged"):
+        monitor.on_train_begin(arguments, state, None, model=model)
+
+
+def test_a_long_history_is_thinned():
+    history = LoadHistory()
+    for step in range(1, 1001):
+        history.add(step, {"gate": torch.eye(2)})
+        assert len(history.steps) == len(history.loads["gate"]) <= LoadHistory.MOST
+        assert history.steps[-1] == step
+    *gaps, last = torch.tensor(history.steps).diff().tolist()
+    assert set(gaps) == {4}
+    assert 1 <= last <= 4
+
+
 def test_tensorboard_has_numbers_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,7 +111,7 @@ def test_tensorboard_has_numbers_and_pictures(tmp_path):
         events.Reload()
         tags |= {tag: kind for kind in ("scalars", "images") for tag in events.Tags()[kind]}
     assert tags["train/symphony/neighbours"] == tags["train/loss"] == "scalars"
-    assert tags["symphony/graphs"] == "images"
+    assert tags["symphony/graphs"] == tags["symphony/load"] == "images"
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -1,0 +1,175 @@
+"""The figures of routing: their files, and what is in them."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from symphony_hf.diagnostics import communities
+from symphony_hf.diagnostics.plots import (
+    changes,
+    evolution,
+    loads,
+    plot_allocation,
+    plot_flips,
+    plot_graph_evolution,
+    plot_load_history,
+    plot_robustness,
+    plot_saturation,
+    plot_similarity,
+    robustness,
+    similarities,
+)
+from symphony_hf.errors import EvaluationError, GraphError
+from symphony_hf.routing import count_coselections, initial_adjacency
+
+LAYERS = [f"model.layers.{number}.mlp.gate" for number in range(3)]
+
+
+def graph(num_experts=8):
+    return count_coselections(torch.randn(300, num_experts).topk(2).indices, num_experts) / 300
+
+
+def interval(estimate):
+    return {
+        "estimate": estimate,
+        "low": 0.9 * estimate,
+        "high": 1.2 * estimate,
+        "confidence": 0.95,
+        "num_documents": 12,
+    }
+
+
+def evaluation(attacks, roles=("model", "against")):
+    rows = [
+        {"attack": attack, "severity": severity, "perplexity": interval(30.0 + s), "ratio": interval(1.0 + s / 30)}
+        for attack in attacks
+        for severity, s in ((1, 1), (3, 3), (None, 2))
+    ]
+    models = {role: {"clean": {"perplexity": interval(30.0)}, "attacks": rows} for role in roles}
+    return {"models": models, "settings": {"model": "runs/symphony", "against": "runs/plain"}}
+
+
+HISTORY = {name: [[0.25] * 4, [0.5, 0.25, 0.25, 0.0]] for name in LAYERS}
+ALLOCATION = {name: {"code": [1.0, 0.5, 0.5, 0.0], "news": [0.5] * 4} for name in LAYERS}
+FLIPS = {
+    "severity": (["1", "5"], dict(zip(LAYERS, ([0.1, 0.2], [0.2, 0.3], [0.3, 0.4]), strict=True))),
+    "kind": (["word", "number", "space"], {name: [0.1, None, 0.2] for name in LAYERS}),
+}
+DRAWN = {
+    "history": lambda path: plot_load_history(HISTORY, ["100", "200"], path),
+    "allocation": lambda path: plot_allocation(ALLOCATION, dict.fromkeys(LAYERS, 2), path),
+    "flips": lambda path: plot_flips(FLIPS, "Under attack", path),
+    "saturation": lambda path: plot_saturation({n: [0.5, 1.0] for n in LAYERS}, ["a", "b"], path, 0.25),
+    "evolution": lambda path: plot_graph_evolution([{n: graph() for n in LAYERS} for _ in range(2)], ["a", "b"], path),
+    "similarity": lambda path: plot_similarity({n: torch.corrcoef(torch.randn(5, 9)) for n in LAYERS}, path),
+    "robustness": lambda path: plot_robustness(evaluation(["aaa", "keyboard"]), path),
+}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that plots would have saved."""
+    found = []
+    for module in (changes, evolution, loads, robustness, similarities):
+        monkeypatch.setattr(module, "save_png", lambda figure, path: found.append(figure))
+    return found
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_they_are_drawn(name, tmp_path):
+    path = tmp_path / "figures" / f"{name}.png"
+    assert DRAWN[name](path) == path
+    assert imread(path)[..., :3].std() > 0.05
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def images(figure):
+    return [axes.images[0].get_array() for axes in figure.axes if axes.images]
+
+
+def test_a_history_shows_the_load_over_the_even_one_the_busiest_on_top(figures, tmp_path):
+    plot_load_history({"gate": [[0.25] * 4, [0.0, 0.25, 0.25, 0.5]]}, ["1", "2"], tmp_path / "a.png")
+    (image,) = images(figures[0])
+    # Columns are moments: even, and then twice, as much, and nothing at all, by the logarithm to base 2.
+    assert image.tolist() == [[0, 1], [0, 0], [0, 0], [0, -3]]
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["3", "1", "2", "0"]
+
+
+def test_an_allocation_is_over_its_even_share(figures, tmp_path):
+    plot_allocation({"gate": ALLOCATION[LAYERS[0]]}, {"gate": 2}, tmp_path / "a.png")
+    assert images(figures[0])[0].tolist() == [[1, 0, 0, -3], [0, 0, 0, 0]]
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["code", "news"]
+
+
+def test_flips_have_their_numbers_and_none_where_there_is_no_token(figures, tmp_path):
+    plot_flips(FLIPS, "Under attack", tmp_path / "a.png")
+    left, right = figures[0].axes[:2]
+    assert [text.get_text() for text in left.texts] == ["10", "20", "20", "30", "30", "40"]
+    assert [text.get_text() for text in right.texts] == ["10", "20"] * 3
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 0.4)
+    assert np.isnan(right.images[0].get_array().filled(np.nan)[:, 1]).all()
+
+
+def test_saturation_has_a_curve_a_layer(figures, tmp_path):
+    plot_saturation({n: [0.5, 1.0] for n in LAYERS}, ["a", "b"], tmp_path / "a.png", chance=0.25)
+    lines = figures[0].axes[0].lines
+    assert [line.get_label() for line in lines[:3]] == ["layer 0", "layer 1", "layer 2"]
+    assert list(lines[0].get_ydata()) == [0.5, 1.0]
+    assert list(lines[3].get_ydata()) == [0.25, 0.25]
+
+
+def test_experts_keep_their_place_and_the_colour_of_their_last_community(figures, tmp_path):
+    moments = [{"gate": graph()} for _ in range(7)]
+    plot_graph_evolution(moments, [str(n) for n in range(7)], tmp_path / "a.png")
+    panels = [axes for axes in figures[0].axes if axes.collections]
+    assert [axes.get_title() for axes in panels] == ["0", "2", "3", "4", "6"]  # 5 of 7, the last included
+    places = [axes.collections[0].get_offsets() for axes in panels]
+    assert all(np.array_equal(places[0], other) for other in places)
+    colors = panels[-1].collections[0].get_facecolors()
+    for group in communities(moments[-1]["gate"])[:6]:
+        assert len({tuple(colors[expert]) for expert in group}) == 1
+
+
+def test_graphs_before_training_evolve(tmp_path):
+    start = {"gate": initial_adjacency(4, 2)}
+    plot_graph_evolution([start, start], ["0", "1"], tmp_path / "a.png")
+    assert imread(tmp_path / "a.png")[..., :3].std() > 0.02
+
+
+def test_curves_begin_at_clean_text_and_leave_the_pooled_row_out(figures, tmp_path):
+    plot_robustness(evaluation(["aaa", "b", "c", "d", "e"]), tmp_path / "a.png")
+    shown = [axes for axes in figures[0].axes if axes.has_data()]
+    assert len(shown) == 10  # two rows an attack, four attacks beside each other
+    perplexity, ratio = figures[0].axes[0], figures[0].axes[4]
+    for axes, values in ((perplexity, [30, 31, 33]), (ratio, [1 + 1 / 30, 1.1])):
+        curves = [
+            line for line in axes.lines if len(line.get_ydata()) == len(values) and line.get_linestyle() != "None"
+        ]
+        assert curves[0].get_ydata().tolist() == pytest.approx(values)
+    assert perplexity.get_ylim() == figures[0].axes[1].get_ylim()
+
+
+def test_one_model_alone_has_curves(figures, tmp_path):
+    plot_robustness(evaluation(["aaa"], roles=("model",)), tmp_path / "a.png")
+    assert [text.get_text() for text in figures[0].legends[0].texts] == ["symphony"]
+
+
+@pytest.mark.parametrize(
+    ("plot", "error"),
+    [
+        (lambda path: plot_load_history({}, [], path), EvaluationError),
+        (lambda path: plot_load_history(HISTORY, ["one"], path), EvaluationError),
+        (lambda path: plot_allocation({}, {}, path), EvaluationError),
+        (lambda path: plot_flips({"severity": ([], {})}, "", path), EvaluationError),
+        (lambda path: plot_saturation({"gate": [1.0]}, ["a"], path), EvaluationError),
+        (lambda path: plot_graph_evolution([], [], path), GraphError),
+        (lambda path: plot_graph_evolution([{"a": graph()}, {"b": graph()}], ["1", "2"], path), GraphError),
+        (lambda path: plot_similarity({}, path), EvaluationError),
+        (lambda path: plot_robustness(evaluation([]), path), EvaluationError),
+    ],
+)
+def test_nothing_to_draw_is_refused(plot, error, tmp_path):
+    with pytest.raises(error):
+        plot(tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
