@@ -12,6 +12,8 @@ import pytest
 from symphony_hf import SymphonyConfig, __all__
 from symphony_hf.bench import AIMS, bench_table
 from symphony_hf.bench_commit import PROCESSES, SIZES, commit_table
+from symphony_hf.compression import compression_table, sweep_table
+from symphony_hf.compression import findings as compared
 from symphony_hf.report import findings, result_table
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,20 @@ def test_the_commit_table_is_the_result_file():
     assert block("commit table") == as_markdown(commit_table(result))
     sizes = [(row["processes"], row["layers"], row["experts"]) for row in result["rows"] if row["work"] == "commit"]
     assert sizes == [(number, *size) for number in PROCESSES for size in SIZES]
+
+
+def smaller_models(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())["runs"]
+
+
+def test_the_tables_of_smaller_models_are_the_result_files():
+    results = sorted(smaller_models("merge") + smaller_models("prune"), key=lambda run: run["settings"]["model"])
+    sentences = "".join(f"- {sentence}\n" for sentence in compared(results))
+    assert block("smaller models table") == f"{as_markdown(compression_table(results))}\n{sentences}"
+    assert block("top-k table") == as_markdown(sweep_table(smaller_models("topk")))
+    for run in (*results, *smaller_models("topk")):
+        assert run["command"].startswith(f"symphony {run['command'].split()[1]} symphony-quickstart/")
+        assert run["settings"]["seed"] == 0
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
