@@ -318,7 +318,7 @@ def test_images_are_checked_and_texts_tokenized_once(tmp_path, processor, monkey
     def fail(*args, **kwargs):
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(llava_module, "image_problem", fail)
+    monkeypatch.setattr(llava_module, "encoded_problem", fail)
     again = [llava(path, processor).train[index] for index in range(3)]
     assert again == first
     with pytest.raises(AssertionError, match="checked again"):

@@ -1,12 +1,13 @@
 """Verdicts on simulated scores of documents: how often equal models are told apart, and unequal ones are not.
 
-A verdict is wrong of equal models in 5% of draws at most: the exchange test sees to that. Of 200 draws these would be
-10, give or take 3.1 (a binomial's spread), so at exactly 5% another seed may well give 13. With the seeds that are here
-it must be 10 at most; discrete scores such as accuracies stay well below.
+A verdict is wrong of equal models in 5% of draws at most: the exchange test sees to that. A count of wrong ones varies
+all the same: of 200 draws at exactly 5% it is 10 on average, above that in two of five series, and above `MOST` in one of
+400. Accuracies, which take few values, stay below 10.
 """
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from symphony_hf.evaluation import Choices
 from symphony_hf.robustness.accuracy import Accuracy
@@ -18,6 +19,8 @@ from symphony_hf.robustness.task import Measured
 
 CELLS = [Cell("aaa", 1, 0), Cell("aaa", 1, 1)]
 DOCUMENTS = 60
+DRAWS = 200
+MOST = stats.binom.ppf(1 - 1 / 400, DRAWS, 0.05)
 NAMES = [f"document {number}" for number in range(DOCUMENTS)]
 
 
@@ -58,10 +61,10 @@ def verdicts(pair):
 def test_equal_models_are_told_apart_in_one_of_twenty_draws_at_most():
     rng = np.random.default_rng(0)
     alarms = dict.fromkeys(("clean", "attacked", "ratio", "untouched"), 0)
-    for _ in range(200):
+    for _ in range(DRAWS):
         for what, verdict in verdicts(draw_pair(rng)).items():
             alarms[what] += verdict != "not distinguishable"
-    assert max(alarms.values()) <= 10, alarms
+    assert max(alarms.values()) <= MOST, alarms
 
 
 def test_a_better_model_is_found_and_a_sturdier_one_is_told_from_a_better_one():
@@ -103,7 +106,7 @@ def answer_verdicts(pair):
 def test_models_that_answer_alike_are_told_apart_in_one_of_twenty_draws_at_most():
     rng = np.random.default_rng(0)
     alarms = dict.fromkeys(("clean", "attacked", "difference"), 0)
-    for _ in range(200):
+    for _ in range(DRAWS):
         for what, verdict in answer_verdicts(draw_answers(rng)).items():
             alarms[what] += verdict != "not distinguishable"
     assert max(alarms.values()) <= 10, alarms
