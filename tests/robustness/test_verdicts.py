@@ -1,8 +1,8 @@
 """Verdicts on simulated scores of documents: how often equal models are told apart, and unequal ones are not.
 
 A verdict is wrong of equal models in 5% of draws at most: the exchange test sees to that. A count of wrong ones varies
-all the same: of 200 draws at exactly 5% it is 10 on average, above that in two of five series, and above `MOST` in one of
-400. Accuracies, which take few values, stay below 10.
+all the same: of 200 draws at exactly 5% it is 10 on average, above that in two of five series, and above `MOST` in one
+of 400. Accuracies, which take few values, stay below 10.
 """
 
 import numpy as np
