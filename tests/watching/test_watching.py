@@ -7,7 +7,8 @@ from models import make_ids, make_model, move_graphs
 from torch import nn
 
 from symphony_hf import expert_graphs, symphonize
-from symphony_hf.conformance.tiny import tiny_batch, tiny_model
+from symphony_hf.conformance.choices import watch_choices
+from symphony_hf.conformance.tiny import moe_families, tiny_batch, tiny_model
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.watching import first_expert_dropped, routers_to_watch, sampling_experts, watching_routers
 
@@ -140,18 +141,21 @@ def test_other_routers_do_without_their_first_expert(family, still):
     model = tiny_model(family)
     with watching_routers(model) as seen:
         run_tiny(model)
-    with first_expert_dropped(model), watching_routers(model) as dropped:
+    with first_expert_dropped(model):
+        reached = watch_choices(model)
         run_tiny(model)
     first_run = {"jetmoe": "model.layers.0.self_attention.experts.router"}.get(family, next(iter(seen)))
-    before, after = seen[first_run][0], dropped[first_run][0]
+    before, after = seen[first_run][0], reached[first_run][0]
     chosen = before.indices_TK.long()
     first = chosen.gather(1, before.logits_TE.gather(1, chosen).argmax(1, keepdim=True))
-    assert (after.indices_TK == first).any(1).float().mean() <= still
-    assert not torch.equal(after.indices_TK, before.indices_TK)
+    assert (after == first).any(1).float().mean() <= still
+    assert not torch.equal(after, before.indices_TK)
 
 
 @pytest.mark.parametrize(("family", "reason"), [("inkling_text", "compete"), ("muse_spark", "same weights")])
 def test_routers_whose_head_does_not_run_alone_are_refused(family, reason):
+    if family not in moe_families():
+        pytest.skip("this transformers does not have it")
     model = tiny_model(family)
     before = hooks_of(model)
     with pytest.raises(UnsupportedModelError, match=reason), first_expert_dropped(model):
