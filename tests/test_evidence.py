@@ -118,7 +118,12 @@ def test_what_did_not_help_is_said(verdict):
             {**row, "label": "smoe, graph", "point": base, "against_plain": against},
         ],
         **{"cells": [{"tokens_per_cpu_second": 5000.0}], "missing": ["glam, graph, seed 0"], "failed": {}},
-        **{"machine": {"machine": "x"}, "command": "symphony ablate STUDY", "settings": settings},
+        **{
+            "machine": {"machine": "x"},
+            "command": "symphony ablate STUDY",
+            "about": "On some text.",
+            "settings": settings,
+        },
     }
     page = evidence_page({"paper": read_results(RECIPES / "evidence")["paper"], "ablation": ablation})
     word = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed"}[verdict]

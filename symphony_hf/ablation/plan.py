@@ -41,7 +41,7 @@ def digest_of(study: Study, cell: Cell, text_digest: str) -> str:
     """What decides a cell's numbers, in 16 letters."""
     recipe = study.recipe
     assert recipe.symphony is not None
-    train = {name: recipe.train.get(name) for name in ("learning_rate", "warmup_steps")}
+    train = {"learning_rate": study.learning_rate, "warmup_steps": study.warmup_steps}
     identity = {
         "format": _FORMAT,
         "point": dataclasses.asdict(cell.point),

@@ -39,7 +39,7 @@ def write_ablation(
     by_point = {
         point: {cell.seed: values for cell, values in done.items() if cell.point == point} for point in study.points()
     }
-    report = {
+    report: dict[str, Any] = {
         "rows": [_row(study, point, runs, by_point.get(point.plain, {})) for point, runs in by_point.items() if runs],
         "cells": [
             {"label": cell.point.label(study.base), "seed": cell.seed, **{name: values[name] for name in KEPT}}
@@ -60,7 +60,7 @@ def write_ablation(
 
 def _settings(study: Study, runs: Any) -> dict[str, Any]:
     recipe = study.recipe
-    first = next(iter(runs), {})
+    first: Mapping[str, Any] = next(iter(runs), {})
     return {
         "model": recipe.model.config,
         "base": dataclasses.asdict(study.base),
@@ -72,8 +72,8 @@ def _settings(study: Study, runs: Any) -> dict[str, Any]:
         "rows": study.rows,
         "block_size": recipe.data.block_size,
         "vocab_size": recipe.data.vocab_size,
-        "learning_rate": recipe.train["learning_rate"],
-        "warmup_steps": recipe.train.get("warmup_steps", 0),
+        "learning_rate": study.learning_rate,
+        "warmup_steps": study.warmup_steps,
         "attack": {"rate": recipe.eval.attack_rate, "minimum": recipe.eval.attack_minimum, "seed": recipe.eval.seed},
         **{name: first.get(name) for name in ("parameters", "test_tokens", "attacked_tokens")},
     }
@@ -91,7 +91,7 @@ def _row(
         return row
     against: dict[str, SeedInterval] = {}
     for name in MEASURES[:-1]:
-        against[name] = paired_ratio(*([source[seed][name] for seed in shared] for source in (runs, plain)))
+        against[name] = paired_ratio([runs[seed][name] for seed in shared], [plain[seed][name] for seed in shared])
     against["routing_kept"] = t_interval([runs[seed]["routing_kept"] - plain[seed]["routing_kept"] for seed in shared])
     row["against_plain"] = {
         name: {**dataclasses.asdict(interval), "verdict": _verdict(name, interval)}
@@ -102,6 +102,8 @@ def _row(
 
 def _verdict(name: str, interval: SeedInterval) -> str:
     """Of one comparison by itself; of twenty at 95%, one is expected to differ by chance."""
+    if interval.low is None:
+        return "one seed"
     null = 0.0 if name == "routing_kept" else 1.0
     if not interval.excludes(null):
         return "not distinguishable"

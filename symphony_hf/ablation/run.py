@@ -102,7 +102,8 @@ def _run_cells(study: Study, results: Results, cells: Sequence[Cell], workers: i
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the process that all others are forked from.
     context.set_forkserver_preload(["symphony_hf.ablation.run"])
-    waiting, running, failed = list(cells), dict[BaseProcess, Cell](), dict[Cell, str]()
+    waiting, failed = list(cells), dict[Cell, str]()
+    running: dict[BaseProcess, Cell] = {}
     with tqdm(total=len(cells), desc="ablation", unit=" cells", disable=None) as bar:
         try:
             while waiting or running:
@@ -112,15 +113,15 @@ def _run_cells(study: Study, results: Results, cells: Sequence[Cell], workers: i
                     process.start()
                     running[process] = cell
                 multiprocessing.connection.wait([process.sentinel for process in running])
-                for process in [process for process in running if not process.is_alive()]:
-                    cell = running.pop(process)
-                    process.join()
+                for ended in [process for process in running if not process.is_alive()]:
+                    cell = running.pop(ended)
+                    ended.join()
                     if results.load(cell) is None:
-                        failed[cell] = _last_words(results.log(cell), process.exitcode)
+                        failed[cell] = _last_words(results.log(cell), ended.exitcode)
                     bar.update()
         finally:
-            for process in running:
-                process.terminate()
+            for left in running:
+                left.terminate()
     return failed
 
 

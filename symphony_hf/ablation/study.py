@@ -51,12 +51,22 @@ class Study:
     @property
     def steps(self) -> int:
         """Optimizer steps of a cell."""
-        return int(self.recipe.train["max_steps"])
+        return int(_number(self.recipe, "max_steps"))
 
     @property
     def rows(self) -> int:
         """Rows of a step."""
-        return int(self.recipe.train["per_device_train_batch_size"])
+        return int(_number(self.recipe, "per_device_train_batch_size"))
+
+    @property
+    def learning_rate(self) -> float:
+        """After the warm-up."""
+        return _number(self.recipe, "learning_rate")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of it."""
+        return int(_number(self.recipe, "warmup_steps", 0.0))
 
     @property
     def tokens(self) -> int:
@@ -140,6 +150,17 @@ def _changed(point: Point, change: dict[str, Any]) -> Point:
     return parse_settings(Point, {**dataclasses.asdict(point), **change}, _WHERE)
 
 
+def _number(recipe: Recipe, name: str, default: float | None = None) -> float:
+    """A setting of the train section; `1e-3` is text to YAML."""
+    value = recipe.train.get(name, default)
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{_WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}"
+        ) from error
+
+
 def _check_recipe(recipe: Recipe) -> None:
     model_type = (recipe.model.config or {}).get("model_type")
     if recipe.model.path is not None or model_type != _MODEL_TYPE:
@@ -150,9 +171,8 @@ def _check_recipe(recipe: Recipe) -> None:
     if recipe.symphony is None or recipe.data.kind != "text" or recipe.data.streaming:
         raise ConfigError(f"{_WHERE}: the recipe needs a `symphony` section, and data of kind `text`, unstreamed")
     for name in ("max_steps", "per_device_train_batch_size", "learning_rate"):
-        value = recipe.train.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ConfigError(f"{_WHERE}: the recipe's train section needs a positive `{name}`, got {value!r}")
+        if not _number(recipe, name) > 0:
+            raise ConfigError(f"{_WHERE}: the recipe's train section needs a positive `{name}`")
     schedule = recipe.train.get("lr_scheduler_type", "linear")
     decay = recipe.train.get("weight_decay", 0.0)
     if schedule not in _SCHEDULES or decay != 0:

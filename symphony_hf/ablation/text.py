@@ -74,14 +74,15 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
     for name, stream in streams.items():
         digest.update(name.encode() + stream.tobytes())
     _write(folder / "text.npz", {**streams, "vocab_size": np.array(len(tokenizer))})
-    return StudyText(*map(torch.from_numpy, streams.values()), len(tokenizer), digest.hexdigest())
+    tensors = {name: torch.from_numpy(stream) for name, stream in streams.items()}
+    return StudyText(**tensors, vocab_size=len(tokenizer), digest=digest.hexdigest())
 
 
 def read_streams(folder: Path) -> StudyText:
     """What `prepare_streams` kept; without its digest."""
     with np.load(folder / "text.npz", allow_pickle=False) as arrays:
-        streams = [torch.from_numpy(arrays[name]) for name in ("train", "validation", "test", "attacked")]
-        return StudyText(*streams, int(arrays["vocab_size"]), "")
+        streams = {name: torch.from_numpy(arrays[name]) for name in ("train", "validation", "test", "attacked")}
+        return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest="")
 
 
 def _some(documents: list[Document], most: int | None) -> list[Document]:

@@ -55,8 +55,7 @@ def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_
         `curve`: pairs of (step, mean loss of the steps since the last pair, nats a token); `train_seconds`, wall;
         `train_cpu_seconds`.
     """
-    settings = study.recipe.train
-    rate, warmup = float(settings["learning_rate"]), int(settings.get("warmup_steps", 0))
+    rate, warmup = study.learning_rate, study.warmup_steps
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
     control = GraphControl(model, point, study.steps, seed)
     order = batches(stream_N, study.recipe.data.block_size, study.rows, seed)

@@ -65,7 +65,7 @@ def _summary(
 
 def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
     """Each system's verdict on one claim."""
-    words = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed"}
+    words = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed", "one seed": "open"}
     found = []
     for system, name in _NAMES.items():
         row = _row(ablation, system, graph=True)
@@ -105,8 +105,8 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
     return [
         f"`{ablation['command']}`",
         "",
-        f"Trained on the Brown corpus and WikiText's validation text, tested on {settings['test_tokens']:,} words of "
-        f"WikiText's test text, of which the attack replaces {settings['attacked_tokens']:,}. Each cell: "
+        f"{ablation['about']} Tested on {settings['test_tokens']:,} words, of which the attack replaces "
+        f"{settings['attacked_tokens']:,}. Each cell: "
         f"{settings['tokens']:,} words ({settings['steps']:,} steps of {settings['rows']} rows of "
         f"{settings['block_size']}), {settings['parameters']:,} parameters, {model['hidden_size']} wide, "
         f"a vocabulary of {settings['vocab_size']:,} words, Adam at {settings['learning_rate']}; seeds "

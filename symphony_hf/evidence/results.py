@@ -16,11 +16,13 @@ _LOCAL = ("output",)
 """What says where on a machine something was, and nothing else."""
 
 
-def add_results(folder: str | Path, **outputs: str | None) -> None:
+def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> None:
     """Copy results of commands into the folder of result files, less the paths of the machine.
 
     Args:
         folder: `recipes/evidence`.
+        about: What the ablation's text is, in a sentence; a command that takes any text cannot know. None leaves what
+            is there.
         **outputs: `ablation`, `theory`: the output folders of these commands; None leaves what is there.
 
     Raises:
@@ -29,8 +31,10 @@ def add_results(folder: str | Path, **outputs: str | None) -> None:
     for name, output in outputs.items():
         if output is None:
             continue
-        values = _read(Path(output) / SOURCES[name])
-        write_json(Path(folder) / f"{name}.json", {key: value for key, value in values.items() if key not in _LOCAL})
+        values, path = _read(Path(output) / SOURCES[name]), Path(folder) / f"{name}.json"
+        if name == "ablation":
+            values["about"] = about or (_read(path).get("about", "") if path.is_file() else "")
+        write_json(path, {key: value for key, value in values.items() if key not in _LOCAL})
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -83,35 +83,9 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
         The values of `theory.json`.
     """
     started = time.perf_counter()
-    distances: dict[str, list[list[float]]] = {name: [] for name in CURVES}
-    expected: dict[str, list[list[float]]] = {name: [] for name, (_, noise) in CURVES.items() if noise == 0}
-    bias: dict[float, list[float]] = {noise: [] for noise in settings.noises}
-    shares: dict[str, dict[float, list[float]]] = {name: {noise: [] for noise in settings.noises} for name in ROUTINGS}
-    for seed in settings.seeds:
-        generator = torch.Generator().manual_seed(seed)
-        planted = plant(settings.num_experts, settings.num_communities, settings.within, generator)
-        for name, curve in distances.items():
-            curve.append(_distances(settings, planted, *CURVES[name], generator))
-        for name, curve in expected.items():
-            curve.append([expected_distance(planted, settings.batch, n, CURVES[name][0]) for n in settings.updates])
-        for noise in settings.noises:
-            learned_EE = _learn(settings, planted, noise, max(settings.updates), None, generator)
-            bias[noise].append(distance(learned_EE, planted))
-            _add_shares(shares, settings, planted, noise, learned_EE, generator)
-    values = dataclasses.asdict(settings)
-    values.pop("output")
     result = {
-        "settings": {**values, "seeds": list(settings.seeds)},
+        **_measure(settings),
         "command": "symphony theory",
-        "convergence": [_curve(settings, name, runs, expected.get(name)) for name, runs in distances.items()],
-        "distance_under_noise": [{"noise": noise, **_interval(values)} for noise, values in bias.items()],
-        "shares": {
-            name: [{"noise": noise, **_interval(values)} for noise, values in by_noise.items()]
-            for name, by_noise in shares.items()
-        },
-        "gains": [
-            {"noise": noise, **_gain(shares["symphony"][noise], shares["smoe"][noise])} for noise in settings.noises
-        ],
         "seconds": time.perf_counter() - started,
         "machine": {"symphony_hf": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "output": str(settings.output),
@@ -121,6 +95,38 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
     plot_convergence(result["convergence"], output / "convergence.png")
     plot_shares(result["shares"], output / "shares.png")
     return result
+
+
+def _measure(settings: TheorySettings) -> dict[str, Any]:
+    distances: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    expected: dict[str, list[list[float]]] = {name: [] for name, (_, noise) in CURVES.items() if noise == 0}
+    bias: dict[float, list[float]] = {noise: [] for noise in settings.noises}
+    shares: dict[str, dict[float, list[float]]] = {name: {noise: [] for noise in settings.noises} for name in ROUTINGS}
+    for seed in settings.seeds:
+        generator = torch.Generator().manual_seed(seed)
+        planted = plant(settings.num_experts, settings.num_communities, settings.within, generator)
+        for name, (decay, noise) in CURVES.items():
+            distances[name].append(_distances(settings, planted, decay, noise, generator))
+            if noise == 0:
+                expected[name].append([expected_distance(planted, settings.batch, n, decay) for n in settings.updates])
+        for noise in settings.noises:
+            learned_EE = _learn(settings, planted, noise, max(settings.updates), None, generator)
+            bias[noise].append(distance(learned_EE, planted))
+            _add_shares(shares, settings, planted, noise, learned_EE, generator)
+    values = {**dataclasses.asdict(settings), "seeds": list(settings.seeds)}
+    values.pop("output")
+    return {
+        "settings": values,
+        "convergence": [_curve(settings, name, runs, expected.get(name)) for name, runs in distances.items()],
+        "distance_under_noise": [{"noise": noise, **_interval(found)} for noise, found in bias.items()],
+        "shares": {
+            name: [{"noise": noise, **_interval(found)} for noise, found in by_noise.items()]
+            for name, by_noise in shares.items()
+        },
+        "gains": [
+            {"noise": noise, **_gain(shares["symphony"][noise], shares["smoe"][noise])} for noise in settings.noises
+        ],
+    }
 
 
 def distance(adjacency_EE: Tensor, planted: Planted) -> float:
@@ -158,7 +164,7 @@ def _curve(
 ) -> dict[str, Any]:
     """One line of the picture: by tokens, over seeds."""
     tokens = [updates * settings.batch for updates in settings.updates]
-    curve = {
+    curve: dict[str, Any] = {
         "name": name,
         "tokens": tokens,
         "distance": [_interval([run[place] for run in runs]) for place in range(len(tokens))],

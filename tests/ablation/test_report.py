@@ -50,7 +50,7 @@ def test_ratios_are_paired_by_seed_and_their_intervals_are_t(report):
     # One seed has a mean, and no interval and no verdict; it is set beside the same seed.
     assert decay["clean"]["low"] is None
     assert decay["against_plain"]["clean"]["estimate"] == pytest.approx(50 / 110)
-    assert decay["against_plain"]["clean"]["verdict"] == "not distinguishable"
+    assert decay["against_plain"]["clean"]["verdict"] == "one seed"
 
 
 def test_missing_and_failed_cells_are_said(report, capsys):

@@ -43,5 +43,5 @@ def test_no_value_or_one_that_is_none_is_refused(values):
 
 @pytest.mark.parametrize(("values", "others"), [([1.0], [1.0, 2.0]), ([0.0], [1.0]), ([], [])])
 def test_ratios_need_positive_pairs(values, others):
-    with pytest.raises(EvaluationError, match="pairs of positive values|one finite value"):
+    with pytest.raises(EvaluationError, match=r"pairs of positive values|one finite value"):
         paired_ratio(values, others)
