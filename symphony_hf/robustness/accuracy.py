@@ -43,6 +43,11 @@ class Accuracy(Scale[Choices]):
             }
         return self._row(rows) | {"seeds": self._by_seed(measured, cells)}
 
+    def comparison(self, a: Measured[Choices], b: Measured[Choices]) -> dict[str, Any]:
+        """`also`: the differences of other metrics on clean questions."""
+        compared = {name: compare_choices(METRICS[name], a.clean, b.clean, seed=SEED) for name in self.also}
+        return {"also": {name: self.as_entry(interval) for name, interval in compared.items()}}
+
     def compare_clean(self, a: Measured[Choices], b: Measured[Choices]) -> Interval:
         """The difference of accuracies."""
         return compare_choices(METRICS["accuracy"], a.clean, b.clean, seed=SEED)

@@ -63,7 +63,7 @@ def verdicts(result: Mapping[str, Any]) -> list[str]:
         loses = _LOSSES[row[measure["change"]]["verdict"]]
         told = _told(row[measure["level"]], b, measure)
         lines.append(f"Under {row['attack']}, {a} is {told}. Against clean {what} it {loses} {b}.")
-    number = 1 + 2 * len(comparisons["attacks"]) * (1 + len(measure["also"]))
+    number = (1 + 2 * len(comparisons["attacks"])) * (1 + len(measure["also"]))
     lines.append(f"Of models that are equal, one verdict in twenty would say otherwise by chance; there are {number}.")
     return lines
 
@@ -124,8 +124,9 @@ def _comparison_table(result: Mapping[str, Any]) -> Table:
         ):
             table.add_column(column)
             table.add_column("verdict")
-    clean = comparisons["clean"]
-    table.add_row("clean", "", _interval(clean, 4), clean["verdict"])
+    clean = [comparisons["clean"], *(comparisons["also"][other] for other in measure["also"])]
+    cells = [text for one in clean for text in (_interval(one, 4), one["verdict"], "", "")]
+    table.add_row("clean", "", *cells)
     for row in comparisons["attacks"]:
         pairs = [(row[measure["level"]], row[measure["change"]])]
         pairs += [(row["also"][other]["level"], row["also"][other][measure["change"]]) for other in measure["also"]]

@@ -229,7 +229,9 @@ def test_a_task_with_a_metric_of_its_own_has_both(models, tmp_path):
     print_robustness(result, Console(width=250, file=page))
     page = page.getvalue()
     assert "f1, attacked - clean" in page
-    assert "there are 5." in page
+    assert "there are 6." in page
+    models_clean = [model["clean"]["also"]["f1"]["level"]["estimate"] for model in result["models"].values()]
+    assert result["comparisons"]["also"]["f1"]["estimate"] == pytest.approx(models_clean[0] - models_clean[1])
 
 
 def test_the_command_prints_accuracies_and_verdicts(models, table, compared):
