@@ -234,6 +234,7 @@ def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, c
     assert f"Against clean text it loses more than {untrained}." in page
     assert "there are 7." in page
     assert "14 documents" in page
+    assert (output / "robustness.png").stat().st_size > 10_000
 
 
 def test_one_model_alone_has_no_verdict(trained, data_file, tmp_path):
