@@ -31,7 +31,7 @@ _TRIAL_STEPS = 4
 
 
 def run_ablation(
-    study: Study, output: str | Path, *, workers: int | None = None, dry_run: bool = False
+    study: Study, output: str | Path, *, workers: int | None = None, dry_run: bool = False, report_only: bool = False
 ) -> dict[str, Any]:
     """Run what is not there yet of a study, and report all of it.
 
@@ -40,6 +40,7 @@ def run_ablation(
         output: Folder of the finished cells, their logs, and the report.
         workers: Cells at a time, a thread each; as many as there are cores when None.
         dry_run: Only say what would be run, and how long it would take by a trial of a few steps.
+        report_only: Run nothing, and report what is there.
 
     Returns:
         The report's values, as in `report.json`; with `dry_run` the lines of the plan.
@@ -56,7 +57,7 @@ def run_ablation(
     results = Results(output, study, text.digest)
     if dry_run:
         return {"plan": describe_plan(study, results, _seconds_per_cell(study, results, output), workers)}
-    waiting = [cell for cell in cells_of(study) if results.load(cell) is None]
+    waiting = [cell for cell in cells_of(study) if results.load(cell) is None and not report_only]
     failed = _run_cells(study, results, waiting, workers)
     return write_ablation(study, results, failed, _machine(workers))
 

@@ -19,6 +19,7 @@ def ablate(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE; several times for several.")
     ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing; report what is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the plan, with an estimate of its time.")] = False,
 ) -> None:
     """Run a grid of small training runs around a base point, and report it with intervals over seeds.
@@ -31,9 +32,10 @@ def ablate(
 
     from ..ablation import load_study, print_ablation, run_ablation
 
-    report = run_ablation(load_study(study, _changes(changes or [])), output, workers=workers, dry_run=dry_run)
-    print_ablation(report)
-    if report.get("failed"):
+    chosen = load_study(study, _changes(changes or []))
+    values = run_ablation(chosen, output, workers=workers, dry_run=dry_run, report_only=report)
+    print_ablation(values)
+    if values.get("failed"):
         raise typer.Exit(1)
 
 

@@ -12,7 +12,7 @@ from .files import pieces_of
 
 _WORD = re.compile(r"\S+")
 _BLANK_LINES = re.compile(r"\n\s*\n")
-_NOT_TEXT = re.compile(r"readme|contents|cats\.txt|license", re.IGNORECASE)
+_NOT_TEXT = re.compile(r"(readme|contents|cats|licen[cs]e)(\.\w+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _texts(source: Path) -> Iterator[tuple[str, str]]:
 
 def _is_text(name: str) -> bool:
     path = PurePosixPath(name)
-    return not any(part.startswith(".") for part in path.parts) and not _NOT_TEXT.match(path.name)
+    return not any(part.startswith(".") for part in path.parts) and not _NOT_TEXT.fullmatch(path.name)
 
 
 def _flat(name: str) -> str:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from symphony_hf.ablation import Cell, cells_of
+from symphony_hf.ablation import Cell, cells_of, run_ablation
 from symphony_hf.ablation.plan import Results
 from symphony_hf.ablation.report import markdown, print_ablation, write_ablation
 
@@ -66,6 +66,12 @@ def test_missing_and_failed_cells_are_said(report, capsys):
 def test_the_files_are_there(report, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"report.json", "report.md", "points.png", "curves.png", "graphs.png", "cells"}
+
+
+def test_a_report_alone_runs_nothing(make_study, tmp_path):
+    report = run_ablation(make_study("seeds: [0]"), tmp_path / "out", report_only=True)
+    assert (report["rows"], len(report["missing"])) == ([], 2)
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 def test_nothing_done_is_a_report_of_what_is_missing(make_study, tmp_path):

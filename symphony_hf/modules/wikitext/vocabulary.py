@@ -109,7 +109,7 @@ def _chunks(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_T: Tens
 def _nll(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods (C,) and probabilities (C, V)."""
     probabilities_CV = logits_CV.softmax(-1)
-    # By the highest: the logarithm of its probability is exact, while the right word's may have none left.
-    highest_C, argmax_C = logits_CV.max(-1)
-    log_normalizer_C = highest_C - probabilities_CV.gather(1, argmax_C[:, None])[:, 0].log()
+    # By the highest: the logarithm of its probability is exact, while the right word's may have none left. Of both the
+    # highest values alone: on a CPU, looking for where one is takes as long as a softmax.
+    log_normalizer_C = logits_CV.amax(-1) - probabilities_CV.amax(-1).log()
     return log_normalizer_C - logits_CV.gather(1, labels_C[:, None])[:, 0], probabilities_CV
