@@ -1,0 +1,38 @@
+"""`symphony ablate` as it is typed."""
+
+import pytest
+from study_files import write_study
+from typer.testing import CliRunner
+
+from symphony_hf.cli import app
+from symphony_hf.errors import ConfigError
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = write_study(tmp_path, "seeds: [0, 1]\naxes: {decay: [0.9]}")
+    return lambda *options: CliRunner().invoke(app, ["ablate", str(path), "--output", str(tmp_path / "out"), *options])
+
+
+def test_a_dry_run_prints_the_plan_and_its_time_and_trains_no_cell(run, tmp_path):
+    result = run("--dry_run", "--set", "max_steps=20", "--workers", "2")
+    assert result.exit_code == 0, result.output
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert lines[0].startswith("3 points, 2 seeds: 6 cells of 640 tokens (20 steps); 0 are done")
+    assert "waiting  smoe, decay 0.9, seed 1" in lines
+    assert any(line.endswith("hours for 6 of them, 2 at a time") for line in lines)
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_settings_are_name_and_value(run):
+    result = run("--dry_run", "--set", "max_steps")
+    assert isinstance(result.exception, ConfigError)
+    assert "NAME=VALUE" in str(result.exception)
+
+
+def test_no_workers_are_refused(run):
+    result = run("--workers", "0")
+    assert isinstance(result.exception, ConfigError)
+    assert "`workers` must be at least 1" in str(result.exception)
