@@ -21,7 +21,18 @@ CAPTIONS = {
     "evolution.png": "The graphs of experts, checkpoint by checkpoint",
     "saturation.png": "How much of its final routing each checkpoint has",
 }
-"""Of every picture that there may be, in the order of a report."""
+"""Of every picture that there may be, in the order of a report; flips-ATTACK.png where there are several attacks."""
+
+
+def captioned(folder: Path) -> dict[str, Path]:
+    """The pictures in an observation's folder by what they show, in the order of a report."""
+    found = {}
+    for name, caption in CAPTIONS.items():
+        if (folder / name).is_file():
+            found[caption] = folder / name
+        for path in sorted(folder.glob(name.replace(".png", "-*.png"))):
+            found[f"{caption}: {path.stem.partition('-')[2]}"] = path
+    return found
 
 
 def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -1,7 +1,5 @@
 """A checkpoint whose routing is observed: of any class that transformers has for it."""
 
-from typing import Any
-
 from ..anatomy.sources import empty_model, model_class_of
 from ..errors import ConfigError
 from ..robustness.subject import Subject
@@ -26,13 +24,9 @@ class RoutedSubject(Subject):
 
     def __init__(self, source: str, revision: str | None, dtype: str) -> None:
         super().__init__(source, revision, dtype)
+        self.auto_class = model_class_of(self.config, source)
         watched = routers_to_watch(empty_model(source, revision))
         self.routers = {name: (router.contract.num_experts, router.contract.top_k) for name, router in watched.items()}
-
-    @property
-    def auto_class(self) -> Any:  # type: ignore[override]
-        """What loads it."""
-        return model_class_of(self.config, self.source)
 
     def check_same_routers(self, other: "RoutedSubject") -> None:
         """Refuse another checkpoint that cannot be compared token by token and expert by expert.

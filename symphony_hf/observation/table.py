@@ -60,6 +60,24 @@ def findings(result: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def layer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The numbers of each layer by name, those that were measured."""
+    rows = []
+    for name, layer in _layers(result):
+        row = {
+            "layer": name,
+            "load entropy": layer["load_entropy"],
+            "busiest / even": layer["busiest"],
+            "dead experts": len(layer["dead_experts"]),
+            "median margin, nats": layer["margin"].get("p50"),
+            **{name.replace("_", " "): layer["graph"][name] for name in ("neighbours", "spectral_gap", "modularity")},
+            "tells the domain": layer["domain_information"],
+            "experts' similarity": (layer["similarity"] or {}).get("mean"),
+        }
+        rows.append({column: value for column, value in row.items() if value is not None})
+    return rows
+
+
 def _layers(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     routers = result["routers"]
     return [(title, result["layers"][name]) for title, name in zip(layer_titles(routers), routers, strict=True)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..evaluation import Interval
 from ..robustness import verdicts
+from .commands import command_line
 from .json_files import as_interval, is_interval
 from .runs import AttackRow, Comparison, Level, Run, flat
 from .tables import show, show_interval
@@ -43,7 +44,7 @@ def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
         comparisons=[] if compared is None else list(_comparisons(compared, labels)),
         seconds=float(result["seconds"]),
         versions=result["versions"],
-        command=_command(result["settings"]),
+        command=command_line("eval", result["settings"]),
     )
 
 
@@ -109,15 +110,3 @@ def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
     for row in {(row.attack, row.metric): row for row in attacks}.values():  # the last: all severities together
         times = "" if row.change is None else f"; against clean input {show_interval(row.change)}"
         yield f"Under {row.attack}, {row.metric} {show(row.value.estimate, row.metric)}{times}."
-
-
-def _command(settings: Mapping[str, Any]) -> str:
-    """The command line of the settings, but for those that are not there."""
-    words = ["symphony eval", str(settings["model"])]
-    names = {"attacks": "attack", "severities": "severity"}
-    for name, value in settings.items():
-        if name == "model" or value is None:
-            continue
-        joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        words.append(f"--{names.get(name, name)} {joined}")
-    return " ".join(words)

@@ -27,7 +27,6 @@ _READERS = (
     _Reader("report.json", "arms", read_quickstart),
     _Reader("result.json", "models", read_evaluation),
     _Reader("result.json", "layers", read_routing),
-    _Reader("result.json", "metrics", read_routing),
 )
 _FILES = tuple(dict.fromkeys(reader.file for reader in _READERS))
 _KINDS = (

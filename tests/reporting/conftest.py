@@ -1,7 +1,6 @@
 """Folders that the project's own commands wrote, small, and the page that compares them."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from small_runs import RECIPE, quickstart_settings, recipe_overrides
 
 from symphony_hf.diagnostics import plots
+from symphony_hf.observation import RoutingSettings, observe_routing
 from symphony_hf.quickstart import run_quickstart
 from symphony_hf.recipe import load_recipe
 from symphony_hf.reporting import read_runs, write_page
@@ -86,19 +86,22 @@ def evaluated(home, quickstart):
 
 
 @pytest.fixture(scope="session")
-def routed(home):
-    """As routing diagnostics leave a folder."""
-    folder = home / "routed"
-    folder.mkdir()
-    plots.plot_graphs({"layer": torch.eye(4) + 0.1}, folder / "load_over_time.png")
-    result = {
-        "metrics": [{"layer": 0, "load entropy": 0.75, "margin": None}, {"layer": 10, "load entropy": 0.5}],
-        "settings": {"model": "a-model", "output": str(folder)},
-        "versions": {"python": "3.12.0"},
-        "command": "symphony routing a-model",
-    }
-    (folder / "result.json").write_text(json.dumps(result))
-    return folder
+def routed(home, quickstart):
+    """How the quickstart's model routes, with one picture of those that there would be."""
+    settings = RoutingSettings(
+        model=str(quickstart / "symphony"),
+        data=str(home / "quickstart" / "text"),
+        split="test",
+        severities=(1,),
+        block_size=32,
+        similarity_tokens=0,
+        output=str(home / "routed"),
+    )
+    result = observe_routing(settings)
+    with drawing_quickly():
+        plots.plot_graphs({router: torch.eye(4) for router in result["routers"]}, home / "routed" / "graphs.png")
+        plots.plot_graphs({router: torch.eye(4) for router in result["routers"]}, home / "routed" / "flips-aaa.png")
+    return home / "routed"
 
 
 @pytest.fixture(scope="session")

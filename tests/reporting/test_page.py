@@ -95,14 +95,16 @@ def test_graph_numbers_are_those_of_the_checkpoint(parsed, trained):
         assert row[names.index("neighbours")][1] == pytest.approx(float(1 - graph.trace() / graph.sum()))
 
 
-def test_routing_rows_keep_their_columns(parsed):
-    table = parsed.tables["Routing of routed"]
-    assert [[cell for cell, _ in row] for row in table] == [
-        ["layer", "load entropy"],  # no row has a margin
-        ["0", "0.7500"],
-        ["10", "0.5000"],
-    ]
-    assert "routed: load over time" in parsed.words
+def test_routing_has_a_row_a_layer(parsed, routed):
+    header, *rows = parsed.tables["Routing of routed"]
+    names = [name for name, _ in header]
+    result = json.loads((routed / "result.json").read_text())
+    assert [row[0][0] for row in rows] == [f"layer {number}" for number in range(len(result["routers"]))]
+    entropy = [result["layers"][router]["load_entropy"] for router in result["routers"]]
+    assert [row[names.index("load entropy")][1] for row in rows] == pytest.approx(entropy)
+    assert "experts' similarity" not in names  # was not measured
+    assert "routed: Experts chosen together by this text" in parsed.words
+    assert "routed: Where routing changes under attack: aaa" in parsed.words
 
 
 def test_settings_that_differ_are_shown_and_no_others(trained, tmp_path, quick_pictures):
@@ -140,7 +142,7 @@ def test_nothing_is_fetched(parsed, page):
 def test_pictures_have_words(parsed):
     pictures = parsed.all("img")
     # Two measures, two attacks, two kinds of loss, two pictures of each graph, and what the diagnostics drew.
-    assert len(pictures) == 2 + 2 + 2 + 2 * 2 + 1
+    assert len(pictures) == 2 + 2 + 2 + 2 * 2 + 2
     assert all(len(attributes["alt"]) > 15 for attributes in pictures)
     assert len({attributes["alt"] for attributes in pictures}) == len(pictures)
 

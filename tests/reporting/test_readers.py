@@ -86,22 +86,6 @@ def test_memory_is_read_where_trainer_measured_it(trained, copy):
     assert read_runs([folder])[0].costs[0].memory == {"mem gpu peaked delta": 2**30}
 
 
-def test_layers_are_rows_with_their_numbers(routed, copy):
-    folder = copy(routed)
-    layer = {"top_k": 2, "load": [0.5, 0.5], "graph": {"modularity": 0.25, "communities": [[0], [1]]}}
-
-    def by_layer(result):
-        del result["metrics"]
-        result.update(layers={"layers.10": layer, "layers.2": layer}, routers=["layers.2", "layers.10"])
-
-    rewrite(folder / "result.json", by_layer)
-    numbers = {"top_k": 2, "graph.modularity": 0.25}
-    assert read_runs([folder])[0].metrics == [
-        {"router": "layers.2", **numbers},
-        {"router": "layers.10", **numbers},
-    ]
-
-
 def test_an_evaluation_may_be_of_accuracy(evaluated, copy):
     folder = copy(evaluated)
 
@@ -118,23 +102,6 @@ def test_an_evaluation_may_be_of_accuracy(evaluated, copy):
     assert [(level.metric, level.value) for level in run.levels] == [("accuracy", 0.75)]
     assert [(row.metric, row.value.estimate, row.change.estimate) for row in run.attacks] == [("accuracy", 0.75, -0.25)]
     assert run.findings[0] == "On clean input, accuracy 75.00% [50.00%, 90.00%]."
-
-
-@pytest.mark.parametrize(
-    ("metrics", "rows"),
-    [
-        (
-            {"entropy": 0.5, "load": {"top": 0.1}},
-            [{"metric": "entropy", "value": 0.5}, {"metric": "load.top", "value": 0.1}],
-        ),
-        ({"layer 0": {"entropy": 0.5}}, [{"of": "layer 0", "entropy": 0.5}]),
-        ([{"layer": 0, "entropy": None}], [{"layer": 0}]),
-    ],
-)
-def test_metrics_may_have_three_forms(routed, copy, metrics, rows):
-    folder = copy(routed)
-    rewrite(folder / "result.json", lambda result: result.update(metrics=metrics))
-    assert read_runs([folder])[0].metrics == rows
 
 
 def test_a_run_without_graphs_has_none(trained, copy):
@@ -247,7 +214,7 @@ def test_a_picture_that_is_none_is_refused(routed, copy, tmp_path):
     from symphony_hf.reporting import write_page
 
     folder = copy(routed)
-    (folder / "graph.png").write_text("<svg onload=alert(1)>")
-    with pytest.raises(ReportError, match=r"graph\.png` is no PNG"):
+    (folder / "graphs.png").write_text("<svg onload=alert(1)>")
+    with pytest.raises(ReportError, match=r"graphs\.png` is no PNG"):
         write_page(read_runs([folder]), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
