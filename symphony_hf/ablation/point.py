@@ -11,10 +11,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "smoe": {},
     "xmoe": {"router_type": "cosine"},
     "glam": {"moe_every": 2},
+    "smoothsmoe": {"router_type": "smooth"},
 }
-"""What each of the paper's systems changes in the model's config."""
+"""What each system changes in the model's config; the first three are the paper's."""
 
-System = Literal["smoe", "xmoe", "glam"]
+System = Literal["smoe", "xmoe", "glam", "smoothsmoe"]
 Graph = Literal["ema", "frozen", "learned", "random", "identity"]
 
 
@@ -23,7 +24,8 @@ class Point:
     """One variant, up to its seed.
 
     Args:
-        system: `smoe`, `xmoe` (cosine routers) or `glam` (experts in every other block).
+        system: `smoe`, `xmoe` (cosine routers), `glam` (experts in every other block) or `smoothsmoe` (an expert just
+            below the cut is lifted in).
         strength: See `SymphonyConfig`, as the next four.
         smoothing: `logits` or `scores`.
         normalization: `row`, `conditional` or `symmetric`.

@@ -39,6 +39,12 @@ def _choices_sorted_by_expert(outputs: tuple[Any, ...]) -> Tensor:
     return torch.empty_like(order).index_copy(0, order, sorted_choices)
 
 
+def _choices_above_the_cut(outputs: tuple[Any, ...]) -> Tensor:
+    """Ours, of SmoothSMoE, returns the K highest and then one that it lifts in."""
+    _, _, indices = outputs
+    return indices[:, :-1]
+
+
 def _refuse_drawn_choices(router: Any) -> str | None:
     if router.second_expert_policy == "all":
         return None
@@ -65,6 +71,7 @@ ENTRIES = {
     "Ernie4_5_VLMoeMoeTopKRouter": Entry(image_tokens={"text_moe": False, "vision_moe": True}),
     # Ours, in the place of an MLP of a vision tower or of a projector, where there is no padding.
     "TopKRouter": Entry(image_tokens=dict.fromkeys(VISUAL, True)),
+    "SmoothRouter": Entry(choices=_choices_above_the_cut),
     "JetMoeTopKGating": Entry(choices=_choices_sorted_by_expert),
     "DogeCDMoE": Entry(refusal=_refuse_product_keys),
 }

@@ -145,7 +145,9 @@ class _Reading:
         probe = self.probe
         own = getattr(probe.router, "top_k", None)
         if self.indices is not None:
-            return probe.outputs[self.indices].shape[-1]
+            num_returned = probe.outputs[self.indices].shape[-1]
+            # Read in another way, since not all that are returned are chosen.
+            return min(num_returned, own) if has_choices and isinstance(own, int) else num_returned
         weights = probe.outputs[self.carrier]
         if isinstance(own, int) and (has_choices or torch.equal(weights != 0, _mask_of_highest(probe.raw, own))):
             return own

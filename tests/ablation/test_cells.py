@@ -139,7 +139,7 @@ def test_a_cell_is_the_same_each_time_and_its_plain_form_never_hears_the_graph(s
     assert run_cell(study, Cell(Point(), 2), folder)["clean"] != first["clean"]
 
 
-@pytest.mark.parametrize("system", ["smoe", "xmoe", "glam"])
+@pytest.mark.parametrize("system", ["smoe", "xmoe", "glam", "smoothsmoe"])
 def test_the_systems_differ_by_what_their_papers_say(study, text, system):
     model = build_model(study, Point(system=system), text.vocab_size)
     kinds = [type(layer.moe.gate).__mro__[2].__name__ if layer.moe else "dense" for layer in model.model.layers]
@@ -147,5 +147,6 @@ def test_the_systems_differ_by_what_their_papers_say(study, text, system):
         "smoe": ["LinearRouter"] * 2,
         "xmoe": ["CosineRouter"] * 2,
         "glam": ["LinearRouter", "dense"],
+        "smoothsmoe": ["SmoothRouter"] * 2,
     }
     assert kinds == expected[system]

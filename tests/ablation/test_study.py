@@ -81,7 +81,7 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
         ("axes: {graph: [emma]}", {}, "`graph` is 'emma'; did you mean `ema`"),
         ("axes: {decay: 0.9}", {}, "must be a list of values"),
         ("axes: {normalization: [{smoothing: scores, normalization: symmetric}]}", {}, "scores.*needs.*row"),
-        ("systems: [smoke]", {}, "known are smoe, xmoe, glam"),
+        ("systems: [smoke]", {}, "known are smoe, xmoe, glam, smoothsmoe"),
         ("seeds: [1, 1]", {}, "each once"),
         ("base: {freeze_after: 0}", {}, "share of the steps"),
         ("", {"lr_scheduler_type": "cosine"}, "constant rate"),

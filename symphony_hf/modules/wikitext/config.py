@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from ...errors import ConfigError, nearest
 
-RouterType = Literal["linear", "cosine"]
+RouterType = Literal["linear", "cosine", "smooth"]
 
 
 class WikiTextMoeConfig(PreTrainedConfig):
@@ -26,7 +26,8 @@ class WikiTextMoeConfig(PreTrainedConfig):
         num_experts: Experts in a block.
         num_experts_per_tok: Experts that a token chooses.
         moe_every: Every n-th block has experts, from the first on; the others have one feed-forward.
-        router_type: `linear`, or `cosine` in a space of `router_dim` dimensions.
+        router_type: `linear`, `cosine` in a space of `router_dim` dimensions, or `smooth`: linear, with the expert
+            just below the cut lifted in (SmoothSMoE).
         router_dim: Of the cosine router's space; half the number of experts when None.
         momentum: mu, of the MoE outputs' momentum across blocks; none when None.
         momentum_step: gamma, the size of a step along it.
@@ -91,6 +92,11 @@ class WikiTextMoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"{self.model_type}: num_experts_per_tok {self.num_experts_per_tok} is more than the "
                 f"{self.num_experts} experts (num_experts)"
+            )
+        if self.router_type == "smooth" and self.num_experts_per_tok == self.num_experts:
+            raise ConfigError(
+                f"{self.model_type}: router_type `smooth` lifts in an expert that is not chosen, and all "
+                f"{self.num_experts} are: lower num_experts_per_tok"
             )
         for name, value, low, high in (
             ("momentum", self.momentum or 0.0, 0.0, 1.0),

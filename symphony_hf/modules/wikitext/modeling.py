@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..grouped import grouped_linear, run_sorted
-from ..routers import TEMPERATURE, CosineRouter, LinearRouter, TopKRouter
+from ..routers import TEMPERATURE, CosineRouter, LinearRouter, SmoothRouter, TopKRouter
 from .attention import SpanAttention
 from .config import WikiTextMoeConfig
 from .memory import StreamMemory, forget
@@ -59,8 +59,11 @@ class MoeFeedForward(nn.Module):
     def __init__(self, config: WikiTextMoeConfig) -> None:
         super().__init__()
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
-        is_cosine = config.router_type == "cosine"
-        self.gate = CosineRouter(*sizes, config.router_dim) if is_cosine else LinearRouter(*sizes, bias=True)
+        if config.router_type == "cosine":
+            self.gate: TopKRouter = CosineRouter(*sizes, config.router_dim)
+        else:
+            kind = SmoothRouter if config.router_type == "smooth" else LinearRouter
+            self.gate = kind(*sizes, bias=True)
         self.experts = WikiTextMoeExperts(config)
         self.dropout = nn.Dropout(config.dropout)
 
