@@ -125,7 +125,17 @@ def test_what_did_not_help_is_said(verdict):
             "settings": settings,
         },
     }
-    page = evidence_page({"paper": read_results(RECIPES / "evidence")["paper"], "ablation": ablation})
+    paper = read_results(RECIPES / "evidence")["paper"]
+    page = evidence_page({"paper": paper, "ablation": ablation})
+    # Pairs of their own take the pairs' place, and the axes stay.
+    other = {
+        **ablation,
+        "rows": [{**row, "seeds": [0]} for row in ablation["rows"]],
+        "command": "symphony ablate PAIRS",
+    }
+    both = evidence_page({"paper": paper, "ablation": ablation, "pairs": other})
+    assert both.index("`symphony ablate PAIRS`") < both.index("## The axes") < both.index("`symphony ablate STUDY`")
+    assert "PAIRS" not in page
     word = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed"}[verdict]
     assert f"Lower clean perplexity with the graph**: SMoE {word} (0.5000 [0.4000, 0.6000])" in page
     assert "XMoE not run" in page

@@ -14,9 +14,10 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Write the page.
 
     Args:
-        results: `paper`, and `ablation` and `theory` where they were run; see `read_results`.
+        results: `paper`, and `ablation`, `pairs` and `theory` where they were run; see `read_results`.
     """
     paper, ablation, theory = results["paper"], results.get("ablation"), results.get("theory")
+    pairs = results.get("pairs", ablation)
     lines = [
         "# Evidence",
         "",
@@ -24,12 +25,13 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "t-intervals over seeds. A ratio below 1 says that the graph's perplexity is the lower one; it is paired by "
         "seed with the same system without a graph, which has the same weights at the start, batches and budget.",
         "",
-        *_section("In short", _summary(paper, ablation, theory)),
+        *_section("In short", _summary(paper, pairs, ablation, theory)),
     ]
+    if pairs is not None:
+        lines += _section("The three pairs", [*_how(pairs), "", *as_markdown(_pairs(paper, pairs)), *_missing(pairs)])
     if ablation is not None:
-        lines += _section("The three pairs", [*_how(ablation), "", *as_markdown(_pairs(paper, ablation))])
-        lines += _section("The axes, one change at a time", as_markdown(_axes(ablation)))
-        lines += _section("What is missing", _missing(ablation))
+        how = [*_how(ablation), ""] if ablation is not pairs else []
+        lines += _section("The axes, one change at a time", [*how, *as_markdown(_axes(ablation)), *_missing(ablation)])
     if theory is not None:
         lines += _section("The theory, on planted communities", _theory(theory))
     return "\n".join(lines).rstrip() + "\n"
@@ -40,18 +42,22 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _summary(
-    paper: Mapping[str, Any], ablation: Mapping[str, Any] | None, theory: Mapping[str, Any] | None
+    paper: Mapping[str, Any],
+    pairs: Mapping[str, Any] | None,
+    ablation: Mapping[str, Any] | None,
+    theory: Mapping[str, Any] | None,
 ) -> list[str]:
     """What was confirmed, what was not, and what could not be run."""
     lines = []
-    if ablation is not None:
+    if pairs is not None:
         for measure, claim in (
             ("clean", "lower clean perplexity"),
             ("attacked", "lower attacked perplexity"),
             ("ratio", "a lower ratio of attacked to clean"),
             ("routing_kept", "more of the routing kept under attack"),
         ):
-            lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(ablation, measure)}.")
+            lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(pairs, measure)}.")
+    if ablation is not None:
         better, worse = (_variants(ablation, verdict) for verdict in ("better", "worse"))
         lines.append(
             f"- **Other forms of the graph**, on clean text against no graph: better are {better}; worse are {worse}. "
@@ -145,6 +151,7 @@ def _axes(ablation: Mapping[str, Any]) -> list[list[str]]:
 
 def _missing(ablation: Mapping[str, Any]) -> list[str]:
     lines = [f"- {cell}: not run" for cell in ablation["missing"] if cell not in ablation["failed"]]
+    lines = ["", *lines] if lines or ablation["failed"] else []
     return lines + [f"- {cell}: failed, {words}" for cell, words in ablation["failed"].items()]
 
 

@@ -8,8 +8,8 @@ from ..errors import DataError
 from ..unfinished import write_json
 from .page import evidence_page
 
-REQUIRED, RUN = "paper", ("ablation", "theory")
-SOURCES = {"ablation": "report.json", "theory": "theory.json"}
+REQUIRED, RUN = "paper", ("pairs", "ablation", "theory")
+SOURCES = {"pairs": "report.json", "ablation": "report.json", "theory": "theory.json"}
 """What the commands call their results."""
 
 _LOCAL = ("output",)
@@ -21,9 +21,10 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
 
     Args:
         folder: `recipes/evidence`.
-        about: What the ablation's text is, in a sentence; a command that takes any text cannot know. None leaves what
+        about: What the studies' text is, in a sentence; a command that takes any text cannot know. None leaves what
             is there.
-        **outputs: `ablation`, `theory`: the output folders of these commands; None leaves what is there.
+        **outputs: Output folders of commands; None leaves what is there. `ablation`: of the study of the axes;
+            `pairs`: of one of the three pairs, where these were run at another size; `theory`.
 
     Raises:
         DataError: If a folder has no results.
@@ -32,7 +33,7 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
         if output is None:
             continue
         values, path = _read(Path(output) / SOURCES[name]), Path(folder) / f"{name}.json"
-        if name == "ablation":
+        if name != "theory":
             values["about"] = about or (_read(path).get("about", "") if path.is_file() else "")
         write_json(path, {key: value for key, value in values.items() if key not in _LOCAL})
 
