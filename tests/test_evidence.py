@@ -117,7 +117,7 @@ def test_what_did_not_help_is_said(verdict):
             {**row, "label": "smoe, no graph", "point": {**base, "graph": "identity", "strength": 0.0}},
             {**row, "label": "smoe, graph", "point": base, "against_plain": against},
         ],
-        **{"cells": [{"tokens_per_cpu_second": 5000.0}], "missing": ["glam, graph, seed 0"], "failed": {}},
+        **{"cells": [{"tokens_per_cpu_second": 5000.0}], "failed": {"glam, graph, seed 7": "exit code 1"}},
         **{
             "machine": {"machine": "x"},
             "command": "symphony ablate STUDY",
@@ -139,4 +139,4 @@ def test_what_did_not_help_is_said(verdict):
     word = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed"}[verdict]
     assert f"Lower clean perplexity with the graph**: SMoE {word} (0.5000 [0.4000, 0.6000])" in page
     assert "XMoE not run" in page
-    assert "- glam, graph, seed 0: not run" in page
+    assert "- not run: glam, graph, seeds 0, 2\n- failed: glam, graph, seed 7, exit code 1\n" in page

@@ -150,9 +150,15 @@ def _axes(ablation: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _missing(ablation: Mapping[str, Any]) -> list[str]:
-    lines = [f"- {cell}: not run" for cell in ablation["missing"] if cell not in ablation["failed"]]
-    lines = ["", *lines] if lines or ablation["failed"] else []
-    return lines + [f"- {cell}: failed, {words}" for cell, words in ablation["failed"].items()]
+    """A line for each point that has not all its seeds, and for each cell that failed."""
+    by_point: dict[str, list[str]] = {}
+    for cell in ablation["missing"]:
+        if cell not in ablation["failed"]:
+            point, _, seed = cell.rpartition(", seed ")
+            by_point.setdefault(point, []).append(seed)
+    lines = [f"- not run: {point}, seeds {', '.join(seeds)}" for point, seeds in by_point.items()]
+    lines += [f"- failed: {cell}, {words}" for cell, words in ablation["failed"].items()]
+    return ["", *lines] if lines else []
 
 
 def _theory(theory: Mapping[str, Any]) -> list[str]:
