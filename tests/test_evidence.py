@@ -119,6 +119,7 @@ def test_what_did_not_help_is_said(verdict):
         ],
         **{"cells": [{"tokens_per_cpu_second": 5000.0}], "failed": {"glam, graph, seed 7": "exit code 1"}},
         **{
+            "missing": ["glam, graph, seed 0", "glam, graph, seed 2", "glam, graph, seed 7"],
             "machine": {"machine": "x"},
             "command": "symphony ablate STUDY",
             "about": "On some text.",

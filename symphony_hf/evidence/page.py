@@ -28,7 +28,8 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         *_section("In short", _summary(paper, pairs, ablation, theory)),
     ]
     if pairs is not None:
-        lines += _section("The three pairs", [*_how(pairs), "", *as_markdown(_pairs(paper, pairs)), *_missing(pairs)])
+        missing = _missing(pairs) if pairs is not ablation else []
+        lines += _section("The three pairs", [*_how(pairs), "", *as_markdown(_pairs(paper, pairs)), *missing])
     if ablation is not None:
         how = [*_how(ablation), ""] if ablation is not pairs else []
         lines += _section("The axes, one change at a time", [*how, *as_markdown(_axes(ablation)), *_missing(ablation)])
