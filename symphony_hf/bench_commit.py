@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def _time_logs(layers: int, experts: int) -> list[float]:
     """All that a recipe's run adds to one log of the Trainer: the router losses, and the numbers on the graphs."""
     model, callbacks = _model(layers, experts), (SymphonyCallback(), GraphMonitor(pictures=False))
     state, control = TrainerState(), TrainerControl()
-    arguments: Any = None  # which neither reads here
+    arguments: Any = SimpleNamespace(output_dir=".")  # all that they would read of it
     callbacks[1].on_train_begin(arguments, state, control, model=model)
     times = []
     for _ in range(_WARM_UP + _ROUNDS):
