@@ -40,14 +40,18 @@ def interval(estimate):
     }
 
 
-def evaluation(attacks, roles=("model", "against")):
+def evaluation(attacks, roles=("model", "against"), level="perplexity", change="ratio"):
     rows = [
-        {"attack": attack, "severity": severity, "perplexity": interval(30.0 + s), "ratio": interval(1.0 + s / 30)}
+        {"attack": attack, "severity": severity, level: interval(30.0 + s), change: interval(1.0 + s / 30)}
         for attack in attacks
         for severity, s in ((1, 1), (3, 3), (None, 2))
     ]
-    models = {role: {"clean": {"perplexity": interval(30.0)}, "attacks": rows} for role in roles}
-    return {"models": models, "settings": {"model": "runs/symphony", "against": "runs/plain"}}
+    return {
+        "measure": {"level": level, "change": change},
+        "models": {role: {"clean": {level: interval(30.0)}, "attacks": rows} for role in roles},
+        "documents": {"number": 12, "unit": "documents"},
+        "settings": {"model": "runs/symphony", "against": "runs/plain"},
+    }
 
 
 HISTORY = {name: [[0.25] * 4, [0.5, 0.25, 0.25, 0.0]] for name in LAYERS}
@@ -148,6 +152,13 @@ def test_curves_begin_at_clean_text_and_leave_the_pooled_row_out(figures, tmp_pa
         ]
         assert curves[0].get_ydata().tolist() == pytest.approx(values)
     assert perplexity.get_ylim() == figures[0].axes[1].get_ylim()
+
+
+def test_accuracies_and_their_differences_are_drawn_likewise(figures, tmp_path):
+    plot_robustness(evaluation(["fog"], level="accuracy", change="difference"), tmp_path / "a.png")
+    accuracy, difference = figures[0].axes
+    assert (accuracy.get_ylabel(), difference.get_ylabel()) == ("accuracy", "attacked - clean")
+    assert any(list(line.get_ydata()) == [0, 0] for line in difference.lines)  # where an attack makes nothing of it
 
 
 def test_one_model_alone_has_curves(figures, tmp_path):
