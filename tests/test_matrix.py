@@ -145,7 +145,7 @@ def test_the_readme_has_no_row_too_many():
 
 def test_no_family_is_lost():
     """Found by their source; the well-known ones must be among them, whatever moves."""
-    known = {"mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "llama4", "switch_transformers"}
+    known = {"mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "llama4_text", "zaya"}
     assert known <= set(SYMPHONIZED)
     assert len(moe_families()) >= 70
 
