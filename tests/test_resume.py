@@ -460,7 +460,7 @@ def launch(values, cache):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "SYMPHONY_HF_CACHE": str(cache)},
+        env={**os.environ, "SYMPHONY_HF_CACHE": str(cache), "PYTHONUNBUFFERED": "1"},
     )
 
 
@@ -495,6 +495,34 @@ def test_accelerate_launch(within_save, runs, whole):
     assert process.returncode == 0, said[-3000:]
     assert "symphony_hf: resuming from" in said
     assert_equal(outcome(folder), whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_of_one_launch(runs):
+    """Each at a seeded moment after training went on; with a save every third step, some are within one."""
+    values = settings(runs.root, "launched-whole", max_steps=120)
+    runs.finish(values, "launched-whole.log")
+    expected = outcome(runs.root / "launched-whole")
+    values["output.directory"] = str(runs.root / "launched-20")
+    folder, moment = runs.root / "launched-20", random.Random(0)
+    for _ in range(20):
+        process = launch({**values, "resume_from_checkpoint": True}, runs.root / "cache")
+        said = ""
+        while "symphony_hf: resuming from" not in said and "starting from the beginning" not in said:
+            line = process.stdout.readline()
+            assert line, said[-3000:]
+            said += line
+        time.sleep(moment.uniform(0.0, 0.6))
+        assert process.poll() is None, "it was over before the time came"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        check_whole(folder)
+    assert steps_of(folder), "no kill came after the first save"
+    process = launch({**values, "resume_from_checkpoint": True}, runs.root / "cache")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    assert_equal(outcome(folder), expected)
 
 
 # Trainers of transformers' own.
