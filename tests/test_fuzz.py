@@ -123,6 +123,7 @@ def test_memory_is_what_the_kernel_gave():
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_the_command_goes_on_after_a_process_that_died(monkeypatch):
     """The process is another one, so nothing but the seed and the numbers reaches it."""
     assert CliRunner().invoke(app, ["check", "fuzz", "--cases", "0"]).exit_code == 1

@@ -47,6 +47,7 @@ class Notes(TrainerCallback):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.timeout(900)
 def test_twenty_thousand_steps(tmp_path):
     small = {

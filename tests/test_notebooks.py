@@ -47,6 +47,7 @@ def test_they_show_the_library_and_have_no_logic_of_their_own(notebook):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_they_run(notebook, tmp_path):

@@ -498,6 +498,7 @@ def test_accelerate_launch(within_save, runs, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.timeout(1200)
 def test_twenty_kills_of_one_launch(runs):
     """Each at a seeded moment after training went on; with a save every third step, some are within one."""

@@ -30,6 +30,7 @@ def cells(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     for folder in (stopped, whole):
@@ -58,6 +59,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_cell_that_fails_is_reported_and_the_others_are_run(tmp_path):
     # A rate at which weights are soon not finite; a strength of 0 does not help.
     write_study(tmp_path, "seeds: [0]")

@@ -27,6 +27,7 @@ def test_every_page_has_a_plan_of_its_recipe():
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("folder", PLANNED)
 def test_the_pages_say_what_the_plan_says(folder):
     for name, launch, gpus, sequences, gpu, host, hours in rows_of(folder):

@@ -52,6 +52,7 @@ def test_tiny_models(family, case, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("size", ["tiny", "middle"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium, which dr
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.once,
     pytest.mark.enable_socket,  # selenium speaks to the driver over the loopback
     pytest.mark.allow_hosts(["127.0.0.1", "::1"]),
     pytest.mark.skipif(

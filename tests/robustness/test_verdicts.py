@@ -58,6 +58,7 @@ def verdicts(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_equal_models_are_told_apart_in_one_of_twenty_draws_at_most():
     rng = np.random.default_rng(0)
     alarms = dict.fromkeys(("clean", "attacked", "ratio", "untouched"), 0)
@@ -103,6 +104,7 @@ def answer_verdicts(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_models_that_answer_alike_are_told_apart_in_one_of_twenty_draws_at_most():
     rng = np.random.default_rng(0)
     alarms = dict.fromkeys(("clean", "attacked", "difference"), 0)
