@@ -12,6 +12,7 @@ import pytest
 from symphony_hf import SymphonyConfig, __all__
 from symphony_hf.bench import AIMS, bench_table
 from symphony_hf.bench_commit import PROCESSES, SIZES, commit_table
+from symphony_hf.bench_experts import experts_table
 from symphony_hf.compression import compression_table, sweep_table
 from symphony_hf.compression import findings as compared
 from symphony_hf.report import findings, result_table
@@ -47,8 +48,16 @@ def test_the_bench_table_is_the_result_file():
 def test_the_commit_table_is_the_result_file():
     result = json.loads((RESULTS / "bench_commit.json").read_text())
     assert block("commit table") == as_markdown(commit_table(result))
+    assert block("log table") == as_markdown(commit_table(result, "log"))
     sizes = [(row["processes"], row["layers"], row["experts"]) for row in result["rows"] if row["work"] == "commit"]
     assert sizes == [(number, *size) for number in PROCESSES for size in SIZES]
+
+
+def test_the_table_of_experts_is_the_result_file():
+    folder = ROOT / "recipes" / "llava-smoe-4.2b"
+    result = json.loads((folder / "bench_experts.json").read_text())
+    table = re.search(r"<!-- experts -->\n(.*?)<!-- end -->", (folder / "README.md").read_text(), re.S)
+    assert table.group(1) == as_markdown(experts_table(result))
 
 
 def smaller_models(name):

@@ -16,22 +16,22 @@ from .grouped import grouped_linear, run_sorted
 from .mlp import MlpParts
 from .routers import ROUTERS
 
-DEFAULT_IMPLEMENTATION = "grouped_mm"
-
 
 class ExpertsSettings:
     """What the experts interface reads: the implementation that the model around the experts is set to.
 
     Args:
-        config: Of that model. One without MoE layers of its own says none; then it is grouped_mm.
+        config: Of that model. One without MoE layers of its own says none; then it is grouped_mm, or, where there is no
+            accelerator, eager: on a CPU grouped_mm is slower than a loop over experts.
     """
 
     def __init__(self, config: PreTrainedConfig | None) -> None:
         self.config = config
+        self._default = "grouped_mm" if torch.accelerator.is_available() else "eager"
 
     @property
     def _experts_implementation(self) -> str:
-        return getattr(self.config, "_experts_implementation", None) or DEFAULT_IMPLEMENTATION
+        return getattr(self.config, "_experts_implementation", None) or self._default
 
 
 class _Experts(nn.Module):
