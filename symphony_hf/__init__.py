@@ -133,4 +133,4 @@ def __dir__() -> list[str]:
 
 
 install_loading_wraps()
-importlib.import_module(".modules.wikitext", __name__)  # transformers' Auto classes learn of it
+importlib.import_module(".modules.wikitext", __name__)  # transformers' Auto classes learn of its config

@@ -34,7 +34,10 @@ from shapes import Inputs, build, config_of, random_batch
 ROOT = Path(__file__).parent.parent
 CPU = Place("cpu", torch.device("cpu"), torch.float32, None, None)
 NO_LIMIT = Limits(rounds=2, seconds=60.0, end=float("inf"))
-ABSENT = ("datasets", "deepspeed", "scipy", "matplotlib", "typer", "rich", "jsonargparse", "pandas", "bitsandbytes")
+ABSENT = (
+    *("datasets", "deepspeed", "scipy", "sklearn", "matplotlib"),
+    *("typer", "rich", "jsonargparse", "pandas", "bitsandbytes"),
+)
 BLOCK = f"""
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec

@@ -1,8 +1,12 @@
 """Modules of our own: mixtures of experts in the place of dense MLPs."""
 
-from .llava import build_llava, llava_config, vision_config_of
+from typing import TYPE_CHECKING, Any
+
 from .replacing import UpcycledSettings, check_loaded, restore_modules, upcycle_modules
 from .upcycled import UpcycledMoE
+
+if TYPE_CHECKING:
+    from .llava import build_llava, llava_config, vision_config_of
 
 __all__ = [
     "UpcycledMoE",
@@ -14,3 +18,11 @@ __all__ = [
     "upcycle_modules",
     "vision_config_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import llava  # transformers' LLaVA brings what takes a second to import
+
+    return getattr(llava, name)

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedConfig
 
 from ...errors import ConfigError, nearest
+from .registration import register_models
 
 RouterType = Literal["linear", "cosine", "smooth"]
 
@@ -67,6 +68,7 @@ class WikiTextMoeConfig(PreTrainedConfig):
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
+        register_models()
         if self.router_dim is None:
             self.router_dim = max(self.num_experts // 2, 1)
         super().__post_init__(**kwargs)
