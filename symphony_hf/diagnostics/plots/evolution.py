@@ -68,7 +68,8 @@ def plot_graph_evolution(
     handles = [Line2D([], [], label=label, **edge_style(lift, top)) for label, lift in zip(labels, lifts, strict=True)]
     note = "area: load; colour: community at the end"
     handles.append(Line2D([], [], label=note, marker="o", linestyle="", color="0.5"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    columns = 3 if len(graphs) > 2 else 1  # entries side by side are wider than two networks
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return save_png(figure, path)
 
 

@@ -85,7 +85,7 @@ def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: 
     if _spread_wide([value for by_text in levels.values() for value, _, _ in by_text.values()]):
         axes.set_xscale("log")
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if percent else 6))  # 87.50% is a wide label
         if percent:
             axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(x=0.08)
