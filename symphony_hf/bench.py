@@ -35,7 +35,7 @@ from .errors import ConfigError, nearest
 from .folding import fold
 from .graph import active_graph
 from .patching import symphonize, symphony_routers
-from .training.checkpoints import write_json
+from .unfinished import write_json
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {

@@ -29,8 +29,8 @@ from .attachment import tracker_of, update_graphs
 from .bench import measure_layer
 from .patching import symphonize
 from .training.callback import SymphonyCallback
-from .training.checkpoints import write_json
 from .training.monitor import GraphMonitor
+from .unfinished import write_json
 
 PROCESSES = (1, 2, 4)
 SIZES = ((4, 64), (4, 256), (32, 64), (32, 256))

@@ -29,7 +29,7 @@ from .compat import transformers_version
 from .errors import ConfigError
 from .modules import UpcycledMoE
 from .modules.mlp import MlpParts
-from .training.checkpoints import write_json
+from .unfinished import write_json
 
 SHAPES = {"projector": (1024, 3072, 3072, "gelu", 576), "clip mlp": (1024, 4096, 1024, "quick_gelu", 577)}
 """Input, inner and output size, activation, and tokens of an image."""

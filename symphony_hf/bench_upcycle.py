@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from ._version import __version__
-from .training.checkpoints import write_json
+from .unfinished import write_json
 
 _SHARD_LAYERS = 4
 _SETTINGS = {"to": "qwen2_moe", "num_experts": 4, "top_k": 2, "layers": "every-other"}

@@ -42,7 +42,7 @@ from .compat import transformers_version
 from .errors import ConfigError, EvaluationError, nearest
 from .modules import build_llava, upcycle_modules
 from .patching import expert_graphs, symphonize
-from .training.checkpoints import write_json
+from .unfinished import write_json
 from .upcycling import upcycle
 
 MODELS = ("7.4b", "4.2b")

@@ -36,10 +36,10 @@ from .hub import export_folded
 from .patching import expert_graphs, symphonize, unsymphonize
 from .recipe import EvalSection, ModelSection, Recipe
 from .report import write_report
-from .training.checkpoints import write_json
 from .training.fitting import train
 from .training.measuring import clean_and_attacked_windows
 from .training.models import load_model
+from .unfinished import write_json
 
 ARMS = ("plain", "symphony")
 TOP_K = 2

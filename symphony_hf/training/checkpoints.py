@@ -18,9 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, ConfigError
-
-UNFINISHED = "_symphony_unfinished"
-"""The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
+from ..unfinished import UNFINISHED, finish, place_to_write, remove_if_empty, write_json
 
 RECORD = "symphony_checkpoint.json"
 """What a checkpoint is whole by: its step, its place among its run's checkpoints, the sizes of its files."""
@@ -30,32 +28,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OURS = re.compile(r"(checkpoint-\d+|final)(\.replaced|\.deleted)?")
 
 
-def place_to_write(target: Path) -> Path:
-    """Where to write what will be `target`. The last name is the same: Symphony models look at it when they save."""
-    return target.parent / UNFINISHED / target.name
-
-
-def finish(target: Path) -> None:
-    """Give a folder that was written in its `place_to_write` its name, in place of what has it.
-
-    If the process ends between the two renames, `clear_leftovers` gives what was replaced its name back.
-    """
-    written = place_to_write(target)
-    for folder, _, files in os.walk(written):
-        for name in files:
-            _flush(Path(folder) / name)
-        _flush(Path(folder))
-    replaced = written.with_name(f"{target.name}.replaced")
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(written, target)
-    _flush(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    _remove_if_empty(written.parent)
-
-
 def finish_checkpoint(target: Path, step: int, num_processes: int) -> None:
-    """The same for a checkpoint, with the record that it is known to be whole by."""
+    """`finish` for a checkpoint, with the record that it is known to be whole by."""
     written = place_to_write(target)
     known = [record["order"] for record in _records(target.parent).values()]
     sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files(written)}
@@ -79,7 +53,7 @@ def delete_oldest(output: Path, limit: int | None, keep: set[Path]) -> None:
         deleted.parent.mkdir(exist_ok=True)
         os.replace(folder, deleted)
         shutil.rmtree(deleted, ignore_errors=True)
-    _remove_if_empty(output / UNFINISHED)
+    remove_if_empty(output / UNFINISHED)
 
 
 def clear_leftovers(output: Path) -> list[str]:
@@ -98,7 +72,7 @@ def clear_leftovers(output: Path) -> list[str]:
             continue
         shutil.rmtree(folder)
         removed.append(folder.name)
-    _remove_if_empty(output / UNFINISHED)
+    remove_if_empty(output / UNFINISHED)
     return removed
 
 
@@ -218,7 +192,7 @@ def reporting_failed_save(target: Path) -> Iterator[None]:
             raise  # only torch.save raises it for a write that failed, with one text or another
         free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
         shutil.rmtree(place_to_write(target), ignore_errors=True)
-        _remove_if_empty(target.parent / UNFINISHED)
+        remove_if_empty(target.parent / UNFINISHED)
         last, _ = _last_whole(target.parent)
         remedy = f"resume from `{last}`, which is whole" if last else "start again: there is no earlier checkpoint"
         reason = str(error).partition("\n")[0]
@@ -226,29 +200,3 @@ def reporting_failed_save(target: Path) -> Iterator[None]:
             f"`{target}` could not be written; the disk had {free / 2**30:.1f} GiB free. Make room, then {remedy} "
             f"({reason})"
         ) from error
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before anything refers to it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # it is not empty, or another process was faster
-        folder.rmdir()

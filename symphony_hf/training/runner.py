@@ -14,8 +14,9 @@ from ..errors import ConfigError
 from ..patching import is_symphonized
 from ..publishing import write_card
 from ..recipe import Recipe
+from ..unfinished import write_json
 from .arguments import training_arguments
-from .checkpoints import reporting_failed_save, write_json
+from .checkpoints import reporting_failed_save
 from .fitting import train
 from .launch import Ask, asks, check_launch, strategy_to_come
 from .measuring import measure
