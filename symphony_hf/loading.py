@@ -1,7 +1,6 @@
 """load_checkpoint: a checkpoint from someone else, believed in nothing before it was checked."""
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .errors import CheckpointError, GraphError, SymphonyError
 from .graph_files import SUFFIX, checkpoint_files
+from .json_objects import MAX_CONFIG_BYTES, read_object
 from .saving import ARCHITECTURE_PREFIX
 
-MAX_CONFIG_BYTES = 8 * 2**20
 _REFUSALS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
     *(SafetensorError, StrictDataclassError, TypeError, ValueError),
@@ -85,16 +84,7 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"`{directory}` is an adapter: load it by `symphony_hf.load_adapter`, onto its base model"
         )
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_CONFIG_BYTES + 1)
-        config = json.loads(content) if len(content) <= MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"`{file}` cannot be read: {error}") from error
-    if config is None:
-        raise CheckpointError(f"`{file}` has more than {MAX_CONFIG_BYTES:,} bytes, or is null: no config needs that")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"`{file}`: expected an object, got {type(config).__name__}")
+    config = read_object(file, CheckpointError, max_bytes=MAX_CONFIG_BYTES)
     if config.get("auto_map"):
         raise CheckpointError(f"`{file}` asks for code of its own (`auto_map`), and code of a checkpoint is not run")
     if config.get("quantization_config") is not None:

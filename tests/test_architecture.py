@@ -15,6 +15,7 @@ LEVELS = {
     "errors": 0,
     "config": 0,
     "unfinished": 0,
+    "json_objects": 0,
     "parsing": 0,
     "recipe": 0,
     "routing": 1,

@@ -8,7 +8,6 @@ when it loads such an adapter, be it on a model without graphs.
 import dataclasses
 import functools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,10 @@ from ..config import SymphonyConfig
 from ..errors import ConfigError
 from ..families import RouterContract
 from ..graph import active_graph
+from ..json_objects import read_object
 from ..parsing import parse_settings
 from ..patching import is_symphonized, symphony_routers
+from ..unfinished import write_json
 
 RECORD_NAME = "symphony_config.json"
 FORMAT = 1
@@ -103,11 +104,8 @@ class AdapterRecord:
                 f"`{folder}` has no {RECORD_NAME}: its adapter holds no graphs, or was saved without `lora_config` and "
                 "SymphonyCallback, and nothing says what model it needs. PEFT's own loader puts it on one that is ready"
             )
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"`{file}` cannot be read: {error}") from error
-        version = values.get("format") if isinstance(values, dict) else None
+        values = read_object(file, ConfigError)
+        version = values.get("format")
         if isinstance(version, int) and version > FORMAT:
             raise ConfigError(f"`{file}` has format {version}, this symphony_hf reads up to {FORMAT}: upgrade it")
         return parse_settings(cls, values, str(file))
@@ -132,15 +130,9 @@ def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, *
     folder = Path(save_directory)
     stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     stored["symphony"] = record.symphony
-    _write_json(folder / "adapter_config.json", stored)
+    write_json(folder / "adapter_config.json", stored)
     record = dataclasses.replace(record, base_model=stored.get("base_model_name_or_path"))
-    _write_json(folder / RECORD_NAME, dataclasses.asdict(record))
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_json(folder / RECORD_NAME, dataclasses.asdict(record))
 
 
 def record_adapters(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ is allocated, and compared with the tensors that the adapter's file has.
 
 import contextlib
 import copy
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..families.twin import full_shape, twin
+from ..json_objects import MAX_CONFIG_BYTES, read_object
 from .targets import family_of
 
-MAX_CONFIG_BYTES = 8 * 2**20
 CONFIG_NAME = "adapter_config.json"
 _KINDS = ("LORA", "LOHA", "LOKR", "IA3")
 """PEFT's types that hold nothing but tensors: others load further adapters, or states, from where the config says."""
@@ -49,14 +48,7 @@ def read_peft_config(folder: Path) -> Any:
     from peft import PeftConfig
 
     file = folder / CONFIG_NAME
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_CONFIG_BYTES + 1)
-        values = json.loads(content) if len(content) <= MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"`{file}` cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"`{file}`: expected an object of at most {MAX_CONFIG_BYTES:,} bytes")
+    values = read_object(file, ConfigError, max_bytes=MAX_CONFIG_BYTES)
     if values.get("peft_type") not in _KINDS:
         raise ConfigError(f"`{file}`: `peft_type` is {values.get('peft_type')!r}: only {', '.join(_KINDS)} are loaded")
     for name in _NOT_LOADED:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .app import app
+from .options import BatchSize, BlockSize, Dtype, Revision, Text, TextColumn, Tokenizer, numbers
 
 _Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hub; any MoE language model.")]
 _Output = Annotated[str, typer.Argument(help="The folder to write.")]
@@ -13,18 +14,8 @@ _Graph = Annotated[
     str, typer.Option(help="learned: the model's own; counted: of the calibration text, for models without one.")
 ]
 _CalibrationTokens = Annotated[int, typer.Option("--calibration_tokens", help="Of the train split.")]
-_Data = Annotated[
-    str | None,
-    typer.Option(help="Text file, table, folder, or Hub data set, instead of the Python library's own sources."),
-]
-_TextColumn = Annotated[str, typer.Option("--text_column", help="Of a table.")]
 _Documents = Annotated[int, typer.Option(help="Of the test split, to evaluate on, at most.")]
-_BlockSize = Annotated[int | None, typer.Option("--block_size", help="Tokens; a quarter of what the model takes.")]
-_BatchSize = Annotated[int, typer.Option("--batch_size", help="Windows a forward.")]
 _Seed = Annotated[int, typer.Option(help="Of the calibration's blocks and the bootstrap.")]
-_Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-_Tokenizer = Annotated[str | None, typer.Option(help="Where the model has none of its own.")]
-_Revision = Annotated[str | None, typer.Option(help="On the Hub.")]
 _Result = Annotated[str | None, typer.Option(help="File for the result; result.json in the output.")]
 
 
@@ -36,15 +27,15 @@ def merge(
     by: Annotated[str, typer.Option(help="graph, or outputs (HC-SMoE).")],
     graph: _Graph = "learned",
     calibration_tokens: _CalibrationTokens = 65_536,
-    data: _Data = None,
-    text_column: _TextColumn = "text",
+    data: Text = None,
+    text_column: TextColumn = "text",
     documents: _Documents = 100,
-    block_size: _BlockSize = None,
-    batch_size: _BatchSize = 8,
+    block_size: BlockSize = None,
+    batch_size: BatchSize = 8,
     seed: _Seed = 0,
-    dtype: _Dtype = "auto",
-    tokenizer: _Tokenizer = None,
-    revision: _Revision = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
     result: _Result = None,
 ) -> None:
     """Merge experts that are alike: a smaller stock checkpoint, measured on held-out text before and after."""
@@ -79,15 +70,15 @@ def prune(
     by: Annotated[str, typer.Option(help="load, centrality (of the graph), or reap (gate-weighted output norm).")],
     graph: _Graph = "learned",
     calibration_tokens: _CalibrationTokens = 65_536,
-    data: _Data = None,
-    text_column: _TextColumn = "text",
+    data: Text = None,
+    text_column: TextColumn = "text",
     documents: _Documents = 100,
-    block_size: _BlockSize = None,
-    batch_size: _BatchSize = 8,
+    block_size: BlockSize = None,
+    batch_size: BatchSize = 8,
     seed: _Seed = 0,
-    dtype: _Dtype = "auto",
-    tokenizer: _Tokenizer = None,
-    revision: _Revision = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
     result: _Result = None,
 ) -> None:
     """Drop the experts that matter least: a smaller stock checkpoint, measured on held-out text before and after."""
@@ -122,15 +113,15 @@ def topk(
         str | None, typer.Option("--top_k", help="Numbers with commas; all up to the model's own.")
     ] = None,
     keep: Annotated[int | None, typer.Option(help="The one that the checkpoint in OUTPUT chooses.")] = None,
-    data: _Data = None,
-    text_column: _TextColumn = "text",
+    data: Text = None,
+    text_column: TextColumn = "text",
     documents: _Documents = 100,
-    block_size: _BlockSize = None,
-    batch_size: _BatchSize = 8,
+    block_size: BlockSize = None,
+    batch_size: BatchSize = 8,
     seed: _Seed = 0,
-    dtype: _Dtype = "auto",
-    tokenizer: _Tokenizer = None,
-    revision: _Revision = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
     result: Annotated[
         str | None, typer.Option(help="File for the result; result.json in the output, or symphony-topk.json.")
     ] = None,
@@ -141,7 +132,7 @@ def topk(
     settings = TopKSettings(
         model=model,
         output=output,
-        top_k=None if top_k is None else _numbers(top_k),
+        top_k=None if top_k is None else numbers(top_k, "topk", "top_k"),
         keep=keep,
         data=data,
         text_column=text_column,
@@ -155,12 +146,3 @@ def topk(
         result=result,
     )
     print_sweep(sweep_top_k(settings))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    from ..errors import ConfigError
-
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"symphony topk: --top_k takes numbers with commas between them, got {text!r}") from error

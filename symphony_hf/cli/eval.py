@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import numbers
+from .options import Dtype, Revision, Split, numbers
 
 
 @app.command(
@@ -44,7 +44,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max_new_tokens", help="vqa: of a free answer; 32 if not given.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="train, validation, test or all; of one file: all.")] = None,
+    split: Split = None,
     text_column: Annotated[str | None, typer.Option("--text_column", help="text: of a table; text.")] = None,
     attack: Annotated[
         str | None,
@@ -63,9 +63,9 @@ def evaluate(
         typer.Option("--block_size", help="text: tokens of a clean window; a quarter of what the models take."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Windows or questions a forward.")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     tokenizer: Annotated[str | None, typer.Option(help="Or processor, where a model has none of its own.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of MODEL on the Hub.")] = None,
+    revision: Revision = None,
     against_revision: Annotated[str | None, typer.Option("--against_revision", help="Of the other one.")] = None,
     output: Annotated[
         str, typer.Option(help="Folder for result.json, robustness.png and finished cells.")

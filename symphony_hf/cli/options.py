@@ -1,6 +1,24 @@
 """Options that more than one command has."""
 
+from typing import Annotated
+
+import typer
+
 from ..errors import ConfigError
+
+Text = Annotated[
+    str | None,
+    typer.Option(help="Text file, table, folder, or Hub data set, instead of the Python library's own sources."),
+]
+TextColumn = Annotated[str, typer.Option("--text_column", help="Of a table.")]
+Split = Annotated[str | None, typer.Option(help="train, validation, test or all; of one file: all.")]
+BlockSize = Annotated[
+    int | None, typer.Option("--block_size", help="Tokens of a clean window; a quarter of what the model takes.")
+]
+BatchSize = Annotated[int, typer.Option("--batch_size", help="Windows a forward.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Where the model has none of its own.")]
+Revision = Annotated[str | None, typer.Option(help="Of MODEL on the Hub.")]
 
 
 def numbers(text: str, command: str, option: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import numbers
+from .options import BatchSize, BlockSize, Dtype, Revision, Split, Text, TextColumn, Tokenizer, numbers
 
 
 @app.command(
@@ -18,30 +18,25 @@ def routing(
     against: Annotated[
         list[str] | None, typer.Option(help="Earlier checkpoints of it, the earliest first; once for each.")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text file, table, folder, or Hub data set, instead of the Python library's own sources."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="train, validation, test or all; of one file: all.")] = None,
-    text_column: Annotated[str, typer.Option("--text_column", help="Of a table.")] = "text",
+    data: Text = None,
+    split: Split = None,
+    text_column: TextColumn = "text",
     attack: Annotated[str, typer.Option(help="As of `symphony eval`, with commas; none for none.")] = "aaa",
     severity: Annotated[str, typer.Option(help="From 1 to 5, with commas.")] = "1,3,5",
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     documents: Annotated[int, typer.Option(help="At most.")] = 60,
     words: Annotated[int, typer.Option(help="Of a document, about: its first lines.")] = 400,
-    block_size: Annotated[
-        int | None, typer.Option("--block_size", help="Tokens of a clean window; a quarter of what the model takes.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Windows a forward.")] = 8,
+    block_size: BlockSize = None,
+    batch_size: BatchSize = 8,
     similarity_tokens: Annotated[
         int, typer.Option("--similarity_tokens", help="On which experts are compared; 0: they are not.")
     ] = 256,
     drop_first: Annotated[
         bool, typer.Option("--drop_first/--no_drop_first", help="The loss without each token's first expert.")
     ] = True,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="Where the model has none of its own.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of MODEL on the Hub.")] = None,
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    revision: Revision = None,
     output: Annotated[
         str, typer.Option(help="Folder for result.json, matrices.safetensors and pictures.")
     ] = "symphony-routing",

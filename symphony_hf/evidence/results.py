@@ -1,10 +1,10 @@
 """The result files that the page is written from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..json_objects import read_object
 from ..unfinished import write_json
 from .page import evidence_page
 
@@ -68,10 +68,4 @@ def write_evidence(folder: str | Path, page: str | Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problem = error.strerror or str(error)
-        raise DataError(f"{path}: {problem}; give the output folder of a command that has finished") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: no JSON ({error})") from error
+    return read_object(path, DataError, hint="give the output folder of a command that has finished")

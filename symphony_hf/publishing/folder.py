@@ -1,6 +1,5 @@
 """What a folder is, before any of it leaves the machine: which model, and which of its files."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..config import SymphonyConfig
 from ..errors import GraphError, PushError
 from ..graph_files import read_graphs
+from ..json_objects import read_object
 from ..routing import adjacency_problems
 from .contents import check_contents, is_wanted
 
@@ -67,7 +67,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
     path, results = _find(Path(directory))
     is_adapter = (path / "adapter_config.json").exists()
     name = "adapter_config.json" if is_adapter else "config.json"
-    config = read_json(path / name)
+    config = read_object(path / name, PushError)
     stored = config.get("symphony")
     settings = None if stored is None else SymphonyConfig.from_dict(stored, where=f"{path / name}: symphony")
     if not is_adapter and settings is None and not _names_experts(config):
@@ -84,23 +84,6 @@ def open_folder(directory: str | Path) -> ModelFolder:
         left_out=left_out,
         results=results,
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        PushError: If it cannot be read, or holds something else.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PushError(f"`{file}`: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise PushError(f"`{file}` is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise PushError(f"`{file}`: expected an object, got {type(values).__name__}")
-    return values
 
 
 def _names_experts(config: Mapping[str, Any]) -> bool:

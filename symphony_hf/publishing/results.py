@@ -8,7 +8,8 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult
 
 from ..errors import PushError
-from .folder import ModelFolder, read_json
+from ..json_objects import read_object
+from .folder import ModelFolder
 
 Metric = Literal["perplexity", "loss", "accuracy"]
 _CONFIDENCE = 0.95
@@ -87,7 +88,7 @@ def read_results(folder: ModelFolder) -> Results | None:
     """
     if folder.results is None:
         return None
-    values = read_json(folder.results)
+    values = read_object(folder.results, PushError)
     try:
         return _from_report(folder, values) if "arms" in values else _from_run(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

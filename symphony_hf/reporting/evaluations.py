@@ -7,7 +7,7 @@ from typing import Any
 from ..evaluation import Interval
 from ..robustness import verdicts
 from .commands import command_line
-from .json_files import as_interval, is_interval
+from .intervals import as_interval, is_interval
 from .runs import AttackRow, Comparison, Level, Run, flat
 from .tables import show, show_interval
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import GraphError, ReportError
+from ..json_objects import read_object
 from ..unfinished import UNFINISHED
 from .evaluations import read_evaluation
-from .json_files import read_object
 from .quickstarts import read_quickstart
 from .routing_diagnostics import read_routing
 from .runs import Run
@@ -60,7 +60,7 @@ def _read(folder: Path) -> Run:
     if len(files) > 1:
         names = " and ".join(file.name for file in files)
         raise ReportError(f"report: `{folder}` holds {names}, of two commands: give each an output folder of its own")
-    values = read_object(files[0])
+    values = read_object(files[0], ReportError, hint="run its command again")
     for reader in _READERS:
         if reader.file == files[0].name and reader.key in values:
             try:

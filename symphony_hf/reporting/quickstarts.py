@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report import findings
 from .graphs import read_run_graphs
-from .json_files import as_interval
+from .intervals import as_interval
 from .runs import Comparison, Cost, Level, Run, flat
 
 _COMPARED = {

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import ReportError
+from ..json_objects import read_object
 from .graphs import read_run_graphs
-from .json_files import read_object
 from .runs import Cost, Level, Run, flat
 from .tables import show
 
@@ -87,7 +88,8 @@ def _curves(folder: Path, results: Mapping[str, Any]) -> dict[str, Points]:
     losses = results.get("losses")
     if losses is None:
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-        losses = [entry for entry in read_object(states[-1])["log_history"] if "loss" in entry] if states else []
+        history = read_object(states[-1], ReportError)["log_history"] if states else []
+        losses = [entry for entry in history if "loss" in entry]
     return {
         "train": [(float(entry["step"]), float(entry["loss"])) for entry in losses],
         "eval": [(float(entry["step"]), float(entry["eval_loss"])) for entry in results["validation"]],

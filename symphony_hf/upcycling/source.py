@@ -1,11 +1,9 @@
 """A dense checkpoint, found and understood, before anything is written."""
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
@@ -13,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UpcycleError
+from ..json_objects import read_object
 from .checkpoint import Checkpoint, StoredTensor, check_tensors
 from .companions import CARRIED
 from .conversions import CONVERSIONS
@@ -68,7 +67,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         CheckpointError: If there is none that can be read.
         UpcycleError: If it is that of a quantized model, of a MoE, or of a family that nothing is known of.
     """
-    values = _read_json(folder / "config.json")
+    values = read_object(folder / "config.json", CheckpointError, hint=f"is `{folder}` a model's folder?")
     model_type = str(values.get("model_type"))
     if values.get("quantization_config") is not None:
         raise UpcycleError(
@@ -110,15 +109,3 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             config, dtype=torch.float32, experts_implementation="eager"
         )
     return model.eval()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"`{file}` is missing: is `{file.parent}` a model's folder?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"`{file}` cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"`{file}` holds no settings by name")
-    return values

@@ -63,7 +63,7 @@ def test_a_config_that_is_none(saved, content):
 
 def test_a_config_that_is_missing(saved):
     (saved / CONFIG).unlink()
-    refuses(make_model(), saved, ConfigError, r"adapter_config\.json` cannot be read")
+    refuses(make_model(), saved, ConfigError, r"adapter_config\.json` is missing")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import hub_
 
 import huggingface_hub
 import pytest
-from hub_server import LoopbackHub
+from hub_server import TOKEN, LoopbackHub
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from models import make_model, move_graphs
 
 from symphony_hf import symphonize
-
-TOKEN = "hf_" + "Loopback" * 4 + "Xy"
 
 
 @pytest.fixture

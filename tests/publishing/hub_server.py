@@ -17,6 +17,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+TOKEN = "hf_" + "Loopback" * 4 + "Xy"
+"""The one that it lets in."""
+
 SECONDS = 30
 """After which a silent connection is closed, so that nothing waits for ever."""
 

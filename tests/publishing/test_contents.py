@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import TOKEN
+from hub_server import TOKEN
 from models import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 

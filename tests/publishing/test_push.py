@@ -10,8 +10,7 @@ import traceback
 import huggingface_hub
 import pytest
 import torch
-from conftest import TOKEN
-from hub_server import Cut
+from hub_server import TOKEN, Cut
 from huggingface_hub import constants
 from models import make_ids, make_model
 from transformers import AutoModelForCausalLM
