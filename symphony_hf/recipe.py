@@ -100,6 +100,8 @@ class DataSection:
         name: The data set's configuration on the Hub; for `glue` the task: qnli, sst2, wnli, ...
         revision: Branch, tag or commit on the Hub.
         text_column: Of a `text` data set.
+        rows: What its rows are: `documents`, or `lines` of one text, blank ones too, as WikiText has them; such a text
+            is cut into documents as a text file is.
         images: Of `llava`: the folder that the image names are in; the JSON's own when None.
         block_size: Tokens of one training sequence, at most.
         packing: Whether several short examples share a sequence, each attending to itself alone.
@@ -114,6 +116,7 @@ class DataSection:
     name: str | None = None
     revision: str | None = None
     text_column: str = "text"
+    rows: Literal["documents", "lines"] = "documents"
     images: str | None = None
     block_size: int = 256
     packing: bool = False
@@ -126,6 +129,8 @@ class DataSection:
         _check(self.block_size >= 2, f"`block_size` must be at least 2, got {self.block_size}")
         _check(self.vocab_size >= 300, f"`vocab_size` must be at least 300, got {self.vocab_size}")
         _check(self.limit is None or self.limit >= 1, f"`limit` must be at least 1, got {self.limit}")
+        lines = self.rows == "lines"
+        _check(not lines or (self.kind == "text" and not self.streaming), "`rows: lines` is of unstreamed `text`")
         _check(self.kind != "glue" or self.name is not None, "`glue` needs `name`: qnli, sst2, wnli, ...")
 
 
@@ -152,12 +157,15 @@ class EvalSection:
 
     Args:
         documents: How many documents at most; all when None.
+        context: Tokens before a window that it is read with and that are not scored in it, the documents being one
+            text; with 0 each document is read by itself, and a window of it, too. Of data of kind `text`.
         attack_rate: Share of a line's words that the attack replaces.
         attack_minimum: Words replaced per line at least.
         seed: Of the attack and of the bootstrap.
     """
 
     documents: int | None = 200
+    context: int = 0
     attack_rate: float = 0.015
     attack_minimum: int = 1
     seed: int = 0
@@ -167,7 +175,7 @@ class EvalSection:
         _check(some, f"`documents` must be at least 1, got {self.documents}")
         rate = self.attack_rate
         _check(0 <= rate <= 1, f"`attack_rate` must be between 0 and 1, got {rate}")
-        for name in ("attack_minimum", "seed"):
+        for name in ("attack_minimum", "seed", "context"):
             _check(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}")
 
 
@@ -205,6 +213,10 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+
+    def __post_init__(self) -> None:
+        context, block_size = self.eval.context, self.data.block_size
+        _check(context < block_size, f"eval: `context` must leave room in a block of {block_size}, got {context}")
 
 
 SECTIONS = {

@@ -1,7 +1,7 @@
 """Data: corpora, their tokenizer, their blocks, and their corruption; conversations, questions and images."""
 
-from .blocks import BlockDataset, document_windows, pack_blocks
-from .corpus import Corpus, Document, embedded_corpus, load_corpus
+from .blocks import BlockDataset, document_windows, pack_blocks, token_stream
+from .corpus import Corpus, Document, corpus_of, embedded_corpus, load_corpus
 from .corruption import STOP_WORDS, attack, word_swap, words_changed
 from .glue import LabelledQuestions
 from .lengths import check_lengths
@@ -12,7 +12,7 @@ from .questions import Question
 from .splits import PreparedSplit, prepare_split
 from .streams import sample_stream
 from .tokenizer import cached_tokenizer, train_tokenizer
-from .visual import VisualCollator, VisualConversations, VisualPrompt, VisualQuestions
+from .visual import VisualCollator, VisualConversations, VisualQuestions
 
 __all__ = [
     "STOP_WORDS",
@@ -25,12 +25,12 @@ __all__ = [
     "Question",
     "VisualCollator",
     "VisualConversations",
-    "VisualPrompt",
     "VisualQuestions",
     "attack",
     "cached_tokenizer",
     "check_lengths",
     "check_packing",
+    "corpus_of",
     "document_windows",
     "embedded_corpus",
     "load_corpus",
@@ -38,6 +38,7 @@ __all__ = [
     "prepare_data",
     "prepare_split",
     "sample_stream",
+    "token_stream",
     "train_tokenizer",
     "word_swap",
     "words_changed",

@@ -37,12 +37,30 @@ def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBa
         ConfigError: If a block is shorter than two tokens, or the tokenizer has no end-of-text token.
         DataError: If there are too few tokens for one block.
     """
+    _check_block_size(block_size)
+    ids_T = token_stream(documents, tokenizer)
+    num_blocks = count_blocks(len(documents), len(ids_T), block_size)
+    return ids_T[: num_blocks * block_size].view(num_blocks, block_size)
+
+
+def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+    """Concatenate all documents, each closed by the end-of-text token.
+
+    Args:
+        documents: Texts, in order.
+        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
+
+    Returns:
+        Token ids, int64. Shape: (tokens,).
+
+    Raises:
+        ConfigError: If the tokenizer has no end-of-text token.
+    """
     # A flat array of machine integers: a list of Python ones would take four times the memory.
     token_ids = array("q")
-    for document_ids in _tokenize(documents, tokenizer, block_size):
+    for document_ids in _tokenize(documents, tokenizer):
         token_ids.extend(document_ids)
-    num_blocks = count_blocks(len(documents), len(token_ids), block_size)
-    return torch.frombuffer(token_ids, dtype=torch.int64)[: num_blocks * block_size].view(num_blocks, block_size)
+    return torch.frombuffer(token_ids, dtype=torch.int64) if token_ids else torch.empty(0, dtype=torch.int64)
 
 
 def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
@@ -78,8 +96,9 @@ def document_windows(
     Raises:
         ConfigError: If a window is shorter than two tokens, or the tokenizer has no end-of-text token.
     """
+    _check_block_size(block_size)
     windows = []
-    for document_ids in _tokenize(documents, tokenizer, block_size):
+    for document_ids in _tokenize(documents, tokenizer):
         pieces = torch.tensor(document_ids, dtype=torch.int64).split(block_size)
         windows.append([piece for piece in pieces if len(piece) > 1])
     return windows
@@ -109,12 +128,13 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         return {"input_ids": block, "labels": block.clone()}
 
 
-def _tokenize(
-    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int
-) -> Iterator[list[int]]:
-    """The token ids of each document, and the end-of-text token."""
+def _check_block_size(block_size: int) -> None:
     if block_size < 2:
         raise ConfigError(f"data: block_size must be 2 or more, so that there is a token to predict; got {block_size}")
+
+
+def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+    """The token ids of each document, and the end-of-text token."""
     end_of_text(tokenizer)
     with tqdm(total=len(documents), desc="tokenizing", unit=" documents", delay=_PATIENCE, disable=None) as bar:
         for start in range(0, len(documents), _BATCH):
@@ -135,7 +155,9 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def closed_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The token ids of each text, and the end of text; no other special token."""
+    """The token ids of each text, and the end of text unless it ends in it; no other special token."""
     # Not verbose: it would warn that a document is longer than the model's context, which blocks are not.
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [[*document_ids, tokenizer.eos_token_id] for document_ids in batch["input_ids"]]
+    end = tokenizer.eos_token_id
+    # The end of a line of words is the end of text, too, and of one line there are not two.
+    return [ids if ids and ids[-1] == end else [*ids, end] for ids in batch["input_ids"]]

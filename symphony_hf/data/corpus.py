@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from .documents import Corpus, Document, build_corpus
@@ -10,13 +11,21 @@ from .files import TEXT_SUFFIXES, read_file, read_folder
 from .loading import TABLE_FORMATS
 from .tables import read_hub
 
-__all__ = ["Corpus", "Document", "embedded_corpus", "load_corpus"]
+if TYPE_CHECKING:
+    from ..recipe import DataSection
+
+__all__ = ["Corpus", "Document", "corpus_of", "embedded_corpus", "load_corpus"]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.+-]+))?")
 
 
 def load_corpus(
-    path: str | None, *, text_column: str = "text", name: str | None = None, revision: str | None = None
+    path: str | None,
+    *,
+    text_column: str = "text",
+    name: str | None = None,
+    revision: str | None = None,
+    lines: bool = False,
 ) -> Corpus:
     """Load documents in three splits.
 
@@ -29,6 +38,8 @@ def load_corpus(
         text_column: The column of a table or data set that holds the text.
         name: The configuration of a data set of the Hub, where `path` does not give it.
         revision: Branch, tag or commit of a data set of the Hub.
+        lines: Whether the rows of a table or data set are the lines of one text, blank ones too, which is cut into
+            documents as a text file is; else each row is a document.
 
     Returns:
         The corpus. Splits that the source does not have are cut from its train split, 5% each, by a hash that does
@@ -42,13 +53,24 @@ def load_corpus(
     commit = None
     local = Path(path).expanduser()
     if path and local.is_dir():  # Path("") is the current folder
-        splits = read_folder(local, text_column)
+        splits = read_folder(local, text_column, lines)
     elif local.is_file():
-        splits = read_file(local, text_column)
+        splits = read_file(local, text_column, lines)
     else:
         repository, config = hub_name(path, name)
-        splits, commit = read_hub(repository, config, text_column, revision)
+        splits, commit = read_hub(repository, config, text_column, revision, lines)
     return build_corpus(splits, source=path, commit=commit)
+
+
+def corpus_of(section: "DataSection") -> Corpus:
+    """The corpus of a recipe's data of kind `text`; see `load_corpus`."""
+    return load_corpus(
+        section.path,
+        text_column=section.text_column,
+        name=section.name,
+        revision=section.revision,
+        lines=section.rows == "lines",
+    )
 
 
 def hub_name(path: str, config: str | None = None) -> tuple[str, str | None]:

@@ -17,17 +17,18 @@ _FUNCTION_WORDS = """
 a about above after again against all also am an and any are as at be because been before being below between both
 but by can cannot could did do does doing down during each either else few for from further had has have having he
 her here hers herself him himself his how i if in into is it its itself just may me might more most must my myself
-neither no nor not of off on once only or other ought our ours ourselves out over own same shall she should so some
+neither no nor not now of off on once only or other ought our ours ourselves out over own same shall she should so some
 such than that the their theirs them themselves then there these they this those through to too under until up upon
 very was we were what when where whether which while who whom whose why will with within without would yet you your
 yours yourself yourselves
 aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he's i'd i'll i'm i've isn't it's let's mustn't
 she's shouldn't that's there's they're wasn't we're weren't what's won't wouldn't you'd you'll you're you've
-d ll m re s t ve
+d ll m n't re s t ve
+ain aren couldn didn doesn don hadn hasn haven isn mightn mustn needn shan shouldn wasn weren won wouldn
 """
 
 STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
-"""Function words of English, which the attack leaves alone. The last line: what tokenized text leaves of "I'd"."""
+"""Function words of English, which the attack leaves alone. The last lines: what tokenized text leaves of "didn't"."""
 
 
 def word_swap(

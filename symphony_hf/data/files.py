@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import DataError
+from ..unfinished import UNFINISHED
 from .documents import HELD_OUT, SPLIT_NAMES, Document, by_name, by_text, complete_splits
 from .loading import TABLE_FORMATS
+from .pieces import pieces_of
 from .tables import read_table
 
 TEXT_SUFFIXES = frozenset((".txt", ".text", ".md", ".rst", ".py", ".tokens"))
@@ -15,20 +17,15 @@ TEXT_SUFFIXES = frozenset((".txt", ".text", ".md", ".rst", ".py", ".tokens"))
 _SPLIT_SUFFIXES = (TEXT_SUFFIXES | TABLE_FORMATS.keys()) - {".py"}
 """Of a file that is a split if it is named for one. `train.py` is a script."""
 
-_PIECE = 2_000
-"""Characters. A document of a large file ends at the first blank line after as many."""
 
-_LONGEST_PIECE = 4 * _PIECE
-"""Characters. It ends at the end of a line after as many, in a file without blank lines."""
-
-
-def read_file(path: Path, text_column: str) -> dict[str, list[Document]]:
+def read_file(path: Path, text_column: str, lines: bool = False) -> dict[str, list[Document]]:
     """Cut one file into documents, and those into splits by the hash of their text.
 
     Args:
         path: A text file, cut at blank lines into documents of about 2,000 characters; or a table, whose rows are
             the documents.
         text_column: The column that holds the text, if it is a table.
+        lines: Whether rows of a table are the lines of one text, cut as a text file is.
 
     Returns:
         Documents by split.
@@ -36,10 +33,10 @@ def read_file(path: Path, text_column: str) -> dict[str, list[Document]]:
     Raises:
         DataError: If the file is neither UTF-8 text nor a readable table.
     """
-    return complete_splits({"train": _file_documents(path, text_column)}, by_text)
+    return complete_splits({"train": _file_documents(path, text_column, lines)}, by_text)
 
 
-def read_folder(folder: Path, text_column: str) -> dict[str, list[Document]]:
+def read_folder(folder: Path, text_column: str, lines: bool = False) -> dict[str, list[Document]]:
     """Read a folder, whose own splits are kept if it has any.
 
     It has if an entry is named for train (`train.txt`, `wiki.train.tokens`, `train-00000-of-00002.parquet`, or the
@@ -47,7 +44,7 @@ def read_folder(folder: Path, text_column: str) -> dict[str, list[Document]]:
     left out.
 
     Args:
-        folder: Text files, at any depth, each one document. Hidden ones are left out.
+        folder: Text files, at any depth, each one document. Hidden and unfinished ones are left out.
         text_column: The column that holds the text, in tables named for a split.
 
     Returns:
@@ -58,7 +55,7 @@ def read_folder(folder: Path, text_column: str) -> dict[str, list[Document]]:
     """
     named = entries_by_split(folder)
     if "train" in named and any(split in named for split in HELD_OUT):
-        given = {split: _entry_documents(entries, folder, text_column) for split, entries in named.items()}
+        given = {split: _entry_documents(entries, folder, text_column, lines) for split, entries in named.items()}
         return complete_splits(given, by_text)
     documents = _folder_documents(folder, folder)
     if not documents:
@@ -78,10 +75,10 @@ def entries_by_split(folder: Path) -> dict[str, list[Path]]:
     return named
 
 
-def _entry_documents(entries: Iterable[Path], folder: Path, text_column: str) -> list[Document]:
+def _entry_documents(entries: Iterable[Path], folder: Path, text_column: str, lines: bool) -> list[Document]:
     documents = []
     for entry in entries:
-        documents += _folder_documents(entry, folder) if entry.is_dir() else _file_documents(entry, text_column)
+        documents += _folder_documents(entry, folder) if entry.is_dir() else _file_documents(entry, text_column, lines)
     return documents
 
 
@@ -89,30 +86,16 @@ def _folder_documents(folder: Path, root: Path) -> list[Document]:
     documents = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in name.parts)
+        hidden = any(part.startswith(".") or part == UNFINISHED for part in name.parts)
         if path.suffix.lower() in TEXT_SUFFIXES and not hidden and path.is_file():
             documents.append(Document(name.as_posix(), "".join(_lines(path))))
     return documents
 
 
-def _file_documents(path: Path, text_column: str) -> list[Document]:
+def _file_documents(path: Path, text_column: str, lines: bool) -> list[Document]:
     if path.suffix.lower() in TABLE_FORMATS:
-        return read_table(path, text_column)
+        return read_table(path, text_column, lines)
     return [Document(f"{path.name}[{index}]", piece) for index, piece in enumerate(pieces_of(_lines(path)))]
-
-
-def pieces_of(lines: Iterable[str]) -> Iterator[str]:
-    """Group lines into pieces, which concatenated are the lines again."""
-    piece: list[str] = []
-    size = 0
-    for line in lines:
-        piece.append(line)
-        size += len(line)
-        if size >= _LONGEST_PIECE or (size >= _PIECE and not line.strip()):
-            yield "".join(piece)
-            piece, size = [], 0
-    if piece:
-        yield "".join(piece)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -1,14 +1,16 @@
 """Any local text as a split of a corpus: one file a document, tagged words made plain."""
 
+import io
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError, DataError
+from ..unfinished import clear, finish, place_to_write
 from .documents import HELD_OUT
-from .files import pieces_of
+from .pieces import pieces_of
 
 _WORD = re.compile(r"\S+")
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -36,7 +38,8 @@ def prepare_split(
     """Write a text file, a folder or a zip archive as a split of a corpus that `load_corpus` reads.
 
     A file is cut at blank lines into documents of about 2,000 characters, as `load_corpus` cuts one; a file of a
-    folder or of an archive is a document. Lists of contents, licences and README files are left out.
+    folder or of an archive is a document, in the folder that it had there. Lists of contents, licences and README files
+    are left out. The split's part has its name only once it is whole.
 
     Args:
         source: UTF-8 text.
@@ -47,7 +50,7 @@ def prepare_split(
 
     Raises:
         ConfigError: If there is no such split, or `strip_tags` is not one sign.
-        DataError: If there is no text at `source`, it is not UTF-8, or its place is taken.
+        DataError: If there is no text at `source`, it is not UTF-8, two documents have one name, or the place is taken.
     """
     if split not in ("train", *HELD_OUT):
         raise ConfigError(f"prepare: split must be train, validation or test; got {split!r}")
@@ -57,13 +60,40 @@ def prepare_split(
     folder = Path(output).expanduser() / split / source.name
     if folder.exists():
         raise DataError(f"{folder}: something is there already; remove it, or give another --output")
-    texts = {name: _plain(text, strip_tags) for name, text in _texts(source) if text.strip()}
+    texts: dict[PurePosixPath, str] = {}
+    for name, text in _texts(source):
+        if text.strip():
+            _add(texts, name, _plain(text, strip_tags), source)
     if not texts:
         raise DataError(f"{source}: no text in it")
-    folder.mkdir(parents=True)
-    for name, text in texts.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    _write(texts, folder)
     return PreparedSplit(folder, len(texts), sum(len(text.split()) for text in texts.values()))
+
+
+def _add(texts: dict[PurePosixPath, str], name: PurePosixPath, text: str, source: Path) -> None:
+    """Take a document under the path of its file.
+
+    Raises:
+        DataError: If another one has it, or a file has the name of its folder.
+    """
+    file = name.with_name(f"{name.name}.txt")
+    for taken in (file, *file.parents):
+        if taken in texts:
+            raise DataError(f"{source}: `{name}` would take the place of another document, `{taken}`: rename one")
+    texts[file] = text
+
+
+def _write(texts: Mapping[PurePosixPath, str], folder: Path) -> None:
+    clear(folder)  # what a killed process left
+    written = place_to_write(folder)
+    try:
+        for file, text in texts.items():
+            (written / file).parent.mkdir(parents=True, exist_ok=True)
+            (written / file).write_text(text, encoding="utf-8")
+        finish(folder)
+    except BaseException:
+        clear(folder)
+        raise
 
 
 def _plain(text: str, sign: str | None) -> str:
@@ -73,32 +103,31 @@ def _plain(text: str, sign: str | None) -> str:
     return _BLANK_LINES.sub("\n", words).lstrip("\n")
 
 
-def _texts(source: Path) -> Iterator[tuple[str, str]]:
-    """Names without folders, and texts."""
+def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
+    """Names, with the folders within the source, and texts."""
     if source.is_dir():
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
-            if _is_text(path.relative_to(source).as_posix()):
-                yield _flat(path.relative_to(source).as_posix()), _decoded(path.read_bytes(), path)
+            name = PurePosixPath(path.relative_to(source).as_posix())
+            if _is_text(name):
+                yield name, _decoded(path.read_bytes(), path)
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/") and _is_text(name):
-                    yield _flat(name), _decoded(archive.read(name), source)
+            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+                name = PurePosixPath(entry.filename.lstrip("/"))  # an absolute one would be written outside
+                if not entry.is_dir() and _is_text(name):
+                    yield name, _decoded(archive.read(entry), source)
     elif source.is_file():
-        lines = _decoded(source.read_bytes(), source).splitlines(keepends=True)
+        # The lines of a file that is read as text, which no form feed ends.
+        lines = io.StringIO(_decoded(source.read_bytes(), source), newline=None)
         for number, piece in enumerate(pieces_of(lines)):
-            yield f"{number:05d}", piece
+            yield PurePosixPath(f"{number:05d}"), piece
     else:
         raise DataError(f"{source}: no such file or folder")
 
 
-def _is_text(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not any(part.startswith(".") for part in path.parts) and not _NOT_TEXT.fullmatch(path.name)
-
-
-def _flat(name: str) -> str:
-    return "_".join(PurePosixPath(name).parts)
+def _is_text(name: PurePosixPath) -> bool:
+    hidden = any(part.startswith(".") for part in name.parts)  # `..` too
+    return not hidden and not _NOT_TEXT.fullmatch(name.name)
 
 
 def _decoded(contents: bytes, where: Path) -> str:

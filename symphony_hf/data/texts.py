@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .corpus import load_corpus
+from .corpus import corpus_of
 from .digests import digest_texts
 from .documents import Document
 from .packing import TokenBlocks
@@ -37,7 +37,7 @@ def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", s
     """
     if section.streaming:
         return _prepare_stream(section, tokenizer, seed)
-    corpus = load_corpus(section.path, text_column=section.text_column, name=section.name, revision=section.revision)
+    corpus = corpus_of(section)
     documents = {split: list(thinned(getattr(corpus, split), section.limit)) for split in _SPLITS}
     stores = {split: _store(documents[split], tokenizer) for split in _SPLITS}
     train = TokenBlocks(stores["train"], section.block_size, section.packing)

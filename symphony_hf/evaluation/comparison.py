@@ -58,7 +58,7 @@ def compare_perplexity(
         a: Scores of one model.
         b: Scores of another one, on the same documents.
         seed: Of the bootstrap.
-        weights: See `paired_bootstrap`.
+        weights: See `paired_bootstrap`; each document's tokens when None.
 
     Raises:
         EvaluationError: If the documents or their tokens differ, or are fewer than 10.
@@ -67,8 +67,9 @@ def compare_perplexity(
     def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
         return nll_a.sum(axis) / tokens.sum(axis) - nll_b.sum(axis) / tokens.sum(axis)
 
-    columns = (a.nll, b.nll, _paired_tokens(a, b))
-    return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(0, 1)])
+    tokens = _paired_tokens(a, b)
+    weights = tokens if weights is None else weights
+    return paired_bootstrap((a.nll, b.nll, tokens), statistic, seed=seed, weights=weights, swapped=[(0, 1)])
 
 
 def compare_attacked(
@@ -80,7 +81,7 @@ def compare_attacked(
         clean: Scores of a model on the clean documents.
         attacked: Its scores on the attacked versions of the same documents, which may have other numbers of tokens.
         seed: Of the bootstrap.
-        weights: See `paired_bootstrap`.
+        weights: See `paired_bootstrap`; each document's tokens when None.
 
     Returns:
         In nats; `.exp()` is the attacked/clean ratio.
@@ -94,6 +95,7 @@ def compare_attacked(
         return nll_a.sum(axis) / num_a.sum(axis) - nll.sum(axis) / num.sum(axis)
 
     columns = (attacked.nll, attacked.num_tokens, clean.nll, clean.num_tokens)
+    weights = clean.num_tokens if weights is None else weights
     return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(0, 2), (1, 3)])
 
 
@@ -116,7 +118,7 @@ def compare_robustness(
         clean_b: Scores of another model on the clean documents.
         attacked_b: Its scores on the attacked ones.
         seed: Of the bootstrap.
-        weights: See `paired_bootstrap`.
+        weights: See `paired_bootstrap`; each document's tokens when None.
 
     Raises:
         EvaluationError: If the documents or their tokens differ, or are fewer than 10.
@@ -133,4 +135,5 @@ def compare_robustness(
         return ratio_a - ratio_b
 
     columns = (clean_tokens, attacked_tokens, clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
+    weights = clean_tokens if weights is None else weights
     return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(2, 4), (3, 5)])

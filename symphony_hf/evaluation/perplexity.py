@@ -56,6 +56,41 @@ def score_documents(
     return DocumentScores(list(nll), sums, np.array([len(values) for values in nll.values()]))
 
 
+def score_stream(
+    model: nn.Module,
+    ids_T: Tensor,
+    *,
+    block_size: int,
+    context: int,
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> DocumentScores:
+    """Score one text in windows that overlap, so that what is scored has seen what comes before it.
+
+    Args:
+        model: As in `score_documents`.
+        ids_T: Token ids, int64. Shape: (tokens,).
+        block_size: Tokens of a window.
+        context: Of them, from the window before: seen, and not scored again. From 1 to `block_size - 1`.
+        batch_size: Windows a forward.
+        progress: What the progress bar says; no bar when None.
+
+    Returns:
+        One score a window, named by its number. Each token but the text's first is in one of them.
+
+    Raises:
+        EvaluationError: If there are fewer than two tokens, or a value is not finite.
+    """
+    step = block_size - context
+    starts = range(0, max(len(ids_T) - context, 1), step)
+    windows = {str(number): [ids_T[start : start + block_size]] for number, start in enumerate(starts)}
+    nll = score_tokens(model, windows, batch_size=batch_size, progress=progress)
+    # A window predicts all its tokens but the first.
+    new = [values if name == "0" else values[context - 1 :] for name, values in nll.items()]
+    sums = np.array([values.sum(dtype=np.float64) for values in new])
+    return DocumentScores(list(nll), sums, np.array([len(values) for values in new]))
+
+
 def score_tokens(
     model: nn.Module, windows: Windows, *, batch_size: int = 16, progress: str | None = None
 ) -> dict[str, np.ndarray]:

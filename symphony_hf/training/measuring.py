@@ -7,8 +7,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Document, PreparedData, Question, VisualCollator, VisualQuestions, attack, document_windows
-from ..evaluation import MIN_DOCUMENTS, accuracy_interval, perplexity_interval, score_choices, score_documents
+from ..data import (
+    Document,
+    PreparedData,
+    Question,
+    VisualCollator,
+    VisualQuestions,
+    attack,
+    document_windows,
+    token_stream,
+)
+from ..evaluation import (
+    MIN_DOCUMENTS,
+    accuracy_interval,
+    perplexity_interval,
+    score_choices,
+    score_documents,
+    score_stream,
+)
 from .trainer import ResumableTrainer
 
 if TYPE_CHECKING:
@@ -34,7 +50,9 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     """
     if data.documents is not None:
         documents = data.documents[: recipe.eval.documents]
-        return evaluate_clean_and_attacked(trainer.model, processor, documents, recipe.data.block_size, recipe.eval)
+        return evaluate_clean_and_attacked(
+            trainer.model, processor, documents, recipe.data.block_size, recipe.eval, trainer.args.eval_batch_size
+        )
     split = "validation" if data.test is None else "test"  # the labels of GLUE's test splits are not public
     held_out = getattr(data, split)
     if held_out is None:
@@ -69,18 +87,34 @@ def evaluate_clean_and_attacked(
     documents: list[Document],
     block_size: int,
     section: "EvalSection",
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Perplexity on documents, as they are and with words swapped.
 
     Returns:
         `clean` and `attacked` perplexity, their ratio, and how many documents and tokens they come from; with enough
-        documents, the ends of their 95% intervals, `clean_low` and so on.
+        documents, the ends of their 95% intervals, `clean_low` and so on. With `section.context` the documents are
+        one text, and its windows are in place of them.
     """
-    clean, attacked = clean_and_attacked_windows(documents, tokenizer, block_size, section)
-    scores = {
-        name: score_documents(model, windows, progress=f"Scoring {name} text")
-        for name, windows in (("clean", clean), ("attacked", attacked))
-    }
+    if section.context:
+        texts = {"clean": documents, "attacked": _attacked(documents, section)}
+        scores = {
+            name: score_stream(
+                model,
+                token_stream(text, tokenizer),
+                block_size=block_size,
+                context=section.context,
+                batch_size=batch_size,
+                progress=f"Scoring {name} text",
+            )
+            for name, text in texts.items()
+        }
+    else:
+        clean, attacked = clean_and_attacked_windows(documents, tokenizer, block_size, section)
+        scores = {
+            name: score_documents(model, windows, batch_size=batch_size, progress=f"Scoring {name} text")
+            for name, windows in (("clean", clean), ("attacked", attacked))
+        }
     values = {
         "clean": scores["clean"].perplexity,
         "attacked": scores["attacked"].perplexity,
@@ -99,10 +133,14 @@ def clean_and_attacked_windows(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, block_size: int, section: "EvalSection"
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
     """The documents in windows of tokens, as they are and with words swapped, by document name."""
-    attacked = attack(documents, rate=section.attack_rate, minimum=section.attack_minimum, seed=section.seed)
+    attacked = _attacked(documents, section)
     names = [document.name for document in documents]
     clean_windows = dict(zip(names, document_windows(documents, tokenizer, block_size), strict=True))
     attacked_windows = dict(zip(names, document_windows(attacked, tokenizer, block_size), strict=True))
     # A document too short for one prediction has nothing to score, in either form.
     kept = [name for name in names if clean_windows[name] and attacked_windows[name]]
     return {name: clean_windows[name] for name in kept}, {name: attacked_windows[name] for name in kept}
+
+
+def _attacked(documents: list[Document], section: "EvalSection") -> list[Document]:
+    return attack(documents, rate=section.attack_rate, minimum=section.attack_minimum, seed=section.seed)

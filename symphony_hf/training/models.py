@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ..config import SymphonyConfig
-from ..data import cached_tokenizer, check_lengths, embedded_corpus, load_corpus, sample_stream
+from ..data import cached_tokenizer, check_lengths, corpus_of, embedded_corpus, sample_stream
 from ..errors import ConfigError, nearest
 from ..modules import build_llava, llava_config, upcycle_modules, vision_config_of
 from ..parsing import check_names
@@ -59,7 +59,7 @@ def load_processor(recipe: Recipe) -> Any:
     if is_text and data.streaming:
         corpus = sample_stream(data)
     elif is_text:
-        corpus = load_corpus(data.path, text_column=data.text_column, name=data.name, revision=data.revision)
+        corpus = corpus_of(data)
     else:
         corpus = embedded_corpus()
     tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
@@ -262,7 +262,7 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
         if recipe.symphony is not None:
             symphonize(model, recipe.symphony)
         return
-    stored = SymphonyConfig.from_dict(model.config.symphony)
+    stored = SymphonyConfig.from_stored(model.config.symphony)
     if recipe.symphony != stored:
         wanted = {} if recipe.symphony is None else recipe.symphony.to_dict()
         differing = [name for name, value in stored.to_dict().items() if wanted.get(name) != value]

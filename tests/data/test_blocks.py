@@ -8,7 +8,15 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
-from symphony_hf.data import BlockDataset, Document, blocks, document_windows, pack_blocks
+from symphony_hf.data import (
+    BlockDataset,
+    Document,
+    blocks,
+    document_windows,
+    pack_blocks,
+    token_stream,
+    train_tokenizer,
+)
 from symphony_hf.errors import ConfigError, DataError
 
 
@@ -47,6 +55,22 @@ def test_windows_are_each_documents_own_tokens(tokenizer, documents, block_size)
         assert flat == (token_ids[:-1] if dropped else token_ids)
         assert all(len(piece) == block_size for piece in pieces[:-1])
         assert all(2 <= len(piece) <= block_size for piece in pieces)
+
+
+@given(documents=some_documents)
+def test_a_stream_is_the_concatenated_documents(tokenizer, documents):
+    flat = [token_id for token_ids in naive_token_ids(documents, tokenizer) for token_id in token_ids]
+    assert token_stream(documents, tokenizer).tolist() == flat
+    assert len(token_stream([], tokenizer)) == 0
+
+
+def test_a_text_of_words_has_one_end_for_each_line_and_none_more():
+    """As WikiText's own code counts them: the words of a line and one end, of blank lines, too."""
+    documents = as_documents([" = Title = \n \n", "one two\n", "no end of line"])
+    tokenizer = train_tokenizer(documents, 300, "words")
+    lines = "".join(document.text for document in documents).split("\n")
+    expected = [word for line in lines for word in (*line.split(), "<eos>")]
+    assert tokenizer.convert_ids_to_tokens(token_stream(documents, tokenizer).tolist()) == expected
 
 
 def test_more_documents_than_one_batch_keep_their_order(tokenizer, monkeypatch):

@@ -1,13 +1,16 @@
 """`symphony prepare`: any local text becomes a split of a corpus."""
 
+import random
 import zipfile
 
 import pytest
 from typer.testing import CliRunner
 
 from symphony_hf.cli import app
-from symphony_hf.data import load_corpus, prepare_split
+from symphony_hf.data import load_corpus, prepare_split, splits
+from symphony_hf.data.files import read_file, read_folder
 from symphony_hf.errors import ConfigError, DataError
+from symphony_hf.unfinished import UNFINISHED
 
 TAGGED = "\n\n\tThe/at jury/nn said/vbd 1\\/2/cd ,/, //nil ./.\n\n\n\tA/at second/od one/nn\n"
 
@@ -26,8 +29,9 @@ def tagged(tmp_path):
 def test_tagged_words_become_plain_and_their_blank_lines_go(tagged, tmp_path):
     written = prepare_split(tagged, tmp_path / "text", strip_tags="/")
     assert (written.num_documents, written.num_words) == (2, 11)
-    assert sorted(path.name for path in written.folder.iterdir()) == ["corpus_ca01.txt", "corpus_deeper_cb02.txt"]
-    text = (written.folder / "corpus_ca01.txt").read_text()
+    files = sorted(path.relative_to(written.folder).as_posix() for path in written.folder.rglob("*.txt"))
+    assert files == ["corpus/ca01.txt", "corpus/deeper/cb02.txt"]
+    text = (written.folder / "corpus" / "ca01.txt").read_text()
     assert text == "\tThe jury said 1\\/2 , / .\n\tA second one\n"
 
 
@@ -69,3 +73,101 @@ def test_what_cannot_be_prepared_is_refused(tagged, tmp_path):
     prepare_split(tagged, output)
     with pytest.raises(DataError, match="something is there already"):
         prepare_split(tagged, output)
+
+
+def hold_out(corpus):
+    """The splits without which a folder's train split is not taken for one."""
+    for split in ("validation", "test"):
+        (corpus / split).mkdir()
+        (corpus / split / "one.txt").write_text("held out")
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_names_that_differ_in_a_folder_alone_are_two_documents(kind, tmp_path):
+    files = {"a/b": "first", "a_b": "second", "a/b.txt": "third"}
+    source = tmp_path / "source"
+    if kind == "folder":
+        for name, text in files.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text(text)
+    else:
+        with zipfile.ZipFile(source, "w") as file:
+            for name, text in files.items():
+                file.writestr(name, text)
+    assert prepare_split(source, tmp_path / "text").num_documents == 3
+    hold_out(tmp_path / "text")
+    loaded = {document.name: document.text for document in load_corpus(str(tmp_path / "text")).train}
+    assert loaded == {
+        "train/source/a/b.txt": "first",
+        "train/source/a/b.txt.txt": "third",
+        "train/source/a_b.txt": "second",
+    }
+
+
+def test_a_name_that_an_archive_has_twice_is_refused(tmp_path):
+    for number, names in enumerate([("a", "/a"), ("a", "a.txt/b")]):
+        archive = tmp_path / f"{number}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for name in names:
+                file.writestr(name, f"text of {name}")
+        with pytest.raises(DataError, match=r"would take the place of another document, `a\.txt`: rename one"):
+            prepare_split(archive, tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
+def test_an_archive_writes_nothing_outside_of_its_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in (f"{tmp_path}/absolute", "../../above", "fine"):
+            file.writestr(name, "text")
+    written = prepare_split(tmp_path / "a.zip", tmp_path / "text")
+    assert written.num_documents == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "text"}
+    assert len(list(written.folder.rglob("*.txt"))) == 2
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_is_cut_as_it_is_when_it_is_loaded(end, tmp_path):
+    """Other signs that `str.splitlines` ends a line at, form feeds say, do not make a blank line."""
+    rng = random.Random(0)
+    lines = [
+        " ".join(rng.choices(["word", "\x0c", "\x0c\x0c", "\x1c", "\x85", "\u2028", "another"], k=8))
+        for _ in range(900)
+    ]
+    text = end.join(line if place % 13 else "" for place, line in enumerate(lines))
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    prepare_split(tmp_path / "book.txt", tmp_path / "text")
+    hold_out(tmp_path / "text")
+    prepared = [document.text for document in load_corpus(str(tmp_path / "text")).train]
+    parts = read_file(tmp_path / "book.txt", "text")
+    loaded = {document.name: document.text for split in parts.values() for document in split}
+    assert len(prepared) > 10
+    assert prepared == [loaded[f"book.txt[{number}]"] for number in range(len(loaded))]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def test_a_preparation_that_is_killed_leaves_nothing_that_trains(tagged, tmp_path, monkeypatch):
+    corpus = tmp_path / "text"
+    (corpus / "train").mkdir(parents=True)
+    (corpus / "train" / "one.txt").write_text("there before")
+    with monkeypatch.context() as patch:
+        patch.setattr(splits, "finish", lambda folder: (_ for _ in ()).throw(Killed))
+        patch.setattr(splits, "clear", lambda folder: None)  # which a killed process does not come to
+        with pytest.raises(Killed):
+            prepare_split(tagged, corpus)
+    assert list((corpus / "train" / UNFINISHED).rglob("ca01.txt"))
+    whole = read_folder(corpus, "text")  # there are no splits yet: all that is in it
+    assert [document.text for split in whole.values() for document in split] == ["there before"]
+    hold_out(corpus)
+    assert [document.text for document in load_corpus(str(corpus)).train] == ["there before"]
+    prepare_split(tagged, corpus)
+    assert sorted(path.name for path in (corpus / "train").iterdir()) == ["one.txt", "tagged.zip"]
+    assert len(load_corpus(str(corpus)).train) == 3
+
+
+def test_a_preparation_that_fails_leaves_nothing(tagged, tmp_path, disk_that_fills):
+    with pytest.raises(OSError, match="No space left"):
+        prepare_split(tagged, tmp_path / "text")
+    assert list((tmp_path / "text").rglob("*")) == [tmp_path / "text" / "train"]

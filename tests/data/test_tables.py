@@ -86,6 +86,31 @@ def test_hub_splits_are_kept_and_blank_rows_left_out(hub):
     assert corpus.source == "owner/name:small"
 
 
+def test_rows_that_are_lines_are_one_text_with_its_blank_lines(hub, tmp_path):
+    """As the Hub has WikiText: a row a line, whose end some versions leave out; cut as the same text in a file."""
+    lines = [f" line {index} of an article" if index % 7 else "" for index in range(300)]
+    text = "".join(f"{line}\n" for line in lines)
+    ended = {split: {"text": [f"{line}\n" if line else "" for line in lines]} for split in ("train", "test")}
+    hub["ended", None] = {**ended, "validation": {"text": lines}}
+    (tmp_path / "folder").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "folder" / f"{split}.txt").write_text(text)
+    of_file, of_rows = load_corpus(str(tmp_path / "folder")), load_corpus("ended", lines=True)
+    for split in ("train", "validation", "test"):
+        assert texts(getattr(of_rows, split)) == texts(getattr(of_file, split))
+        assert "".join(texts(getattr(of_rows, split))) == text
+        assert len(getattr(of_rows, split)) > 2
+
+
+def test_rows_of_a_table_may_be_lines(tmp_path):
+    lines = [f" line {index} of an article" if index % 7 else "" for index in range(3000)]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (tmp_path / "text.txt").write_text("".join(f"{line}\n" for line in lines))
+    cut, text = load_corpus(str(tmp_path / "table.jsonl"), lines=True), load_corpus(str(tmp_path / "text.txt"))
+    for split in ("train", "validation", "test"):
+        assert texts(getattr(cut, split)) == texts(getattr(text, split))
+
+
 def test_hub_splits_that_are_missing_are_cut_by_each_rows_text(hub):
     hub["plain", None] = {"train": {"text": ROWS}}
     hub["shuffled", None] = {"train": {"text": ROWS[::-1] + ROWS[:50]}}

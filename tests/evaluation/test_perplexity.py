@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, make_model
 
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation import DocumentScores, score_documents
+from symphony_hf.evaluation import DocumentScores, score_documents, score_stream
 from symphony_hf.evaluation.batching import padded_batches
 
 # One float32 rounding is 6e-8 of a value. A window sums a few hundred of them, and a padded batch goes through
@@ -55,6 +55,25 @@ def test_scores_equal_a_loop_over_single_windows(model, windows, batch_size):
     assert scores.names == list(windows)
     np.testing.assert_allclose(scores.nll, expected, rtol=ROUNDING)
     np.testing.assert_array_equal(scores.num_tokens, [sum(n - 1 for n in lengths) for lengths in LENGTHS.values()])
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(length=st.integers(2, 40), block_size=st.integers(2, 12), data=st.data())
+def test_a_stream_scores_each_token_once_after_the_tokens_before_it(model, length, block_size, data):
+    context = data.draw(st.integers(1, block_size - 1))
+    ids = torch.arange(length) * 7 % VOCAB
+    scores = score_stream(model, ids, block_size=block_size, context=context, batch_size=3)
+    assert scores.num_tokens.sum() == length - 1
+    expected, place = [], 1
+    while place < length:  # a window begins with the last tokens that were scored, as many as the context has
+        start = 0 if place == 1 else place - context
+        window = ids[start : start + block_size]
+        seen = window[: place - start]
+        # All tokens of the window, less those that were scored before.
+        before = naive_nll(model, seen) if len(seen) > 1 else 0.0
+        expected.append(naive_nll(model, window) - before)
+        place = start + len(window)
+    assert scores.nll.tolist() == pytest.approx(expected, rel=ROUNDING, abs=1e-4)
 
 
 def test_padding_changes_nothing_where_it_would_be_the_likeliest_token(windows):

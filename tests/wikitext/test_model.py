@@ -6,7 +6,7 @@ from naive import forward
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from symphony_hf import ConfigError, expert_graphs, fold, symphonize, update_graphs
-from symphony_hf.modules.wikitext import WikiTextMoeConfig, WikiTextMoeForCausalLM
+from symphony_hf.modules.wikitext import WikiTextMoeConfig, WikiTextMoeForCausalLM, vocabulary
 
 FORMS = {
     "SMoE": {},
@@ -87,7 +87,6 @@ def test_a_row_that_begins_anew_forgets():
 
 def test_gradients_end_at_the_block():
     model = make().train()
-    model.config.dropout = 0.0
     memory = model(words(seed=1), use_cache=True).past_key_values
     assert all(not states.requires_grad for states in memory.states)
 
@@ -137,6 +136,21 @@ def test_the_loss_is_the_cross_entropy_of_the_next_words():
     for name, a, b in zip(trained, got, reference, strict=True):
         # Sums over words and tokens in another order.
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_loss_without_gradients_makes_none(off, monkeypatch):
+    model, ids = make(), words(rows=2)
+    labels = ids.clone()
+    labels[0, 4] = -100
+    wanted = model(ids, labels=labels, use_cache=False).loss
+    monkeypatch.setattr(vocabulary, "_SummedNll", None)  # which would fill a gradient of the size of the weights
+    with off():
+        loss = model(ids, labels=labels, use_cache=False).loss
+        assert model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=1, use_cache=False).loss == 0
+    torch.testing.assert_close(loss, wanted)
+    frozen = model.requires_grad_(False)
+    torch.testing.assert_close(frozen(ids, labels=labels, use_cache=False).loss, wanted)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,12 +2,11 @@
 
 from .batches import VisualCollator, VisualConversations, VisualRow
 from .llava import prepare_llava
-from .questions import VisualPrompt, VisualQuestions
+from .questions import VisualQuestions
 
 __all__ = [
     "VisualCollator",
     "VisualConversations",
-    "VisualPrompt",
     "VisualQuestions",
     "VisualRow",
     "prepare_llava",

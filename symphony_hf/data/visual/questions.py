@@ -1,7 +1,7 @@
-"""Questions about images, from conversations about them: with answers to choose from, or to be answered freely."""
+"""Questions about images, from conversations about them, with answers to choose from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -11,20 +11,6 @@ from ..questions import Question, split_shared
 from .batches import VisualCollator, VisualConversations
 from .images import EncodedImage
 from .rendering import PLACEHOLDER, make_renderer
-
-
-class VisualPrompt(NamedTuple):
-    """A question about images, up to where the answer begins.
-
-    Attributes:
-        input_ids: With all tokens of the images.
-        pixel_values: Shape: (images, channels, height, width); None where the question has no image.
-        answer: The right one.
-    """
-
-    input_ids: list[int]
-    pixel_values: Tensor | None
-    answer: str
 
 
 def first_question(row: Mapping[str, Any]) -> tuple[list[Message], list[EncodedImage], str]:
@@ -55,13 +41,6 @@ class VisualQuestions:
     def answers(self) -> list[str]:
         """The right answers, for which no image is decoded."""
         return [first_question(row)[2] for row in self.rows]
-
-    def prompts(self) -> Iterator[VisualPrompt]:
-        """Each question as it is asked."""
-        for number in range(len(self)):
-            asked, images, answer = first_question(self.rows[number])
-            ids = self._expanded(self.renderer.text(asked, to_answer=True))
-            yield VisualPrompt(ids, self._pixels(images), answer)
 
     def choices(self, answers: Sequence[str]) -> Iterator[Question]:
         """Each question with the same answers to choose from.

@@ -43,12 +43,16 @@ class VocabularyHead(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         counted = labels != IGNORED
-        hidden_TD, labels_T = hidden[counted], labels[counted]
+        hidden_TD, labels_T = hidden[counted].to(self.weight.dtype), labels[counted]
+        # Asked here: in a Function's forward gradients are always off, and its inputs still say that they need them.
+        has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, self.weight, self.bias))
         with without_autocast(hidden):
-            if reduction == "sum":
-                return _SummedNll.apply(hidden_TD.to(self.weight.dtype), self.weight, self.bias, labels_T)
+            if reduction == "sum" and has_gradient:
+                return _SummedNll.apply(hidden_TD, self.weight, self.bias, labels_T)
             with torch.no_grad():
                 nll_T = torch.cat([_nll(*chunk)[0] for chunk in _chunks(hidden_TD, self.weight, self.bias, labels_T)])
+        if reduction == "sum":
+            return nll_T.sum()
         return torch.zeros(labels.shape, device=nll_T.device).masked_scatter(counted, nll_T)
 
 
@@ -73,8 +77,6 @@ class _SummedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_T: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden_TD.device, dtype=torch.float32)
-        if not any(ctx.needs_input_grad):
-            return sum((_nll(*chunk)[0].sum() for chunk in _chunks(hidden_TD, weight_VD, bias_V, labels_T)), total)
         # The bias is the weight of a column of ones, and so are their gradients.
         hidden_1TD = F.pad(hidden_TD, (0, 1), value=1.0)
         grad_hidden_TD = torch.empty_like(hidden_TD)
