@@ -108,8 +108,8 @@ def test_what_did_not_help_is_said(verdict):
     row = {**dict.fromkeys(measures, interval), "seeds": [0, 1, 2]}
     against = {name: {**interval, "verdict": verdict} for name in measures}
     settings = {
-        **{"base": base, "model": {"hidden_size": 64}, "seeds": [0, 1, 2], "learning_rate": 0.003},
-        **dict.fromkeys(("tokens", "steps", "rows", "block_size", "parameters", "vocab_size"), 8),
+        **{"base": base, "hidden_size": 64, "seeds": [0, 1, 2], "learning_rate": 0.003},
+        **dict.fromkeys(("tokens", "steps", "rows", "block_size", "vocab_size"), 8),
         **dict.fromkeys(("test_tokens", "attacked_tokens"), 8),
     }
     ablation = {
@@ -117,10 +117,13 @@ def test_what_did_not_help_is_said(verdict):
             {**row, "label": "smoe, no graph", "point": {**base, "graph": "identity", "strength": 0.0}},
             {**row, "label": "smoe, graph", "point": base, "against_plain": against},
         ],
-        **{"cells": [{"tokens_per_cpu_second": 5000.0}], "failed": {"glam, graph, seed 7": "exit code 1"}},
+        **{
+            "cells": [{"tokens_per_cpu_second": 5000.0, "parameters": n} for n in (9000, 7000)],
+            "failed": {"glam, graph, seed 7": "exit code 1"},
+        },
         **{
             "missing": ["glam, graph, seed 0", "glam, graph, seed 2", "glam, graph, seed 7"],
-            "machine": {"machine": "x"},
+            "machines": [{"machine": "x", "torch": "2"}, {"machine": "x", "torch": "3"}],
             "command": "symphony ablate STUDY",
             "about": "On some text.",
             "settings": settings,
@@ -141,3 +144,30 @@ def test_what_did_not_help_is_said(verdict):
     assert f"Lower clean perplexity with the graph**: SMoE {word} (0.5000 [0.4000, 0.6000])" in page
     assert "XMoE not run" in page
     assert "- not run: glam, graph, seeds 0, 2\n- failed: glam, graph, seed 7, exit code 1\n" in page
+    assert "7,000 to 9,000 parameters" in page
+    assert "Other forms of the graph**, against no graph: not run." in page
+    # A form that is told apart is named, the base's own is none of them, and a system that the paper lacks has a row.
+    point = {**base, "strength": 0.5}
+    ablation["rows"].append({**row, "label": "smoe, strength 0.5", "point": point, "against_plain": against})
+    ablation["rows"].append(
+        {**row, "label": "smoothsmoe, no graph", "point": {**base, "system": "smoothsmoe", "graph": "identity"}}
+    )
+    page = evidence_page({"paper": paper, "ablation": ablation})
+    assert "of 1, clean perplexity better with " in page
+    assert page.count("with `smoe, strength 0.5`") == (0 if verdict == "not distinguishable" else 2)
+    assert ("has `smoe, graph`, `smoe, strength 0.5`, and they should follow" in page) == (verdict == "better")
+    assert ("the paper's form, as no form has a better" in page) == (verdict != "better")
+    assert "Control" not in page
+    ablation["rows"].append(
+        {**ablation["rows"][-2], "label": "smoe, graph random", "point": {**base, "graph": "random"}}
+    )
+    wanted = f"the graph keeps +50.00 [40.00, 60.00] points of the routing against no graph: {verdict}."
+    assert wanted in evidence_page({"paper": paper, "ablation": ablation})
+    assert "| smoothsmoe, no graph | not known, not known, not known |" in page
+    assert "| smoothsmoe, graph | not known, not known, not known | not known, not known | not run |" in page
+
+
+def test_a_study_of_which_nothing_was_run_is_left_out():
+    paper = read_results(RECIPES / "evidence")["paper"]
+    empty = {"rows": [], "cells": [], "missing": ["smoe, graph, seed 0"], "failed": {}, "settings": {}}
+    assert evidence_page({"paper": paper, "ablation": empty}) == evidence_page({"paper": paper})

@@ -78,7 +78,7 @@ def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[st
         "ratio": values["attacked"] / values["clean"],
         "routing_kept": choices_kept(clean.chosen[:, untouched], attacked.chosen[:, untouched]),
         "test_tokens": int(predicted.sum()),
-        "attacked_tokens": int((~untouched).sum()),
+        "attacked_tokens": int((predicted & ~untouched).sum()),
     }
 
 

@@ -10,7 +10,7 @@ from ..unfinished import write_json
 from .point import Point
 from .study import Study
 
-_FORMAT = 1
+_FORMAT = 2
 """Of a cell's result. Raise it when the same settings should give other numbers."""
 
 
@@ -102,6 +102,7 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
     for cell in cells:
         mark = "waiting" if cell in waiting else "done   "
         lines.append(f"  {mark}  {cell.point.label(study.base)}, seed {cell.seed}")
+    lines += [f"  left out {combination}" for combination in study.left_out()]
     hours = len(waiting) * seconds_per_cell / workers / 3600
     lines.append(
         f"About {seconds_per_cell:.0f} s a cell, {hours:.1f} hours for {len(waiting)} of them, {workers} at a time"

@@ -12,10 +12,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "xmoe": {"router_type": "cosine"},
     "glam": {"moe_every": 2},
     "smoothsmoe": {"router_type": "smooth"},
+    "momentumsmoe": {"momentum": 0.7},
 }
 """What each system changes in the model's config; the first three are the paper's."""
 
-System = Literal["smoe", "xmoe", "glam", "smoothsmoe"]
+System = Literal["smoe", "xmoe", "glam", "smoothsmoe", "momentumsmoe"]
 Graph = Literal["ema", "frozen", "learned", "random", "identity"]
 
 
@@ -24,8 +25,8 @@ class Point:
     """One variant, up to its seed.
 
     Args:
-        system: `smoe`, `xmoe` (cosine routers), `glam` (experts in every other block) or `smoothsmoe` (an expert just
-            below the cut is lifted in).
+        system: `smoe`, `xmoe` (cosine routers), `glam` (experts in every other block), `smoothsmoe` (an expert just
+            below the cut is lifted in) or `momentumsmoe` (the experts' outputs have momentum across blocks).
         strength: See `SymphonyConfig`, as the next four.
         smoothing: `logits` or `scores`.
         normalization: `row`, `conditional` or `symmetric`.

@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 
 from ..diagnostics.plots import plot_curves, plot_graphs, plot_points
 from ..evaluation import SeedInterval, paired_ratio, t_interval
-from ..unfinished import write_json
+from ..unfinished import write_json, write_text
 from .plan import Cell, Results, cells_of
 from .point import Point
 from .study import Study
 
 MEASURES = ("validation", "clean", "attacked", "ratio", "untouched_clean", "untouched_attacked", "routing_kept")
-KEPT = (*MEASURES, "train_seconds", "train_cpu_seconds", "tokens_per_cpu_second", "measure_seconds", "tokens")
+KEPT = (
+    *MEASURES,
+    *("train_seconds", "train_cpu_seconds", "tokens_per_cpu_second", "measure_seconds", "tokens", "parameters"),
+)
 """Of a cell, in the report."""
 
 HEADER = (
@@ -26,9 +30,7 @@ HEADER = (
 )
 
 
-def write_ablation(
-    study: Study, results: Results, failed: Mapping[Cell, str], machine: Mapping[str, Any]
-) -> dict[str, Any]:
+def write_ablation(study: Study, results: Results, failed: Mapping[Cell, str]) -> dict[str, Any]:
     """Write `report.json`, `report.md` and the pictures into the results' folder.
 
     Returns:
@@ -46,24 +48,27 @@ def write_ablation(
             for cell, values in done.items()
         ],
         "missing": [f"{cell.point.label(study.base)}, seed {cell.seed}" for cell in cells if cell not in done],
+        "left_out": study.left_out(),
         "failed": {f"{cell.point.label(study.base)}, seed {cell.seed}": words for cell, words in failed.items()},
         "settings": _settings(study, done.values()),
-        "machine": dict(machine),
+        "machines": list({str(values["machine"]): values["machine"] for values in done.values()}.values()),
         "command": study.command,
         "output": str(results.folder),
     }
     write_json(results.folder / "report.json", report)
     _write_pictures(study, by_point, report["rows"], results.folder)
-    (results.folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    write_text(results.folder / "report.md", markdown(report))
     return report
 
 
 def _settings(study: Study, runs: Any) -> dict[str, Any]:
     recipe = study.recipe
+    assert recipe.model.config is not None
     first: Mapping[str, Any] = next(iter(runs), {})
     return {
         "model": recipe.model.config,
-        "base": dataclasses.asdict(study.base),
+        "hidden_size": AutoConfig.for_model(**recipe.model.config).hidden_size,
+        "base": dataclasses.asdict(study.base.canonical()),
         "systems": list(study.systems),
         "axes": study.axes,
         "seeds": list(study.seeds),
@@ -75,7 +80,7 @@ def _settings(study: Study, runs: Any) -> dict[str, Any]:
         "learning_rate": study.learning_rate,
         "warmup_steps": study.warmup_steps,
         "attack": {"rate": recipe.eval.attack_rate, "minimum": recipe.eval.attack_minimum, "seed": recipe.eval.seed},
-        **{name: first.get(name) for name in ("parameters", "test_tokens", "attacked_tokens")},
+        **{name: first.get(name) for name in ("test_tokens", "attacked_tokens")},
     }
 
 
@@ -131,11 +136,12 @@ def table_of(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _interval(values: Mapping[str, Any], digits: int, percent: bool = False, signed: bool = False) -> str:
-    scale, sign = (100 if percent else 1), "+" if signed else ""
-    text = f"{scale * values['estimate']:{sign}.{digits}f}{'%' if percent else ''}"
-    if values["low"] is None:
-        return text
-    return f"{text} [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]"
+    """With `signed` a difference: of percentages it is in points."""
+    scale, sign, unit = (100 if percent else 1), "+" if signed else "", "%" if percent and not signed else ""
+    text = f"{scale * values['estimate']:{sign}.{digits}f}{unit}"
+    if values["low"] is not None:
+        text += f" [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]"
+    return f"{text} points" if percent and signed else text
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -151,7 +157,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         *as_markdown(table_of(report)),
     ]
     failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
-    for title, problems in (("Missing", report["missing"]), ("Failed", failed)):
+    for title, problems in (("Missing", report["missing"]), ("Failed", failed), ("Left out", report["left_out"])):
         if problems:
             lines += ["", f"## {title}", "", *(f"- {problem}" for problem in problems)]
     return "\n".join(lines) + "\n"

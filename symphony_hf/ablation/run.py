@@ -24,7 +24,7 @@ from .measuring import measure
 from .plan import Cell, Results, cells_of, describe_plan
 from .report import write_ablation
 from .study import Study
-from .text import prepare_streams, read_streams
+from .text import StudyText, prepare_streams, read_streams
 from .training import build_model, train
 
 _TRIAL_STEPS = 4
@@ -56,15 +56,14 @@ def run_ablation(
     text = prepare_streams(study.recipe, output)
     results = Results(output, study, text.digest)
     if dry_run:
-        return {"plan": describe_plan(study, results, _seconds_per_cell(study, results, output), workers)}
+        return {"plan": describe_plan(study, results, _seconds_per_cell(study, results, text), workers)}
     waiting = [cell for cell in cells_of(study) if results.load(cell) is None and not report_only]
     failed = _run_cells(study, results, waiting, workers)
-    return write_ablation(study, results, failed, _machine(workers))
+    return write_ablation(study, results, failed)
 
 
-def run_cell(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
+def run_cell(study: Study, cell: Cell, text: StudyText) -> dict[str, Any]:
     """Train and measure one cell in this process."""
-    text = read_streams(folder)
     torch.manual_seed(cell.seed)
     model = build_model(study, cell.point, text.vocab_size)
     trained = train(model, study, cell.point, cell.seed, text.train)
@@ -74,6 +73,7 @@ def run_cell(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
         **trained,
         **measured,
         "measure_seconds": time.perf_counter() - started,
+        "machine": _machine(),
         "tokens": study.tokens,
         "tokens_per_cpu_second": study.tokens / trained["train_cpu_seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -81,14 +81,13 @@ def run_cell(study: Study, cell: Cell, folder: Path) -> dict[str, Any]:
     }
 
 
-def _seconds_per_cell(study: Study, results: Results, folder: Path) -> float:
+def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
     """Of cells that are done; by a few steps of the base point where none is."""
     done = [values for cell in cells_of(study) if (values := results.load(cell)) is not None]
     if done:
         return sum(values["train_seconds"] + values["measure_seconds"] for values in done) / len(done)
     train_settings = {**study.recipe.train, "max_steps": _TRIAL_STEPS}
     trial = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, train=train_settings))
-    text = read_streams(folder)
     torch.set_num_threads(1)  # as each cell has
     torch.manual_seed(0)
     model = build_model(trial, study.base, text.vocab_size)
@@ -136,7 +135,8 @@ def _work(study: Study, cell: Cell, results: Results) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     try:
-        results.save(cell, run_cell(study, cell, results.folder))
+        text = read_streams(results.folder, results.text_digest)
+        results.save(cell, run_cell(study, cell, text))
     except SymphonyError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
@@ -147,7 +147,8 @@ def _last_words(log: Path, code: int | None) -> str:
     return f"exit code {code}: {lines[-1] if lines else 'it said nothing'} (logs/{log.name})"
 
 
-def _machine(workers: int) -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
+    """What a cell was run by."""
     return {
         "symphony_hf": __version__,
         "torch": torch.__version__,
@@ -155,5 +156,4 @@ def _machine(workers: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "workers": workers,
     }

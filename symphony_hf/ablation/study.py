@@ -9,12 +9,23 @@ import yaml
 
 from ..errors import ConfigError
 from ..parsing import check_names, parse_settings
-from ..recipe import Recipe, load_recipe
+from ..recipe import ModelSection, Recipe, load_recipe
 from .point import SYSTEMS, Point
 
 _MODEL_TYPE = "wikitext_moe"
 _SCHEDULES = ("constant_with_warmup", "constant")
 _WHERE = "ablation"
+_HONOURED = (
+    *("max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps", "lr_scheduler_type"),
+    *("weight_decay", "max_grad_norm"),
+)
+_WITHOUT_EFFECT = ("logging_", "eval_", "save_", "per_device_eval_batch_size", "report_to", "use_cpu", "seed")
+"""Beginnings of names of train settings that change no number of a cell; its seeds are the study's."""
+_MODEL_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelSection)
+    if field.name not in ("config", "path", "revision")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +39,8 @@ class Study:
         axes: Setting of a point -> its values, at the base point otherwise; a value that is settings by name changes
             these instead.
         seeds: Of weights, batches and dropout. Cells of one seed are compared in pairs.
-        product: Whether all combinations of the axes' values are run, instead of one change at a time.
+        product: Whether all combinations of the axes' values are run, instead of one change at a time; those that
+            `SymphonyConfig` refuses are left out.
         command: By which it is run, for the report; without the place of its text.
     """
 
@@ -46,6 +58,8 @@ class Study:
                 raise ConfigError(f"{_WHERE}: `systems` has {system!r}; known are {', '.join(SYSTEMS)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"{_WHERE}: `seeds` must be one or more, each once; got {list(self.seeds)}")
+        if self.axes and self.base.is_plain:
+            raise ConfigError(f"{_WHERE}: the base point has no graph that the axes could change: give it one")
         _check_recipe(self.recipe)
 
     @property
@@ -76,11 +90,15 @@ class Study:
     def points(self) -> list[Point]:
         """All points, each once: first the systems without and with a graph, then the axes' values."""
         points = [point for system in self.systems for point in self._pair(system)]
-        for change in self._changes():
-            points.append(_changed(self.base, change))
-        if any(point.system not in self.systems for point in points):
-            points += [self.base.plain]
+        changed = [_changed(self.base, change) for change in self._changes() if not _refusal(self.base, change)]
+        # Each is set beside its system without a graph.
+        points += [point for one in changed for point in ([one] if one.system in self.systems else [one.plain, one])]
         return list(dict.fromkeys(point.canonical() for point in points))
+
+    def left_out(self) -> list[str]:
+        """Combinations of a product that are no routing, and why."""
+        refusals = [(change, _refusal(self.base, change)) for change in self._changes()]
+        return [f"{_named(change)}: {why}" for change, why in refusals if why is not None]
 
     def _pair(self, system: str) -> list[Point]:
         point = _changed(self.base, {"system": system})
@@ -146,6 +164,19 @@ def _change(axis: str, value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {axis: value}
 
 
+def _named(change: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in change.items())
+
+
+def _refusal(point: Point, change: dict[str, Any]) -> str | None:
+    """Why a combination of changes, each of which is possible, is not."""
+    try:
+        _changed(point, change)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def _changed(point: Point, change: dict[str, Any]) -> Point:
     return parse_settings(Point, {**dataclasses.asdict(point), **change}, _WHERE)
 
@@ -162,21 +193,36 @@ def _number(recipe: Recipe, name: str, default: float | None = None) -> float:
 
 
 def _check_recipe(recipe: Recipe) -> None:
+    """Refuse what a cell would not do: it trains in a loop of its own, which knows less than Trainer."""
     model_type = (recipe.model.config or {}).get("model_type")
     if recipe.model.path is not None or model_type != _MODEL_TYPE:
         raise ConfigError(
             f"{_WHERE}: the recipe must build a `{_MODEL_TYPE}` model from a config, got "
-            f"{recipe.model.path or model_type}: the three systems are forms of that one"
+            f"{recipe.model.path or model_type}: the systems are forms of that one"
         )
-    if recipe.symphony is None or recipe.data.kind != "text" or recipe.data.streaming:
-        raise ConfigError(f"{_WHERE}: the recipe needs a `symphony` section, and data of kind `text`, unstreamed")
+    if recipe.symphony is None or recipe.data.kind != "text" or recipe.data.tokenizer != "words":
+        raise ConfigError(f"{_WHERE}: the recipe needs a `symphony` section, and data of kind `text` by `words`")
     for name in ("max_steps", "per_device_train_batch_size", "learning_rate"):
         if not _number(recipe, name) > 0:
             raise ConfigError(f"{_WHERE}: the recipe's train section needs a positive `{name}`")
     schedule = recipe.train.get("lr_scheduler_type", "linear")
-    decay = recipe.train.get("weight_decay", 0.0)
-    if schedule not in _SCHEDULES or decay != 0:
+    if schedule not in _SCHEDULES:
         raise ConfigError(
-            f"{_WHERE}: cells are trained as published, by Adam without weight decay and with a constant rate "
-            f"after warm-up; the recipe has lr_scheduler_type {schedule}, weight_decay {decay}"
+            f"{_WHERE}: cells are trained with a constant rate after warm-up, as published; the recipe has "
+            f"lr_scheduler_type {schedule}"
         )
+    only = {
+        "train.weight_decay": (_number(recipe, "weight_decay", 0.0), 0.0),
+        "train.max_grad_norm": (_number(recipe, "max_grad_norm", 1.0), 0.0),  # 1 is Trainer's
+        "eval.context": (recipe.eval.context, 0),
+        "data.streaming": (recipe.data.streaming, False),
+        "data.packing": (recipe.data.packing, False),
+        "peft": (recipe.peft, None),
+        **{f"model.{name}": (getattr(recipe.model, name), default) for name, default in _MODEL_DEFAULTS.items()},
+    }
+    for name, (value, wanted) in only.items():
+        if value != wanted:
+            raise ConfigError(f"{_WHERE}: `{name}` must be {wanted}, as cells have it; the recipe has {value}")
+    unknown = [name for name in recipe.train if name not in _HONOURED and not name.startswith(_WITHOUT_EFFECT)]
+    if unknown:
+        raise ConfigError(f"{_WHERE}: cells know nothing of the recipe's train settings {', '.join(sorted(unknown))}")

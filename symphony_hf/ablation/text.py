@@ -1,20 +1,18 @@
 """The text of a study as tokens, made once and read by every cell."""
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import AddedToken
+from tokenizers import models
 from torch import Tensor
 
-from ..data import Document, attack, cached_tokenizer, load_corpus
-from ..data.blocks import closed_ids
+from ..data import Document, attack, cached_tokenizer, corpus_of, token_stream
 from ..errors import DataError
 from ..recipe import Recipe
-from ..unfinished import flush
+from ..unfinished import replacing
 
 ATTACK_TOKEN = "AAA"
 """A word of the vocabulary, whether the training text has it or not, as WikiText-103's has it."""
@@ -50,9 +48,9 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
         DataError: If there is no such text, or a split of it is shorter than one row.
     """
     section, settings = recipe.data, recipe.eval
-    corpus = load_corpus(section.path, text_column=section.text_column, name=section.name, revision=section.revision)
+    corpus = corpus_of(section)
     tokenizer = cached_tokenizer(corpus, section.vocab_size - 1, kind="words")
-    tokenizer.add_tokens([AddedToken(ATTACK_TOKEN, single_word=True, normalized=False)])
+    _add_word(tokenizer, ATTACK_TOKEN)
     test = _some(corpus.test, settings.documents)
     damaged = attack(test, rate=settings.attack_rate, minimum=settings.attack_minimum, seed=settings.seed)
     streams = {
@@ -73,16 +71,30 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
     digest = hashlib.sha256(str(len(tokenizer)).encode())
     for name, stream in streams.items():
         digest.update(name.encode() + stream.tobytes())
-    _write(folder / "text.npz", {**streams, "vocab_size": np.array(len(tokenizer))})
     tensors = {name: torch.from_numpy(stream) for name, stream in streams.items()}
-    return StudyText(**tensors, vocab_size=len(tokenizer), digest=digest.hexdigest())
+    text = StudyText(**tensors, vocab_size=len(tokenizer), digest=digest.hexdigest())
+    with replacing(_file(folder, text.digest)) as written, written.open("wb") as file:
+        np.savez(file, **streams, vocab_size=np.array(text.vocab_size))  # type: ignore[arg-type]
+    return text
 
 
-def read_streams(folder: Path) -> StudyText:
-    """What `prepare_streams` kept; without its digest."""
-    with np.load(folder / "text.npz", allow_pickle=False) as arrays:
+def read_streams(folder: Path, digest: str) -> StudyText:
+    """What `prepare_streams` kept, of the text with this digest."""
+    with np.load(_file(folder, digest), allow_pickle=False) as arrays:
         streams = {name: torch.from_numpy(arrays[name]) for name in ("train", "validation", "test", "attacked")}
-        return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest="")
+        return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest=digest)
+
+
+def _file(folder: Path, digest: str) -> Path:
+    """By the digest: another study in the same folder leaves it alone."""
+    return folder / f"text-{digest[:16]}.npz"
+
+
+def _add_word(tokenizer: Any, word: str) -> None:
+    """Not by `add_tokens`, which would cut it out of words that have it in them."""
+    vocabulary = tokenizer.get_vocab()
+    vocabulary.setdefault(word, len(vocabulary))
+    tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
 
 
 def _some(documents: list[Document], most: int | None) -> list[Document]:
@@ -93,15 +105,4 @@ def _some(documents: list[Document], most: int | None) -> list[Document]:
 
 
 def _stream(documents: list[Document], tokenizer: Any) -> np.ndarray:
-    pieces = closed_ids([document.text for document in documents], tokenizer)
-    return np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        temporary = Path(file.name)
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
+    return token_stream(documents, tokenizer).numpy()

@@ -16,16 +16,19 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         results: `paper`, and `ablation`, `pairs` and `theory` where they were run; see `read_results`.
     """
-    paper, ablation, theory = results["paper"], results.get("ablation"), results.get("theory")
-    pairs = results.get("pairs", ablation)
+    paper, theory = results["paper"], results.get("theory")
+    # A study of which nothing was run says nothing.
+    ablation, pairs = (study if study and study["rows"] else None for study in map(results.get, ("ablation", "pairs")))
+    pairs = pairs or ablation
     lines = [
         "# Evidence",
         "",
         "Written by `symphony evidence` from the files in `evidence/`; change those, not this page. Brackets are 95% "
         "t-intervals over seeds. A ratio below 1 says that the graph's perplexity is the lower one; it is paired by "
-        "seed with the same system without a graph, which has the same weights at the start, batches and budget.",
+        "seed with the same system without a graph, which has the same weights at the start, batches and budget. Each "
+        "verdict is of its interval alone: of twenty, one is expected to be chance.",
         "",
-        *_section("In short", _summary(paper, pairs, ablation, theory)),
+        *_section("In short, at these sizes", _summary(paper, pairs, ablation, theory)),
     ]
     if pairs is not None:
         missing = _missing(pairs) if pairs is not ablation else []
@@ -59,11 +62,9 @@ def _summary(
         ):
             lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(pairs, measure)}.")
     if ablation is not None:
-        better, worse = (_variants(ablation, verdict) for verdict in ("better", "worse"))
-        lines.append(
-            f"- **Other forms of the graph**, on clean text against no graph: better are {better}; worse are {worse}. "
-            "The defaults of `SymphonyConfig` stay as they are unless a form stands out here."
-        )
+        lines.append(f"- **Other forms of the graph**, against no graph: {_variants(ablation)}.")
+        lines += _control(ablation)
+        lines.append(f"- **Defaults of `SymphonyConfig`**: {_defaults(ablation)}.")
     if theory is not None:
         lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
     lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
@@ -84,13 +85,41 @@ def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
     return "; ".join(found)
 
 
-def _variants(ablation: Mapping[str, Any], verdict: str) -> str:
-    labels = [
-        row["label"]
-        for row in ablation["rows"]
-        if "against_plain" in row and row["against_plain"]["clean"]["verdict"] == verdict
-    ]
-    return "; ".join(labels) or "none"
+def _variants(ablation: Mapping[str, Any]) -> str:
+    """Which forms other than the base's are told from no graph, and how many there are."""
+    at_base = [_row(ablation, row["point"]["system"], graph=True) for row in ablation["rows"]]
+    variants = [row for row in ablation["rows"] if "against_plain" in row and row not in at_base]
+    if not variants:
+        return "not run"
+    found = []
+    for name, measure in (("clean", "clean perplexity"), ("routing_kept", "routing kept under attack")):
+        for verdict in ("better", "worse"):
+            found.append(f"{measure} {verdict} with {_told_apart(variants, name, verdict) or 'none'}")
+    return f"of {len(variants)}, {'; '.join(found)}"
+
+
+def _told_apart(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -> str:
+    return ", ".join(f"`{row['label']}`" for row in rows if row["against_plain"][measure]["verdict"] == verdict)
+
+
+def _control(ablation: Mapping[str, Any]) -> list[str]:
+    """Whether it matters which experts the graph connects."""
+    lines = []
+    for row in ablation["rows"]:
+        if row["point"]["graph"] == "random" and "against_plain" in row:
+            kept = row["against_plain"]["routing_kept"]
+            lines.append(
+                "- **Control**: with its experts shuffled, the graph keeps "
+                f"{_difference(kept, 'routing_kept')} of the routing against no graph: {kept['verdict']}."
+            )
+    return lines
+
+
+def _defaults(ablation: Mapping[str, Any]) -> str:
+    better = _told_apart([row for row in ablation["rows"] if "against_plain" in row], "clean", "better")
+    if better:
+        return f"a better clean perplexity than without a graph has {better}, and they should follow"
+    return "the paper's form, as no form has a better clean perplexity than no graph"
 
 
 def _row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, Any] | None:
@@ -106,8 +135,10 @@ def _row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, 
 
 
 def _how(ablation: Mapping[str, Any]) -> list[str]:
-    settings, machine = ablation["settings"], ablation["machine"]
-    model = settings["model"]
+    settings, seeds = ablation["settings"], ", ".join(map(str, ablation["settings"]["seeds"]))
+    machines = sorted({machine["machine"] for machine in ablation["machines"]})
+    parameters = [cell["parameters"] for cell in ablation["cells"]]
+    sizes = " to ".join(f"{size:,}" for size in sorted({min(parameters), max(parameters)}))
     speeds = sorted(cell["tokens_per_cpu_second"] for cell in ablation["cells"])
     return [
         f"`{ablation['command']}`",
@@ -115,10 +146,11 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
         f"{ablation['about']} Tested on {settings['test_tokens']:,} words, of which the attack replaces "
         f"{settings['attacked_tokens']:,}. Each cell: "
         f"{settings['tokens']:,} words ({settings['steps']:,} steps of {settings['rows']} rows of "
-        f"{settings['block_size']}), {settings['parameters']:,} parameters, {model['hidden_size']} wide, "
+        f"{settings['block_size']}), {sizes} parameters, "
+        f"{settings['hidden_size']} wide, "
         f"a vocabulary of {settings['vocab_size']:,} words, Adam at {settings['learning_rate']}; seeds "
-        f"{', '.join(map(str, settings['seeds']))}. {speeds[0]:,.0f} to {speeds[-1]:,.0f} tokens a second of one "
-        f"core's time, on a CPU ({machine['machine']}). Perplexities of the paper's size, text and "
+        f"{seeds}. {speeds[0]:,.0f} to {speeds[-1]:,.0f} tokens a second of one "
+        f"core's time, on a CPU ({', '.join(machines)}). Perplexities of the paper's size, text and "
         "vocabulary are not to be compared with these; ratios are.",
     ]
 
@@ -127,9 +159,16 @@ def _pairs(paper: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[list[s
     by_label = dict(zip((row["label"] for row in ablation["rows"]), table_of(ablation)[1:], strict=True))
     header = table_of(ablation)[0]
     table = [["system", "paper: clean, attacked, ratio", "paper: graph over none, clean, attacked", *header[1:]]]
-    for known in paper["rows"]:
+    others = {row["point"]["system"]: None for row in ablation["rows"]}.keys() - _NAMES.keys()
+    unknown = {"clean": None, "attacked": None, "ratio": None}
+    rows = paper["rows"] + [
+        {"system": system, "graph": graph, "name": f"{system}, {'graph' if graph else 'no graph'}", **unknown}
+        for system in sorted(others)
+        for graph in (False, True)
+    ]
+    for known in rows:
         row = _row(ablation, known["system"], known["graph"])
-        ratios = paper["graph_over_plain"][known["system"]] if known["graph"] else {}
+        ratios = paper["graph_over_plain"].get(known["system"], unknown) if known["graph"] else {}
         levels = ", ".join(_known(known[name], 3 if name == "ratio" else 2) for name in ("clean", "attacked", "ratio"))
         over = ", ".join(_known(ratios[name], 4) for name in ("clean", "attacked")) if ratios else ""
         cells = by_label[row["label"]][1:] if row is not None else ["not run", *[""] * (len(header) - 2)]

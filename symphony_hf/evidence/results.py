@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..json_objects import read_object
-from ..unfinished import write_json
+from ..unfinished import write_json, write_text
 from .page import evidence_page
 
 REQUIRED, RUN = "paper", ("pairs", "ablation", "theory")
@@ -63,7 +63,7 @@ def write_evidence(folder: str | Path, page: str | Path) -> Path:
         DataError: As `read_results`.
     """
     page = Path(page)
-    page.write_text(evidence_page(read_results(folder)), encoding="utf-8")
+    write_text(page, evidence_page(read_results(folder)))
     return page
 
 

@@ -38,14 +38,15 @@ def convergence_table(result: Mapping[str, Any]) -> list[list[str]]:
 def theory_findings(result: Mapping[str, Any]) -> list[str]:
     """What follows, in sentences."""
     suited, fixed, noisy = result["convergence"]
+    before, last = (f"{tokens:,} tokens" for tokens in suited["tokens"][-2:])
     sentences = [
         "Without noise, with a decay suited to the number of updates, the distance to the planted graph falls as "
         f"tokens to the power {_level(suited['slope'], 2)}; the closed form of its mean square gives "
         f"{suited['expected_slope']:.2f}: -0.5 up to a logarithm.",
-        f"With a decay that stays, it ends at {_level(fixed['distance'][-1], 4)}, where it was "
-        f"{_level(fixed['distance'][-2], 4)} at half the tokens: the floor that its closed form has, not convergence.",
-        f"Under noise, it ends at {_level(noisy['distance'][-1], 4)}, from {_level(noisy['distance'][-2], 4)} at half "
-        "the tokens: what is learned is the co-selection of the choices that were made, not of those that were right.",
+        f"With a decay that stays, it is {_level(fixed['distance'][-1], 4)} at {last}, where it was "
+        f"{_level(fixed['distance'][-2], 4)} at {before}: the floor that its closed form has, not convergence.",
+        f"Under noise, it is {_level(noisy['distance'][-1], 4)} at {last}, from {_level(noisy['distance'][-2], 4)} at "
+        f"{before}: what is learned is the co-selection of the choices that were made, not of those that were right.",
     ]
     better = [f"{g['noise']:g}" for g in result["gains"] if g["low"] is not None and g["low"] > 0]
     worse = [f"{g['noise']:g}" for g in result["gains"] if g["high"] is not None and g["high"] < 0]

@@ -10,7 +10,7 @@ model:
 symphony: {balance_loss_weight: 0.0, z_loss_weight: 0.0}
 data: {path: TEXT, tokenizer: words, vocab_size: 300, block_size: 16}
 train: {max_steps: 6, per_device_train_batch_size: 2, learning_rate: 0.01, warmup_steps: 2,
-  lr_scheduler_type: constant_with_warmup}
+  lr_scheduler_type: constant_with_warmup, max_grad_norm: 0}
 eval: {attack_rate: 0.1, attack_minimum: 1, seed: 0, documents: 3}
 """
 

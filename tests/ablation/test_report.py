@@ -18,6 +18,7 @@ def result(clean, attacked, kept):
         **{"untouched_clean": clean, "untouched_attacked": attacked, "routing_kept": kept},
         **{"train_seconds": 1.0, "train_cpu_seconds": 1.0, "tokens_per_cpu_second": 1.0, "measure_seconds": 1.0},
         **{"tokens": 192, "curve": [(1, 5.0), (2, 4.0)], "parameters": 1, "test_tokens": 1, "attacked_tokens": 1},
+        "machine": {"torch": "2", "cores": 2},
         "graphs": {"model.layers.0.moe.gate": GRAPH, "model.layers.1.moe.gate": GRAPH},
     }
 
@@ -32,7 +33,7 @@ def report(make_study, tmp_path):
         results.save(Cell(graph, seed), result(clean * math.exp(-0.01 * (seed + 1)), 1.1 * clean, 0.91))
     results.save(Cell(decay, 1), result(50.0, 60.0, 0.5))
     failed = {Cell(decay, 2): "exit code 1: it said nothing"}
-    return write_ablation(study, results, failed, {"machine": "here"})
+    return write_ablation(study, results, failed)
 
 
 def test_ratios_are_paired_by_seed_and_their_intervals_are_t(report):
@@ -76,7 +77,7 @@ def test_a_report_alone_runs_nothing(make_study, tmp_path):
 
 def test_nothing_done_is_a_report_of_what_is_missing(make_study, tmp_path):
     study = make_study("")
-    empty = write_ablation(study, Results(tmp_path / "out", study, "text"), {}, {})
+    empty = write_ablation(study, Results(tmp_path / "out", study, "text"), {})
     assert empty["rows"] == []
     assert len(empty["missing"]) == len(cells_of(study)) == 6
     assert dataclasses.asdict(study.base) == empty["settings"]["base"]

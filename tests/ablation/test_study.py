@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from symphony_hf.ablation import Cell, Point, cells_of, describe_plan
+from symphony_hf.ablation import Cell, Point, cells_of, describe_plan, run_ablation
 from symphony_hf.ablation.plan import Results, digest_of
 from symphony_hf.errors import ConfigError
 
@@ -39,11 +39,41 @@ def test_the_points_are_one_change_each_and_each_routing_once(make_study):
 def test_a_product_has_every_combination(make_study):
     study = make_study("product: true\naxes: {strength: [0.25, 0.5], decay: [0.9, 0.99], graph: [ema, random]}")
     assert len(study.points()) == 2 + 8
+    assert study.left_out() == []
 
 
-def test_a_system_that_only_an_axis_has_brings_its_own_plain_one(make_study):
-    study = make_study("systems: [glam]\naxes: {decay: [0.9]}")
-    assert Point(system="smoe", graph="identity", strength=0.0) in study.points()
+def test_a_product_leaves_out_what_is_no_routing_and_says_so(make_study, tmp_path):
+    axes = "{smoothing: [logits, scores], normalization: [row, symmetric, {self_loops: false}], graph: [ema, learned]}"
+    study = make_study(f"product: true\naxes: {axes}")
+    labels = [point.label(study.base) for point in study.points()]
+    assert labels == [
+        "smoe, no graph",
+        "smoe, graph",
+        "smoe, graph learned",
+        "smoe, normalization symmetric",
+        "smoe, normalization symmetric, graph learned",
+        "smoe, self_loops false",
+        "smoe, smoothing scores",
+        "smoe, smoothing scores, graph learned",
+        "smoe, smoothing scores, self_loops false",
+    ]
+    left_out = study.left_out()
+    assert [line.split(":")[0] for line in left_out] == [
+        "smoothing logits, self_loops False, graph learned",
+        "smoothing scores, normalization symmetric, graph ema",
+        "smoothing scores, normalization symmetric, graph learned",
+        "smoothing scores, self_loops False, graph learned",
+    ]
+    plan = describe_plan(study, Results(tmp_path / "out", study, "text"), seconds_per_cell=1.0, workers=1)
+    assert [line for line in plan if "left out" in line] == [f"  left out {line}" for line in left_out]
+    assert run_ablation(study, tmp_path / "out", report_only=True)["left_out"] == left_out
+
+
+@pytest.mark.parametrize("study", ["systems: [glam]\naxes: {system: [smoe, xmoe]}", "axes: {system: [glam, xmoe]}"])
+def test_a_system_that_only_an_axis_has_brings_its_own_plain_one(make_study, study):
+    points = make_study(study).points()
+    assert {point.system for point in points} == {"smoe", "xmoe", "glam"}
+    assert all(point.plain in points for point in points)
 
 
 def test_what_decides_the_numbers_decides_the_digest(make_study):
@@ -87,6 +117,14 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
         ("", {"lr_scheduler_type": "cosine"}, "constant rate"),
         ("", {"max_steps": -1}, "positive `max_steps`"),
         ("", {"learning_rate": "fast"}, "must be a number, got 'fast'"),
+        ("base: {graph: identity}\naxes: {decay: [0.9]}", {}, "base point has no graph"),
+        ("", {"gradient_accumulation_steps": 4, "optim": "sgd"}, "nothing of .* gradient_accumulation_steps, optim"),
+        ("", {"max_grad_norm": 1.0}, "`train.max_grad_norm` must be 0.0"),
+        ("", {"weight_decay": 0.1}, "`train.weight_decay` must be 0.0"),
+        ("", {"model.dtype": "bfloat16"}, "`model.dtype` must be auto"),
+        ("", {"eval.context": 4}, "`eval.context` must be 0"),
+        ("", {"data.tokenizer": "bpe"}, "of kind `text` by `words`"),
+        ("", {"data.packing": True}, "`data.packing` must be False"),
         ("", {"model.path": "somewhere"}, "must build a `wikitext_moe` model"),
     ],
 )
