@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .errors import PatchError
+from .config import SymphonyConfig
+from .errors import ConfigError, PatchError
 from .families import FoundRouter
-from .saving import SymphonyPusher, SymphonySaver, mark_savers
+from .saving import SymphonyPusher, SymphonySaver, mark_savers, restore_losses
 from .stack import RouterStack
 from .tracking import Tracker
 
@@ -19,6 +20,27 @@ _OWN_LOSSES = {
     ("router_z_loss_coef",): "z_loss_weight",
 }
 """A model's own weights of losses that ours takes the place of, by the setting of ours."""
+
+
+def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:
+    """Refuse to balance over the ranks where one may not run every router: all must take part in each all-reduce.
+
+    The model itself and its language model run in every forward, an encoder of images or sound does not.
+
+    Raises:
+        ConfigError: If `balance_scope` is `global`, and a router is in such an encoder.
+    """
+    if settings.balance_scope == "local" or settings.balance_loss_weight == 0 or not isinstance(model, PreTrainedModel):
+        return
+    always_run = (type(model.config), type(model.config.get_text_config()))
+    for router in found:
+        if type(router.owner.config) not in always_run:
+            raise ConfigError(
+                f"symphony: `balance_scope` is 'global', but the router `{router.name}` is in a "
+                f"{type(router.owner).__name__}, which a batch without its inputs (of text alone, say) leaves out, and "
+                "the other ranks would wait for its load: use balance_scope='local', or leave this router out by "
+                "`layers` or `routers`"
+            )
 
 
 def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any]) -> None:
@@ -74,13 +96,13 @@ def detach(module: nn.Module) -> None:
         return
     for handle in tracker.handles:
         handle.remove()
+    tracker.remove_log_probs_hook()
     for part in module.modules():
         if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
             del part.save_pretrained
             del part.push_to_hub
     mark_savers(module)
-    for holder, name, weight in tracker.silenced:
-        holder.__dict__[name] = weight
+    restore_losses(tracker.silenced)
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:
@@ -189,7 +211,14 @@ def update_graphs(model: nn.Module) -> bool:
     """
     tracker = tracker_of(model)
     tracker.driven = True
-    return tracker.commit()
+    moved = tracker.commit()
+    if not moved and tracker.stepped_uncounted:
+        tracker.warn_once(
+            "an optimizer took a step, but nothing had been counted since the last call: the model runs in evaluation "
+            "mode, in which `from_pretrained` returns it, so its graphs stay as they are and it has no router losses. "
+            "Call `model.train()` before training"
+        )
+    return moved
 
 
 def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:

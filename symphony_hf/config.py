@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError, nearest
+from .parsing import check_names
 
 FORMAT = 1
 """Of the settings in a checkpoint's config.json. A checkpoint with a higher one is refused."""
+
+GRAPHS = ("ema", "frozen", "learned")
+"""What `graph` may be in a model; `symphonize` takes a path, too, and goes on from there by `ema`."""
 
 Smoothing = Literal["logits", "scores"]
 Normalization = Literal["row", "conditional", "symmetric"]
@@ -27,12 +31,8 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     Raises:
         ConfigError: If `values` is no mapping, or has an unknown key, or lacks a required one.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected settings by name, got {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise ConfigError(f"{where}: unknown setting `{name}`; {nearest(str(name), fields)}")
+    values = check_names(values, fields, where)
     required = [
         name
         for name, field in fields.items()
@@ -79,7 +79,8 @@ class SymphonyConfig:
         top_k: With `routers`: how many experts the highest logits choose. None: seen from the gate's block.
         balance_loss_weight: Of the load-balancing loss, averaged over layers, added in the backward pass.
         balance_scope: `local`: each micro-batch of each rank is balanced by itself. `global`: by the load of all
-            ranks, as if they had one batch, which costs one small all-reduce a forward.
+            ranks, as if they had one batch, which costs one small all-reduce a forward. It is refused where a router
+            is in a part that one rank's batch may leave out, such as a vision tower.
         z_loss_weight: Of the router z-loss, likewise.
 
     Raises:
@@ -132,10 +133,11 @@ class SymphonyConfig:
         self._check_routers()
 
     def _check_layers(self) -> None:
-        if self.layers is None:
+        layers: Any = self.layers
+        if layers is None:
             return
-        layers = self.layers
-        if isinstance(layers, str) or not all(isinstance(n, int) and n >= 0 for n in layers) or not layers:
+        known = isinstance(layers, tuple | list | set | range) and len(layers) > 0
+        if not known or not all(type(n) is int and n >= 0 for n in layers):
             raise ConfigError(f"symphony: `layers` must be a list of layer numbers, or null for all, got {layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
@@ -187,3 +189,18 @@ class SymphonyConfig:
         if isinstance(values.get("layers"), list):
             values["layers"] = tuple(values["layers"])
         return from_mapping(cls, values, where)
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any], where: str = "symphony") -> "SymphonyConfig":
+        """Read the settings that a model or an adapter was saved with. Their graphs are its own, not another's.
+
+        Raises:
+            ConfigError: As `from_dict`; or if `graph` is a path, which only `symphonize` goes by.
+        """
+        settings = cls.from_dict(values, where)
+        if settings.graph not in GRAPHS:
+            raise ConfigError(
+                f"{where}: `graph` is {settings.graph!r}; {nearest(settings.graph, GRAPHS)}. A path is for "
+                "`symphonize(model, graph=PATH)` alone"
+            )
+        return settings

@@ -28,6 +28,10 @@ class GraphError(SymphonyError, ValueError):
     """A stored expert graph is missing, misshapen, or not a graph."""
 
 
+class NoGraphError(GraphError):
+    """A checkpoint that can be read has no expert graph, as that of a model without them."""
+
+
 class FoldError(SymphonyError, ValueError):
     """The graph cannot be folded exactly into a plain router."""
 
@@ -58,6 +62,13 @@ class ReportError(SymphonyError, ValueError):
 
 class SymphonyWarning(UserWarning):
     """Something that works, but probably not as meant."""
+
+
+UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
+"""What libraries raise for a config or a file from somebody else that they can make nothing of."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,20 +9,22 @@ from transformers import PreTrainedModel
 from .errors import FoldError
 from .families import linear_of
 from .graph import active_graph, is_adapted
-from .patching import symphony_routers, unsymphonize
+from .patching import check_whole, symphony_routers, unsymphonize
 
 
 def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The router weights (and biases) that hold the graph in themselves, by parameter name.
 
     Raises:
-        PatchError: If the model is not symphonized.
+        PatchError: If the model is not symphonized, or is a part of one that is.
         FoldError: If a graph cannot be folded exactly.
     """
     if is_adapted(model):
         raise FoldError("fold: the model has PEFT's adapters in it: `merge_and_unload()` first")
+    routers = list(symphony_routers(model))
+    check_whole(model, "fold")
     folded: dict[str, Tensor] = {}
-    for name, router in symphony_routers(model):
+    for name, router in routers:
         contract = router.contract
         linear: Any = linear_of(router, contract.linear)  # type: ignore[arg-type]
         graph = active_graph(router.symphony)
@@ -48,7 +50,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     """Fold each graph into its router's weight, in place: a plain model, with the same logits to the bit.
 
     Raises:
-        PatchError: If the model is not symphonized.
+        PatchError: If the model is not symphonized, or is a part of one that is.
         FoldError: If a graph cannot be folded exactly; the model is left as it was.
     """
     parameters = folded_parameters(model)

@@ -103,34 +103,52 @@ class ExpertGraph(nn.Module):
                 cached = self._cached = (self.adjacency, *versions, self._compute_transition())
         return cached[3]
 
+    def social_graph(self) -> Tensor:
+        """The adjacency made symmetric and non-negative, which the gradient steps of a learned graph do not keep it.
+
+        Bit for bit the adjacency where it is so already. Shape: (num_experts, num_experts), float32.
+        """
+        if self.config.graph != "learned" or self.adjacency.dim() != 2:  # ZeRO-3 leaves a row of a parameter, or less
+            return self.adjacency
+        return 0.5 * (self.adjacency + self.adjacency.T).clamp(min=0.0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save a learned graph as it is used, be it between an optimizer's step and the commit: no other is loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.config.graph == "learned" and not keep_vars:
+            destination[f"{prefix}adjacency"] = self.social_graph().detach()
+
     def _compute_transition(self) -> Tensor:
-        adjacency_EE = self.adjacency
-        if self.config.graph == "learned":
-            # What gradient steps leave negative or asymmetric is no social graph.
-            adjacency_EE = (0.5 * (adjacency_EE + adjacency_EE.T)).clamp(min=0.0)
+        adjacency_EE = self.social_graph()
         with without_autocast(adjacency_EE):
             transition_EE = transition_matrix(adjacency_EE, self.config.normalization, self.config.self_loops)
             return mix_with_identity(transition_EE, self.strength())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertGraph":
         """Follow the model to another device, but keep the graph in float32 when the model is cast."""
-        kept = self.adjacency
+        # A cast puts other numbers into a parameter, which stays the same object.
+        kept, gradient = self.adjacency.detach(), self.adjacency.grad
+        gradient = None if gradient is None else gradient.detach()
         super()._apply(fn, recurse)
         if self.adjacency.dtype != torch.float32:
-            self.widen(kept)
+            self.widen(kept, gradient)
         self._cached = None
         return self
 
-    def widen(self, values: Tensor | None = None) -> None:
+    def widen(self, values: Tensor | None = None, gradient: Tensor | None = None) -> None:
         """Make the graph float32 again.
 
         Args:
             values: It as it was before it was cast; what it is now when None.
+            gradient: Its gradient, likewise.
         """
         values = self.adjacency if values is None else values
-        restored = values.detach().to(device=self.adjacency.device, dtype=torch.float32)
+        gradient = self.adjacency.grad if gradient is None else gradient
+        device = self.adjacency.device
+        restored = values.detach().to(device, torch.float32)
         if isinstance(self.adjacency, nn.Parameter):
             self.adjacency.data = restored
+            self.adjacency.grad = None if gradient is None else gradient.detach().to(device, torch.float32)
         else:
             self.adjacency = restored
 

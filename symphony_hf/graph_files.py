@@ -1,14 +1,16 @@
 """Expert graphs read from safetensors files, and nothing believed before it was checked."""
 
-import json
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import GraphError
+from .errors import GraphError, NoGraphError
+from .json_objects import read_weight_map
 from .routing import adjacency_problems
 
 SUFFIX = ".symphony.adjacency"
@@ -25,7 +27,8 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
         Router name, as in the file, -> adjacency as stored.
 
     Raises:
-        GraphError: If the path is missing, no safetensors, truncated, or holds no graph.
+        GraphError: If the path is missing, no safetensors, or truncated.
+        NoGraphError: If it holds no graph.
     """
     path = Path(path)
     if not path.exists():
@@ -40,7 +43,7 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise GraphError(f"graph: `{file}` cannot be read as safetensors ({error}): is it truncated?") from error
     if not graphs:
-        raise GraphError(f"graph: `{path}` holds no expert graph (no tensor is named `*{SUFFIX}`)")
+        raise NoGraphError(f"graph: `{path}` holds no expert graph (no tensor is named `*{SUFFIX}`)")
     return graphs
 
 
@@ -57,11 +60,7 @@ def checkpoint_files(path: Path) -> list[Path]:
         return [path]
     index = path / _INDEX
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise GraphError(f"graph: `{index}` is no index of safetensors shards ({error!r})") from error
-        files = [path / Path(str(name)).name for name in names]
+        files = [path / name for name in sorted(set(read_weight_map(index, GraphError).values()))]
     else:
         files = [path / "model.safetensors"]
     for file in files:
@@ -75,26 +74,49 @@ def match_graphs(graphs: Mapping[str, Tensor], routers: Sequence[tuple[str, int]
 
     Args:
         graphs: What `read_graphs` returned. On disk a router may have another name (Mixtral's is
-            `block_sparse_moe.gate` there, `mlp.gate` in the model): then they go by the order of the layers.
+            `block_sparse_moe.gate` there, `mlp.gate` in the model): then it goes by the numbers in its name.
         routers: (name, number of experts) of each router.
         where: The path, for error messages.
 
     Raises:
-        GraphError: If they are not as many as the routers, or one is not a social graph of that many experts.
+        GraphError: If a router has none, or it is not a social graph of that many experts.
     """
-    names = [name for name, _ in routers]
-    if all(name in graphs for name in names):
-        ordered = [(name, graphs[name]) for name in names]
-    elif len(graphs) == len(names):
-        ordered = sorted(graphs.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])])
-    else:
-        missing = [name for name in names if name not in graphs]
+    on_disk = _names_on_disk(graphs, [name for name, _ in routers])
+    missing = [name for name, _ in routers if name not in on_disk]
+    if missing:
         raise GraphError(f"graph: `{where}` has no graph for {', '.join(missing)}; it has {', '.join(sorted(graphs))}")
     problems = [
-        f"{stored}{SUFFIX}: {'; '.join(found)}"
-        for (stored, adjacency), (_, num_experts) in zip(ordered, routers, strict=True)
-        if (found := adjacency_problems(adjacency, num_experts))
+        f"{on_disk[name]}{SUFFIX}: {'; '.join(found)}"
+        for name, num_experts in routers
+        if (found := adjacency_problems(graphs[on_disk[name]], num_experts))
     ]
     if problems:
         raise GraphError(f"graph: `{where}` is not usable: {' | '.join(problems)}")
-    return [adjacency.float() for _, adjacency in ordered]
+    return [graphs[on_disk[name]].float() for name, _ in routers]
+
+
+def _names_on_disk(graphs: Collection[str], names: Sequence[str]) -> dict[str, str]:
+    """Router -> the name of its graph, where it has one: its own, or else one with the same numbers.
+
+    A model of text and images may have several with these (`layers.1.mlp.text_moe.gate` and `vision_moe.gate`): then
+    the one that ends alike.
+    """
+    found = {name: name for name in names if name in graphs}
+    renamed = [name for name in graphs if name not in found]
+    for name in (name for name in names if name not in found):
+        ends = {stored: _common_end(stored, name) for stored in renamed if _numbers(stored) == _numbers(name)}
+        nearest = [stored for stored, end in ends.items() if end == max(ends.values())]
+        if len(nearest) == 1:
+            found[name] = nearest[0]
+    takers = Counter(found.values())
+    return {name: stored for name, stored in found.items() if takers[stored] == 1}
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _common_end(a: str, b: str) -> int:
+    """How many words two names end with in common."""
+    words = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))

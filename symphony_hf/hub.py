@@ -15,15 +15,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attachment import attach, tracker_of
+from .attachment import attach, check_balance_scope, detach, tracker_of
 from .compat import supported_range, transformers_is_supported
 from .config import SymphonyConfig
-from .errors import GraphError, PatchError, SymphonyError
+from .errors import GraphError, PatchError, SymphonyError, UnsupportedModelError
 from .families import routers_of
 from .folding import folded_parameters
 from .graph import ExpertGraph, active_graph
 from .modules import UpcycledMoE, check_loaded, restore_modules
-from .patching import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers
+from .patching import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers, unpatch_router
+from .router import SymphonyRouter
 from .routing import adjacency_problems
 from .saving import mark_architectures, own_losses, unmark_architectures
 
@@ -63,29 +64,53 @@ def _wrap_initialize_weights(original: Any) -> Any:
             return
         if isinstance(module, UpcycledMoE) and module.awaits_checkpoint:
             check_loaded(self)
+        if module is self and "_symphony_refusal" in self.__dict__ and _is_loaded(self):
+            raise UnsupportedModelError(self._symphony_refusal)
         original(self, module, is_custom_code)
 
     return _initialize_weights
 
 
 def _restore_routers(model: PreTrainedModel) -> None:
-    """Make a model that was just built from a Symphony config a Symphony model, before its weights are loaded."""
-    settings = SymphonyConfig.from_dict(model.config.symphony, where="config.json: symphony")
-    found = routers_of(model, settings, inside=True)
+    """Make a model that was just built from a Symphony config a Symphony model, before its weights are loaded.
+
+    A model nested in it has the same config, and was restored when it was built, as well as could be seen from inside:
+    a stack of an encoder-decoder may have no router, or not all layers. The model around it decides, so what it refuses
+    is raised when a checkpoint is loaded into the outermost one, or when that is first run.
+    """
+    settings = SymphonyConfig.from_stored(model.config.symphony, where="config.json: symphony")
+    check_nothing_bypasses(model)
+    for module in model.modules():
+        detach(module)
+        if module.__dict__.pop("_symphony_refusal", None) is not None:
+            module.__dict__.pop("_symphony_refuser").remove()
+    found = []
+    try:
+        found = routers_of(model, settings, inside=True)
+    except UnsupportedModelError as error:
+        model.__dict__["_symphony_refusal"] = str(error)
+        model.__dict__["_symphony_refuser"] = model.register_forward_pre_hook(_refuse)
+    wanted = {id(router.module) for router in found}
+    for module in list(model.modules()):
+        if isinstance(module, SymphonyRouter) and id(module) not in wanted:
+            unpatch_router(module)
+    check_balance_scope(model, found, settings)
     for router in found:
-        # A model nested in this one has the same config, and was restored when it was built.
         if not is_symphonized(router.module):
             patch_router(router, settings)
-    check_nothing_bypasses(model)
-    attach(model, found, model.config.symphony)
+    if found:
+        attach(model, found, model.config.symphony)
     unmark_architectures(model.config)
+
+
+def _refuse(model: PreTrainedModel, args: Any) -> None:
+    raise UnsupportedModelError(model._symphony_refusal)
 
 
 def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
     """Called for every graph when a model is initialized: freshly, or after a checkpoint was loaded into it."""
     tensors = (graph.adjacency, graph.updates)
-    loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
-    if not (graph.awaits_checkpoint and loaded):  # freshly made, be it on the meta device
+    if not (graph.awaits_checkpoint and _is_loaded(model)):  # freshly made, be it on the meta device
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             graph.reset()
         return
@@ -99,6 +124,11 @@ def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
         active_graph(router.symphony).awaits_checkpoint = False
         if router.stack is not None:
             router.stack.tracker.place_scale()
+
+
+def _is_loaded(model: PreTrainedModel) -> bool:
+    """Whether weights of a checkpoint are in it."""
+    return any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
 def _loading_problems(model: PreTrainedModel) -> list[str]:
@@ -132,7 +162,7 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
         The directory.
 
     Raises:
-        PatchError: If the model is not symphonized.
+        PatchError: If the model is not symphonized, or is a part of one that is.
         FoldError: If a graph cannot be folded exactly.
     """
     if not isinstance(model, PreTrainedModel):

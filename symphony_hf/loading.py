@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
-from .errors import CheckpointError, GraphError, SymphonyError
+from .anatomy import named_class_of
+from .errors import UNREADABLE, CheckpointError, GraphError, SymphonyError
 from .graph_files import SUFFIX, checkpoint_files
 from .json_objects import MAX_CONFIG_BYTES, read_object
-from .saving import ARCHITECTURE_PREFIX
 
-_REFUSALS = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
-    *(SafetensorError, StrictDataclassError, TypeError, ValueError),
-)
+_REFUSALS = (*UNREADABLE, SafetensorError, StrictDataclassError)
 """What transformers and torch raise for a config or a file that they cannot make a model of."""
 
 
@@ -43,14 +39,18 @@ def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto")
     Raises:
         ConfigError: If the settings of its graphs, or the record of its upcycled modules, are not usable.
         GraphError: If a graph is missing, misshapen, or none, or is there and the config does not ask for it.
+        UnsupportedModelError: If the model has no router for a graph that the config asks for.
+        UpcycleError: If a module of its record is no MLP, or the weights of its experts are missing.
+        PatchError: If its model would go past the graphs.
         CheckpointError: If anything else of the checkpoint is not usable, or not whole.
     """
     directory = Path(directory)
-    model_class = _class_of(directory, _read_config(directory))
+    _check_config(directory)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a config that is about to be refused
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            model_class = named_class_of(config, f"`{directory}`", CheckpointError)
             tensors = _tensors(directory)
             _check_size(directory, model_class, config, tensors)
             model, info = model_class.from_pretrained(
@@ -77,8 +77,8 @@ def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto")
     return model
 
 
-def _read_config(directory: Path) -> Mapping[str, Any]:
-    """The config, as far as it decides what is read next."""
+def _check_config(directory: Path) -> None:
+    """Look at what decides what is read next, before transformers reads it."""
     file = directory / "config.json"
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
@@ -89,16 +89,6 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"`{file}` asks for code of its own (`auto_map`), and code of a checkpoint is not run")
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"`{file}` is of a quantized checkpoint: load it by its Auto class")
-    return config
-
-
-def _class_of(directory: Path, config: Mapping[str, Any]) -> type[PreTrainedModel]:
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    model_class: Any = getattr(transformers, name.removeprefix(ARCHITECTURE_PREFIX), None) if name else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise CheckpointError(f"`{directory}`: transformers has no model class {name or 'in its config'}")
-    return model_class
 
 
 def _tensors(directory: Path) -> dict[str, int]:

@@ -7,8 +7,6 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from .errors import ConfigError, nearest
 
 
@@ -44,6 +42,8 @@ def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **fixed: 
     Raises:
         ConfigError: If a name is not known, a value is not of its type, or the dataclass refuses it.
     """
+    from jsonargparse import ArgumentError, ArgumentParser  # here: `import symphony_hf` comes by, and need not wait
+
     settings = check_names(settings, inspect.signature(cls).parameters, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "settings")

@@ -1,6 +1,5 @@
 """symphonize and unsymphonize: a model's routers patched in place, one instance at a time, and set back."""
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attachment import attach, detach, tracker_of
-from .config import SymphonyConfig
+from .attachment import attach, check_balance_scope, detach, tracker_of
+from .config import GRAPHS, SymphonyConfig
 from .errors import ConfigError, PatchError, nearest
 from .families import FoundRouter, linear_of, routers_of
 from .graph import ExpertGraph, active_graph, is_adapted, put_aside
 from .graph_files import match_graphs, read_graphs
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
+from .saving import own_config
 from .self_check import check_routers
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def symphonize(
     Raises:
         UnsupportedModelError: If no router is found, or one is of a kind that cannot be patched.
         PatchError: If the model is already symphonized, or wrapped by PEFT or another wrapper.
-        ConfigError: If a setting is unknown or out of range.
+        ConfigError: If a setting is unknown or out of range, or the model cannot be balanced in its `balance_scope`.
         GraphError: If `graph` is a path without a usable graph for every router.
 
     Source: arXiv 2510.16411.
@@ -49,8 +49,9 @@ def symphonize(
     settings = _settings(config, overrides)
     _check_patchable(model, settings)
     found = routers_of(model, settings)
+    check_balance_scope(model, found, settings)
     adjacencies = None
-    if settings.graph not in ("ema", "frozen", "learned"):
+    if settings.graph not in GRAPHS:
         routers = [(router.name, router.contract.num_experts) for router in found]
         adjacencies = match_graphs(read_graphs(settings.graph), routers, settings.graph)
         settings = dataclasses.replace(settings, graph="ema")
@@ -60,7 +61,7 @@ def symphonize(
     # Everything was checked; from here on nothing is refused.
     graphs = [patch_router(router, settings) for router in found]
     if isinstance(model, PreTrainedModel):
-        _own_config(model)
+        own_config(model)
         model.config.symphony = settings.to_dict()
     attach(model, found, settings.to_dict())
     if settings.strength == 0 and settings.counts_selections:
@@ -80,16 +81,6 @@ def symphonize(
             "and Symphony has no effect",
         )
     return model
-
-
-def _own_config(model: PreTrainedModel) -> None:
-    """Give a model a config of its own: another one built from the same object must not become a Symphony model."""
-    copies: dict[int, Any] = {}  # with the configs inside it, which the models inside this one share
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if id(config) in copies:
-            module.config = copies[id(config)]
 
 
 def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:
@@ -160,6 +151,14 @@ def patch_router(router: FoundRouter, config: SymphonyConfig) -> ExpertGraph:
     return graph
 
 
+def unpatch_router(router: SymphonyRouter) -> None:
+    """Make one Symphony router its family's own again."""
+    swap_class(router, router.base_class)  # type: ignore[arg-type]
+    del router.symphony
+    for name in ("contract", "stack", "place"):
+        router.__dict__.pop(name, None)
+
+
 def is_symphonized(model: nn.Module) -> bool:
     """Whether a model, or what it wraps, routes through expert graphs."""
     return any(isinstance(module, SymphonyRouter) for module in model.modules())
@@ -179,6 +178,23 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
             yield name, module
 
 
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a part of a Symphony model, and a wrapper: hooks and settings of the model itself would be left behind.
+
+    Args:
+        model: With Symphony routers.
+        what: The call, for the error message.
+
+    Raises:
+        PatchError: If it is not the model that was symphonized.
+    """
+    if "_symphony_tracker" not in model.__dict__:
+        raise PatchError(
+            f"{what}: {type(model).__name__} is a part of the model that was symphonized, or wrapped around it: give "
+            "the model that was symphonized"
+        )
+
+
 def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
     """The social graph of each router.
 
@@ -189,25 +205,24 @@ def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         PatchError: If the model is not symphonized.
     """
-    return {name: active_graph(router.symphony).adjacency.detach().clone() for name, router in symphony_routers(model)}
+    graphs = ((name, active_graph(router.symphony)) for name, router in symphony_routers(model))
+    return {name: graph.social_graph().detach().clone() for name, graph in graphs}
 
 
 def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
     """Take the graphs away: the same weights, the base model's classes, names and routing.
 
     Raises:
-        PatchError: If the model is not symphonized, or has adapters.
+        PatchError: If the model is not symphonized, is a part of one that is, or has adapters.
     """
     routers = [router for _, router in symphony_routers(model)]
     if is_adapted(model):
         raise PatchError("unsymphonize: the model has PEFT's adapters in it: `merge_and_unload()` first")
+    check_whole(model, "unsymphonize")
     for module in model.modules():
         detach(module)
     for router in routers:
-        swap_class(router, router.base_class)  # type: ignore[arg-type]
-        del router.symphony
-        for name in ("contract", "stack", "place"):
-            router.__dict__.pop(name, None)
+        unpatch_router(router)
     for module in model.modules():
         settings = getattr(module, "config", None)
         if "symphony" in getattr(settings, "__dict__", {}):

@@ -1,6 +1,7 @@
 """`save_pretrained` of a Symphony model, so that what reads the checkpoint later knows what it is."""
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .publishing import Origin, hub_name, open_folder, publish
+from .unfinished import write_json
 
 ARCHITECTURE_PREFIX = "Symphony"
 """Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
@@ -21,13 +23,22 @@ ARCHITECTURE_PREFIX = "Symphony"
 @contextlib.contextmanager
 def own_losses(silenced: list[tuple[Any, str, float]]) -> Iterator[None]:
     """Give a model and its config the weights of its own router losses back, while its config is written."""
-    for holder, name, weight in silenced:
-        holder.__dict__[name] = weight
+    restored = restore_losses(silenced)
     try:
         yield
     finally:
-        for holder, name, _ in silenced:
+        for holder, name in restored:
             holder.__dict__[name] = 0.0
+
+
+def restore_losses(silenced: list[tuple[Any, str, float]]) -> list[tuple[Any, str]]:
+    """Give back the weights that are still silent, and say which: one that was set since then is what is wanted."""
+    restored = []
+    for holder, name, weight in silenced:
+        if holder.__dict__.get(name) == 0.0:
+            holder.__dict__[name] = weight
+            restored.append((holder, name))
+    return restored
 
 
 class SymphonySaver:
@@ -133,6 +144,17 @@ class SymphonyPusher:
             return publish(open_folder(scratch), repo_id, origin=origin, **settings)
 
 
+def own_config(model: PreTrainedModel) -> None:
+    """Give a model a config of its own, before ours goes into it: another model may be built from the same object."""
+    copies: dict[int, Any] = {}  # with the configs inside it, which the models inside this one share
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for holder in (module, module.__dict__.get("config")):  # upcycled experts have it inside settings of theirs
+            config = getattr(holder, "__dict__", {}).get("config")
+            if id(config) in copies:
+                holder.config = copies[id(config)]  # type: ignore[union-attr]
+
+
 def mark_architectures(config_file: Path) -> None:
     """Have a saved config not taken for a stock model's by software that does not know us."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -140,9 +162,7 @@ def mark_architectures(config_file: Path) -> None:
     config["architectures"] = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
     # TRL looks into it, by attribute, when it does not know an architecture, and then takes AutoModelForCausalLM.
     config.setdefault("auto_map", {})
-    temporary = config_file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, config_file)
+    write_json(config_file, config)
 
 
 def unmark_architectures(config: PreTrainedConfig) -> None:

@@ -3,16 +3,14 @@
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import transformers
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
+from .anatomy import named_class_of, read_config
 from .errors import PushError
 from .hub import export_folded
 from .publishing import ModelFolder, Origin, open_folder, publish
-from .saving import ARCHITECTURE_PREFIX
 
 
 def push(
@@ -51,6 +49,7 @@ def push(
 
     Raises:
         PushError: If the folder has no model, or what must not be shared; or the Hub refuses, or is not reached.
+        ConfigError: If the settings of the graphs, or the config to be folded, cannot be read.
         FoldError: If the graphs cannot be folded.
         GraphError: If the graphs cannot be read.
     """
@@ -75,9 +74,6 @@ def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
 
 
 def _load(folder: ModelFolder) -> PreTrainedModel:
-    names = [str(name).removeprefix(ARCHITECTURE_PREFIX) for name in folder.config.get("architectures") or []]
-    model_class: Any = getattr(transformers, names[0], None) if names else None
-    if model_class is None or not issubclass(model_class, PreTrainedModel):
-        raise PushError(f"push: `{folder.path}`: transformers has no model class {', '.join(names) or 'in its config'}")
-    model: PreTrainedModel = model_class.from_pretrained(folder.path, dtype="auto")
-    return model
+    config = read_config(folder.path)
+    model_class = named_class_of(config, f"push: `{folder.path}`", PushError)
+    return model_class.from_pretrained(folder.path, config=config, dtype="auto")

@@ -112,6 +112,8 @@ class RouterStack:
         active = module.training and torch.is_grad_enabled()
         self.active = active
         if not active:
+            if torch.is_grad_enabled():
+                self.tracker.evaluated = True
             return
         # Only when this very stack comes around again: a decoder must not settle what its encoder has just counted.
         if self.has_pending:

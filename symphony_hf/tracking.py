@@ -46,6 +46,8 @@ class Tracker:
         driven: True while a callback (or the user's loop) calls `commit` at each optimizer step. Where nothing
             does, the first training forward after the step commits.
         stepped: Whether an optimizer has taken a step since there is something to commit.
+        evaluated: Whether a forward with gradient was not counted, as it ran in evaluation mode, since the last commit.
+        stepped_uncounted: Whether an optimizer has taken a step after such a forward, with nothing to commit.
         commits_since_step: Commits since an optimizer's last step: one, where all is well.
         held: The identities of what optimizers hold that have taken steps; None once they were looked at.
         scale: The factor that the main loss's gradient came with, written in the backward pass.
@@ -56,6 +58,8 @@ class Tracker:
         self.stacks: list[RouterStack] = []
         self.driven = False
         self.stepped = False
+        self.evaluated = False
+        self.stepped_uncounted = False
         self.commits_since_step = 0
         self.crowded_steps = 0
         self.held: set[int] | None = set()
@@ -67,11 +71,13 @@ class Tracker:
         self.awaits_backward = False
         self.outer_mask: Any = None  # what the model itself was given, in the forward under way
         self.num_skipped: Tensor | None = None
-        self.logged_losses: Tensor | None = None  # (3,): balance and z summed over forwards, number of forwards
+        # (1 + num_routers, 3): balance and z summed over forwards, and their number: of their mean, and of each router.
+        self.logged_losses: Tensor | None = None
         # What the patching must undo.
         self.handles: list[Any] = []
         self.silenced: list[tuple[Any, str, float]] = []
         self.own_loss: Any = None
+        self.log_probs_hook: Any = None
         self.num_commits = 0
         self._warned: set[str] = set()
 
@@ -135,9 +141,17 @@ class Tracker:
     def _note_backward(self, gradient: Tensor) -> None:
         self.awaits_backward, self.loss_recorded = False, True
 
+    def remove_log_probs_hook(self) -> None:
+        """Take away what a Trainer of TRL was given for its own loss, if it was."""
+        if self.log_probs_hook is not None:
+            self.log_probs_hook.remove()
+        self.log_probs_hook = None
+
     def note_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, perhaps of this model, took a step."""
-        self.stepped = self.stepped or any(stack.has_pending for stack in self.stacks)
+        has_pending = any(stack.has_pending for stack in self.stacks)
+        self.stepped = self.stepped or has_pending
+        self.stepped_uncounted = self.stepped_uncounted or (self.evaluated and not has_pending)
         if self.stepped and self.held is not None:
             self.held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         if self.commits_since_step > 0:
@@ -152,8 +166,9 @@ class Tracker:
 
     def commit_if_forgotten(self) -> None:
         """Before a training forward: settle the last optimizer step where nothing did when it was taken."""
-        if self.driven or self.awaits_backward or not self.stepped:
+        if self.awaits_backward or not self.stepped:
             return
+        self.driven = False  # what drove has stopped: a loop that came to its end, or to an exception
         self.commit()
         if not torch.compiler.is_compiling():
             self.warn_once(
@@ -185,7 +200,7 @@ class Tracker:
             stack.tensors.pending_counts.zero_()
             stack.tensors.pending_losses.zero_()
             stack.has_pending = False
-        self.awaits_backward = self.stepped = False
+        self.awaits_backward = self.stepped = self.evaluated = self.stepped_uncounted = False
         self.commits_since_step += 1
         if self.scale is not None and not torch.compiler.is_compiling():
             self.scale.zero_()  # a loss that is not recorded must not start the routers' with an old factor
@@ -261,10 +276,17 @@ class Tracker:
         self.look_at_optimizers(routers, (p for stack in self.stacks for p in stack.owner.parameters()))
 
     def _note_losses(self, stacks: list[RouterStack]) -> None:
-        pending = [stack.tensors.pending_losses for stack in stacks if stack.tensors is not None]
-        device = pending[0].device
-        sums = torch.stack([losses.sum(0).to(device) for losses in pending]).sum(0) / self.num_routers
-        noted = torch.cat([sums[:2], pending[0][:, 2].max().reshape(1)])
+        device = self.stacks[0].device
+        pending = [
+            torch.zeros(len(stack.routers), 3, device=device)
+            if stack.tensors is None  # it never ran
+            else stack.tensors.pending_losses.to(device)
+            for stack in self.stacks
+        ]
+        of_routers = torch.cat(pending)
+        sums = torch.stack([losses.sum(0) for losses in pending]).sum(0) / self.num_routers
+        mean = torch.cat([sums[:2], of_routers[:, 2].max().reshape(1)])
+        noted = torch.cat([mean.unsqueeze(0), of_routers])
         if device.type == "cpu" and not torch.compiler.is_compiling():
             self._warn_about_idle_routers(stacks)
         self.logged_losses = noted if self.logged_losses is None else self.logged_losses + noted
@@ -290,7 +312,7 @@ class Tracker:
     def _move(self, stack: RouterStack, counts_LEE: Tensor) -> None:
         for graph, counts_EE in zip(stack.graphs, counts_LEE, strict=True):
             if graph.config.graph == "learned":
-                graph.adjacency.copy_(0.5 * (graph.adjacency + graph.adjacency.T).clamp(min=0.0))
+                graph.adjacency.copy_(graph.social_graph())
             if not graph.config.counts_selections:
                 graph.updates.add_(1)
                 continue
@@ -322,12 +344,22 @@ class Tracker:
         self.loss_recorded = False
 
     def take_losses(self) -> dict[str, float]:
-        """Mean balance and z-loss over layers and micro-batches since the last call; empty when there were none."""
+        """Mean balance and z-loss over layers, of each over its forwards since the last call; empty without any.
+
+        A layer that did not run, as one for images in steps of text alone, is left out.
+        """
         if self.logged_losses is None:
             return {}
-        balance, z, num_forwards = self.logged_losses.tolist()
+        mean, *of_routers = self.logged_losses.tolist()
         self.logged_losses = None
-        return {"balance_loss": balance / num_forwards, "z_loss": z / num_forwards}
+        ran = [losses for losses in of_routers if losses[2] > 0]
+        if not ran:
+            return {}
+        if all(losses[2] == mean[2] for losses in of_routers):
+            return {"balance_loss": mean[0] / mean[2], "z_loss": mean[1] / mean[2]}
+        means = [(balance / count, z / count) for balance, z, count in ran]
+        balance, z = (sum(values) / len(ran) for values in zip(*means, strict=True))
+        return {"balance_loss": balance, "z_loss": z}
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -6,20 +6,24 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from models import make_ids, make_model, move_graphs
-from transformers import Trainer, TrainingArguments
+from models import make_ids, make_llava, make_model, move_graphs
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from symphony_hf import (
+    ConfigError,
     PatchError,
     SymphonyCallback,
     SymphonyWarning,
     expert_graphs,
+    is_symphonized,
     lora_config,
     symphonize,
+    upcycle_modules,
     update_graphs,
 )
 from symphony_hf import stack as stack_module
 from symphony_hf.attachment import tracker_of
+from symphony_hf.conformance.tiny import moe_families, tiny_model, why_not_built
 from symphony_hf.guards import fingerprint
 
 
@@ -223,6 +227,30 @@ def test_global_balance_refuses_two_forwards_before_a_backward(two_ranks):
     model(ids, labels=ids)
     with pytest.raises(PatchError, match="balance_scope `global`"):
         model(ids, labels=ids)
+
+
+def test_global_balance_refuses_what_a_batch_may_leave_out(tmp_path):
+    """A rank without images would not take part in the all-reduce of the vision tower's load."""
+    tower, projector = "*vision_tower*.mlp", "*multi_modal_projector"
+    model = upcycle_modules(make_llava(), tower)
+    symphonize(upcycle_modules(make_llava(), projector), balance_scope="global")  # which LlavaModel itself runs
+    symphonize(tiny_model("nllb-moe"), balance_scope="global")  # an encoder-decoder runs both its stacks
+    with pytest.raises(ConfigError, match=r"`model\.vision_tower\.\S+` is in a CLIPVision.*balance_scope='local'"):
+        symphonize(model, balance_scope="global")
+    assert not is_symphonized(model)
+    for harmless in ({"balance_scope": "local"}, {"balance_scope": "global", "balance_loss_weight": 0.0}):
+        symphonize(upcycle_modules(make_llava(), tower), **harmless)
+    symphonize(model).config.symphony["balance_scope"] = "global"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="leaves out"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llava+olmoe", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "qwen3_vl_moe"])
+def test_global_balance_takes_models_of_images_whose_text_is_routed(case):
+    if "+" not in case and (case not in moe_families() or why_not_built(case)):
+        pytest.skip("not in the installed transformers")
+    symphonize(make_llava() if "+" in case else tiny_model(case), balance_scope="global")
 
 
 def test_graphs_that_move_at_every_micro_batch_are_named():

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import transformers
-from models import CONFIGS, llava_inputs, make_ids, make_llava, make_model, move_graphs
+from models import CONFIGS, VOCAB, llava_inputs, make_ids, make_llava, make_model, move_graphs
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from symphony_hf import (
     ConfigError,
@@ -17,6 +17,7 @@ from symphony_hf import (
     GraphError,
     PatchError,
     SymphonyError,
+    UnsupportedModelError,
     expert_graphs,
     export_folded,
     fold,
@@ -25,6 +26,7 @@ from symphony_hf import (
     unsymphonize,
     update_graphs,
 )
+from symphony_hf.graph_files import match_graphs
 
 SETTINGS = [
     {},
@@ -192,6 +194,20 @@ def test_a_config_object_may_be_used_again():
     assert model.config is model.model.config
 
 
+@pytest.mark.parametrize("way", ["save", "export", "unsymphonize"])
+def test_a_weight_of_the_models_own_loss_that_was_set_later_is_kept(way, tmp_path):
+    model = symphonize(make_model(router_aux_loss_coef=0.5))
+    assert (model.config.router_aux_loss_coef, model.router_aux_loss_coef) == (0.0, 0.0)
+    model.config.router_aux_loss_coef = 0.25
+    if way == "unsymphonize":
+        unsymphonize(model)
+        assert (model.config.router_aux_loss_coef, model.router_aux_loss_coef) == (0.25, 0.5)
+        return
+    model.save_pretrained(tmp_path) if way == "save" else export_folded(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["router_aux_loss_coef"] == 0.25
+    assert (model.config.router_aux_loss_coef, model.router_aux_loss_coef) == (0.25, 0.0)
+
+
 def test_other_models_are_not_touched_by_the_loading_wraps(tmp_path):
     saved(tmp_path / "ours")
     AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -201,6 +217,97 @@ def test_other_models_are_not_touched_by_the_loading_wraps(tmp_path):
     assert not is_symphonized(loaded)
     ids = make_ids()
     assert len(loaded(ids, output_router_logits=True).router_logits) == 3
+
+
+def make_nllb(**settings):
+    """Four encoder layers, and two decoder layers, each with a router unless a setting says otherwise."""
+    torch.manual_seed(0)
+    defaults = {
+        "vocab_size": VOCAB,
+        "d_model": 16,
+        "encoder_layers": 4,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "num_experts": 4,
+        "max_position_embeddings": 32,
+    }
+    config = transformers.NllbMoeConfig(**{**defaults, **settings})
+    return AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "num_encoder", "num_decoder"),
+    [
+        ({"decoder_sparse_step": 0}, {}, 4, 0),
+        ({"encoder_sparse_step": 0}, {}, 0, 2),
+        ({}, {"layers": (3,)}, 1, 0),
+        ({}, {"layers": (1, 3)}, 2, 1),
+        ({}, {"routers": ("model.encoder.layers.*.ffn.router",)}, 4, 0),
+        ({}, {"routers": ("model.decoder.layers.*.ffn.router",)}, 0, 2),
+        ({}, {"routers": ("model.encoder.layers.1.ffn.router", "model.decoder.layers.0.ffn.router")}, 1, 1),
+    ],
+    ids=str,
+)
+def test_an_encoder_decoder_whose_stacks_have_not_the_same_routers(sizes, settings, num_encoder, num_decoder, tmp_path):
+    model, ids = move_graphs(symphonize(make_nllb(**sizes), **settings)), make_ids()
+    model.save_pretrained(tmp_path)
+    batch = {"input_ids": ids, "decoder_input_ids": make_ids(seed=1)}
+    wanted = expert_graphs(model)
+    assert [sum(f".{stack}." in name for name in wanted) for stack in ("encoder", "decoder")] == [
+        num_encoder,
+        num_decoder,
+    ]
+    loaded, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(expert_graphs(loaded)[name], graph) for name, graph in wanted.items())
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(body(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
+    loaded.train()(**batch, labels=ids).loss.backward()
+    assert update_graphs(loaded)
+    assert {type(module) for module in unsymphonize(loaded).modules()} == {
+        type(module) for module in make_nllb(**sizes).modules()
+    }
+
+
+@pytest.mark.parametrize(
+    ("symphony", "message"),
+    [
+        ({"layers": [1, 7]}, "NllbMoeForConditionalGeneration: layer 7 .*has no router"),
+        ({"routers": ["*.encoder.layers.*.ffn.router", "*.decoder.*.ruter"]}, "ruter.* matches no module"),
+    ],
+)
+def test_an_encoder_decoder_without_what_its_config_asks_for_is_refused(symphony, message, tmp_path):
+    move_graphs(symphonize(make_nllb())).save_pretrained(tmp_path)
+    edit_config(tmp_path, **symphony)
+    with pytest.raises(UnsupportedModelError, match=message):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+
+
+def test_a_dense_model_whose_config_asks_for_graphs_is_refused(tmp_path):
+    model = symphonize(make_nllb())
+    dense = make_nllb(encoder_sparse_step=0, decoder_sparse_step=0)
+    dense.config.symphony = model.config.symphony
+    dense.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="no router found in NllbMoeForConditionalGeneration"):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+
+
+def test_a_model_built_from_what_cannot_be_is_refused_when_it_is_first_run():
+    """When it is built nothing tells whether another model is around it; a stack of one runs as a part of that."""
+    config = symphonize(make_nllb(decoder_sparse_step=0)).config
+    ids = torch.ones(1, 4, dtype=torch.long)
+    AutoModelForSeq2SeqLM.from_config(config)(input_ids=ids, decoder_input_ids=ids)
+    config.symphony["layers"] = [7]
+    with pytest.raises(UnsupportedModelError, match=r"layer 7 .*has no router"):
+        AutoModelForSeq2SeqLM.from_config(config)(input_ids=ids, decoder_input_ids=ids)
 
 
 # What a checkpoint may lack or have been given.
@@ -264,7 +371,7 @@ def test_unreadable_settings_are_refused(symphony, message, tmp_path):
         ),
         (
             lambda f: edit_tensors(f, lambda t: t.pop("model.layers.1.block_sparse_moe.gate.symphony.adjacency")),
-            r"no graph for model\.layers\.0.*it has",
+            r"no graph for model\.layers\.1\.mlp\.gate; it has",
         ),
         (
             lambda f: edit_tensors(
@@ -294,6 +401,29 @@ def test_a_graph_to_start_from_goes_by_layer_where_the_names_on_disk_differ(tmp_
     assert started.config.symphony["graph"] == "ema"
     with pytest.raises(GraphError, match=r"shape \(6, 6\) instead of \(8, 8\)"):
         symphonize(make_model("olmoe", num_hidden_layers=12), graph=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_a_graph_to_start_from_is_the_layers_own(family, tmp_path):
+    """As many graphs as routers are not enough: those of layers 0 and 1 are none of layers 1 and 2."""
+    saved(tmp_path, family, layers=(0, 1))
+    with pytest.raises(GraphError, match=r"no graph for model\.layers\.2\.mlp\.gate; it has .*layers\.0"):
+        symphonize(make_model(family), layers=(1, 2), graph=str(tmp_path))
+    assert list(expert_graphs(symphonize(make_model(family), layers=(1,), graph=str(tmp_path))))
+
+
+def test_renamed_graphs_with_the_same_numbers_go_by_the_end_of_their_names():
+    names = [f"model.language_model.layers.{n}.mlp.{kind}.gate" for n in (1, 10) for kind in ("vision_moe", "text_moe")]
+    stored = {name.replace(".language_model", ""): torch.eye(4) * (n + 1) for n, name in enumerate(names)}
+    matched = match_graphs(dict(sorted(stored.items())), [(name, 4) for name in names], "folder")
+    assert [int(graph[0, 0]) for graph in matched] == [1, 2, 3, 4]
+    for unclear in (["layers.1.mlp.gate"], ["a.layers.1.mlp.gate", "b.layers.1.mlp.gate"]):
+        with pytest.raises(GraphError, match=r"no graph for model\.x\.layers\.1"):
+            match_graphs(
+                dict.fromkeys(unclear, torch.eye(4)),
+                [("model.x.layers.1.mlp.gate", 4), ("model.y.layers.1.mlp.gate", 4)],
+                "folder",
+            )
 
 
 # Folding.
@@ -425,6 +555,23 @@ def test_export_into_a_folder_that_exists_replaces_files(tmp_path):
     make_model().save_pretrained(tmp_path, max_shard_size="20KB")
     export_folded(model, tmp_path)
     assert [file.name for file in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("make", [make_model, make_llava])
+def test_a_part_of_a_model_is_neither_folded_nor_set_back(make, tmp_path):
+    """The hooks and the settings of the model around it would stay."""
+    model = move_graphs(symphonize(make()))
+    body, config = model.model if make is make_model else model.model.language_model, model.config.to_dict()
+    for part in (body, torch.nn.Sequential(model)):
+        for call in (fold, unsymphonize):
+            with pytest.raises(PatchError, match="give the model that was symphonized"):
+                call(part)
+    with pytest.raises(PatchError, match="give the model that was symphonized"):
+        export_folded(body, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert is_symphonized(model)
+    assert model.config.to_dict() == config
+    assert not is_symphonized(fold(model))
 
 
 def test_config_error_is_also_a_value_error():

@@ -1,5 +1,6 @@
 """Every loop: the graphs and the routers' gradients are those of a plain PyTorch loop over the same micro-batches."""
 
+import copy
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from models import make_ids, make_model, move_graphs
 from safetensors.torch import load_file
 from test_router_losses import WEIGHTS, assert_gradients, reference_gradients
 from test_tracking import DECAY, naive_update, spy_on_selections
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from symphony_hf import (
     PatchError,
@@ -135,6 +136,61 @@ def test_a_forgotten_update_is_made_up_for_and_warned_about_once(accumulation):
         assert torch.equal(graph, reference[f"graph.{STEPS - 1}.{name}"])
 
 
+@pytest.mark.parametrize("driver", ["loop", "trainer"])
+def test_an_update_that_is_forgotten_after_others_is_made_up_for_and_warned_about_once(driver, tmp_path):
+    """By the next loop, after one that moved the graphs; or after a Trainer that broke off."""
+    model = make()
+    if driver == "loop":
+        plain_loop(model, steps_of(1))
+    else:
+        arguments = TrainingArguments(str(tmp_path), **ARGUMENTS)
+        rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(12, 8)]
+        with pytest.raises(BrokenOffError):
+            Trainer(model, arguments, train_dataset=rows, callbacks=[SymphonyCallback(), BreakOff()]).train()
+    model.zero_grad()
+    again = copy.deepcopy(model)
+    reference = [list(expert_graphs(model).values())]
+    optimizer = sgd(again)
+    for ((batch, _),) in steps_of(1):
+        again(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_graphs(again)
+        reference.append(list(expert_graphs(again).values()))
+    optimizer = sgd(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step, ((batch, _),) in enumerate(steps_of(1)):
+            model(**batch).loss.backward()
+            graphs = zip(expert_graphs(model).values(), reference[step], strict=True)
+            assert all(torch.equal(graph, expected) for graph, expected in graphs)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert "update_graphs" in only_warning(caught)
+
+
+def test_training_in_evaluation_mode_is_warned_about_once(tmp_path):
+    """As the model comes from `from_pretrained`."""
+    make().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not update_graphs(model)  # nothing was done yet, and warnings are errors
+    optimizer, ids = sgd(model), make_ids()
+    model(ids, labels=ids)  # with gradient, which no one uses
+    assert not update_graphs(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            assert not update_graphs(model)
+            assert not update_graphs(model)
+    assert "Call `model.train()`" in only_warning(caught)
+    model.train()(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert update_graphs(model)
+    assert not update_graphs(model)
+
+
 def test_forgotten_router_losses_are_warned_about_once():
     model = make()
     optimizer = sgd(model)
@@ -150,6 +206,16 @@ def test_forgotten_router_losses_are_warned_about_once():
 
 
 # Trainers.
+
+
+class BrokenOffError(Exception):
+    """Of a Trainer that does not come to its end."""
+
+
+class BreakOff(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise BrokenOffError
+
 
 ROWS = [make_ids(1, length, seed=seed)[0].tolist() for seed, length in enumerate([8, 5, 7, 8, 6, 8, 4, 8, 8, 8, 3, 8])]
 ARGUMENTS = {
@@ -319,6 +385,25 @@ def test_sft_trainer_with_adapters(trl, tmp_path):
     reference.load_state_dict(trainer.model.state_dict())  # LoRA begins with random numbers
     tensors, steps = run_trainer(trainer)
     assert_same(tensors, plain_loop(reference, steps))
+
+
+def test_an_sft_trainer_that_broke_off_leaves_nothing_to_the_next(trl, tmp_path):
+    model, num_hooks = make(), []
+
+    class CountHooks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            num_hooks.append(len(model._forward_hooks))
+
+    before = len(model._forward_hooks)
+    with pytest.raises(BrokenOffError):
+        sft(trl, model, tmp_path, [SymphonyCallback(), BreakOff()]).train()
+    sft(trl, model, tmp_path, [SymphonyCallback(), CountHooks()]).train()
+    assert set(num_hooks) == {before + 1}
+    assert len(model._forward_hooks) == before
+    with pytest.raises(BrokenOffError):
+        sft(trl, model, tmp_path, [SymphonyCallback(), BreakOff()]).train()
+    unsymphonize(model)
+    assert not model._forward_hooks
 
 
 def test_sft_trainer_does_not_add_a_loss_of_its_own(trl, tmp_path):

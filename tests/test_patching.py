@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
+from transformers import AutoModelForCausalLM
 
 from symphony_hf import (
     SymphonyConfig,
@@ -177,11 +178,18 @@ def test_deepcopy_is_independent_and_pickle_is_whole(family):
         assert torch.equal(model(ids).logits, logits)
 
 
-def test_half_precision_keeps_the_graph_in_float32(family):
-    model = move_graphs(symphonize(make_model(family)))
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_half_precision_keeps_the_graph_in_float32(family, graph):
+    model = move_graphs(symphonize(make_model(family), graph=graph))
     graphs = expert_graphs(model)
+    parameters = [p for name, p in model.named_parameters() if name.endswith("adjacency")]
+    for seed, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    before = [parameter.grad.clone() for parameter in parameters]
     for cast in (torch.bfloat16, torch.float16, torch.float64):
         model.to(cast)
+        assert len(parameters) == (3 if graph == "learned" else 0)
+        assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, before, strict=True))
         assert {graph.dtype for graph in expert_graphs(model).values()} == {torch.float32}
         assert all(torch.equal(expert_graphs(model)[name], graph) for name, graph in graphs.items())
         assert {router.weight.dtype for _, router in symphony_routers(model)} == {cast}
@@ -295,6 +303,30 @@ def test_a_learned_graph_gets_gradient_and_stays_a_graph():
         assert not torch.equal(adjacency, start), name
         assert torch.equal(adjacency, adjacency.T)
     assert isinstance(model.model.layers[0].mlp.gate.symphony.adjacency, torch.nn.Parameter)
+
+
+def test_a_learned_graph_is_seen_and_saved_as_it_is_used(tmp_path):
+    """Between an optimizer's step and `update_graphs`, its parameter may be negative and asymmetric."""
+    model, ids = symphonize(make_model(), graph="learned").train(), make_ids()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    raw = model.model.layers[0].mlp.gate.symphony.adjacency
+    raw.grad.add_(torch.randn(raw.shape))  # as clipping, momentum or weight decay may leave it
+    optimizer.step()
+    assert raw.min() < 0
+    assert not torch.equal(raw, raw.T)
+    model.save_pretrained(tmp_path)
+    before, logits = expert_graphs(model), model.eval()(ids).logits
+    assert all((graph >= 0).all() and torch.equal(graph, graph.T) for graph in before.values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+    assert torch.equal(loaded(ids).logits, logits)
+    for _ in range(2):  # to the bit, once and again
+        update_graphs(model)
+        assert torch.equal(raw, before["model.layers.0.mlp.gate"])
+        model.train()(ids, labels=ids).loss.backward()
+    for graphs in (expert_graphs(loaded), expert_graphs(model)):
+        assert all(torch.equal(graphs[name], graph) for name, graph in before.items())
+    assert model.state_dict(keep_vars=True)["model.layers.0.mlp.gate.symphony.adjacency"] is raw
 
 
 def test_warmup_ramps_the_strength():

@@ -5,7 +5,15 @@ import torch
 from models import gradients, llava_inputs, make_ids, make_llava, make_model
 from test_tracking import train
 
-from symphony_hf import SymphonyCallback, SymphonyWarning, add_router_losses, symphonize, update_graphs
+from symphony_hf import (
+    SymphonyCallback,
+    SymphonyWarning,
+    add_router_losses,
+    symphonize,
+    upcycle_modules,
+    update_graphs,
+)
+from symphony_hf.patching import symphony_routers
 
 WEIGHTS = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}
 
@@ -230,6 +238,37 @@ def test_logged_values_are_the_means():
     values = model._symphony_tracker.take_losses()
     assert values["balance_loss"] == pytest.approx(float(sum(b for b, _ in expected)) / 3, rel=1e-5)
     assert values["z_loss"] == pytest.approx(float(sum(z for _, z in expected)) / 3, rel=1e-5)
+    assert model._symphony_tracker.take_losses() == {}
+
+
+@pytest.mark.parametrize("text_alone", [(True,), (False, True, True), (True, False)])
+def test_logged_values_leave_out_forwards_that_a_router_had_none_of(text_alone):
+    """The projector's router, the first of the model, sees images alone."""
+    model = symphonize(upcycle_modules(make_llava(), "*multi_modal_projector"), **WEIGHTS).train()
+    routers, seen = dict(symphony_routers(model)), {}
+    for name, router in routers.items():
+        router.logit_notes = (lambda logits, name=name: seen.setdefault(name, []).append(logits.detach()),)
+    for seed, alone in enumerate(text_alone):
+        ids = make_ids(seed=seed)
+        inputs = {"input_ids": ids} if alone else llava_inputs(seed=seed)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        update_graphs(model)
+    expected = []
+    for name, logits in seen.items():
+        values = [naive_router_losses([each], routers[name].contract.top_k) for each in logits]
+        expected.append([float(sum(losses)) / len(values) for losses in zip(*values, strict=True)])
+    assert len(expected) == (3 if all(text_alone) else 4)
+    values = model._symphony_tracker.take_losses()
+    for name, of_routers in zip(("balance_loss", "z_loss"), zip(*expected, strict=True), strict=True):
+        assert values[name] == pytest.approx(sum(of_routers) / len(expected), rel=1e-5)
+
+
+def test_nothing_is_logged_where_no_router_ran():
+    model, ids = symphonize(make_model(), **WEIGHTS).train(), make_ids()
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Identity()
+    model(ids, labels=ids).loss.backward()
+    update_graphs(model)
     assert model._symphony_tracker.take_losses() == {}
 
 

@@ -2,11 +2,10 @@
 
 from .loading import load_adapter, restore_adapter
 from .lora import lora_config
-from .record import RECORD_NAME, AdapterRecord, record_adapters
+from .record import AdapterRecord, record_adapters
 from .trainable import TrainableCount, print_trainable_parameters, trainable_parameters
 
 __all__ = [
-    "RECORD_NAME",
     "AdapterRecord",
     "TrainableCount",
     "load_adapter",

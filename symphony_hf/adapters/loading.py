@@ -15,8 +15,9 @@ from ..errors import ConfigError, GraphError, PatchError
 from ..families import routers_of
 from ..graph_files import read_graphs
 from ..patching import is_symphonized, symphonize, unsymphonize
+from ..publishing import RECORD_NAME
 from ..routing import adjacency_problems
-from .record import RECORD_NAME, AdapterRecord, RouterShape, keep_record
+from .record import AdapterRecord, RouterShape, keep_record
 from .targets import base_of, family_of
 from .untrusted import CONFIG_NAME, add_adapter, check_tensors, read_peft_config, refusals, try_config
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 
 from ..anatomy import Anatomy, bare_name, held_tensors
 from ..errors import ConfigError, nearest
@@ -170,4 +170,6 @@ def _task_type(model: nn.Module) -> str | None:
     """What PEFT wraps a model as, so that it generates as before."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return None
+    if type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None  # PEFT has no such task: without one, it writes down the class that its AutoPeftModel loads
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -22,9 +22,9 @@ from ..graph import active_graph
 from ..json_objects import read_object
 from ..parsing import parse_settings
 from ..patching import is_symphonized, symphony_routers
+from ..publishing import RECORD_NAME
 from ..unfinished import write_json
 
-RECORD_NAME = "symphony_config.json"
 FORMAT = 1
 """Of the record. One with a higher number is refused."""
 
@@ -71,7 +71,7 @@ class AdapterRecord:
     @property
     def settings(self) -> SymphonyConfig:
         """The settings of the graphs."""
-        return SymphonyConfig.from_dict(self.symphony)
+        return SymphonyConfig.from_stored(self.symphony)
 
     @classmethod
     def of(cls, model: nn.Module, router: RouterMode) -> "AdapterRecord":

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import UNREADABLE, ConfigError
 from ..families.twin import full_shape, twin
 from ..json_objects import MAX_CONFIG_BYTES, read_object
 from .targets import family_of
@@ -32,11 +32,6 @@ _NOT_LOADED = ("megatron_config", "monteclora_config")
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 _PATTERNS_TO_VALUES = ("rank_pattern", "alpha_pattern")
 _MOST_REPETITIONS = 3
-_REFUSALS = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
-    *(TypeError, ValueError, RecursionError),
-)
-"""What PEFT and torch raise for a config that they cannot make an adapter of."""
 
 
 def read_peft_config(folder: Path) -> Any:
@@ -135,7 +130,7 @@ def refusals(where: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except _REFUSALS as error:
+    except UNREADABLE as error:
         told = " ".join(str(error).split())
         raise ConfigError(f"`{where}`: no adapter can be made of it: {type(error).__name__}: {told}") from error
 

@@ -1,6 +1,7 @@
 """Models built from a checkpoint's config alone, on the meta device: everything is there but the numbers."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SymphonyError
 from ..saving import ARCHITECTURE_PREFIX
 
 _MAPPINGS = (
@@ -54,12 +55,45 @@ def model_class_of(config: PreTrainedConfig, source: str | Path) -> type[PreTrai
     Raises:
         ConfigError: If transformers has none.
     """
-    named = (getattr(transformers, n.removeprefix(ARCHITECTURE_PREFIX), None) for n in config.architectures or ())
-    mapped = (mapping[type(config)] for mapping in _MAPPINGS if type(config) in mapping)
-    found = next((kind for kinds in (named, mapped) for kind in kinds if kind is not None), None)
+    found = _named_class(config) or next(_mapped_classes(config), None)
     if found is None:
         raise ConfigError(f"`{source}`: transformers {transformers.__version__} has no model for {config.model_type}")
     return found
+
+
+def named_class_of(config: PreTrainedConfig, where: str, error: type[SymphonyError]) -> type[PreTrainedModel]:
+    """The very class that a config names: another one of its family might leave out some of the weights.
+
+    Args:
+        config: From `read_config`.
+        where: Where from, for the error message.
+        error: What to raise.
+
+    Raises:
+        SymphonyError: The given kind, if it names none that transformers has or was told of.
+    """
+    found = _named_class(config)
+    if found is None:
+        named = (config.architectures or ["in its config"])[0]
+        raise error(f"{where}: transformers has no model class {named}")
+    return found
+
+
+def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """One of transformers, or one that its Auto classes know, as they do this package's own."""
+    for name in (str(name).removeprefix(ARCHITECTURE_PREFIX) for name in (config.architectures or ())[:1]):
+        registered = (kind for kind in _mapped_classes(config) if kind.__name__ == name)
+        for found in (getattr(transformers, name, None), *registered):
+            if isinstance(found, type) and issubclass(found, PreTrainedModel):
+                return found
+    return None
+
+
+def _mapped_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    for mapping in _MAPPINGS:
+        if type(config) in mapping:
+            classes = mapping[type(config)]
+            yield from classes if isinstance(classes, tuple) else (classes,)
 
 
 def empty_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..config import from_mapping
 from ..errors import ConfigError, PatchError, UpcycleError, nearest
 from ..graph import is_adapted
-from ..saving import mark_savers
+from ..saving import mark_savers, own_config
 from .mlp import MlpParts, read_mlp
 from .routers import ROUTERS, TEMPERATURE, CosineRouter, LinearRouter
 from .upcycled import UpcycledMoE
@@ -113,6 +113,7 @@ def upcycle_modules(
     for name, value in (("router_std", router_std), ("noise", noise)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ConfigError(f"upcycle_modules: `{name}` must be a number from 0 on, got {value!r}")
+    own_config(model)
     generator = torch.Generator().manual_seed(seed)
     for name, parts in found.items():
         replaced = _replace(model, name, parts, settings)

@@ -53,7 +53,7 @@ def _metadata(
         base_model=origin.base_model,
         base_model_relation=relation if origin.base_model is not None else None,
         datasets=None if data_id is None else [data_id],
-        library_name="symphony_hf" if folder.is_upcycled else _LIBRARIES[folder.kind],
+        library_name="symphony_hf" if folder.has_our_modules else _LIBRARIES[folder.kind],
         license=origin.license,
         pipeline_tag=_pipeline_tag(folder),
         tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
@@ -83,7 +83,7 @@ def _sections(folder: ModelFolder, repo_id: str, origin: Origin, results: Result
 
 
 def _pipeline_tag(folder: ModelFolder) -> str | None:
-    if "vision_config" in folder.config:
+    if folder.auto_class == "AutoModelForImageTextToText":
         return "image-text-to-text"
     architectures = folder.config.get("architectures") or []
     causal = any(str(name).endswith("ForCausalLM") for name in architectures)
@@ -99,7 +99,9 @@ def _what_it_is(folder: ModelFolder) -> str:
     elif folder.kind == "symphony":
         sentences = [f"A mixture of experts ({family}) with {symphony}: each expert's gate is smoothed over {graph}."]
     else:
-        readers = "symphony_hf, which made its experts" if folder.is_upcycled else "any software that runs this family"
+        readers = (
+            "symphony_hf, which has its experts" if folder.has_our_modules else "any software that runs this family"
+        )
         sentences = [f"A mixture of experts ({family}) without graphs of its own, for {readers}."]
         # A checkpoint does not tell that it was folded. One that was folded just now has its graphs beside it.
         folded = f"{symphony} folded into their weights: {graph}, which smooths each expert's gate."

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from ..config import SymphonyConfig
 from ..errors import GraphError, PushError
@@ -18,6 +23,12 @@ from .contents import check_contents, is_wanted
 Kind = Literal["symphony", "plain", "adapter"]
 RECORD_NAME = "symphony_config.json"
 """Beside an adapter with graphs: what it needs to be loaded."""
+_WIKITEXT = "wikitext_moe"
+_AUTO_CLASSES = {
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,  # a model with images comes whole
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
 _RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
 """Where a run keeps its model, and beside it what it has measured: the recipes' runner, and the quickstart."""
 
@@ -47,9 +58,22 @@ class ModelFolder:
     results: Path | None = None
 
     @property
-    def is_upcycled(self) -> bool:
-        """Whether it has modules of `upcycle_modules`, which no other software knows."""
-        return "upcycled" in self.config
+    def has_our_modules(self) -> bool:
+        """Whether no other software has its modules: `upcycle_modules` made them, or it is WikiText's model."""
+        return "upcycled" in self.config or self.config.get("model_type") == _WIKITEXT
+
+    @property
+    def auto_class(self) -> str:
+        """The Auto class that loads it, or its base model, as far as that is known."""
+        model_type, class_name = self.config.get("model_type"), None
+        if self.kind == "adapter":
+            class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
+            if RECORD_NAME in self.files:
+                model_type = read_object(self.files[RECORD_NAME], PushError).get("model_type")
+        for name, known in _AUTO_CLASSES.items():
+            if model_type in known or class_name in known.values():
+                return name
+        return "AutoModelForImageTextToText" if "vision_config" in self.config else "AutoModelForCausalLM"
 
 
 def open_folder(directory: str | Path) -> ModelFolder:
@@ -69,7 +93,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
     name = "adapter_config.json" if is_adapter else "config.json"
     config = read_object(path / name, PushError)
     stored = config.get("symphony")
-    settings = None if stored is None else SymphonyConfig.from_dict(stored, where=f"{path / name}: symphony")
+    settings = None if stored is None else SymphonyConfig.from_stored(stored, where=f"{path / name}: symphony")
     if not is_adapter and settings is None and not _names_experts(config):
         raise PushError(f"push: `{path / 'config.json'}` names no experts: this is no mixture of experts")
     files, left_out = _sort(path)

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .._version import __version__
 from ..errors import PushError
+from ..unfinished import write_text
 from .card import PICTURE, model_card
 from .folder import ModelFolder, open_folder
 from .merging import is_template, merge_cards
@@ -119,7 +120,7 @@ def write_card(directory: str | Path, name: str) -> Path:
     if folder.graphs:
         _draw(folder, folder.path / PICTURE)
     readme = folder.path / _README
-    readme.write_text(_readme(card, folder, None, None), encoding="utf-8")
+    write_text(readme, _readme(card, folder, None, None))
     return readme
 
 

@@ -11,14 +11,14 @@ def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
         repo_id: Where to.
         base_model: Of an adapter; a placeholder stands where it is not known.
     """
-    auto = "AutoModelForImageTextToText" if "vision_config" in folder.config else "AutoModelForCausalLM"
-    if folder.kind == "plain" and not folder.is_upcycled:
+    auto = folder.auto_class
+    if folder.kind == "plain" and not folder.has_our_modules:
         lines = [f"from transformers import {auto}", f'model = {auto}.from_pretrained("{repo_id}")']
         return f"{_python(lines)}\n\nNothing else is needed; servers run it as any checkpoint of its family."
     if folder.kind == "adapter":
         return _adapter(folder, repo_id, base_model or "BASE_MODEL")
     lines = [
-        f"import symphony_hf  # brings the {'experts' if folder.is_upcycled else 'graphs'} back",
+        f"import symphony_hf  # brings the {'experts' if folder.has_our_modules else 'graphs'} back",
         f"from transformers import {auto}",
         f'model = {auto}.from_pretrained("{repo_id}")',
     ]
@@ -27,8 +27,8 @@ def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
 
 def _served(folder: ModelFolder) -> str:
     """What other software can do with it."""
-    if folder.is_upcycled:
-        return "**Not without `symphony_hf`**: software that does not know it has no place for its upcycled experts."
+    if folder.has_our_modules:
+        return "**Not without `symphony_hf`**: software that does not know it has no place for its experts."
     warning = "**Not without `symphony_hf`**: software that does not know it would route without the graphs."
     if folder.settings is None or folder.settings.smoothing != "logits":
         return (
@@ -41,8 +41,8 @@ def _served(folder: ModelFolder) -> str:
 
 
 def _adapter(folder: ModelFolder, repo_id: str, base_model: str) -> str:
-    auto = "from transformers import AutoModelForCausalLM"
-    base = f'model = AutoModelForCausalLM.from_pretrained("{base_model}")'
+    auto = f"from transformers import {folder.auto_class}"
+    base = f'model = {folder.auto_class}.from_pretrained("{base_model}")'
     peft = f'model = PeftModel.from_pretrained(model, "{repo_id}")'
     if not folder.graphs:
         return _python(["from peft import PeftModel", auto, base, peft])

@@ -120,7 +120,7 @@ def smooth_sigmoid_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
 
     Returns:
-        g + logit(sigmoid(g) @ A.T) - logit(sigmoid(g)), in the logits' type: A = I changes no bit. Same shape.
+        logit(sigmoid(g) @ A.T), in the logits' type, and g itself, to the bit, where A = I. Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -130,15 +130,19 @@ def smooth_sigmoid_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     """
     _check_experts("the logits", logits_TE.shape[-1], transition_EE)
     logits = logits_TE.float()
-    before_TE = logits.sigmoid()
+    # 1 - p of a sigmoid near 1 has lost its digits: the complement is carried beside it, of which A, whose rows sum to
+    # 1, takes the mean as well.
+    before = logits.sigmoid(), (-logits).sigmoid()
     with without_autocast(logits_TE):
-        after_TE = torch.addmm(before_TE, before_TE, _change(transition_EE).T)
-    eps = torch.finfo(torch.float32).eps
-    # The clamps keep logit's gradient finite where a sigmoid saturated.
-    low, high = torch.finfo(torch.float32).tiny, 1.0 - eps
-    log_odds_before_TE, log_odds_after_TE = (p.clamp(low, high).logit() for p in (before_TE, after_TE))
-    mixed_TE = logits - (log_odds_before_TE - log_odds_after_TE)
-    # From a saturated sigmoid the difference cannot be told; what came to it from its neighbours can.
-    saturated = (before_TE <= low) | (before_TE >= high)
-    revived_TE = torch.where((after_TE <= low) | (after_TE >= high), logits, log_odds_after_TE)
-    return torch.where(saturated, revived_TE, mixed_TE).to(logits_TE.dtype)
+        change_EE = _change(transition_EE).T
+        after = tuple(torch.addmm(p_TE, p_TE, change_EE) for p_TE in before)
+    is_kept_TE = (after[0] == before[0]) & (after[1] == before[1])
+    after_TE = _log_odds(*after)
+    # The difference is 0 there; its gradient is not.
+    kept_TE = logits - (_log_odds(*before) - after_TE)
+    return torch.where(is_kept_TE, kept_TE, after_TE).to(logits_TE.dtype)
+
+
+def _log_odds(p_TE: Tensor, complement_TE: Tensor) -> Tensor:
+    tiny = torch.finfo(torch.float32).tiny  # keeps log's gradient finite where a sigmoid underflowed
+    return p_TE.clamp_min(tiny).log() - complement_TE.clamp_min(tiny).log()

@@ -15,15 +15,13 @@ from .launch import check_launch_of_trainer
 class SymphonyCallback(TrainerCallback):
     """Give it to any Trainer whose model is symphonized: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
 
-    Without it the graphs still move, once per micro-batch instead of once per optimizer step.
+    Without it the graphs still move once per optimizer step, at the first training forward after it: the last step's is
+    left out.
 
     Raises:
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
         ConfigError: There, if less runs than the launcher was asked for, as accelerate has it where it cannot do more.
     """
-
-    def __init__(self) -> None:
-        self._log_probs_hook: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -42,9 +40,10 @@ class SymphonyCallback(TrainerCallback):
             )
         check_launch_of_trainer(args)
         tracker.driven = True
+        tracker.remove_log_probs_hook()  # of a training that broke off
         # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
-            self._log_probs_hook = model.register_forward_hook(record_log_probs)
+            tracker.log_probs_hook = model.register_forward_hook(record_log_probs)
         groups = getattr(kwargs.get("optimizer"), "param_groups", ())
         tracker.held = {id(parameter) for group in groups for parameter in group["params"]}
         tracker.look_at_optimizers(list(symphony_routers(model)), model.parameters())
@@ -80,6 +79,6 @@ class SymphonyCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        tracker_of(model).driven = False
-        if self._log_probs_hook is not None:
-            self._log_probs_hook.remove()
+        tracker = tracker_of(model)
+        tracker.driven = False
+        tracker.remove_log_probs_hook()

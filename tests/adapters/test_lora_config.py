@@ -114,6 +114,7 @@ def test_it_is_a_stock_config():
         "FEATURE_EXTRACTION"
     )
     assert lora_config(symphonize(tiny_model("nllb-moe"))).task_type == "SEQ_2_SEQ_LM"
+    assert lora_config(symphonize(make_llava())).task_type is None
 
 
 def test_names_of_the_users_are_added():

@@ -279,5 +279,24 @@ def test_the_models_of_the_recipe_are_of_their_size(patterns, parameters):
     assert {graph.shape for graph in expert_graphs(model).values()} == {(4, 4)}
 
 
+def test_a_config_object_may_be_used_again(dense):
+    config = copy.deepcopy(dense.config)
+    model = upcycle_modules(AutoModelForImageTextToText.from_config(config), PROJECTOR)
+    assert not hasattr(config, "upcycled")
+    second = AutoModelForImageTextToText.from_config(config)
+    assert not any(isinstance(module, UpcycledMoE) for module in second.modules())
+    assert model.model.config is model.config
+    assert model.model.language_model.config is model.config.text_config
+
+
+def test_the_experts_follow_the_models_setting_when_it_is_symphonized_too(dense):
+    model = symphonize(upcycled(dense))
+    model.config._experts_implementation = "batched_mm"
+    experts = [module.experts for module in model.modules() if isinstance(module, UpcycledMoE)]
+    followed = [module.config._experts_implementation for module in experts if hasattr(module, "config")]
+    assert followed == ["batched_mm"] * len(followed)
+    assert followed
+
+
 def test_the_names_are_public():
     assert symphony_hf.upcycle_modules is upcycle_modules

@@ -88,7 +88,7 @@ def test_upcycled_experts_need_this_package_folded_or_not(hub, tmp_path):
         push(tmp_path / "model", "me/it", folded=folded)
         card = card_of(hub)
         assert card.data.library_name == "symphony_hf"
-        assert "has no place for its upcycled experts" in card.text
+        assert "has no place for its experts" in card.text
         names = {}
         exec(code_of(card), names)
         inputs = llava_inputs()
@@ -196,6 +196,32 @@ def test_an_adapter_with_its_record_is_loaded_as_its_card_says(hub, tmp_path):
     ]
     ids = make_ids()
     assert torch.equal(load_adapter(make_model(), "me/it")(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_an_adapter_of_a_vision_language_model(has_record, hub, tmp_path):
+    make_llava().save_pretrained(tmp_path / "base")
+    push(tmp_path / "base", "them/base")
+    model = symphonize(make_llava())
+    adapted = move_graphs(peft.get_peft_model(model, lora_config(model)), seed=1).eval()
+    inputs = llava_inputs()
+    assert torch.equal(
+        adapted.generate(**inputs, max_new_tokens=2, do_sample=False),
+        model.generate(**inputs, max_new_tokens=2, do_sample=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    if not has_record:  # as PEFT alone would have saved it
+        (tmp_path / "adapter" / "symphony_config.json").unlink()
+        file = tmp_path / "adapter" / "adapter_config.json"
+        values = json.loads(file.read_text())
+        del values["symphony"]
+        file.write_text(json.dumps(values))
+    push(tmp_path / "adapter", "me/it", base_model="them/base")
+    card = card_of(hub)
+    assert card.data.pipeline_tag == "image-text-to-text"
+    names = {}
+    exec(code_of(card), names)
+    assert torch.equal(names["model"].eval()(**inputs).logits, adapted(**inputs).logits)
 
 
 def test_a_vision_language_model(hub, tmp_path):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hub_server import TOKEN, Cut
 from huggingface_hub import constants
-from models import make_ids, make_model
+from models import make_ids, make_model, move_graphs
 from transformers import AutoModelForCausalLM
 
-from symphony_hf import FoldError, PushError, is_symphonized, push, symphonize, unsymphonize
+from symphony_hf import FoldError, PushError, is_symphonized, load_checkpoint, push, symphonize, unsymphonize
+from symphony_hf.modules.wikitext import WikiTextMoeConfig, WikiTextMoeForCausalLM
 
 pytestmark = [
     pytest.mark.allow_hosts(["127.0.0.1"]),
@@ -77,6 +78,23 @@ def test_folded_it_is_a_plain_checkpoint_with_the_same_logits(hub, model, checkp
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_the_packages_own_model_is_folded_too_and_its_card_says_what_it_needs(hub, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2}
+    config = WikiTextMoeConfig(**sizes, num_attention_heads=2, attention_span=6, num_experts=4)
+    model = move_graphs(symphonize(WikiTextMoeForCausalLM(config))).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(11)[None]
+    assert torch.equal(load_checkpoint(tmp_path)(ids).logits, model(ids).logits)
+    push(tmp_path, "me/it", folded=True)
+    loaded = load()
+    assert not is_symphonized(loaded)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    card = hub.files("me/it")["README.md"].decode()
+    assert "import symphony_hf  # brings the experts back" in card
+    assert "Nothing else is needed" not in card
+
+
 def test_what_cannot_be_folded_is_refused_before_the_hub_is_asked(hub, tmp_path):
     symphonize(make_model(), smoothing="scores").save_pretrained(tmp_path / "scores")
     with pytest.raises(FoldError, match="only smoothing=`logits` folds"):
@@ -86,7 +104,7 @@ def test_what_cannot_be_folded_is_refused_before_the_hub_is_asked(hub, tmp_path)
         push(tmp_path / "plain", "me/it", folded=True)
     config = json.loads((tmp_path / "scores" / "config.json").read_text())
     (tmp_path / "scores" / "config.json").write_text(json.dumps({**config, "architectures": ["SymphonyNoneSuch"]}))
-    with pytest.raises(PushError, match="no model class NoneSuch"):
+    with pytest.raises(PushError, match="no model class SymphonyNoneSuch"):
         push(tmp_path / "scores", "me/it", folded=True)
     assert hub.requests == []
 

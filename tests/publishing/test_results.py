@@ -8,6 +8,7 @@ import pytest
 from pushed import card_of, make_run
 
 from symphony_hf import PushError, export_folded, push
+from symphony_hf.publishing import write_card
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training.runner import run_recipe
 
@@ -139,3 +140,10 @@ def test_results_that_are_none(results, hub, checkpoint):
     with pytest.raises(PushError, match=r"results\.json"):
         push(checkpoint, "me/it")
     assert hub.requests == []
+
+
+def test_a_full_disk_leaves_the_card_as_it_was(checkpoint, disk_that_fills):
+    (checkpoint / "README.md").write_bytes(b"# Mine\n")
+    with pytest.raises(OSError, match="No space left"):
+        write_card(checkpoint, "it")
+    assert (checkpoint / "README.md").read_bytes() == b"# Mine\n"

@@ -15,6 +15,7 @@ from symphony_hf.routing import (
     smooth_logits,
     smooth_probabilities,
     smooth_scores,
+    smooth_sigmoid_scores,
     smooth_weight,
     transition_matrix,
     update_adjacency,
@@ -369,6 +370,103 @@ def test_gradient_of_smoothed_scores_at_the_identity_reaches_the_graph():
     check_scores_gradient(normal(3, 4), torch.eye(4))
 
 
+# Scores of a sigmoid
+
+
+def naive_sigmoid(value):
+    return 1 / (1 + math.exp(-value)) if value > 0 else math.exp(value) / (1 + math.exp(value))
+
+
+def naive_sigmoids(logits, matrix, sign=1):
+    """A's mean of the sigmoids; of their complements with sign -1."""
+    return naive.smooth([[naive_sigmoid(sign * value) for value in token] for token in logits], matrix)
+
+
+def naive_sigmoid_scores(logits, matrix):
+    """The log-odds of A's mean, and of the complements' mean, which is 1 minus it where rows sum to 1."""
+    up, down = naive_sigmoids(logits, matrix), naive_sigmoids(logits, matrix, -1)
+    return [[math.log(p / q) for p, q in zip(*token, strict=True)] for token in zip(up, down, strict=True)]
+
+
+@naive.many
+@given(sizes, st.sampled_from([1.0, 5.0, 20.0]))
+def test_sigmoid_of_smoothed_scores_is_the_mean_of_the_neighbours(size, scale):
+    num_tokens, num_experts, seed = size
+    logits = normal(num_tokens, num_experts, seed=seed, scale=scale)
+    matrix = naive.random_stochastic(num_experts, seed)
+    smoothed = smooth_sigmoid_scores(logits, matrix)
+    assert smoothed.dtype == torch.float32
+    assert smoothed.shape == logits.shape
+    if num_tokens:
+        # Some roundings of numbers below 1, in sums of up to 9, and of logarithms where they are steep.
+        expected = naive_sigmoids(logits.tolist(), matrix.tolist())
+        naive.assert_near(smoothed.double().sigmoid(), expected, rtol=0, atol=3e-7)
+
+
+def test_sigmoid_scores_of_confident_logits_are_not_rough():
+    """Of the sigmoid of 12, float32 has two digits left of what it lacks to 1, and of that of 17 none."""
+    logits = torch.linspace(-30, 30, 400).reshape(40, 10)[:, torch.randperm(10, generator=torch.manual_seed(0))]
+    for strength in (0.001, 0.1, 1.0):
+        matrix = mix_with_identity(naive.random_stochastic(10), strength)
+        expected = naive_sigmoids(logits.tolist(), matrix.tolist())
+        # A sigmoid and its mean have some roundings of numbers below 1, as has the logarithm of what is near 1.
+        naive.assert_near(smooth_sigmoid_scores(logits, matrix).double().sigmoid(), expected, rtol=0, atol=3e-7)
+    even = torch.linspace(-80, 80, 33)[:, None].repeat(1, 10)
+    # A mean of equal sigmoids is the sigmoid: logarithms of up to 80, and some roundings of what they are taken of.
+    naive.assert_near(smooth_sigmoid_scores(even, naive.random_stochastic(10)), even.tolist(), rtol=0, atol=1e-5)
+
+
+@every_dtype
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 60, 128])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 12.0, 200.0])
+def test_identity_keeps_sigmoid_scores_to_the_bit(num_experts, scale, dtype):
+    logits = normal(50, num_experts, dtype=dtype).clamp(-1, 1) * scale
+    naive.assert_same_bits(smooth_sigmoid_scores(logits, torch.eye(num_experts)), logits)
+
+
+@every_dtype
+def test_identity_keeps_extreme_sigmoid_scores_to_the_bit(dtype):
+    logits = torch.tensor([[200.0, -200.0, 0.0], [-87.5, 88.0, -0.0], [1e4, -1e4, 3e4]]).to(dtype)
+    naive.assert_same_bits(smooth_sigmoid_scores(logits, torch.eye(3)), logits)
+
+
+@pytest.mark.parametrize("matrix", ["dense", "identity", "neighbours only"])
+def test_smoothed_sigmoid_scores_and_their_gradients_stay_finite_at_extreme_logits(matrix):
+    matrix = {
+        "dense": naive.random_stochastic(4),
+        "identity": torch.eye(4),
+        "neighbours only": torch.eye(4)[[1, 0, 3, 2]],  # two pairs change places
+    }[matrix].requires_grad_()
+    logits = torch.tensor(
+        [[200.0, -200.0, 0.0, 100.0], [-200.0, -200.0, -200.0, 200.0], [90.0, -90.0, 17.0, -17.0], [88.0, 0, 20, -88.0]]
+    ).requires_grad_()
+    smoothed = smooth_sigmoid_scores(logits, matrix)
+    assert torch.isfinite(smoothed).all()
+    expected = naive_sigmoids(logits.tolist(), matrix.tolist())
+    naive.assert_near(smoothed.double().sigmoid(), expected, rtol=0, atol=3e-7)  # as above
+    (smoothed.sigmoid() * normal(4, 4)).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(matrix.grad).all()
+
+
+@pytest.mark.parametrize("matrix", [naive.random_stochastic(4), torch.eye(4)], ids=["dense", "identity"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
+def test_gradient_of_smoothed_sigmoid_scores_is_that_of_finite_differences(matrix, scale):
+    logits, weight = normal(3, 4, scale=scale).requires_grad_(), normal(3, 4, seed=5)
+    matrix = matrix.clone().requires_grad_()
+
+    def weighted(rows, matrix_rows):
+        return (torch.tensor(naive_sigmoid_scores(rows, matrix_rows), dtype=torch.float64) * weight).sum().item()
+
+    (smooth_sigmoid_scores(logits, matrix) * weight).sum().backward()
+    rows, matrix_rows = logits.tolist(), matrix.tolist()
+    numeric = (naive.slope(lambda moved: weighted(moved, matrix_rows), rows), logits.grad)
+    of_matrix = (naive.slope(lambda moved: weighted(rows, moved), matrix_rows), matrix.grad)
+    for expected, gradient in (numeric, of_matrix):
+        # Entries of up to some hundreds, where a sigmoid is far below its neighbours', of a dozen float32 terms each.
+        naive.assert_near(gradient, expected, rtol=1e-5, atol=1e-4)
+
+
 @naive.many
 @given(sizes)
 def test_smoothed_probabilities_are_those_of_a_loop_and_sum_to_one(size):
@@ -410,7 +508,7 @@ def test_scores_read_the_columns_and_logits_the_rows():
 # Precision
 
 
-@pytest.mark.parametrize("function", [smooth_logits, smooth_probabilities, smooth_scores])
+@pytest.mark.parametrize("function", [smooth_logits, smooth_probabilities, smooth_scores, smooth_sigmoid_scores])
 def test_smoothing_under_autocast_is_that_without(function):
     logits, matrix = normal(50, 7).softmax(-1), naive.random_stochastic(7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -428,7 +526,9 @@ def test_smoothed_weight_under_autocast_is_that_without(dtype):
     naive.assert_same_bits(unchanged, weight)
 
 
-@pytest.mark.parametrize("function", [smooth_logits, smooth_probabilities, smooth_scores, smooth_weight])
+@pytest.mark.parametrize(
+    "function", [smooth_logits, smooth_probabilities, smooth_scores, smooth_sigmoid_scores, smooth_weight]
+)
 def test_inputs_are_left_as_they_were(function):
     tensor, matrix = normal(5, 5).softmax(-1), naive.random_stochastic(5)
     before = tensor.clone(), matrix.clone()
@@ -446,6 +546,7 @@ def test_inputs_are_left_as_they_were(function):
         (smooth_logits, (9, 7)),
         (smooth_probabilities, (9, 7)),
         (smooth_scores, (9, 7)),
+        (smooth_sigmoid_scores, (9, 7)),
         (smooth_weight, (7, 9)),
         (smooth_weight, (7,)),
     ],
