@@ -35,7 +35,7 @@ from .errors import ConfigError, nearest
 from .folding import fold
 from .graph import active_graph
 from .patching import symphonize, symphony_routers
-from .unfinished import write_json
+from .unfinished import check_file_place, write_json
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
@@ -125,6 +125,7 @@ def run_bench(
     Raises:
         ConfigError: If a model, the device or the type is unknown.
     """
+    check_file_place(output, "bench")
     names = list(SHAPES) if models is None else list(models)
     for name in names:
         if name not in SHAPES:

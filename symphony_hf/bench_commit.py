@@ -30,7 +30,7 @@ from .bench import measure_layer
 from .patching import symphonize
 from .training.callback import SymphonyCallback
 from .training.monitor import GraphMonitor
-from .unfinished import write_json
+from .unfinished import check_file_place, write_json
 
 PROCESSES = (1, 2, 4)
 SIZES = ((4, 64), (4, 256), (32, 64), (32, 256))
@@ -80,6 +80,7 @@ def run_bench_commit(
     Returns:
         The rows, and what they were measured on.
     """
+    check_file_place(output, "bench-commit")
     logging.set_verbosity_error()
     layer_seconds = measure_layer(_LAYER, seconds)
     rows: list[CommitRow] = []
@@ -162,7 +163,7 @@ def _time_logs(layers: int, experts: int) -> list[float]:
     callbacks[1].on_train_begin(arguments, state, control, model=model)
     times = []
     for _ in range(_WARM_UP + _ROUNDS):
-        tracker_of(model).logged_losses = torch.ones(3)  # balance, z, forwards
+        tracker_of(model).logged_losses = torch.ones(1 + layers, 3)  # balance, z, forwards
         logs: dict[str, Any] = {"loss": 1.0}
         started = time.perf_counter()
         for callback in callbacks:

@@ -29,7 +29,7 @@ from .compat import transformers_version
 from .errors import ConfigError
 from .modules import UpcycledMoE
 from .modules.mlp import MlpParts
-from .unfinished import write_json
+from .unfinished import check_file_place, write_json
 
 SHAPES = {"projector": (1024, 3072, 3072, "gelu", 576), "clip mlp": (1024, 4096, 1024, "quick_gelu", 577)}
 """Input, inner and output size, activation, and tokens of an image."""
@@ -135,6 +135,7 @@ def run_bench_experts(
     Raises:
         ConfigError: If the device is not to be had, or there are no images.
     """
+    check_file_place(output, "bench-experts")
     if images < 1:
         raise ConfigError(f"bench-experts: `images` must be at least 1, got {images}")
     place = find_device(device)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from ._version import __version__
-from .unfinished import write_json
+from .errors import ConfigError, EvaluationError, SymphonyError
+from .unfinished import check_file_place, write_json
 
 _SHARD_LAYERS = 4
 _SETTINGS = {"to": "qwen2_moe", "num_experts": 4, "top_k": 2, "layers": "every-other"}
+_REASON = "reason"
 
 
 def run_bench_upcycle(
@@ -45,7 +48,15 @@ def run_bench_upcycle(
 
     Returns:
         Seconds, bytes and the largest memory of each.
+
+    Raises:
+        ConfigError: If a number is out of range, or there is no such folder.
+        EvaluationError: If an upcycling fails.
     """
+    check_file_place(output, "bench-upcycle")
+    check_scratch("bench-upcycle", folder, shrink)
+    if rounds < 1:
+        raise ConfigError(f"bench-upcycle: `rounds` must be at least 1, got {rounds}")
     with tempfile.TemporaryDirectory(prefix="symphony-bench-", dir=folder) as scratch:
         dense, target = Path(scratch) / "dense", Path(scratch) / "upcycled"
         dense_bytes = write_random_phi3(dense, shrink)
@@ -77,6 +88,19 @@ def run_bench_upcycle(
     }
     write_json(Path(output), result)
     return result
+
+
+def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
+    """Refuse a place that checkpoints cannot be written to, and shapes that there are not.
+
+    Raises:
+        ConfigError: If the folder is not there, or the heads cannot be divided by `shrink`.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{command}: `folder` is {str(folder)!r}, which is no folder: give one that is there")
+    heads = Phi3Config().num_attention_heads
+    if shrink < 1 or heads % shrink:
+        raise ConfigError(f"{command}: `shrink` must divide Phi-3-mini's {heads} heads, got {shrink}")
 
 
 def write_random_phi3(folder: Path, shrink: int = 1) -> int:
@@ -123,11 +147,40 @@ def _random(shape: torch.Size, name: str, generator: torch.Generator) -> torch.T
 
 def _upcycle(dense: Path, target: Path, check: bool) -> dict[str, Any]:
     """In a process of its own, which writes what it saw to its output."""
-    arguments = json.dumps({"source": str(dense), "target": str(target), "check": check, **_SETTINGS})
-    result = subprocess.run(
-        [sys.executable, "-m", "symphony_hf.bench_upcycle", arguments], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+    arguments = {"source": str(dense), "target": str(target), "check": check, **_SETTINGS}
+    return run_alone("bench-upcycle", "symphony_hf.bench_upcycle", json.dumps(arguments))
+
+
+def run_alone(command: str, module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module in a process of its own, which says by `report` what it saw.
+
+    Args:
+        command: Of the user's, for messages.
+        module: With a `__main__`.
+        arguments: For its command line.
+
+    Raises:
+        EvaluationError: If it does not come to its end, with its reason where it has given one.
+    """
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # its traceback, if any, went to this terminal
+        raise EvaluationError(
+            f"{command}: a process ended with exit code {done.returncode}: the reason is printed above, unless it was "
+            "killed, as for want of memory"
+        )
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if _REASON in seen:
+        raise EvaluationError(seen[_REASON])
+    return seen
+
+
+def report(measure: Callable[[], dict[str, Any]]) -> None:
+    """Print what was seen as the last line, or why nothing was: the other end of `run_alone`."""
+    try:
+        seen = measure()
+    except SymphonyError as error:
+        seen = {_REASON: str(error)}
+    print(json.dumps(seen))
 
 
 def _copy(source: Path, target: Path) -> float:
@@ -170,25 +223,21 @@ def peak_memory() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _main() -> None:
+def _measure() -> dict[str, Any]:
     from .upcycling import upcycle
 
     result = upcycle(**json.loads(sys.argv[1]))
     seen = result.exactness
     exactness = {} if seen is None else {"difference": seen.difference, "largest": seen.largest, "tokens": seen.tokens}
-    print(
-        json.dumps(
-            {
-                "seconds_writing": result.seconds_writing,
-                "seconds_checking": result.seconds_checking,
-                "weight_bytes": result.weight_bytes,
-                "parameters": result.parameters,
-                "exactness": exactness,
-                "peak_memory_bytes": peak_memory(),
-            }
-        )
-    )
+    return {
+        "seconds_writing": result.seconds_writing,
+        "seconds_checking": result.seconds_checking,
+        "weight_bytes": result.weight_bytes,
+        "parameters": result.parameters,
+        "exactness": exactness,
+        "peak_memory_bytes": peak_memory(),
+    }
 
 
 if __name__ == "__main__":
-    _main()
+    report(_measure)

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,12 +36,12 @@ from transformers import (
 
 from ._version import __version__
 from .attachment import update_graphs
-from .bench_upcycle import peak_memory, write_random_phi3
+from .bench_upcycle import check_scratch, peak_memory, report, run_alone, write_random_phi3
 from .compat import transformers_version
 from .errors import ConfigError, EvaluationError, nearest
 from .modules import build_llava, upcycle_modules
 from .patching import expert_graphs, symphonize
-from .unfinished import write_json
+from .unfinished import check_file_place, write_json
 from .upcycling import upcycle
 
 MODELS = ("7.4b", "4.2b")
@@ -72,17 +71,20 @@ def run_full_size(
         Parameters, bytes, and each stage's seconds and largest memory.
 
     Raises:
-        ConfigError: If the model is not one of the two, or there are no tokens.
-        EvaluationError: If the logits of the two loads differ, or are not finite.
+        ConfigError: If the model is not one of the two, there are no tokens, or no such folder.
+        EvaluationError: If the logits of the two loads differ, or are not finite, or a stage fails.
     """
+    check_file_place(output, "check full-size")
     if model not in MODELS:
         raise ConfigError(f"check full-size: unknown model `{model}`; {nearest(model, MODELS)}")
     if tokens < 1:
         raise ConfigError(f"check full-size: `tokens` must be at least 1, got {tokens}")
+    check_scratch("check full-size", folder, shrink)
     with tempfile.TemporaryDirectory(prefix="symphony-full-size-", dir=folder) as scratch:
         settings = {"model": model, "scratch": scratch, "tokens": tokens, "shrink": shrink}
         bar = tqdm(_STAGES, desc=f"full size, {model}", unit=" stages", disable=None)
-        stages = {stage: _in_a_process(stage, settings) for stage in bar}
+        arguments = json.dumps(settings)
+        stages = {stage: run_alone("check full-size", "symphony_hf.full_size", stage, arguments) for stage in bar}
     result = {
         "model": model,
         "shrink": shrink,
@@ -102,14 +104,6 @@ def run_full_size(
     if result["difference"] != 0:
         raise EvaluationError(f"check full-size: logits of the saved model differ by {result['difference']:.3g}")
     return result
-
-
-def _in_a_process(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run a stage, which writes what it saw to its output's last line."""
-    command = [sys.executable, "-m", "symphony_hf.full_size", stage, json.dumps(settings)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return seen
 
 
 class _Clock:
@@ -241,12 +235,12 @@ def print_full_size(result: dict[str, Any], console: Console | None = None) -> N
     console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
 
 
-def _main() -> None:
+def _measure() -> dict[str, Any]:
     stage, settings = sys.argv[1], json.loads(sys.argv[2])
     clock = _Clock()
     seen = {"make": _make, "run": _run, "again": _again}[stage](clock, settings)
-    print(json.dumps({**seen, "steps": clock.steps, "peak_memory_bytes": peak_memory()}))
+    return {**seen, "steps": clock.steps, "peak_memory_bytes": peak_memory()}
 
 
 if __name__ == "__main__":
-    _main()
+    report(_measure)

@@ -7,6 +7,7 @@ and `symphony`. Both are evaluated on held-out text, clean and attacked, and wha
 
 import dataclasses
 import platform
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,8 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
             f"quickstart: {len(windows[0])} held-out documents of {corpus.source} to evaluate on, where intervals need "
             f"{MIN_DOCUMENTS}: raise `documents`, or give more text"
         )
+    for name in ("report.json", "report.md"):  # of an earlier run, whose models go now
+        (output / name).unlink(missing_ok=True)
     _say(f"Pre-training a small OLMoE-shaped model on {corpus.source}")
     base_curves, base_seconds = _pretrain(settings, tokenizer, base_blocks, validation_blocks, output / "base")
     arms, checks, graphs = {}, {}, {}
@@ -318,7 +321,7 @@ def _report(
         ),
     }
     return {
-        "command": " ".join(["symphony quickstart", *_options(settings)]),
+        "command": shlex.join(["symphony", "quickstart", *_options(settings)]),
         "settings": dataclasses.asdict(settings),
         "model": MODEL,
         "corpus": {"source": corpus.source, "pretrain_blocks": base_blocks, "finetune_blocks": tune_blocks},
@@ -344,7 +347,8 @@ def _report(
 def _options(settings: QuickstartSettings) -> list[str]:
     """The command line's options that were not left at their defaults."""
     defaults = dataclasses.asdict(QuickstartSettings())
-    return [f"--{name} {value}" for name, value in dataclasses.asdict(settings).items() if value != defaults[name]]
+    changed = {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
+    return [word for name, value in changed.items() for word in (f"--{name}", str(value))]
 
 
 def _arm_values(arm: Arm, seed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .evaluation import Interval
+from .unfinished import write_text
 
 Curves = dict[str, list[tuple[float, float]]]
 _PICTURES = {
@@ -40,7 +41,7 @@ def write_report(
     plots.plot_curves(curves, output / "curves.png")
     plots.plot_graphs(graphs, output / "graphs.png")
     plots.plot_expert_network(graphs, output / "network.png")
-    (output / "report.md").write_text(_page(report), encoding="utf-8")
+    write_text(output / "report.md", _page(report))
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:

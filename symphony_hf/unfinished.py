@@ -1,15 +1,18 @@
-"""Folders that have their name only once they are whole.
+"""Folders and files that have their name only once they are whole.
 
-A folder is written in `_symphony_unfinished/`, beside its place, flushed to the disk, and then renamed. Whatever kills
-the process before that leaves what had the name as it was.
+A folder is written in `_symphony_unfinished/`, beside its place, a file under a hidden name beside its own. It is
+flushed to the disk, and then renamed. Whatever kills the process before that leaves what had the name as it was.
 """
 
 import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .errors import ConfigError
 
 UNFINISHED = "_symphony_unfinished"
 """The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
@@ -62,12 +65,58 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader finds the old file or the whole new one."""
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file that has its name only once it is whole; nothing of it stays if an error is raised within.
+
+    Args:
+        path: Of the file. Its folder is made if it is not there.
+
+    Yields:
+        Where to write: beside it, under a name that no other process has. It must be closed when the block ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield written
+        flush(written)
+        os.replace(written, path)
+        flush(path.parent)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def check_file_place(path: str | Path, command: str) -> None:
+    """Refuse a place that no file can be written to, before the work whose result goes there.
+
+    Args:
+        path: Of the file to come; one that is there already is replaced.
+        command: That writes it, for the message.
+
+    Raises:
+        ConfigError: If it is a folder, or its own folder is not there and cannot be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{command}: `{path}` is a folder, and the result is a file: give its name, too")
+    check_folder_of(path, command)
+
+
+def check_folder_of(path: Path, command: str) -> None:
+    """Refuse a path whose folder nothing can be written to.
+
+    Raises:
+        ConfigError: If a part of it is a file, or may not be written to.
+    """
+    nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not nearest.is_dir():
+        raise ConfigError(f"{command}: `{path}` cannot be written, because `{nearest}` is a file: give another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{command}: `{path}` cannot be written: no permission for `{nearest}`; give another place")
 
 
 def flush(path: Path) -> None:

@@ -29,6 +29,18 @@ def family(request):
 
 
 @pytest.fixture
+def disk_that_fills(monkeypatch):
+    """Texts get half of their letters onto the disk."""
+    write = Path.write_text
+
+    def fail(path, text, *arguments, **settings):
+        write(path, text[: len(text) // 2], *arguments, **settings)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+
+
+@pytest.fixture
 def native_adapters(monkeypatch):
     """For `model.add_adapter`, transformers' own integration of PEFT.
 

@@ -85,6 +85,9 @@ def test_a_compiled_model_and_other_wrappers():
         ({"layers": "all"}, "list of layer numbers"),
         ({"layers": ()}, "list of layer numbers"),
         ({"layers": (0, -1)}, "list of layer numbers"),
+        ({"layers": 3}, "list of layer numbers.*got 3"),
+        ({"layers": {1: 2}}, "list of layer numbers"),
+        ({"layers": [True]}, "list of layer numbers"),
         ({"graph": ""}, "ema, frozen, learned or a path"),
         ({"balance_loss_weight": -1}, "balance_loss_weight"),
     ],
@@ -188,6 +191,19 @@ def test_config_round_trip_and_format():
         SymphonyConfig.from_dict({**stored, "format": 9})
     with pytest.raises(ConfigError, match="expected settings by name"):
         SymphonyConfig.from_dict(["strength"])
+    for graph in ("ema", "frozen", "learned"):
+        assert SymphonyConfig.from_stored({"graph": graph}).graph == graph
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"), [("/nowhere", "known names: ema, frozen, learned"), ("emma", "did you mean `ema`")]
+)
+def test_a_config_cannot_have_a_path_for_its_graphs(graph, message):
+    """The path would not be read: the graphs would be the identity for ever."""
+    config = make_model().config
+    config.symphony = SymphonyConfig(graph=graph).to_dict()
+    with pytest.raises(ConfigError, match=f"config.json: symphony: `graph` is '{graph}'; {message}.*symphonize"):
+        AutoModelForCausalLM.from_config(config)
 
 
 # Recipes.

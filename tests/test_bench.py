@@ -127,3 +127,17 @@ def test_bench_experts_has_a_row_for_every_form(tmp_path, monkeypatch):
     assert all(len(row) == len(header) for row in rows)
     with pytest.raises(ConfigError, match="`images` must be at least 1"):
         bench_experts.run_bench_experts(images=0)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda folder: run_bench(["tiny"], output=folder),
+        lambda folder: bench_commit.run_bench_commit(folder),
+        lambda folder: bench_experts.run_bench_experts(folder),
+    ],
+    ids=["bench", "bench-commit", "bench-experts"],
+)
+def test_a_folder_is_no_place_for_the_result(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"^bench.*: `.*` is a folder, and the result is a file"):
+        run(tmp_path)

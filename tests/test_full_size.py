@@ -32,3 +32,7 @@ def test_bad_input(tmp_path):
         run_full_size("7.4", tmp_path)
     with pytest.raises(ConfigError, match="`tokens` must be at least 1"):
         run_full_size("7.4b", tmp_path, tokens=0)
+    with pytest.raises(ConfigError, match="which is no folder"):
+        run_full_size("7.4b", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is a folder, and the result is a file"):
+        run_full_size("7.4b", tmp_path, output=tmp_path)

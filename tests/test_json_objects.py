@@ -3,7 +3,7 @@
 import pytest
 
 from symphony_hf.errors import ConfigError, ReportError
-from symphony_hf.json_objects import read_object
+from symphony_hf.json_objects import read_object, read_weight_map
 
 
 def test_an_object_is_read_whole(tmp_path):
@@ -42,6 +42,26 @@ def test_a_folder_in_its_place_cannot_be_read(tmp_path):
 def test_no_more_is_read_than_allowed(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("{" + " " * 20 + "}")
-    with pytest.raises(ConfigError, match="more than 21 bytes"):
+    with pytest.raises(ConfigError, match=r"^`[^`]*` has more than 21 bytes"):
         read_object(file, ConfigError, max_bytes=21)
     assert read_object(file, ConfigError, max_bytes=22) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is no JSON.*so it is no index of safetensors files"),
+        ("{}", "`weight_map` must name files beside it"),
+        ('{"weight_map": {}}', "`weight_map` must name files beside it"),
+        ('{"weight_map": ["a.safetensors"]}', "`weight_map` must name files beside it"),
+        ('{"weight_map": {"a": 1}}', "`weight_map` must name files beside it"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "`weight_map` must name files beside it"),
+    ],
+)
+def test_an_index_names_files_beside_it(content, message, tmp_path):
+    file = tmp_path / "index.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_weight_map(file, ConfigError)
+    file.write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    assert read_weight_map(file, ConfigError) == {"a": "1.safetensors", "b": "2.safetensors"}

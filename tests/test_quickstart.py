@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -11,15 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from symphony_hf import ConfigError, DataError, expert_graphs, is_symphonized
+from symphony_hf import quickstart as quickstart_module
 from symphony_hf.cli import app, main
 from symphony_hf.data import attack, load_corpus
+from symphony_hf.diagnostics import plots
 from symphony_hf.quickstart import QuickstartSettings, run_quickstart
-from symphony_hf.report import print_report
+from symphony_hf.report import print_report, write_report
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart")
+    folder = tmp_path_factory.mktemp("a quick start")  # blanks, which a command line quotes
     settings = quickstart_settings(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SYMPHONY_HF_CACHE", str(folder / "cache"))
@@ -92,6 +95,41 @@ def test_too_few_documents_are_refused_before_the_training(quickstart, tmp_path)
     with pytest.raises(DataError, match="9 held-out documents"):
         run_quickstart(few)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quickstart_in_a_used_folder_does_not_keep_the_report_of_other_models(quickstart, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    (output / "base").mkdir(parents=True)
+    for name in ("report.json", "report.md", "notes.md"):
+        (output / name).write_text("of before")
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quickstart_module, "_pretrain", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_quickstart(dataclasses.replace(quickstart[0], output=str(output)))
+    assert {path.name for path in output.iterdir()} == {"base", "notes.md"}
+
+
+def test_a_full_disk_leaves_the_page_as_it_was(quickstart, tmp_path, monkeypatch, disk_that_fills):
+    for name in ("plot_comparison", "plot_curves", "plot_graphs", "plot_expert_network"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    (tmp_path / "report.md").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write_report(quickstart[1], {}, {}, tmp_path)
+    assert (tmp_path / "report.md").read_bytes() == b"old"
+
+
+def test_the_command_of_the_report_gives_its_settings(quickstart):
+    settings, report, _ = quickstart
+    words = shlex.split(report["command"])
+    assert words[:2] == ["symphony", "quickstart"]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert given["--data"] == settings.data
+    assert " " in settings.data
+    assert given["--finetune_steps"] == "4"
+    assert "--seed" not in given
 
 
 def test_settings_are_checked():

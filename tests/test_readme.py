@@ -97,7 +97,10 @@ def test_the_settings_table_has_every_setting_and_its_default():
 
 def test_the_python_in_it_parses_and_names_what_exists():
     for code in re.findall(r"```python\n(.*?)```", README, re.S):
-        ast.parse(code)
+        nodes = list(ast.walk(ast.parse(code)))
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        assert {name for name in used if name.startswith("Auto")} <= {alias.name for i in imports for alias in i.names}
     for name in re.findall(r"symphony_hf\.(\w+)\(", README):
         assert name in __all__
     for path in re.findall(r"\((recipes/[\w/.]+)\)", README):

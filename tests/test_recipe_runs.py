@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM
 from visual import entry, write_llava
 
 from symphony_hf import ConfigError, DataError, SymphonyConfig, expert_graphs, is_symphonized
+from symphony_hf.errors import ReportError
+from symphony_hf.publishing import open_folder
 from symphony_hf.recipe import load_recipe
+from symphony_hf.reporting import read_runs
 from symphony_hf.training import runner
 from symphony_hf.training.runner import run_recipe
 
@@ -134,3 +137,28 @@ def test_launchers(launcher, world_size, small, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == world_size
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())
+
+
+def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small, tmp_path, monkeypatch):
+    """Killed after its model is saved, before it is measured."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    output.mkdir()
+    for name in ("results.json", "report.md"):
+        (output / name).write_text("of an earlier run")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(load_recipe(RECIPE, small))
+    assert (output / "results.json").exists()  # until then it is of the model that is there
+    monkeypatch.setattr(runner, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(RECIPE, small))
+    assert (output / "final" / "config.json").exists()
+    assert not (output / "report.md").exists()
+    with pytest.raises(ReportError, match="ended before its results were written"):
+        read_runs([output])
+    assert open_folder(output / "final").results is None

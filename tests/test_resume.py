@@ -237,6 +237,11 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
         run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, "symphony.decay": 0.5}))
     run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))  # it is over, but for what comes after
     assert_equal(outcome(root / "run"), whole)
+    config = (last / "config.json").read_bytes()
+    (last / "config.json").write_bytes(config[:-3].ljust(len(config)))  # as long as it was
+    with pytest.raises(ConfigError, match=r"config\.json` is no JSON.*resume from another checkpoint"):
+        run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": str(last)}))
+    (last / "config.json").write_bytes(config)
     values["model.config"]["num_experts"] = 4
     with pytest.raises(CheckpointError, match=r"is of another model than the recipe's: size mismatch"):
         run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))
@@ -540,11 +545,12 @@ def trained(trainer_class, model, folder, resume=None, **more):
     return [trainer.state.log_history[:-1], {name: value.clone() for name, value in model.state_dict().items()}]
 
 
-def test_a_bare_trainer_resumes_too(tmp_path):
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_bare_trainer_resumes_too(graph, tmp_path):
     """Without our runner: a symphonized model and the callback are enough, if its checkpoint was not cut off."""
 
     def model():
-        return symphonize(make_model(attention_dropout=0.1), decay=0.9)
+        return symphonize(make_model(attention_dropout=0.1), decay=0.9, graph=graph)
 
     expected = trained(Trainer, model(), tmp_path / "whole", callbacks=[SymphonyCallback()])
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")

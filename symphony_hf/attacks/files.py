@@ -1,12 +1,11 @@
 """A text file attacked: the way to a fixed test set that other software can read."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import word_swap
 from ..errors import ConfigError, DataError
-from ..unfinished import flush
+from ..unfinished import replacing
 from .text import find_text_attack
 
 
@@ -71,7 +70,8 @@ def attack_file(
     changed = sum(before != after for before, after in pairs)
     if not changed:
         raise DataError(f"{source}: {attack} at rate {rate} changes nothing in it: raise the rate, or take another")
-    _write(output, attacked)
+    with replacing(output) as written:
+        written.write_bytes(attacked.encode())  # as text, the ends of lines would change
     return AttackedFile(output, rate, len(pairs), changed)
 
 
@@ -90,12 +90,3 @@ def _read(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert the file") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode())
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)

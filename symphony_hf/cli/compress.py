@@ -1,4 +1,4 @@
-"""`symphony merge`, `symphony prune` and `symphony topk`."""
+"""`symphony merge`, `symphony prune` and `symphony topk`: each parameter is the setting of its name."""
 
 from typing import Annotated
 
@@ -21,6 +21,7 @@ _Result = Annotated[str | None, typer.Option(help="File for the result; result.j
 
 @app.command(epilog="Example: symphony merge symphony-quickstart/symphony merged --experts 8 --by graph")
 def merge(
+    context: typer.Context,
     model: _Model,
     output: _Output,
     experts: _Experts,
@@ -41,29 +42,12 @@ def merge(
     """Merge experts that are alike: a smaller stock checkpoint, measured on held-out text before and after."""
     from ..compression import MergeSettings, merge_experts, print_compression
 
-    settings = MergeSettings(
-        model=model,
-        output=output,
-        experts=experts,
-        by=by,
-        graph=graph,
-        calibration_tokens=calibration_tokens,
-        data=data,
-        text_column=text_column,
-        documents=documents,
-        block_size=block_size,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        revision=revision,
-        result=result,
-    )
-    print_compression(merge_experts(settings))
+    print_compression(merge_experts(MergeSettings(**context.params)))
 
 
 @app.command(epilog="Example: symphony prune symphony-quickstart/symphony pruned --experts 8 --by centrality")
 def prune(
+    context: typer.Context,
     model: _Model,
     output: _Output,
     experts: _Experts,
@@ -84,29 +68,12 @@ def prune(
     """Drop the experts that matter least: a smaller stock checkpoint, measured on held-out text before and after."""
     from ..compression import PruneSettings, print_compression, prune_experts
 
-    settings = PruneSettings(
-        model=model,
-        output=output,
-        experts=experts,
-        by=by,
-        graph=graph,
-        calibration_tokens=calibration_tokens,
-        data=data,
-        text_column=text_column,
-        documents=documents,
-        block_size=block_size,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        revision=revision,
-        result=result,
-    )
-    print_compression(prune_experts(settings))
+    print_compression(prune_experts(PruneSettings(**context.params)))
 
 
 @app.command(epilog="Example: symphony topk allenai/OLMoE-1B-7B-0924 olmoe-top4 --top_k 1,2,4,8 --keep 4")
 def topk(
+    context: typer.Context,
     model: _Model,
     output: Annotated[str | None, typer.Argument(help="The folder to write, if a checkpoint is wanted.")] = None,
     top_k: Annotated[
@@ -129,20 +96,5 @@ def topk(
     """Measure a model with fewer experts a token, and write one of them as a stock checkpoint if asked to."""
     from ..compression import TopKSettings, print_sweep, sweep_top_k
 
-    settings = TopKSettings(
-        model=model,
-        output=output,
-        top_k=None if top_k is None else numbers(top_k, "topk", "top_k"),
-        keep=keep,
-        data=data,
-        text_column=text_column,
-        documents=documents,
-        block_size=block_size,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        revision=revision,
-        result=result,
-    )
-    print_sweep(sweep_top_k(settings))
+    tried = None if top_k is None else numbers(top_k, "topk", "top_k")
+    print_sweep(sweep_top_k(TopKSettings(**context.params | {"top_k": tried})))

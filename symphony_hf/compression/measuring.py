@@ -83,7 +83,7 @@ def level(scores: DocumentScores, settings: TextSettings) -> dict[str, Any]:
 
 def ratio(after: DocumentScores, before: DocumentScores, seed: int) -> dict[str, Any]:
     """Perplexity of one model over that of another, paired by document, with interval and verdict."""
-    interval = compare_perplexity(after, before, seed=seed, weights=before.num_tokens).exp()
+    interval = compare_perplexity(after, before, seed=seed).exp()
     return dataclasses.asdict(interval) | {"verdict": interval.verdict()}
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..errors import CheckpointError, ConfigError, nearest
 from ..robustness.plan import DTYPES
+from ..unfinished import check_file_place, check_folder_of
 
 MERGE_BY = ("graph", "outputs")
 PRUNE_BY = ("load", "centrality", "reap")
@@ -62,13 +63,28 @@ class TextSettings:
 
         Raises:
             CheckpointError: If something is there.
+            ConfigError: If its place, or the result's, is none that can be written to.
         """
+        if self.result is not None:
+            check_file_place(Path(self.result).expanduser(), self.command)
         if self.output is None:
             return None
         target = Path(self.output).expanduser().absolute()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise CheckpointError(f"{self.command}: the output `{target}` exists: give another one, or delete it")
+        check_folder_of(target, self.command)
+        if self.result is not None and target.is_relative_to(Path(self.result).expanduser().absolute()):
+            raise ConfigError(
+                f"{self.command}: the result `{self.result}` is the output or a folder of it: give a file"
+            )
         return target
+
+    def result_file(self, target: Path, folder: Path) -> Path:
+        """Where the result goes while what will be `target` is written in `folder`."""
+        if self.result is None:
+            return folder / RESULT
+        file = Path(self.result).expanduser().absolute()
+        return folder / file.relative_to(target) if file.is_relative_to(target) else file
 
     def command_line(self) -> str:
         """The command that does this, without what is left at its default."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,7 +16,7 @@ from .layers import check_number
 from .measuring import Texts, by_document, circumstances, level, parameters, ratio, read_texts, score
 from .opening import Opened, open_model
 from .reducing import NewExpert, with_fewer_experts
-from .settings import RESULT, FewerExpertsSettings
+from .settings import FewerExpertsSettings
 
 Planner = Callable[[Opened, list[ExpertStatistics]], list[list[NewExpert]]]
 
@@ -60,7 +59,7 @@ def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norm
         result["perplexity"]["ratio"] = ratio(after, shrunk.before, settings.seed)
         result["documents"]["after"] = by_document(after)
         result["seconds"] = time.perf_counter() - started
-        write_json(Path(settings.result) if settings.result else folder / RESULT, result)
+        write_json(settings.result_file(target, folder), result)
     return result
 
 

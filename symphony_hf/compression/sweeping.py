@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from ..unfinished import write_json
+from ..unfinished import check_file_place, write_json
 from ..upcycling.target import writing
 from .measuring import by_document, circumstances, level, parameters, ratio, read_texts, score
 from .opening import open_model
 from .reducing import with_top_k
-from .settings import RESULT, TopKSettings
+from .settings import TopKSettings
 
 RESULT_FILE = "symphony-topk.json"
 
@@ -32,7 +32,9 @@ def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
     trains for that; here the model is taken as it is.
     """
     started = time.perf_counter()
-    target = settings.check_output()
+    target, result_file = settings.check_output(), Path(settings.result or RESULT_FILE).expanduser()
+    if target is None:
+        check_file_place(result_file, settings.command)
     opened = open_model(settings)
     own = opened.layers[0].top_k
     numbers = sorted(settings.top_k or range(1, own + 1))
@@ -58,11 +60,11 @@ def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
         )
     result["seconds"] = time.perf_counter() - started
     if target is None:
-        write_json(Path(settings.result or RESULT_FILE), result)
+        write_json(result_file, result)
         return result
     result["kept"] = settings.keep or numbers[0]
     with writing(target, settings.command) as folder:
         with_top_k(opened.model, opened.layers, result["kept"]).save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
-        write_json(Path(settings.result) if settings.result else folder / RESULT, result)
+        write_json(settings.result_file(target, folder), result)
     return result

@@ -45,12 +45,16 @@ def sweep_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each result that a graph decided: how it does beside the baseline on the same model."""
+    """A sentence for each result that a graph decided: how it does beside the baseline with as many experts.
+
+    Both are of the same model. Of other numbers of experts the larger model would win, whatever decided.
+    """
     sentences = []
     for result in results:
         command, by = _command(result), result["settings"]["by"]
         for other in results:
             alike = _command(other) == command and other["settings"]["model"] == result["settings"]["model"]
+            alike = alike and other["experts"]["after"] == result["experts"]["after"]
             if by in _BY_GRAPH and alike and other["settings"]["by"] not in _BY_GRAPH:
                 compared = compare_results(result, other)
                 sentences.append(

@@ -9,6 +9,7 @@ from rich.table import Table
 from ..compat import transformers_version
 from ..errors import ConfigError
 from ..families import Limited, Unsupported
+from ..unfinished import write_text
 from .matrix import NotApplicable, Row
 
 HEADER = ["model type", "routers", "logits", "scores", "images", "notes"]
@@ -72,7 +73,7 @@ def write_readme(path: Path, rows: list[Row]) -> None:
     page = path.read_text(encoding="utf-8")
     if not _BLOCK.search(page):
         raise ConfigError(f"{path}: no `<!-- families table -->` ... `<!-- end -->` to put the table between")
-    path.write_text(_BLOCK.sub(lambda marks: marks[1] + readme_block(rows) + marks[2], page), encoding="utf-8")
+    write_text(path, _BLOCK.sub(lambda marks: marks[1] + readme_block(rows) + marks[2], page))
 
 
 def print_rows(rows: list[Row], console: Console | None = None) -> None:

@@ -8,15 +8,13 @@ from .routing_metrics import (
     dead_experts,
     domain_allocation,
     domain_information,
-    expert_change_rate,
-    flip_rate,
     kept_by_token,
     load_of_choices,
     normalized_entropy,
     router_margin,
     router_saturation,
 )
-from .similarity import cka_matrix, linear_cka
+from .similarity import cka_matrix
 from .summary import graph_summary
 
 __all__ = [
@@ -31,11 +29,8 @@ __all__ = [
     "domain_allocation",
     "domain_information",
     "drift",
-    "expert_change_rate",
-    "flip_rate",
     "graph_summary",
     "kept_by_token",
-    "linear_cka",
     "load",
     "load_entropy",
     "load_of_choices",

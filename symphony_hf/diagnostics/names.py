@@ -1,4 +1,4 @@
-"""What layers are called in pictures and tables."""
+"""What layers and models are called in pictures and tables."""
 
 from collections.abc import Sequence
 
@@ -11,3 +11,9 @@ def layer_titles(names: Sequence[str]) -> list[str]:
     if not all(titles) or len(set(titles)) < len(names):
         return list(names)
     return [f"layer {title}" if title.isdigit() else title for title in titles]
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Folders, or names on the Hub, cut to their last part; whole where that does not tell them apart."""
+    short = [source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source for source in sources]
+    return short if len(set(short)) == len(short) else list(sources)

@@ -100,26 +100,6 @@ def choices_kept(before_TK: Tensor, after_TK: Tensor) -> float:
     return int(kept.sum()) / kept.numel()
 
 
-def expert_change_rate(before_TK: Tensor, after_TK: Tensor) -> float:
-    """The share of choices that changed: 1 - `choices_kept`. Choosing at random anew would give 1 - K / E.
-
-    Args:
-        before_TK: Shape: (tokens, top_k).
-        after_TK: Same shape.
-    """
-    return 1.0 - choices_kept(before_TK, after_TK)
-
-
-def flip_rate(before_TK: Tensor, after_TK: Tensor) -> float:
-    """The share of tokens whose set of experts changed in any way.
-
-    Args:
-        before_TK: Shape: (tokens, top_k).
-        after_TK: Same shape.
-    """
-    return float((kept_by_token(before_TK, after_TK) < 1).double().mean())
-
-
 def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
     """How much of its final routing a checkpoint has: the share of choices that are those of the last checkpoint.
 

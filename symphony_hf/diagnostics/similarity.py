@@ -8,27 +8,10 @@ from torch import Tensor
 from ..errors import EvaluationError
 
 
-def linear_cka(first_TD: Tensor, second_TD: Tensor, unbiased: bool = False) -> float:
-    """Linear centered kernel alignment of two sets of outputs for the same tokens.
-
-    Args:
-        first_TD: Shape: (tokens, features).
-        second_TD: Shape: (tokens, features of its own).
-        unbiased: Whether to estimate each HSIC without bias, see `cka_matrix`.
-
-    Returns:
-        1 for outputs that differ by a rotation, a shift and a scale, 0 for uncorrelated ones.
-
-    Raises:
-        EvaluationError: If there are fewer than 4 tokens, or others in the second.
-
-    Source: Kornblith et al. (arXiv 1905.00414): ||Y'X||^2 / (||X'X|| ||Y'Y||), with centered columns.
-    """
-    return float(cka_matrix([first_TD, second_TD], unbiased)[0, 1])
-
-
 def cka_matrix(outputs: Iterable[Tensor], unbiased: bool = True) -> Tensor:
-    """Linear CKA of every pair of experts.
+    """Linear centered kernel alignment of every pair of experts: of what they make of the same tokens.
+
+    It is 1 for outputs that differ by a rotation, a shift and a scale, and 0 for uncorrelated ones.
 
     The plain estimate is no use where tokens are fewer than features, as they are in large models: there unrelated
     outputs have a CKA near 1. Without bias, theirs is 0 on average, and a little below 0 as often as above.
@@ -44,8 +27,9 @@ def cka_matrix(outputs: Iterable[Tensor], unbiased: bool = True) -> Tensor:
     Raises:
         EvaluationError: If there are fewer than 4 tokens, or not the same number everywhere.
 
-    Source: Kornblith et al. (arXiv 1905.00414). Deviation, where `unbiased`: the estimate of HSIC is that of Song et
-    al., "Feature Selection via Dependence Maximization" (2012), as in Nguyen et al. (arXiv 2010.15327).
+    Source: Kornblith et al. (arXiv 1905.00414): ||Y'X||^2 / (||X'X|| ||Y'Y||), with centered columns. Deviation, where
+    `unbiased`: the estimate of HSIC is that of Song et al., "Feature Selection via Dependence Maximization" (2012), as
+    in Nguyen et al. (arXiv 2010.15327).
     """
     grams = [_gram(output_TD) for output_TD in outputs]
     sizes = {len(gram) for gram in grams}

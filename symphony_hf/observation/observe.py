@@ -1,7 +1,6 @@
 """observe_routing: everything that `symphony routing` measures."""
 
 import dataclasses
-import os
 import platform
 import time
 from pathlib import Path
@@ -18,9 +17,10 @@ from ..evaluation import RoutingRecord, compare_perplexity
 from ..patching import expert_graphs, is_symphonized
 from ..robustness.measure import default_block_size
 from ..robustness.subject import load_tokenizer
-from ..unfinished import flush, write_json
+from ..unfinished import check_file_place, replacing, write_json
 from .changes import compare_attacked, compare_checkpoint
 from .layers import coselection_graph, mean_over_layers, measure_graph, measure_layer
+from .pictures import captioned
 from .record import expert_similarities, or_why_not, record_form, score_with_and_without_first
 from .settings import RoutingSettings
 from .subject import RoutedSubject
@@ -47,7 +47,8 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
     Raises:
         SymphonyError: If a model or the data is not to be had, or the checkpoints are not of one model.
     """
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(settings.output)
+    check_file_place(output / RESULT, "routing")
     subject = RoutedSubject(settings.model, settings.revision, settings.dtype)
     earlier = [RoutedSubject(source, None, settings.dtype) for source in settings.against]
     for other in earlier:
@@ -76,7 +77,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         },
         "seconds": time.perf_counter() - started,
     }
-    output = Path(settings.output)
+    _clear_earlier(output)
     _write_matrices(output / MATRICES, observation.matrices)
     write_json(output / RESULT, result)
     return result
@@ -202,12 +203,12 @@ def _domain_sizes(texts: ObservedTexts) -> dict[str, int]:
     return {name: int((texts.domain == number).sum()) for number, name in enumerate(texts.domains)}
 
 
+def _clear_earlier(output: Path) -> None:
+    """Remove what an earlier observation left in the folder, its result first: nothing then reads as whole."""
+    for path in (output / RESULT, output / MATRICES, *captioned(output).values()):
+        path.unlink(missing_ok=True)
+
+
 def _write_matrices(path: Path, matrices: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save({name: matrix.contiguous().clone() for name, matrix in matrices.items()}))
-        flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as written:
+        written.write_bytes(save({name: matrix.contiguous().clone() for name, matrix in matrices.items()}))

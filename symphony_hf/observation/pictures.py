@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..unfinished import flush
+from ..diagnostics.names import short_names
 
 CAPTIONS = {
     "graphs.png": "Experts chosen together by this text",
@@ -46,10 +46,7 @@ def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:
         Their paths.
     """
     # disable=None: no bar where the output is not a terminal, such as a log file.
-    drawn = list(tqdm(_draw(result, folder), desc="Drawing", unit=" pictures", delay=2, disable=None))
-    for path in drawn:
-        flush(path)
-    return drawn
+    return list(tqdm(_draw(result, folder), desc="Drawing", unit=" pictures", delay=2, disable=None))
 
 
 def _draw(result: Mapping[str, Any], folder: Path) -> Iterator[Path]:
@@ -110,7 +107,7 @@ def _draw_checkpoints(
     plots: Any, result: Mapping[str, Any], matrices: Mapping[str, Tensor], folder: Path
 ) -> Iterator[Path]:
     routers, checkpoints = result["routers"], result["checkpoints"]
-    names = checkpoint_names([checkpoint["source"] for checkpoint in checkpoints])
+    names = short_names([checkpoint["source"] for checkpoint in checkpoints])
     loads = {name: [checkpoint["load"][name] for checkpoint in checkpoints] for name in routers}
     saturation = {name: [checkpoint["saturation"][name] for checkpoint in checkpoints] for name in routers}
     chances = {layer["top_k"] / layer["num_experts"] for layer in result["layers"].values()}
@@ -121,9 +118,3 @@ def _draw_checkpoints(
     yield plots.plot_load_history(loads, names, folder / "load.png")
     yield plots.plot_graph_evolution(graphs, names, folder / "evolution.png")
     yield plots.plot_saturation(saturation, names, folder / "saturation.png", chance)
-
-
-def checkpoint_names(sources: list[str]) -> list[str]:
-    """Each one's own last folder; the whole path where that does not tell them apart."""
-    short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
-    return short if len(set(short)) == len(short) else sources

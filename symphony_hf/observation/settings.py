@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import ConfigError
 from ..robustness import RobustnessSettings
@@ -66,7 +67,7 @@ class RoutingSettings:
         Raises:
             ConfigError: If a setting is none.
         """
-        return RobustnessSettings(
+        return _Evaluation(
             model=self.model,
             data=self.data,
             split=self.split,
@@ -82,3 +83,10 @@ class RoutingSettings:
             revision=self.revision,
             output=self.output,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation(RobustnessSettings):
+    """Settings of another command, which its messages name."""
+
+    command: ClassVar[str] = "routing"

@@ -7,8 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..diagnostics.names import layer_titles
-from .pictures import checkpoint_names
+from ..diagnostics.names import layer_titles, short_names
 
 _LAYER_COLUMNS = ("layer", "experts", "entropy", "busiest", "dead", "margin", "gap", "mod.", "dom.", "CKA")
 
@@ -136,7 +135,7 @@ def _checkpoint_table(result: Mapping[str, Any]) -> Table:
     table.add_column("checkpoint")
     for column in ("saturation", "changed", "load entropy", "drift of graph"):
         table.add_column(column, justify="right")
-    names = checkpoint_names([checkpoint["source"] for checkpoint in result["checkpoints"]])
+    names = short_names([checkpoint["source"] for checkpoint in result["checkpoints"]])
     for name, checkpoint in zip(names, result["checkpoints"], strict=True):
         saturation, entropy, drift = (
             sum(checkpoint[measure].values()) / len(checkpoint[measure])

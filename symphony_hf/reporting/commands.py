@@ -1,5 +1,6 @@
 """Command lines, told from the settings that a result has."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,16 +9,18 @@ _OPTIONS = {"attacks": "attack", "severities": "severity"}
 
 
 def command_line(command: str, settings: Mapping[str, Any]) -> str:
-    """The command with the options of these settings, but for those that are not there."""
-    words = [f"symphony {command}", str(settings["model"])]
+    """The command with the options of these settings, but for those that are not there, quoted for a shell."""
+    words = ["symphony", command, str(settings["model"])]
     for name, value in settings.items():
-        if name == "model" or value is None or value == []:
+        option = f"--{_OPTIONS.get(name, name)}"
+        if name == "model" or value is None:
             continue
-        option = _OPTIONS.get(name, name)
         if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no_{option}")
+            words.append(option if value else f"--no_{name}")
         elif isinstance(value, list) and name == "against":
-            words += [f"--{option} {one}" for one in value]
-        else:
-            words.append(f"--{option} {','.join(map(str, value)) if isinstance(value, list) else value}")
-    return " ".join(words)
+            words += [word for one in value for word in (option, str(one))]
+        elif name == "attacks" and not value:
+            words += [option, "none"]  # without the option there would be the usual one
+        elif value != []:
+            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join(words)

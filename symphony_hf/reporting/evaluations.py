@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..diagnostics.names import short_names
 from ..evaluation import Interval
 from ..robustness import verdicts
 from .commands import command_line
@@ -49,13 +50,11 @@ def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
 
 
 def _labels(settings: Mapping[str, Any], roles: list[str]) -> dict[str, str]:
-    """The models by role: the last part of a path, or all of it where the last parts are alike."""
-    full = {role: str(settings[role]) for role in roles}
-    short = {role: name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name for role, name in full.items()}
-    for names in (short, full):
-        if len(set(names.values())) == len(names):
-            return names
-    return {role: f"{name} ({role})" for role, name in full.items()}  # two revisions of one
+    """What the models are called, by role."""
+    names = dict(zip(roles, short_names([str(settings[role]) for role in roles]), strict=True))
+    if len(set(names.values())) == len(names):
+        return names
+    return {role: f"{name} ({role})" for role, name in names.items()}  # two revisions of one
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Interval]:

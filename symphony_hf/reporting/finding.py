@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import GraphError, ReportError
+from ..errors import ReportError, SymphonyError
 from ..json_objects import read_object
 from ..unfinished import UNFINISHED
 from .evaluations import read_evaluation
@@ -65,7 +65,7 @@ def _read(folder: Path) -> Run:
         if reader.file == files[0].name and reader.key in values:
             try:
                 return reader.read(folder, values)
-            except GraphError:
+            except SymphonyError:  # it names the file that is to blame
                 raise
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise ReportError(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import GraphError
-from ..graph_files import SUFFIX, read_graphs
+from ..errors import GraphError, NoGraphError
+from ..graph_files import read_graphs
 from ..routing import adjacency_problems
 
 
@@ -21,10 +21,8 @@ def read_run_graphs(model: Path) -> dict[str, Tensor]:
         return {}
     try:
         graphs = read_graphs(adapter if adapter.exists() else model)
-    except GraphError as error:
-        if f"no tensor is named `*{SUFFIX}`" in str(error):
-            return {}
-        raise
+    except NoGraphError:
+        return {}
     for name, graph in graphs.items():
         problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
         if problems:

@@ -18,7 +18,7 @@ def as_interval(value: Mapping[str, Any]) -> Interval:
         KeyError: If a part of it is missing.
         ValueError: If an end is no number.
     """
-    null = value.get("null")
+    null, p_value = value.get("null"), value.get("p_value")
     return Interval(
         float(value["estimate"]),
         float(value["low"]),
@@ -27,4 +27,5 @@ def as_interval(value: Mapping[str, Any]) -> Interval:
         int(value["num_documents"]),
         int(value["seed"]),
         None if null is None else float(null),
+        None if p_value is None else float(p_value),
     )

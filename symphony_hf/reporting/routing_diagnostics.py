@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..diagnostics.names import short_names
 from ..observation import captioned, findings, layer_rows
 from .commands import command_line
 from .runs import Run, flat
@@ -16,7 +17,7 @@ def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
         f"{overall['load_entropy']:.3f} of the load's highest entropy, {overall['dead_experts']:.1%} of experts dead, "
         f"as means over {len(result['routers'])} layers."
     )
-    model = str(settings["model"]).rstrip("/").rsplit("/", 1)[-1]
+    (model,) = short_names([str(settings["model"])])
     return Run(
         folder=folder,
         kind="routing diagnostics",

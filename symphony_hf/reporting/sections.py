@@ -80,17 +80,19 @@ def compared(runs: Named) -> Section | None:
             text(value.text),
             text(value.what),
             interval(value.value),
+            number(value.value.p_value),
             verdict(value.verdict),
         ]
         for name, value in found
     ]
     note = (
-        "Paired over documents: the verdict is about the first of the two. Not distinguishable means that the 95% "
-        "interval holds what equal models would give (1 for a ratio, 0 for a difference). Of models that are equal, "
-        "one comparison in twenty would come out better or worse by chance; there are "
-        f"{len(rows)}. One training seed says nothing of how others would come out."
+        "Paired over documents: the verdict is about the first of the two. Better or worse takes both: the 95% "
+        "interval leaves out what equal models would give (1 for a ratio, 0 for a difference), and the two models "
+        "exchanged by chance, document by document, differ as much in 5% of draws at most (p). All else is not "
+        "distinguishable. Of models that are equal, one comparison in twenty would come out better or worse by "
+        f"chance; there are {len(rows)}. One training seed says nothing of how others would come out."
     )
-    header = ("run", "models", "on", "what", "value [95%]", "verdict")
+    header = ("run", "models", "on", "what", "value [95%]", "p", "verdict")
     return Section(
         "compared", "Against each other", [note], tables=[make_table("Comparisons", header, rows, len(runs))]
     )

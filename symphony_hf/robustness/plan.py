@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from ..attacks import (
     IMAGE_ATTACKS,
@@ -121,32 +121,33 @@ class RobustnessSettings:
     against_revision: str | None = None
     output: str = "symphony-eval"
 
+    command: ClassVar[str] = "eval"
+
     def __post_init__(self) -> None:
         if self.task not in KINDS:
-            raise ConfigError(f"eval: no task is named {self.task!r}; {nearest(self.task, KINDS)}")
-        object.__setattr__(self, "attacks", _attacks_of(self.task, self.attacks))
+            raise ConfigError(f"{self.command}: no task is named {self.task!r}; {nearest(self.task, KINDS)}")
+        object.__setattr__(self, "attacks", _attacks_of(self.command, self.task, self.attacks))
         for setting, tasks in _OWN.items():
             if getattr(self, setting) is not None and self.task not in tasks:
                 raise ConfigError(
-                    f"eval: `{setting}` is of --task {', '.join(tasks)}, not of {self.task}: leave it out"
+                    f"{self.command}: `{setting}` is of --task {', '.join(tasks)}, not of {self.task}: leave it out"
                 )
         for severity in self.severities:
             check_severity(severity)
         for name in ("attacks", "severities", "seeds"):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"eval: `{name}` must be one or more, each once; got {values}")
+                raise ConfigError(f"{self.command}: `{name}` must be one or more, each once; got {values}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"eval: `{name}` must be at least {least}, got {value}")
+                raise ConfigError(f"{self.command}: `{name}` must be at least {least}, got {value}")
         if self.split not in (None, "train", "validation", "test", "all"):
-            raise ConfigError(f"eval: `split` must be train, validation, test or all; got {self.split!r}")
+            raise ConfigError(f"{self.command}: `split` must be train, validation, test or all; got {self.split!r}")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"eval: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
-
+            raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if self.answers not in (None, "choose", "free"):
-            raise ConfigError(f"eval: `answers` must be choose or free; got {self.answers!r}")
+            raise ConfigError(f"{self.command}: `answers` must be choose or free; got {self.answers!r}")
 
     def cells(self) -> list[Cell]:
         """All attacked forms, in the order in which they are measured."""
@@ -163,7 +164,7 @@ class RobustnessSettings:
         return named if self.against is None else named | {"against": (self.against, self.against_revision)}
 
 
-def _attacks_of(task: str, names: Sequence[str] | None) -> tuple[str, ...]:
+def _attacks_of(command: str, task: str, names: Sequence[str] | None) -> tuple[str, ...]:
     """The attacks that are meant.
 
     Raises:
@@ -178,18 +179,21 @@ def _attacks_of(task: str, names: Sequence[str] | None) -> tuple[str, ...]:
             chosen += kind.attacks
             continue
         if name not in kind.attacks:
-            _refuse_attack(task, kind, name)
+            _refuse_attack(command, task, kind, name)
         chosen.append(name)
     return tuple(chosen)
 
 
-def _refuse_attack(task: str, kind: Kind, name: str) -> None:
+def _refuse_attack(command: str, task: str, kind: Kind, name: str) -> None:
     other = _TEXT if kind is _IMAGES else _IMAGES
     if name in other.attacks or name == f"all-{other.what}":
-        tasks = " or ".join(f"--task {known}" for known, of in KINDS.items() if of is other)
+        this, instead = f"symphony {command}", ""
+        if command == RobustnessSettings.command:  # no other has tasks
+            tasks = " or ".join(f"--task {known}" for known, of in KINDS.items() if of is other)
+            this, instead = f"--task {task}", f", or {tasks}"
         raise ConfigError(
-            f"eval: {name} is an attack on {other.what}, and --task {task} attacks {kind.what}: take one of "
-            f"{', '.join(kind.attacks)}, or {tasks}"
+            f"{command}: {name} is an attack on {other.what}, and {this} attacks {kind.what}: take one of "
+            f"{', '.join(kind.attacks)}{instead}"
         )
     if kind is _IMAGES:
         find_image_attack(name)

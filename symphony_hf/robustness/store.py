@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SymphonyWarning
-from ..unfinished import flush
+from ..unfinished import replacing
 
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 """What numpy raises for a file that is none of its own, or ends too early."""
@@ -47,14 +45,9 @@ class Store:
 
     def save(self, label: str, identity: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a measurement: the whole of it is there, or nothing."""
-        path = self._path(label, identity)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            temporary = Path(file.name)
+        # An open file: given a name, numpy would add its suffix.
+        with replacing(self._path(label, identity)) as written, written.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
 
     def _path(self, label: str, identity: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,6 @@
 """Each expert's load at every log of a run, kept beside its checkpoints."""
 
 import itertools
-import os
 import statistics
 import warnings
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import SymphonyWarning
-from ..unfinished import flush
+from ..unfinished import replacing
 
 
 class LoadHistory:
@@ -57,11 +56,8 @@ class LoadHistory:
     def write(self, path: Path) -> None:
         """Write it so that a reader finds the old file or the whole new one."""
         tensors = {f"load/{name}": torch.stack(rows) for name, rows in self.loads.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(save({"steps": torch.tensor(self.steps), **tensors}))
-        flush(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as written:
+            written.write_bytes(save({"steps": torch.tensor(self.steps), **tensors}))
 
     @classmethod
     def read(cls, path: Path) -> "LoadHistory":

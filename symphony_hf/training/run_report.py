@@ -12,6 +12,7 @@ import yaml
 
 from .._version import __version__
 from ..recipe import Recipe
+from ..unfinished import write_text
 from .launch import strategy_of
 from .monitor import PICTURE
 from .trainer import ResumableTrainer
@@ -19,6 +20,7 @@ from .trainer import ResumableTrainer
 if TYPE_CHECKING:
     from ..data import PreparedData
 
+REPORT = "report.md"
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "bitsandbytes")
 
 
@@ -91,8 +93,8 @@ def write_run_report(results: Mapping[str, Any], output: Path) -> Path:
     Returns:
         The page.
     """
-    page = output / "report.md"
-    page.write_text("\n".join(_lines(results, output)) + "\n", encoding="utf-8")
+    page = output / REPORT
+    write_text(page, "\n".join(_lines(results, output)) + "\n")
     return page
 
 

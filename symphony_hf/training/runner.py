@@ -1,6 +1,5 @@
 """The recipe runner: one path from a recipe to a trained, saved and measured model, for every launcher."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import TrainingArguments
 from ..config import SymphonyConfig
 from ..data import check_packing, prepare_data
 from ..errors import ConfigError
+from ..json_objects import read_object
 from ..patching import is_symphonized
 from ..publishing import write_card
 from ..recipe import Recipe
@@ -22,9 +22,11 @@ from .launch import Ask, asks, check_launch, strategy_to_come
 from .measuring import measure
 from .models import add_adapters, add_graph, choose_trained, load_model, load_processor
 from .monitor import GraphMonitor
-from .run_report import describe_run, write_run_report
+from .run_report import REPORT, describe_run, write_run_report
 from .trainer import checkpoint_to_resume
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
+
+RESULTS = "results.json"
 
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -77,14 +79,16 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         data.collator,
         processor,
     )
+    if trainer.is_world_process_zero():
+        _clear_earlier(output)
     trainer.save_final(output / "final", processor)
     results = describe_run(recipe, trainer, data, command)
     # On every process: where the weights are spread over them, each forward needs them all.
     results["test"] = measure(recipe, trainer, processor, data)
     results["seconds"] = time.perf_counter() - started
     if trainer.is_world_process_zero():
-        with reporting_failed_save(output / "results.json"):
-            write_json(output / "results.json", results)
+        with reporting_failed_save(output / RESULTS):
+            write_json(output / RESULTS, results)
             write_run_report(results, output)
             if recipe.symphony is not None:
                 write_card(output / "final", output.name)
@@ -114,15 +118,23 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
     return arguments, asked
 
 
+def _clear_earlier(output: Path) -> None:
+    """Remove what an earlier run in this folder found, before its model goes: numbers never stand beside another's."""
+    with reporting_failed_save(output / RESULTS):
+        for name in (RESULTS, REPORT):
+            (output / name).unlink(missing_ok=True)
+
+
 def _check_same_graphs(model: Any, checkpoint: Path) -> None:
     """Going on with other settings than a run began with would be neither run.
 
     Raises:
-        ConfigError: If the settings of the checkpoint's graphs differ from the model's.
+        ConfigError: If the settings of the checkpoint's graphs differ from the model's, or cannot be read.
     """
     if not (checkpoint / "config.json").exists():
         return  # written in pieces, by FSDP, or of adapters alone
-    stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("symphony")
+    hint = "resume from another checkpoint, or start a new run in another output directory"
+    stored = read_object(checkpoint / "config.json", ConfigError, hint=hint).get("symphony")
     own = getattr(model.config, "symphony", None)
     before, now = ({} if values is None else SymphonyConfig.from_dict(values).to_dict() for values in (stored, own))
     differing = [name for name in SymphonyConfig().to_dict() if before.get(name) != now.get(name)]

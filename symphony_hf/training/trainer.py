@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from ..adapters import RECORD_NAME, restore_adapter
+from ..adapters import restore_adapter
 from ..errors import CheckpointError
+from ..publishing import RECORD_NAME
 from .checkpoints import (
     UNFINISHED,
     clear_leftovers,

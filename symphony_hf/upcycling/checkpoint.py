@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, UpcycleError
+from ..json_objects import read_weight_map
 from .options import DTYPES
 
 WEIGHTS = "model.safetensors"
@@ -164,18 +165,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"`{folder}` needs `{WEIGHTS}` or `{INDEX}`, and has {found}. Load the model with transformers, and "
             "`save_pretrained` it"
         )
-    return _read_shards(folder, _read_index(index))
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"`{index}` is no index of safetensors files ({error!r})") from error
-    named = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
-    if not named or not places or any(Path(file).name != file for file in places.values()):
-        raise CheckpointError(f"`{index}` is no index of safetensors files: `weight_map` must name files beside it")
-    return places
+    return _read_shards(folder, read_weight_map(index, CheckpointError))
 
 
 def _read_shards(folder: Path, places: dict[str, str]) -> dict[str, StoredTensor]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from ..errors import CheckpointError
+from ..json_objects import read_object
+
 CARRIED = (
     "LICENSE*",
     "NOTICE*",
@@ -63,6 +66,6 @@ def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
         reason = str(error).strip().partition("\n")[0]
         return [f"the tokenizer's files were carried over, but could not be read here ({reason})"]
     if wanted != found:
-        settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": wanted}
+        settings = read_object(file, CheckpointError) | {"tokenizer_class": wanted}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return []

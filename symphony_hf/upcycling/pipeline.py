@@ -17,8 +17,8 @@ from .exactness import Exactness, Upcycled, check_exactness
 from .options import UpcycleOptions
 from .plan import PlannedTensor, expert_rows, plan_tensors
 from .settings import container_config, notes_on
-from .source import DenseModel, find_folder, open_dense, read_config
-from .target import check_room, check_target, writing
+from .source import CONFIG, DenseModel, find_folder, open_dense, read_config
+from .target import check_apart, check_room, check_target, writing
 from .writing import Shards
 
 _SMALL_FILES = 2**20
@@ -124,11 +124,23 @@ def upcycle(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
-    folder, target = find_folder(source, revision), Path(target).expanduser().absolute()
-    check_target(folder, target, overwrite)
-    plan = _plan(folder, to, options)
+    target = Path(target).expanduser().absolute()
+    check_target(target, overwrite)
+    described = find_folder(source, revision, CONFIG)
+    check_apart(described, target)
+    settings = _settings(described, to, options)  # before gigabytes are downloaded
+    folder = find_folder(source, described.name)  # the commit whose config was looked at
+    plan = _plan(folder, settings, options)
     check_room(target, plan.shards.disk_bytes + carried_bytes(folder) + _SMALL_FILES)
     return _write(plan, target, check)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    dense: PreTrainedConfig
+    conversion: Conversion
+    config: PreTrainedConfig
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -142,15 +154,21 @@ class _Plan:
     options: UpcycleOptions
 
 
-def _plan(folder: Path, to: str | None, options: UpcycleOptions) -> _Plan:
-    """Look at all that could be wrong with the source; nothing is written."""
-    dense_config = read_config(folder)
-    conversion = find_conversion(dense_config.model_type, to)
-    layers = options.layer_numbers(dense_config.num_hidden_layers)
-    config = container_config(dense_config, conversion, layers, options)
-    dense = open_dense(folder, dense_config)
-    tensors = plan_tensors(dense.tensors, dense_config, conversion, layers, options)
+def _settings(folder: Path, to: str | None, options: UpcycleOptions) -> _Settings:
+    """Look at all that could be wrong with the source's config."""
+    dense = read_config(folder)
+    conversion = find_conversion(dense.model_type, to)
+    layers = options.layer_numbers(dense.num_hidden_layers)
+    config = container_config(dense, conversion, layers, options)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return _Settings(dense, conversion, config, layers)
+
+
+def _plan(folder: Path, settings: _Settings, options: UpcycleOptions) -> _Plan:
+    """Look at all that could be wrong with the source's tensors; nothing is written."""
+    conversion, config, layers = settings.conversion, settings.config, settings.layers
+    dense = open_dense(folder, settings.dense)
+    tensors = plan_tensors(dense.tensors, settings.dense, conversion, layers, options)
     config.dtype = TORCH_DTYPES[tensors[0].dtype]
     return _Plan(dense, conversion, config, layers, tensors, Shards(tensors, options.max_shard_size), options)
 

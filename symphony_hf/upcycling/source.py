@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from .conversions import CONVERSIONS
 
 _EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+CONFIG = ("config.json",)
+WHOLE = (*CONFIG, "*.safetensors", "*.safetensors.index.json", *CARRIED, "additional_chat_templates/*")
+"""Patterns of the names of what is downloaded: to see whether a model can be upcycled at all, and to do it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,16 @@ class DenseModel:
     tensors: dict[str, StoredTensor]
 
 
-def find_folder(source: str | Path, revision: str | None) -> Path:
+def find_folder(source: str | Path, revision: str | None, patterns: Sequence[str] = WHOLE) -> Path:
     """The folder of a checkpoint, which is downloaded if it is a name on the Hub.
+
+    Args:
+        source: The folder, or the name.
+        revision: Of the name.
+        patterns: Of the names of the files that are downloaded.
+
+    Returns:
+        The folder; of a download, its last part is the commit.
 
     Raises:
         CheckpointError: If there is no such folder, and no such model that can be reached.
@@ -50,8 +62,7 @@ def find_folder(source: str | Path, revision: str | None) -> Path:
     except HFValidationError:
         raise CheckpointError(f"upcycle: `{source}`: no such folder, and not the name of a model on the Hub") from None
     try:
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED, "additional_chat_templates/*"]
-        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=[*patterns]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

@@ -10,15 +10,12 @@ from ..errors import CheckpointError, UpcycleError
 from ..unfinished import clear, finish, place_to_write, remove_if_empty
 
 
-def check_target(source: Path, target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that would harm something.
 
     Raises:
-        UpcycleError: If it is in the source or the source in it, or it exists and may not be replaced.
+        UpcycleError: If it exists and may not be replaced.
     """
-    inner, outer = target.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise UpcycleError(f"upcycle: the target `{target}` and the source `{source}` must not be in one another")
     if not target.exists():
         return
     if not target.is_dir():
@@ -27,6 +24,17 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise UpcycleError(f"upcycle: the target `{target}` exists: give another one, or overwrite it")
     if any(target.iterdir()) and not (target / "config.json").exists():
         raise UpcycleError(f"upcycle: the target `{target}` holds no model, so it is not overwritten: give another one")
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Refuse a target that would harm the source.
+
+    Raises:
+        UpcycleError: If it is in the source, or the source in it.
+    """
+    inner, outer = target.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise UpcycleError(f"upcycle: the target `{target}` and the source `{source}` must not be in one another")
 
 
 def check_room(target: Path, needed: int) -> None:

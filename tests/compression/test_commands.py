@@ -1,10 +1,12 @@
 """`symphony merge`, `prune` and `topk`, from checkpoint to checkpoint, with what they measure."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+import typer
 from models import make_ids
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +20,7 @@ from symphony_hf.compression import (
     PruneSettings,
     TopKSettings,
     compression_table,
+    findings,
     merge_experts,
     print_compression,
     prune_experts,
@@ -145,6 +148,14 @@ def test_a_counted_graph_serves_plain_models(plain, data_folder, tmp_path):
     assert "choices were of experts that are gone" in console.export_text()
 
 
+def test_a_result_in_the_output_stays_there(plain, data_folder, tmp_path):
+    file = tmp_path / "pruned" / "numbers" / "mine.json"
+    where = {"output": str(tmp_path / "pruned"), "result": str(file), "data": data_folder}
+    result = prune_experts(PruneSettings(model=plain, experts=4, by="load", **where, **SMALL))
+    assert json.loads(file.read_text()) == result
+    assert (tmp_path / "pruned" / "config.json").exists()
+
+
 def test_the_sweep(plain, data_folder, tmp_path):
     result = sweep_top_k(TopKSettings(model=plain, data=data_folder, result=str(tmp_path / "sweep.json"), **SMALL))
     assert json.loads((tmp_path / "sweep.json").read_text()) == result
@@ -163,6 +174,37 @@ def test_the_sweep_writes_the_one_that_is_kept(symphony, data_folder, tmp_path):
     assert json.loads((output / "config.json").read_text())["num_experts_per_tok"] == 2
     measured = result["rows"][1]["perplexity"]["estimate"]
     assert measured == pytest.approx(naive_perplexity(output, data_folder), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"), [("merge", MergeSettings), ("prune", PruneSettings), ("topk", TopKSettings)]
+)
+def test_a_command_has_a_parameter_for_each_setting_and_no_other(command, settings):
+    """They are handed on by name. Defaults that both have are the same."""
+    parameters = {parameter.name: parameter for parameter in typer.main.get_command(app).commands[command].params}
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    assert set(parameters) == set(fields)
+    for name, parameter in parameters.items():
+        if not parameter.required:
+            assert parameter.default == fields[name].default
+
+
+def result_of(by, perplexity, *, experts=4, model="m", command="merge"):
+    documents = {"names": [f"{n}" for n in range(20)], "nll": [perplexity + n for n in range(20)]}
+    return {
+        "command": f"symphony {command} {model}",
+        "settings": {"model": model, "by": by, "graph": "learned", "seed": 0},
+        "experts": {"after": experts},
+        "documents": {"after": documents | {"num_tokens": [10] * 20}},
+    }
+
+
+def test_what_a_graph_decided_is_compared_with_the_baseline_of_as_many_experts():
+    graph, outputs = result_of("graph", 1.0), result_of("outputs", 2.0)
+    (sentence,) = findings([graph, outputs])
+    assert sentence.startswith("m: merge by graph (learned), against outputs: perplexity -")
+    for other in ({"experts": 6}, {"model": "other"}, {"command": "prune"}):
+        assert findings([graph, result_of("outputs", 2.0, **other)]) == []
 
 
 def test_nothing_is_left_of_what_could_not_be_measured(plain, data_folder, tmp_path, monkeypatch):

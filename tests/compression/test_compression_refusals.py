@@ -181,3 +181,31 @@ def test_layers_of_different_numbers():
     model.model.layers[0].mlp = other.model.layers[0].mlp
     with pytest.raises(UnsupportedModelError, match="top-1 of 6, top-2 of 6"):
         expert_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"result": "folder"}, "`.*folder` is a folder, and the result is a file"),
+        ({"result": "file/result.json"}, "because `.*file` is a file"),
+        ({"output": "file/out"}, "because `.*file` is a file"),
+        ({"output": "new/out", "result": "new/out"}, "is the output or a folder of it"),
+        ({"output": "new/out", "result": "new"}, "is the output or a folder of it"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_refused_before_the_work(changes, reason, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    places = {name: str(tmp_path / place) for name, place in ({"output": "out"} | changes).items()}
+    with pytest.raises(ConfigError, match=f"prune: .*{reason}"):
+        prune_experts(PruneSettings(model="no such model", experts=4, by="load", **places))
+    with pytest.raises(ConfigError, match=f"topk: .*{reason}"):
+        sweep_top_k(TopKSettings(model="no such model", top_k=(2,), **places))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_sweep_s_own_file_needs_a_place_too(tmp_path, monkeypatch):
+    (tmp_path / "symphony-topk.json").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"`symphony-topk\.json` is a folder"):
+        sweep_top_k(TopKSettings(model="no such model"))

@@ -11,8 +11,6 @@ from symphony_hf.diagnostics import (
     dead_experts,
     domain_allocation,
     domain_information,
-    expert_change_rate,
-    flip_rate,
     kept_by_token,
     load_of_choices,
     normalized_entropy,
@@ -60,9 +58,7 @@ def test_what_is_kept_of_each_tokens_choice():
     after = torch.tensor([[1, 0], [1, 2], [3, 1], [0, 1]])
     assert kept_by_token(CHOSEN, after).tolist() == [1.0, 0.5, 0.0, 1.0]
     assert choices_kept(CHOSEN, after) == 5 / 8
-    assert expert_change_rate(CHOSEN, after) == 3 / 8
-    assert flip_rate(CHOSEN, after) == 2 / 4
-    assert flip_rate(CHOSEN, CHOSEN.flip(1)) == 0.0
+    assert choices_kept(CHOSEN, CHOSEN.flip(1)) == 1.0
     assert router_saturation(after, CHOSEN) == 5 / 8
 
 

@@ -1,6 +1,7 @@
 """`symphony routing`: its numbers against loops over single windows, what it refuses, and what it leaves out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from symphony_hf.cli import app
 from symphony_hf.conformance.tiny import tiny_model
 from symphony_hf.data import Document
 from symphony_hf.errors import ConfigError, DataError, UnsupportedModelError
-from symphony_hf.observation import RoutingSettings, observe_routing
+from symphony_hf.observation import RoutingSettings, observe, observe_routing
 
 TOP_K, EXPERTS, BLOCK = 3, 8, 24
 
@@ -196,6 +197,14 @@ def test_too_few_documents_and_bad_settings_are_refused(tmp_path, checkpoints, d
         settings("m", data, tmp_path, words=0)
     with pytest.raises(ConfigError, match="`similarity_tokens` must be 0, or at least 4"):
         settings("m", data, tmp_path, similarity_tokens=3)
+    for changes, match in (
+        ({"documents": 0}, "^routing: `documents` must be at least 1, got 0"),
+        ({"dtype": "int8"}, "^routing: `dtype` must be one of"),
+        ({"attacks": ["all-images"]}, r"^routing: all-images .* and symphony routing attacks text: .*, word_shuffle$"),
+    ):
+        with pytest.raises(ConfigError, match=match) as refused:
+            settings("m", data, tmp_path, **changes)
+        assert "--task" not in str(refused.value)
 
 
 def test_the_command(tmp_path, checkpoints, data):
@@ -210,3 +219,38 @@ def test_the_command(tmp_path, checkpoints, data):
     assert "saturation" in outcome.output
     assert "layer 2" in outcome.output
     assert "Without each token's first expert" in outcome.output
+
+
+def test_a_used_folder_keeps_nothing_of_an_earlier_observation(tmp_path, checkpoints, data, monkeypatch):
+    """And at no moment has it both a result and what is of another one."""
+    _, late = checkpoints
+    earlier = ["result.json", "matrices.safetensors", "graphs.png", "learned.png", "flips-keyboard.png", "load.png"]
+
+    def fill():
+        for name in (*earlier, "notes.png"):
+            (tmp_path / name).write_text("of before")
+
+    def names():
+        return {path.name for path in tmp_path.iterdir()}
+
+    short = settings(late, data, tmp_path, similarity_tokens=0, drop_first=False, attacks=())
+    removed, unlink = [], Path.unlink
+    fill()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options)))
+        observe_routing(short)
+    assert removed[0] == "result.json"
+    assert names() == {"result.json", "matrices.safetensors", "notes.png"}
+    assert "routers" in json.loads((tmp_path / "result.json").read_text())
+    fill()
+    with monkeypatch.context() as patch:
+        patch.setattr(observe, "write_json", lambda path, values: pytest.fail("killed", pytrace=False))
+        with pytest.raises(pytest.fail.Exception):
+            observe_routing(short)
+    assert names() == {"matrices.safetensors", "notes.png"}
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, data):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"routing: .*because `.*file` is a file"):
+        observe_routing(settings("no such model", data, tmp_path / "file"))

@@ -60,6 +60,11 @@ def test_verdicts_are_those_of_the_files(parsed, quickstart, evaluated):
     for row in compared["attacks"]:
         own += [row[name]["verdict"] for name in ("perplexity", "ratio", "untouched")]
     assert verdicts[3:] == own
+    shown = parsed.column("Comparisons", "p")
+    assert [float(value) for value in shown[:3]] == [
+        pytest.approx(report[name]["p_value"], rel=1e-3) for name in ("clean", "attacked", "attacked_to_clean")
+    ]
+    assert "differ as much in 5% of draws at most (p)" in " ".join(parsed.words.split())
     # Clean, then each attack once, over all its severities.
     assert [attributes.get("class") for attributes in parsed.all("span")].count("what") == 3 + 1 + 2 * 2
 

@@ -1,6 +1,9 @@
 """Which command wrote a folder, and what is said of one that is none of ours, or not whole."""
 
+import dataclasses
+import itertools
 import json
+import shlex
 import shutil
 
 import pytest
@@ -8,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from symphony_hf.errors import GraphError, ReportError
+from symphony_hf.evaluation import Interval
 from symphony_hf.reporting import read_runs
+from symphony_hf.reporting.graphs import read_run_graphs
+from symphony_hf.reporting.intervals import as_interval
 
 
 def rewrite(file, change):
@@ -42,6 +48,33 @@ def test_an_evaluation_s_command_line_gives_its_settings(evaluated):
     assert words[words.index("--block_size") + 1] == "32"
 
 
+def test_a_command_line_is_one_for_a_shell(routed, copy):
+    folder = copy(routed)
+    strange = {"model": "my models/it's", "attacks": [], "against": ["a b", "c"], "text_column": "$text"}
+    rewrite(folder / "result.json", lambda result: result["settings"].update(strange))
+    (run,) = read_runs([folder])
+    words = shlex.split(run.command)
+    assert words[:3] == ["symphony", "routing", "my models/it's"]
+    given = list(itertools.pairwise(words))
+    for pair in (
+        ("--attack", "none"),
+        ("--against", "a b"),
+        ("--against", "c"),
+        ("--text_column", "$text"),
+        ("--severity", "1"),
+    ):
+        assert pair in given
+    assert "--drop_first" in words
+
+
+def test_an_interval_keeps_what_its_verdict_is_from():
+    interval = Interval(0.5, 0.2, 0.8, 0.95, 12, 0, 0.0, 0.2)
+    assert as_interval(dataclasses.asdict(interval)) == interval
+    assert interval.verdict() == "not distinguishable"  # by the exchange test alone
+    level = dataclasses.asdict(dataclasses.replace(interval, null=None, p_value=None))
+    assert as_interval({name: value for name, value in level.items() if value is not None}).p_value is None
+
+
 def test_one_model_alone_has_no_verdict(evaluated, copy):
     folder = copy(evaluated)
 
@@ -71,6 +104,16 @@ def test_losses_of_an_older_run_are_those_of_its_newest_checkpoint(trained, copy
     history = [{"step": 1, "loss": 5.0}, {"step": 2, "eval_loss": 4.0}, {"step": 2, "loss": 4.5}]
     (folder / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert read_runs([folder])[0].curves[""]["train"] == [(1.0, 5.0), (2.0, 4.5)]
+
+
+def test_the_file_that_is_to_blame_is_named(trained, copy):
+    folder = copy(trained)
+    rewrite(folder / "results.json", lambda results: results.pop("losses"))
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "trainer_state.json").write_text('{"log_hist')
+    with pytest.raises(ReportError, match=r"trainer_state\.json` is no JSON") as caught:
+        read_runs([folder])
+    assert "results.json" not in str(caught.value)
 
 
 def test_seconds_a_step_are_left_out_where_a_run_was_resumed(trained, copy):
@@ -124,6 +167,14 @@ def test_a_damaged_graph_is_an_error(trained, copy, damage):
         save_file({**tensors, name: torch.full((16, 16), -1.0)}, file)
     with pytest.raises(GraphError, match="model.safetensors" if damage == "truncated" else "not usable"):
         read_runs([folder])
+
+
+def test_a_damaged_graph_is_an_error_whatever_its_folder_is_called(tmp_path):
+    model = tmp_path / "no tensor is named `*.symphony.adjacency`"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(GraphError, match="is it truncated"):
+        read_run_graphs(model)
 
 
 def make_empty(folder):

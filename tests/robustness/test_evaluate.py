@@ -21,6 +21,7 @@ from symphony_hf.cli import app, main
 from symphony_hf.data import Document
 from symphony_hf.errors import ConfigError, DataError, EvaluationError, SymphonyWarning
 from symphony_hf.robustness import RobustnessSettings, evaluate_robustness, print_robustness
+from symphony_hf.robustness.store import Store
 
 # One float32 rounding is 6e-8 of a value; a document sums a few hundred, and batches are padded.
 ROUNDING = 1e-5
@@ -302,3 +303,20 @@ def test_a_model_without_finite_logits_is_refused(untrained, tokenizer, data_fil
     with pytest.raises(EvaluationError, match="not finite"):
         evaluate_robustness(make_settings(path, data_file, tmp_path / "out"))
     assert not list(Path(tmp_path / "out").rglob("*.npz"))
+
+
+def test_an_entry_is_whole_or_not_there(tmp_path, monkeypatch):
+    store, identity = Store(tmp_path / "cells"), {"model": "one"}
+
+    def fill_the_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", fill_the_disk)
+        with pytest.raises(OSError, match="No space left"):
+            store.save("clean", identity, {"nll": np.ones(3)})
+    assert list((tmp_path / "cells").iterdir()) == []
+    store.save("clean", identity, {"nll": np.ones(3)})
+    assert [path.suffix for path in (tmp_path / "cells").iterdir()] == [".npz"]
+    assert store.load("clean", identity)["nll"].tolist() == [1, 1, 1]

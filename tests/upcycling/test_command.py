@@ -10,8 +10,8 @@ from dense import load, run, save_dense
 from rich.console import Console
 from typer.testing import CliRunner
 
-from symphony_hf import ConfigError, UpcycleError
-from symphony_hf.bench_upcycle import print_bench_upcycle, run_bench_upcycle
+from symphony_hf import ConfigError, EvaluationError, UpcycleError
+from symphony_hf.bench_upcycle import print_bench_upcycle, run_alone, run_bench_upcycle
 from symphony_hf.cli import app
 from symphony_hf.upcycling import print_result
 
@@ -66,6 +66,31 @@ def test_the_bench(tmp_path):
     console = Console(record=True)
     print_bench_upcycle(result, console)
     assert "with the check" in console.export_text()
+
+
+def test_the_bench_refuses_what_it_cannot_do_before_it_writes(tmp_path):
+    for options, match in (
+        ({"rounds": 0}, "`rounds` must be at least 1, got 0"),
+        ({"shrink": 0}, "`shrink` must divide Phi-3-mini's 32 heads, got 0"),
+        ({"shrink": 3}, "`shrink` must divide"),
+        ({"folder": tmp_path / "nowhere"}, "which is no folder"),
+        ({"output": tmp_path}, "is a folder, and the result is a file"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            run_bench_upcycle(**{"folder": tmp_path, "output": tmp_path / "bench.json", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_says_why(tmp_path, capfd):
+    """What is refused on purpose is told by its reason alone; of all else there is a traceback."""
+    values = {"source": str(tmp_path / "nowhere"), "target": str(tmp_path / "moe")}
+    with pytest.raises(EvaluationError, match="nowhere`: no such folder"):
+        run_alone("bench-upcycle", "symphony_hf.bench_upcycle", json.dumps(values))
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(EvaluationError, match="bench-upcycle: a process ended with exit code 1"):
+        run_alone("bench-upcycle", "symphony_hf.bench_upcycle", "no JSON")
+    assert "JSONDecodeError" in capfd.readouterr().err
 
 
 @pytest.mark.slow

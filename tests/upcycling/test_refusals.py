@@ -191,6 +191,34 @@ def test_a_target_that_would_harm_something(tmp_path):
         run(source, source / "moe")
 
 
+def test_a_model_of_the_hub_is_downloaded_only_if_it_can_be_upcycled(tmp_path, monkeypatch):
+    """No byte before the target is seen to be free, then the config alone, then what that commit has."""
+    _, source = save_dense(tmp_path / "dense")
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        snapshot = tmp_path / "snapshots" / "c0ffee"
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in {path for pattern in allow_patterns for path in source.glob(pattern)}:
+            shutil.copyfile(path, snapshot / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UpcycleError, match="exists: give another one"):
+        run("somebody/dense", tmp_path / "moe")
+    assert asked == []
+    for options, error in (({"to": "phimoe"}, UpcycleError), ({"layers": [9]}, ConfigError)):
+        with pytest.raises(error):
+            run("somebody/dense", tmp_path / "new", revision="main", **options)
+    assert asked == [("somebody/dense", "main", False)] * 2
+    asked.clear()
+    run("somebody/dense", tmp_path / "new", revision="main")
+    assert asked == [("somebody/dense", "main", False), ("somebody/dense", "c0ffee", True)]
+
+
 def test_no_room_on_the_disk(tmp_path, monkeypatch):
     _, source = save_dense(tmp_path / "dense")
     run(source, tmp_path / "whole")

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...errors import GraphError
+from ...unfinished import replacing
 from ..names import layer_titles
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -28,13 +29,8 @@ _MAX_LAYERS = 16
 def save_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a PNG beside its place and move it there, so that no reader ever sees half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(unfinished, format="png", dpi=_DPI)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as written:
+        figure.savefig(written, format="png", dpi=_DPI)
     return path
 
 

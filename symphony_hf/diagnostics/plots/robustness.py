@@ -1,7 +1,7 @@
 """What `symphony eval` found, as curves: clean against attacked, with intervals."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...errors import EvaluationError
+from ..names import short_names
 from .figure import COLORS, save_png
 from .runs import LINES, MARKERS
 
@@ -40,7 +41,7 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     columns = min(len(attacks), _MOST_COLUMNS)
     bands = -(-len(attacks) // columns)
     figure = Figure(figsize=(2.5 * columns + 0.9, 3.9 * bands + 0.7), layout="constrained")
-    names = _names([result["settings"][role] for role in models])
+    names = short_names([result["settings"][role] for role in models])
     axes = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
     for place, attack in enumerate(attacks):
         band, column = divmod(place, columns)
@@ -65,12 +66,6 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     note = f"bars: {confidence:.0%} intervals over {documents['number']} {documents['unit']}, which models share"
     figure.supxlabel(note, fontsize=8)
     return save_png(figure, path)
-
-
-def _names(sources: Sequence[str]) -> list[str]:
-    """The last part of each path; the whole where that is the same."""
-    short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
-    return short if len(set(short)) == len(short) else list(sources)
 
 
 def _draw(
