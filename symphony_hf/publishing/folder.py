@@ -7,11 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 
 from ..config import SymphonyConfig
 from ..errors import GraphError, PushError
@@ -24,10 +19,10 @@ Kind = Literal["symphony", "plain", "adapter"]
 RECORD_NAME = "symphony_config.json"
 """Beside an adapter with graphs: what it needs to be loaded."""
 _WIKITEXT = "wikitext_moe"
-_AUTO_CLASSES = {
-    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,  # a model with images comes whole
-    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModelForSeq2SeqLM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+_AUTO_CLASSES = {  # and transformers' table of each
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",  # a model with images comes whole
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
 _RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
 """Where a run keeps its model, and beside it what it has measured: the recipes' runner, and the quickstart."""
@@ -70,7 +65,10 @@ class ModelFolder:
             class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
             if RECORD_NAME in self.files:
                 model_type = read_object(self.files[RECORD_NAME], PushError).get("model_type")
-        for name, known in _AUTO_CLASSES.items():
+        from transformers.models.auto import modeling_auto  # it imports scikit-learn
+
+        for name, mapping in _AUTO_CLASSES.items():
+            known = getattr(modeling_auto, mapping)
             if model_type in known or class_name in known.values():
                 return name
         return "AutoModelForImageTextToText" if "vision_config" in self.config else "AutoModelForCausalLM"
