@@ -28,6 +28,27 @@ def place_of_replaced(target: Path) -> Path:
     return target.parent / UNFINISHED / f"{target.name}.replaced"
 
 
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Write a folder that has its name only once it is whole; nothing of it stays if an error is raised within.
+
+    Args:
+        target: The folder. What has its name is replaced; what a killed process left of it is removed.
+
+    Yields:
+        Where to write: an empty folder.
+    """
+    clear(target)
+    folder = place_to_write(target)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        finish(target)
+    except BaseException:
+        clear(target)
+        raise
+
+
 def finish(target: Path) -> None:
     """Give a folder that was written in its `place_to_write` its name, in place of what has it.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError, DataError
-from ..unfinished import clear, finish, place_to_write
+from ..unfinished import replacing_folder
 from .documents import HELD_OUT
 from .pieces import pieces_of
 
@@ -84,16 +84,10 @@ def _add(texts: dict[PurePosixPath, str], name: PurePosixPath, text: str, source
 
 
 def _write(texts: Mapping[PurePosixPath, str], folder: Path) -> None:
-    clear(folder)  # what a killed process left
-    written = place_to_write(folder)
-    try:
+    with replacing_folder(folder) as written:
         for file, text in texts.items():
             (written / file).parent.mkdir(parents=True, exist_ok=True)
             (written / file).write_text(text, encoding="utf-8")
-        finish(folder)
-    except BaseException:
-        clear(folder)
-        raise
 
 
 def _plain(text: str, sign: str | None) -> str:

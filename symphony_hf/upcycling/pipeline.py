@@ -146,9 +146,7 @@ class _Settings:
 @dataclass(frozen=True)
 class _Plan:
     dense: DenseModel
-    conversion: Conversion
-    config: PreTrainedConfig
-    layers: tuple[int, ...]
+    settings: _Settings
     tensors: list[PlannedTensor]
     shards: Shards
     options: UpcycleOptions
@@ -166,19 +164,18 @@ def _settings(folder: Path, to: str | None, options: UpcycleOptions) -> _Setting
 
 def _plan(folder: Path, settings: _Settings, options: UpcycleOptions) -> _Plan:
     """Look at all that could be wrong with the source's tensors; nothing is written."""
-    conversion, config, layers = settings.conversion, settings.config, settings.layers
     dense = open_dense(folder, settings.dense)
-    tensors = plan_tensors(dense.tensors, settings.dense, conversion, layers, options)
-    config.dtype = TORCH_DTYPES[tensors[0].dtype]
-    return _Plan(dense, conversion, config, layers, tensors, Shards(tensors, options.max_shard_size), options)
+    tensors = plan_tensors(dense.tensors, settings.dense, settings.conversion, settings.layers, options)
+    settings.config.dtype = TORCH_DTYPES[tensors[0].dtype]
+    return _Plan(dense, settings, tensors, Shards(tensors, options.max_shard_size), options)
 
 
 def _write(plan: _Plan, target: Path, check: bool) -> UpcycleResult:
-    notes = notes_on(plan.config, plan.conversion)
+    notes = notes_on(plan.settings.config, plan.settings.conversion)
     started, exactness, seconds_checking = time.perf_counter(), None, 0.0
     with writing(target) as folder:
         carry_files(plan.dense.checkpoint.folder, folder)
-        write_config(plan.config, folder)
+        write_config(plan.settings.config, folder)
         notes += keep_tokenizer_class(plan.dense.checkpoint.folder, folder)
         plan.shards.write(folder, Contents(plan.dense.checkpoint, plan.options))
         if plan.options.noise > 0:
@@ -191,8 +188,8 @@ def _write(plan: _Plan, target: Path, check: bool) -> UpcycleResult:
         warnings.warn(f"upcycle: {note}", SymphonyWarning, stacklevel=3)
     return UpcycleResult(
         target=target,
-        model_type=plan.config.model_type,
-        layers=plan.layers,
+        model_type=plan.settings.config.model_type,
+        layers=plan.settings.layers,
         parameters=plan.shards.parameters,
         weight_bytes=plan.shards.weight_bytes,
         files=len(plan.shards.split.filename_to_tensors),
@@ -206,8 +203,8 @@ def _write(plan: _Plan, target: Path, check: bool) -> UpcycleResult:
 def _check(plan: _Plan, folder: Path) -> Exactness:
     upcycled = Upcycled(
         checkpoint=Checkpoint(folder),
-        config=CONFIG_MAPPING[plan.config.model_type].from_pretrained(folder),
-        container=plan.conversion.container,
+        config=CONFIG_MAPPING[plan.settings.config.model_type].from_pretrained(folder),
+        container=plan.settings.conversion.container,
         experts=expert_rows(plan.tensors),
         num_experts=plan.options.num_experts,
     )

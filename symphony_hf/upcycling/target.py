@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError, UpcycleError
-from ..unfinished import clear, finish, place_to_write, remove_if_empty
+from ..unfinished import place_to_write, remove_if_empty, replacing_folder
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -71,17 +71,9 @@ def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
     Raises:
         CheckpointError: If the disk is full after all, or another process writes the same target.
     """
-    folder = place_to_write(target)
     try:
-        with _alone(target, command):
-            clear(target)
-            folder.mkdir(parents=True)
-            try:
-                yield folder
-                finish(target)
-            except BaseException:
-                clear(target)
-                raise
+        with _alone(target, command), replacing_folder(target) as folder:
+            yield folder
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise

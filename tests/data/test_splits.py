@@ -6,8 +6,9 @@ import zipfile
 import pytest
 from typer.testing import CliRunner
 
+from symphony_hf import unfinished
 from symphony_hf.cli import app
-from symphony_hf.data import load_corpus, prepare_split, splits
+from symphony_hf.data import load_corpus, prepare_split
 from symphony_hf.data.files import read_file, read_folder
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.unfinished import UNFINISHED
@@ -153,8 +154,8 @@ def test_a_preparation_that_is_killed_leaves_nothing_that_trains(tagged, tmp_pat
     (corpus / "train").mkdir(parents=True)
     (corpus / "train" / "one.txt").write_text("there before")
     with monkeypatch.context() as patch:
-        patch.setattr(splits, "finish", lambda folder: (_ for _ in ()).throw(Killed))
-        patch.setattr(splits, "clear", lambda folder: None)  # which a killed process does not come to
+        patch.setattr(unfinished, "finish", lambda folder: (_ for _ in ()).throw(Killed))
+        patch.setattr(unfinished, "clear", lambda folder: None)  # which a killed process does not come to
         with pytest.raises(Killed):
             prepare_split(tagged, corpus)
     assert list((corpus / "train" / UNFINISHED).rglob("ca01.txt"))
