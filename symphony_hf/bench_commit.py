@@ -29,6 +29,7 @@ from .attachment import tracker_of, update_graphs
 from .bench import measure_layer
 from .patching import symphonize
 from .training.callback import SymphonyCallback
+from .training.local_group import local_group
 from .training.monitor import GraphMonitor
 from .unfinished import check_file_place, write_json
 
@@ -116,14 +117,11 @@ def _times(processes: int, sizes: tuple[tuple[int, int], ...]) -> list[list[floa
 def _run_rank(rank: int, processes: int, sizes: tuple[tuple[int, int], ...], folder: str) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-    try:
+    with local_group(rank, processes, Path(folder) / "rendezvous"):
         for layers, experts in sizes:
             times = _time_commits(layers, experts)
             if rank == 0:
                 np.save(Path(folder) / f"{layers}-{experts}.npy", times, allow_pickle=False)
-    finally:
-        dist.destroy_process_group()
 
 
 def _model(layers: int, experts: int) -> Any:

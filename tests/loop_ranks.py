@@ -1,6 +1,6 @@
 """The loops of test_loops.py. Those of several ranks, and DeepSpeed's, run in spawned processes, which import this."""
 
-import datetime
+import contextlib
 import functools
 import os
 import re
@@ -8,13 +8,13 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from models import make_ids, make_model
 from safetensors.torch import save_file
 
 import symphony_hf
 from symphony_hf import SymphonyWarning, expert_graphs, symphonize
 from symphony_hf.patching import symphony_routers
+from symphony_hf.training.local_group import local_group
 
 SETTINGS = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25, "decay": 0.9}
 STEPS = 3
@@ -188,38 +188,38 @@ def born_partitioned(settings=None, how="zero.Init", folder=None):
     return (model if how == "ours" else symphonize(model, **SETTINGS)).train()
 
 
+@contextlib.contextmanager
 def join(rank, ranks, folder):
+    """Be one of the ranks, for whom a warning of ours is an error."""
     torch.set_num_threads(1)
     os.environ |= {
         f"{scope}{what}": str(n) for scope in ("", "LOCAL_") for what, n in (("RANK", rank), ("WORLD_SIZE", ranks))
     }
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timeout)
     warnings.simplefilter("error", SymphonyWarning)
+    with local_group(rank, ranks, folder / "rendezvous"):
+        yield
 
 
 def run_accelerate(rank, folder):
-    join(rank, RANKS, folder)
-    for accumulation in (1, 2):
-        save_file(accelerate_loop(make(), accumulation, rank), folder / f"{accumulation}.{rank}.st")
-    dist.destroy_process_group()
+    with join(rank, RANKS, folder):
+        for accumulation in (1, 2):
+            save_file(accelerate_loop(make(), accumulation, rank), folder / f"{accumulation}.{rank}.st")
 
 
 def run_deepspeed(rank, ranks, folder):
-    join(rank, ranks, folder)
-    import deepspeed
+    with join(rank, ranks, folder):
+        import deepspeed
 
-    # It would be built, which takes minutes; torch's own gloo does.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for stage in (0, 1, 2, 3):
-        for accumulation in (1, 2):
-            tensors = engine_loop(make(), accumulation, stage, rank)
-            save_file(tensors, folder / f"{stage}.{accumulation}.{rank}.st")
-    if ranks == 1:
-        half = {"bf16": {"enabled": True}}
-        save_file(engine_loop(make(), 2, 2, lr=0.0, **half), folder / "bf16.st")
-        return
-    for how in ("zero.Init", "stock", "ours"):
-        tensors = engine_loop(born_partitioned(how=how, folder=folder), 2, 3, rank)
-        save_file(tensors, folder / f"{how}.{rank}.st")
-    dist.destroy_process_group()
+        # It would be built, which takes minutes; torch's own gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        for stage in (0, 1, 2, 3):
+            for accumulation in (1, 2):
+                tensors = engine_loop(make(), accumulation, stage, rank)
+                save_file(tensors, folder / f"{stage}.{accumulation}.{rank}.st")
+        if ranks == 1:
+            half = {"bf16": {"enabled": True}}
+            save_file(engine_loop(make(), 2, 2, lr=0.0, **half), folder / "bf16.st")
+            return
+        for how in ("zero.Init", "stock", "ours"):
+            tensors = engine_loop(born_partitioned(how=how, folder=folder), 2, 3, rank)
+            save_file(tensors, folder / f"{how}.{rank}.st")

@@ -1,10 +1,8 @@
 """What one of two processes does in test_parallel.py, and what one process alone does to compare with."""
 
-import datetime
 import warnings
 
 import torch
-import torch.distributed as dist
 import transformers
 from models import COMMON, CONFIGS, make_ids, move_graphs
 from safetensors.torch import save_file
@@ -21,6 +19,7 @@ from symphony_hf import (
     unsymphonize,
     update_graphs,
 )
+from symphony_hf.training.local_group import local_group
 
 FAMILIES = {
     **{family: CONFIGS[family] for family in ("mixtral", "olmoe", "qwen3_moe")},
@@ -145,15 +144,13 @@ def count_sharded(model):
 def run_rank(rank, folder, families):
     torch.set_num_threads(1)
     warnings.simplefilter("error", SymphonyWarning)  # a router that was not run, say
-    rendezvous, timeout = f"file://{folder}/rendezvous", datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timeout)
-    for family in families:
-        for layout in LAYOUTS:
-            results, model = run_family(folder / family, folder / family / layout, distributed_config(layout))
-            assert count_sharded(model)
-            save_file(results, folder / family / f"{layout}.{rank}.st")
-    run_data_layout(rank, folder / "olmoe")
-    dist.destroy_process_group()
+    with local_group(rank, 2, folder / "rendezvous"):
+        for family in families:
+            for layout in LAYOUTS:
+                results, model = run_family(folder / family, folder / family / layout, distributed_config(layout))
+                assert count_sharded(model)
+                save_file(results, folder / family / f"{layout}.{rank}.st")
+        run_data_layout(rank, folder / "olmoe")
 
 
 def run_data_layout(rank, folder):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from symphony_hf import SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf.training.local_group import local_group
 
 STEPS = 3
 
@@ -30,9 +31,8 @@ def messages_of_ranks_that_differ(rank):
     return [str(warning.message) for warning in caught if issubclass(warning.category, SymphonyWarning)]
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def train(rank):
+    """Graphs and gradients after STEPS steps under DistributedDataParallel."""
     reduces = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: reduces.append(args[1:]) or original(*args, **kwargs)
@@ -46,6 +46,11 @@ def run_rank(rank, folder):
     # One for all layers, each step; and, every hundred steps from the first on, a look at whether the ranks agree.
     assert reduces == [(dist.ReduceOp.MAX,), *[()] * STEPS]
     dist.all_reduce = original
-    (folder / f"{rank}.json").write_text(json.dumps(messages_of_ranks_that_differ(rank)))
-    save_file({**expert_graphs(model), **{f"grad.{n}": g for n, g in gradients(model).items()}}, folder / f"{rank}.st")
-    dist.destroy_process_group()
+    return {**expert_graphs(model), **{f"grad.{n}": g for n, g in gradients(model).items()}}
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    with local_group(rank, 2, folder / "rendezvous"):
+        save_file(train(rank), folder / f"{rank}.st")
+        (folder / f"{rank}.json").write_text(json.dumps(messages_of_ranks_that_differ(rank)))

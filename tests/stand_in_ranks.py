@@ -4,13 +4,13 @@ import importlib.util
 import os
 
 import torch
-import torch.distributed as dist
 from models import gradients
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from visual import make_model
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
+from symphony_hf.training.local_group import local_group
 
 UNUSED = ("encoder.layers.1.", "post_layernorm")
 STRATEGIES = ("ddp", "zero2", "zero3") if importlib.util.find_spec("deepspeed") else ("ddp",)
@@ -64,11 +64,10 @@ def run_rank(rank, folder, processor):
     torch.set_num_threads(1)
     for name, number in (("RANK", rank), ("WORLD_SIZE", 2)):
         os.environ |= {name: str(number), f"LOCAL_{name}": str(number)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    batch = load_file(folder / f"batch{rank}.st")
-    for strategy in STRATEGIES:
-        model = prepare_model(processor)
-        found = step_ddp(model, batch) if strategy == "ddp" else step_zero(model, batch, int(strategy[-1]))
-        tensors = {**expert_graphs(model), **{f"grad.{name}": gradient for name, gradient in found.items()}}
-        save_file(tensors, folder / f"{strategy}.{rank}.st")
-    dist.destroy_process_group()
+    with local_group(rank, 2, folder / "rendezvous"):
+        batch = load_file(folder / f"batch{rank}.st")
+        for strategy in STRATEGIES:
+            model = prepare_model(processor)
+            found = step_ddp(model, batch) if strategy == "ddp" else step_zero(model, batch, int(strategy[-1]))
+            tensors = {**expert_graphs(model), **{f"grad.{name}": gradient for name, gradient in found.items()}}
+            save_file(tensors, folder / f"{strategy}.{rank}.st")

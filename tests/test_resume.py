@@ -506,7 +506,7 @@ def test_accelerate_launch(within_save, runs, whole):
 @pytest.mark.once
 @pytest.mark.timeout(1200)
 def test_twenty_kills_of_one_launch(runs):
-    """Each at a seeded moment after training went on; with a save every third step, some are within one."""
+    """Each at a seeded moment after a seeded number of saves, so that a slow machine's run goes on, too."""
     values = settings(runs.root, "launched-whole", max_steps=120)
     runs.finish(values, "launched-whole.log")
     expected = outcome(runs.root / "launched-whole")
@@ -519,12 +519,19 @@ def test_twenty_kills_of_one_launch(runs):
             line = process.stdout.readline()
             assert line, said[-3000:]
             said += line
-        time.sleep(moment.uniform(0.0, 0.6))
-        assert process.poll() is None, "it was over before the time came"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        check_whole(folder)
-    assert steps_of(folder), "no kill came after the first save"
+        last = max(steps_of(folder), default=0) + 3 * moment.randint(0, 2)
+        while process.poll() is None and max(steps_of(folder), default=0) < last:
+            time.sleep(0.001)
+        time.sleep(moment.uniform(0.0, 0.1))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        said += process.communicate()[0]
+        assert process.returncode in (0, -signal.SIGKILL), said[-3000:]
+        if (folder / "results.json").exists():
+            assert_equal(outcome(folder), expected)
+            shutil.rmtree(folder)  # it was faster than we: the next one begins anew
+        else:
+            check_whole(folder)
     process = launch({**values, "resume_from_checkpoint": True}, runs.root / "cache")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from ..attachment import update_graphs
 from ..patching import expert_graphs
 from .arrangements import ARRANGEMENTS, NUM_STEPS, Arrangement, make_model, micro_batches
 from .bare_loops import DeepSpeedLoop, PlainLoop
+from .local_group import local_group
 
 GRADIENT_TOLERANCE = 1e-5
 """Sums of float32 in another order, of hundreds of terms, over the largest of the sums."""
@@ -127,12 +127,9 @@ def _run_on_rank(rank: int, ranks: int, names: list[str], folder: str) -> None:
     warnings.simplefilter("ignore")  # DeepSpeed's, about itself
     settings = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in settings.items()}, DS_ACCELERATOR="cpu")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{ranks}", rank=rank, world_size=ranks)
-    try:
+    with local_group(rank, ranks, Path(folder) / f"rendezvous-{ranks}"):
         for name in names:
             _write_trace(run(ARRANGEMENTS[name][0], rank), _trace_file(folder, name, rank))
-    finally:
-        dist.destroy_process_group()
 
 
 def compare(names: list[str] | None = None) -> list[Comparison]:

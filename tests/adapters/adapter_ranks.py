@@ -2,7 +2,6 @@
 
 import peft
 import torch
-import torch.distributed as dist
 from loop_ranks import RANKS, STEPS, Record, engine_loop, join, make, micro_batch, sgd
 from models import make_ids
 from safetensors.torch import save_file
@@ -33,19 +32,18 @@ def ddp_loop(model, rank):
 
 
 def run(rank, folder):
-    join(rank, RANKS, folder)
-    import deepspeed
+    with join(rank, RANKS, folder):
+        import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be built, which takes minutes
-    model = make_adapted()
-    save_file(ddp_loop(model, rank), folder / f"ddp.{rank}.st")
-    if rank == 0:
-        model.save_pretrained(folder / "ddp")
-    for stage in (2, 3):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be built, which takes minutes
         model = make_adapted()
-        save_file(engine_loop(model, 1, stage, rank), folder / f"zero{stage}.{rank}.st")
-    trainer_with_zero3(folder / "trainer", rank)
-    dist.destroy_process_group()
+        save_file(ddp_loop(model, rank), folder / f"ddp.{rank}.st")
+        if rank == 0:
+            model.save_pretrained(folder / "ddp")
+        for stage in (2, 3):
+            model = make_adapted()
+            save_file(engine_loop(model, 1, stage, rank), folder / f"zero{stage}.{rank}.st")
+        trainer_with_zero3(folder / "trainer", rank)
 
 
 def trainer_with_zero3(folder, rank):
