@@ -412,8 +412,14 @@ def test_the_command(tmp_path):
     assert result.exit_code == 0, result.output
     assert "MixtralForCausalLM" in result.output
     assert "3 routers: top-2 of 6 experts" in result.output
-    wrong = CliRunner().invoke(app, ["inspect", str(tmp_path), "--output", "x.json"])
-    assert isinstance(wrong.exception, ConfigError)
+    for arguments, message in (
+        (["--output", "x.json"], "--output is for --four-bit"),
+        (["--four-bit", "--output", str(tmp_path)], "is a folder, and the result is a file"),
+    ):
+        wrong = CliRunner().invoke(app, ["inspect", str(tmp_path), *arguments])
+        assert isinstance(wrong.exception, ConfigError)
+        assert message in str(wrong.exception)
+        assert not wrong.output
 
 
 def test_the_command_on_a_recipe(tmp_path):

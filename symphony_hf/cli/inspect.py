@@ -18,14 +18,16 @@ def inspect(
 ) -> None:
     """Show what a model is made of: parameters by part, active ones, types, routers. No weights are loaded."""
     from ..anatomy import empty_model, inspect_model, print_inspection
+    from ..unfinished import check_file_place, write_json
 
     if output is not None and not four_bit:
         raise ConfigError("symphony inspect: --output is for --four-bit")
+    if output is not None:
+        check_file_place(output, "inspect")
     empty = _model_of_recipe(model) if Path(model).suffix in (".yaml", ".yml") else None
     print_inspection(inspect_model(model if empty is None else empty, revision))
     if four_bit:
         from ..quantization import plan_bytes, print_bytes_plan
-        from ..unfinished import write_json
 
         plan = plan_bytes(empty_model(model, revision) if empty is None else empty)
         print_bytes_plan(plan)

@@ -42,8 +42,10 @@ def plan(
     from ..planning import Machine, accelerate_folder, parse_bytes, plan_recipe, print_plan, read_launches
     from ..recipe import load_recipe
     from ..train import parse_overrides
-    from ..unfinished import write_json
+    from ..unfinished import check_file_place, write_json
 
+    if json is not None:
+        check_file_place(json, "plan")
     machine = Machine(parse_bytes(gpu_memory), gpu_flops, utilization)
     counts = [_count(text) for text in gpus.split(",")]
     loaded = load_recipe(recipe, parse_overrides(context.args))

@@ -24,8 +24,11 @@ from ..routing import (
     transition_matrix,
     update_adjacency,
 )
-from ..unfinished import write_json
+from ..unfinished import check_file_place, write_json
 from .planted import TOP_K, Planted, draw_tokens, plant, share_right
+
+_OPTIONS = {"num_experts": "experts", "num_communities": "communities", "within": "within", "seeds": "seeds"}
+"""Settings that the command has options for, and the options."""
 
 ROUTINGS = ("smoe", "symphony", "true graph")
 """Plain; by the graph of its own noisy choices; by the planted graph, which no router could learn better."""
@@ -81,20 +84,39 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
 
     Returns:
         The values of `theory.json`.
+
+    Raises:
+        ConfigError: If nothing can be written to the folder.
     """
+    output = Path(settings.output)
+    check_file_place(output / "theory.json", "theory")
     started = time.perf_counter()
     result = {
         **_measure(settings),
-        "command": "symphony theory",
+        "command": _command(settings),
         "seconds": time.perf_counter() - started,
         "machine": {"symphony_hf": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "output": str(settings.output),
     }
-    output = Path(settings.output)
     write_json(output / "theory.json", result)
     plot_convergence(result["convergence"], output / "convergence.png")
     plot_shares(result["shares"], output / "shares.png")
     return result
+
+
+def _command(settings: TheorySettings) -> str:
+    """The command that does this; the function, where the command has no options for it."""
+    words = ["symphony theory"]
+    for field in dataclasses.fields(settings):
+        value, default = getattr(settings, field.name), field.default
+        if isinstance(default, tuple):
+            value = tuple(value)
+        if field.name == "output" or value == default:
+            continue
+        if field.name not in _OPTIONS or (field.name == "seeds" and value != tuple(range(len(value)))):
+            return f"symphony_hf.theory.{run_theory.__name__}, see its settings"
+        words.append(f"--{_OPTIONS[field.name]} {len(value) if field.name == 'seeds' else value}")
+    return " ".join(words)
 
 
 def _measure(settings: TheorySettings) -> dict[str, Any]:

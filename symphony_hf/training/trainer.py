@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.utils import logging
 
 from ..adapters import restore_adapter
 from ..errors import CheckpointError
+from ..json_objects import read_weight_map
 from ..publishing import RECORD_NAME
 from .checkpoints import (
     UNFINISHED,
@@ -249,7 +249,7 @@ def _own_tensor_names(model: Any) -> Iterator[None]:
 def _has_other_names(folder: Path, model: PreTrainedModel) -> bool:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = set(read_weight_map(index, CheckpointError))
     elif single.exists():
         with safe_open(single, "pt") as file:
             names = set(file.keys())

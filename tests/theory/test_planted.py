@@ -8,7 +8,7 @@ import torch
 
 from symphony_hf.diagnostics.plots import plot_convergence
 from symphony_hf.errors import ConfigError
-from symphony_hf.theory import TheorySettings, run_theory, theory_findings
+from symphony_hf.theory import TheorySettings, benchmark, run_theory, theory_findings
 from symphony_hf.theory.benchmark import distance, expected_distance, suited_decay
 from symphony_hf.theory.planted import draw_tokens, plant, share_right
 
@@ -129,3 +129,21 @@ def test_one_seed_has_no_interval(tmp_path):
 def test_what_cannot_be_planted_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         TheorySettings(**settings)
+
+
+def test_the_command_is_told_that_does_the_same(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(benchmark, "_measure", lambda settings: {"convergence": [], "shares": []})
+    for name in ("plot_convergence", "plot_shares"):
+        monkeypatch.setattr(benchmark, name, lambda *_: None)
+    for settings in ({}, {"seeds": range(3), "num_experts": 8}, {"seeds": (3,)}, {"batch": 8}):
+        said.append(run_theory(TheorySettings(output=str(tmp_path), **settings))["command"])
+    function = "symphony_hf.theory.run_theory, see its settings"
+    assert said == ["symphony theory", "symphony theory --experts 8 --seeds 3", function, function]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "_measure", lambda settings: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run_theory(TheorySettings(output=str(tmp_path / "file")))
