@@ -212,8 +212,8 @@ def update_graphs(model: nn.Module) -> bool:
     tracker = tracker_of(model)
     tracker.driven = True
     moved = tracker.commit()
-    if not moved and tracker.stepped_uncounted:
-        tracker.warn_once(
+    if not moved and tracker.guards.stepped_uncounted:
+        tracker.guards.warn_once(
             "an optimizer took a step, but nothing had been counted since the last call: the model runs in evaluation "
             "mode, in which `from_pretrained` returns it, so its graphs stay as they are and it has no router losses. "
             "Call `model.train()` before training"

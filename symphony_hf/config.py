@@ -161,6 +161,11 @@ class SymphonyConfig:
         """Whether training moves the graph by counting which experts are chosen together."""
         return self.graph == "ema"
 
+    @property
+    def weighs_losses(self) -> bool:
+        """Whether training has router losses at all."""
+        return self.balance_loss_weight > 0 or self.z_loss_weight > 0
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as config.json stores them under `symphony`, with the format's number."""
         values = dataclasses.asdict(self)

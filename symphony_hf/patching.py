@@ -67,7 +67,7 @@ def symphonize(
     if settings.strength == 0 and settings.counts_selections:
         logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
     if settings.graph == "frozen":
-        tracker_of(model).warn_once(
+        tracker_of(model).guards.warn_once(
             "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
             "with graph=PATH, decay=1 to keep it as it is"
         )
@@ -76,7 +76,7 @@ def symphonize(
             with torch.no_grad():
                 graph.adjacency.copy_(adjacency_EE)
     if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
-        tracker_of(model).warn_once(
+        tracker_of(model).guards.warn_once(
             "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
             "and Symphony has no effect",
         )

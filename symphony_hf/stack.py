@@ -113,7 +113,7 @@ class RouterStack:
         self.active = active
         if not active:
             if torch.is_grad_enabled():
-                self.tracker.evaluated = True
+                self.tracker.guards.evaluated = True
             return
         # Only when this very stack comes around again: a decoder must not settle what its encoder has just counted.
         if self.has_pending:
@@ -220,7 +220,7 @@ class RouterStack:
             self.routers[place] = router
         config = self.tracker.config
         mask_T = self._mask_for(router, logits_TE.shape[0])
-        needs_loss = self.tracker.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
+        needs_loss = config.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
         with torch.set_grad_enabled(needs_loss):
             load_E = self.tensors.loads[place] if self.balances_over_ranks and self.tensors is not None else None
             balance = load_balancing_loss(logits_TE, indices_TK, mask_T, load_E)
@@ -287,7 +287,7 @@ class RouterStack:
             mask_T = mask_T[image_T if gets_images else ~image_T]
             if mask_T.numel() == num_tokens:
                 return mask_T
-        self.tracker.warn_once(
+        self.tracker.guards.warn_once(
             f"the attention mask has {mask_T.numel()} entries, the router {num_tokens} tokens: padding, if there is "
             "any, is counted like other tokens"
         )

@@ -1,28 +1,19 @@
 """What training a Symphony model keeps between forwards: counts and losses until the graph moves, at commit."""
 
 import functools
-import warnings
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import SymphonyConfig
-from .errors import SymphonyWarning
-from .graph import ExpertGraph, active_graph, is_adapted, kept_in_adapters
-from .guards import left_out, num_differing
+from .graph import ExpertGraph, active_graph
+from .guards import Guards
 from .routing import RecordGradientScale, update_adjacency
 from .stack import RouterStack, num_ranks
-
-RANK_CHECK_EVERY = 100
-"""Commits between two looks at whether all ranks have the same graphs."""
-
-CROWDED_STEPS = 3
-"""Optimizer steps in a row with several commits each that are no accident; a loss scaler skips a step now and then."""
 
 _TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
 
@@ -43,34 +34,24 @@ class Tracker:
     """Everything that training a Symphony model keeps between forwards: one per model.
 
     Attributes:
+        guards: What is said of a training that goes wrong.
         driven: True while a callback (or the user's loop) calls `commit` at each optimizer step. Where nothing
             does, the first training forward after the step commits.
         stepped: Whether an optimizer has taken a step since there is something to commit.
-        evaluated: Whether a forward with gradient was not counted, as it ran in evaluation mode, since the last commit.
-        stepped_uncounted: Whether an optimizer has taken a step after such a forward, with nothing to commit.
-        commits_since_step: Commits since an optimizer's last step: one, where all is well.
-        held: The identities of what optimizers hold that have taken steps; None once they were looked at.
         scale: The factor that the main loss's gradient came with, written in the backward pass.
         awaits_backward: Whether a main loss was recorded whose backward has not begun.
     """
 
     def __init__(self) -> None:
         self.stacks: list[RouterStack] = []
+        self.guards = Guards(self.stacks)
         self.driven = False
         self.stepped = False
-        self.evaluated = False
-        self.stepped_uncounted = False
-        self.commits_since_step = 0
-        self.crowded_steps = 0
-        self.held: set[int] | None = set()
-        _watch_optimizers()
-        _TRACKERS.add(self)
         self.scale: Tensor | None = None
         self.loss_recorded = False
         self.recorded_in_forward = False
         self.awaits_backward = False
         self.outer_mask: Any = None  # what the model itself was given, in the forward under way
-        self.num_skipped: Tensor | None = None
         # (1 + num_routers, 3): balance and z summed over forwards, and their number: of their mean, and of each router.
         self.logged_losses: Tensor | None = None
         # What the patching must undo.
@@ -78,8 +59,8 @@ class Tracker:
         self.silenced: list[tuple[Any, str, float]] = []
         self.own_loss: Any = None
         self.log_probs_hook: Any = None
-        self.num_commits = 0
-        self._warned: set[str] = set()
+        _watch_optimizers()
+        _TRACKERS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy's, too, the optimizer's steps are noted."""
@@ -99,11 +80,6 @@ class Tracker:
     def config(self) -> SymphonyConfig:
         """The same in every router."""
         return active_graph(self.stacks[0].routers[0].symphony).config  # type: ignore[arg-type]
-
-    @property
-    def weighs_losses(self) -> bool:
-        config = self.config
-        return config.balance_loss_weight > 0 or config.z_loss_weight > 0
 
     def place_scale(self) -> None:
         """Have `scale` on the graphs' device before a forward refers to it.
@@ -151,18 +127,7 @@ class Tracker:
         """An optimizer, perhaps of this model, took a step."""
         has_pending = any(stack.has_pending for stack in self.stacks)
         self.stepped = self.stepped or has_pending
-        self.stepped_uncounted = self.stepped_uncounted or (self.evaluated and not has_pending)
-        if self.stepped and self.held is not None:
-            self.held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        if self.commits_since_step > 0:
-            self.crowded_steps = self.crowded_steps + 1 if self.commits_since_step > 1 else 0
-        if self.crowded_steps == CROWDED_STEPS:
-            self.warn_once(
-                f"the graphs moved {self.commits_since_step} times within one optimizer step, each time by a "
-                "micro-batch: call `update_graphs` once, after `optimizer.step()`, so that their average does not "
-                "depend on gradient accumulation"
-            )
-        self.commits_since_step = 0
+        self.guards.note_optimizer_step(optimizer, has_pending, self.stepped)
 
     def commit_if_forgotten(self) -> None:
         """Before a training forward: settle the last optimizer step where nothing did when it was taken."""
@@ -171,7 +136,7 @@ class Tracker:
         self.driven = False  # what drove has stopped: a loop that came to its end, or to an exception
         self.commit()
         if not torch.compiler.is_compiling():
-            self.warn_once(
+            self.guards.warn_once(
                 "nothing moved the graphs after an optimizer step, so they move at the next training forward, and the "
                 "last step of a run is left out. Call `symphony_hf.update_graphs(model)` after `optimizer.step()`, or "
                 "give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
@@ -190,8 +155,10 @@ class Tracker:
         stacks = [stack for stack in self.stacks if stack.has_pending or num_ranks() > 1]
         for stack in stacks:
             stack.place_tensors()
-        self._look_at_routers()
-        self._warn_when_losses_are_off()
+        self.guards.before_commit(self.config, self.graphs, self.loss_recorded)
+        self.loss_recorded = False
+        if self.stacks[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            self.guards.look_at_idle_routers(stacks)
         self._note_losses(stacks)
         for stack, counts_LEE in zip(stacks, self._sum_over_ranks(stacks), strict=True):
             self._move(stack, counts_LEE)
@@ -200,80 +167,11 @@ class Tracker:
             stack.tensors.pending_counts.zero_()
             stack.tensors.pending_losses.zero_()
             stack.has_pending = False
-        self.awaits_backward = self.stepped = self.evaluated = self.stepped_uncounted = False
-        self.commits_since_step += 1
+        self.awaits_backward = self.stepped = False
         if self.scale is not None and not torch.compiler.is_compiling():
             self.scale.zero_()  # a loss that is not recorded must not start the routers' with an old factor
-        if self.num_skipped is not None and self.num_skipped.device.type == "cpu":
-            self.warn_about_skipped()
+        self.guards.after_commit()
         return True
-
-    def _look_at_routers(self) -> None:
-        """Notice, once, what training leaves as it is though the settings want it otherwise."""
-        graphs = [graph for graph in self.graphs if graph.adjacency.dtype != torch.float32]
-        if graphs:
-            for graph in graphs:
-                graph.widen()
-            self.warn_once(
-                f"{len(graphs)} graphs were cast to another type than float32, in which an average stands still: they "
-                "are float32 again. Cast the model with `.to` or `.half`, which leaves graphs as they are"
-            )
-        if self.num_commits == 0:
-            self._look_for_adapters()
-        if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
-            self._compare_ranks()
-        self.num_commits += 1
-        if self.held and not torch.compiler.is_compiling():
-            self._look_at_optimizers_that_stepped()
-        routers = [router for stack in self.stacks for router in stack.routers]
-        if self.weighs_losses and not any(p.requires_grad for r in routers for p in r.parameters()):
-            self.warn_once(
-                "every router is frozen, so the balance and z-loss train only what is below them: train the routers "
-                "(with PEFT: `lora_config(model, router='train')`), or set `balance_loss_weight` and `z_loss_weight` "
-                "to 0"
-            )
-
-    def _look_for_adapters(self) -> None:
-        """An adapter that is trained without the graphs is saved without them."""
-        for stack in self.stacks:
-            if self.config.graph != "frozen" and is_adapted(stack.owner):
-                kept = kept_in_adapters(stack.owner)
-                if not all(id(graph) in kept for graph in stack.graphs):
-                    self.warn_once(
-                        "the model has adapters of PEFT, and its graphs are not in them: they are trained in the base "
-                        "model, and are not saved with the adapter. Make the adapter's config with "
-                        "`symphony_hf.lora_config`, or put modules_to_save=['symphony'] into it"
-                    )
-
-    def _compare_ranks(self) -> None:
-        """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""
-        number = num_differing(self.graphs, self.stacks[0].device)
-        if number:
-            self.warn_once(
-                f"{number} of {len(self.graphs)} graphs differ between the ranks: they were loaded or symphonized "
-                "otherwise on one. Load the same checkpoint on every rank"
-            )
-
-    def look_at_optimizers(self, routers: list[tuple[str, Any]], parameters: Iterable[nn.Parameter]) -> None:
-        """Notice, once, optimizers that were made before the routers' parameters, or without them.
-
-        Args:
-            routers: With their names.
-            parameters: Of the model.
-        """
-        missing, number = left_out(routers, parameters, self.held or set())
-        self.held = None
-        if missing:
-            self.warn_once(
-                f"the optimizer does not hold {len(missing)} of {number} router parameters ({missing[0]}, ...), "
-                "which therefore stay as they are: make it after `symphonize`, or freeze them"
-            )
-
-    def _look_at_optimizers_that_stepped(self) -> None:
-        """At the first commit after one has: where no Trainer showed its own before."""
-        names = {id(module): name for stack in self.stacks for name, module in stack.owner.named_modules()}
-        routers = [(names.get(id(router), "router"), router) for stack in self.stacks for router in stack.routers]
-        self.look_at_optimizers(routers, (p for stack in self.stacks for p in stack.owner.parameters()))
 
     def _note_losses(self, stacks: list[RouterStack]) -> None:
         device = self.stacks[0].device
@@ -287,18 +185,7 @@ class Tracker:
         sums = torch.stack([losses.sum(0) for losses in pending]).sum(0) / self.num_routers
         mean = torch.cat([sums[:2], of_routers[:, 2].max().reshape(1)])
         noted = torch.cat([mean.unsqueeze(0), of_routers])
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            self._warn_about_idle_routers(stacks)
         self.logged_losses = noted if self.logged_losses is None else self.logged_losses + noted
-
-    def _warn_about_idle_routers(self, stacks: list[RouterStack]) -> None:
-        bypassed = [block for stack in stacks for block in stack.bypassed_blocks()]
-        if bypassed:
-            self.warn_once(
-                f"{len(bypassed)} of {self.num_routers} routers were not run in a training step though their blocks "
-                f"({type(bypassed[0]).__name__}) were: something reads their weight itself, past the graph, and they "
-                "are not routed by it"
-            )
 
     def _sum_over_ranks(self, stacks: list[RouterStack]) -> list[Tensor]:
         counts = [stack.tensors.pending_counts for stack in stacks if stack.tensors is not None]
@@ -321,27 +208,7 @@ class Tracker:
             num_tokens = counts_EE.diagonal().sum() / graph.top_k
             graph.adjacency.copy_(update_adjacency(graph.adjacency, counts_EE, num_tokens, graph.config.decay))
             graph.updates.add_((torch.isfinite(num_tokens) & (num_tokens > 0)).to(graph.updates.dtype))
-            skipped = (~torch.isfinite(num_tokens)).to(torch.int32)
-            self.num_skipped = (
-                skipped if self.num_skipped is None else self.num_skipped + skipped.to(self.num_skipped.device)
-            )
-
-    def warn_about_skipped(self) -> None:
-        """Say once that updates met non-finite logits. It reads from the device, so on a GPU only a log asks for it."""
-        if self.num_skipped is not None and not torch.compiler.is_compiling() and int(self.num_skipped) > 0:
-            self.warn_once(
-                "router logits were not finite (NaN or infinite) in training: the graphs stay as they were before "
-                "such a step. Look at the learning rate, the data, or the precision"
-            )
-
-    def _warn_when_losses_are_off(self) -> None:
-        if not self.loss_recorded and self.weighs_losses:
-            self.warn_once(
-                "this loop computes its own loss, so the balance and z-loss did not reach the routers. Pass the loss "
-                "through `loss = symphony_hf.add_router_losses(model, loss)` before backward, or set "
-                "`balance_loss_weight` and `z_loss_weight` to 0"
-            )
-        self.loss_recorded = False
+            self.guards.note_skipped((~torch.isfinite(num_tokens)).to(torch.int32))
 
     def take_losses(self) -> dict[str, float]:
         """Mean balance and z-loss over layers, of each over its forwards since the last call; empty without any.
@@ -360,8 +227,3 @@ class Tracker:
         means = [(balance / count, z / count) for balance, z, count in ran]
         balance, z = (sum(values) / len(ran) for values in zip(*means, strict=True))
         return {"balance_loss": balance, "z_loss": z}
-
-    def warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, SymphonyWarning, stacklevel=3)

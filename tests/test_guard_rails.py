@@ -155,7 +155,8 @@ def two_ranks(monkeypatch):
             tensor.add_(others["sum"](tensor.clone()))
 
     monkeypatch.setattr(stack_module, "num_ranks", lambda: 2)
-    monkeypatch.setattr("symphony_hf.tracking.num_ranks", lambda: 2)
+    for module in ("tracking", "guards"):
+        monkeypatch.setattr(f"symphony_hf.{module}.num_ranks", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return others
 
@@ -163,11 +164,11 @@ def two_ranks(monkeypatch):
 def test_graphs_that_differ_between_ranks_are_named(two_ranks):
     model = symphonize(make_model()).train()
     step(model)  # looked at: the same
-    tracker = tracker_of(model)
-    assert tracker.num_commits == 1
+    guards = tracker_of(model).guards
+    assert guards.num_commits == 1
     num_graphs = len(expert_graphs(model))
     two_ranks["max"] = lambda tensor: tensor + torch.tensor([1, *[0] * (2 * num_graphs - 1)])
-    tracker.num_commits = 100
+    guards.num_commits = 100
     with pytest.warns(SymphonyWarning, match=f"1 of {num_graphs} graphs differ between the ranks"):
         step(model)
 

@@ -45,8 +45,8 @@ class SymphonyCallback(TrainerCallback):
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
             tracker.log_probs_hook = model.register_forward_hook(record_log_probs)
         groups = getattr(kwargs.get("optimizer"), "param_groups", ())
-        tracker.held = {id(parameter) for group in groups for parameter in group["params"]}
-        tracker.look_at_optimizers(list(symphony_routers(model)), model.parameters())
+        tracker.guards.held = {id(parameter) for group in groups for parameter in group["params"]}
+        tracker.guards.look_at_optimizers(list(symphony_routers(model)), model.parameters())
         if is_adapted(model):
             record_adapters(model)
             if state.is_world_process_zero:
@@ -69,7 +69,7 @@ class SymphonyCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return  # an evaluation's record, or the summary at the end
         tracker = tracker_of(model)
-        tracker.warn_about_skipped()
+        tracker.guards.warn_about_skipped()
         values = {f"symphony/{name}": value for name, value in tracker.take_losses().items()}
         # Trainer made its record of this log before it called us: add to both, so that every callback after us sees it.
         logs.update(values)
