@@ -356,7 +356,8 @@ def test_a_recipe_asks_for_it(tmp_path):
     import bitsandbytes as bnb
 
     from symphony_hf.recipe import load_recipe
-    from symphony_hf.training.models import add_adapters, add_graph, load_model
+    from symphony_hf.training.models import add_graph, load_model
+    from symphony_hf.training.trainable import add_adapters
 
     make_model("mixtral", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     file = tmp_path / "recipe.yaml"

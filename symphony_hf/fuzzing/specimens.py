@@ -19,7 +19,7 @@ from ..graph import ExpertGraph
 from ..modules import upcycle_modules
 from ..patching import symphonize
 from ..recipe import PeftSection
-from ..training.models import add_adapters
+from ..training.trainable import add_adapters
 
 SPECIMENS = ("graphs", "upcycled", "adapter")
 _SHAPE = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..data import prepare_data
 from ..recipe import Recipe
-from ..training.models import load_processor
+from ..training.processors import load_processor
 from .settings import TrainSettings
 
 GLUE_EXAMPLES = {

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import UnsupportedModelError
 from ..patching import is_symphonized, symphony_routers
 from ..recipe import Recipe
-from ..training.models import add_adapters, add_graph, choose_trained, empty_model
+from ..training.models import add_graph, empty_model
+from ..training.trainable import add_adapters, choose_trained
 from .head import head_is_tiled, tiled_loss
 from .live import LiveBytes
 from .packed import pack_experts

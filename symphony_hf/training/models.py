@@ -1,38 +1,31 @@
-"""The model that a recipe means, with its tokenizer or processor, its graph and its adapters."""
+"""The model that a recipe means, with its graph."""
 
 import contextlib
 import dataclasses
 import inspect
-import re
 import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ..config import SymphonyConfig
-from ..data import cached_tokenizer, check_lengths, corpus_of, embedded_corpus, sample_stream
-from ..errors import ConfigError, nearest
+from ..data import check_lengths
+from ..errors import ConfigError
 from ..modules import build_llava, llava_config, upcycle_modules, vision_config_of
 from ..parsing import check_names
 from ..patching import is_symphonized, symphonize
-from ..recipe import ModelSection, PeftSection, Recipe
+from ..recipe import ModelSection, Recipe
 from .zero import gathered
 
 IMAGE_TOKEN = "<image>"
@@ -41,58 +34,6 @@ IMAGE_TOKEN = "<image>"
 def auto_class(recipe: Recipe) -> Any:
     """The Auto class of the recipe's kind of data."""
     return AutoModelForImageTextToText if recipe.data.kind == "llava" else AutoModelForCausalLM
-
-
-def load_processor(recipe: Recipe) -> Any:
-    """The checkpoint's tokenizer, or processor where there are images; one made for it where the model is built.
-
-    A tokenizer that is made is trained on the recipe's text (and cached); of a stream, on its first documents.
-    """
-    source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
-    if source is not None and recipe.model.vision is not None:
-        return _processor_of_both(recipe.model, AutoTokenizer.from_pretrained(source, revision=revision))
-    if source is not None:
-        loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
-        return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
-    data = recipe.data
-    is_text = data.kind == "text" and data.path is not None
-    if is_text and data.streaming:
-        corpus = sample_stream(data)
-    elif is_text:
-        corpus = corpus_of(data)
-    else:
-        corpus = embedded_corpus()
-    tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
-    return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
-
-
-def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """A processor for a LLaVA that is put together: the images of the vision tower's own, and a token for them."""
-    assert section.vision is not None
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(section.vision),
-        tokenizer=tokenizer,
-        patch_size=vision_config_of(section.vision).patch_size,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token
-    )
-
-
-def _build_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """A processor for a LLaVA that is built: images of its vision tower's size, and a token for them."""
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    vision = build_config(section, tokenizer).vision_config
-    size = {"height": vision.image_size, "width": vision.image_size}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # CLIP's class token
-    )
 
 
 def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
@@ -270,60 +211,3 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
             f"symphony: the checkpoint `{recipe.model.path}` was saved with other settings ({', '.join(differing)}): "
             "give the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
         )
-
-
-def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
-    """Freeze all parameters but those whose names match, and what of a vision tower nothing reads.
-
-    Raises:
-        ConfigError: If a pattern matches none.
-    """
-    for parameter in _unread_parameters(model):
-        parameter.requires_grad_(False)
-    if patterns is None:
-        return
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            known = {re.sub(r"\b\d+\b", "*", name) for name in names}
-            raise ConfigError(f"model: trainable: `{pattern}` matches no parameter; {nearest(pattern, known)}")
-    for name, parameter in model.named_parameters():
-        chosen = any(fnmatchcase(name, pattern) for pattern in patterns)
-        parameter.requires_grad_(chosen and parameter.requires_grad)
-
-
-def _unread_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Of LLaVA's vision tower, what comes after the layer whose features are taken: it never has a gradient, for which
-    DistributedDataParallel would wait."""
-    layer = getattr(model.config, "vision_feature_layer", None)
-    tower = next((module for name, module in model.named_modules() if name.endswith("vision_tower")), None)
-    if not isinstance(layer, int) or layer >= 0 or tower is None:
-        return
-    layers = next((module for module in tower.modules() if isinstance(module, nn.ModuleList)), None)
-    assert layers is not None
-    for module in layers[len(layers) + layer + 1 :]:
-        yield from module.parameters()
-    for name, parameter in tower.named_parameters():
-        if any(part in name for part in ("post_layernorm", "head.")):  # CLIP's norm, SigLIP's pooling
-            yield parameter
-
-
-def add_adapters(model: PreTrainedModel, section: PeftSection | None) -> Any:
-    """The model with LoRA adapters, or as it is without a section."""
-    if section is None:
-        return model
-    from peft import get_peft_model
-
-    from ..adapters import lora_config
-
-    alpha = 2 * section.r if section.alpha is None else section.alpha
-    config = lora_config(
-        model,
-        router=section.router,
-        experts=section.experts,
-        attention=section.attention,
-        r=section.r,
-        alpha=alpha,
-        dropout=section.dropout,
-    )
-    return get_peft_model(model, config)

@@ -20,9 +20,11 @@ from .checkpoints import reporting_failed_save
 from .fitting import train
 from .launch import Ask, asks, check_launch, strategy_to_come
 from .measuring import measure
-from .models import add_adapters, add_graph, choose_trained, load_model, load_processor
+from .models import add_graph, load_model
 from .monitor import GraphMonitor
+from .processors import load_processor
 from .run_report import REPORT, describe_run, write_run_report
+from .trainable import add_adapters, choose_trained
 from .trainer import checkpoint_to_resume
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
 

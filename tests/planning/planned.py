@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from symphony_hf import update_graphs
 from symphony_hf.recipe import DataSection, ModelSection, PeftSection, Recipe
-from symphony_hf.training.models import add_adapters, add_graph
+from symphony_hf.training.models import add_graph
+from symphony_hf.training.trainable import add_adapters
 
 SHAPES = {  # hidden, expert's inner, layers, vocabulary, tokens
     "tiny": (32, 48, 4, 512, 128),

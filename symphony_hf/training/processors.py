@@ -1,0 +1,69 @@
+"""The tokenizer of the model that a recipe means, or its processor where there are images."""
+
+from typing import Any
+
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from ..data import cached_tokenizer, corpus_of, embedded_corpus, sample_stream
+from ..modules import vision_config_of
+from ..recipe import ModelSection, Recipe
+from .models import IMAGE_TOKEN, build_config
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The checkpoint's tokenizer, or processor where there are images; one made for it where the model is built.
+
+    A tokenizer that is made is trained on the recipe's text (and cached); of a stream, on its first documents.
+    """
+    source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    if source is not None and recipe.model.vision is not None:
+        return _processor_of_both(recipe.model, AutoTokenizer.from_pretrained(source, revision=revision))
+    if source is not None:
+        loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
+        return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
+    data = recipe.data
+    is_text = data.kind == "text" and data.path is not None
+    if is_text and data.streaming:
+        corpus = sample_stream(data)
+    elif is_text:
+        corpus = corpus_of(data)
+    else:
+        corpus = embedded_corpus()
+    tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
+    return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
+
+
+def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """A processor for a LLaVA that is put together: the images of the vision tower's own, and a token for them."""
+    assert section.vision is not None
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(section.vision),
+        tokenizer=tokenizer,
+        patch_size=vision_config_of(section.vision).patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # the class token
+    )
+
+
+def _build_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    """A processor for a LLaVA that is built: images of its vision tower's size, and a token for them."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    vision = build_config(section, tokenizer).vision_config
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,  # CLIP's class token
+    )
