@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -455,32 +456,38 @@ def test_two_processes(runs):
         ranks.resume_and_compare(values, expected)
 
 
-LAUNCH = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+ACCELERATE = "accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
-def launch(values, cache):
+def launch(values, cache, how="--cpu --num_processes 1"):
     return subprocess.Popen(
-        [sys.executable, "-m", *LAUNCH.split(), "-m", "symphony_hf.train", *words(values)],
+        [sys.executable, "-m", *ACCELERATE.split(), *how.split(), "-m", "symphony_hf.train", *words(values)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
         env={**os.environ, "SYMPHONY_HF_CACHE": str(cache), "PYTHONUNBUFFERED": "1"},
     )
 
 
-def launch_and_kill(values, cache, within_save):
-    """All of its processes: after the first checkpoint, or while the third is written."""
+def kill_launch(process):
+    """With all of its processes, which DeepSpeed's launcher puts into sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def launch_and_kill(values, cache, within_save, how="--cpu --num_processes 1"):
+    """After the first checkpoint, or while the third is written."""
     folder = Path(values["output.directory"])
     awaited = [folder / "checkpoint-3"]
     if within_save:
         awaited = [folder / UNFINISHED / "checkpoint-9", folder / "checkpoint-9"]
     while True:
-        process = launch(values, cache)
+        process = launch(values, cache, how)
         while process.poll() is None and not any(path.exists() for path in awaited):
             time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_launch(process)
         said, _ = process.communicate()
         assert steps_of(folder), said[-3000:]
         if not (folder / "results.json").exists():
@@ -500,6 +507,30 @@ def test_accelerate_launch(within_save, runs, whole):
     assert process.returncode == 0, said[-3000:]
     assert "symphony_hf: resuming from" in said
     assert_equal(outcome(folder), whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_zero(stage, runs):
+    """DeepSpeed writes the optimizer and, under ZeRO-3, the weights by rank: a checkpoint is whole with all of them."""
+    pytest.importorskip("deepspeed")
+    how = f"--use_deepspeed --zero_stage {stage} --num_processes 2"
+
+    def finish(values):
+        said, _ = launch(values, runs.root / "cache", how).communicate(timeout=240)
+        assert (Path(values["output.directory"]) / "results.json").exists(), said[-3000:]
+        return said
+
+    finish(settings(runs.root, f"zero{stage}-whole"))
+    values = settings(runs.root, f"zero{stage}")
+    launch_and_kill(values, runs.root / "cache", within_save=True, how=how)
+    folder = runs.root / f"zero{stage}"
+    assert all(len(list(path.glob("global_step*/*optim_states.pt"))) == 2 for path in folder.glob("checkpoint-*"))
+    said = finish({**values, "resume_from_checkpoint": True})
+    assert "symphony_hf: resuming from" in said
+    # A sum of two ranks' gradients is the same in either order, so they are equal to the bit.
+    assert_equal(outcome(folder), outcome(runs.root / f"zero{stage}-whole"))
 
 
 @pytest.mark.slow
@@ -523,8 +554,7 @@ def test_twenty_kills_of_one_launch(runs):
         while process.poll() is None and max(steps_of(folder), default=0) < last:
             time.sleep(0.001)
         time.sleep(moment.uniform(0.0, 0.1))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_launch(process)
         said += process.communicate()[0]
         assert process.returncode in (0, -signal.SIGKILL), said[-3000:]
         if (folder / "results.json").exists():
