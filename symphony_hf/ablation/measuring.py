@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..diagnostics import load_of_choices, normalized_entropy
 from ..errors import EvaluationError
 from ..evaluation import choices_kept
 from .text import StudyText
@@ -58,14 +59,19 @@ def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[st
     Returns:
         `validation`, `clean`, `attacked`: perplexities, each of its own words, as in the paper. `ratio`: attacked over
         clean. `untouched_clean`, `untouched_attacked`: of the words that the attack left, in the clean and in the
-        attacked text: what the damage around a word costs. `routing_kept`: share of their experts that untouched
-        words still choose.
+        attacked text: what the damage around a word costs. `routing_kept`: share of their experts that those words
+        still choose which are untouched themselves, and have an attacked one before them in their row; others cannot
+        change. `load_entropy`: of the experts' load by the clean test text, 1 where it is even, the mean over layers: a
+        router that uses few experts keeps its choices more easily.
     """
     validation = read_stream(model, text.validation, block_size)
     clean = read_stream(model, text.test, block_size)
     attacked = read_stream(model, text.attacked, block_size)
     predicted = torch.arange(len(text.test)) % block_size > 0
     untouched = text.test == text.attacked
+    reached = untouched & _behind_an_attack(~untouched, block_size)
+    if not reached.any():
+        raise EvaluationError("no word has an attacked one before it in its row: raise the attack's rate")
     values = {
         "validation": _perplexity(validation.nll, torch.arange(len(text.validation)) % block_size > 0),
         "clean": _perplexity(clean.nll, predicted),
@@ -76,10 +82,23 @@ def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[st
     return {
         **values,
         "ratio": values["attacked"] / values["clean"],
-        "routing_kept": choices_kept(clean.chosen[:, untouched], attacked.chosen[:, untouched]),
+        "routing_kept": choices_kept(clean.chosen[:, reached], attacked.chosen[:, reached]),
+        "load_entropy": _load_entropy(clean.chosen, int(model.config.num_experts)),  # type: ignore[union-attr]
         "test_tokens": int(predicted.sum()),
         "attacked_tokens": int((predicted & ~untouched).sum()),
+        "reached_tokens": int(reached.sum()),
     }
+
+
+def _behind_an_attack(attacked_N: Tensor, block_size: int) -> Tensor:
+    """Whether a word of the same row, before this one, was attacked. Shape: (tokens,)."""
+    rows = nn.functional.pad(attacked_N, (0, -len(attacked_N) % block_size)).view(-1, block_size).int()
+    return (rows.cumsum(1) - rows > 0).flatten()[: len(attacked_N)]
+
+
+def _load_entropy(chosen_LTK: Tensor, num_experts: int) -> float:
+    entropies = [normalized_entropy(load_of_choices(chosen_TK, num_experts)) for chosen_TK in chosen_LTK]
+    return sum(entropies) / len(entropies)
 
 
 def _perplexity(nll_N: Tensor, which_N: Tensor) -> float:

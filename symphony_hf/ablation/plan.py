@@ -6,12 +6,19 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from .._version import __version__
+from ..compat import transformers_version
 from ..unfinished import write_json
 from .point import Point
 from .study import Study
 
-_FORMAT = 2
+_FORMAT = 3
 """Of a cell's result. Raise it when the same settings should give other numbers."""
+
+VERSIONS = {"symphony_hf": __version__, "torch": str(torch.__version__), "transformers": transformers_version()}
+"""What trains a cell: another one's cells are not mixed with these."""
 
 
 class Cell(NamedTuple):
@@ -44,6 +51,7 @@ def digest_of(study: Study, cell: Cell, text_digest: str) -> str:
     train = {"learning_rate": study.learning_rate, "warmup_steps": study.warmup_steps}
     identity = {
         "format": _FORMAT,
+        "versions": VERSIONS,
         "point": dataclasses.asdict(cell.point),
         "seed": cell.seed,
         "model": recipe.model.config,

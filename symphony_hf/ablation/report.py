@@ -17,15 +17,26 @@ from .plan import Cell, Results, cells_of
 from .point import Point
 from .study import Study
 
-MEASURES = ("validation", "clean", "attacked", "ratio", "untouched_clean", "untouched_attacked", "routing_kept")
+PERPLEXITIES = ("validation", "clean", "attacked", "ratio", "untouched_clean", "untouched_attacked")
+"""Compared by their ratios."""
+SHARES = ("routing_kept", "load_entropy")
+"""Compared by their differences."""
+MEASURES = (*PERPLEXITIES, *SHARES)
 KEPT = (
     *MEASURES,
     *("train_seconds", "train_cpu_seconds", "tokens_per_cpu_second", "measure_seconds", "tokens", "parameters"),
 )
 """Of a cell, in the report."""
 
+ROUTING_KEPT = (
+    "Routing kept: the share of their experts that words still choose which have an attacked word before them in their "
+    "row, and are untouched themselves. Load entropy: of the experts' load, 1 where it is even. A router that uses few "
+    "experts keeps its choices more easily, so the two are read together."
+)
+"""What these columns are, for a page."""
+
 HEADER = (
-    *("point", "seeds", "clean", "attacked", "attacked / clean", "routing kept"),
+    *("point", "seeds", "clean", "attacked", "attacked / clean", "routing kept", "load entropy"),
     *("clean against no graph", "attacked against no graph", "routing kept against no graph"),
 )
 
@@ -42,7 +53,7 @@ def write_ablation(study: Study, results: Results, failed: Mapping[Cell, str]) -
         point: {cell.seed: values for cell, values in done.items() if cell.point == point} for point in study.points()
     }
     report: dict[str, Any] = {
-        "rows": [_row(study, point, runs, by_point.get(point.plain, {})) for point, runs in by_point.items() if runs],
+        "rows": [_row(study, point, by_point) for point, runs in by_point.items() if runs],
         "cells": [
             {"label": cell.point.label(study.base), "seed": cell.seed, **{name: values[name] for name in KEPT}}
             for cell, values in done.items()
@@ -80,39 +91,52 @@ def _settings(study: Study, runs: Any) -> dict[str, Any]:
         "learning_rate": study.learning_rate,
         "warmup_steps": study.warmup_steps,
         "attack": {"rate": recipe.eval.attack_rate, "minimum": recipe.eval.attack_minimum, "seed": recipe.eval.seed},
-        **{name: first.get(name) for name in ("test_tokens", "attacked_tokens")},
+        **{name: first.get(name) for name in ("test_tokens", "attacked_tokens", "reached_tokens")},
     }
 
 
-def _row(
-    study: Study, point: Point, runs: Mapping[int, Mapping[str, Any]], plain: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """A point's means, and its ratios to the plain system's runs of the same seeds."""
+Runs = Mapping[int, Mapping[str, Any]]
+"""A point's finished cells by seed."""
+
+
+def _row(study: Study, point: Point, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
+    """A point's means; and, seed by seed, against the plain system, and against its own graph with experts shuffled."""
+    runs = by_point[point]
     row: dict[str, Any] = {"label": point.label(study.base), "point": dataclasses.asdict(point), "seeds": sorted(runs)}
     for name in MEASURES:
         row[name] = dataclasses.asdict(t_interval([runs[seed][name] for seed in sorted(runs)]))
-    shared = sorted(runs.keys() & plain.keys())
-    if point.is_plain or not shared:
-        return row
-    against: dict[str, SeedInterval] = {}
-    for name in MEASURES[:-1]:
-        against[name] = paired_ratio([runs[seed][name] for seed in shared], [plain[seed][name] for seed in shared])
-    against["routing_kept"] = t_interval([runs[seed]["routing_kept"] - plain[seed]["routing_kept"] for seed in shared])
-    row["against_plain"] = {
-        name: {**dataclasses.asdict(interval), "verdict": _verdict(name, interval)}
-        for name, interval in against.items()
-    }
+    others = {"against_plain": point.plain}
+    if point.graph == "ema":
+        others["against_shuffled"] = dataclasses.replace(point, graph="random")
+    for name, other in others.items():
+        shared = sorted(runs.keys() & by_point.get(other, {}).keys())
+        if shared and not point.is_plain:
+            row[name] = _compare([runs[seed] for seed in shared], [by_point[other][seed] for seed in shared])
     return row
+
+
+def _compare(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each measure's interval and verdict, in pairs of one seed."""
+    compared = {}
+    for name in MEASURES:
+        a, b = ([run[name] for run in group] for group in (runs, others))
+        differences = [x - y for x, y in zip(a, b, strict=True)]
+        interval = paired_ratio(a, b) if name in PERPLEXITIES else t_interval(differences)
+        compared[name] = {**dataclasses.asdict(interval), "verdict": _verdict(name, interval)}
+    return compared
 
 
 def _verdict(name: str, interval: SeedInterval) -> str:
     """Of one comparison by itself; of twenty at 95%, one is expected to differ by chance."""
     if interval.low is None:
         return "one seed"
-    null = 0.0 if name == "routing_kept" else 1.0
+    null = 1.0 if name in PERPLEXITIES else 0.0
     if not interval.excludes(null):
         return "not distinguishable"
-    return "better" if (interval.estimate > null) == (name == "routing_kept") else "worse"
+    is_higher = interval.estimate > null
+    if name == "load_entropy":
+        return "higher" if is_higher else "lower"  # which of them is better is no question of this one
+    return "better" if is_higher == (name == "routing_kept") else "worse"
 
 
 def table_of(report: Mapping[str, Any]) -> list[list[str]]:
@@ -122,6 +146,7 @@ def table_of(report: Mapping[str, Any]) -> list[list[str]]:
         cells = [row["label"], str(len(row["seeds"]))]
         cells += [_interval(row[name], digits) for name, digits in (("clean", 2), ("attacked", 2), ("ratio", 4))]
         cells.append(_interval(row["routing_kept"], 2, percent=True))
+        cells.append(_interval(row["load_entropy"], 3))
         against = row.get("against_plain")
         for name in ("clean", "attacked", "routing_kept"):
             is_share = name == "routing_kept"
@@ -153,6 +178,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{settings['tokens']:,} tokens a cell, seeds {', '.join(map(str, settings['seeds']))}. Perplexities of the "
         "test text, and 95% t-intervals over seeds in brackets; ratios to the same system without a graph are paired "
         "by seed. Below 1 is better. Each verdict is of its interval alone: of twenty, one is expected to be chance.",
+        "",
+        ROUTING_KEPT,
         "",
         *as_markdown(table_of(report)),
     ]

@@ -16,12 +16,10 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .._version import __version__
-from ..compat import transformers_version
 from ..errors import ConfigError, SymphonyError
 from ..patching import expert_graphs
 from .measuring import measure
-from .plan import Cell, Results, cells_of, describe_plan
+from .plan import VERSIONS, Cell, Results, cells_of, describe_plan
 from .report import write_ablation
 from .study import Study
 from .text import StudyText, prepare_streams, read_streams
@@ -150,9 +148,7 @@ def _last_words(log: Path, code: int | None) -> str:
 def _machine() -> dict[str, Any]:
     """What a cell was run by."""
     return {
-        "symphony_hf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers_version(),
+        **VERSIONS,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),

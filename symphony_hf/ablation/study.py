@@ -1,12 +1,17 @@
 """A study: the YAML file that says which recipe is run at which points."""
 
 import dataclasses
+import json
+import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoConfig
 
+from ..config import SymphonyConfig
 from ..errors import ConfigError
 from ..parsing import check_names, parse_settings
 from ..recipe import ModelSection, Recipe, load_recipe
@@ -21,6 +26,9 @@ _HONOURED = (
 )
 _WITHOUT_EFFECT = ("logging_", "eval_", "save_", "per_device_eval_batch_size", "report_to", "use_cpu", "seed")
 """Beginnings of names of train settings that change no number of a cell; its seeds are the study's."""
+_ROUTING = ("strength", "smoothing", "normalization", "self_loops", "decay", "graph")
+_PLAIN_FORM = {"router_type": "linear", "moe_every": 1, "momentum": None}
+"""Of SMoE; the other systems each change one."""
 _MODEL_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelSection)
@@ -56,11 +64,16 @@ class Study:
         for system in self.systems:
             if system not in SYSTEMS:
                 raise ConfigError(f"{_WHERE}: `systems` has {system!r}; known are {', '.join(SYSTEMS)}")
+        if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds):
+            raise ConfigError(f"{_WHERE}: `seeds` must be whole numbers; got {list(self.seeds)}")
+        if not isinstance(self.product, bool):
+            raise ConfigError(f"{_WHERE}: `product` must be true or false; got {self.product!r}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"{_WHERE}: `seeds` must be one or more, each once; got {list(self.seeds)}")
         if self.axes and self.base.is_plain:
             raise ConfigError(f"{_WHERE}: the base point has no graph that the axes could change: give it one")
         _check_recipe(self.recipe)
+        _check_routing(self.recipe, self.base)
 
     @property
     def steps(self) -> int:
@@ -79,8 +92,11 @@ class Study:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of it."""
-        return int(_number(self.recipe, "warmup_steps", 0.0))
+        """Steps of it; below 1 the recipe has a share of all."""
+        value = _number(self.recipe, "warmup_steps", 0.0)
+        if self.recipe.train.get("lr_scheduler_type") == "constant":
+            return 0  # as Trainer has it
+        return math.ceil(value * self.steps) if value < 1 else int(value)
 
     @property
     def tokens(self) -> int:
@@ -157,7 +173,14 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
 
 def _command(path: Path, overrides: dict[str, Any]) -> str:
     shown = {name: "TEXT" if name == "data.path" else value for name, value in overrides.items()}
-    return " ".join([f"symphony ablate {path} --output DIR", *(f"--set {k}={v}" for k, v in shown.items())])
+    changes = [word for name, value in shown.items() for word in ("--set", f"{name}={_yaml(value)}")]
+    return shlex.join(["symphony", "ablate", str(path), "--output", "DIR", *changes])
+
+
+def _yaml(value: Any) -> str:
+    """On one line, so that it is read as this value again."""
+    is_word = isinstance(value, str) and yaml.safe_load(value) == value
+    return value if is_word else json.dumps(value)
 
 
 def _change(axis: str, value: Any) -> dict[str, Any]:
@@ -226,3 +249,24 @@ def _check_recipe(recipe: Recipe) -> None:
     unknown = [name for name in recipe.train if name not in _HONOURED and not name.startswith(_WITHOUT_EFFECT)]
     if unknown:
         raise ConfigError(f"{_WHERE}: cells know nothing of the recipe's train settings {', '.join(sorted(unknown))}")
+
+
+def _check_routing(recipe: Recipe, base: Point) -> None:
+    """Refuse what the points of a study say, and the recipe says otherwise: it would be overruled in silence."""
+    assert recipe.symphony is not None
+    assert recipe.model.config is not None
+    usual, routed = SymphonyConfig(), base.symphony(recipe.symphony)
+    for name in _ROUTING:
+        value = getattr(recipe.symphony, name)
+        if value not in (getattr(usual, name), getattr(routed, name)):
+            raise ConfigError(
+                f"{_WHERE}: the recipe has symphony.{name} {value}, which the points of a study decide: say it in the "
+                f"study's `base`, `base: {{{name}: {value}}}`"
+            )
+    config = AutoConfig.for_model(**recipe.model.config)
+    for name, plain in _PLAIN_FORM.items():
+        if getattr(config, name) != plain:
+            raise ConfigError(
+                f"{_WHERE}: the recipe's model has {name} {getattr(config, name)}, which is a system of its own: take "
+                "a recipe of SMoE, and name the systems in the study's `systems`"
+            )

@@ -119,13 +119,22 @@ def test_the_measures_are_those_of_a_loop_over_rows(study, text):
         known = [value for value in values if value is not None]
         perplexity[name] = math.exp(sum(known) / len(known))
     same = [index for index in range(len(text.test)) if text.test[index] == text.attacked[index]]
-    kept = [len(a & b) / 2 for i in same for a, b in zip(chosen["test"][i], chosen["attacked"][i], strict=True)]
+    reached = [i for i in same if any(n not in same for n in range(i // 16 * 16, i))]
+    assert 0 < len(reached) < len(same)
+    kept = [len(a & b) / 2 for i in reached for a, b in zip(chosen["test"][i], chosen["attacked"][i], strict=True)]
+    entropies = []
+    for layer in range(2):
+        counts = [sum(expert in of_word[layer] for of_word in chosen["test"]) for expert in range(4)]
+        shares = [count / sum(counts) for count in counts if count]
+        entropies.append(-sum(share * math.log(share) for share in shares) / math.log(4))
     untouched = [nll["attacked"][i] for i in same if nll["attacked"][i] is not None]
     assert measured["clean"] == pytest.approx(perplexity["test"], rel=1e-4)
     assert measured["attacked"] == pytest.approx(perplexity["attacked"], rel=1e-4)
     assert measured["ratio"] == pytest.approx(perplexity["attacked"] / perplexity["test"], rel=1e-4)
     assert measured["untouched_attacked"] == pytest.approx(math.exp(sum(untouched) / len(untouched)), rel=1e-4)
     assert measured["routing_kept"] == pytest.approx(sum(kept) / len(kept), abs=1e-9)
+    assert measured["reached_tokens"] == len(reached)
+    assert measured["load_entropy"] == pytest.approx(sum(entropies) / 2, abs=1e-9)
     predicted = [index for index, value in enumerate(nll["test"]) if value is not None]
     assert measured["attacked_tokens"] == len(set(predicted) - set(same)) > 0
 

@@ -12,11 +12,12 @@ from symphony_hf.ablation.report import markdown, print_ablation, write_ablation
 GRAPH = [[0.5, 0.25], [0.25, 0.5]]
 
 
-def result(clean, attacked, kept):
+def result(clean, attacked, kept, entropy=0.9):
     return {
         **{"validation": 90.0, "clean": clean, "attacked": attacked, "ratio": attacked / clean},
         **{"untouched_clean": clean, "untouched_attacked": attacked, "routing_kept": kept},
         **{"train_seconds": 1.0, "train_cpu_seconds": 1.0, "tokens_per_cpu_second": 1.0, "measure_seconds": 1.0},
+        **{"load_entropy": entropy, "reached_tokens": 1},
         **{"tokens": 192, "curve": [(1, 5.0), (2, 4.0)], "parameters": 1, "test_tokens": 1, "attacked_tokens": 1},
         "machine": {"torch": "2", "cores": 2},
         "graphs": {"model.layers.0.moe.gate": GRAPH, "model.layers.1.moe.gate": GRAPH},
@@ -52,6 +53,25 @@ def test_ratios_are_paired_by_seed_and_their_intervals_are_t(report):
     assert decay["clean"]["low"] is None
     assert decay["against_plain"]["clean"]["estimate"] == pytest.approx(50 / 110)
     assert decay["against_plain"]["clean"]["verdict"] == "one seed"
+
+
+def test_the_graph_is_set_beside_itself_with_its_experts_shuffled(make_study, tmp_path):
+    study = make_study("seeds: [0, 1, 2]\naxes: {graph: [random]}")
+    results = Results(tmp_path / "out", study, "text")
+    plain, graph, shuffled = study.points()
+    for seed in range(3):
+        results.save(Cell(plain, seed), result(100.0, 120.0, 0.90, 0.95))
+        results.save(Cell(graph, seed), result(100.0, 120.0, 0.94 + 0.01 * seed, 0.85 + 0.001 * seed))
+        results.save(Cell(shuffled, seed), result(100.0, 120.0, 0.93, 0.95))
+    of_graph, of_shuffled = write_ablation(study, results, {})["rows"][1:]
+    assert of_graph["against_plain"]["routing_kept"]["verdict"] == "better"
+    # 0.01, 0.02, 0.03: mean 0.02, standard error 0.01 / sqrt(3): the interval has 0 in it.
+    against = of_graph["against_shuffled"]["routing_kept"]
+    assert against["estimate"] == pytest.approx(0.02)
+    assert against["low"] == pytest.approx(0.02 - 4.302653 * 0.01 / math.sqrt(3), abs=1e-6)
+    assert against["verdict"] == "not distinguishable"
+    assert of_graph["against_plain"]["load_entropy"]["verdict"] == "lower"
+    assert "against_shuffled" not in of_shuffled
 
 
 def test_missing_and_failed_cells_are_said(report, capsys):

@@ -1,11 +1,13 @@
 """From a study to its cells: each routing once, under a name that its settings alone decide."""
 
 import dataclasses
+import shlex
 
 import pytest
+import yaml
 
 from symphony_hf.ablation import Cell, Point, cells_of, describe_plan, run_ablation
-from symphony_hf.ablation.plan import Results, digest_of
+from symphony_hf.ablation.plan import VERSIONS, Results, digest_of
 from symphony_hf.errors import ConfigError
 
 AXES = """
@@ -113,6 +115,12 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
         ("axes: {normalization: [{smoothing: scores, normalization: symmetric}]}", {}, "scores.*needs.*row"),
         ("systems: [smoke]", {}, "known are smoe, xmoe, glam, smoothsmoe"),
         ("seeds: [1, 1]", {}, "each once"),
+        ("seeds: [a, b]", {}, "whole numbers"),
+        ("seeds: [0.5]", {}, "whole numbers"),
+        ('product: "no"', {}, "true or false; got 'no'"),
+        ("", {"symphony.strength": 0.5}, "has symphony.strength 0.5.*`base: {strength: 0.5}`"),
+        ("", {"symphony.graph": "learned"}, "has symphony.graph learned"),
+        ("base: {decay: 0.9}", {"symphony.decay": 0.5}, "has symphony.decay 0.5"),
         ("base: {freeze_after: 0}", {}, "share of the steps"),
         ("", {"lr_scheduler_type": "cosine"}, "constant rate"),
         ("", {"max_steps": -1}, "positive `max_steps`"),
@@ -131,6 +139,39 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
 def test_what_cannot_be_run_is_refused_by_name(make_study, study, overrides, message):
     with pytest.raises(ConfigError, match=message):
         make_study(study, **overrides)
+
+
+@pytest.mark.parametrize("form", [{"router_type": "cosine"}, {"moe_every": 2}, {"momentum": 0.5}])
+def test_a_recipe_of_another_system_is_refused(make_study, form):
+    config = make_study("").recipe.model.config
+    with pytest.raises(ConfigError, match=f"has {next(iter(form))} .*a system of its own"):
+        make_study("", **{"model.config": {**config, **form}})
+
+
+def test_what_the_recipe_and_the_base_both_say_is_no_contradiction(make_study):
+    study = make_study("base: {decay: 0.9}", **{"symphony.decay": 0.9})
+    assert study.points()[1].decay == 0.9
+
+
+def test_the_warm_up_is_trainers(make_study):
+    assert make_study("", warmup_steps=0.4).warmup_steps == 3  # of 6, rounded up
+    assert make_study("", warmup_steps=4).warmup_steps == 4
+    assert make_study("", lr_scheduler_type="constant").warmup_steps == 0
+
+
+def test_the_command_says_the_changes_so_that_they_are_read_again(make_study):
+    changes = {"eval.documents": None, "data.path": "my text", "model.dtype": "auto", "max_steps": 3}
+    words = shlex.split(make_study("", **changes).command)
+    told = dict(word.split("=", 1) for word in words if "=" in word)
+    assert {name: yaml.safe_load(value) for name, value in told.items()} == {**changes, "data.path": "TEXT"}
+
+
+def test_cells_of_other_versions_are_not_taken(make_study, monkeypatch):
+    study = make_study(AXES)
+    cell = cells_of(study)[0]
+    before = digest_of(study, cell, "text")
+    monkeypatch.setitem(VERSIONS, "torch", "1.0")
+    assert digest_of(study, cell, "text") != before
 
 
 def test_numbers_may_be_written_as_yaml_does_not_read_them(make_study):

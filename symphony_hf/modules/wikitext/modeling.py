@@ -250,7 +250,6 @@ class WikiTextMoeForCausalLM(WikiTextMoePreTrainedModel, GenerationMixin):
         past_key_values: StreamMemory | Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         continues: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
@@ -266,16 +265,18 @@ class WikiTextMoeForCausalLM(WikiTextMoePreTrainedModel, GenerationMixin):
             inputs_embeds: In place of words. Shape: (rows, length, hidden_size).
             labels: The words again; -100 for none. Each is predicted at the position before it, and the first one of a
                 block not at all. Shape: (rows, length).
-            shift_labels: The word after each position, in place of labels: with the first of the next block.
             use_cache: Whether the memory for the next call is returned; as the config says when None.
             continues: False for each row that begins another stream, and forgets the one before. Shape: (rows,).
             logits_to_keep: How many positions, from the last, get logits; 0 for all. When None: all without labels;
                 with them none, which do not fit into memory.
             num_items_in_batch: Predicted words of the whole optimizer step; Trainer gives it.
+            **kwargs: `shift_labels`, the word after each position, in place of labels: with the first of the next
+                block. It is no argument of its own, as Trainer would want it in every batch that it evaluates.
 
         Returns:
             Loss, logits and memory, each where it is asked for.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
