@@ -113,4 +113,5 @@ def test_the_best_checkpoint_is_by_the_validation_loss():
 
     assert found() == (None, None)
     assert found(eval_strategy="steps") == ("loss", False)
+    assert found(eval_strategy=False) == found(eval_strategy="no")  # what YAML reads `no` as
     assert found(eval_strategy="steps", metric_for_best_model="accuracy") == ("accuracy", True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,60 @@ def test_results_are_taken_in_without_paths_and_missing_ones_are_refused(tmp_pat
     assert "/somewhere" not in (tmp_path / "page.md").read_text()
 
 
+@pytest.fixture
+def taken_in(tmp_path):
+    """A folder of evidence, and a command that takes a changed report into it."""
+    folder = tmp_path / "evidence"
+    shutil.copytree(RECIPES / "evidence", folder)
+
+    def take(name, change=None, *more):
+        output = tmp_path / "output"
+        output.mkdir(exist_ok=True)
+        values = json.loads((RECIPES / "evidence" / f"{name}.json").read_text())
+        file = "theory.json" if name == "theory" else "report.json"
+        (output / file).write_text(json.dumps((change or dict)(values)))
+        arguments = ["evidence", "--folder", str(folder), "--page", str(tmp_path / "page.md"), f"--{name}", str(output)]
+        return CliRunner().invoke(app, [*arguments, *more])
+
+    return take
+
+
+REFUSED = {
+    "another command's": ("theory", lambda values: {"rows": []}, "has no settings, convergence, shares"),
+    "half a report": ("ablation", lambda values: {"rows": []}, "has no cells, missing, failed"),
+    "pairs as axes": (
+        "ablation",
+        lambda values: {**values, "settings": {**values["settings"], "axes": {}}},
+        "without axes: take it in by --pairs",
+    ),
+    "another text": (
+        "pairs",
+        lambda values: {**values, "settings": {**values["settings"], "text": "another"}},
+        "say by --about",
+    ),
+    "nothing a page can be made of": ("theory", lambda values: {**values, "convergence": [{}]}, "points"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_replaces_nothing(name, taken_in, tmp_path):
+    command, change, message = REFUSED[name]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "evidence").iterdir()}
+    result = taken_in(command, change)
+    assert message in str(result.exception)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "evidence").iterdir()} == before
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_sentence_of_a_text_stays_with_it(taken_in, tmp_path):
+    about = json.loads((RECIPES / "evidence" / "pairs.json").read_text())["about"]
+    assert taken_in("pairs", lambda values: {**values, "about": ""}).exit_code == 0
+    assert json.loads((tmp_path / "evidence" / "pairs.json").read_text())["about"] == about
+    change = REFUSED["another text"][1]
+    assert taken_in("pairs", change, "--about", "On another text.").exit_code == 0
+    assert "On another text. Tested on" in (tmp_path / "page.md").read_text()
+
+
 def test_a_page_of_the_paper_alone_claims_nothing():
     page = evidence_page({"paper": read_results(RECIPES / "evidence")["paper"]})
     assert "Not run" in page
@@ -103,19 +158,19 @@ def test_a_page_of_the_paper_alone_claims_nothing():
 @pytest.mark.parametrize("verdict", ["better", "worse", "not distinguishable"])
 def test_what_did_not_help_is_said(verdict):
     interval = {"estimate": 0.5, "low": 0.4, "high": 0.6, "num_seeds": 3, "confidence": 0.95}
-    measures = ("clean", "attacked", "ratio", "routing_kept")
+    measures = ("clean", "attacked", "ratio", "routing_kept", "load_entropy")
     base = {"system": "smoe", "graph": "ema", "strength": 1.0}
-    row = {**dict.fromkeys(measures, interval), "seeds": [0, 1, 2]}
+    row = {**dict.fromkeys(measures, interval), "seeds": [0, 1, 2], "start_left": None}
     against = {name: {**interval, "verdict": verdict} for name in measures}
     settings = {
         **{"base": base, "hidden_size": 64, "seeds": [0, 1, 2], "learning_rate": 0.003},
         **dict.fromkeys(("tokens", "steps", "rows", "block_size", "vocab_size"), 8),
-        **dict.fromkeys(("test_tokens", "attacked_tokens"), 8),
+        **dict.fromkeys(("test_tokens", "attacked_tokens", "reached_tokens"), 8),
     }
     ablation = {
         "rows": [
             {**row, "label": "smoe, no graph", "point": {**base, "graph": "identity", "strength": 0.0}},
-            {**row, "label": "smoe, graph", "point": base, "against_plain": against},
+            {**row, "label": "smoe, graph", "point": base, "against_plain": against, "start_left": 0.25},
         ],
         **{
             "cells": [{"tokens_per_cpu_second": 5000.0, "parameters": n} for n in (9000, 7000)],
@@ -123,7 +178,7 @@ def test_what_did_not_help_is_said(verdict):
         },
         **{
             "missing": ["glam, graph, seed 0", "glam, graph, seed 2", "glam, graph, seed 7"],
-            "machines": [{"machine": "x", "torch": "2"}, {"machine": "x", "torch": "3"}],
+            "machines": [{"machine": "x", "symphony_hf": "1", "torch": t, "transformers": "5"} for t in ("2", "3")],
             "command": "symphony ablate STUDY",
             "about": "On some text.",
             "settings": settings,
@@ -145,6 +200,8 @@ def test_what_did_not_help_is_said(verdict):
     assert "XMoE not run" in page
     assert "- not run: glam, graph, seeds 0, 2\n- failed: glam, graph, seed 7, exit code 1\n" in page
     assert "7,000 to 9,000 parameters" in page
+    assert "on a CPU (x, symphony_hf 1, torch 2, transformers 5; x, symphony_hf 1, torch 3, transformers 5)" in page
+    assert "the graph has at the end: `smoe, graph` 25.0%." in page
     assert "Other forms of the graph**, against no graph: not run." in page
     # A form that is told apart is named, the base's own is none of them, and a system that the paper lacks has a row.
     point = {**base, "strength": 0.5}
@@ -156,13 +213,25 @@ def test_what_did_not_help_is_said(verdict):
     assert "of 1, clean perplexity better with " in page
     assert page.count("with `smoe, strength 0.5`") == (0 if verdict == "not distinguishable" else 2)
     assert ("has `smoe, graph`, `smoe, strength 0.5`, and they should follow" in page) == (verdict == "better")
-    assert ("the paper's form, as no form has a better" in page) == (verdict != "better")
+    assert ("of 2 forms, none has a better one than no graph" in page) == (verdict != "better")
+    assert ("though clean perplexity is worse than without a graph with `smoe, graph`" in page) == (verdict == "worse")
     assert "Control" not in page
-    ablation["rows"].append(
-        {**ablation["rows"][-2], "label": "smoe, graph random", "point": {**base, "graph": "random"}}
+    ablation["rows"][1]["against_shuffled"] = against
+    wanted = (
+        "**Control**: `smoe, graph` against itself with its experts shuffled: clean perplexity 0.5000 [0.4000, 0.6000], "
+        f"{verdict}; routing kept under attack +50.00 [40.00, 60.00] points, {verdict}."
     )
-    wanted = f"the graph keeps +50.00 [40.00, 60.00] points of the routing against no graph: {verdict}."
-    assert wanted in evidence_page({"paper": paper, "ablation": ablation})
+    page = evidence_page({"paper": paper, "ablation": ablation})
+    assert wanted in page
+    # Another system's form, which only an axis has, is among the axes; its base point is among the pairs.
+    axes = page[page.index("## The axes") :]
+    assert "| smoe, graph |" in axes
+    assert "| smoothsmoe, no graph |" not in axes
+    ablation["rows"].append(
+        {**ablation["rows"][2], "label": "xmoe, strength 0.5", "point": {**point, "system": "xmoe"}}
+    )
+    page = evidence_page({"paper": paper, "ablation": ablation})
+    assert "| xmoe, strength 0.5 |" in page[page.index("## The axes") :]
     assert "| smoothsmoe, no graph | not known, not known, not known |" in page
     assert "| smoothsmoe, graph | not known, not known, not known | not known, not known | not run |" in page
 

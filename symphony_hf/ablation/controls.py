@@ -8,6 +8,11 @@ from ..patching import symphony_routers
 from .point import Point
 
 
+def frozen_after(point: Point, steps: int) -> int:
+    """How many of a run's updates a frozen graph takes part in."""
+    return max(1, round(point.freeze_after * steps))
+
+
 class GraphControl:
     """Call `before_update` and `after_update` around `update_graphs`; without either, nothing is changed.
 
@@ -21,7 +26,7 @@ class GraphControl:
     def __init__(self, model: nn.Module, point: Point, steps: int, seed: int) -> None:
         self.kind = point.graph
         self.graphs: list[ExpertGraph] = [active_graph(router.symphony) for _, router in symphony_routers(model)]
-        self.freeze_at = max(1, round(point.freeze_after * steps))
+        self.freeze_at = frozen_after(point, steps)
         self.updates = 0
         generator = torch.Generator().manual_seed(seed)
         self.orders = [torch.randperm(graph.num_experts, generator=generator) for graph in self.graphs]

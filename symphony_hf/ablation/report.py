@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ..diagnostics.plots import plot_curves, plot_graphs, plot_points
 from ..evaluation import SeedInterval, paired_ratio, t_interval
 from ..unfinished import write_json, write_text
+from .controls import frozen_after
 from .plan import Cell, Results, cells_of
 from .point import Point
 from .study import Study
@@ -61,7 +62,7 @@ def write_ablation(study: Study, results: Results, failed: Mapping[Cell, str]) -
         "missing": [f"{cell.point.label(study.base)}, seed {cell.seed}" for cell in cells if cell not in done],
         "left_out": study.left_out(),
         "failed": {f"{cell.point.label(study.base)}, seed {cell.seed}": words for cell, words in failed.items()},
-        "settings": _settings(study, done.values()),
+        "settings": {**_settings(study, done.values()), "text": results.text_digest},
         "machines": list({str(values["machine"]): values["machine"] for values in done.values()}.values()),
         "command": study.command,
         "output": str(results.folder),
@@ -95,6 +96,13 @@ def _settings(study: Study, runs: Any) -> dict[str, Any]:
     }
 
 
+def _start_left(study: Study, point: Point) -> float | None:
+    """How much of the identity that it starts from a moving average still has at the end; None where there is none."""
+    if point.is_plain or point.graph == "learned":
+        return None
+    return point.decay ** (frozen_after(point, study.steps) if point.graph == "frozen" else study.steps)
+
+
 Runs = Mapping[int, Mapping[str, Any]]
 """A point's finished cells by seed."""
 
@@ -103,6 +111,7 @@ def _row(study: Study, point: Point, by_point: Mapping[Point, Runs]) -> dict[str
     """A point's means; and, seed by seed, against the plain system, and against its own graph with experts shuffled."""
     runs = by_point[point]
     row: dict[str, Any] = {"label": point.label(study.base), "point": dataclasses.asdict(point), "seeds": sorted(runs)}
+    row["start_left"] = _start_left(study, point)
     for name in MEASURES:
         row[name] = dataclasses.asdict(t_interval([runs[seed][name] for seed in sorted(runs)]))
     others = {"against_plain": point.plain}

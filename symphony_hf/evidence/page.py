@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..ablation.report import as_markdown, table_of
+from ..ablation.report import ROUTING_KEPT, as_markdown, table_of
 from ..theory.report import convergence_table, share_table, theory_findings
 
 _NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
@@ -35,7 +35,8 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines += _section("The three pairs", [*_how(pairs), "", *as_markdown(_pairs(paper, pairs)), *missing])
     if ablation is not None:
         how = [*_how(ablation), ""] if ablation is not pairs else []
-        lines += _section("The axes, one change at a time", [*how, *as_markdown(_axes(ablation)), *_missing(ablation)])
+        table = [*as_markdown(_axes(ablation)), *_starts_left(ablation), *_missing(ablation)]
+        lines += _section("The axes, one change at a time", [*how, *table])
     if theory is not None:
         lines += _section("The theory, on planted communities", _theory(theory))
     return "\n".join(lines).rstrip() + "\n"
@@ -61,10 +62,11 @@ def _summary(
             ("routing_kept", "more of the routing kept under attack"),
         ):
             lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(pairs, measure)}.")
+        lines.append(f"- **The experts' load with the graph**, by its entropy: {_outcome(pairs, 'load_entropy')}.")
     if ablation is not None:
         lines.append(f"- **Other forms of the graph**, against no graph: {_variants(ablation)}.")
         lines += _control(ablation)
-        lines.append(f"- **Defaults of `SymphonyConfig`**: {_defaults(ablation)}.")
+        lines.append(f"- **Defaults of `SymphonyConfig`**: {_defaults(pairs or ablation, ablation)}.")
     if theory is not None:
         lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
     lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
@@ -74,6 +76,8 @@ def _summary(
 def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
     """Each system's verdict on one claim."""
     words = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed", "one seed": "open"}
+    if measure == "load_entropy":
+        words = {"higher": "more even", "lower": "less even", "not distinguishable": "not distinguishable"}
     found = []
     for system, name in _NAMES.items():
         row = _row(ablation, system, graph=True)
@@ -81,7 +85,7 @@ def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
             found.append(f"{name} not run")
             continue
         values = row["against_plain"][measure]
-        found.append(f"{name} {words[values['verdict']]} ({_difference(values, measure)})")
+        found.append(f"{name} {words.get(values['verdict'], 'open')} ({_difference(values, measure)})")
     return "; ".join(found)
 
 
@@ -103,23 +107,32 @@ def _told_apart(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -
 
 
 def _control(ablation: Mapping[str, Any]) -> list[str]:
-    """Whether it matters which experts the graph connects."""
+    """Whether it matters which experts the graph connects: the graph against itself with its experts shuffled."""
     lines = []
     for row in ablation["rows"]:
-        if row["point"]["graph"] == "random" and "against_plain" in row:
-            kept = row["against_plain"]["routing_kept"]
+        if "against_shuffled" in row:
+            found = [
+                f"{name} {_difference(row['against_shuffled'][measure], measure)}, "
+                f"{row['against_shuffled'][measure]['verdict']}"
+                for name, measure in (("clean perplexity", "clean"), ("routing kept under attack", "routing_kept"))
+            ]
             lines.append(
-                "- **Control**: with its experts shuffled, the graph keeps "
-                f"{_difference(kept, 'routing_kept')} of the routing against no graph: {kept['verdict']}."
+                f"- **Control**: `{row['label']}` against itself with its experts shuffled: {'; '.join(found)}."
             )
     return lines
 
 
-def _defaults(ablation: Mapping[str, Any]) -> str:
-    better = _told_apart([row for row in ablation["rows"] if "against_plain" in row], "clean", "better")
+def _defaults(pairs: Mapping[str, Any], ablation: Mapping[str, Any]) -> str:
+    """What the evidence says of them, the default form's own harm first."""
+    compared = [row for row in ablation["rows"] if "against_plain" in row]
+    better = _told_apart(compared, "clean", "better")
     if better:
         return f"a better clean perplexity than without a graph has {better}, and they should follow"
-    return "the paper's form, as no form has a better clean perplexity than no graph"
+    kept = "our reading of the paper's form, which it does not publish in full"
+    rows = [_row(pairs, system, graph=True) for system in _NAMES]
+    worse = _told_apart([row for row in rows if row is not None and "against_plain" in row], "clean", "worse")
+    harm = f", though clean perplexity is worse than without a graph with {worse}" if worse else ""
+    return f"{kept}{harm}: of {len(compared)} forms, none has a better one than no graph, and so none to take instead"
 
 
 def _row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, Any] | None:
@@ -136,7 +149,7 @@ def _row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, 
 
 def _how(ablation: Mapping[str, Any]) -> list[str]:
     settings, seeds = ablation["settings"], ", ".join(map(str, ablation["settings"]["seeds"]))
-    machines = sorted({machine["machine"] for machine in ablation["machines"]})
+    machines = sorted({_machine(machine) for machine in ablation["machines"]})
     parameters = [cell["parameters"] for cell in ablation["cells"]]
     sizes = " to ".join(f"{size:,}" for size in sorted({min(parameters), max(parameters)}))
     speeds = sorted(cell["tokens_per_cpu_second"] for cell in ablation["cells"])
@@ -150,9 +163,16 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
         f"{settings['hidden_size']} wide, "
         f"a vocabulary of {settings['vocab_size']:,} words, Adam at {settings['learning_rate']}; seeds "
         f"{seeds}. {speeds[0]:,.0f} to {speeds[-1]:,.0f} tokens a second of one "
-        f"core's time, on a CPU ({', '.join(machines)}). Perplexities of the paper's size, text and "
+        f"core's time, on a CPU ({'; '.join(machines)}). Perplexities of the paper's size, text and "
         "vocabulary are not to be compared with these; ratios are.",
+        "",
+        f"{ROUTING_KEPT} Here these are {settings['reached_tokens']:,} words.",
     ]
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("symphony_hf", "torch", "transformers"))
+    return f"{machine['machine']}, {versions}"
 
 
 def _pairs(paper: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[list[str]]:
@@ -181,12 +201,24 @@ def _known(value: float | None, digits: int) -> str:
 
 
 def _axes(ablation: Mapping[str, Any]) -> list[list[str]]:
+    """All rows but the other systems' at the base point and without a graph, which the pairs have."""
     header, *rows = table_of(ablation)
     system = ablation["settings"]["base"]["system"]
+    of_pairs = [_row(ablation, row["point"]["system"], graph) for row in ablation["rows"] for graph in (False, True)]
     return [
         header,
-        *(cells for cells, row in zip(rows, ablation["rows"], strict=True) if row["point"]["system"] == system),
+        *(
+            cells
+            for cells, row in zip(rows, ablation["rows"], strict=True)
+            if row["point"]["system"] == system or row not in of_pairs
+        ),
     ]
+
+
+def _starts_left(ablation: Mapping[str, Any]) -> list[str]:
+    """A short run with a slow average routes mostly by the identity, which a reader must know."""
+    left = [f"`{row['label']}` {row['start_left']:.1%}" for row in ablation["rows"] if row["start_left"] is not None]
+    return ["", f"Of the identity that it starts from, the graph has at the end: {', '.join(left)}."] if left else []
 
 
 def _missing(ablation: Mapping[str, Any]) -> list[str]:
@@ -223,7 +255,8 @@ def _theory(theory: Mapping[str, Any]) -> list[str]:
 def _difference(values: Mapping[str, Any], measure: str) -> str:
     is_share = measure == "routing_kept"
     scale, digits, unit = (100, 2, " points") if is_share else (1, 4, "")
-    text = f"{scale * values['estimate']:{'+' if is_share else ''}.{digits}f}"
+    sign = "+" if is_share or measure == "load_entropy" else ""
+    text = f"{scale * values['estimate']:{sign}.{digits}f}"
     if values["low"] is None:
         return f"{text}{unit}, one seed"
     return f"{text} [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]{unit}"

@@ -12,6 +12,10 @@ REQUIRED, RUN = "paper", ("pairs", "ablation", "theory")
 SOURCES = {"pairs": "report.json", "ablation": "report.json", "theory": "theory.json"}
 """What the commands call their results."""
 
+_COMMANDS = {"pairs": "`symphony ablate`", "ablation": "`symphony ablate`", "theory": "`symphony theory`"}
+_STUDY = ("rows", "cells", "missing", "failed", "settings", "machines", "command")
+_KEYS = {"pairs": _STUDY, "ablation": _STUDY, "theory": ("settings", "convergence", "shares", "command", "seconds")}
+
 _LOCAL = ("output",)
 """What says where on a machine something was, and nothing else."""
 
@@ -19,23 +23,49 @@ _LOCAL = ("output",)
 def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> None:
     """Copy results of commands into the folder of result files, less the paths of the machine.
 
+    Nothing is replaced unless a page can be written of all of them.
+
     Args:
         folder: `recipes/evidence`.
-        about: What the studies' text is, in a sentence; a command that takes any text cannot know. None leaves what
-            is there.
+        about: What the studies' text is, in a sentence; a command that takes any text cannot know. None takes the
+            sentence that is there, of the same text.
         **outputs: Output folders of commands; None leaves what is there. `ablation`: of the study of the axes;
             `pairs`: of one of the three pairs, where these were run at another size; `theory`.
 
     Raises:
-        DataError: If a folder has no results.
+        DataError: If a folder has no results, or those of another command; or if a text has no sentence.
     """
-    for name, output in outputs.items():
-        if output is None:
-            continue
-        values, path = _read(Path(output) / SOURCES[name]), Path(folder) / f"{name}.json"
-        if name != "theory":
-            values["about"] = about or (_read(path).get("about", "") if path.is_file() else "")
-        write_json(path, {key: value for key, value in values.items() if key not in _LOCAL})
+    known = read_results(folder)
+    added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
+    try:
+        evidence_page({**known, **added})
+    except (KeyError, TypeError) as error:
+        names = " and ".join(f"--{name}" for name in added)
+        raise DataError(f"evidence: no page can be made of what {names} names: {error!r} is missing in it") from error
+    for name, values in added.items():
+        write_json(Path(folder) / f"{name}.json", values)
+
+
+def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str | None) -> dict[str, Any]:
+    file = output / SOURCES[name]
+    values = {key: value for key, value in _read(file).items() if key not in _LOCAL}
+    missing = [key for key in _KEYS[name] if key not in values]
+    if missing:
+        raise DataError(f"evidence: --{name}: `{file}` has no {', '.join(missing)}: {_COMMANDS[name]} writes one")
+    if name == "theory":
+        return values
+    if name == "ablation" and not values["settings"]["axes"]:
+        raise DataError(f"evidence: --ablation: `{file}` is of a study without axes: take it in by --pairs")
+    text = values["settings"].get("text")
+    same_text = (
+        study["about"]
+        for study in (known.get("pairs"), known.get("ablation"))
+        if text is not None and study is not None and study["settings"].get("text") == text
+    )
+    sentence = about or next(same_text, None)
+    if not sentence:
+        raise DataError(f"evidence: --{name}: say by --about what text `{file}` is of, in a sentence: it is a new one")
+    return {**values, "about": sentence}
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -73,6 +73,14 @@ class TheorySettings:
             raise ConfigError(
                 f"theory: {self.num_communities} communities of {self.num_experts} experts; each needs two at least"
             )
+        if self.num_experts % self.num_communities:
+            raise ConfigError(
+                f"theory: {self.num_experts} experts cannot be parted into {self.num_communities} equal communities"
+            )
+        if self.num_communities == 1 and self.within < 1:
+            raise ConfigError(
+                f"theory: with one community all pairs are within it, so `within` must be 1; got {self.within:g}"
+            )
         if not 0 < self.within <= 1 or min(self.noises, default=-1.0) < 0:
             raise ConfigError("theory: `within` is above 0 and up to 1, and `noises` are one or more, none negative")
         if len(self.updates) < 2 or min(self.updates) < 2 or len(self.seeds) < 1:

@@ -26,6 +26,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     _check_devices(recipe)
     # Trainer takes true for it, too, which TrainingArguments' type does not say.
     settings = {name: value for name, value in recipe.train.items() if name != "resume_from_checkpoint"}
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if settings.get(name) is False:
+            settings[name] = "no"  # what YAML reads `no` as
     fixed: dict[str, Any] = {"output_dir": str(Path(recipe.output.directory)), "report_to": "none"}
     kind: type[TrainingArguments] = TrainingArguments
     if recipe.data.kind == "chat":
@@ -35,7 +38,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         fixed |= {"max_length": recipe.data.block_size, "packing": recipe.data.packing}
     elif recipe.data.kind == "llava":
         fixed |= {"remove_unused_columns": False}  # the collator makes what the model uses
-    if settings.get("eval_strategy", "no") not in ("no", False):
+    if settings.get("eval_strategy", "no") != "no":
         fixed |= {
             "metric_for_best_model": "loss"
         }  # else Trainer notes no best checkpoint, and deletes it as an old one

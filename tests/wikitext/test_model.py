@@ -3,7 +3,8 @@
 import pytest
 import torch
 from naive import forward
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.utils import find_labels
 
 from symphony_hf import ConfigError, expert_graphs, fold, symphonize, update_graphs
 from symphony_hf.modules.wikitext import WikiTextMoeConfig, WikiTextMoeForCausalLM, vocabulary
@@ -136,6 +137,17 @@ def test_the_loss_is_the_cross_entropy_of_the_next_words():
     for name, a, b in zip(trained, got, reference, strict=True):
         # Sums over words and tokens in another order.
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_trainer_evaluates_it(tmp_path):
+    """It asks of each batch all labels that the forward has arguments for."""
+    assert find_labels(WikiTextMoeForCausalLM) == ["labels"]
+    model, ids = make(), words(4, 12)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    found = Trainer(model.eval(), arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    # Float32 sums in another order.
+    assert found == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
