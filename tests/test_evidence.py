@@ -126,7 +126,7 @@ REFUSED = {
         lambda values: {**values, "settings": {**values["settings"], "text": "another"}},
         "say by --about",
     ),
-    "nothing a page can be made of": ("theory", lambda values: {**values, "convergence": [{}]}, "points"),
+    "nothing a page can be made of": ("theory", lambda values: {**values, "convergence": [{}]}, "no page can be made"),
 }
 
 
@@ -218,8 +218,8 @@ def test_what_did_not_help_is_said(verdict):
     assert "Control" not in page
     ablation["rows"][1]["against_shuffled"] = against
     wanted = (
-        "**Control**: `smoe, graph` against itself with its experts shuffled: clean perplexity 0.5000 [0.4000, 0.6000], "
-        f"{verdict}; routing kept under attack +50.00 [40.00, 60.00] points, {verdict}."
+        "**Control**: `smoe, graph` against itself with its experts shuffled: clean perplexity 0.5000 [0.4000, "
+        f"0.6000], {verdict}; routing kept under attack +50.00 [40.00, 60.00] points, {verdict}."
     )
     page = evidence_page({"paper": paper, "ablation": ablation})
     assert wanted in page

@@ -214,7 +214,11 @@ def _write_pictures(
     compared = [row for row in rows if "against_plain" in row]
     if compared:
         plot_points({row["label"]: row["against_plain"] for row in compared}, folder / "points.png")
-    curves = {point.label(study.base): next(iter(runs.values()))["curve"] for point, runs in by_point.items() if runs}
+    curves = {
+        f"{point.label(study.base)}, seed {min(runs)}": runs[min(runs)]["curve"]
+        for point, runs in by_point.items()
+        if runs
+    }
     if curves:
         plot_curves({label: {"train": curve} for label, curve in list(curves.items())[:6]}, folder / "curves.png")
     with_graphs = [runs for point, runs in by_point.items() if runs and not point.is_plain]

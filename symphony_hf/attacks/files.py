@@ -72,7 +72,7 @@ def attack_file(
         raise DataError(f"{source}: {attack} at rate {rate} changes nothing in it: raise the rate, or take another")
     with replacing(output) as written:
         written.write_bytes(attacked.encode())  # as text, the ends of lines would change
-    return AttackedFile(output, rate, len(pairs), changed)
+    return AttackedFile(output, rate, len(pairs) - text.endswith("\n"), changed)
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:

@@ -9,7 +9,8 @@ def seed_of(attack: str, seed: int, name: str) -> int:
     Args:
         attack: Its name, so that two attacks do not hit the same places.
         seed: The user's.
-        name: Of the document or image. The severity is left out: what a lower one changes, a higher one changes too.
+        name: Of the document or image. The severity is left out: what a lower one changes, a higher one changes too;
+            but for aaa, which draws the places of a line together.
     """
     # surrogatepass: a name may be that of a file, which need not be valid text.
     digest = hashlib.sha256(f"{attack} {seed} {name}".encode(errors="surrogatepass")).digest()
