@@ -55,7 +55,8 @@ def test_the_command_writes_what_the_paper_describes(source, tmp_path):
     assert not SURE_STOP_WORDS & {word.lower() for word in replaced}
     assert len(replaced) >= 8  # of the sentence's ten other words: the choice is spread over them
     assert 0.012 < sum(replaced.values()) / total < 0.03  # above 1.5%, for the lines of few words
-    assert f"{sum(a != b for a, b in zip(before, after, strict=True))} of {len(before) - 1} lines changed" in result.output
+    num_changed = sum(a != b for a, b in zip(before, after, strict=True))
+    assert f"{num_changed} of {len(before) - 1} lines changed" in result.output
 
 
 def test_the_same_seed_gives_the_same_file_anywhere_and_another_seed_another(source, tmp_path):
