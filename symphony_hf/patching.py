@@ -66,6 +66,11 @@ def symphonize(
     attach(model, found, settings.to_dict())
     if settings.strength == 0 and settings.counts_selections:
         logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
+    if settings.decay == 1 and settings.counts_selections and adjacencies is None:
+        tracker_of(model).guards.warn_once(
+            "decay=1 keeps every graph as it is, and it starts as the identity, which has no effect: decay=1 is for a "
+            "checkpoint's graph, graph=PATH"
+        )
     if settings.graph == "frozen":
         tracker_of(model).guards.warn_once(
             "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
@@ -96,6 +101,11 @@ def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapp
 
 
 def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise PatchError(
+            f"symphonize: expected a model, got {type(model).__name__}: load it first, by "
+            "`AutoModelForCausalLM.from_pretrained`"
+        )
     if is_adapted(model):
         raise PatchError(
             f"symphonize: {type(model).__name__} is wrapped by PEFT: symphonize the base model first, then "

@@ -40,7 +40,7 @@ from .report import write_report
 from .training.fitting import train
 from .training.measuring import clean_and_attacked_windows
 from .training.models import load_model
-from .unfinished import write_json
+from .unfinished import check_file_place, write_json
 
 ARMS = ("plain", "symphony")
 TOP_K = 2
@@ -120,6 +120,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     # Bars for what takes milliseconds would bury those for what takes minutes.
     disable_progress_bar()
     output = Path(settings.output)
+    check_file_place(output / "report.json", "quickstart")
     corpus = load_corpus(settings.data)
     tokenizer = cached_tokenizer(corpus, settings.vocab_size)
     base_blocks, tune_blocks, validation_blocks = _blocks(settings, corpus, tokenizer)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
 from transformers import AutoModelForCausalLM
 
 from symphony_hf import (
+    PatchError,
     SymphonyConfig,
     SymphonyWarning,
     expert_graphs,
@@ -358,3 +360,18 @@ def test_settings_as_object_mapping_and_overrides():
         model = symphonize(make_model(), config, decay=0.5, **({} if config else {"strength": 0.25}))
         graph = model.model.layers[0].mlp.gate.symphony
         assert (graph.config.strength, graph.config.decay) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("model", ["allenai/OLMoE-1B-7B-0924", None])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(PatchError, match=r"expected a model, got .*load it first"):
+        symphonize(model)
+
+
+def test_a_graph_that_can_never_move_is_warned_about(tmp_path):
+    with pytest.warns(SymphonyWarning, match="decay=1 keeps every graph as it is"):
+        model = symphonize(make_model(), decay=1.0)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SymphonyWarning)
+        symphonize(make_model(), decay=1.0, graph=str(tmp_path))

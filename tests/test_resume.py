@@ -236,6 +236,9 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
     assert results_again["test"] == results["test"]
     with pytest.raises(ConfigError, match=r"saved with other settings \(decay\)"):
         run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, "symphony.decay": 0.5}))
+    for other, told in (({"seed": 5}, "seed 0, now 5"), ({"data.block_size": 8}, "data.block_size 16, now 8")):
+        with pytest.raises(ConfigError, match=rf"a run with other settings \({told}\)"):
+            run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, **other}))
     run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))  # it is over, but for what comes after
     assert_equal(outcome(root / "run"), whole)
     config = (last / "config.json").read_bytes()

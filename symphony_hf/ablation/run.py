@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..errors import ConfigError, SymphonyError
 from ..patching import expert_graphs
+from ..unfinished import check_file_place
 from .measuring import measure
 from .plan import VERSIONS, Cell, Results, cells_of, describe_plan
 from .report import write_ablation
@@ -51,6 +52,7 @@ def run_ablation(
     if workers < 1:
         raise ConfigError(f"ablation: `workers` must be at least 1, got {workers}")
     output = Path(output)
+    check_file_place(output / "report.json", "ablate")
     text = prepare_streams(study.recipe, output)
     results = Results(output, study, text.digest)
     if dry_run:

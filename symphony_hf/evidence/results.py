@@ -40,8 +40,10 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
     try:
         evidence_page({**known, **added})
     except (KeyError, TypeError) as error:
-        names = " and ".join(f"--{name}" for name in added)
-        raise DataError(f"evidence: no page can be made of what {names} names: {error!r} is missing in it") from error
+        raise DataError(
+            f"evidence: no page can be made of these results ({error!r} is missing): they are of an older version, or "
+            "cut off; run the command that makes them again"
+        ) from error
     for name, values in added.items():
         write_json(Path(folder) / f"{name}.json", values)
 
@@ -76,7 +78,10 @@ def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
     folder = Path(folder)
     run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
-    return {REQUIRED: _read(folder / f"{REQUIRED}.json"), **run}
+    paper = read_object(
+        folder / f"{REQUIRED}.json", DataError, hint="run this in the project's folder, or give --folder"
+    )
+    return {REQUIRED: paper, **run}
 
 
 def write_evidence(folder: str | Path, page: str | Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from .._version import __version__
 from ..compat import transformers_version
-from ..unfinished import write_json
+from ..unfinished import check_file_place, write_json
 from .plan import RobustnessSettings
 from .store import Store
 from .summary import summarize
@@ -35,6 +35,7 @@ def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
     """
     started = time.perf_counter()
     output = Path(settings.output)
+    check_file_place(output / "result.json", "eval")
     task = open_task(settings, Store(output / "cells"))
     measured = {role: task.measure(role) for role in task.subjects}
     result = {

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OURS = re.compile(r"(checkpoint-\d+|final)(\.replaced|\.deleted)?")
 
 
-def finish_checkpoint(target: Path, step: int, num_processes: int) -> None:
-    """`finish` for a checkpoint, with the record that it is known to be whole by."""
+def finish_checkpoint(target: Path, step: int, num_processes: int, settings: Mapping[str, Any] | None = None) -> None:
+    """`finish` for a checkpoint, with the record that it is known to be whole by, and its run's settings."""
     written = place_to_write(target)
     known = [record["order"] for record in _records(target.parent).values()]
     sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files(written)}
     record = {"step": step, "order": max(known, default=0) + 1, "processes": num_processes, "files": sizes}
+    if settings is not None:
+        record["settings"] = dict(settings)
     write_json(written / RECORD, record)
     finish(target)
 

@@ -1,6 +1,6 @@
 """One Trainer for every recipe: what is around the model while it trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def train(
     asked: Sequence[Ask] = (),
     collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     processor: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ResumableTrainer:
     """Train a model with transformers' Trainer; a Symphony model's graphs move once per optimizer step.
 
@@ -38,6 +39,7 @@ def train(
         asked: What must run, compared with what the Trainer made of it.
         collator: Makes a batch of examples; transformers' default when None.
         processor: The model's tokenizer or processor, for a Trainer that needs it.
+        settings: Of the run, which each checkpoint keeps.
 
     Returns:
         The Trainer, after training.
@@ -55,6 +57,7 @@ def train(
         data_collator=collator,
         processing_class=processor if is_sft else None,
     )
+    trainer.run_settings = settings
     check_launch(asked, trainer.accelerator.num_processes, strategy_of(trainer.accelerator.state))
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from ..data import cached_tokenizer, corpus_of, embedded_corpus, sample_stream
+from ..errors import ConfigError
 from ..modules import vision_config_of
 from ..recipe import ModelSection, Recipe
 from .models import IMAGE_TOKEN, build_config
@@ -21,13 +22,12 @@ def load_processor(recipe: Recipe) -> Any:
     """The checkpoint's tokenizer, or processor where there are images; one made for it where the model is built.
 
     A tokenizer that is made is trained on the recipe's text (and cached); of a stream, on its first documents.
+
+    Raises:
+        ConfigError: If the checkpoint's is not to be had.
     """
-    source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
-    if source is not None and recipe.model.vision is not None:
-        return _processor_of_both(recipe.model, AutoTokenizer.from_pretrained(source, revision=revision))
-    if source is not None:
-        loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
-        return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
+    if recipe.model.tokenizer is not None or recipe.model.path is not None:
+        return _stored_processor(recipe)
     data = recipe.data
     is_text = data.kind == "text" and data.path is not None
     if is_text and data.streaming:
@@ -38,6 +38,19 @@ def load_processor(recipe: Recipe) -> Any:
         corpus = embedded_corpus()
     tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
     return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
+
+
+def _stored_processor(recipe: Recipe) -> Any:
+    source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    try:
+        if recipe.model.vision is not None:
+            return _processor_of_both(recipe.model, AutoTokenizer.from_pretrained(source, revision=revision))
+        loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
+        return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
+    except (OSError, ValueError) as error:
+        name = "path" if recipe.model.tokenizer is None else "tokenizer"
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"model: {name}: no tokenizer is to be had from `{source}`: {first}") from error
 
 
 def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

@@ -1,6 +1,8 @@
 """The recipe runner: one path from a recipe to a trained, saved and measured model, for every launcher."""
 
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from ..json_objects import read_object
 from ..patching import is_symphonized
 from ..publishing import write_card
 from ..recipe import Recipe
-from ..unfinished import write_json
+from ..unfinished import check_file_place, write_json
 from .arguments import training_arguments
-from .checkpoints import reporting_failed_save
+from .checkpoints import read_record, reporting_failed_save
 from .fitting import train
 from .launch import Ask, asks, check_launch, strategy_to_come
 from .measuring import measure
@@ -29,6 +31,9 @@ from .trainer import checkpoint_to_resume
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
 
 RESULTS = "results.json"
+
+_TOLD = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+"""Training arguments that a run which goes on must have again."""
 
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -50,7 +55,10 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     started, output = time.perf_counter(), Path(recipe.output.directory)
     arguments, asked = prepare_run(recipe)
+    settings = _settings(recipe, arguments)
     checkpoint = checkpoint_to_resume(arguments)
+    if checkpoint is not None:
+        _check_same_settings(settings, checkpoint)
     processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the others find it in the cache
         data = prepare_data(recipe.data, processor, seed=arguments.seed)
@@ -80,6 +88,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         asked,
         data.collator,
         processor,
+        settings,
     )
     if trainer.is_world_process_zero():
         _clear_earlier(output)
@@ -107,6 +116,7 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
         ConfigError: If a setting is unknown or refused, a package or a device is missing, or another launch runs than
             was asked for.
     """
+    check_file_place(Path(recipe.output.directory) / RESULTS, "train")
     arguments = training_arguments(recipe)
     asked = asks(recipe.launch, arguments)
     strategy = strategy_to_come(arguments)
@@ -125,6 +135,30 @@ def _clear_earlier(output: Path) -> None:
     with reporting_failed_save(output / RESULTS):
         for name in (RESULTS, REPORT):
             (output / name).unlink(missing_ok=True)
+
+
+def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
+    """What decides a run's numbers, but for its length, its batches' parts, and the graphs, by the recipe's names."""
+    sections = {"data": asdict(recipe.data), "peft": {} if recipe.peft is None else asdict(recipe.peft)}
+    told = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    told |= {name: getattr(arguments, name) for name in _TOLD}
+    return json.loads(json.dumps(told, default=str))
+
+
+def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
+    """A report that names settings which the first steps did not have would be of no run.
+
+    Raises:
+        ConfigError: If the checkpoint's run was told others. One that nobody knows the settings of is taken.
+    """
+    before = (read_record(checkpoint) or {}).get("settings", settings)
+    differing = [name for name in settings if before.get(name) != settings[name]]
+    if differing:
+        told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in differing)
+        raise ConfigError(
+            f"train: `{checkpoint}` is of a run with other settings ({told}): resume with the same ones, or start a "
+            "new run in another output directory"
+        )
 
 
 def _check_same_graphs(model: Any, checkpoint: Path) -> None:

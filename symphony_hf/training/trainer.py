@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class ResumableTrainer(Trainer):
         CheckpointError: In training, if a checkpoint cannot be written, or does not fit the model.
     """
 
+    run_settings: Mapping[str, Any] | None = None
+    """What the run was told, for the record of each checkpoint."""
+
     _writing = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +67,7 @@ class ResumableTrainer(Trainer):
             self._note_best(output, target)
             self.accelerator.wait_for_everyone()  # each process writes files of its own
             if self.args.should_save:
-                finish_checkpoint(target, self.state.global_step, self.args.world_size)
+                finish_checkpoint(target, self.state.global_step, self.args.world_size, self.run_settings)
                 best = self.state.best_model_checkpoint
                 delete_oldest(output, self.args.save_total_limit, {target, *([Path(best)] if best else [])})
             self.accelerator.wait_for_everyone()
