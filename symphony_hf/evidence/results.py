@@ -39,9 +39,9 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
     added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
     try:
         evidence_page({**known, **added})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"evidence: no page can be made of these results ({error!r} is missing): they are of an older version, or "
+            f"evidence: no page can be made of these results ({error!r}): they are of an older version, or "
             "cut off; run the command that makes them again"
         ) from error
     for name, values in added.items():
