@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from symphony_hf import CheckpointError, ConfigError, SymphonyCallback, symphonize
 from symphony_hf.recipe import load_recipe
-from symphony_hf.training import checkpoints
+from symphony_hf.training import checkpoints, runner
 from symphony_hf.training import trainer as trainer_module
 from symphony_hf.training.checkpoints import RECORD, UNFINISHED
 from symphony_hf.training.runner import run_recipe
@@ -249,6 +249,23 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
     values["model.config"]["num_experts"] = 4
     with pytest.raises(CheckpointError, match=r"is of another model than the recipe's: size mismatch"):
         run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({"seed": 0}, {"seed": 1}, "seed 0, now 1"),
+        ({"seed": 0}, {"seed": 0, "peft.r": 8}, "peft.r None, now 8"),
+        ({"seed": 0, "peft.r": 8}, {"seed": 0}, "peft.r 8, now None"),
+    ],
+)
+def test_what_only_one_of_the_runs_was_told_differs_too(before, now, told, tmp_path):
+    target = tmp_path / "checkpoint-3"
+    checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
+    checkpoints.finish_checkpoint(target, 3, num_processes=1, settings=before)
+    runner._check_same_settings(before, target)
+    with pytest.raises(ConfigError, match=rf"a run with other settings \({told}\)"):
+        runner._check_same_settings(now, target)
 
 
 # Runs in processes of their own, killed. A server that has imported everything forks them.

@@ -152,9 +152,9 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
         ConfigError: If the checkpoint's run was told others. One that nobody knows the settings of is taken.
     """
     before = (read_record(checkpoint) or {}).get("settings", settings)
-    differing = [name for name in settings if before.get(name) != settings[name]]
+    differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
-        told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in differing)
+        told = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)
         raise ConfigError(
             f"train: `{checkpoint}` is of a run with other settings ({told}): resume with the same ones, or start a "
             "new run in another output directory"
