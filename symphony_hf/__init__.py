@@ -3,14 +3,15 @@
     from symphony_hf import symphonize
     symphonize(model)      # the same model, routed through the graph of its experts
 
-Importing this package lets transformers' own classes load Symphony checkpoints, and the model of `modules.wikitext`.
+Importing this package lets transformers' own classes load Symphony checkpoints, and the model of `models.wikitext`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
-from .hub import install_loading_wraps
+from symphony_hf.patching.from_pretrained import install_loading_wraps
+
+from .compat import __version__
 
 _HOMES = {
     "CheckpointError": "errors",
@@ -22,32 +23,32 @@ _HOMES = {
     "PatchError": "errors",
     "PushError": "errors",
     "ReportError": "errors",
-    "SymphonyCallback": "training",
+    "SymphonyCallback": "training.callback",
     "SymphonyConfig": "config",
     "SymphonyError": "errors",
     "SymphonyWarning": "errors",
     "UnsupportedModelError": "errors",
     "UpcycleError": "errors",
-    "UpcycledMoE": "modules",
-    "add_router_losses": "attachment",
-    "expert_graphs": "patching",
-    "export_folded": "hub",
-    "fold": "folding",
-    "inspect_model": "anatomy",
-    "is_symphonized": "patching",
-    "load_adapter": "adapters",
-    "load_checkpoint": "loading",
-    "lora_config": "adapters",
-    "print_inspection": "anatomy",
-    "print_trainable_parameters": "adapters",
-    "push": "sharing",
-    "quantize_experts": "quantization",
-    "symphonize": "patching",
-    "trainable_parameters": "adapters",
-    "unsymphonize": "patching",
-    "upcycle": "upcycling",
-    "upcycle_modules": "modules",
-    "update_graphs": "attachment",
+    "UpcycledMoE": "models.upcycled_moe",
+    "add_router_losses": "patching.attachment",
+    "expert_graphs": "patching.symphonize",
+    "export_folded": "patching.folding",
+    "fold": "patching.folding",
+    "inspect_model": "conversion.inspection.inspect",
+    "is_symphonized": "patching.symphonize",
+    "load_adapter": "conversion.adapters.loading",
+    "load_checkpoint": "checkpoints.untrusted",
+    "lora_config": "conversion.adapters.lora",
+    "print_inspection": "conversion.inspection.inspect",
+    "print_trainable_parameters": "conversion.adapters.trainable",
+    "push": "conversion.push",
+    "quantize_experts": "conversion.quantization.quantize_experts",
+    "symphonize": "patching.symphonize",
+    "trainable_parameters": "conversion.adapters.trainable",
+    "unsymphonize": "patching.symphonize",
+    "upcycle": "conversion.upcycling.upcycle",
+    "upcycle_modules": "patching.upcycle_modules",
+    "update_graphs": "patching.attachment",
 }
 
 __all__ = [
@@ -90,9 +91,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .adapters import load_adapter, lora_config, print_trainable_parameters, trainable_parameters
-    from .anatomy import inspect_model, print_inspection
-    from .attachment import add_router_losses, update_graphs
+    from symphony_hf.checkpoints.untrusted import load_checkpoint
+    from symphony_hf.conversion.adapters.loading import load_adapter
+    from symphony_hf.conversion.adapters.lora import lora_config
+    from symphony_hf.conversion.adapters.trainable import print_trainable_parameters, trainable_parameters
+    from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
+    from symphony_hf.conversion.push import push
+    from symphony_hf.conversion.quantization.quantize_experts import quantize_experts
+    from symphony_hf.conversion.upcycling.upcycle import upcycle
+    from symphony_hf.models.upcycled_moe import UpcycledMoE
+    from symphony_hf.patching.attachment import add_router_losses, update_graphs
+    from symphony_hf.patching.folding import export_folded, fold
+    from symphony_hf.patching.symphonize import expert_graphs, is_symphonized, symphonize, unsymphonize
+    from symphony_hf.patching.upcycle_modules import upcycle_modules
+    from symphony_hf.training.callback import SymphonyCallback
+
     from .config import SymphonyConfig
     from .errors import (
         CheckpointError,
@@ -109,15 +122,6 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UpcycleError,
     )
-    from .folding import fold
-    from .hub import export_folded
-    from .loading import load_checkpoint
-    from .modules import UpcycledMoE, upcycle_modules
-    from .patching import expert_graphs, is_symphonized, symphonize, unsymphonize
-    from .quantization import quantize_experts
-    from .sharing import push
-    from .training import SymphonyCallback
-    from .upcycling import upcycle
 
 
 def __getattr__(name: str) -> Any:
@@ -133,4 +137,4 @@ def __dir__() -> list[str]:
 
 
 install_loading_wraps()
-importlib.import_module(".modules.wikitext", __name__)  # transformers' Auto classes learn of its config
+importlib.import_module(".models.wikitext", __name__)  # transformers' Auto classes learn of its config

@@ -2,15 +2,18 @@
 
 Each of these is held by `tests/test_compat.py`, which fails when one moves:
 
-- `PreTrainedModel.post_init` and `PreTrainedModel._initialize_weights(module, is_custom_code)`, wrapped in `hub.py`
-- `PreTrainedModel._can_record_outputs`, read in `families/discovery.py`
-- `PreTrainedModel._keep_in_fp32_modules_strict`, added to in `patching.py`
-- the tensor attribute `_is_hf_initialized`, which the loader sets on what it has loaded, read in `hub.py`
+- `PreTrainedModel.post_init` and `PreTrainedModel._initialize_weights(module, is_custom_code)`, wrapped in
+  `patching/from_pretrained.py`
+- `PreTrainedModel._can_record_outputs`, read in `patching/families/discovery.py`
+- `PreTrainedModel._keep_in_fp32_modules_strict`, added to in `patching/symphonize.py`
+- the tensor attribute `_is_hf_initialized`, which the loader sets on what it has loaded, read in
+  `patching/from_pretrained.py`
 """
 
 import transformers
 from packaging.version import Version
 
+__version__ = "0.1.0"
 OLDEST_TRANSFORMERS = "5.17.0"
 
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .config import SymphonyConfig
+from .config import SymphonyConfig, check_names, parse_settings
 from .errors import ConfigError, nearest
-from .parsing import check_names, parse_settings
 
 Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 DataKind = Literal["text", "chat", "glue", "llava"]

@@ -59,13 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(words[0], parse_overrides(words[1:]))
         # After the recipe was found to be sound: these imports take seconds.
-        from .training.launch import launching_words
-        from .training.runner import prepare_run, run_recipe
+        from symphony_hf.training.launch import launching_words
+        from symphony_hf.training.runner import prepare_run, run_recipe
 
         command = shlex.join([*launching_words(), "-m", "symphony_hf.train", *words])
 
         if dry_run:
-            from .training.dry_run import print_dry_run
+            from symphony_hf.training.report import print_dry_run
 
             print_dry_run(recipe, prepare_run(recipe)[0])
             return 0

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use. The tiny models are in models.py."""
+"""Fixtures that every test may use. The tiny models are in helpers/models.py."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The tiny models gain nothing from threads, and beside other processes these wait for one another. For the processes
 # that tests start, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import models`
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # so that tests can `import models`
 
 import pytest
 import torch

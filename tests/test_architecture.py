@@ -1,89 +1,62 @@
-"""The doors of the house: a module imports only from lower levels, and heavy libraries only where they belong."""
+"""Levels and rooms: a file imports from strictly lower levels, no imports form a circle, heavy libraries have rooms."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import networkx
 import pytest
 
 import symphony_hf
 
 ROOT = Path(symphony_hf.__file__).parent
-LEVELS = {
-    "_version": 0,
-    "errors": 0,
-    "config": 0,
-    "unfinished": 0,
-    "json_objects": 0,
-    "parsing": 0,
-    "recipe": 0,
-    "routing": 1,
-    "graph": 2,
-    "graph_files": 2,
-    "guards": 2,
-    "stack": 2,
-    "tracking": 2,
-    "compat": 3,
-    "families": 3,
-    "router": 4,
-    "self_check": 4,
-    "attachment": 4,
-    "publishing": 4,
-    "saving": 4,
-    "modules": 4,
-    "patching": 4,
-    "watching": 4,
-    "folding": 4,
-    "anatomy": 5,
-    "adapters": 5,
-    "quantization": 5,
-    "hub": 5,
-    "sharing": 5,
-    "data": 5,
-    "evaluation": 5,
-    "attacks": 5,
-    "robustness": 6,
-    "observation": 6,
-    "compression": 6,
-    "upcycling": 5,
-    "diagnostics": 4,
-    "training": 6,
-    "planning": 6,
-    "conformance": 6,
-    "loading": 5,
-    "fuzzing": 6,
-    "ablation": 6,
-    "theory": 6,
-    "evidence": 7,
-    "quickstart": 7,
-    "report": 7,
-    "reporting": 7,
-    "bench": 7,
-    "bench_commit": 7,
-    "bench_experts": 7,
-    "bench_upcycle": 7,
-    "full_size": 7,
-    "train": 7,
-    "cli": 7,
-}
-ONLY_IN = {  # what may import it; `lazy`: inside functions alone
+ORDER = (
+    ("errors", "compat"),
+    ("files",),
+    ("config",),
+    ("recipe",),
+    ("routing",),
+    ("models", "diagnostics"),
+    ("data",),
+    ("checkpoints",),
+    ("patching",),
+    ("evaluation",),
+    ("conversion",),
+    ("training",),
+    ("train", "experiments"),
+    ("cli",),
+)
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+WITHOUT_TRANSFORMERS = {"errors", "files", "config", "recipe", "routing"}
+ONLY_IN = {  # rooms that may import it; True: inside functions alone
     "matplotlib": ({"diagnostics"}, False),
-    "peft": ({"training", "hub", "adapters"}, True),
-    "deepspeed": ({"training", "hub"}, True),
-    "accelerate": ({"training", "hub"}, True),
-    "bitsandbytes": ({"training", "hub", "quantization"}, True),
+    "peft": ({"conversion", "training", "experiments"}, True),
+    "deepspeed": ({"training", "experiments"}, True),
+    "accelerate": ({"training", "experiments"}, True),
+    "bitsandbytes": ({"conversion", "training", "experiments"}, True),
 }
+OWN_PROGRAMS = ("experiments/bench/gpu/",)
+"""Run by themselves, so what they need may be imported at the top of their files."""
+
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 
 
-def package_of(path):
-    """The room that a file is in: the package or the module right below symphony_hf."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def name_of(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def room_of(module):
+    """The package or file right below symphony_hf; of the package itself, ``."""
+    return [*module.split("."), ""][1]
 
 
 def imports_of(path):
-    """(module, whether at the top of the file) of every import; relative ones made absolute."""
+    """(module, whether at the top of the file) of every import, those for types alone included; all absolute."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = set()
     for node in tree.body:
@@ -93,36 +66,52 @@ def imports_of(path):
             for alias in node.names:
                 yield alias.name, id(node) in top
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                yield node.module, id(node) in top
-                continue
-            parts = ["symphony_hf", *path.relative_to(ROOT).parts[:-1]]
-            base = parts[: len(parts) - (node.level - 1)]
-            for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                yield ".".join([*base, name]), id(node) in top
+            base = node.module
+            if node.level:
+                parts = list(path.relative_to(ROOT.parent).parts[:-1])
+                base = ".".join([*parts[: len(parts) - (node.level - 1)], *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield (inner if inner in NAMES else base), id(node) in top
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_doors_open_downwards(path):
-    own = package_of(path)
-    if own == "__init__":
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_come_from_strictly_lower_levels(path):
+    own = room_of(name_of(path))
+    if not own:
         return
     assert own in LEVELS, f"{own} has no level: give it one"
     for module, _ in imports_of(path):
-        if module.startswith("symphony_hf."):
-            other = module.split(".")[1]
-            assert other == own or LEVELS[other] <= LEVELS[own], f"{own} (level {LEVELS[own]}) imports {other}"
+        if module.split(".")[0] == "symphony_hf":
+            other = room_of(module)
+            if other != own:
+                assert other, f"{path.name} imports symphony_hf itself: import the file that defines the name"
+                assert LEVELS[other] < LEVELS[own], f"{own} (level {LEVELS[own]}) imports {other} ({LEVELS[other]})"
         if module.split(".")[0] == "transformers":
-            assert LEVELS[own] >= 3, f"{own} (level {LEVELS[own]}) imports transformers"
+            assert own not in WITHOUT_TRANSFORMERS
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_imports_form_a_circle():
+    """Of any length, imports inside functions and for types included. The package itself imports lazily by name."""
+    graph = networkx.DiGraph(
+        (name_of(path), module)
+        for path in MODULES
+        for module, _ in imports_of(path)
+        if module in NAMES and name_of(path) != "symphony_hf"
+    )
+    circles = [sorted(circle) for circle in networkx.strongly_connected_components(graph) if len(circle) > 1]
+    assert not circles
+    assert not list(networkx.selfloop_edges(graph))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_heavy_libraries_have_their_rooms(path):
     for module, at_top in imports_of(path):
         rooms, lazy = ONLY_IN.get(module.split(".")[0], (None, False))
         if rooms is not None:
-            assert package_of(path) in rooms
-            assert not (lazy and at_top), f"{module} is imported at the top of {path.name}"
+            assert room_of(name_of(path)) in rooms
+            if not str(path.relative_to(ROOT)).startswith(OWN_PROGRAMS):
+                assert not (lazy and at_top), f"{module} is imported at the top of {path.name}"
 
 
 def test_importing_the_package_stays_light():

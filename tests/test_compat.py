@@ -24,7 +24,7 @@ def test_the_wrapped_methods_have_the_signatures_that_we_wrap():
 
 def test_the_wraps_are_installed_once():
     before = PreTrainedModel.post_init
-    symphony_hf.hub.install_loading_wraps()
+    symphony_hf.patching.from_pretrained.install_loading_wraps()
     assert PreTrainedModel.post_init is before
     assert not hasattr(inspect.unwrap(before), "_symphony_wrap")
 

@@ -8,22 +8,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from readme import block
 
 from symphony_hf import SymphonyConfig, __all__
-from symphony_hf.bench import AIMS, bench_table
-from symphony_hf.bench_commit import PROCESSES, SIZES, commit_table
-from symphony_hf.bench_experts import experts_table
-from symphony_hf.compression import compression_table, sweep_table
-from symphony_hf.compression import findings as compared
-from symphony_hf.report import findings, result_table
+from symphony_hf.conversion.compression.tables import compression_table, sweep_table
+from symphony_hf.conversion.compression.tables import findings as compared
+from symphony_hf.evaluation.report.quickstart import findings, result_table
+from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
+from symphony_hf.experiments.bench.experts import experts_table
+from symphony_hf.experiments.bench.layer import AIMS, bench_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "recipes" / "quickstart"
-
-
-def block(name):
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S).group(1)
 
 
 def as_markdown(rows):

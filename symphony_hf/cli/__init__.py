@@ -1,35 +1,17 @@
-"""The command `symphony`, one file a command."""
+"""The command `symphony`, one file a theme."""
 
 import importlib
 import os
 import sys
 
-from ..errors import SymphonyError
+from symphony_hf.errors import SymphonyError
+
 from .app import app
 
 __all__ = ["app", "main"]
 
-for _command in (
-    "quickstart",
-    "upcycle",
-    "train",
-    "plan",
-    "families",
-    "inspect",
-    "attack",
-    "eval",
-    "routing",
-    "report",
-    "compress",
-    "prepare",
-    "ablate",
-    "theory",
-    "evidence",
-    "check",
-    "bench",
-    "push",
-):  # in the order of the help page
-    importlib.import_module(f".{_command}", __name__)
+for _theme in ("train", "convert", "evaluate", "experiments"):
+    importlib.import_module(f".{_theme}", __name__)
 
 # Large blocks are kept instead of handed back to the system at every step; on CPU this is a large part of a step.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}

@@ -1,8 +1,11 @@
 """`symphony train`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from symphony_hf.errors import ConfigError
 
 from .app import app
 
@@ -19,6 +22,120 @@ def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A 
     --max_steps 100 or --resume_from_checkpoint true), --SECTION.NAME VALUE for others. With --dry_run, print what would
     be done, and touch nothing.
     """
-    from ..train import main as train_main
+    from symphony_hf.train import main as train_main
 
     raise typer.Exit(train_main([recipe, *context.args]))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples: symphony plan recipes/phi3-smoe-7.4b-glue/config.yaml --gpus 1,4,8 --gpu_memory 80GB; "
+    "symphony plan recipes/olmoe-7b-sft/full.yaml --sequences 200000 --per_device_train_batch_size 4 --json plan.json; "
+    "symphony plan recipes/quickstart/config.yaml --gpus 1 --gpu_memory 24GB --gpu_flops 165e12 --utilization 0.3",
+)
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A recipe's YAML file.")],
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs of one machine, with commas.")] = "1,4,8",
+    gpu_memory: Annotated[str, typer.Option("--gpu_memory", help="Of one GPU, such as 80GB or 79.6GiB.")] = "80GB",
+    gpu_flops: Annotated[
+        float, typer.Option("--gpu_flops", help="Peak of one GPU, FLOPs a second; an H100's in bfloat16 by default.")
+    ] = 989.5e12,
+    utilization: Annotated[float, typer.Option(help="The share of the peak that training reaches.")] = 0.35,
+    sequences: Annotated[
+        int | None, typer.Option(help="Training sequences of one epoch, where the data is not here to be counted.")
+    ] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            help="A configuration of accelerate, or a folder of them; `accelerate/` beside the recipe's folder."
+        ),
+    ] = None,
+    json: Annotated[str | None, typer.Option(help="Where a JSON of everything goes.")] = None,
+) -> None:
+    """Plan a recipe: memory by part under each launch, the largest micro-batch, tokens, hours. No weights are loaded.
+
+    Any setting of the recipe can be overridden by name, as for `symphony train`.
+    """
+    from symphony_hf.files import check_file_place, write_json
+    from symphony_hf.recipe import load_recipe
+    from symphony_hf.train import parse_overrides
+    from symphony_hf.training.planning.launches import read_launches
+    from symphony_hf.training.planning.plan import Machine, accelerate_folder, plan_recipe
+    from symphony_hf.training.planning.tables import parse_bytes, print_plan
+
+    if json is not None:
+        check_file_place(json, "plan")
+    machine = Machine(parse_bytes(gpu_memory), gpu_flops, utilization)
+    counts = [_count(text) for text in gpus.split(",")]
+    loaded = load_recipe(recipe, parse_overrides(context.args))
+    launches = read_launches(accelerate or accelerate_folder(recipe))
+    made = plan_recipe(loaded, launches, counts, machine, sequences)
+    print_plan(made)
+    if json is not None:
+        write_json(Path(json), made.to_dict())
+        print(f"Written to {Path(json).resolve()}")
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ConfigError(
+            f"plan: --gpus: `{text.strip()}` is no number of GPUs: expected numbers from 1, such as 1,4,8"
+        )
+    return int(text)
+
+
+@app.command(
+    epilog="Examples: symphony prepare brown.zip --output text --split train --strip_tags / --- "
+    "symphony prepare wiki.test.tokens --output text --split test",
+)
+def prepare(
+    source: Annotated[str, typer.Argument(help="A text file, a folder of them, or a .zip of one; UTF-8.")],
+    output: Annotated[str, typer.Option(help="Folder of the corpus, for a recipe's data.path.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    strip_tags: Annotated[
+        str | None, typer.Option("--strip_tags", help="Cut each word at the last of this sign: / for word/tag.")
+    ] = None,
+) -> None:
+    """Write text as one file a document into a split of a corpus, with words that are tagged made plain."""
+    from symphony_hf.data.splits import prepare_split
+
+    written = prepare_split(source, output, split=split, strip_tags=strip_tags)
+    typer.echo(
+        f"{written.num_documents:,} documents of {written.num_words:,} words. Written to {written.folder.resolve()}"
+    )
+
+
+@app.command(epilog="Example: symphony quickstart --output my-first-run --seed 1")
+def quickstart(
+    output: Annotated[str, typer.Option(help="Folder for checkpoints, report and pictures.")] = "symphony-quickstart",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text file, folder, or Hub data set, instead of the Python library's own sources."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, batches, attack and bootstrap.")] = 0,
+    pretrain_steps: Annotated[int, typer.Option("--pretrain_steps", help="Optimizer steps of the base model.")] = 600,
+    finetune_steps: Annotated[int, typer.Option("--finetune_steps", help="Optimizer steps of each copy.")] = 300,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences a step.")] = 16,
+    block_size: Annotated[int, typer.Option("--block_size", help="Tokens a sequence.")] = 128,
+    vocab_size: Annotated[int, typer.Option("--vocab_size", help="Of the tokenizer.")] = 2048,
+    documents: Annotated[int, typer.Option(help="Held-out documents to evaluate on.")] = 60,
+    attack_rate: Annotated[float, typer.Option("--attack_rate", help="Share of a line's words replaced.")] = 0.015,
+) -> None:
+    """Train a small MoE with and without its expert graph on real text, and compare: minutes, on a CPU."""
+    from symphony_hf.evaluation.report.quickstart import print_report
+    from symphony_hf.training.quickstart import QuickstartSettings, run_quickstart
+
+    settings = QuickstartSettings(
+        output=output,
+        data=data,
+        seed=seed,
+        pretrain_steps=pretrain_steps,
+        finetune_steps=finetune_steps,
+        batch_size=batch_size,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        documents=documents,
+        attack_rate=attack_rate,
+    )
+    print_report(run_quickstart(settings))

@@ -1,21 +1,22 @@
-"""Data: corpora, their tokenizer, their blocks, and their corruption; conversations, questions and images."""
+"""Data: corpora, their tokenizer, their blocks; conversations, questions and images."""
+
+from symphony_hf.data.images.collator import VisualCollator, VisualConversations
+from symphony_hf.data.images.questions import VisualQuestions
 
 from .blocks import BlockDataset, document_windows, pack_blocks, token_stream
-from .corpus import Corpus, Document, corpus_of, embedded_corpus, load_corpus
-from .corruption import STOP_WORDS, attack, word_swap, words_changed
+from .corpus import corpus_of, load_corpus
+from .documents import Corpus, Document
+from .embedded import embedded_corpus
 from .glue import LabelledQuestions
-from .lengths import check_lengths
 from .packing import check_packing
 from .prepare import prepare_data
-from .prepared import PreparedData
+from .prepared import PreparedData, check_lengths
 from .questions import Question
 from .splits import PreparedSplit, prepare_split
 from .streams import sample_stream
 from .tokenizer import cached_tokenizer, train_tokenizer
-from .visual import VisualCollator, VisualConversations, VisualQuestions
 
 __all__ = [
-    "STOP_WORDS",
     "BlockDataset",
     "Corpus",
     "Document",
@@ -26,7 +27,6 @@ __all__ = [
     "VisualCollator",
     "VisualConversations",
     "VisualQuestions",
-    "attack",
     "cached_tokenizer",
     "check_lengths",
     "check_packing",
@@ -40,6 +40,4 @@ __all__ = [
     "sample_stream",
     "token_stream",
     "train_tokenizer",
-    "word_swap",
-    "words_changed",
 ]

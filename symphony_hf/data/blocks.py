@@ -1,7 +1,8 @@
 """From documents to the tensors that a model is trained and evaluated on."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..errors import ConfigError, DataError
+from symphony_hf.errors import ConfigError, DataError
+
 from .documents import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 _BATCH = 256
 """Documents that are tokenized in one call."""
@@ -161,3 +164,42 @@ def closed_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[l
     end = tokenizer.eos_token_id
     # The end of a line of words is the end of text, too, and of one line there are not two.
     return [ids if ids and ids[-1] == end else [*ids, end] for ids in batch["input_ids"]]
+
+
+NO_LABEL = -100
+"""Of a token that is not learned, by the convention of `torch.nn.CrossEntropyLoss`."""
+
+
+def pad_rows(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right, where no token of a causal model sees it, whatever side the tokenizer prefers.
+
+    Args:
+        rows: Each with `input_ids` and, of the same length, `labels`.
+        pad_id: Fills the gaps in `input_ids`.
+
+    Returns:
+        `input_ids`, `labels` and `attention_mask`. Shape of each: (rows, longest), int64.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, fill: int) -> Tensor:
+        return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+    return {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", NO_LABEL), "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class PadCollator:
+    """`pad_rows` as the Trainer calls it.
+
+    Args:
+        pad_id: Fills the gaps in `input_ids`.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """One batch of rows with `input_ids` and `labels`."""
+        return pad_rows(rows, self.pad_id)

@@ -6,22 +6,127 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from ..errors import DataError
-from .conversations import to_messages
-from .digests import digest_rows
-from .docstrings import SOURCE, described_names
+from symphony_hf.errors import DataError
+
+from .datasets import digest_rows
 from .documents import SPLIT_NAMES, split_of
-from .prepared import PreparedData
-from .rows import Rows, cut_held_out, read_rows, require_columns, thin_rows
-from .skipping import PROBLEM, without_problems
-from .steps import Step
-from .templates import REFUSED, ensure_chat_template, ensure_padding
+from .embedded import SOURCE, described_names
+from .prepared import PreparedData, Step
+from .rows import PROBLEM, Rows, cut_held_out, read_rows, require_columns, thin_rows, without_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from ..recipe import DataSection
+    from symphony_hf.recipe import DataSection
+
+
+Message = dict[str, str]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+"""How data sets name who speaks -> the name that chat templates know."""
+
+
+def to_messages(turns: Sequence[Mapping[str, Any]] | None) -> tuple[list[Message], str]:
+    """One conversation in the form that chat templates take.
+
+    Args:
+        turns: With `role` and `content`, or ShareGPT's `from` and `value`.
+
+    Returns:
+        The messages, and what is wrong with them: empty, or `<what>: <which>`.
+    """
+    messages = []
+    for turn in turns or ():
+        if not isinstance(turn, Mapping):
+            return [], f"a turn that is no object: {type(turn).__name__}"
+        speaker = turn.get("role") or turn.get("from")
+        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if speaker not in ROLES:
+            return [], f"an unknown role: {speaker!r}"
+        if not isinstance(content, str) or not content.strip():
+            return [], f"a turn without text: of {speaker!r}"
+        messages.append({"role": ROLES[speaker], "content": content})
+    return messages, _fault(messages)
+
+
+def _fault(messages: list[Message]) -> str:
+    """Chat templates want a question and an answer in turn, after at most one instruction of the system."""
+    roles = [message["role"] for message in messages]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    for place, role in enumerate(roles):
+        if role != ("user", "assistant")[place % 2]:
+            return f"roles out of turn: {role!r} as number {place + 1}"
+    return "" if "assistant" in roles else "no answer"
+
+
+CHAT_TEMPLATE = """\
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+{%- if not loop.first -%}{{- '\\n' -}}{%- endif -%}
+{%- if message.role == 'assistant' -%}
+{{- 'Assistant:' -}}{%- generation -%}{{- ' ' + message.content | trim + eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- message.role | capitalize + ': ' + message.content | trim -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\nAssistant:' -}}{%- endif -%}
+"""
+"""For a tokenizer that has none. Answers are marked as what is learned, their end of text included."""
+
+
+REFUSED = "a conversation that the chat template refuses"
+"""A problem of a row, see `skipping`: some templates know no system, or want other turns."""
+
+
+def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase", notes: list[str]) -> None:
+    """Give a tokenizer without a chat template the one above, and say so.
+
+    Raises:
+        DataError: If it would need an end-of-text token, and the tokenizer has none.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise DataError(
+            f"{type(tokenizer).__name__} has neither a chat template nor an end-of-text token to end an answer with: "
+            "set its `chat_template`, or take the tokenizer of an instruction-tuned model (model.tokenizer)"
+        )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    notes.append("the tokenizer had no chat template; it was given a plain one: `User: ...`, `Assistant: ...`")
+
+
+def ensure_padding(tokenizer: "PreTrainedTokenizerBase", notes: list[str]) -> int:
+    """The token to pad with; the end of text where the tokenizer has no other, which is said.
+
+    Padding is neither attended to nor learned, so which token it is makes no difference.
+
+    Raises:
+        DataError: If the tokenizer has no end-of-text token either.
+    """
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise DataError(
+                f"{type(tokenizer).__name__} has neither a padding nor an end-of-text token: set its `pad_token`"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"the tokenizer had no padding token; its end of text, {tokenizer.eos_token}, pads")
+    assert tokenizer.pad_token_id is not None
+    return tokenizer.pad_token_id
+
+
+pass
+pass
+
 
 _FORMS = (("messages",), ("conversations",), ("prompt", "completion"))
 """Columns of the forms that are read; the first that is there."""

@@ -4,15 +4,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DataError
+from symphony_hf.errors import DataError
+
+from .datasets import TABLE_FORMATS
 from .documents import Corpus, Document, build_corpus
 from .embedded import embedded_corpus
-from .files import TEXT_SUFFIXES, read_file, read_folder
-from .loading import TABLE_FORMATS
-from .tables import read_hub
+from .files import TEXT_SUFFIXES, read_file, read_folder, read_hub
 
 if TYPE_CHECKING:
-    from ..recipe import DataSection
+    from symphony_hf.recipe import DataSection
 
 __all__ = ["Corpus", "Document", "corpus_of", "embedded_corpus", "load_corpus"]
 

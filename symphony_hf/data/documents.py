@@ -1,10 +1,10 @@
 """What a corpus is: named documents in three splits, and the rule that puts a document into one of them."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..errors import DataError
+from symphony_hf.errors import DataError
 
 Splits = Mapping[str, list["Document"]]
 
@@ -119,3 +119,24 @@ def build_corpus(splits: Splits, source: str, commit: str | None = None) -> Corp
                 "(a hundred are usually enough), or a folder or data set with its own train, validation and test splits"
             )
     return Corpus(kept["train"], kept["validation"], kept["test"], source, commit)
+
+
+_PIECE = 2_000
+"""Characters. A document of a large file ends at the first blank line after as many."""
+
+_LONGEST_PIECE = 4 * _PIECE
+"""Characters. It ends at the end of a line after as many, in a file without blank lines."""
+
+
+def pieces_of(lines: Iterable[str]) -> Iterator[str]:
+    """Group lines into pieces, which concatenated are the lines again."""
+    piece: list[str] = []
+    size = 0
+    for line in lines:
+        piece.append(line)
+        size += len(line)
+        if size >= _LONGEST_PIECE or (size >= _PIECE and not line.strip()):
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)

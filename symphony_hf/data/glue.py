@@ -6,24 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from ..errors import DataError
-from .digests import digest_rows
-from .docstrings import SOURCE, Described, described_names
+from symphony_hf.errors import DataError
+
+from .blocks import NO_LABEL, PadCollator
+from .chat import ensure_padding
+from .datasets import digest_rows
 from .documents import split_of
+from .embedded import SOURCE, Described, described_names
 from .glue_tasks import STAND_IN, GlueTask, find_task
-from .padding import NO_LABEL, PadCollator
-from .prepared import PreparedData
+from .prepared import PreparedData, Step
 from .questions import Question, tokenize_choices
-from .rows import Rows, cut_held_out, read_rows, require_columns, thin_rows
-from .skipping import PROBLEM, without_problems
-from .steps import Step
-from .templates import ensure_padding
+from .rows import PROBLEM, Rows, cut_held_out, read_rows, require_columns, thin_rows, without_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
-    from ..recipe import DataSection
+    from symphony_hf.recipe import DataSection
 
 HUB = "nyu-mll/glue"
 EMBEDDED = "embedded"

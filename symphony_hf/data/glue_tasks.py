@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..errors import DataError, nearest
+from symphony_hf.errors import DataError, nearest
 
 
 @dataclass(frozen=True)

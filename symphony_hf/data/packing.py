@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import DataError
-from .blocks import count_blocks
-from .padding import NO_LABEL
+from symphony_hf.errors import DataError
+
+from .blocks import NO_LABEL, count_blocks
 from .token_store import TokenStore
 
 if TYPE_CHECKING:

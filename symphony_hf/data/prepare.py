@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError
-from .bars import progress_bars
+from symphony_hf.data.images.llava import prepare_llava
+from symphony_hf.errors import ConfigError, DataError
+
 from .chat import prepare_chat
+from .datasets import progress_bars
 from .glue import prepare_glue
 from .prepared import PreparedData
-from .texts import prepare_text
-from .visual import prepare_llava
+from .text import prepare_text
 
 if TYPE_CHECKING:
-    from ..recipe import DataSection
+    from symphony_hf.recipe import DataSection
 
 _STREAMED = ("text",)
 _PACKED = ("text", "chat")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ..errors import DataError
+from symphony_hf.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

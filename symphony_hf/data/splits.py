@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..errors import ConfigError, DataError
-from ..unfinished import replacing_folder
-from .documents import HELD_OUT
-from .pieces import pieces_of
+from symphony_hf.errors import ConfigError, DataError
+from symphony_hf.files import replacing_folder
+
+from .documents import HELD_OUT, pieces_of
 
 _WORD = re.compile(r"\S+")
 _BLANK_LINES = re.compile(r"\n\s*\n")

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DataError, nearest
+from symphony_hf.errors import DataError, nearest
+
 from .blocks import closed_ids, end_of_text
 from .corpus import hub_name
+from .datasets import TABLE_FORMATS, open_hub, open_table
 from .documents import HELD_OUT, SPLIT_NAMES, Corpus, Document, split_of
-from .loading import TABLE_FORMATS, open_hub, open_table
 from .packing import make_block
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-    from ..recipe import DataSection
+    from symphony_hf.recipe import DataSection
 
 SHUFFLED = 10_000
 """Documents among which the next one is drawn."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .blocks import closed_ids, end_of_text
-from .digests import digest_texts
+from .datasets import digest_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ..errors import ConfigError, SymphonyWarning
+from symphony_hf.errors import ConfigError, SymphonyWarning
+
 from .documents import Corpus, Document
 
 if TYPE_CHECKING:

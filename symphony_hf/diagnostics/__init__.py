@@ -1,9 +1,20 @@
 """Diagnostics: routing, experts and their graph in numbers. In pictures: `symphony_hf.diagnostics.plots`."""
 
-from .graph_metrics import cluster_order, coselection_lift, load, load_entropy, off_diagonal_mass, spectral_gap
-from .graph_structure import centrality, communities, drift, modularity
+from .graph_metrics import (
+    centrality,
+    cluster_order,
+    communities,
+    coselection_lift,
+    drift,
+    load,
+    load_entropy,
+    modularity,
+    off_diagonal_mass,
+    spectral_gap,
+)
 from .routing_metrics import (
     choices_kept,
+    cka_matrix,
     coactivation,
     dead_experts,
     domain_allocation,
@@ -14,7 +25,6 @@ from .routing_metrics import (
     router_margin,
     router_saturation,
 )
-from .similarity import cka_matrix
 from .summary import graph_summary
 
 __all__ = [

@@ -1,15 +1,15 @@
 """Evaluation: perplexity by document, accuracy of answers, routing under attack, and intervals for what is compared."""
 
-from .alignment import aligned_positions
-from .classification import ChoiceScores, accuracy_interval, compare_accuracy, score_choices
+from symphony_hf.diagnostics.routing_metrics import choices_kept
+from symphony_hf.evaluation.routing.records import RoutingKept, RoutingRecord, record_routing, routing_kept
+
 from .comparison import compare_attacked, compare_perplexity, compare_robustness, perplexity_interval
+from .generation import AnswerScores, answer_freely, choose_answers
 from .metrics import METRICS, Choices, Metric, compare_changes, compare_choices, metric_interval, pooled_choices
+from .multiple_choice import ChoiceScores, accuracy_interval, compare_accuracy, score_choices
 from .perplexity import DocumentScores, score_documents, score_stream, score_tokens
-from .processed import answer_freely, choose_answers
-from .routing import RoutingKept, RoutingRecord, choices_kept, record_routing, routing_kept
-from .seeds import SeedInterval, paired_ratio, t_interval
-from .statistics import MIN_DOCUMENTS, Interval, paired_bootstrap
-from .vqa import AnswerScores
+from .statistics import MIN_DOCUMENTS, Interval, SeedInterval, paired_bootstrap, paired_ratio, t_interval
+from .windows import aligned_positions
 
 __all__ = [
     "METRICS",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import EvaluationError
+from symphony_hf.errors import EvaluationError
 
 Windows = Mapping[str, Sequence[Tensor]]
 """By document name, the document's windows: token ids, int64. Shape of each: (2 to block_size,)."""

@@ -6,7 +6,8 @@ How two training runs with other seeds would compare is another question, which 
 
 import numpy as np
 
-from ..errors import EvaluationError
+from symphony_hf.errors import EvaluationError
+
 from .perplexity import DocumentScores
 from .statistics import Interval, paired_bootstrap
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import EvaluationError
+from symphony_hf.errors import EvaluationError
+
 from .statistics import Interval, paired_bootstrap
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import EvaluationError
+from symphony_hf.errors import EvaluationError
+
 from .batching import Windows, evaluating, flatten, padded_batches
 
 

@@ -11,7 +11,6 @@ From counts to routing: `count_coselections` -> `update_adjacency` -> `transitio
 `mix_with_identity` -> `smooth_weight` (on logits) or `smooth_scores` (on probabilities).
 """
 
-from .fold import fold_linear
 from .graph import (
     adjacency_problems,
     count_coselections,
@@ -19,10 +18,17 @@ from .graph import (
     mix_with_identity,
     transition_matrix,
     update_adjacency,
+    without_autocast,
 )
 from .losses import AttachLoss, RecordGradientScale, load_balancing_loss, z_loss
-from .precision import without_autocast
-from .smoothing import smooth_logits, smooth_probabilities, smooth_scores, smooth_sigmoid_scores, smooth_weight
+from .smoothing import (
+    fold_linear,
+    smooth_logits,
+    smooth_probabilities,
+    smooth_scores,
+    smooth_sigmoid_scores,
+    smooth_weight,
+)
 
 __all__ = [
     "AttachLoss",

@@ -1,12 +1,22 @@
 """From the experts that tokens chose to the matrix that routes them: counts, adjacency, transition."""
 
+import contextlib
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..config import Normalization
-from .precision import without_autocast
+from symphony_hf.config import Normalization
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """A region that autocast leaves alone, on the tensor's device: bf16 would round counts over 256, and the graph."""
+    if tensor.is_meta:  # autocast knows no such device
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)  # type: ignore[return-value]
+
+
+pass
 
 
 def initial_adjacency(num_experts: int, top_k: int, device: torch.device | str | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import without_autocast
+from .graph import without_autocast
 
 
 def _masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:

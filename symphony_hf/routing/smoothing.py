@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .precision import without_autocast
+from .graph import without_autocast
 
 
 def _check_experts(what: str, num_experts: int, transition_EE: Tensor) -> None:
@@ -146,3 +146,24 @@ def smooth_sigmoid_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
 def _log_odds(p_TE: Tensor, complement_TE: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny  # keeps log's gradient finite where a sigmoid underflowed
     return p_TE.clamp_min(tiny).log() - complement_TE.clamp_min(tiny).log()
+
+
+pass
+
+
+def fold_linear(weight_ED: Tensor, bias_E: Tensor | None, transition_EE: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of the plain router that gives the smoothed logits: A (W x + b) = (A W) x + A b.
+
+    Args:
+        weight_ED: Router weight. Shape: (num_experts, hidden_size).
+        bias_E: Its bias in the logits, if it has one. Shape: (num_experts,).
+        transition_EE: The matrix A. Shape: (num_experts, num_experts).
+
+    Returns:
+        The folded weight and bias, in their own types and shapes. The same numbers as a Symphony router uses at
+        run time, so nothing is lost by folding.
+
+    Raises:
+        ValueError: If the numbers of experts differ.
+    """
+    return smooth_weight(weight_ED, transition_EE), None if bias_E is None else smooth_weight(bias_E, transition_EE)

@@ -4,11 +4,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters import print_trainable_parameters, record_adapters
-from ..attachment import record_log_probs, tracker_of
-from ..errors import PatchError
-from ..graph import is_adapted
-from ..patching import symphony_routers
+from symphony_hf.conversion.adapters.record import record_adapters
+from symphony_hf.conversion.adapters.trainable import print_trainable_parameters
+from symphony_hf.errors import PatchError
+from symphony_hf.patching.attachment import record_log_probs, tracker_of
+from symphony_hf.patching.expert_graph import is_adapted
+from symphony_hf.patching.symphonize import symphony_routers
+
 from .launch import check_launch_of_trainer
 
 

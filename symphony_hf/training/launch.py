@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
-from ..errors import ConfigError
-from ..recipe import LaunchSection
+from symphony_hf.errors import ConfigError
+from symphony_hf.recipe import LaunchSection
 
 
 class Ask(NamedTuple):

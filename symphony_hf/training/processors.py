@@ -11,10 +11,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data import cached_tokenizer, corpus_of, embedded_corpus, sample_stream
-from ..errors import ConfigError
-from ..modules import vision_config_of
-from ..recipe import ModelSection, Recipe
+from symphony_hf.data.corpus import corpus_of
+from symphony_hf.data.embedded import embedded_corpus
+from symphony_hf.data.streams import sample_stream
+from symphony_hf.data.tokenizer import cached_tokenizer
+from symphony_hf.errors import ConfigError
+from symphony_hf.models.llava import vision_config_of
+from symphony_hf.recipe import ModelSection, Recipe
+
 from .models import IMAGE_TOKEN, build_config
 
 

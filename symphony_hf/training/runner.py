@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..config import SymphonyConfig
-from ..data import check_packing, prepare_data
-from ..errors import ConfigError
-from ..json_objects import read_object
-from ..patching import is_symphonized
-from ..publishing import write_card
-from ..recipe import Recipe
-from ..unfinished import check_file_place, write_json
+from symphony_hf.checkpoints.upload import write_card
+from symphony_hf.config import SymphonyConfig
+from symphony_hf.data.packing import check_packing
+from symphony_hf.data.prepare import prepare_data
+from symphony_hf.errors import ConfigError
+from symphony_hf.files import check_file_place, read_object, write_json
+from symphony_hf.patching.symphonize import is_symphonized
+from symphony_hf.recipe import Recipe
+
 from .arguments import training_arguments
-from .checkpoints import read_record, reporting_failed_save
-from .fitting import train
+from .final_evaluation import measure
+from .fit import train
 from .launch import Ask, asks, check_launch, strategy_to_come
-from .measuring import measure
-from .models import add_graph, load_model
+from .models import add_adapters, add_graph, choose_trained, load_model
 from .monitor import GraphMonitor
 from .processors import load_processor
-from .run_report import REPORT, describe_run, write_run_report
-from .trainable import add_adapters, choose_trained
+from .report import REPORT, describe_run, write_run_report
 from .trainer import checkpoint_to_resume
+from .trainer_checkpoints import read_record, reporting_failed_save
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
 
 RESULTS = "results.json"

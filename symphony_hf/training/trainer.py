@@ -12,18 +12,16 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from ..adapters import restore_adapter
-from ..errors import CheckpointError
-from ..json_objects import read_weight_map
-from ..publishing import RECORD_NAME
-from .checkpoints import (
-    UNFINISHED,
+from symphony_hf.checkpoints.folder import RECORD_NAME
+from symphony_hf.conversion.adapters.loading import restore_adapter
+from symphony_hf.errors import CheckpointError
+from symphony_hf.files import UNFINISHED, finish, place_to_write, read_weight_map
+
+from .trainer_checkpoints import (
     clear_leftovers,
     delete_oldest,
     find_checkpoint,
-    finish,
     finish_checkpoint,
-    place_to_write,
     read_record,
     reporting_failed_save,
 )

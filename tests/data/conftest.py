@@ -3,7 +3,9 @@
 import pytest
 from hypothesis import settings
 
-from symphony_hf.data import Corpus, embedded_corpus, train_tokenizer
+from symphony_hf.data.documents import Corpus
+from symphony_hf.data.embedded import embedded_corpus
+from symphony_hf.data.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 512
 

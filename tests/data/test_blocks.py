@@ -8,15 +8,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
-from symphony_hf.data import (
-    BlockDataset,
-    Document,
-    blocks,
-    document_windows,
-    pack_blocks,
-    token_stream,
-    train_tokenizer,
-)
+from symphony_hf.data import blocks
+from symphony_hf.data.blocks import BlockDataset, document_windows, pack_blocks, token_stream
+from symphony_hf.data.documents import Document
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ConfigError, DataError
 
 

@@ -6,10 +6,9 @@ import json
 import datasets
 import pytest
 
-from symphony_hf.data import prepare_data
-from symphony_hf.data.conversations import to_messages
-from symphony_hf.data.docstrings import described_names
-from symphony_hf.data.templates import CHAT_TEMPLATE
+from symphony_hf.data.chat import CHAT_TEMPLATE, to_messages
+from symphony_hf.data.embedded import described_names
+from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import DataError
 from symphony_hf.recipe import DataSection
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from symphony_hf.data import load_corpus
+from symphony_hf.data.corpus import load_corpus
 from symphony_hf.errors import DataError
 
 SPLITS = ("train", "validation", "test")

@@ -9,10 +9,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
-from symphony_hf.data import prepare_data
-from symphony_hf.data.docstrings import described_names
+from symphony_hf.data.blocks import NO_LABEL
+from symphony_hf.data.embedded import described_names
 from symphony_hf.data.glue_tasks import TASKS, find_task
-from symphony_hf.data.padding import NO_LABEL
+from symphony_hf.data.prepare import prepare_data
 from symphony_hf.data.questions import split_shared, tokenize_choices
 from symphony_hf.errors import DataError
 from symphony_hf.recipe import DataSection

@@ -17,10 +17,10 @@ from visual import (
     write_llava,
 )
 
-from symphony_hf.data import prepare_data
-from symphony_hf.data.padding import NO_LABEL
-from symphony_hf.data.visual import llava as llava_module
-from symphony_hf.data.visual.images import decode, handwritten_digits
+from symphony_hf.data.blocks import NO_LABEL
+from symphony_hf.data.images import llava as llava_module
+from symphony_hf.data.images.decoding import decode, handwritten_digits
+from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.recipe import DataSection
 

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from models import VOCAB, gradients, make_model, move_graphs
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
-from symphony_hf.conformance.tiny import tiny_model
-from symphony_hf.data import check_packing, pack_blocks, train_tokenizer
+from symphony_hf.data.blocks import NO_LABEL, pack_blocks
 from symphony_hf.data.documents import Document
-from symphony_hf.data.packing import TokenBlocks, make_block
-from symphony_hf.data.padding import NO_LABEL
+from symphony_hf.data.packing import TokenBlocks, check_packing, make_block
 from symphony_hf.data.token_store import TokenStore
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ConfigError, DataError
+from symphony_hf.experiments.conformance.tiny import tiny_model
 
 LENGTHS = (5, 1, 7, 3)  # one document is a single token
 FAMILIES = ["mixtral", "olmoe", "qwen2_moe"]

@@ -9,9 +9,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import OlmoeConfig, default_data_collator
 
-from symphony_hf.data import check_lengths, load_corpus, pack_blocks, prepare_data
 from symphony_hf.data import streams as streams_module
+from symphony_hf.data.blocks import pack_blocks
+from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.documents import split_of
+from symphony_hf.data.prepare import prepare_data
+from symphony_hf.data.prepared import check_lengths
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.recipe import DataSection
 

@@ -6,12 +6,13 @@ import zipfile
 import pytest
 from typer.testing import CliRunner
 
-from symphony_hf import unfinished
+from symphony_hf import files as unfinished
 from symphony_hf.cli import app
-from symphony_hf.data import load_corpus, prepare_split
+from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.files import read_file, read_folder
+from symphony_hf.data.splits import prepare_split
 from symphony_hf.errors import ConfigError, DataError
-from symphony_hf.unfinished import UNFINISHED
+from symphony_hf.files import UNFINISHED
 
 TAGGED = "\n\n\tThe/at jury/nn said/vbd 1\\/2/cd ,/, //nil ./.\n\n\n\tA/at second/od one/nn\n"
 

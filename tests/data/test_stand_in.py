@@ -10,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from visual import TOKENS_PER_IMAGE, entry, make_model, make_processor, write_llava
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
-from symphony_hf.data import prepare_data
-from symphony_hf.data.padding import NO_LABEL, pad_rows
+from symphony_hf.data.blocks import NO_LABEL, pad_rows
+from symphony_hf.data.prepare import prepare_data
 from symphony_hf.recipe import DataSection
 
 TEXT_ROWS = (1, 3, 5)

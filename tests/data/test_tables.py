@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from symphony_hf.data import load_corpus
+from symphony_hf.data.corpus import load_corpus
 from symphony_hf.errors import DataError
 
 ROWS = [f"Row {index} has some text." for index in range(200)]

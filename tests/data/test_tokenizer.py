@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from symphony_hf.data import Corpus, Document, cached_tokenizer, train_tokenizer
 from symphony_hf.data import tokenizer as tokenizer_module
+from symphony_hf.data.documents import Corpus, Document
+from symphony_hf.data.tokenizer import cached_tokenizer, train_tokenizer
 from symphony_hf.errors import ConfigError, SymphonyWarning
 
 VOCAB_SIZE = 300

@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments
 from visual import entry, make_model, make_processor, write_llava
 
 from symphony_hf import SymphonyCallback, expert_graphs, symphonize
-from symphony_hf.data import prepare_data, train_tokenizer
+from symphony_hf.data.prepare import prepare_data
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.recipe import DataSection
 
 ROWS = [f"Row {number} has some text of its own, and a little more: {number * 7919}." for number in range(300)]

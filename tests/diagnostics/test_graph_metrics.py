@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from symphony_hf.diagnostics import (
+from symphony_hf.diagnostics.graph_metrics import (
     cluster_order,
     coselection_lift,
     load,
@@ -14,7 +14,7 @@ from symphony_hf.diagnostics import (
     spectral_gap,
 )
 from symphony_hf.errors import GraphError
-from symphony_hf.routing import count_coselections, initial_adjacency
+from symphony_hf.routing.graph import count_coselections, initial_adjacency
 
 METRICS = [cluster_order, coselection_lift, load, load_entropy, off_diagonal_mass, spectral_gap]
 

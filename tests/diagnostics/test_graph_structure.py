@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from symphony_hf.diagnostics import centrality, communities, drift, modularity
+from symphony_hf.diagnostics.graph_metrics import centrality, communities, drift, modularity
 from symphony_hf.errors import GraphError
-from symphony_hf.routing import initial_adjacency
+from symphony_hf.routing.graph import initial_adjacency
 
 
 def graph(num_experts, edges, load=1.0):

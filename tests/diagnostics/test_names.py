@@ -2,7 +2,7 @@
 
 import pytest
 
-from symphony_hf.diagnostics.names import short_names
+from symphony_hf.diagnostics.labels import short_names
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,21 @@ import torch
 from matplotlib.image import imread
 
 import symphony_hf.diagnostics
-from symphony_hf.diagnostics.plots import (
+from symphony_hf.diagnostics.plots import curves as pages
+from symphony_hf.diagnostics.plots import curves as runs
+from symphony_hf.diagnostics.plots import figure, heat_maps, networks
+from symphony_hf.diagnostics.plots.curves import (
     draw_attack,
     draw_levels,
     draw_losses,
-    figure,
-    heat_maps,
-    networks,
-    pages,
     plot_comparison,
     plot_curves,
-    plot_expert_network,
-    plot_graphs,
-    runs,
 )
+from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
+from symphony_hf.diagnostics.plots.networks import plot_expert_network
 from symphony_hf.errors import EvaluationError, GraphError
-from symphony_hf.evaluation import Interval
-from symphony_hf.routing import count_coselections, initial_adjacency
+from symphony_hf.evaluation.statistics import Interval
+from symphony_hf.routing.graph import count_coselections, initial_adjacency
 
 GRAPH_PLOTS = [plot_graphs, plot_expert_network]
 

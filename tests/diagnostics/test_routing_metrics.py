@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from symphony_hf.diagnostics import (
+from symphony_hf.diagnostics.routing_metrics import (
     choices_kept,
     coactivation,
     dead_experts,

@@ -5,23 +5,28 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from symphony_hf.diagnostics import communities
+from symphony_hf.diagnostics.graph_metrics import communities
 from symphony_hf.diagnostics.plots import (
-    changes,
-    evolution,
-    loads,
-    plot_allocation,
-    plot_flips,
-    plot_graph_evolution,
-    plot_load_history,
-    plot_robustness,
-    plot_saturation,
-    plot_similarity,
-    robustness,
-    similarities,
+    attacks as changes,
 )
+from symphony_hf.diagnostics.plots import (
+    attacks as robustness,
+)
+from symphony_hf.diagnostics.plots import (
+    heat_maps as similarities,
+)
+from symphony_hf.diagnostics.plots import (
+    loads,
+)
+from symphony_hf.diagnostics.plots import (
+    networks as evolution,
+)
+from symphony_hf.diagnostics.plots.attacks import plot_flips, plot_robustness, plot_saturation
+from symphony_hf.diagnostics.plots.heat_maps import plot_similarity
+from symphony_hf.diagnostics.plots.loads import plot_allocation, plot_load_history
+from symphony_hf.diagnostics.plots.networks import plot_graph_evolution
 from symphony_hf.errors import EvaluationError, GraphError
-from symphony_hf.routing import count_coselections, initial_adjacency
+from symphony_hf.routing.graph import count_coselections, initial_adjacency
 
 LAYERS = [f"model.layers.{number}.mlp.gate" for number in range(3)]
 

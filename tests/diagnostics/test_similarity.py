@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from symphony_hf.diagnostics import cka_matrix
+from symphony_hf.diagnostics.routing_metrics import cka_matrix
 from symphony_hf.errors import EvaluationError
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symphony_hf.evaluation import alignment
-from symphony_hf.evaluation.alignment import aligned_positions
+from symphony_hf.evaluation import windows as alignment
+from symphony_hf.evaluation.windows import aligned_positions
 
 ids = st.lists(st.integers(0, 5), max_size=40)
 

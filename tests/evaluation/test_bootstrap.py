@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation import (
-    DocumentScores,
-    Interval,
-    compare_perplexity,
-    compare_robustness,
-    paired_bootstrap,
-    perplexity_interval,
-)
+from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
+from symphony_hf.evaluation.perplexity import DocumentScores
+from symphony_hf.evaluation.statistics import Interval, paired_bootstrap
 
 
 def make_scores(nll_per_token, tokens):

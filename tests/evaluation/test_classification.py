@@ -7,11 +7,17 @@ import pytest
 import torch
 from models import VOCAB, make_model
 
-from symphony_hf.data import Question, prepare_data
 from symphony_hf.data.documents import Document
+from symphony_hf.data.prepare import prepare_data
+from symphony_hf.data.questions import Question
 from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation import ChoiceScores, accuracy_interval, compare_accuracy, score_choices
+from symphony_hf.evaluation.multiple_choice import (
+    ChoiceScores,
+    accuracy_interval,
+    compare_accuracy,
+    score_choices,
+)
 from symphony_hf.recipe import DataSection
 
 

@@ -5,15 +5,15 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation import (
+from symphony_hf.evaluation.metrics import (
     METRICS,
     Choices,
     compare_changes,
     compare_choices,
     metric_interval,
-    paired_bootstrap,
     pooled_choices,
 )
+from symphony_hf.evaluation.statistics import paired_bootstrap
 
 REFERENCES = {"accuracy": accuracy_score, "f1": f1_score, "matthews": matthews_corrcoef}
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from models import VOCAB, make_model
 
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation import DocumentScores, score_documents, score_stream
 from symphony_hf.evaluation.batching import padded_batches
+from symphony_hf.evaluation.perplexity import DocumentScores, score_documents, score_stream
 
 # One float32 rounding is 6e-8 of a value. A window sums a few hundred of them, and a padded batch goes through
 # another attention kernel than a window alone; 1e-5 leaves room for both and for nothing else.

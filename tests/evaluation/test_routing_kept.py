@@ -5,10 +5,11 @@ import pytest
 import torch
 from models import VOCAB, make_llava, make_model
 
-from symphony_hf.conformance.choices import watch_choices
-from symphony_hf.conformance.tiny import tiny_model
+from symphony_hf.diagnostics.routing_metrics import choices_kept
 from symphony_hf.errors import EvaluationError, UnsupportedModelError
-from symphony_hf.evaluation import choices_kept, record_routing, routing_kept
+from symphony_hf.evaluation.routing.records import record_routing, routing_kept
+from symphony_hf.experiments.conformance.naive import watch_choices
+from symphony_hf.experiments.conformance.tiny import tiny_model
 
 TOP_K = 3
 BLOCK = 16

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation import paired_ratio, t_interval
+from symphony_hf.evaluation.statistics import paired_ratio, t_interval
 
 
 def test_the_interval_is_student_s():

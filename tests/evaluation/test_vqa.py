@@ -6,10 +6,13 @@ import pytest
 import torch
 from visual import TOKENS_PER_IMAGE, entry, make_model, make_processor, write_llava
 
-from symphony_hf.data import VisualQuestions, prepare_data, train_tokenizer
 from symphony_hf.data.documents import Document
+from symphony_hf.data.images.questions import VisualQuestions
+from symphony_hf.data.prepare import prepare_data
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import DataError
-from symphony_hf.evaluation import AnswerScores, score_choices
+from symphony_hf.evaluation.generation import AnswerScores
+from symphony_hf.evaluation.multiple_choice import score_choices
 from symphony_hf.recipe import DataSection
 
 DIGITS = [f"The digit is {digit}." for digit in range(10)]

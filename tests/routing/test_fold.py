@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symphony_hf.routing import fold_linear, smooth_logits, smooth_weight
+from symphony_hf.routing.smoothing import fold_linear, smooth_logits, smooth_weight
 
 from . import naive
 

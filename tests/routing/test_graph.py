@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from symphony_hf.routing import (
+from symphony_hf.routing.graph import (
     adjacency_problems,
     count_coselections,
     initial_adjacency,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from symphony_hf.routing import AttachLoss, RecordGradientScale, load_balancing_loss, z_loss
+from symphony_hf.routing.losses import AttachLoss, RecordGradientScale, load_balancing_loss, z_loss
 
 from . import naive
 

@@ -8,17 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symphony_hf.routing import (
+from symphony_hf.routing.graph import (
     count_coselections,
     initial_adjacency,
     mix_with_identity,
+    transition_matrix,
+    update_adjacency,
+)
+from symphony_hf.routing.smoothing import (
     smooth_logits,
     smooth_probabilities,
     smooth_scores,
     smooth_sigmoid_scores,
     smooth_weight,
-    transition_matrix,
-    update_adjacency,
 )
 
 from . import naive

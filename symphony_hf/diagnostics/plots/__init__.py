@@ -3,17 +3,12 @@
 Nothing else in the package imports matplotlib.
 """
 
-from .changes import plot_flips, plot_saturation
-from .evolution import plot_graph_evolution
-from .heat_maps import plot_graphs
+from .attacks import plot_flips, plot_robustness, plot_saturation
+from .curves import draw_attack, draw_levels, draw_losses, plot_comparison, plot_curves
+from .heat_maps import plot_graphs, plot_similarity
 from .loads import plot_allocation, plot_load_history
-from .networks import plot_expert_network
-from .pages import draw_attack, draw_levels, draw_losses
-from .planted import plot_convergence, plot_shares
-from .points import plot_points
-from .robustness import plot_robustness
-from .runs import plot_comparison, plot_curves
-from .similarities import plot_similarity
+from .networks import plot_expert_network, plot_graph_evolution
+from .studies import plot_convergence, plot_points, plot_shares
 
 __all__ = [
     "draw_attack",

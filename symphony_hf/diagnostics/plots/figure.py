@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ...errors import GraphError
-from ...unfinished import replacing
-from ..names import layer_titles
+from symphony_hf.diagnostics.labels import layer_titles
+from symphony_hf.errors import GraphError
+from symphony_hf.files import replacing
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, which colour-blind readers can tell apart."""

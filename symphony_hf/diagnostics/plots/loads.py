@@ -12,7 +12,8 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ...errors import EvaluationError
+from symphony_hf.errors import EvaluationError
+
 from .figure import grid, save_png, shown_names
 
 _LIMIT = 2.0

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -13,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..graph_metrics import cluster_order, coselection_lift, load
-from .figure import COLORS, grid, save_png, shown_layers
+from symphony_hf.diagnostics.graph_metrics import cluster_order, communities, coselection_lift, load, modularity
+from symphony_hf.errors import GraphError
+
+from .figure import COLORS, grid, save_png, shown_layers, shown_names
 
 MIN_LIFT = 1.25
 """Pairs chosen together more than this many times as often as their loads would give are worth a line."""
@@ -91,3 +94,104 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
     handles.append(Line2D([], [], marker="o", linestyle="", color=COLORS[1], label="area: load"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return save_png(figure, path)
+
+
+pass
+
+_MOST_LAYERS, _MOST_MOMENTS = 4, 5
+_SEED = 0
+"""Of the layout."""
+
+
+def plot_graph_evolution(
+    graphs: Sequence[Mapping[str, Tensor]], moments: Sequence[str], path: str | os.PathLike[str]
+) -> Path:
+    """Draw each layer's network of experts at several moments, a row a layer, in one layout.
+
+    Experts are placed, and coloured by community, as the last moment's graph has them: so one sees how early its
+    communities were there. A node's area is the expert's load, an edge's width and opacity its lift over what loads
+    would give. Below each network is its modularity.
+
+    Args:
+        graphs: Of each moment, adjacency by layer name, the same layers each time. Shape of each: (num_experts,
+            num_experts). Of more than 4 layers or 5 moments, evenly spaced ones are drawn, the last included.
+        moments: What each moment is called.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        GraphError: If there are none, one is no social graph, or the layers differ.
+    """
+    if not graphs or len(graphs) != len(moments) or any(one.keys() != graphs[0].keys() for one in graphs):
+        raise GraphError("an evolution needs the graphs of one moment or more, and the same layers at each")
+    places = np.unique(np.linspace(0, len(graphs) - 1, min(len(graphs), _MOST_MOMENTS)).round().astype(int))
+    titles, left_out = shown_names(list(graphs[0]), most=_MOST_LAYERS)
+    edges = {(t, n): strongest_edges(graphs[t][n]) for t in places for n in titles.values()}
+    # One pair that is nearly always together would leave all others faint.
+    top = max(2.0, float(np.quantile([lift for found in edges.values() for _, _, lift in found] or [2.0], 0.9)))
+    figure = Figure(figsize=(2.15 * len(places) + 0.5, 2.25 * len(titles) + 0.9), layout="constrained")
+    figure.suptitle(f"Experts chosen together, over time{left_out}", fontsize=11)
+    axes = figure.subplots(len(titles), len(places), squeeze=False)
+    for row, (title, name) in enumerate(titles.items()):
+        last = graphs[-1][name]
+        layout, colors = _layout(last), _colors(last)
+        for column, place in enumerate(places):
+            panel, graph = axes[row, column], graphs[place][name]
+            _draw(panel, graph, edges[place, name], top, layout, colors)
+            panel.set_xlabel(f"modularity {modularity(graph):.2f}", fontsize=7, labelpad=1)
+            if row == 0:
+                panel.set_title(moments[place], fontsize=9)
+        axes[row, 0].set_ylabel(title, fontsize=9)
+    lifts = [1 + share * (top - 1) for share in (0.3, 1.0)]
+    labels = [f"{lift:.1f} x expected{end}" for lift, end in zip(lifts, ("", " or more"), strict=True)]
+    handles = [Line2D([], [], label=label, **edge_style(lift, top)) for label, lift in zip(labels, lifts, strict=True)]
+    note = "area: load; colour: community at the end"
+    handles.append(Line2D([], [], label=note, marker="o", linestyle="", color="0.5"))
+    columns = 3 if len(graphs) > 2 else 1  # entries side by side are wider than two networks
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    return save_png(figure, path)
+
+
+def _layout(adjacency_EE: Tensor) -> np.ndarray:
+    """Positions within the unit square, by springs along the edges that are worth a line. Shape: (num_experts, 2)."""
+    network = nx.Graph()
+    network.add_nodes_from(range(len(adjacency_EE)))
+    # Without their weights: those of a close community would pull it into one dot.
+    network.add_edges_from((j, k) for j, k, _ in strongest_edges(adjacency_EE))
+    found = nx.spring_layout(network, k=3.0 / np.sqrt(len(adjacency_EE)), iterations=300, seed=_SEED)
+    places = np.array([found[expert] for expert in range(len(adjacency_EE))])
+    least, most = places.min(0), places.max(0)
+    return (places - least) / np.maximum(most - least, 1e-9)
+
+
+def _colors(adjacency_EE: Tensor) -> list[str]:
+    """By community, the largest six in colours of their own, the others grey."""
+    colors = ["0.55"] * len(adjacency_EE)
+    for number, group in enumerate(communities(adjacency_EE)[: len(COLORS)]):
+        for expert in group:
+            colors[expert] = COLORS[number]
+    return colors
+
+
+def _draw(
+    axes: Axes,
+    adjacency_EE: Tensor,
+    edges: list[tuple[int, int, float]],
+    top: float,
+    layout: np.ndarray,
+    colors: list[str],
+) -> None:
+    num_experts = len(adjacency_EE)
+    for j, k, lift in edges:
+        axes.plot(*layout[[j, k]].T, **edge_style(min(lift, top), top, scale=min(1.0, 3 / np.sqrt(num_experts))))
+    area = 900 * load(adjacency_EE).numpy()
+    axes.scatter(layout[:, 0], layout[:, 1], s=area, c=colors, edgecolors="white", linewidths=0.4, zorder=3)
+    if num_experts <= 32:
+        for expert, (x, y) in enumerate(layout):
+            above = (0, np.sqrt(area[expert]) / 2 + 1)  # the radius of its circle, in points
+            axes.annotate(str(expert), (x, y), above, textcoords="offset points", ha="center", fontsize=6, zorder=4)
+    axes.set(xlim=(-0.12, 1.12), ylim=(-0.12, 1.16), xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color("0.85")

@@ -1,0 +1,234 @@
+"""What a folder is, before any of it leaves the machine: which model, and which of its files."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from symphony_hf.config import SymphonyConfig
+from symphony_hf.errors import GraphError, PushError
+from symphony_hf.files import read_object
+from symphony_hf.routing.graph import adjacency_problems
+
+from .graph_files import read_graphs
+
+_SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".png", ".svg", ".yaml", ".yml"}
+_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
+_STAYS = {
+    r"training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth": "a pickle of Trainer's state",
+    r"trainer_state\.json|symphony_checkpoint\.json|results?\.json|report\.(json|md)": "of the run, not of the model",
+    r"global_step\d+|latest|zero_to_fp32\.py": "DeepSpeed's state",
+    r"checkpoint-\d+(\..*)?|runs|logs|_symphony_unfinished": "of the run, not of the model",
+    r"\.git|\.cache|\.gitignore|\.DS_Store|__pycache__": "of the machine, not of the model",
+}
+_PICKLE = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")  # a bare pickle, or torch's archive of one
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+_TEXT = (".json", ".txt", ".md", ".jinja", ".yaml", ".yml", "")
+
+
+def is_wanted(entry: Path) -> str | None:
+    """Why a file or folder is no part of the model; None where it may be one."""
+    return next((reason for pattern, reason in _STAYS.items() if re.fullmatch(pattern, entry.name)), None)
+
+
+def check_contents(files: Mapping[str, Path]) -> None:
+    """Refuse what must not be shared, by what is in the files and not by their names alone.
+
+    Args:
+        files: Name in the repository -> file.
+
+    Raises:
+        PushError: If one is a pickle, code, of a kind that no model needs, or has an access token in it; it names it.
+    """
+    for name, file in files.items():
+        if file.suffix == ".safetensors":
+            _check_safetensors(file)
+            continue
+        with file.open("rb") as opened:
+            if _PICKLE.match(opened.read(4)):
+                raise PushError(f"`{file}` is a pickle, which can run anything when it is loaded: save as safetensors")
+        if file.suffix not in _SUFFIXES and file.name not in _NAMES:
+            raise PushError(
+                f"`{file}` is of no kind that a model needs ({', '.join(sorted(_SUFFIXES))}): move it out of the folder"
+            )
+        if file.suffix in _TEXT:
+            _check_text(name, file)
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise PushError(f"`{file}` cannot be read as safetensors ({error}): is it truncated?") from error
+
+
+def _check_text(name: str, file: Path) -> None:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if _TOKEN.search(text):
+        raise PushError(f"`{file}` has an access token of the Hub in it: take it out, and revoke it if it was shared")
+    if file.suffix != ".json":
+        return
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PushError(f"`{file}` is no JSON: {error}") from error
+    if isinstance(values, dict) and values.get("auto_map"):
+        raise PushError(f"`{file}` asks for code of its own (`auto_map`), and code is not pushed: `{name}` must not")
+
+
+pass
+
+Kind = Literal["symphony", "plain", "adapter"]
+RECORD_NAME = "symphony_config.json"
+"""Beside an adapter with graphs: what it needs to be loaded."""
+_WIKITEXT = "wikitext_moe"
+_AUTO_CLASSES = {  # and transformers' table of each
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",  # a model with images comes whole
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+_RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
+"""Where a run keeps its model, and beside it what it has measured: the recipes' runner, and the quickstart."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on the disk, as it is pushed.
+
+    Attributes:
+        path: Where its config is.
+        kind: `symphony`: with its graphs. `plain`: without, folded or never with any. `adapter`: PEFT's.
+        config: Of the model; of the adapter, where it is one.
+        settings: Of the graphs, where the config has them.
+        graphs: Router -> adjacency; of the model that was folded, where it is known. Empty where there are none.
+        files: Name in the repository -> file.
+        left_out: Name -> why it stays here.
+        results: The file with what a run has measured.
+    """
+
+    path: Path
+    kind: Kind
+    config: Mapping[str, Any]
+    settings: SymphonyConfig | None
+    graphs: Mapping[str, Tensor]
+    files: Mapping[str, Path]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    results: Path | None = None
+
+    @property
+    def has_our_modules(self) -> bool:
+        """Whether no other software has its modules: `upcycle_modules` made them, or it is WikiText's model."""
+        return "upcycled" in self.config or self.config.get("model_type") == _WIKITEXT
+
+    @property
+    def auto_class(self) -> str:
+        """The Auto class that loads it, or its base model, as far as that is known."""
+        model_type, class_name = self.config.get("model_type"), None
+        if self.kind == "adapter":
+            class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
+            if RECORD_NAME in self.files:
+                model_type = read_object(self.files[RECORD_NAME], PushError).get("model_type")
+        from transformers.models.auto import modeling_auto  # it imports scikit-learn
+
+        for name, mapping in _AUTO_CLASSES.items():
+            known = getattr(modeling_auto, mapping)
+            if model_type in known or class_name in known.values():
+                return name
+        return "AutoModelForImageTextToText" if "vision_config" in self.config else "AutoModelForCausalLM"
+
+
+def open_folder(directory: str | Path) -> ModelFolder:
+    """Look at a folder with a checkpoint, an adapter, or a run, and refuse what must not be shared.
+
+    Args:
+        directory: With a `config.json` or `adapter_config.json`; or a run's, with its model in `final/` or, the
+            quickstart's, in `symphony/`.
+
+    Raises:
+        PushError: If there is no model, or a file of it is a pickle, code, or of a kind that no model needs.
+        ConfigError: If the settings of the graphs cannot be read.
+        GraphError: If the graphs cannot be read.
+    """
+    path, results = _find(Path(directory))
+    is_adapter = (path / "adapter_config.json").exists()
+    name = "adapter_config.json" if is_adapter else "config.json"
+    config = read_object(path / name, PushError)
+    stored = config.get("symphony")
+    settings = None if stored is None else SymphonyConfig.from_stored(stored, where=f"{path / name}: symphony")
+    if not is_adapter and settings is None and not _names_experts(config):
+        raise PushError(f"push: `{path / 'config.json'}` names no experts: this is no mixture of experts")
+    files, left_out = _sort(path)
+    check_contents(files)
+    return ModelFolder(
+        path=path,
+        kind="adapter" if is_adapter else "plain" if settings is None else "symphony",
+        config=config,
+        settings=settings,
+        graphs=_graphs(path, is_adapter, settings),
+        files=files,
+        left_out=left_out,
+        results=results,
+    )
+
+
+def _names_experts(config: Mapping[str, Any]) -> bool:
+    return any(
+        "expert" in name or (isinstance(value, Mapping) and _names_experts(value)) for name, value in config.items()
+    )
+
+
+def _find(directory: Path) -> tuple[Path, Path | None]:
+    """Where the model is, and what its run has measured."""
+    if not directory.is_dir():
+        raise PushError(f"push: `{directory}` is no folder: give the one of a checkpoint, an adapter or a run")
+    inside = [directory / name for name, measured in _RUNS.items() if (directory / measured).exists()]
+    for path in (directory, *inside):
+        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+            measured = [path / "results.json", path / "report.json"]
+            if path.resolve().name in _RUNS:
+                measured.append(path.resolve().parent / _RUNS[path.resolve().name])
+            return path, next((file for file in measured if file.exists()), None)
+    raise PushError(
+        f"push: no model in `{directory}`: expected a config.json or an adapter_config.json there, or a run's `final/`"
+    )
+
+
+def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    files: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    for entry in sorted(path.iterdir()):
+        reason = is_wanted(entry)
+        if reason is not None:
+            left_out[entry.name] = reason
+        elif entry.is_dir():
+            inside, outside = _sort(entry)
+            files.update({f"{entry.name}/{name}": file for name, file in inside.items()})
+            left_out.update({f"{entry.name}/{name}": why for name, why in outside.items()})
+        else:
+            files[entry.name] = entry
+    return files, left_out
+
+
+def _graphs(path: Path, is_adapter: bool, settings: SymphonyConfig | None) -> dict[str, Tensor]:
+    if is_adapter:
+        try:
+            graphs = read_graphs(path / "adapter_model.safetensors")
+        except GraphError:
+            if settings is not None:
+                raise
+            return {}  # an adapter without the graph: of the experts or the attention alone
+    elif settings is not None:
+        graphs = read_graphs(path)
+    else:
+        return {}
+    for name, graph in graphs.items():
+        problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
+        if problems:
+            raise GraphError(f"push: the graph of `{name}` in `{path}` is not usable: {'; '.join(problems)}")
+    return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}

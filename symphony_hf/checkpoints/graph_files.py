@@ -1,0 +1,122 @@
+"""Expert graphs read from safetensors files, and nothing believed before it was checked."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from symphony_hf.errors import GraphError, NoGraphError
+from symphony_hf.files import read_weight_map
+from symphony_hf.routing.graph import adjacency_problems
+
+SUFFIX = ".symphony.adjacency"
+_INDEX = "model.safetensors.index.json"
+
+
+def read_graphs(path: str | Path) -> dict[str, Tensor]:
+    """Read the adjacencies, and nothing else, from a Symphony checkpoint.
+
+    Args:
+        path: A folder with `model.safetensors`, or with shards and their index, or one .safetensors file.
+
+    Returns:
+        Router name, as in the file, -> adjacency as stored.
+
+    Raises:
+        GraphError: If the path is missing, no safetensors, or truncated.
+        NoGraphError: If it holds no graph.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise GraphError(f"graph: `{path}` does not exist: give a Symphony checkpoint, or one of ema, frozen, learned")
+    graphs: dict[str, Tensor] = {}
+    for file in checkpoint_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name.endswith(SUFFIX):
+                        graphs[name.removesuffix(SUFFIX)] = tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise GraphError(f"graph: `{file}` cannot be read as safetensors ({error}): is it truncated?") from error
+    if not graphs:
+        raise NoGraphError(f"graph: `{path}` holds no expert graph (no tensor is named `*{SUFFIX}`)")
+    return graphs
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all of them in its own folder.
+
+    Args:
+        path: A folder, or one file.
+
+    Raises:
+        GraphError: If one is missing, or the index of the shards is none.
+    """
+    if path.is_file():
+        return [path]
+    index = path / _INDEX
+    if index.exists():
+        files = [path / name for name in sorted(set(read_weight_map(index, GraphError).values()))]
+    else:
+        files = [path / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise GraphError(f"graph: `{file}` does not exist")
+    return files
+
+
+def match_graphs(graphs: Mapping[str, Tensor], routers: Sequence[tuple[str, int]], where: str) -> list[Tensor]:
+    """Bring graphs in the order of a model's routers, and check each.
+
+    Args:
+        graphs: What `read_graphs` returned. On disk a router may have another name (Mixtral's is
+            `block_sparse_moe.gate` there, `mlp.gate` in the model): then it goes by the numbers in its name.
+        routers: (name, number of experts) of each router.
+        where: The path, for error messages.
+
+    Raises:
+        GraphError: If a router has none, or it is not a social graph of that many experts.
+    """
+    on_disk = _names_on_disk(graphs, [name for name, _ in routers])
+    missing = [name for name, _ in routers if name not in on_disk]
+    if missing:
+        raise GraphError(f"graph: `{where}` has no graph for {', '.join(missing)}; it has {', '.join(sorted(graphs))}")
+    problems = [
+        f"{on_disk[name]}{SUFFIX}: {'; '.join(found)}"
+        for name, num_experts in routers
+        if (found := adjacency_problems(graphs[on_disk[name]], num_experts))
+    ]
+    if problems:
+        raise GraphError(f"graph: `{where}` is not usable: {' | '.join(problems)}")
+    return [graphs[on_disk[name]].float() for name, _ in routers]
+
+
+def _names_on_disk(graphs: Collection[str], names: Sequence[str]) -> dict[str, str]:
+    """Router -> the name of its graph, where it has one: its own, or else one with the same numbers.
+
+    A model of text and images may have several with these (`layers.1.mlp.text_moe.gate` and `vision_moe.gate`): then
+    the one that ends alike.
+    """
+    found = {name: name for name in names if name in graphs}
+    renamed = [name for name in graphs if name not in found]
+    for name in (name for name in names if name not in found):
+        ends = {stored: _common_end(stored, name) for stored in renamed if _numbers(stored) == _numbers(name)}
+        nearest = [stored for stored, end in ends.items() if end == max(ends.values())]
+        if len(nearest) == 1:
+            found[name] = nearest[0]
+    takers = Counter(found.values())
+    return {name: stored for name, stored in found.items() if takers[stored] == 1}
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _common_end(a: str, b: str) -> int:
+    """How many words two names end with in common."""
+    words = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))

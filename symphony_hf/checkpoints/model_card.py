@@ -1,0 +1,243 @@
+"""The model card: what a pushed model is, how to load it, what was measured, and what is not known of it."""
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from symphony_hf.compat import __version__
+from symphony_hf.errors import PushError
+
+from .folder import RECORD_NAME, ModelFolder
+from .provenance import Origin, hub_name
+from .results import Results, eval_results, result_rows
+
+
+def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
+    """The text of a card's section on loading.
+
+    Args:
+        folder: What is pushed.
+        repo_id: Where to.
+        base_model: Of an adapter; a placeholder stands where it is not known.
+    """
+    auto = folder.auto_class
+    if folder.kind == "plain" and not folder.has_our_modules:
+        lines = [f"from transformers import {auto}", f'model = {auto}.from_pretrained("{repo_id}")']
+        return f"{_python(lines)}\n\nNothing else is needed; servers run it as any checkpoint of its family."
+    if folder.kind == "adapter":
+        return _adapter(folder, repo_id, base_model or "BASE_MODEL")
+    lines = [
+        f"import symphony_hf  # brings the {'experts' if folder.has_our_modules else 'graphs'} back",
+        f"from transformers import {auto}",
+        f'model = {auto}.from_pretrained("{repo_id}")',
+    ]
+    return f"{_python(lines)}\n\n{_served(folder)}"
+
+
+def _served(folder: ModelFolder) -> str:
+    """What other software can do with it."""
+    if folder.has_our_modules:
+        return "**Not without `symphony_hf`**: software that does not know it has no place for its experts."
+    warning = "**Not without `symphony_hf`**: software that does not know it would route without the graphs."
+    if folder.settings is None or folder.settings.smoothing != "logits":
+        return (
+            f"{warning} It smooths scores, which no plain router computes: it cannot be folded into a plain checkpoint."
+        )
+    return (
+        f'{warning} `symphony_hf.export_folded(model, "folded")` writes a plain checkpoint with the same logits, for '
+        "software that does not know of graphs."
+    )
+
+
+def _adapter(folder: ModelFolder, repo_id: str, base_model: str) -> str:
+    auto = f"from transformers import {folder.auto_class}"
+    base = f'model = {folder.auto_class}.from_pretrained("{base_model}")'
+    peft = f'model = PeftModel.from_pretrained(model, "{repo_id}")'
+    if not folder.graphs:
+        return _python(["from peft import PeftModel", auto, base, peft])
+    silent = "PEFT's own loader puts an adapter on a base that is not symphonized in silence, without its graphs"
+    if RECORD_NAME in folder.files:
+        lines = ["import symphony_hf", auto, base, f'model = symphony_hf.load_adapter(model, "{repo_id}")']
+        return f"{_python(lines)}\n\nThe plain base is symphonized as the adapter needs it. {silent}."
+    symphonize = "symphony_hf.symphonize(model)  # with the settings that it was trained with"
+    lines = ["import symphony_hf", "from peft import PeftModel", auto, base, symphonize, peft]
+    return f"{_python(lines)}\n\n{silent}: symphonize first."
+
+
+def _python(lines: list[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+pass
+
+PAPER = "2510.16411"
+TAGS = ["symphony-smoe", "moe", f"arxiv:{PAPER}"]
+PICTURE = "graphs.png"
+BEGIN, END = "<!-- symphony card -->", "<!-- end of the symphony card -->"
+"""Around what a later push writes anew."""
+
+_LIBRARIES = {"symphony": "symphony_hf", "plain": "transformers", "adapter": "peft"}
+
+_CITATION = f"""```bibtex
+@misc{{symphonysmoe,
+  title         = {{Modeling Expert Interactions in Sparse Mixture of Experts via Graph Structures}},
+  year          = {{2025}},
+  eprint        = {{{PAPER}}},
+  archivePrefix = {{arXiv}},
+  url           = {{https://arxiv.org/abs/{PAPER}}}
+}}
+```"""
+
+
+def model_card(
+    folder: ModelFolder, repo_id: str, origin: Origin, results: Results | None, tags: list[str]
+) -> ModelCard:
+    """The card of a folder's model.
+
+    Args:
+        folder: What is pushed.
+        repo_id: Where to.
+        origin: Where it comes from.
+        results: What was measured of it.
+        tags: Further ones.
+    """
+    data = _metadata(folder, repo_id, origin, results, tags)
+    text = "\n\n".join([BEGIN, *_sections(folder, repo_id, origin, results), END])
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def _metadata(
+    folder: ModelFolder, repo_id: str, origin: Origin, results: Results | None, tags: list[str]
+) -> ModelCardData:
+    relation = "adapter" if folder.kind == "adapter" else "finetune"
+    data_id = hub_name(origin.data)
+    data = ModelCardData(
+        base_model=origin.base_model,
+        base_model_relation=relation if origin.base_model is not None else None,
+        datasets=None if data_id is None else [data_id],
+        library_name="symphony_hf" if folder.has_our_modules else _LIBRARIES[folder.kind],
+        license=origin.license,
+        pipeline_tag=_pipeline_tag(folder),
+        tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
+    )
+    if results is not None and results.scores:
+        data.model_name = repo_id.split("/")[-1]
+        data.eval_results = eval_results(results, origin.data or "text", data_id)
+    return data
+
+
+def _sections(folder: ModelFolder, repo_id: str, origin: Origin, results: Results | None) -> list[str]:
+    sections = [
+        f"# {repo_id.split('/')[-1]}",
+        _what_it_is(folder),
+        f"## Loading\n\n{loading(folder, repo_id, origin.base_model)}",
+        f"## What it was made from\n\n{_origin_text(origin)}",
+    ]
+    if folder.settings is not None:
+        rows = [["setting", "value"], *([f"`{key}`", f"`{value}`"] for key, value in folder.settings.to_dict().items())]
+        sections.append(f"## Settings of the graph\n\n{_table(rows)}")
+    if results is not None and results.scores:
+        sections.append(f"## Results\n\n{_table(result_rows(results))}\n\n{results.note}")
+    if folder.graphs:
+        caption = "How often two experts of a layer are chosen together"
+        sections.append(f"## Graphs\n\n![{caption}]({PICTURE})\n\n{caption}; above, the experts' loads.")
+    return [*sections, f"## Citation\n\n{_CITATION}"]
+
+
+def _pipeline_tag(folder: ModelFolder) -> str | None:
+    if folder.auto_class == "AutoModelForImageTextToText":
+        return "image-text-to-text"
+    architectures = folder.config.get("architectures") or []
+    causal = any(str(name).endswith("ForCausalLM") for name in architectures)
+    return "text-generation" if causal or folder.config.get("task_type") == "CAUSAL_LM" else None
+
+
+def _what_it_is(folder: ModelFolder) -> str:
+    symphony = f"[Symphony routing](https://arxiv.org/abs/{PAPER})"
+    graph = "a graph of which experts are chosen together, learned while the model was trained"
+    family = f"`{folder.config.get('model_type')}`"
+    if folder.kind == "adapter":
+        sentences = [f"A PEFT adapter for a mixture of experts with {symphony}."]
+    elif folder.kind == "symphony":
+        sentences = [f"A mixture of experts ({family}) with {symphony}: each expert's gate is smoothed over {graph}."]
+    else:
+        readers = (
+            "symphony_hf, which has its experts" if folder.has_our_modules else "any software that runs this family"
+        )
+        sentences = [f"A mixture of experts ({family}) without graphs of its own, for {readers}."]
+        # A checkpoint does not tell that it was folded. One that was folded just now has its graphs beside it.
+        folded = f"{symphony} folded into their weights: {graph}, which smooths each expert's gate."
+        sentences.append(
+            f"Its routers have {folded}"
+            if folder.graphs
+            else f"Where it was trained with graphs, its routers have {folded}"
+        )
+    if folder.graphs:
+        sizes = " or ".join(str(size) for size in sorted({len(graph) for graph in folder.graphs.values()}))
+        sentences.append(f"{len(folder.graphs)} layers have a graph, of {sizes} experts each.")
+    if folder.settings is not None and folder.settings.strength == 0:
+        sentences.append("At strength 0 it routes as its base does: the graph was learned beside the routing.")
+    return " ".join([*sentences, f"Made with symphony_hf {__version__}."])
+
+
+def _origin_text(origin: Origin) -> str:
+    base = (
+        "not known"
+        if origin.base_model is None
+        else f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
+    )
+    licence = "not known: ask whoever made it before you use it" if origin.license is None else f"`{origin.license}`"
+    rows = [["", ""], ["base model", base], ["data", origin.data or "not known"], ["licence", licence]]
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+pass
+
+_TO_FILL_IN = "[More Information Needed]"
+
+
+def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str) -> str:
+    """Add to a README's metadata what it lacks; lists are united, and the model-index is this push's.
+
+    What an earlier push wrote, between its marks, is written anew; all other words stay.
+
+    Args:
+        existing: Text of the README that is there.
+        card: Ours.
+        said: What the user says of the model's origin, which goes before what is there.
+        where: The README is, for the error message.
+
+    Raises:
+        PushError: If the metadata of the one that is there cannot be read.
+    """
+    try:
+        merged = ModelCard(existing)
+    except (ValueError, KeyError, TypeError, YAMLError) as error:
+        raise PushError(f"{where}: its metadata cannot be read ({error}): mend it, or move it away") from error
+    data = merged.data
+    for key, value in vars(card.data).items():
+        there = data.get(key)
+        if isinstance(value, list) and key != "eval_results":
+            there = [there] if isinstance(there, str) else list(there or [])
+            data[key] = [*there, *(item for item in value if item not in there)]
+        elif value is not None and (there is None or key in ("eval_results", "model_name")):
+            data[key] = value
+    for key, value in vars(said or Origin()).items():
+        if value is not None and key != "data":
+            data[key] = value
+    before, begin, rest = merged.text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        ours = card.text[card.text.index(BEGIN) : card.text.index(END)]
+        merged.text = f"{before}{ours}{END}{after}"
+    return str(merged)
+
+
+def is_template(readme: str) -> bool:
+    """Whether it is the Hub's template, as PEFT writes it into each adapter, with nothing filled in."""
+    return readme.count(_TO_FILL_IN) > 20

@@ -1,0 +1,186 @@
+"""What a run has measured of its model, as a card shows it: the runner's `results.json`, the quickstart's report."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult
+
+from symphony_hf.errors import PushError
+from symphony_hf.files import read_object
+
+from .folder import ModelFolder
+
+Metric = Literal["perplexity", "loss", "accuracy"]
+_CONFIDENCE = 0.95
+"""Of the runner's intervals, which it writes by their ends alone."""
+_DIGITS = {"perplexity": ".2f", "loss": ".4f", "accuracy": ".2%"}
+_EMBEDDED = {
+    "text": "the library sources of the running Python",
+    "chat": "docstrings of the running Python's library",
+    "glue": "a stand-in for GLUE, of docstrings of the running Python's library",
+    "llava": "scikit-learn's handwritten digits",
+}
+"""Kind of data -> what a recipe without a path is trained on."""
+_TASKS = {"glue": "text-classification", "llava": "image-text-to-text"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that was measured, of which data, and its interval where one was computed."""
+
+    metric: Metric
+    value: float
+    text: str
+    """`clean`, `attacked`, or the name of a split."""
+    low: float | None = None
+    high: float | None = None
+    confidence: float = _CONFIDENCE
+
+    def __post_init__(self) -> None:
+        least, most = (0.0, 1.0) if self.metric == "accuracy" else (0.0, math.inf)
+        for number in (self.value, self.low, self.high):
+            if number is not None and not (math.isfinite(number) and least <= number <= most):
+                raise ValueError(f"{self.metric} of {number}")
+        if self.metric == "perplexity" and self.value == 0:
+            raise ValueError("perplexity of 0")
+
+    @property
+    def name(self) -> str:
+        """What it is, and where it has one, at which confidence its interval is."""
+        return f"{self.metric}, {self.text}" + (f" [{self.confidence:.0%}]" if self.low is not None else "")
+
+    def __str__(self) -> str:
+        digits = _DIGITS[self.metric]
+        if self.low is None or self.high is None:
+            return f"{self.value:{digits}}"
+        return f"{self.value:{digits}} [{self.low:{digits}}, {self.high:{digits}}]"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run has measured, and what it says of where its model came from.
+
+    Attributes:
+        scores: Empty where there was nothing held out to measure on.
+        note: What they were measured on.
+        data: What it was trained on: a data set's name on the Hub, a file's, or a description.
+        base_model: What it was trained from, where that is a checkpoint.
+        task: By the Hub's name.
+        config: Of the data, where it has several: GLUE's task.
+        others: Further rows of the table.
+    """
+
+    scores: list[Score]
+    note: str
+    data: str
+    base_model: str | None = None
+    task: str = "text-generation"
+    config: str | None = None
+    others: dict[str, str] = field(default_factory=dict)
+
+
+def read_results(folder: ModelFolder) -> Results | None:
+    """What was measured of a folder's model; None where nothing says so.
+
+    Raises:
+        PushError: If there is a file of results that cannot be read.
+    """
+    if folder.results is None:
+        return None
+    values = read_object(folder.results, PushError)
+    try:
+        return _from_report(folder, values) if "arms" in values else _from_run(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PushError(
+            f"`{folder.results}` is neither a run's results nor a quickstart's report ({error!r}): move it away to "
+            "push the model without it"
+        ) from error
+
+
+def _from_report(folder: ModelFolder, report: Mapping[str, Any]) -> Results:
+    arm = report["arms"].get("plain" if folder.path.resolve().name == "plain" else "symphony")
+    scores = []
+    for text in ("clean", "attacked"):
+        value, *interval = (float(arm[text][name]) for name in ("estimate", "low", "high", "confidence"))
+        scores.append(Score("perplexity", value, text, *interval))
+    others = {**_ratio(scores), "routing choices kept under attack": f"{arm['routing_kept']:.2%}"}
+    return Results(scores, _of_documents(report["documents"]), report["corpus"]["source"], others=others)
+
+
+def _from_run(results: Mapping[str, Any]) -> Results:
+    measured, data, model = results["test"], results["recipe"]["data"], results["recipe"]["model"]
+    kind = data.get("kind", "text")
+    embedded = data["path"] in (None, "embedded")
+    others: dict[str, str] = {}
+    if "clean" in measured:
+        scores = [_score("perplexity", measured, text, text) for text in ("clean", "attacked")]
+        note, others = _of_documents(measured["documents"]), _ratio(scores)
+    elif measured:
+        split = measured["split"]
+        names: tuple[Metric, ...] = ("loss", "perplexity", "accuracy")
+        scores = [_score(name, measured, name, split) for name in names if name in measured]
+        questions = f", {int(measured['questions'])} questions" if "questions" in measured else ""
+        note = f"On the {split} split{questions}; loss and perplexity are of the tokens that training predicts."
+    else:
+        scores, note = [], ""
+    return Results(
+        scores,
+        note,
+        _EMBEDDED[kind] if embedded else data["path"],
+        base_model=model["path"],
+        task=_TASKS.get(kind, "text-generation"),
+        config=data.get("name"),
+        others=others,
+    )
+
+
+def _score(metric: Metric, measured: Mapping[str, Any], name: str, text: str) -> Score:
+    low, high = (measured.get(f"{name}_{end}") for end in ("low", "high"))
+    return Score(metric, float(measured[name]), text, low, high)
+
+
+def _of_documents(number: Any) -> str:
+    return f"On {int(number)} held-out documents; `attacked`: with words replaced by AAA."
+
+
+def _ratio(scores: list[Score]) -> dict[str, str]:
+    clean, attacked = scores
+    return {"attacked / clean": f"{attacked.value / clean.value:.4f}"}
+
+
+def eval_results(results: Results, data_name: str, data_id: str | None) -> list[EvalResult]:
+    """The scores as the Hub's model-index has them.
+
+    Args:
+        results: Of the run.
+        data_name: Of the data, for people.
+        data_id: Its name on the Hub, where it is there.
+    """
+    entries = []
+    for score in results.scores:
+        name = f"{score.metric}, {score.text}"
+        if score.low is not None:
+            ends = " to ".join(f"{end:{_DIGITS[score.metric]}}" for end in (score.low, score.high))
+            name += f" [{score.confidence:.0%}: {ends}]"
+        is_form = score.text in ("clean", "attacked")
+        entries.append(
+            EvalResult(
+                task_type=results.task,
+                dataset_type=data_id or "text",
+                dataset_name=f"{data_name}, {score.text}",
+                dataset_config=score.text if is_form else results.config,
+                dataset_split="test" if is_form else score.text,
+                metric_type=score.metric,
+                metric_name=name,
+                metric_value=score.value,
+            )
+        )
+    return entries
+
+
+def result_rows(results: Results) -> list[list[str]]:
+    """The table of a card, header first."""
+    rows = [[score.name, str(score)] for score in results.scores]
+    return [["", "value"], *rows, *([name, text] for name, text in results.others.items())]

@@ -1,0 +1,125 @@
+"""load_checkpoint: a checkpoint from someone else, believed in nothing before it was checked."""
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+
+from symphony_hf.errors import UNREADABLE, CheckpointError, GraphError, SymphonyError
+from symphony_hf.files import MAX_CONFIG_BYTES, read_object
+
+from .graph_files import SUFFIX, checkpoint_files
+from .model_class import named_class_of
+
+_REFUSALS = (*UNREADABLE, SafetensorError, StrictDataclassError)
+"""What transformers and torch raise for a config or a file that they cannot make a model of."""
+
+
+def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """Load a checkpoint whose origin is not trusted: with graphs, with upcycled modules, or plain.
+
+    Transformers' own classes check the graphs as much. This also sees, before anything is allocated, that the config
+    asks for no more weights than the files have; refuses a checkpoint that lacks one, which transformers would fill in
+    at random; and has one kind of error for whatever is wrong. It reads JSON and safetensors, and runs no code of the
+    checkpoint. A quantized checkpoint has fewer numbers than its model, and is refused: load it by its Auto class.
+
+    Args:
+        directory: With `config.json` and `model.safetensors`, or its shards and their index.
+        dtype: Of the weights; `auto` for the checkpoint's own. The graphs are float32 in any.
+
+    Returns:
+        The model, of the class that the config names, in evaluation mode.
+
+    Raises:
+        ConfigError: If the settings of its graphs, or the record of its upcycled modules, are not usable.
+        GraphError: If a graph is missing, misshapen, or none, or is there and the config does not ask for it.
+        UnsupportedModelError: If the model has no router for a graph that the config asks for.
+        UpcycleError: If a module of its record is no MLP, or the weights of its experts are missing.
+        PatchError: If its model would go past the graphs.
+        CheckpointError: If anything else of the checkpoint is not usable, or not whole.
+    """
+    directory = Path(directory)
+    _check_config(directory)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a config that is about to be refused
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            model_class = named_class_of(config, f"`{directory}`", CheckpointError)
+            tensors = _tensors(directory)
+            _check_size(directory, model_class, config, tensors)
+            model, info = model_class.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except SymphonyError:
+        raise
+    except _REFUSALS as error:
+        raise CheckpointError(f"`{directory}`: no model can be made of it: {type(error).__name__}: {error}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"`{directory}` lacks {len(missing)} of its model's weights ({missing[0]}, ...)")
+    graphs = sorted(name for name in info["unexpected_keys"] if name.endswith(SUFFIX))
+    if graphs:
+        raise GraphError(
+            f"`{directory}` has {len(graphs)} graphs that its config.json does not ask for ({graphs[0]}, ...): without "
+            "them it would route otherwise than it was trained to"
+        )
+    return model
+
+
+def _check_config(directory: Path) -> None:
+    """Look at what decides what is read next, before transformers reads it."""
+    file = directory / "config.json"
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"`{directory}` is an adapter: load it by `symphony_hf.load_adapter`, onto its base model"
+        )
+    config = read_object(file, CheckpointError, max_bytes=MAX_CONFIG_BYTES)
+    if config.get("auto_map"):
+        raise CheckpointError(f"`{file}` asks for code of its own (`auto_map`), and code of a checkpoint is not run")
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"`{file}` is of a quantized checkpoint: load it by its Auto class")
+
+
+def _tensors(directory: Path) -> dict[str, int]:
+    """How many numbers each tensor of the files has, by their headers."""
+    sizes: dict[str, int] = {}
+    for file in checkpoint_files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            sizes |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return sizes
+
+
+def _check_size(directory: Path, model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, int]) -> None:
+    """Refuse a config that asks for more than the files have, on the meta device, where nothing is allocated."""
+    for name, value in _whole_numbers(config.to_dict()):
+        if name.endswith("_layers") and value > len(tensors):  # even there, each layer would take its time
+            raise CheckpointError(f"`{directory}`: `{name}` is {value}, and the files have {len(tensors)} tensors")
+    plain = copy.deepcopy(config)
+    plain.symphony = None  # a router is tried out on the CPU before it gets its graph, at the size that is claimed
+    with torch.device("meta"):
+        model = model_class(plain)
+    asked, there = sum(tensor.numel() for tensor in model.parameters()), sum(tensors.values())
+    if asked > there:
+        raise CheckpointError(f"`{directory}`: its config asks for {asked:,} weights, and the files have {there:,}")
+
+
+def _whole_numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found += _whole_numbers(value)
+        elif isinstance(value, int) and isinstance(name, str):
+            found.append((name, value))
+    return found

@@ -1,0 +1,198 @@
+"""The upload: a checkpoint, its card and the picture of its graphs, in one commit."""
+
+import contextlib
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from symphony_hf.compat import __version__
+from symphony_hf.errors import PushError
+from symphony_hf.files import write_text
+
+from .folder import ModelFolder, open_folder
+from .model_card import PICTURE, is_template, merge_cards, model_card
+from .provenance import Origin, complete
+from .results import read_results
+
+logger = logging.getLogger(__name__)
+_README = "README.md"
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_AGAIN = "run the same again, what has arrived is not sent a second time"
+
+
+def publish(
+    folder: ModelFolder,
+    repo_id: str,
+    *,
+    origin: Origin | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Upload a folder's model with its card, in one commit: whoever loads it meanwhile gets the old one, whole.
+
+    Broken off, it can be called again: large files that have arrived are not sent a second time. Weights of an
+    earlier push that are no longer the model's are deleted in the same commit.
+
+    Args:
+        folder: From `open_folder`.
+        repo_id: `namespace/name` on the Hub; made if it is not there.
+        origin: Base model, licence and data, where the folder's results do not tell.
+        private: Whether it is made for its owner alone; None: as the account has it.
+        revision: Branch, made if it is not there; `main` when None.
+        token: Of the Hub; when None, that of `hf auth login` or HF_TOKEN.
+        create_pr: Whether to open a pull request instead.
+        commit_message: One line.
+        commit_description: More.
+        tags: Further ones for the card.
+
+    Returns:
+        The commit.
+
+    Raises:
+        PushError: If there is no token, the Hub refuses, or the connection fails. The token is in no message.
+    """
+    secret = _token(token)
+    results = read_results(folder)
+    api = HfApi(token=secret, library_name="symphony_hf", library_version=__version__)
+    with _hub_errors(api, repo_id, secret), tempfile.TemporaryDirectory() as scratch:
+        repo_id = _prepare(api, repo_id, private, revision)
+        there = set(api.list_repo_files(repo_id, revision=revision))
+        card = model_card(folder, repo_id, complete(origin, results, folder, api), results, tags or [])
+        files = {name: file for name, file in folder.files.items() if name != _README}
+        if folder.graphs:
+            files[PICTURE] = _draw(folder, Path(scratch) / PICTURE)
+        remote = _remote_readme(api, repo_id, revision) if _README in there else None
+        readme = _readme(card, folder, remote, origin)
+        stale = sorted(path for path in there - set(files) if _WEIGHTS.fullmatch(path))
+        for name, reason in folder.left_out.items():
+            logger.warning("left out: %s (%s)", name, reason)
+        return api.create_commit(
+            repo_id,
+            [
+                CommitOperationAdd(_README, readme.encode()),
+                *(CommitOperationAdd(name, file) for name, file in files.items()),
+                *(CommitOperationDelete(path) for path in stale),
+            ],
+            commit_message=commit_message or "Upload model with symphony_hf",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def write_card(directory: str | Path, name: str) -> Path:
+    """Write a run's model card into its model's folder, ready to be read, and to be pushed.
+
+    What it says of itself is written anew at each push; words that somebody adds around it stay.
+
+    Args:
+        directory: What `open_folder` takes.
+        name: That the model will have on the Hub, without the namespace.
+
+    Returns:
+        The README.md.
+
+    Raises:
+        PushError: If there is no model, or what must not be shared.
+    """
+    folder = open_folder(directory)
+    results = read_results(folder)
+    card = model_card(folder, f"NAMESPACE/{name}", complete(None, results, folder, None), results, [])
+    if folder.graphs:
+        _draw(folder, folder.path / PICTURE)
+    readme = folder.path / _README
+    write_text(readme, _readme(card, folder, None, None))
+    return readme
+
+
+def _token(token: str | bool | None) -> str:
+    found = get_token() if token is None or token is True else token
+    if not found:
+        raise PushError("push: no access token of the Hub: `hf auth login`, or set HF_TOKEN, to one with write access")
+    if not re.fullmatch(r"[!-~]+", found):
+        # The HTTP library would say so too, with the token in its message.
+        raise PushError("push: the access token has blanks or other signs in it that no token has: copy it again")
+    return found
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Make the repository and the branch; the repository's full name."""
+    validate_repo_id(repo_id)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise PushError(f"{repo_id} is there already, and public: make it private on the Hub, or take another name")
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def _remote_readme(api: HfApi, repo_id: str, revision: str | None) -> str:
+    file = hf_hub_download(repo_id, _README, revision=revision, token=api.token, endpoint=api.endpoint)
+    return Path(file).read_text(encoding="utf-8")
+
+
+def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Origin | None) -> str:
+    """The card in the README that the folder has, else in the one on the Hub, else by itself."""
+    file = folder.files.get(_README)
+    local = file.read_text(encoding="utf-8") if file is not None else None
+    if local is not None and not is_template(local):
+        if remote not in (None, local):
+            logger.warning("%s on the Hub is replaced by the folder's; its history has it", _README)
+        return merge_cards(local, card, said, where=f"`{file}`")
+    if remote is not None and not is_template(remote):
+        return merge_cards(remote, card, said, where=f"{_README} on the Hub")
+    return str(card)
+
+
+def _draw(folder: ModelFolder, path: Path) -> Path:
+    from symphony_hf.diagnostics.plots.heat_maps import plot_graphs  # matplotlib is slow to import
+
+    return plot_graphs(folder.graphs, path)
+
+
+@contextlib.contextmanager
+def _hub_errors(api: HfApi, repo_id: str, secret: str) -> Iterator[None]:
+    """What goes wrong between here and the Hub, as one PushError without the token in it.
+
+    The original is dropped: a server may repeat in its answer what it was sent.
+    """
+    try:
+        yield
+    except PushError:
+        raise
+    except (HTTPError, RuntimeError, ValueError, OSError) as error:
+        raise PushError(_explain(error, api.endpoint, repo_id).replace(secret, "<token>")) from None
+
+
+def _explain(error: BaseException, endpoint: str, repo_id: str) -> str:
+    while error.__cause__ is not None and not isinstance(error, HTTPError):
+        error = error.__cause__  # an upload's error says only which file
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return f"push: {endpoint} refuses the access token (401): `hf auth login`, or set HF_TOKEN, to a valid one"
+    if status == 403:
+        return (
+            f"push: the access token may not write to {repo_id} on {endpoint} (403): take one with write access to it"
+        )
+    if isinstance(error, HTTPError) and status is None:
+        return f"push: the connection to {endpoint} failed ({type(error).__name__}: {error}): {_AGAIN}"
+    return f"push: {repo_id} on {endpoint}: {type(error).__name__}: {' '.join(str(error).split())}"

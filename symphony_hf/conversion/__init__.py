@@ -1,0 +1,1 @@
+"""A model in another form: adapters, 4 bits, upcycling, compression, and what is inspected before."""

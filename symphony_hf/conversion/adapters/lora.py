@@ -1,0 +1,184 @@
+"""lora_config: a stock LoraConfig for a Symphony model of any family."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
+
+from symphony_hf.conversion.inspection.parts import Anatomy
+from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
+from symphony_hf.errors import ConfigError, nearest
+
+from .record import AdapterRecord, RouterMode, graphs_in_adapter, keep_record
+from .targets import (
+    ExpertTargets,
+    attention_targets,
+    base_of,
+    expert_targets,
+    is_end_of,
+    shortest_ends,
+    taken_for_experts,
+)
+
+_OURS = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_LISTS = ("target_modules", "target_parameters", "modules_to_save")
+_NOT_ON_STACKED_EXPERTS = ("use_dora", "lora_bias", "fan_in_fan_out", "velora_config", "kasa_config")
+"""Settings of LoraConfig that PEFT's LoRA of a parameter refuses."""
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    router: RouterMode = "graph",
+    experts: bool = False,
+    attention: bool = True,
+    r: int = 16,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> Any:
+    """Make PEFT's LoraConfig for a Symphony model, with the graph in the adapter: for `peft.get_peft_model`, or TRL.
+
+    Each adapter has graphs of its own, in float32: they move while it trains, merging keeps them, and
+    `disable_adapter()` gives back the base model's. Whoever saves the adapter, a `symphony_config.json` is written
+    beside it, by which `load_adapter` knows what it needs.
+
+    Args:
+        model: Symphonized; of any family, on any device, quantized or not. With adapters already, for one more.
+        router: `graph`: the routers' weights stay as they are. `train`: they are trained, and are in the adapter.
+        experts: Whether LoRA is put on the experts.
+        attention: Whether it is put on the attention of the decoder stacks that have routers.
+        r: Rank.
+        alpha: Scale, over the rank; twice the rank when None.
+        dropout: On LoRA's input. Must be 0 where experts are stacked in one parameter.
+        **more: LoraConfig's other settings. `target_modules`, `target_parameters` and `modules_to_save` are lists of
+            names, in addition to those found.
+
+    Returns:
+        A `peft.LoraConfig`.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+        ConfigError: If a setting is unknown, matches nothing, or asks for what PEFT cannot do.
+        UnsupportedModelError: If attention, or the experts, have nothing that LoRA can be put on.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    record = AdapterRecord.of(model, router)  # refuses a model without graphs
+    _check_settings(model, router, more)
+    anatomy = Anatomy(model)
+    modules = attention_targets(model, anatomy) if attention else []
+    parameters: list[str] = []
+    if experts:
+        found = expert_targets(model, anatomy)
+        _check_experts(found, dropout, more)
+        modules, parameters = modules + found.modules, found.parameters
+    wanted = {name: list(more.pop(name, None) or ()) for name in _LISTS}
+    _check_wanted(model, anatomy, wanted)
+    modules, parameters = modules + wanted["target_modules"], parameters + wanted["target_parameters"]
+    learns = router == "train" or record.settings.graph == "learned" or wanted["modules_to_save"]
+    if not (modules or parameters or learns):
+        raise ConfigError("lora_config: nothing would be trained: turn on attention or experts, or give router='train'")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        # PEFT wants to be told what LoRA is put on; this name of its own stands for nothing.
+        target_modules=modules or ([] if parameters else DUMMY_TARGET_MODULES),
+        target_parameters=parameters or None,
+        modules_to_save=_saved_modules(anatomy, router) + wanted["modules_to_save"],
+        **{"task_type": _task_type(base_of(model)), **more},
+    )
+    return keep_record(config, record)
+
+
+def _check_settings(model: nn.Module, router: str, more: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    if router not in ("graph", "train"):
+        raise ConfigError(f"lora_config: `router` is {router!r}; {nearest(str(router), ('graph', 'train'))}")
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - _OURS.keys() | set(_OURS.values())
+    for name in more:
+        if name in _OURS:
+            raise ConfigError(f"lora_config: `{name}` is called `{_OURS[name]}` here")
+        if name not in known:
+            raise ConfigError(f"lora_config: LoraConfig has no `{name}`; {nearest(name, known)}")
+    for name in _LISTS:
+        if isinstance(more.get(name), str):
+            raise ConfigError(
+                f"lora_config: `{name}` must be a list of names, got {more[name]!r}: a pattern, such as 'all-linear', "
+                "may match routers, whose LoRA would go past the graph"
+            )
+    for adapter in getattr(model, "peft_config", {}):
+        mode = graphs_in_adapter(model, adapter)
+        if mode not in (None, router):
+            raise ConfigError(
+                f"lora_config: the model's adapter `{adapter}` has router={mode!r}: PEFT cannot hold a router in one "
+                "adapter and its graph alone in another, so give the same"
+            )
+
+
+def _check_experts(found: ExpertTargets, dropout: float, more: dict[str, Any]) -> None:
+    if not found.parameters:
+        return
+    if found.is_packed:
+        raise ConfigError(
+            "lora_config: the experts are packed in 4 bits, and PEFT does not train LoRA on weights that bitsandbytes "
+            f"has parametrized: no release up to 0.21.2 does (installed: {importlib.metadata.version('peft')}). Give "
+            "experts=False, or load the experts in 16 bits"
+        )
+    if dropout:
+        raise ConfigError(
+            f"lora_config: dropout is {dropout}, and PEFT's LoRA on stacked experts is added to their weights, where "
+            "there is no input to drop: give dropout=0"
+        )
+    for name in _NOT_ON_STACKED_EXPERTS:
+        if more.get(name):
+            raise ConfigError(f"lora_config: PEFT cannot do `{name}` on stacked experts: leave out one of the two")
+    if isinstance(more.get("init_lora_weights"), str) and more["init_lora_weights"] != "gaussian":
+        raise ConfigError(
+            f"lora_config: PEFT cannot start LoRA on stacked experts by {more['init_lora_weights']!r}: leave "
+            "`init_lora_weights` as it is, or give experts=False"
+        )
+
+
+def _check_wanted(model: nn.Module, anatomy: Anatomy, wanted: dict[str, list[str]]) -> None:
+    """Refuse names that PEFT would pass over in silence, or take for something else."""
+    parameters = {bare_name(held.name) for held in held_tensors(model) if ".lora_" not in held.name}
+    known: dict[str, Iterable[str]] = dict.fromkeys(_LISTS, anatomy.modules) | {"target_parameters": parameters}
+    for setting, ends in wanted.items():
+        for end in ends:
+            matched = [name for name in known[setting] if is_end_of(name, end)]
+            if not matched:
+                leaves = {name.rpartition(".")[2] for name in known[setting]} - {""}
+                raise ConfigError(f"lora_config: `{setting}`: nothing is called {end!r}; {nearest(end, leaves)}")
+            routers = [name for name in matched if any(f"{name}.".startswith(f"{r}.") for r in anatomy.routers)]
+            if routers:
+                raise ConfigError(
+                    f"lora_config: `{setting}`: {end!r} matches the router `{routers[0]}`: give router='train' instead"
+                )
+    taken = taken_for_experts(model, wanted["target_modules"])
+    if taken:
+        raise ConfigError(
+            f"lora_config: `target_modules`: PEFT takes {', '.join(map(repr, taken))} for weights of the routed "
+            "experts, as older checkpoints name them, and would put LoRA on these: leave it out"
+        )
+
+
+def _saved_modules(anatomy: Anatomy, router: RouterMode) -> list[str]:
+    """Ends of the names of what is in the adapter as a whole. PEFT matches them without regard to dots."""
+    wanted = [name if router == "train" else f"{name}.symphony" for name in anatomy.routers]
+    return shortest_ends(wanted, anatomy.modules, matches=str.endswith)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """What PEFT wraps a model as, so that it generates as before."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return None
+    if type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None  # PEFT has no such task: without one, it writes down the class that its AutoPeftModel loads
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

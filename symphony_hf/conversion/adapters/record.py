@@ -1,0 +1,167 @@
+"""The record beside an adapter: what graph is in it, and what model it is for. PEFT's own files do not say.
+
+PEFT writes an adapter's config by the config's own `save_pretrained`; that of one instance, and of no class, is ours.
+The settings go into adapter_config.json, too: PEFT does not know them and says so, which is all that a plain PEFT says
+when it loads such an adapter, be it on a model without graphs.
+"""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from symphony_hf.checkpoints.folder import RECORD_NAME
+from symphony_hf.config import SymphonyConfig, parse_settings
+from symphony_hf.conversion.inspection.tensors import bare_name
+from symphony_hf.errors import ConfigError
+from symphony_hf.files import read_object, write_json
+from symphony_hf.patching.expert_graph import active_graph
+from symphony_hf.patching.families.contract import RouterContract
+from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
+
+FORMAT = 1
+"""Of the record. One with a higher number is refused."""
+
+RouterMode = Literal["graph", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterShape:
+    """How many experts a router chooses of how many."""
+
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, contract: RouterContract) -> "RouterShape":
+        return cls(num_experts=contract.num_experts, top_k=contract.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """What an adapter with graphs needs to be loaded.
+
+    Attributes:
+        router: `graph`: the graphs are in the adapter. `train`: the routers are, with their graphs.
+        symphony: The settings of the graphs, as a checkpoint's config.json has them.
+        routers: Those of the base model, by name.
+        model_type: Of the base model.
+        base_model: Its name or path, as far as PEFT knows it.
+        format: Of the record.
+    """
+
+    router: RouterMode
+    symphony: dict[str, Any]
+    routers: dict[str, RouterShape]
+    model_type: str | None = None
+    base_model: str | None = None
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if not self.routers:
+            raise ConfigError("`routers` is empty")
+        _ = self.settings
+
+    @property
+    def settings(self) -> SymphonyConfig:
+        """The settings of the graphs."""
+        return SymphonyConfig.from_stored(self.symphony)
+
+    @classmethod
+    def of(cls, model: nn.Module, router: RouterMode) -> "AdapterRecord":
+        """The record of an adapter for a Symphony model.
+
+        Raises:
+            PatchError: If the model is not symphonized.
+        """
+        found = list(symphony_routers(model))
+        shapes = {
+            bare_name(n): RouterShape(num_experts=r.contract.num_experts, top_k=r.contract.top_k) for n, r in found
+        }
+        return cls(
+            router=router,
+            symphony=active_graph(found[0][1].symphony).config.to_dict(),
+            routers=shapes,
+            model_type=getattr(getattr(model, "config", None), "model_type", None),
+        )
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "AdapterRecord":
+        """Read the record beside an adapter.
+
+        Raises:
+            ConfigError: If there is none, or it cannot be read, or has a newer format.
+        """
+        file = Path(folder) / RECORD_NAME
+        if not file.exists():
+            raise ConfigError(
+                f"`{folder}` has no {RECORD_NAME}: its adapter holds no graphs, or was saved without `lora_config` and "
+                "SymphonyCallback, and nothing says what model it needs. PEFT's own loader puts it on one that is ready"
+            )
+        values = read_object(file, ConfigError)
+        version = values.get("format")
+        if isinstance(version, int) and version > FORMAT:
+            raise ConfigError(f"`{file}` has format {version}, this symphony_hf reads up to {FORMAT}: upgrade it")
+        return parse_settings(cls, values, str(file))
+
+
+def keep_record(config: Any, record: AdapterRecord) -> Any:
+    """Have PEFT write a record whenever it saves the adapter of this config.
+
+    Args:
+        config: Of PEFT. Its class and its fields stay as they are.
+        record: Of the adapter.
+
+    Returns:
+        The same config.
+    """
+    config.save_pretrained = functools.partial(_save_with_record, config, record)
+    return config
+
+
+def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, **kwargs: Any) -> None:
+    type(config).save_pretrained(config, save_directory, **kwargs)
+    folder = Path(save_directory)
+    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    stored["symphony"] = record.symphony
+    write_json(folder / "adapter_config.json", stored)
+    record = dataclasses.replace(record, base_model=stored.get("base_model_name_or_path"))
+    write_json(folder / RECORD_NAME, dataclasses.asdict(record))
+
+
+def record_adapters(model: nn.Module) -> None:
+    """Keep a record of each adapter that holds graphs, also of those whose config was not made by `lora_config`.
+
+    Args:
+        model: Any model; nothing is done to one that is not symphonized or has no adapters.
+    """
+    if not is_symphonized(model):
+        return
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config", {})  # of PeftModel, its tuner, or transformers' own integration
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            mode = graphs_in_adapter(model, name)
+            if mode is not None and "save_pretrained" not in config.__dict__:
+                keep_record(config, AdapterRecord.of(model, mode))
+
+
+def graphs_in_adapter(model: nn.Module, adapter: str) -> RouterMode | None:
+    """Whether an adapter holds the routers with their graphs, the graphs alone, or neither.
+
+    Args:
+        model: With the adapter in it.
+        adapter: Its name.
+    """
+    for wrapper in model.modules():
+        saved = wrapper._modules.get("modules_to_save")
+        if saved is None or adapter not in saved._modules:
+            continue
+        if is_symphonized(saved[adapter]):  # type: ignore[index]
+            return "train"
+        if hasattr(saved[adapter], "adjacency"):  # type: ignore[index]
+            return "graph"
+    return None

@@ -1,0 +1,169 @@
+"""What the three commands are told: one class each, checked before anything is read."""
+
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+from symphony_hf.errors import CheckpointError, ConfigError, nearest
+from symphony_hf.evaluation.robustness.settings import DTYPES
+from symphony_hf.files import check_file_place, check_folder_of
+
+MERGE_BY = ("graph", "outputs")
+PRUNE_BY = ("load", "centrality", "reap")
+GRAPHS = ("learned", "counted")
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Which model, and on what text it is measured.
+
+    Args:
+        model: A checkpoint: a folder, or its name on the Hub.
+        output: The folder to write.
+        data: A text file, a table, a folder, or a data set of the Hub; the library sources of the running Python when
+            None. Its train split is what is calibrated on, its test split what is evaluated on.
+        text_column: Of a table.
+        documents: To evaluate on, at most, spread evenly over all.
+        block_size: Tokens of a window; a quarter of what the model takes, and 1024 at most, when None.
+        batch_size: Windows a forward.
+        seed: Of the calibration's choice of text, and of the bootstrap.
+        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16.
+        tokenizer: Where the model's folder has none.
+        revision: Of the model on the Hub.
+        result: File for what was measured; `result.json` in the output when None.
+    """
+
+    model: str
+    output: str | None = None
+    data: str | None = None
+    text_column: str = "text"
+    documents: int = 100
+    block_size: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    dtype: str = "auto"
+    tokenizer: str | None = None
+    revision: str | None = None
+    result: str | None = None
+
+    command: ClassVar[str] = "compress"
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("block_size", 2), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{self.command}: `{name}` must be at least {least}, got {value}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+
+    def check_output(self) -> Path | None:
+        """Where to write, if anything is to be written.
+
+        Raises:
+            CheckpointError: If something is there.
+            ConfigError: If its place, or the result's, is none that can be written to.
+        """
+        if self.result is not None:
+            check_file_place(Path(self.result).expanduser(), self.command)
+        if self.output is None:
+            return None
+        target = Path(self.output).expanduser().absolute()
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise CheckpointError(f"{self.command}: the output `{target}` exists: give another one, or delete it")
+        check_folder_of(target, self.command)
+        if self.result is not None and target.is_relative_to(Path(self.result).expanduser().absolute()):
+            raise ConfigError(
+                f"{self.command}: the result `{self.result}` is the output or a folder of it: give a file"
+            )
+        return target
+
+    def result_file(self, target: Path, folder: Path) -> Path:
+        """Where the result goes while what will be `target` is written in `folder`."""
+        if self.result is None:
+            return folder / RESULT
+        file = Path(self.result).expanduser().absolute()
+        return folder / file.relative_to(target) if file.is_relative_to(target) else file
+
+    def command_line(self) -> str:
+        """The command that does this, without what is left at its default."""
+        words = ["symphony", self.command, self.model, *([self.output] if self.output else [])]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("model", "output") and value != field.default:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words += [f"--{field.name}", text]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerExpertsSettings(TextSettings):
+    """How many experts to leave, by what, and what is calibrated on.
+
+    Args:
+        experts: Of each layer of the new model.
+        by: What decides.
+        graph: Where `by` needs one: `learned`, the model's own, or `counted`, of who is chosen together in the
+            calibration text, which any model has.
+        calibration_tokens: Of the train split.
+    """
+
+    experts: int
+    by: str
+    graph: str = "learned"
+    calibration_tokens: int = 65_536
+
+    known_by: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output is None:
+            raise ConfigError(f"{self.command}: give the folder to write")
+        for name, known in (("by", self.known_by), ("graph", GRAPHS)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ConfigError(f"{self.command}: `{name}` is {value!r}; {nearest(value, known)}")
+        for name in ("experts", "calibration_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{self.command}: `{name}` must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(FewerExpertsSettings):
+    """See `FewerExpertsSettings`; `by` is `graph` or `outputs`."""
+
+    command: ClassVar[str] = "merge"
+    known_by: ClassVar[tuple[str, ...]] = MERGE_BY
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(FewerExpertsSettings):
+    """See `FewerExpertsSettings`; `by` is `load`, `centrality` or `reap`."""
+
+    command: ClassVar[str] = "prune"
+    known_by: ClassVar[tuple[str, ...]] = PRUNE_BY
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSettings(TextSettings):
+    """Which numbers of experts a token to try.
+
+    Args:
+        top_k: The numbers; all from 1 to the model's own when None.
+        keep: The one to write to `output`; needed where several are tried.
+    """
+
+    top_k: tuple[int, ...] | None = None
+    keep: int | None = None
+
+    command: ClassVar[str] = "topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k is not None and (not self.top_k or len(set(self.top_k)) < len(self.top_k) or min(self.top_k) < 1):
+            raise ConfigError(f"topk: `top_k` must be numbers from 1, each once; got {list(self.top_k)}")
+        if (self.keep is None) == (self.output is not None) and not (self.output and len(self.top_k or ()) == 1):
+            raise ConfigError("topk: to write a checkpoint give both its folder and `keep`, the number that it chooses")
+        if self.keep is not None and self.top_k is not None and self.keep not in self.top_k:
+            raise ConfigError(f"topk: `keep` is {self.keep}, which is not among those tried, {list(self.top_k)}")

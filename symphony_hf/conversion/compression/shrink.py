@@ -1,0 +1,221 @@
+"""What merging and pruning share: open, calibrate, score, make smaller, write, score again."""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.conversion.inspection.counts import count_parts
+from symphony_hf.conversion.upcycling.target import writing
+from symphony_hf.data.blocks import document_windows, pack_blocks
+from symphony_hf.data.corpus import load_corpus
+from symphony_hf.data.rows import thinned
+from symphony_hf.errors import DataError
+from symphony_hf.evaluation.checkpoint import Subject
+from symphony_hf.evaluation.comparison import compare_perplexity, perplexity_interval
+from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
+from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
+from symphony_hf.files import write_json
+
+from .calibration import ExpertStatistics, calibrate
+from .layers import Opened, check_number, open_model
+from .rebuild import NewExpert, with_fewer_experts
+from .settings import FewerExpertsSettings, TextSettings
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is calibrated on, and what is evaluated on.
+
+    Attributes:
+        source: What was read.
+        calibration_NT: Token ids of the train split; empty where none are needed. Shape: (blocks, block size).
+        windows: Token ids of the test split, by document.
+    """
+
+    source: str
+    calibration_NT: Tensor
+    windows: Mapping[str, list[Tensor]]
+
+
+def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int = 0) -> Texts:
+    """Read and tokenize.
+
+    Args:
+        opened: The model.
+        settings: Which text.
+        calibration_tokens: Of the train split, in blocks drawn at random.
+
+    Raises:
+        DataError: If there is no such text, or too little.
+    """
+    corpus = load_corpus(settings.data, text_column=settings.text_column)
+    calibration_NT = torch.empty(0, opened.block_size, dtype=torch.int64)
+    if calibration_tokens:
+        blocks_NT = pack_blocks(corpus.train, opened.tokenizer, opened.block_size)
+        order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(settings.seed))
+        calibration_NT = blocks_NT[order[: max(1, calibration_tokens // opened.block_size)]]
+    documents = thinned(corpus.test, settings.documents)
+    windows = document_windows(documents, opened.tokenizer, opened.block_size)
+    usable = {document.name: own for document, own in zip(documents, windows, strict=True) if own}
+    if len(usable) < MIN_DOCUMENTS:
+        raise DataError(
+            f"{corpus.source}: {len(usable)} documents in the test split to evaluate on; intervals need "
+            f"{MIN_DOCUMENTS}: give more text, or raise --documents"
+        )
+    return Texts(corpus.source, calibration_NT, usable)
+
+
+def score(model: PreTrainedModel, texts: Texts, settings: TextSettings, what: str) -> DocumentScores:
+    """The likelihood of each test document."""
+    return score_documents(model, texts.windows, batch_size=settings.batch_size, progress=f"Scoring, {what}")
+
+
+def level(scores: DocumentScores, settings: TextSettings) -> dict[str, Any]:
+    """A model's perplexity, with its interval."""
+    return dataclasses.asdict(perplexity_interval(scores, seed=settings.seed))
+
+
+def ratio(after: DocumentScores, before: DocumentScores, seed: int) -> dict[str, Any]:
+    """Perplexity of one model over that of another, paired by document, with interval and verdict."""
+    interval = compare_perplexity(after, before, seed=seed).exp()
+    return dataclasses.asdict(interval) | {"verdict": interval.verdict()}
+
+
+def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Perplexity of one smaller model over that of another, of two result files, paired by document.
+
+    Raises:
+        EvaluationError: If they were measured on different documents.
+    """
+    scores = [
+        DocumentScores(kept["names"], np.array(kept["nll"]), np.array(kept["num_tokens"]))
+        for kept in (a["documents"]["after"], b["documents"]["after"])
+    ]
+    return ratio(scores[0], scores[1], a["settings"]["seed"])
+
+
+def parameters(model: PreTrainedModel) -> dict[str, int | None]:
+    """All, and those that one token uses."""
+    parts = count_parts(model)
+    active = [part.active for part in parts]
+    known = [number for number in active if number is not None]
+    return {"total": sum(part.total for part in parts), "active": sum(known) if len(known) == len(active) else None}
+
+
+def circumstances(opened: Opened, texts: Texts, settings: TextSettings) -> dict[str, Any]:
+    """What every result file has: the command, the text, the versions."""
+    return {
+        "command": settings.command_line(),
+        "settings": dataclasses.asdict(settings) | {"block_size": opened.block_size},
+        "model_type": opened.model.config.model_type,
+        "symphony": bool(opened.graphs),
+        "fingerprint": opened.fingerprint,
+        "text": {
+            "source": texts.source,
+            "calibration_tokens": texts.calibration_NT.numel(),
+            "documents": len(texts.windows),
+        },
+        "versions": {
+            "symphony_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers_version(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def by_document(scores: DocumentScores) -> dict[str, list[Any]]:
+    """Scores as a result file keeps them, so that results can be compared in pairs."""
+    return {"names": scores.names, "nll": scores.nll.tolist(), "num_tokens": scores.num_tokens.tolist()}
+
+
+pass
+
+Planner = Callable[[Opened, list[ExpertStatistics]], list[list[NewExpert]]]
+
+
+@dataclass(frozen=True)
+class _Shrunk:
+    """The smaller model, and what is kept of the old one."""
+
+    smaller: PreTrainedModel
+    tokenizer: Any
+    texts: Texts
+    before: DocumentScores
+    result: dict[str, Any]
+
+
+def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norms: bool) -> dict[str, Any]:
+    """Make a checkpoint with fewer experts, load it by the Auto class, and measure that.
+
+    Args:
+        settings: Which, and how many.
+        plan: Says of what the new experts of each layer are made.
+        outputs: Whether it needs each expert's mean output.
+        norms: Whether it needs the gate-weighted norms.
+
+    Returns:
+        What the result file holds.
+    """
+    started = time.perf_counter()
+    target = settings.check_output()
+    assert target is not None
+    shrunk = _shrink(settings, plan, outputs, norms)  # the old model is gone when it returns
+    result = shrunk.result
+    with writing(target, settings.command) as folder:
+        shrunk.smaller.save_pretrained(folder)
+        shrunk.tokenizer.save_pretrained(folder)
+        loaded = Subject(str(folder), None, "auto").model
+        after = score(loaded, shrunk.texts, settings, "after")
+        result["parameters"]["after"] = parameters(loaded)
+        result["perplexity"]["after"] = level(after, settings)
+        result["perplexity"]["ratio"] = ratio(after, shrunk.before, settings.seed)
+        result["documents"]["after"] = by_document(after)
+        result["seconds"] = time.perf_counter() - started
+        write_json(settings.result_file(target, folder), result)
+    return result
+
+
+def _shrink(settings: FewerExpertsSettings, plan: Planner, outputs: bool, norms: bool) -> _Shrunk:
+    opened = open_model(settings)
+    check_number(opened.layers, settings.experts, settings.command)
+    texts = read_texts(opened, settings, settings.calibration_tokens)
+    seen = calibrate(
+        opened.model,
+        opened.layers,
+        texts.calibration_NT,
+        batch_size=settings.batch_size,
+        outputs=outputs,
+        norms=norms,
+    )
+    new_experts = plan(opened, seen)
+    before = score(opened.model, texts, settings, "before")
+    layer = opened.layers[0]
+    result = circumstances(opened, texts, settings) | {
+        "experts": {"before": layer.num_experts, "after": settings.experts, "top_k": layer.top_k},
+        "made_of": {
+            layer.router.name: [list(new.members) for new in own]
+            for layer, own in zip(opened.layers, new_experts, strict=True)
+        },
+        "load_kept": [_load_kept(own, statistics) for own, statistics in zip(new_experts, seen, strict=True)],
+        "parameters": {"before": parameters(opened.model)},
+        "perplexity": {"before": level(before, settings)},
+        "documents": {"before": by_document(before)},
+    }
+    smaller = with_fewer_experts(opened.model, opened.layers, new_experts)
+    return _Shrunk(smaller, opened.tokenizer, texts, before, result)
+
+
+def _load_kept(new_experts: list[NewExpert], statistics: ExpertStatistics) -> float:
+    """The share of the calibration text's choices whose expert has a part in a new one."""
+    members = [member for new in new_experts for member in new.members]
+    return float(statistics.load[members].sum() / statistics.load.sum())

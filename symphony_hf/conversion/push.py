@@ -1,0 +1,81 @@
+"""push: a folder's model to the Hub, as it is or folded."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel
+
+from symphony_hf.checkpoints.folder import ModelFolder, open_folder
+from symphony_hf.checkpoints.model_class import named_class_of, read_config
+from symphony_hf.checkpoints.provenance import Origin
+from symphony_hf.checkpoints.upload import publish
+from symphony_hf.errors import PushError
+from symphony_hf.patching.folding import export_folded
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    folded: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    data: str | None = None,
+) -> CommitInfo:
+    """Push a checkpoint, a folded one, an adapter, or a run's model to the Hub, with a model card.
+
+    Only safetensors and the text files beside them leave the machine: a pickle or code in the folder is refused, but
+    for the state of Trainer and of DeepSpeed, which is left out. A README.md that is there, in the folder or on the
+    Hub, keeps its words. Broken off, it can be called again: large files that have arrived are not sent again.
+
+    Args:
+        directory: With a `config.json` or an `adapter_config.json`; or a run's, with its model in `final/`.
+        repo_id: `namespace/name` on the Hub; made if it is not there.
+        folded: Push the plain form of a Symphony checkpoint, for software that does not know of graphs.
+        private: Whether the repository is made for its owner alone; None: as the account has it.
+        revision: Branch, made if it is not there.
+        token: Of the Hub; when None, that of `hf auth login` or HF_TOKEN.
+        create_pr: Whether to open a pull request instead.
+        base_model: Its name on the Hub, for the card; else from the run's results or the adapter.
+        license: Of the base model; else as the Hub has it.
+        data: What it was trained on: a data set's name on the Hub, or a description; else from the run's results.
+
+    Returns:
+        The commit, with its address in `commit_url`.
+
+    Raises:
+        PushError: If the folder has no model, or what must not be shared; or the Hub refuses, or is not reached.
+        ConfigError: If the settings of the graphs, or the config to be folded, cannot be read.
+        FoldError: If the graphs cannot be folded.
+        GraphError: If the graphs cannot be read.
+    """
+    folder = open_folder(directory)
+    origin = Origin(base_model, license, data)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folded:
+            folder = _fold(folder, Path(scratch))
+        return publish(
+            folder, repo_id, origin=origin, private=private, revision=revision, token=token, create_pr=create_pr
+        )
+
+
+def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
+    """The plain form of a Symphony checkpoint, with the tokenizer and what else is beside it."""
+    if folder.kind != "symphony":
+        raise PushError(f"push: `{folder.path}` is no Symphony checkpoint, so there is nothing to fold in it")
+    export_folded(_load(folder), scratch)
+    plain = open_folder(scratch)
+    beside = {name: file for name, file in folder.files.items() if not name.startswith(("model", "config.json"))}
+    return dataclasses.replace(folder, path=scratch, kind="plain", config=plain.config, files={**beside, **plain.files})
+
+
+def _load(folder: ModelFolder) -> PreTrainedModel:
+    config = read_config(folder.path)
+    model_class = named_class_of(config, f"push: `{folder.path}`", PushError)
+    return model_class.from_pretrained(folder.path, config=config, dtype="auto")

@@ -1,0 +1,157 @@
+"""How many bytes a model takes in 4 bits: a weight of each shape is packed and measured, the rest is counted."""
+
+import importlib.metadata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+from symphony_hf.checkpoints.graph_files import SUFFIX as GRAPH
+from symphony_hf.conversion.inspection.counts import held_types
+from symphony_hf.conversion.inspection.inspect import readable_bytes
+from symphony_hf.conversion.inspection.parts import Anatomy
+from symphony_hf.conversion.inspection.tensors import held_tensors
+
+from .packing import Packing, check_bitsandbytes, stacked_experts
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """Weights of one shape.
+
+    Attributes:
+        kind: `experts`, or `linear maps`.
+        shape: Of each.
+        count: How many there are.
+        plain_bytes: Of one, as it is stored.
+        packed_bytes: Of one in 4 bits, with its scales, as measured.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    count: int
+    plain_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class BytesPlan:
+    """What a model takes.
+
+    Attributes:
+        model: Its class.
+        parameters: Their number.
+        dtype: Of what is not packed.
+        packing: Of what is.
+        plain_bytes: Without any packing.
+        shapes: What was measured.
+    """
+
+    model: str
+    parameters: int
+    dtype: str
+    packing: Packing
+    plain_bytes: int
+    shapes: tuple[PackedShape, ...]
+
+    def packed_bytes(self, *kinds: str) -> int:
+        """Of the model with all weights of these kinds packed."""
+        return self.plain_bytes - sum(
+            shape.count * (shape.plain_bytes - shape.packed_bytes) for shape in self.shapes if shape.kind in kinds
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for a JSON file."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "quant_type": self.packing.quant_type,
+            "double_quant": self.packing.double_quant,
+            "bytes": {
+                self.dtype: self.plain_bytes,
+                "experts in 4 bits": self.packed_bytes("experts"),
+                "experts and linear maps in 4 bits": self.packed_bytes("experts", "linear maps"),
+            },
+            "measured": [
+                {
+                    "kind": shape.kind,
+                    "shape": list(shape.shape),
+                    "count": shape.count,
+                    f"{self.dtype} bytes": shape.plain_bytes,
+                    "4-bit bytes": shape.packed_bytes,
+                }
+                for shape in self.shapes
+            ],
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        }
+
+
+def plan_bytes(model: nn.Module, packing: Packing | None = None, dtype: torch.dtype = torch.bfloat16) -> BytesPlan:
+    """Pack one weight of each shape that a model has, and count the others.
+
+    Args:
+        model: Any; on the meta device it needs no weights. One layer's experts are made, at random.
+        packing: How.
+        dtype: Of what is not packed.
+
+    Raises:
+        ConfigError: If bitsandbytes is missing.
+        UnsupportedModelError: If there are no stacked experts.
+        PatchError: If they are packed already.
+    """
+    check_bitsandbytes()
+    packing = packing or Packing()
+    experts = Counter(held.shape for held in stacked_experts(model).values())
+    linears = Counter(tuple(weight.shape) for weight in _linear_weights(model))
+    kinds = [("experts", shape, count) for shape, count in experts.items()]
+    kinds += [("linear maps", shape, count) for shape, count in linears.items()]
+    shapes = []
+    with tqdm(kinds, desc="Measuring", unit=" shapes", disable=None) as bar:
+        for kind, shape, count in bar:
+            holder = nn.Module()
+            holder.weight = nn.Parameter(torch.empty(shape, dtype=dtype).normal_(std=0.02))
+            plain = holder.weight.nbytes
+            packing.pack(holder, "weight", holder.weight.detach())
+            (packed,) = held_types(holder)
+            shapes.append(PackedShape(kind, shape, count, plain, packed.bytes))
+    held = list(held_tensors(model))
+    return BytesPlan(
+        model=type(model).__name__,
+        parameters=sum(tensor.numel for tensor in held),
+        dtype=str(dtype).removeprefix("torch."),
+        packing=packing,
+        # Graphs are float32 in any model.
+        plain_bytes=sum(t.numel * (4 if t.name.endswith(GRAPH) else dtype.itemsize) for t in held),
+        shapes=tuple(shapes),
+    )
+
+
+def _linear_weights(model: Any) -> list[torch.Tensor]:
+    """Those that `quantize_experts` quantizes on request: all but the routers' and the head's."""
+    routers = Anatomy(model).routers
+    head = model.get_output_embeddings()
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and not any(f"{name}.".startswith(f"{router}.") for router in routers)
+        and module.weight.numel()
+    ]
+
+
+def print_bytes_plan(plan: BytesPlan, console: Console | None = None) -> None:
+    """Print a plan's totals."""
+    table = Table(title=f"{plan.model} in memory, {plan.packing.quant_type}", title_justify="left")
+    table.add_column("form")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    for form, size in plan.to_dict()["bytes"].items():
+        table.add_row(form, readable_bytes(size), f"{size / plan.plain_bytes:.1%}")
+    (console or Console()).print(table)

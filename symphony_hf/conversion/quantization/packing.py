@@ -1,0 +1,125 @@
+"""Packing one stacked weight of experts in 4 bits, behind bitsandbytes' own parametrization."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from symphony_hf.conversion.inspection.parts import Anatomy, Part
+from symphony_hf.conversion.inspection.tensors import HeldTensor, held_tensors
+from symphony_hf.errors import ConfigError, PatchError, UnsupportedModelError, nearest
+
+OLDEST_BITSANDBYTES = "0.49"
+BLOCK = 64
+"""Numbers that have one scale."""
+
+QuantType = Literal["nf4", "fp4"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is packed.
+
+    Attributes:
+        quant_type: nf4, whose 16 values are those of a normal distribution, or fp4.
+        double_quant: Whether the scales, one for 64 numbers, are quantized in turn.
+    """
+
+    quant_type: QuantType = "nf4"
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        known = ("nf4", "fp4")
+        if self.quant_type not in known:
+            raise ConfigError(
+                f"quantize_experts: `quant_type` is {self.quant_type!r}; {nearest(self.quant_type, known)}"
+            )
+
+    def pack(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Put a weight into a module, packed: reading it there gives it back, as far as 4 bits can.
+
+        Args:
+            module: That has a parameter of this name, which is replaced.
+            name: Of the parameter.
+            weight: Floating-point. Where it is, it is packed.
+        """
+        from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+        # An expert at a time: on a CPU, bitsandbytes takes ten times a weight's bytes to pack it.
+        experts = weight.unbind() if weight.dim() == 3 and weight[0].numel() % BLOCK == 0 else (weight,)
+        packed = [quantize_4bit(expert, blocksize=BLOCK, quant_type=self.quant_type) for expert in experts]
+        state = packed[0][1]
+        state.shape = weight.shape
+        state.absmax = torch.cat([part.absmax for _, part in packed])
+        if self.double_quant:  # as bitsandbytes does for a weight as a whole
+            state.offset = state.absmax.mean()
+            state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
+            state.nested = True
+        module._parameters[name] = nn.Parameter(torch.cat([part for part, _ in packed]), requires_grad=False)
+        replace_parameter_4bit_prequantized(module, name, state.as_dict(), weight.device)
+
+
+def check_bitsandbytes() -> None:
+    """Refuse to go on without a bitsandbytes that can pack any parameter.
+
+    Raises:
+        ConfigError: If it is not installed, or too old.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("quantize_experts needs bitsandbytes: pip install 'symphony-hf[bitsandbytes]'")
+    installed = importlib.metadata.version("bitsandbytes")
+    if Version(installed) < Version(OLDEST_BITSANDBYTES):
+        raise ConfigError(f"quantize_experts needs bitsandbytes >={OLDEST_BITSANDBYTES}, and {installed} is installed")
+
+
+def check_rows(experts: Mapping[str, HeldTensor]) -> None:
+    """Refuse weights that bitsandbytes would unpack wrongly on a CPU: with a block of 64 numbers in two rows.
+
+    Raises:
+        UnsupportedModelError: If there is one.
+    """
+    for name, held in experts.items():
+        if held.shape[-1] % BLOCK:
+            raise UnsupportedModelError(
+                f"quantize_experts: `{name}` has rows of {held.shape[-1]} numbers, no multiple of {BLOCK}, which "
+                "bitsandbytes gives back wrongly on a CPU: use an accelerator"
+            )
+
+
+def stacked_experts(model: nn.Module) -> dict[str, HeldTensor]:
+    """The weights that hold all experts of a layer at once, which bitsandbytes alone leaves as they are.
+
+    Args:
+        model: Any; it may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: If there are none.
+        PatchError: If they are packed already.
+    """
+    anatomy = Anatomy(model)
+    experts = [held for held in held_tensors(model) if anatomy.part_of(held) is Part.EXPERTS]
+    stacked = {held.name: held for held in experts if len(held.shape) == 3}
+    if any(held.quant_state is not None for held in stacked.values()):
+        raise PatchError("quantize_experts: the model's experts are packed in 4 bits already")
+    if not stacked:
+        raise UnsupportedModelError(f"quantize_experts: {type(model).__name__}: {_why_none(experts, anatomy)}")
+    return stacked
+
+
+def _why_none(experts: list[HeldTensor], anatomy: Anatomy) -> str:
+    if not experts:
+        return "no experts were found in it"
+    owners: list[Any] = [anatomy.modules[held.name.rpartition(".")[0]] for held in experts]
+    if any(isinstance(owner, nn.Linear) for owner in owners):
+        return (
+            "each of its experts has linear maps of its own, which transformers quantizes itself: load it with "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
+        )
+    shapes = sorted({held.shape for held in experts})
+    return f"its experts are not stacked in parameters of shape (experts, ..., ...), but have the shapes {shapes}"

@@ -1,0 +1,167 @@
+"""Whether the upcycled checkpoint computes what the dense one does: both run, a layer in memory at a time.
+
+The stock classes of transformers run their own forward, in float32, on what is read from the two checkpoints' files. A
+layer's weights are there only while it runs. Experts are compared bit by bit, and one copy stands for all of them, so
+that even a large MoE layer takes no more memory than a dense one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from symphony_hf.errors import UpcycleError
+
+from .checkpoint import TORCH_DTYPES, Checkpoint, Rows, same_bytes
+from .families import DOWN, GATE, UP, Container
+from .plan import ExpertPart
+from .source import DenseModel, meta_model
+
+TOLERANCE = 1e-5
+"""Of the largest logit, where that is above 1. Float32 rounds the sum of the weighted experts by about 1e-7."""
+
+TOKENS = 64
+
+Reader = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What the check saw.
+
+    Attributes:
+        difference: The largest one between two logits.
+        largest: The largest dense logit.
+        tokens: In the sequence, of random numbers.
+    """
+
+    difference: float
+    largest: float
+    tokens: int
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that is rounding."""
+        return TOLERANCE * max(1.0, self.largest)
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """An upcycled checkpoint as it was written.
+
+    Attributes:
+        checkpoint: Its tensors.
+        config: Its config, as read from its file.
+        container: Its family.
+        experts: Where it has each projection of each expert.
+        num_experts: Of each router.
+    """
+
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    container: Container
+    experts: dict[ExpertPart, Rows]
+    num_experts: int
+
+    def read(self, name: str) -> Tensor:
+        """A parameter of the stock class, by its name in memory; experts share one copy.
+
+        Raises:
+            UpcycleError: If two experts differ.
+        """
+        prefix, _, kind = name.rpartition(".experts.")
+        if not prefix:
+            return _read(self.checkpoint, name.replace(self.container.router_in_memory, self.container.router))
+        layer = int(name.split(".")[2])
+        parts = {"gate_up_proj": (GATE, UP), "down_proj": (DOWN,)}[kind]
+        first = _floats(self.checkpoint, [self.experts[ExpertPart(layer, 0, part)] for part in parts])
+        for part in parts:
+            self._check_copies(layer, part)
+        return first.expand(self.num_experts, *first.shape)
+
+    def _check_copies(self, layer: int, part: str) -> None:
+        first = self.experts[ExpertPart(layer, 0, part)]
+        for expert in range(1, self.num_experts):
+            if not same_bytes(self.checkpoint, first, self.experts[ExpertPart(layer, expert, part)]):
+                raise UpcycleError(f"upcycle: layer {layer}: `{part}` of expert {expert} is not that of expert 0")
+
+
+def check_exactness(dense: DenseModel, upcycled: Upcycled, dtype: str | None) -> Exactness:
+    """Compare the logits of a dense checkpoint and of what it was upcycled to.
+
+    Args:
+        dense: The dense one.
+        upcycled: The other, without noise on its experts.
+        dtype: What the weights were cast to, by the name of the safetensors format: the dense ones are, too.
+
+    Raises:
+        UpcycleError: If they differ by more than rounding, or the dense logits are not finite.
+    """
+    config, checkpoint = dense.config, dense.checkpoint
+    tokens = min(TOKENS, config.max_position_embeddings)
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    expected = _logits(config, partial(_read, checkpoint, dtype=dtype), ids, "checking, dense")
+    found = _logits(upcycled.config, upcycled.read, ids, "checking, upcycled")
+    if not expected.isfinite().all():
+        raise UpcycleError(
+            f"upcycle: the dense model of `{checkpoint.folder}` computes logits that are not finite, so nothing can be "
+            "checked; `check=False` upcycles it unchecked"
+        )
+    result = Exactness((found - expected).abs().max().item(), expected.abs().max().item(), tokens)
+    if not result.difference <= result.tolerance:
+        raise UpcycleError(
+            f"upcycle: the upcycled model's logits differ from the dense model's by {result.difference:.3g}, more than "
+            f"{result.tolerance:.3g}: nothing was kept. Please report this with the dense checkpoint's config.json"
+        )
+    return result
+
+
+def _logits(config: PreTrainedConfig, read: Reader, ids: Tensor, description: str) -> Tensor:
+    model = meta_model(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed, not stored
+    parts = list(_parts(model))
+    with tqdm(total=len(parts), desc=description, unit=" layers", disable=None) as progress, torch.no_grad():
+        for name, module in parts:
+            module.register_forward_pre_hook(partial(_load, name=name, read=read))
+            module.register_forward_hook(partial(_release, progress=progress))
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """What has weights, in pieces that fit in memory."""
+    yield "model.embed_tokens", model.model.embed_tokens
+    for number, layer in enumerate(model.model.layers):
+        yield f"model.layers.{number}", layer
+    yield "model.norm", model.model.norm
+    yield "lm_head", model.lm_head
+
+
+def _load(module: nn.Module, _: object, *, name: str, read: Reader) -> None:
+    module.load_state_dict({own: read(f"{name}.{own}") for own in module.state_dict()}, assign=True)
+
+
+def _release(module: nn.Module, _: object, __: object, *, progress: "tqdm[Any]") -> None:
+    module.to_empty(device="meta")
+    progress.update()
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: str | None = None) -> Tensor:
+    stored = name if name in checkpoint.tensors else name.replace("lm_head.", "model.embed_tokens.")  # they are tied
+    return _floats(checkpoint, [checkpoint.whole(stored)], dtype).view(checkpoint.tensors[stored].shape)
+
+
+def _floats(checkpoint: Checkpoint, parts: Sequence[Rows], dtype: str | None = None) -> Tensor:
+    """Rows one below the other, in float32, without a copy in another type or of a part. Shape: (rows, width)."""
+    width = checkpoint.tensors[parts[0].tensor].shape[-1]
+    values = torch.empty(sum(part.stop - part.start for part in parts), width)
+    flat, filled = values.view(-1), 0
+    for block in (block for part in parts for block in checkpoint.float_blocks(part)):
+        flat[filled : filled + len(block)] = block if dtype is None else block.to(TORCH_DTYPES[dtype])
+        filled += len(block)
+    return values

@@ -1,0 +1,195 @@
+"""A dense checkpoint, found and understood, before anything is written."""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from symphony_hf.errors import CheckpointError, UpcycleError
+from symphony_hf.files import read_object
+
+from .checkpoint import Checkpoint, StoredTensor, check_tensors
+from .families import CONVERSIONS
+
+CARRIED = (
+    "LICENSE*",
+    "NOTICE*",
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template.*",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer*",
+    "vocab.*",
+)
+"""Patterns of the names of what is carried over. A model card is not: it is about another model."""
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy what stays true of the upcycled model."""
+    found = sorted({path for pattern in CARRIED for path in source.glob(pattern)})
+    for path in found:
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def carried_bytes(source: Path) -> int:
+    """What `carry_files` needs on the disk."""
+    found = {file for pattern in CARRIED for path in source.glob(pattern) for file in (path, *path.rglob("*"))}
+    return sum(file.stat().st_size for file in found if file.is_file())
+
+
+def write_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write config.json, and a generation config if the dense checkpoint has none: as the stock class does."""
+    config.save_pretrained(folder)
+    if not (folder / "generation_config.json").exists():
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
+    """Make sure that the same class reads the tokenizer's files.
+
+    Transformers chooses it by the tokenizer's config and by the model's family, which is another one now.
+
+    Returns:
+        Notes for the user: that the tokenizer could not be read here.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return []
+    try:
+        wanted, found = (type(AutoTokenizer.from_pretrained(place)).__name__ for place in (source, folder))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return [f"the tokenizer's files were carried over, but could not be read here ({reason})"]
+    if wanted != found:
+        settings = read_object(file, CheckpointError) | {"tokenizer_class": wanted}
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return []
+
+
+pass
+
+_EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+CONFIG = ("config.json",)
+WHOLE = (*CONFIG, "*.safetensors", "*.safetensors.index.json", *CARRIED, "additional_chat_templates/*")
+"""Patterns of the names of what is downloaded: to see whether a model can be upcycled at all, and to do it."""
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense checkpoint.
+
+    Attributes:
+        checkpoint: Its tensors.
+        config: Its config.
+        tensors: Those that are converted, by name: without the head where it is the embedding, and without buffers
+            that are computed.
+    """
+
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    tensors: dict[str, StoredTensor]
+
+
+def find_folder(source: str | Path, revision: str | None, patterns: Sequence[str] = WHOLE) -> Path:
+    """The folder of a checkpoint, which is downloaded if it is a name on the Hub.
+
+    Args:
+        source: The folder, or the name.
+        revision: Of the name.
+        patterns: Of the names of the files that are downloaded.
+
+    Returns:
+        The folder; of a download, its last part is the commit.
+
+    Raises:
+        CheckpointError: If there is no such folder, and no such model that can be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        huggingface_hub.utils.validate_repo_id(str(source))
+    except HFValidationError:
+        raise CheckpointError(f"upcycle: `{source}`: no such folder, and not the name of a model on the Hub") from None
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=[*patterns]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"upcycle: `{source}`: no such folder, and no model of the Hub that can be downloaded ({reason}); check "
+            "the spelling and the network, or give the folder of a downloaded checkpoint"
+        ) from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a dense checkpoint.
+
+    Raises:
+        CheckpointError: If there is none that can be read.
+        UpcycleError: If it is that of a quantized model, of a MoE, or of a family that nothing is known of.
+    """
+    values = read_object(folder / "config.json", CheckpointError, hint=f"is `{folder}` a model's folder?")
+    model_type = str(values.get("model_type"))
+    if values.get("quantization_config") is not None:
+        raise UpcycleError(
+            f"upcycle: `{folder}` is quantized (`quantization_config`): take the one that it was made of"
+        )
+    experts = sorted(name for name, value in values.items() if _EXPERTS.fullmatch(name) and value)
+    if experts or model_type in {conversion.container.model_type for conversion in CONVERSIONS}:
+        said = f"`{experts[0]}: {values[experts[0]]}`" if experts else f"`model_type: {model_type}`"
+        raise UpcycleError(f"upcycle: `{folder}` is a MoE already ({said}): only dense checkpoints are upcycled")
+    if model_type not in {conversion.source.model_type for conversion in CONVERSIONS}:
+        known = ", ".join(sorted({conversion.source.model_type for conversion in CONVERSIONS}))
+        raise UpcycleError(f"upcycle: `{folder}` is a `{model_type}`; the families that can be upcycled are {known}")
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"`{folder / 'config.json'}`: transformers refuses it: {error}") from error
+    return config
+
+
+def open_dense(folder: Path, config: PreTrainedConfig) -> DenseModel:
+    """The tensors of a dense checkpoint, compared with those that the model of its config has.
+
+    Raises:
+        CheckpointError: If files or tensors are missing, cut off, unexpected, or misshapen.
+        UpcycleError: If they are quantized, or tied and different.
+    """
+    checkpoint = Checkpoint(folder)
+    expected = {name: tuple(parameter.shape) for name, parameter in meta_model(config).state_dict().items()}
+    tied = _TIED if config.tie_word_embeddings else {}
+    check_tensors(checkpoint, expected, tied)
+    return DenseModel(checkpoint, config, {name: checkpoint.tensors[name] for name in expected if name not in tied})
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The stock causal language model of a config, without weights, in float32."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")  # no shared expert
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, experts_implementation="eager"
+        )
+    return model.eval()

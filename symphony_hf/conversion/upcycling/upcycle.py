@@ -1,0 +1,245 @@
+"""Sparse upcycling: a dense checkpoint on the disk becomes a MoE checkpoint on the disk."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from symphony_hf.errors import SymphonyWarning
+
+from .checkpoint import TORCH_DTYPES, Checkpoint
+from .config import container_config, notes_on
+from .exactness import Exactness, Upcycled, check_exactness
+from .families import Conversion, find_conversion
+from .options import UpcycleOptions
+from .plan import PlannedTensor, expert_rows, plan_tensors
+from .source import (
+    CONFIG,
+    DenseModel,
+    carried_bytes,
+    carry_files,
+    find_folder,
+    keep_tokenizer_class,
+    open_dense,
+    read_config,
+    write_config,
+)
+from .target import check_apart, check_room, check_target, writing
+from .writing import Contents, Shards
+
+_SMALL_FILES = 2**20
+"""Bytes for the configs."""
+
+
+@dataclass(frozen=True)
+class UpcycleResult:
+    """What was made.
+
+    Attributes:
+        target: The folder.
+        model_type: The container's.
+        layers: Whose MLPs became experts.
+        parameters: Of the new model.
+        weight_bytes: Of its tensors.
+        files: Of weights.
+        seconds_writing: From the first byte to the last flush, without the check.
+        seconds_checking: Of the check.
+        exactness: What the check saw; None if it was not made.
+        notes: What a user should know.
+    """
+
+    target: Path
+    model_type: str
+    layers: tuple[int, ...]
+    parameters: int
+    weight_bytes: int
+    files: int
+    seconds_writing: float
+    seconds_checking: float
+    exactness: Exactness | None
+    notes: tuple[str, ...]
+
+
+def upcycle(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    num_experts: int = 8,
+    top_k: int = 2,
+    layers: str | Sequence[int] = "all",
+    router_std: float = 0.02,
+    router_init: str = "normal",
+    seed: int = 0,
+    noise: float = 0.0,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    check: bool = True,
+    overwrite: bool = False,
+    revision: str | None = None,
+) -> UpcycleResult:
+    """Make a MoE checkpoint of a dense one: each expert begins as a copy of the MLP, and only the routers are new.
+
+    The result is a plain checkpoint of a MoE family of transformers, which stock tools load. The weights of the chosen
+    experts sum to 1 there, so right after this it computes what the dense model computes. Tensors go from file to file
+    a block at a time, so memory does not grow with the model; the target has its name only once it is whole.
+
+    Args:
+        source: The dense checkpoint: a folder with safetensors files, or a name on the Hub.
+        target: The folder to write.
+        to: The MoE family. Mistral and Llama become `mixtral` (default) or `qwen2_moe`, Phi-3 and Phi-3.5 `qwen2_moe`
+            (default) or `mixtral`, Qwen2 `qwen2_moe`, Qwen3 `qwen3_moe`, Granite `granitemoe`.
+        num_experts: Copies of each MLP.
+        top_k: How many experts compute a token.
+        layers: `all`, `every-other` (1, 3, 5, ...), or the numbers of the layers whose MLPs become experts, from 0.
+            Every layer of `mixtral` and `granitemoe` has experts.
+        router_std: Standard deviation of the routers' weights.
+        router_init: Their distribution, `normal` or `uniform`.
+        seed: Of all that is random. The same seed gives the same bytes.
+        noise: Standard deviation of normal noise on every expert's weights, in units of the root mean square of each
+            projection. Above 0 the model no longer computes exactly what the dense one does, and is not checked.
+        dtype: `float32`, `bfloat16` or `float16`, to cast all weights to; each tensor's own when None.
+        max_shard_size: Of a file, in bytes or as in `5GB`.
+        check: Whether to compare the logits of both checkpoints, run layer by layer in float32 on 64 random tokens.
+        overwrite: Whether a model in the target may be replaced; it stays until the new one is whole.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        What was made, and what the check saw.
+
+    Raises:
+        ConfigError: If an option is out of range.
+        UpcycleError: If no container computes what this dense model does, or the check finds a difference.
+        CheckpointError: If the source is not whole, or the target cannot be written.
+
+    Source:
+        Sparse upcycling (arXiv 2212.05055).
+
+    Deviation:
+        Its routers are drawn from a normal distribution of deviation 0.02, too, but it trains with expert choice in the
+        encoder, and combines without normalizing the chosen weights unless asked to. Here they always sum to 1.
+    """
+    options = UpcycleOptions(
+        num_experts=num_experts,
+        top_k=top_k,
+        layers=layers,
+        router_std=router_std,
+        router_init=router_init,
+        seed=seed,
+        noise=noise,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    target = Path(target).expanduser().absolute()
+    check_target(target, overwrite)
+    described = find_folder(source, revision, CONFIG)
+    check_apart(described, target)
+    settings = _settings(described, to, options)  # before gigabytes are downloaded
+    folder = find_folder(source, described.name)  # the commit whose config was looked at
+    plan = _plan(folder, settings, options)
+    check_room(target, plan.shards.disk_bytes + carried_bytes(folder) + _SMALL_FILES)
+    return _write(plan, target, check)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    dense: PreTrainedConfig
+    conversion: Conversion
+    config: PreTrainedConfig
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    dense: DenseModel
+    settings: _Settings
+    tensors: list[PlannedTensor]
+    shards: Shards
+    options: UpcycleOptions
+
+
+def _settings(folder: Path, to: str | None, options: UpcycleOptions) -> _Settings:
+    """Look at all that could be wrong with the source's config."""
+    dense = read_config(folder)
+    conversion = find_conversion(dense.model_type, to)
+    layers = options.layer_numbers(dense.num_hidden_layers)
+    config = container_config(dense, conversion, layers, options)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return _Settings(dense, conversion, config, layers)
+
+
+def _plan(folder: Path, settings: _Settings, options: UpcycleOptions) -> _Plan:
+    """Look at all that could be wrong with the source's tensors; nothing is written."""
+    dense = open_dense(folder, settings.dense)
+    tensors = plan_tensors(dense.tensors, settings.dense, settings.conversion, settings.layers, options)
+    settings.config.dtype = TORCH_DTYPES[tensors[0].dtype]
+    return _Plan(dense, settings, tensors, Shards(tensors, options.max_shard_size), options)
+
+
+def _write(plan: _Plan, target: Path, check: bool) -> UpcycleResult:
+    notes = notes_on(plan.settings.config, plan.settings.conversion)
+    started, exactness, seconds_checking = time.perf_counter(), None, 0.0
+    with writing(target) as folder:
+        carry_files(plan.dense.checkpoint.folder, folder)
+        write_config(plan.settings.config, folder)
+        notes += keep_tokenizer_class(plan.dense.checkpoint.folder, folder)
+        plan.shards.write(folder, Contents(plan.dense.checkpoint, plan.options))
+        if plan.options.noise > 0:
+            notes.append("the experts have noise, so the model does not compute exactly what the dense one does")
+        elif check:
+            began = time.perf_counter()
+            exactness = _check(plan, folder)
+            seconds_checking = time.perf_counter() - began
+    for note in notes:
+        warnings.warn(f"upcycle: {note}", SymphonyWarning, stacklevel=3)
+    return UpcycleResult(
+        target=target,
+        model_type=plan.settings.config.model_type,
+        layers=plan.settings.layers,
+        parameters=plan.shards.parameters,
+        weight_bytes=plan.shards.weight_bytes,
+        files=len(plan.shards.split.filename_to_tensors),
+        seconds_writing=time.perf_counter() - started - seconds_checking,
+        seconds_checking=seconds_checking,
+        exactness=exactness,
+        notes=tuple(notes),
+    )
+
+
+def _check(plan: _Plan, folder: Path) -> Exactness:
+    upcycled = Upcycled(
+        checkpoint=Checkpoint(folder),
+        config=CONFIG_MAPPING[plan.settings.config.model_type].from_pretrained(folder),
+        container=plan.settings.conversion.container,
+        experts=expert_rows(plan.tensors),
+        num_experts=plan.options.num_experts,
+    )
+    return check_exactness(plan.dense, upcycled, plan.options.stored_dtype)
+
+
+pass
+
+
+def print_result(result: UpcycleResult, console: Console | None = None) -> None:
+    """Print what was made, and what the check saw."""
+    console = console or Console()
+    size = result.weight_bytes / 1e9
+    speed = size / result.seconds_writing
+    lines = [
+        f"{result.model_type}, {result.parameters:,} parameters, experts in {len(result.layers)} layers",
+        f"{size:.2f} GB in {result.files} files, {result.seconds_writing:.1f} seconds ({speed:.2f} GB/s)",
+    ]
+    if result.exactness is None:
+        lines.append("not checked against the dense model")
+    else:
+        seen = result.exactness
+        lines.append(
+            f"checked on {seen.tokens} tokens: logits differ from the dense model's by {seen.difference:.2g} at most, "
+            f"of {seen.largest:.3g} ({result.seconds_checking:.1f} seconds)"
+        )
+    for line in [*lines, *result.notes, f"Written to {result.target}"]:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,175 @@
+"""Weights streamed into safetensors files, as `save_pretrained` of transformers would write them."""
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+from tqdm import tqdm
+
+from symphony_hf.errors import ConfigError, UpcycleError
+
+from .checkpoint import INDEX, ITEM_BYTES, TORCH_DTYPES, Checkpoint, Rows
+from .options import UpcycleOptions
+from .plan import PARTS, ExpertPart, Piece, PlannedTensor
+
+
+class Contents:
+    """Where the bytes of planned tensors come from.
+
+    Random numbers are NumPy's, of a stream for each router and each expert's projection: they depend neither on the
+    other layers nor on the size of a block, and are the same on every machine.
+
+    Args:
+        source: The dense checkpoint.
+        options: Seed, distribution of the routers' weights, noise.
+    """
+
+    def __init__(self, source: Checkpoint, options: UpcycleOptions) -> None:
+        self.source = source
+        self.options = options
+        self._scale = functools.cache(self._root_mean_square)
+
+    def blocks(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        """The bytes of a tensor, a block at a time; each is there until the next is taken."""
+        if tensor.router is not None:
+            yield _bytes_of(self._router(tensor.router, tensor.shape).to(TORCH_DTYPES[tensor.dtype]))
+        elif not tensor.pieces:
+            yield _bytes_of(torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]))
+        for piece in tensor.pieces:
+            noisy = piece.expert is not None and self.options.noise > 0
+            if noisy or tensor.dtype != self.source.tensors[piece.rows.tensor].dtype:
+                yield from self._computed(piece, TORCH_DTYPES[tensor.dtype])
+            else:
+                yield from self.source.blocks(piece.rows)
+
+    def _router(self, layer: int, shape: tuple[int, ...]) -> Tensor:
+        stream, std = self._stream(layer), self.options.router_std
+        if self.options.router_init == "normal":
+            return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32)) * std
+        # Of the same standard deviation; with 1 / sqrt(3 * width) it is how nn.Linear begins.
+        return (2 * torch.from_numpy(stream.random(shape, dtype=np.float32)) - 1) * (math.sqrt(3) * std)
+
+    def _stream(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.options.seed, spawn_key=key))
+
+    def _computed(self, piece: Piece, dtype: torch.dtype) -> Iterator[memoryview]:
+        expert = piece.expert if self.options.noise > 0 else None
+        stream = self._expert_stream(expert) if expert is not None else None
+        for values in self.source.float_blocks(piece.rows):
+            changed = values
+            if stream is not None:
+                drawn = torch.from_numpy(stream.standard_normal(len(values), dtype=np.float32))
+                changed = values + drawn * (self.options.noise * self._scale(piece.rows))
+            stored = changed.to(dtype)
+            if torch.isinf(stored).any() and not torch.isinf(values).any():
+                raise UpcycleError(
+                    f"upcycle: `{piece.rows.tensor}` has values that {str(dtype).removeprefix('torch.')} cannot hold: "
+                    "take `dtype: bfloat16`, or keep the checkpoint's own"
+                )
+            yield _bytes_of(stored)
+
+    def _expert_stream(self, expert: ExpertPart) -> np.random.Generator:
+        return self._stream(expert.layer, 1 + PARTS.index(expert.part), expert.expert)
+
+    def _root_mean_square(self, rows: Rows) -> float:
+        """What noise is measured by."""
+        squares, count = 0.0, 0
+        for values in self.source.float_blocks(rows):
+            squares += values.double().square().sum().item()
+            count += len(values)
+        return math.sqrt(squares / count)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+pass
+
+_ORDER = ("F32", "BF16", "F16")
+"""In which safetensors puts the types into a file: by their size, and within one size as its own list has them."""
+
+_HEADER_BYTES = 512
+"""More than an entry of a header or of an index takes."""
+
+
+class Shards:
+    """Planned tensors, divided into files.
+
+    Args:
+        planned: The tensors, in their order.
+        max_shard_size: Of a file, in bytes or as in `5GB`. A larger tensor has a file of its own.
+
+    Raises:
+        ConfigError: If it is no size.
+    """
+
+    def __init__(self, planned: Sequence[PlannedTensor], max_shard_size: int | str) -> None:
+        self.tensors = {tensor.name: tensor for tensor in planned}
+        try:
+            self.split = split_state_dict_into_shards_factory(
+                self.tensors,
+                get_storage_size=tensor_bytes,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=max_shard_size,
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"upcycle: `max_shard_size` is {max_shard_size!r}: {error}") from error
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(map(tensor_bytes, self.tensors.values()))
+
+    @property
+    def parameters(self) -> int:
+        """Of all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """As much as the files may take, with their headers and the index."""
+        return self.weight_bytes + 2 * _HEADER_BYTES * (len(self.tensors) + len(self.split.filename_to_tensors))
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        """Write the files, and their index if there are several."""
+        with tqdm(total=self.weight_bytes, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
+            for name, tensors in self.split.filename_to_tensors.items():
+                _write_file(folder / name, [self.tensors[tensor] for tensor in tensors], contents, progress)
+        if self.split.is_sharded:
+            metadata = {"total_parameters": self.parameters, **self.split.metadata}
+            index = {"metadata": metadata, "weight_map": self.split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensor_bytes(tensor: PlannedTensor) -> int:
+    """The size of a planned tensor."""
+    return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+
+
+def _write_file(path: Path, tensors: Sequence[PlannedTensor], contents: Contents, progress: "tqdm[Any]") -> None:
+    """The published format: the header's length in 8 bytes, the header as JSON, then the tensors without a gap.
+
+    safetensors itself writes only what is in memory whole. Order and spacing are those that it would take.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor_bytes(tensor)
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            for block in contents.blocks(tensor):
+                file.write(block)
+                progress.update(len(block))

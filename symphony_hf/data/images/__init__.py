@@ -1,0 +1,13 @@
+"""Conversations about images: LLaVA's files, their batches, and questions to measure a model by."""
+
+from .collator import VisualCollator, VisualConversations, VisualRow
+from .llava import prepare_llava
+from .questions import VisualQuestions
+
+__all__ = [
+    "VisualCollator",
+    "VisualConversations",
+    "VisualQuestions",
+    "VisualRow",
+    "prepare_llava",
+]

@@ -1,0 +1,86 @@
+"""Images: read from files or kept as bytes, decoded when a batch needs them."""
+
+import io
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from symphony_hf.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EncodedImage = dict[str, Any]
+"""As `datasets` stores images: `path` of a file, or `bytes` of one."""
+
+_SMALL = (64, 64)
+"""Pixels. A JPEG file is checked at an eighth of its size, which reads all of it in a fraction of the time."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
+"""What Pillow raises for a file that is no image, or ends too early."""
+
+
+def image_problem(path: Path) -> str:
+    """What is wrong with an image file, all of which is read: empty, or `<what>: <which>`."""
+    import PIL.Image
+
+    if not path.is_file():
+        return f"a missing image: {path}"
+    try:
+        with PIL.Image.open(path) as image:
+            image.draft(None, _SMALL)
+            image.load()
+    except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
+        return f"an image that does not decode: {path} ({error})"
+    return ""
+
+
+def encoded_problem(image: Mapping[str, Any]) -> str:
+    """What is wrong with an image that may be a file; one in memory was made here."""
+    return image_problem(Path(image["path"])) if image["bytes"] is None else ""
+
+
+def decode(image: EncodedImage) -> "Image":
+    """Decode one image, in three colours.
+
+    Raises:
+        DataError: If it does not decode, though it did when it was checked.
+    """
+    import datasets
+
+    try:
+        return datasets.Image().decode_example(image).convert("RGB")
+    except _BROKEN as error:
+        raise DataError(
+            f"{image['path'] or 'an image'} does not decode any more ({error}): it was changed after it was checked"
+        ) from error
+
+
+def handwritten_digits() -> tuple[list[EncodedImage], list[int]]:
+    """Scikit-learn's handwritten digits, 8 x 8 pixels each, that come with it.
+
+    Returns:
+        The images, as PNG files in memory, and the digits that they show.
+    """
+    import PIL.Image
+    from sklearn.datasets import load_digits
+
+    pixels, digits = load_digits(return_X_y=True)
+    images = [
+        _as_png(PIL.Image.fromarray((square * (255 / 16)).astype("uint8"))) for square in pixels.reshape(-1, 8, 8)
+    ]
+    return images, [int(digit) for digit in digits]
+
+
+def blank_image(size: tuple[int, int]) -> "Image":
+    """An image of one colour, to find out how an image becomes tokens. Size: width and height, in pixels."""
+    import PIL.Image
+
+    return PIL.Image.new("RGB", size, (127, 127, 127))
+
+
+def _as_png(image: "Image") -> EncodedImage:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return {"path": None, "bytes": file.getvalue()}

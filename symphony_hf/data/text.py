@@ -1,0 +1,82 @@
+"""Documents in blocks: data of kind `text`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .corpus import corpus_of
+from .datasets import digest_texts
+from .documents import Document
+from .packing import TokenBlocks
+from .prepared import PreparedData
+from .rows import thinned
+from .streams import open_stream
+from .token_store import TokenStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from symphony_hf.recipe import DataSection
+
+_SPLITS = ("train", "validation", "test")
+
+
+def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
+    """Read documents, tokenize them (or find them tokenized), and cut them into blocks.
+
+    Args:
+        section: Of a recipe.
+        tokenizer: The model's.
+        seed: Of the order in which a stream is read.
+
+    Returns:
+        Splits of blocks, and the test documents. A stream gives training blocks one after the other.
+
+    Raises:
+        DataError: If there is no such text, too little of it, or it cannot be streamed.
+        ConfigError: If the tokenizer has no end-of-text token.
+    """
+    if section.streaming:
+        return _prepare_stream(section, tokenizer, seed)
+    corpus = corpus_of(section)
+    documents = {split: list(thinned(getattr(corpus, split), section.limit)) for split in _SPLITS}
+    stores = {split: _store(documents[split], tokenizer) for split in _SPLITS}
+    train = TokenBlocks(stores["train"], section.block_size, section.packing)
+    return PreparedData(
+        kind="text",
+        train=train,
+        validation=TokenBlocks(stores["validation"], section.block_size, section.packing),
+        test=_blocks_if_any(stores["test"], section),
+        documents=documents["test"],
+        revision=corpus.commit or digest_texts(document.text for split in _SPLITS for document in documents[split]),
+        num_tokens=len(train) * section.block_size,
+        notes=[f"{corpus.source}: {_counted(documents)}"],
+    )
+
+
+def _prepare_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
+    stream = open_stream(section, tokenizer, seed)
+    stores = {split: _store(documents, tokenizer) for split, documents in stream.held_out.items()}
+    return PreparedData(
+        kind="text",
+        train=stream.blocks,
+        validation=TokenBlocks(stores["validation"], section.block_size, section.packing),
+        test=_blocks_if_any(stores["test"], section),
+        documents=stream.held_out["test"],
+        revision=stream.revision,
+        notes=[f"{section.path}: read while training goes on; held out: {_counted(stream.held_out)}"],
+    )
+
+
+def _store(documents: list[Document], tokenizer: "PreTrainedTokenizerBase") -> TokenStore:
+    return TokenStore([document.text for document in documents], tokenizer)
+
+
+def _blocks_if_any(store: TokenStore, section: "DataSection") -> TokenBlocks | None:
+    """None where a small test split does not fill a block: it is measured by document."""
+    if len(store) < section.block_size:
+        return None
+    return TokenBlocks(store, section.block_size, section.packing)
+
+
+def _counted(documents: Mapping[str, list[Document]]) -> str:
+    return ", ".join(f"{len(documents[split]):,} {split} documents" for split in documents)

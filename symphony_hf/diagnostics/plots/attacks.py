@@ -1,0 +1,201 @@
+"""What `symphony eval` found, as curves: clean against attacked, with intervals."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from symphony_hf.diagnostics.labels import short_names
+from symphony_hf.errors import EvaluationError
+
+from .curves import LINES, MARKERS
+from .figure import COLORS, save_png, shown_names
+
+_MOST_COLUMNS = 4
+_CHANGES = {"ratio": ("attacked / clean", 1), "difference": ("attacked - clean", 0)}
+"""What an attack makes of a level: in words, and its value where it makes nothing of it."""
+
+
+def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw perplexity or accuracy, and what attacks make of it, by severity: a column an attack, a curve a model.
+
+    Args:
+        result: Of `robustness.evaluate_robustness`, as in its `result.json`.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If it has no attacks.
+    """
+    models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
+    attacks = list(dict.fromkeys(row["attack"] for row in models["model"]["attacks"]))
+    if not attacks:
+        raise EvaluationError("an evaluation without attacks has no curves")
+    level, change = (result["measure"][name] for name in ("level", "change"))
+    in_words, nothing = _CHANGES[change]
+    columns = min(len(attacks), _MOST_COLUMNS)
+    bands = -(-len(attacks) // columns)
+    figure = Figure(figsize=(2.5 * columns + 0.9, 3.9 * bands + 0.7), layout="constrained")
+    names = short_names([result["settings"][role] for role in models])
+    axes = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
+    for place, attack in enumerate(attacks):
+        band, column = divmod(place, columns)
+        for row, (measure, label) in enumerate({level: level, change: in_words}.items()):
+            panel = axes[2 * band + row, column]
+            for number, (name, model) in enumerate(zip(names, models.values(), strict=True)):
+                _draw(panel, model, attack, measure, number, len(models), name)
+            if measure == change:
+                panel.axhline(nothing, color="0.4", linewidth=0.8)
+            if column == 0:
+                panel.set_ylabel(label, fontsize=9)
+        axes[2 * band, column].set_title(attack, fontsize=9)
+        axes[2 * band + 1, column].set_xlabel("severity (0: clean)", fontsize=9)
+        axes[2 * band + 1, column].tick_params(labelbottom=True)
+    for panel in axes.flat:
+        if not panel.has_data():
+            panel.set_axis_off()
+    _share_scales(axes, len(attacks), columns)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9, frameon=False)
+    confidence, documents = models["model"]["clean"][level]["confidence"], result["documents"]
+    note = f"bars: {confidence:.0%} intervals over {documents['number']} {documents['unit']}, which models share"
+    figure.supxlabel(note, fontsize=8)
+    return save_png(figure, path)
+
+
+def _draw(
+    axes: Axes, model: Mapping[str, Any], attack: str, measure: str, number: int, num_models: int, name: str
+) -> None:
+    points = {0: model["clean"][measure]} if measure in model["clean"] else {}
+    own = [row for row in model["attacks"] if row["attack"] == attack and row["severity"] is not None]
+    points |= {row["severity"]: row[measure] for row in own}
+    estimate, low, high = np.array([[p["estimate"], p["low"], p["high"]] for p in points.values()]).T
+    places = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
+    # Of an interval without width, rounding may put an end past the estimate.
+    lengths = np.maximum([estimate - low, high - estimate], 0)
+    style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
+    axes.errorbar(places, estimate, lengths, label=name, capsize=3, markersize=4, linewidth=1.3, **style)
+    axes.set_xticks(range(6))
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _share_scales(axes: np.ndarray, num_attacks: int, columns: int) -> None:
+    """One scale for each measure, so that attacks can be compared."""
+    for row in range(2):
+        own = [axes[2 * (place // columns) + row, place % columns] for place in range(num_attacks)]
+        limits = np.array([panel.get_ylim() for panel in own])
+        for panel in own:
+            panel.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+
+
+_MOST_WRITTEN = 16
+"""Layers up to which each cell has its number in it."""
+
+
+def plot_flips(
+    panels: Mapping[str, tuple[Sequence[str], Mapping[str, Sequence[float | None]]]],
+    title: str,
+    path: str | os.PathLike[str],
+) -> Path:
+    """Draw a plan of where routing flips: layers by severity, by the distance from the attack, by kind of token.
+
+    Args:
+        panels: By what the columns are ("severity"): their names, and, by layer name, the share of choices that changed
+            in each; None where there is no token. All have the same layers.
+        title: Of the figure.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there is no panel, or none with a number.
+    """
+    values = [v for _, rows in panels.values() for row in rows.values() for v in row if v is not None]
+    if not values:
+        raise EvaluationError("no changes to draw: nothing was attacked")
+    layers = list(next(iter(panels.values()))[1])
+    titles, left_out = shown_names(layers, most=48)
+    widths = [max(len(names), 2) for names, _ in panels.values()]
+    figure = Figure(figsize=(0.52 * sum(widths) + 2.6, 0.27 * max(len(titles), 5) + 1.7), layout="constrained")
+    figure.suptitle(f"{title}{left_out}", fontsize=11)
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    top = max(values) or 1.0
+    for place, (what, (names, rows)) in enumerate(panels.items()):
+        cells = np.array([rows[name] for name in titles.values()], dtype=float)
+        image = _draw_plan(axes[place], cells, names, top)
+        axes[place].set_xlabel(what, fontsize=9)
+        axes[place].set_yticks(range(len(titles)), list(titles) if place == 0 else [""] * len(titles), fontsize=8)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, format=lambda value, _: f"{100 * value:g}%")
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("share of choices that changed", fontsize=9)
+    return save_png(figure, path)
+
+
+def _draw_plan(axes: Axes, cells: np.ndarray, names: Sequence[str], top: float) -> AxesImage:
+    colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.9")
+    image = axes.imshow(cells, cmap=colors, vmin=0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0, pad=2)
+    if len(cells) <= _MOST_WRITTEN:
+        for (row, column), value in np.ndenumerate(cells):
+            if np.isfinite(value):
+                color = "white" if value > 0.6 * top else "black"
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    return image
+
+
+def plot_saturation(
+    saturation: Mapping[str, Sequence[float]],
+    moments: Sequence[str],
+    path: str | os.PathLike[str],
+    chance: float | None = None,
+) -> Path:
+    """Draw how much of its final routing each checkpoint has, one curve a layer.
+
+    Args:
+        saturation: By layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
+        moments: What each checkpoint is called.
+        path: Of the PNG.
+        chance: K / E, what choosing at random would have; not drawn when None.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there are fewer than two checkpoints, or a layer has others.
+    """
+    if len(moments) < 2 or not saturation or any(len(row) != len(moments) for row in saturation.values()):
+        raise EvaluationError("a curve of saturation needs two checkpoints or more, and each layer's value at all")
+    titles, left_out = shown_names(list(saturation))
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(titles)))
+    for number, (title, name) in enumerate(titles.items()):
+        style = {"color": shades[number], "marker": "os^Dv"[number % 5], "markersize": 4, "linewidth": 1.4}
+        axes.plot(range(len(moments)), saturation[name], label=title, **style)
+    if chance is not None:
+        axes.axhline(chance, color="0.4", linewidth=0.8, linestyle="--")
+        axes.text(len(moments) - 1, chance + 0.01, "by chance", fontsize=8, color="0.3", ha="right", va="bottom")
+    longest = max(map(len, moments))
+    turned: dict[str, Any] = (
+        {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if longest * len(moments) > 60 else {}
+    )
+    axes.set_xticks(range(len(moments)), moments, fontsize=8, **turned)
+    axes.set(ylim=(0, 1.03), ylabel="choices that are the last one's")
+    axes.set_title(f"Router saturation{left_out}", fontsize=11)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return save_png(figure, path)

@@ -1,0 +1,120 @@
+"""The planted benchmark: how near a learned graph comes to the truth, and what routing by it gains."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from symphony_hf.errors import EvaluationError
+
+from .curves import LINES, MARKERS
+from .figure import COLORS, save_png
+
+
+def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Draw the distance to the planted graph by tokens, both on logarithmic scales, beside tokens^-1/2.
+
+    Args:
+        curves: `name`, `tokens`, `distance`, one interval each, and where it is known `expected`.
+        path: Of the PNG.
+    """
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for number, curve in enumerate(curves):
+        _draw_band(axes, curve["tokens"], curve["distance"], number, curve["name"])
+        if "expected" in curve:
+            axes.plot(curve["tokens"], curve["expected"], color=COLORS[number % 6], linewidth=0.8, linestyle=":")
+    first = curves[0]
+    start = first["tokens"][0], first["distance"][0]["estimate"]
+    axes.plot(
+        first["tokens"],
+        [start[1] * (tokens / start[0]) ** -0.5 for tokens in first["tokens"]],
+        color="black",
+        linewidth=0.8,
+        linestyle="--",
+        label="tokens$^{-1/2}$",
+    )
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="distance to the planted graph")
+    return _finish(figure, axes, path)
+
+
+def plot_shares(shares: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """Draw the share of right experts that each routing chooses, by noise.
+
+    Args:
+        shares: By routing: intervals, with their `noise`.
+        path: Of the PNG.
+    """
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(shares.items()):
+        _draw_band(axes, [point["noise"] for point in points], points, number, name)
+    axes.set(xlabel="noise of the logits (the right ones stand out by 1)", ylabel="share of right experts chosen")
+    return _finish(figure, axes, path)
+
+
+def _draw_band(axes: Any, xs: Sequence[float], points: Sequence[Mapping[str, Any]], number: int, label: str) -> None:
+    style = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": LINES[number % 4]}
+    axes.plot(xs, [point["estimate"] for point in points], label=label, markersize=4, linewidth=1.5, **style)
+    if all(point["low"] is not None for point in points):
+        low, high = ([point[end] for point in points] for end in ("low", "high"))
+        axes.fill_between(xs, low, high, color=COLORS[number % 6], alpha=0.2, linewidth=0)
+
+
+def _finish(figure: Figure, axes: Any, path: str | os.PathLike[str]) -> Path:
+    axes.legend(frameon=False, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("bands: 95% t-intervals over seeds; dotted: closed form", fontsize=9)
+    return save_png(figure, path)
+
+
+_PANELS = (
+    ("clean", "clean perplexity\nover no graph's", 1.0, 1.0),
+    ("attacked", "attacked perplexity\nover no graph's", 1.0, 1.0),
+    ("routing_kept", "routing kept,\npoints more than no graph", 0.0, 100.0),
+)
+"""Measure, title, where the two are alike, scale."""
+
+
+def plot_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """Draw each variant's comparisons, one row a variant and one panel a measure.
+
+    Args:
+        points: By variant, then by `clean`, `attacked` (ratios) and `routing_kept` (difference of shares):
+            `estimate`, and `low` and `high`, which are None where there is one seed.
+        path: Of the PNG.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there is no variant.
+    """
+    if not points:
+        raise EvaluationError("no variants to plot: a study needs at least one point beside its plain system")
+    figure = Figure(figsize=(10, 1.3 + 0.32 * len(points)), layout="constrained")
+    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    for number, (axes, (measure, title, alike, scale)) in enumerate(zip(panels, _PANELS, strict=True)):
+        _draw_bars(axes, [values[measure] for values in points.values()], scale, COLORS[number])
+        axes.axvline(alike, color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(title, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    panels[0].set_yticks(range(len(points)), list(points), fontsize=8)
+    panels[0].invert_yaxis()
+    figure.supxlabel("bars: 95% t-intervals over seeds; dashed: alike", fontsize=9)
+    return save_png(figure, path)
+
+
+def _draw_bars(axes: Axes, intervals: list[Mapping[str, Any]], scale: float, color: str) -> None:
+    for row, interval in enumerate(intervals):
+        estimate = scale * interval["estimate"]
+        if interval["low"] is not None:
+            axes.plot([scale * interval["low"], scale * interval["high"]], [row, row], color=color, linewidth=1.5)
+        axes.plot(estimate, row, marker="o", color=color, markersize=4)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

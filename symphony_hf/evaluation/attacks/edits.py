@@ -1,0 +1,177 @@
+"""Changes to a share of a text's letters or words. None adds or removes a line.
+
+Each draws its places in an order that does not depend on the share: a larger share changes what a smaller one does, and
+more. At least one place is changed where the text has any.
+"""
+
+import hashlib
+import itertools
+import math
+import random
+import re
+import string
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+_ROWS = (("qwertyuiop", 0.0), ("asdfghjkl", 0.25), ("zxcvbnm", 0.75))
+"""Of a QWERTY keyboard, and how far each row is shifted to the right, in widths of a key."""
+
+_REACH = 1.3
+"""Widths of a key. Nearer than this are the keys to the left and right, and those that touch above and below."""
+
+
+def _neighbours() -> dict[str, str]:
+    places = {key: (shift + column, row) for row, (keys, shift) in enumerate(_ROWS) for column, key in enumerate(keys)}
+    return {
+        key: "".join(
+            other for other, (u, v) in places.items() if other != key and (x - u) ** 2 + (y - v) ** 2 < _REACH**2
+        )
+        for key, (x, y) in places.items()
+    }
+
+
+KEYBOARD = _neighbours()
+"""Lower-case letter -> the letters whose keys touch its own."""
+
+HOMOGLYPHS = str.maketrans(
+    "aceijopsxyhdlqwvABCEHIJKMOPSTX",
+    "асеіјорѕхуһԁӏԛԝѵАВСЕНІЈКМОРЅТХ",
+)
+"""Latin letter -> the Cyrillic one that looks the same, by code point. Source: Unicode's confusables.txt (UTS 39)."""
+
+
+def typo_of(letter: str, draw: int) -> str:
+    """The key that was hit instead of a letter's, in the letter's case.
+
+    Args:
+        letter: Of a to z, in either case.
+        draw: A random number that chooses among the neighbours.
+    """
+    near = KEYBOARD[letter.lower()]
+    hit = near[draw % len(near)]
+    return hit.upper() if letter.isupper() else hit
+
+
+pass
+
+_WORD = re.compile(r"\S+")
+_DRAWS = 1 << 30
+_RUN = 3
+"""Words that are put in another order together."""
+
+
+def num_changed(rate: float, num_candidates: int) -> int:
+    """How many of the places that could be changed are: the share, rounded half up, and one at least."""
+    share = Fraction(str(float(rate)))  # as written: 0.35 * 90 is a half, which its float falls short of
+    return min(num_candidates, max(1, math.floor(share * num_candidates + Fraction(1, 2))))
+
+
+def mistype(text: str, rate: float, rng: random.Random) -> str:
+    """Replace letters by neighbours on the keyboard."""
+    return _edit_letters(text, rate, rng, lambda letter: letter.lower() in KEYBOARD and letter.isascii(), typo_of)
+
+
+def delete_letters(text: str, rate: float, rng: random.Random) -> str:
+    """Leave letters out."""
+    return _edit_letters(text, rate, rng, str.isalpha, lambda letter, draw: "")
+
+
+def insert_letters(text: str, rate: float, rng: random.Random) -> str:
+    """Put any letter from a to z behind letters."""
+    letters = string.ascii_lowercase
+    return _edit_letters(text, rate, rng, str.isalpha, lambda letter, draw: letter + letters[draw % len(letters)])
+
+
+def replace_by_homoglyphs(text: str, rate: float, rng: random.Random) -> str:
+    """Replace letters by Cyrillic ones that look the same."""
+    can = frozenset(map(chr, HOMOGLYPHS))
+    return _edit_letters(text, rate, rng, can.__contains__, lambda letter, draw: letter.translate(HOMOGLYPHS))
+
+
+def swap_letters(text: str, rate: float, rng: random.Random) -> str:
+    """Let letters trade places with the one behind them, each letter once at most."""
+    letters = list(text)
+    pairs = itertools.pairwise(text)
+    candidates = [place for place, (a, b) in enumerate(pairs) if a.isalpha() and b.isalpha() and a != b]
+    left = num_changed(rate, len(candidates))
+    moved: set[int] = set()
+    for place in rng.sample(candidates, len(candidates)):
+        if left and not moved & {place, place + 1}:
+            letters[place : place + 2] = letters[place + 1], letters[place]
+            moved |= {place, place + 1}
+            left -= 1
+    return "".join(letters)
+
+
+def drop_words(text: str, rate: float, rng: random.Random) -> str:
+    """Leave words out, each with the space in front of it; a line keeps its indentation."""
+    dropped = set(_chosen(range(len(_WORD.findall(text))), rate, rng))
+    numbers = itertools.count()
+    return "\n".join(_without(line, dropped, numbers) for line in text.split("\n"))
+
+
+def shuffle_words(text: str, rate: float, rng: random.Random) -> str:
+    """Turn runs of three words of a line (of two where no third is left) round, so that no word keeps its place."""
+    runs = _runs(text)
+    pieces = list(text)
+    for number in _chosen(range(len(runs)), rate, rng):
+        run = runs[number]
+        turn = rng.randrange(1, len(run))
+        for old, new in zip(run, run[turn:] + run[:turn], strict=True):
+            pieces[old.start() : old.end()] = [new[0], *[""] * (len(old[0]) - 1)]
+    return "".join(pieces)
+
+
+def _edit_letters(
+    text: str,
+    rate: float,
+    rng: random.Random,
+    can: Callable[[str], bool],
+    edit: Callable[[str, int], str],
+) -> str:
+    letters = list(text)
+    candidates = [place for place, letter in enumerate(text) if can(letter)]
+    for place in _chosen(candidates, rate, rng):
+        letters[place] = edit(letters[place], rng.randrange(_DRAWS))
+    return "".join(letters)
+
+
+def _chosen(candidates: Sequence[int], rate: float, rng: random.Random) -> list[int]:
+    return rng.sample(candidates, len(candidates))[: num_changed(rate, len(candidates))]
+
+
+def _without(line: str, dropped: set[int], numbers: "itertools.count[int]") -> str:
+    """A line without the words whose numbers, in the text, are dropped."""
+    words, gaps = _WORD.findall(line), _WORD.split(line)
+    kept = [place for place in range(len(words)) if next(numbers) not in dropped]
+    if len(kept) == len(words):
+        return line
+    pieces = [gaps[0]]
+    for number, place in enumerate(kept):
+        pieces += [gaps[place] if number else "", words[place]]
+    return "".join([*pieces, gaps[-1]])
+
+
+def _runs(text: str) -> list[list["re.Match[str]"]]:
+    """The words of each line in runs of three, without those of one or of equal words, which have no other order."""
+    runs = []
+    start = 0
+    for line in text.split("\n"):
+        words = list(_WORD.finditer(text, start, start + len(line)))
+        runs += [words[place : place + _RUN] for place in range(0, len(words), _RUN)]
+        start += len(line) + 1
+    return [run for run in runs if len({word[0] for word in run}) > 1]
+
+
+def seed_of(attack: str, seed: int, name: str) -> int:
+    """A seed of 256 bits.
+
+    Args:
+        attack: Its name, so that two attacks do not hit the same places.
+        seed: The user's.
+        name: Of the document or image. The severity is left out: what a lower one changes, a higher one changes too;
+            but for aaa, which draws the places of a line together.
+    """
+    # surrogatepass: a name may be that of a file, which need not be valid text.
+    digest = hashlib.sha256(f"{attack} {seed} {name}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest, "big")

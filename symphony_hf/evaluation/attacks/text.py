@@ -1,0 +1,118 @@
+"""Attacks on text, each at five severities."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from symphony_hf.data.documents import Document
+from symphony_hf.errors import ConfigError, nearest
+
+from . import edits
+from .edits import seed_of
+from .word_swap import word_swap
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+_OF_LETTERS = (0.01, 0.02, 0.05, 0.1, 0.2)
+_OF_WORDS = (0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class TextAttack:
+    """One way to damage a text.
+
+    Attributes:
+        name: As commands take it.
+        what: It does, in a few words.
+        rates: The share of the places that it can change which it does change, at each severity.
+    """
+
+    name: str
+    what: str
+    rates: tuple[float, ...]
+    _edit: Callable[[str, float, random.Random], str] | None = None
+
+    def rate(self, severity: int) -> float:
+        """The share at a severity from 1 to 5.
+
+        Raises:
+            ConfigError: If there is no such severity.
+        """
+        check_severity(severity)
+        return self.rates[severity - 1]
+
+    def __call__(self, text: str, rate: float, *, seed: int = 0, name: str = "") -> str:
+        """Damage one text.
+
+        Args:
+            text: Any number of lines; there are as many afterwards.
+            rate: Share of the places that the attack can change, from 0 to 1.
+            seed: Of the choice of places.
+            name: Of the document, also seeds the choice; so it does not depend on other documents or their order.
+
+        Returns:
+            The text with at least one change, where there is anything that can be changed.
+
+        Raises:
+            ConfigError: If `rate` is out of range.
+        """
+        if not 0 <= rate <= 1:
+            raise ConfigError(f"attack {self.name}: `rate` is a share and must be between 0 and 1; got {rate!r}")
+        if self._edit is None:
+            return word_swap(text, rate=rate, seed=seed, name=name)
+        return self._edit(text, rate, random.Random(seed_of(self.name, seed, name)))
+
+
+TEXT_ATTACKS = {
+    attack.name: attack
+    for attack in (
+        # The first is the paper's own: 1.5% of a line's words, one at least.
+        TextAttack("aaa", "words become AAA, stop words left alone", (0.015, 0.05, 0.1, 0.2, 0.4)),
+        TextAttack("keyboard", "letters become their neighbours on the keyboard", _OF_LETTERS, edits.mistype),
+        TextAttack("char_delete", "letters are missing", _OF_LETTERS, edits.delete_letters),
+        TextAttack("char_insert", "letters too many", _OF_LETTERS, edits.insert_letters),
+        TextAttack("char_swap", "neighbouring letters trade places", _OF_LETTERS, edits.swap_letters),
+        TextAttack("homoglyph", "letters become look-alikes", _OF_LETTERS, edits.replace_by_homoglyphs),
+        TextAttack("word_drop", "words are missing", _OF_WORDS, edits.drop_words),
+        TextAttack("word_shuffle", "runs of three words change their order", _OF_WORDS, edits.shuffle_words),
+    )
+}
+"""By name."""
+
+
+def find_text_attack(name: str) -> TextAttack:
+    """The attack of a name.
+
+    Raises:
+        ConfigError: If there is none, with the nearest name.
+    """
+    if name not in TEXT_ATTACKS:
+        raise ConfigError(f"attack: no attack on text is named {name!r}; {nearest(name, TEXT_ATTACKS)}")
+    return TEXT_ATTACKS[name]
+
+
+def check_severity(severity: int) -> None:
+    """Refuse what is no severity.
+
+    Raises:
+        ConfigError: If it is not from 1 to 5.
+    """
+    if severity not in SEVERITIES:
+        raise ConfigError(f"attack: severity must be 1, 2, 3, 4 or 5; got {severity!r}")
+
+
+def attack_documents(documents: Sequence[Document], attack: TextAttack, rate: float, seed: int) -> list[Document]:
+    """Attack each document, seeded by its name.
+
+    Args:
+        documents: Texts, in any order.
+        attack: One of `TEXT_ATTACKS`.
+        rate: See `TextAttack`.
+        seed: Of the choice of places.
+
+    Returns:
+        Documents of the same names, in the same order.
+    """
+    return [
+        Document(document.name, attack(document.text, rate, seed=seed, name=document.name)) for document in documents
+    ]

@@ -1,0 +1,119 @@
+"""A model under test: what tells it from others, and its weights when something is to be measured."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from symphony_hf.checkpoints.model_class import read_config
+from symphony_hf.errors import ConfigError
+
+_WEIGHTS = (".safetensors", ".bin", ".json")
+"""Suffixes of the files that decide what a model computes."""
+
+_HINT = "name a folder or model that has it: --tokenizer"
+
+_LARGE = 1 << 20
+"""Bytes. A larger file is told by its size and the time of its last change, a smaller one by its contents."""
+
+
+class Subject:
+    """A checkpoint, of which the weights are read only if something has to be measured.
+
+    Args:
+        source: A folder, or a name on the Hub.
+        revision: On the Hub.
+        dtype: Of the weights; auto: as they are stored.
+        auto_class: Of transformers, that loads it.
+
+    Attributes:
+        source: Likewise.
+        dtype: Likewise.
+        config: Of the model.
+        fingerprint: Tells the checkpoint from any other, and from itself before it was trained further.
+
+    Raises:
+        ConfigError: If it is no model that transformers knows, or an adapter.
+    """
+
+    def __init__(self, source: str, revision: str | None, dtype: str, auto_class: Any = AutoModelForCausalLM) -> None:
+        self.source, self.revision, self.dtype, self.auto_class = source, revision, dtype, auto_class
+        self.config: PreTrainedConfig = read_config(source, revision)
+        self.fingerprint = fingerprint_of(source, revision)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that the model takes at once; None where its config does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, on the accelerator where there is one.
+
+        Raises:
+            ConfigError: If its weights are not to be had.
+        """
+        device_map = "auto" if torch.cuda.is_available() else None
+        try:
+            model = self.auto_class.from_pretrained(
+                self.source, revision=self.revision, dtype=self.dtype, device_map=device_map
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"`{self.source}`: the model is not to be had: {error}") from error
+        return model.eval()
+
+    def release(self) -> None:
+        """Let go of the weights, so that the next model has their memory."""
+        self.__dict__.pop("model", None)
+
+
+def load_tokenizer(source: str, revision: str | None) -> Any:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`{source}`: no tokenizer ({first}); {_HINT}") from error
+    # Where there are no files, transformers makes one that knows nothing, of the class that the model mostly has.
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ConfigError(f"`{source}`: no tokenizer (none of its files is there); {_HINT}")
+    return tokenizer
+
+
+def load_processor(source: str, revision: str | None) -> Any:
+    """A vision-language checkpoint's processor.
+
+    Raises:
+        ConfigError: If it has none, or one that takes no images.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`{source}`: no processor ({first}); {_HINT}") from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise ConfigError(f"`{source}`: {type(processor).__name__} is no processor of images and text; {_HINT}")
+    return processor
+
+
+def fingerprint_of(source: str, revision: str | None) -> str:
+    """Tells a checkpoint from any other: the commit on the Hub, or a digest of what decides what it computes."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        # The Hub's cache keeps each commit in a folder of its name.
+        return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _WEIGHTS:
+            stat = path.stat()
+            contents = f"{stat.st_size} {stat.st_mtime_ns}".encode() if stat.st_size > _LARGE else path.read_bytes()
+            digest.update(hashlib.sha256(path.name.encode() + b"\0" + contents).digest())
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""Answers of any vision-language model to questions about images, put to it through its own processor."""
+
+import inspect
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from symphony_hf.data.images.processors import Asked, Asker
+from symphony_hf.data.questions import split_shared
+from symphony_hf.errors import EvaluationError
+
+from .batching import evaluating
+from .multiple_choice import ChoiceScores
+from .perplexity import next_token_nll
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScores:
+    """What a model answered to each question."""
+
+    given: list[str]
+    """Its answers."""
+    answers: list[str]
+    """The right ones."""
+
+    @property
+    def correct(self) -> np.ndarray:
+        """1 where both agree but for case, and spaces and punctuation at the ends; else 0. Shape: (questions,)."""
+        pairs = zip(self.given, self.answers, strict=True)
+        return np.array([float(_plain(given) == _plain(answer)) for given, answer in pairs])
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions that were answered right."""
+        return float(self.correct.mean())
+
+
+def _plain(text: str) -> str:
+    return text.casefold().strip(string.whitespace + string.punctuation)
+
+
+pass
+
+
+def answer_freely(
+    model: nn.Module,
+    asker: Asker,
+    asked: Iterable[Asked],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    progress: str | None = None,
+    total: int | None = None,
+) -> AnswerScores:
+    """Have a model answer greedily, up to its end of text.
+
+    Args:
+        model: With `generate`. It is left in the mode that it came in.
+        asker: Of the model's processor.
+        asked: Questions, one batch in memory at a time.
+        max_new_tokens: Of an answer.
+        batch_size: Questions a batch.
+        progress: What the progress bar says; no bar when None.
+        total: How many questions there are, for the bar.
+
+    Raises:
+        EvaluationError: If there are no questions.
+    """
+    tokenizer = asker.processor.tokenizer
+    given: list[str] = []
+    answers: list[str] = []
+    with evaluating(model) as device, _bar(progress, total) as bar:
+        for batch in _batches(asked, batch_size):
+            inputs = _on(model, asker.prompts(batch), device)
+            tokens = model.generate(  # type: ignore[operator]
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=_ends(model, tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            given += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+            answers += [one.example.answer for one in batch]
+            bar.update(len(batch))
+    if not answers:
+        raise EvaluationError("no questions: an accuracy needs at least one")
+    return AnswerScores(given, answers)
+
+
+def choose_answers(
+    model: nn.Module,
+    asker: Asker,
+    asked: Iterable[Asked],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 8,
+    progress: str | None = None,
+    total: int | None = None,
+) -> ChoiceScores:
+    """Choose, at each question, the answer whose tokens are likeliest after it.
+
+    Args:
+        model: Any that takes the processor's inputs. It is left in the mode that it came in.
+        asker: Of the model's processor.
+        asked: Questions, one in memory at a time; the right answer of each is among `answers`.
+        answers: To choose from, the same at each question.
+        batch_size: Questions with an answer, a forward.
+        progress: What the progress bar says; no bar when None.
+        total: How many questions there are, for the bar.
+
+    Returns:
+        The choices, in the order of the questions. Ties go to the first answer.
+
+    Raises:
+        DataError: If the tokenizer cannot tell two answers apart.
+        EvaluationError: If there are no questions, or a log-probability is not finite.
+    """
+    log_probs: list[np.ndarray] = []
+    right: list[int] = []
+    with evaluating(model) as device, _bar(progress, total) as bar:
+        for one in asked:
+            rows: list[tuple[list[int], np.ndarray]] = []
+            for batch in _batches(answers, batch_size):
+                inputs = _on(model, asker.answered([one] * len(batch), batch), device)
+                rows += _token_scores(model, inputs)
+            shared, _ = split_shared([ids for ids, _ in rows], answers)
+            scores = np.array([values[len(shared) - 1 :].sum() for _, values in rows])
+            if not np.isfinite(scores).all():
+                raise EvaluationError(
+                    f"question {one.example.name!r}: the log-probabilities of its answers are {scores.tolist()}. The "
+                    "model's logits are not finite: check the checkpoint, or load it in bfloat16 or float32"
+                )
+            log_probs.append(scores)
+            right.append(list(answers).index(one.example.answer))
+            bar.update(1)
+    if not right:
+        raise EvaluationError("no questions: an accuracy needs at least one")
+    return ChoiceScores(np.array([scores.argmax() for scores in log_probs]), np.array(right), log_probs)
+
+
+def _token_scores(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[list[int], np.ndarray]]:
+    """Of each row, its token ids without padding, and the log-probability of each but the first."""
+    logits_BTV = model(**inputs).logits
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    rows = []
+    for ids_T, logits_TV, length in zip(inputs["input_ids"], logits_BTV, lengths, strict=True):
+        nll = next_token_nll(logits_TV[:length], ids_T[:length])
+        rows.append((ids_T[:length].tolist(), -nll.cpu().numpy().astype(np.float64)))
+    return rows
+
+
+def _on(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """On the model's device and, of images, in its dtype; without what tokenizers make and the model does not take."""
+    taken = inspect.signature(model.forward).parameters
+    dtype = next(model.parameters()).dtype
+    moved = {name: value.to(device) for name, value in inputs.items() if name in taken}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in moved.items()}
+
+
+def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: of chat models, often another one than that of a text."""
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in known if token is not None))
+
+
+def _bar(progress: str | None, total: int | None) -> "tqdm[Any]":
+    return tqdm(total=total, desc=progress, unit=" questions", delay=2, disable=True if progress is None else None)
+
+
+def _batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
+    if batch_size < 1:
+        raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
+    remaining = iter(items)
+    while batch := list(islice(remaining, batch_size)):
+        yield batch

@@ -1,0 +1,149 @@
+"""What lies behind the numbers: settings, graphs, routing, cost, and how each run was made."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from symphony_hf.diagnostics.graph_metrics import load, load_entropy, off_diagonal_mass, spectral_gap
+from symphony_hf.diagnostics.routing_metrics import DEAD
+
+from .pictures import Picture, from_png, of_graphs
+from .sections import Named, Section, label
+from .tables import MISSING, Cell, Table, make_table, number, text
+
+
+def differing(runs: Named) -> Section | None:
+    """Settings that are not the same in all runs of a kind."""
+    notes, tables = [], []
+    for kind in dict.fromkeys(run.kind for run in runs.values()):
+        own = {name: run.settings for name, run in runs.items() if run.kind == kind}
+        if len(own) < 2:
+            continue
+        names = list(dict.fromkeys(setting for settings in own.values() for setting in settings))
+        differ = [name for name in names if len({repr(settings.get(name)) for settings in own.values()}) > 1]
+        same = len(names) - len(differ)
+        if not differ:
+            notes.append(f"The {len(own)} runs of the kind {kind} have the same {same} settings.")
+            continue
+        notes.append(f"Of {len(own)} runs of the kind {kind}, settings that differ: {len(differ)}; the same: {same}.")
+        rows = [[text(name, code=True), *(text(settings.get(name)) for settings in own.values())] for name in differ]
+        tables.append(Table(f"Settings that differ: {kind}", ("setting", *own), rows))
+    return Section("settings", "Settings that differ", notes, tables=tables) if notes else None
+
+
+def graphs(runs: Named) -> Section | None:
+    """Which experts are chosen together, in pictures and numbers."""
+    from symphony_hf.diagnostics import plots
+
+    found = [(name, model, own) for name, run in runs.items() for model, own in run.graphs.items()]
+    if not found:
+        return None
+    pictures: list[Picture] = []
+    for name, model, own in found:
+        whose = label(runs, name, model)
+        of = f"{len(own)} layers of {len(next(iter(own.values())))} experts"
+        pictures += (
+            of_graphs(
+                plots.plot_graphs,
+                own,
+                f"Heat maps of {whose}, {of}: with whom each expert is chosen, below the experts' loads",
+                f"{whose}: which experts are chosen together",
+            ),
+            of_graphs(
+                plots.plot_expert_network,
+                own,
+                f"Networks of {whose}, {of}: pairs that are chosen together more often than their loads explain",
+                f"{whose}: pairs beyond what their loads explain",
+            ),
+        )
+    rows = [
+        [text(name), text(model), text(router, code=True), *_graph_numbers(graph)]
+        for name, model, own in found
+        for router, graph in own.items()
+    ]
+    header = ("run", "model", "router", "experts", "load entropy", "highest load", "dead", "neighbours", "spectral gap")
+    note = (
+        "Load entropy is 1 where experts are chosen evenly, 0 where one takes every token. Highest load is in even "
+        f"shares. Dead: experts with less than {DEAD:.0%} of the even load. Neighbours: the share of the graph between "
+        "different experts, what smoothing takes from others. Spectral gap: 0 where the graph falls apart into groups; "
+        "the larger, the more smoothing blurs experts into one."
+    )
+    return Section(
+        "graphs", "The graphs of experts", [note], pictures, [make_table("Graphs by layer", header, rows, len(runs))]
+    )
+
+
+def _graph_numbers(graph: Tensor) -> Iterator[Cell]:
+    load_E = load(graph)
+    even = 1 / len(load_E)
+    yield number(len(load_E))
+    yield number(load_entropy(graph), ".3f")
+    yield number(float(load_E.max()) / even, ".2f")
+    yield number(int((load_E < DEAD * even).sum()))
+    yield number(off_diagonal_mass(graph), ".3f")
+    yield number(spectral_gap(graph), ".3f")
+
+
+def routing(runs: Named) -> Section | None:
+    """What routing diagnostics wrote: their pictures and their table."""
+    found = {name: run for name, run in runs.items() if run.pictures or run.metrics}
+    if not found:
+        return None
+    pictures = [
+        from_png(path, f"{label(runs, name, '')}: {caption}", f"{label(runs, name, '')}: {caption}")
+        for name, run in found.items()
+        for caption, path in run.pictures.items()
+    ]
+    tables = []
+    for name, run in found.items():
+        header = list(dict.fromkeys(column for row in run.metrics for column in row))
+        rows = [[text(row.get(column)) for column in header] for row in run.metrics]
+        if rows:
+            tables.append(Table(f"Routing of {name}", header, rows))
+    return Section("routing", "Routing", (), pictures, tables)
+
+
+def cost(runs: Named) -> Section | None:
+    """Time and memory."""
+    memory = list(dict.fromkeys(name for run in runs.values() for part in run.costs for name in part.memory))
+    rows: list[list[Cell]] = []
+    for name, run in runs.items():
+        for part in run.costs:
+            seconds = number(part.seconds_per_step)
+            peaks = [number(_gib(part.memory.get(peak)), ".3f") for peak in memory]
+            parameters = number(run.parameters)
+            rows.append([text(name), text(part.model), parameters, number(part.steps), seconds, *peaks])
+            rows[-1].append(number(run.seconds, ",.0f"))
+        if not run.costs and run.seconds is not None:
+            none = [text(None)] * (4 + len(memory))
+            rows.append([text(name), *none, number(run.seconds, ",.0f")])
+    if not rows:
+        return None
+    header = ("run", "model", "parameters", "steps", "seconds a step", *(f"{peak}, GiB" for peak in memory))
+    note = (
+        "Of a training run, seconds a step are those of training divided by its steps, evaluations included; of a "
+        "quickstart, the median step. In all: the whole command. Times of different machines, or of a machine that did "
+        "something else beside, do not compare."
+    )
+    return Section("cost", "Cost", [note], tables=[make_table("Cost", (*header, "seconds in all"), rows, len(runs))])
+
+
+def _gib(size: float | None) -> float | None:
+    return None if size is None else size / 2**30
+
+
+def made(runs: Named) -> Section:
+    """Commands and versions."""
+    packages = list(dict.fromkeys(package for run in runs.values() for package in run.versions))
+    rows = [[text(name, code=True), *_versions(runs, name)] for name in packages]
+    tables = [Table("Versions", ("package", *runs), rows)] if rows else []
+    commands = {name: run.command for name, run in runs.items() if run.command}
+    return Section("made", "How it was made", (), tables=tables, commands=commands)
+
+
+def _versions(runs: Named, package: str) -> Iterator[Cell]:
+    versions: list[Any] = [run.versions.get(package) for run in runs.values()]
+    tone = "differs" if len(set(map(str, versions))) > 1 else ""
+    for version in versions:
+        yield Cell(MISSING if version is None else str(version), tone=tone)

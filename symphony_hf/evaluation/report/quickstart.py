@@ -1,0 +1,197 @@
+"""The quickstart's report as a person reads it: a page, pictures, and a table in the terminal."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from symphony_hf.evaluation.statistics import Interval
+from symphony_hf.files import write_text
+
+from .read_training import read_run_graphs
+from .runs import Comparison, Cost, Level, Run, as_interval, flat
+
+Curves = dict[str, list[tuple[float, float]]]
+_PICTURES = {
+    "comparison.png": "Perplexity of both copies, clean and attacked, and their paired ratio",
+    "curves.png": "Loss while pre-training and fine-tuning",
+    "graphs.png": "The learned expert graphs: how often two experts are chosen together",
+    "network.png": "The same as networks: the pairs that are chosen together more than their loads explain",
+}
+
+
+def write_report(
+    report: Mapping[str, Any], graphs: Mapping[str, Tensor], curves: Mapping[str, Curves], output: Path
+) -> None:
+    """Write `report.md` and its pictures into the output folder.
+
+    Args:
+        report: The quickstart's values, as in `report.json`.
+        graphs: The symphony copy's, by router.
+        curves: Losses by step of each model.
+        output: The folder.
+    """
+    from symphony_hf.diagnostics import plots  # matplotlib is slow to import
+
+    perplexities = {
+        name: {text: Interval(**arm[text]) for text in ("clean", "attacked")} for name, arm in report["arms"].items()
+    }
+    ratios = {f"symphony / plain, {text}": _interval(report["comparisons"][text]) for text in ("clean", "attacked")}
+    plots.plot_comparison(perplexities, ratios, output / "comparison.png")
+    plots.plot_curves(curves, output / "curves.png")
+    plots.plot_graphs(graphs, output / "graphs.png")
+    plots.plot_expert_network(graphs, output / "network.png")
+    write_text(output / "report.md", _page(report))
+
+
+def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """The table at the end of the quickstart, and where everything is."""
+    console = console or Console()
+    table = Table(title="Fine-tuned on the same batches with the same budget", title_justify="left")
+    header, *rows = result_table(report)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for sentence in findings(report):
+        console.print(f"- {sentence}", highlight=False)
+    output = Path(report["settings"]["output"]).resolve()
+    console.print(
+        f"\nReport, pictures and checkpoints: {output} (start with report.md)", highlight=False, soft_wrap=True
+    )
+
+
+def _interval(comparison: Mapping[str, Any]) -> Interval:
+    return Interval(**{name: value for name, value in comparison.items() if name != "verdict"})
+
+
+def result_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """The table of a quickstart's report, header first."""
+    arms = report["arms"]
+    rows = [["", *(f"{name} (strength {strength})" for name, strength in zip(arms, (0, 1), strict=True))]]
+    for text in ("clean", "attacked"):
+        cells = [
+            f"{arm[text]['estimate']:.2f} [{arm[text]['low']:.2f}, {arm[text]['high']:.2f}]" for arm in arms.values()
+        ]
+        rows.append([f"perplexity, {text} [95%]", *cells])
+    rows.append(["attacked / clean", *(f"{arm['ratio']:.4f}" for arm in arms.values())])
+    rows.append(["routing choices kept", *(f"{arm['routing_kept']:.2%}" for arm in arms.values())])
+    rows.append(["seconds per step (median)", *(f"{arm['seconds_per_step']:.3f}" for arm in arms.values())])
+    return rows
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """What a quickstart's report says, a sentence each."""
+    comparisons, checks = report["comparisons"], report["checks"]
+    sentences = []
+    for text in ("clean", "attacked"):
+        interval = comparisons[text]
+        change = f"{interval['estimate'] - 1:+.2%} [{interval['low'] - 1:+.2%}, {interval['high'] - 1:+.2%}]"
+        sentences.append(f"Perplexity on {text} text, symphony against plain: {change}: {interval['verdict']}.")
+    interval = comparisons["attacked_to_clean"]
+    sentences.append(
+        f"Attacked / clean, symphony minus plain: {interval['estimate']:+.4f} [{interval['low']:+.4f}, "
+        f"{interval['high']:+.4f}]: {interval['verdict']}."
+    )
+    sentences.append(
+        f"Intervals: paired bootstrap over {report['documents']} documents, one training seed: they say nothing of how "
+        "other seeds would come out."
+    )
+    sentences.append(
+        "Both copies count selections and add the router losses, so their steps take the same time but for noise; "
+        f"one of the stock base model took {report['stock_seconds_per_step']:.3f} seconds. The cost is measured by "
+        "`symphony bench`."
+    )
+    sentences.append(f"The attack changed {report['words_changed']:.1%} of the words: at least one in every line.")
+    sentences.append(
+        f"Reloaded checkpoint: largest logit difference {checks['reload_max_difference']:g}; folded into plain "
+        f"routers: {checks['folded_max_difference']:g}, with the same experts for "
+        f"{checks['folded_same_choices']:.2%} of tokens."
+    )
+    return sentences
+
+
+def _page(report: Mapping[str, Any]) -> str:
+    header, *rows = result_table(report)
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    model = ", ".join(f"{name} {value}" for name, value in report["model"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    lines = [
+        "# Symphony quickstart",
+        "",
+        f"A small OLMoE-shaped model was pre-trained on {report['corpus']['source']}, and two copies of it were "
+        "fine-tuned on the same batches with the same budget: `plain` (strength 0: the base model's routing, bit for "
+        "bit) and `symphony` (strength 1). Both were evaluated on held-out documents, as they are and with words "
+        "replaced by AAA.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in table),
+        "",
+        *(f"- {sentence}" for sentence in findings(report)),
+        "",
+        *(line for name, caption in _PICTURES.items() for line in (f"## {caption}", "", f"![{caption}]({name})", "")),
+        "## How it was made",
+        "",
+        f"- Command: `{report['command']}`, {report['seconds']:.0f} seconds",
+        f"- Settings: {settings}",
+        f"- Model: {model}",
+        f"- Versions: {versions}",
+        "- Checkpoints: `base/`, `plain/`, `symphony/` (graph included; load it with `import symphony_hf`) and "
+        "`folded/` (plain OLMoE, for any server)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+pass
+
+_COMPARED = {
+    "clean": ("clean", "ratio of perplexities"),
+    "attacked": ("attacked", "ratio of perplexities"),
+    "attacked_to_clean": ("attacked", "difference of attacked / clean"),
+}
+"""Of the report's comparisons: on which text, and what."""
+
+
+def read_quickstart(folder: Path, report: Mapping[str, Any]) -> Run:
+    """A folder with `report.json`, and the symphonized model in `symphony/`."""
+    settings = {name: value for name, value in report["settings"].items() if name != "output"}
+    return Run(
+        folder=folder,
+        kind="quickstart",
+        about=f"plain and symphony copies of a small {report['model']['model_type']}, {report['corpus']['source']}",
+        findings=findings(report),
+        settings=flat({**settings, "model": report["model"], "corpus": report["corpus"]}),
+        levels=list(_levels(report)),
+        comparisons=list(_comparisons(report)),
+        curves={
+            model: {name: [(float(x), float(y)) for x, y in points] for name, points in by_name.items()}
+            for model, by_name in report.get("curves", {}).items()  # of an older version there are none
+        },
+        graphs={"symphony": graphs} if (graphs := read_run_graphs(folder / "symphony")) else {},
+        costs=[
+            Cost(model, int(report["settings"]["finetune_steps"]), float(arm["seconds_per_step"]))
+            for model, arm in report["arms"].items()
+        ],
+        seconds=float(report["seconds"]),
+        versions=report["versions"],
+        command=str(report["command"]),
+    )
+
+
+def _levels(report: Mapping[str, Any]) -> Iterator[Level]:
+    for model, arm in report["arms"].items():
+        for text in ("clean", "attacked"):
+            interval = as_interval(arm[text])
+            ends = interval.low, interval.high
+            yield Level(model, "perplexity", text, interval.estimate, *ends, interval.num_documents)
+        yield Level(model, "routing choices kept", "attacked", float(arm["routing_kept"]))
+
+
+def _comparisons(report: Mapping[str, Any]) -> Iterator[Comparison]:
+    for name, (text, what) in _COMPARED.items():
+        values = report["comparisons"][name]
+        yield Comparison("symphony", "plain", text, what, as_interval(values), values["verdict"], headline=True)

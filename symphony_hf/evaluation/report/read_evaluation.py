@@ -1,0 +1,162 @@
+"""The reader of what `symphony eval` wrote."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from symphony_hf.diagnostics.labels import short_names
+from symphony_hf.evaluation.robustness.tables import verdicts
+from symphony_hf.evaluation.routing.pictures import captioned
+from symphony_hf.evaluation.routing.tables import findings, layer_rows
+from symphony_hf.evaluation.statistics import Interval
+
+from .runs import AttackRow, Comparison, Level, Run, as_interval, flat, is_interval
+from .tables import show, show_interval
+
+_OPTIONS = {"attacks": "attack", "severities": "severity"}
+"""Settings whose option has another name."""
+
+
+def command_line(command: str, settings: Mapping[str, Any]) -> str:
+    """The command with the options of these settings, but for those that are not there, quoted for a shell."""
+    words = ["symphony", command, str(settings["model"])]
+    for name, value in settings.items():
+        option = f"--{_OPTIONS.get(name, name)}"
+        if name == "model" or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else f"--no_{name}")
+        elif isinstance(value, list) and name == "against":
+            words += [word for one in value for word in (option, str(one))]
+        elif name == "attacks" and not value:
+            words += [option, "none"]  # without the option there would be the usual one
+        elif value != []:
+            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join(words)
+
+
+pass
+
+_WHAT = {
+    "perplexity": "ratio of perplexities",
+    "accuracy": "difference of accuracies",
+    "ratio": "difference of attacked / clean",
+    "difference": "difference of attacked - clean",
+    "untouched": "ratio on untouched tokens",
+}
+_CHANGES = ("ratio", "difference")
+"""Entries of a row that compare attacked with clean input; what else is an interval was measured of one of them."""
+_NO_DIFFERENCE = frozenset({"model", "against", "output", "batch_size"})
+"""Settings that say nothing on what was measured, or that the page shows elsewhere."""
+
+
+def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
+    """A folder with `result.json` that has `models`."""
+    models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
+    labels = _labels(result["settings"], list(models))
+    levels = [level for role, model in models.items() for level in _levels(labels[role], model["clean"])]
+    attacks = [row for role, model in models.items() for row in _attacks(labels[role], model)]
+    compared = result.get("comparisons")
+    named = {**result, "settings": {**result["settings"], **labels}}
+    documents = result["documents"]
+    return Run(
+        folder=folder,
+        kind="evaluation",
+        about=f"{' against '.join(labels.values())}, {documents['number']} documents of {documents['source']}",
+        findings=verdicts(named) if compared else list(_told(levels, attacks)),
+        settings=flat({k: v for k, v in result["settings"].items() if k not in _NO_DIFFERENCE} | {"on": documents}),
+        levels=levels,
+        attacks=attacks,
+        comparisons=[] if compared is None else list(_comparisons(compared, labels)),
+        seconds=float(result["seconds"]),
+        versions=result["versions"],
+        command=command_line("eval", result["settings"]),
+    )
+
+
+def _labels(settings: Mapping[str, Any], roles: list[str]) -> dict[str, str]:
+    """What the models are called, by role."""
+    names = dict(zip(roles, short_names([str(settings[role]) for role in roles]), strict=True))
+    if len(set(names.values())) == len(names):
+        return names
+    return {role: f"{name} ({role})" for role, name in names.items()}  # two revisions of one
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, Interval]:
+    """What was measured of one form of the input, `perplexity` say."""
+    return {name: as_interval(value) for name, value in values.items() if is_interval(value) and name not in _CHANGES}
+
+
+def _levels(label: str, clean: Mapping[str, Any]) -> Iterator[Level]:
+    for metric, interval in _metrics(clean).items():
+        ends = interval.low, interval.high
+        yield Level(label, metric, "clean", interval.estimate, *ends, interval.num_documents)
+
+
+def _attacks(label: str, model: Mapping[str, Any]) -> Iterator[AttackRow]:
+    for row in model["attacks"]:
+        change = next((row[name] for name in _CHANGES if is_interval(row.get(name))), None)
+        untouched = row.get("untouched")
+        for metric, interval in _metrics(row).items():
+            yield AttackRow(
+                label,
+                str(row["attack"]),
+                row["severity"],
+                metric,
+                interval,
+                None if change is None else as_interval(change),
+                as_interval(untouched["ratio"]) if untouched else None,
+            )
+
+
+def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[Comparison]:
+    first, second = labels["model"], labels["against"]
+    clean = compared["clean"]
+    level = "accuracy" if clean["null"] == 0 else "perplexity"  # a difference, or a ratio
+    yield Comparison(first, second, "clean", _WHAT[level], as_interval(clean), clean["verdict"], headline=True)
+    overall = {row["attack"]: row for row in compared["attacks"]}  # the last: all severities together
+    for row in compared["attacks"]:
+        severity = "all severities" if row["severity"] is None else f"severity {row['severity']}"
+        for name, value in row.items():
+            if is_interval(value) and "verdict" in value:
+                text, told = f"{row['attack']}, {severity}", row is overall[row["attack"]] and name != "untouched"
+                what = _WHAT.get(name, name)
+                yield Comparison(first, second, text, what, as_interval(value), value["verdict"], headline=told)
+
+
+def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
+    """Of one model alone: what it was, and what an attack makes of it."""
+    for level in levels:
+        shown, low, high = (
+            show(value, level.metric) for value in (level.value, level.low, level.high) if value is not None
+        )
+        yield f"On clean input, {level.metric} {shown} [{low}, {high}]."
+    for row in {(row.attack, row.metric): row for row in attacks}.values():  # the last: all severities together
+        times = "" if row.change is None else f"; against clean input {show_interval(row.change)}"
+        yield f"Under {row.attack}, {row.metric} {show(row.value.estimate, row.metric)}{times}."
+
+
+pass
+
+
+def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
+    """A folder with `result.json` that has `layers`, and PNGs."""
+    settings, overall = result["settings"], result["overall"]
+    told = (
+        f"{overall['load_entropy']:.3f} of the load's highest entropy, {overall['dead_experts']:.1%} of experts dead, "
+        f"as means over {len(result['routers'])} layers."
+    )
+    (model,) = short_names([str(settings["model"])])
+    return Run(
+        folder=folder,
+        kind="routing diagnostics",
+        about=f"how tokens go through {model}",
+        findings=[told, *findings(result)],
+        settings=flat({name: value for name, value in settings.items() if name != "output"}),
+        pictures=captioned(folder),
+        metrics=layer_rows(result),
+        seconds=float(result["seconds"]),
+        versions=result["versions"],
+        command=command_line("routing", settings),
+    )

@@ -1,0 +1,137 @@
+"""The reader of what `symphony train` wrote."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from symphony_hf.checkpoints.graph_files import read_graphs
+from symphony_hf.errors import GraphError, NoGraphError, ReportError
+from symphony_hf.files import read_object
+from symphony_hf.routing.graph import adjacency_problems
+
+from .runs import Cost, Level, Run, flat
+from .tables import show
+
+
+def read_run_graphs(model: Path) -> dict[str, Tensor]:
+    """Those of a checkpoint or an adapter, by router; empty where the model has none, as of a run without graphs.
+
+    Raises:
+        GraphError: If a file is not whole, or what it has is no graph.
+    """
+    adapter = model / "adapter_model.safetensors"
+    if not model.exists():
+        return {}
+    try:
+        graphs = read_graphs(adapter if adapter.exists() else model)
+    except NoGraphError:
+        return {}
+    for name, graph in graphs.items():
+        problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
+        if problems:
+            raise GraphError(f"report: the graph of `{name}` in `{model}` is not usable: {'; '.join(problems)}")
+    return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}
+
+
+pass
+
+Points = list[tuple[float, float]]
+
+
+def read_training_run(folder: Path, results: Mapping[str, Any]) -> Run:
+    """A folder with `results.json`, and the model in `final/`."""
+    recipe = results["recipe"]
+    levels = list(_levels(results["test"]))
+    curves = _curves(folder, results)
+    settings = flat({name: recipe[name] for name in recipe if name != "output"})  # where it went makes no difference
+    for name in ("processes", "strategy", "device"):
+        settings[name] = results[name]
+    return Run(
+        folder=folder,
+        kind="training run",
+        about=_about(results),
+        findings=[*_told_levels(levels, results["test"]), *_told_losses(curves, int(results["steps"]))],
+        settings=settings,
+        levels=levels,
+        curves={"": curves},
+        graphs={"": graphs} if (graphs := read_run_graphs(folder / "final")) else {},
+        costs=[_cost(results)],
+        seconds=float(results["seconds"]),
+        parameters=int(results["parameters"]["total"]),
+        versions=results["versions"],
+        command=str(results["command"]),
+    )
+
+
+def _about(results: Mapping[str, Any]) -> str:
+    recipe = results["recipe"]
+    model, data, symphony = recipe["model"], recipe["data"], recipe["symphony"]
+    name = model["path"] or model["config"]["model_type"]
+    graph = "without a graph" if symphony is None else f"strength {symphony['strength']:g}"
+    trained = "LoRA" if recipe.get("peft") else "whole model"
+    text = data["path"] or f"embedded {data['kind']} data"
+    return f"{name}, {graph}, {trained}, {results['steps']} steps on {text}"
+
+
+def _levels(test: Mapping[str, Any]) -> Sequence[Level]:
+    if "clean" in test:
+        return [_level(test, text, "perplexity", text, test["documents"]) for text in ("clean", "attacked")]
+    names = [name for name in ("loss", "perplexity", "accuracy") if name in test]
+    return [
+        _level(test, name, name, test["split"], test.get("questions") if name == "accuracy" else None) for name in names
+    ]
+
+
+def _level(test: Mapping[str, Any], key: str, metric: str, text: str, documents: Any) -> Level:
+    low, high = (test.get(f"{key}_{end}") for end in ("low", "high"))
+    return Level("", metric, text, float(test[key]), low, high, documents)
+
+
+def _told_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
+    if "clean" in test:
+        clean, attacked = levels
+        return [
+            f"Perplexity {clean.value:.2f} on {clean.documents} held-out documents; {attacked.value:.2f} with words "
+            f"replaced by AAA, {attacked.value / clean.value:.2f} times as high."
+        ]
+    if not levels:
+        return ["Nothing was held out to measure on."]
+    values = ", ".join(f"{level.metric} {show(level.value, level.metric)}" for level in levels)
+    return [f"On the {test['split']} split: {values}."]
+
+
+def _told_losses(curves: Mapping[str, Points], steps: int) -> list[str]:
+    train = curves.get("train")
+    if not train or len(train) < 2:
+        return []
+    first, last = train[0][1], train[-1][1]
+    return [f"Training loss went from {first:.3f} to {last:.3f} nats a token in {steps} steps."]
+
+
+def _curves(folder: Path, results: Mapping[str, Any]) -> dict[str, Points]:
+    """By `train` and `eval`; of a run that did not write its losses, from its newest checkpoint."""
+    losses = results.get("losses")
+    if losses is None:
+        states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+        history = read_object(states[-1], ReportError)["log_history"] if states else []
+        losses = [entry for entry in history if "loss" in entry]
+    return {
+        "train": [(float(entry["step"]), float(entry["loss"])) for entry in losses],
+        "eval": [(float(entry["step"]), float(entry["eval_loss"])) for entry in results["validation"]],
+    }
+
+
+def _cost(results: Mapping[str, Any]) -> Cost:
+    train, steps = results["train"], int(results["steps"])
+    seconds = train.get("train_runtime")
+    # Of a run that was resumed, the runtime is that of the steps since.
+    resumed = results["recipe"]["train"].get("resume_from_checkpoint")
+    memory = {
+        name.removeprefix("train_").replace("_", " "): float(value)
+        for name, value in train.items()
+        if "_mem_" in name and name.endswith("peaked_delta")
+    }
+    return Cost("", steps, float(seconds) / steps if seconds and steps and not resumed else None, memory)

@@ -1,0 +1,207 @@
+"""What was measured, and how training went: the sections of the page with curves and intervals."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .pictures import Picture, from_svg
+from .runs import Level, Run
+from .tables import Table, interval, is_share, level, make_table, number, show, text, verdict
+
+Named = Mapping[str, Run]
+"""Runs by the name that the page gives them."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        id: Of its anchor.
+        notes: Sentences below the title.
+        commands: By run, to be run again.
+    """
+
+    id: str
+    title: str
+    notes: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+
+def label(runs: Named, name: str, model: str) -> str:
+    """A model as pictures and tables call it: by its run where there are several, by its own name where it has one."""
+    return ": ".join(part for part in (name if len(runs) > 1 or not model else "", model) if part)
+
+
+def measured(runs: Named) -> Section | None:
+    """Levels of each model with their intervals."""
+    from symphony_hf.diagnostics import plots
+
+    found = [(name, level_) for name, run in runs.items() for level_ in run.levels]
+    if not found:
+        return None
+    rows = [
+        [text(name), text(value.model), text(value.metric), text(value.text), *level(value), number(value.documents)]
+        for name, value in found
+    ]
+    pictures = []
+    for metric in dict.fromkeys(value.metric for _, value in found):
+        levels: dict[str, dict[str, tuple[float, float | None, float | None]]] = {}
+        for name, value in found:
+            if value.metric == metric:
+                by_text = levels.setdefault(label(runs, name, value.model), {})
+                by_text[value.text] = (value.value, value.low, value.high)
+        alt = f"{metric} by model: " + "; ".join(
+            f"{model} {', '.join(f'{text_} {show(value[0], metric)}' for text_, value in by.items())}"
+            for model, by in levels.items()
+        )
+        pictures.append(from_svg(plots.draw_levels(levels, metric, is_share(metric)), alt, _capital(metric)))
+    header = ("run", "model", "measure", "on", "value", "low", "high", "documents")
+    notes = [
+        "Intervals are 95%, over documents, and of each model alone: mostly the documents' own variety, which models "
+        "share. Two models whose intervals overlap may still differ; only a paired comparison tells. Runs that were "
+        "measured on other text, or in other tokens, do not compare at all."
+    ]
+    if not any(run.comparisons for run in runs.values()):
+        notes.append("For a paired comparison with a verdict: symphony eval ONE/final --against OTHER/final.")
+    return Section("measured", "What was measured", notes, pictures, [make_table("Levels", header, rows, len(runs))])
+
+
+def compared(runs: Named) -> Section | None:
+    """Models against each other, with verdicts."""
+    found = [(name, value) for name, run in runs.items() for value in run.comparisons]
+    if not found:
+        return None
+    rows = [
+        [
+            text(name),
+            text(f"{value.first} against {value.second}"),
+            text(value.text),
+            text(value.what),
+            interval(value.value),
+            number(value.value.p_value),
+            verdict(value.verdict),
+        ]
+        for name, value in found
+    ]
+    note = (
+        "Paired over documents: the verdict is about the first of the two. Better or worse takes both: the 95% "
+        "interval leaves out what equal models would give (1 for a ratio, 0 for a difference), and the two models "
+        "exchanged by chance, document by document, differ as much in 5% of draws at most (p). All else is not "
+        "distinguishable. Of models that are equal, one comparison in twenty would come out better or worse by "
+        f"chance; there are {len(rows)}. One training seed says nothing of how others would come out."
+    )
+    header = ("run", "models", "on", "what", "value [95%]", "p", "verdict")
+    return Section(
+        "compared", "Against each other", [note], tables=[make_table("Comparisons", header, rows, len(runs))]
+    )
+
+
+def attacked(runs: Named) -> Section | None:
+    """How models fare as attacks grow more severe."""
+    found = [(name, row) for name, run in runs.items() for row in run.attacks]
+    if not found:
+        return None
+    rows = [
+        [
+            text(name),
+            text(row.model),
+            text(row.attack),
+            text("all") if row.severity is None else number(row.severity),
+            text(row.metric),
+            interval(row.value, row.metric),
+            interval(row.change),
+            interval(row.untouched),
+        ]
+        for name, row in found
+    ]
+    header = ("run", "model", "attack", "severity", "measure", "value [95%]", "against clean", "on untouched tokens")
+    note = (
+        "Against clean: attacked / clean of a perplexity, attacked - clean of an accuracy. On untouched tokens it "
+        "is taken over the words that the attack left alone, which a change of tokens cannot confound."
+    )
+    table = make_table("Attacks by severity", header, rows, len(runs))
+    return Section("attacked", "Under attack", [note], list(_attack_pictures(runs)), [table])
+
+
+def _attack_pictures(runs: Named) -> Iterator[Picture]:
+    from symphony_hf.diagnostics import plots
+
+    found = [(name, row) for name, run in runs.items() for row in run.attacks if row.severity is not None]
+    clean = {
+        (name, value.model, value.metric): value
+        for name, run in runs.items()
+        for value in run.levels
+        if value.text == "clean"
+    }
+    for metric in dict.fromkeys(row.metric for _, row in found):
+        own = [(name, row) for name, row in found if row.metric == metric]
+        ends = [end for _, row in own for end in (row.value.low, row.value.high)]
+        ends += [end for (_, _, of), value in clean.items() if of == metric for end in _ends(value)]
+        for attack in dict.fromkeys(row.attack for _, row in own):
+            curves: dict[str, dict[int, tuple[float, float | None, float | None]]] = {}
+            for name, row in own:
+                if row.attack != attack:
+                    continue
+                curve = curves.setdefault(label(runs, name, row.model), {})
+                start = clean.get((name, row.model, metric))
+                if start is not None:
+                    curve[0] = (start.value, start.low, start.high)
+                curve[row.severity or 0] = (row.value.estimate, row.value.low, row.value.high)
+            content = plots.draw_attack(curves, attack, metric, (min(ends), max(ends)))
+            told = "; ".join(
+                f"{model} from {curve[min(curve)][0]:.4g} to {curve[max(curve)][0]:.4g}"
+                for model, curve in curves.items()
+            )
+            yield from_svg(content, f"{metric} by severity of {attack}: {told}", f"{_capital(metric)} under {attack}")
+
+
+def _ends(value: Level) -> tuple[float, float]:
+    return (
+        value.value if value.low is None else value.low,
+        value.value if value.high is None else value.high,
+    )
+
+
+def trained(runs: Named) -> Section | None:
+    """Losses by step."""
+    from symphony_hf.diagnostics import plots
+
+    found = [
+        (name, model, by_name)
+        for name, run in runs.items()
+        for model, by_name in run.curves.items()
+        if any(by_name.values())
+    ]
+    if not found:
+        return None
+    pictures, captions = [], {"train": "Training loss", "eval": "Evaluation loss"}
+    for kind, caption in captions.items():
+        curves = {label(runs, name, model): by[kind] for name, model, by in found if by.get(kind)}
+        if curves:
+            told = "; ".join(
+                f"{model} from {points[0][1]:.3f} to {points[-1][1]:.3f}" for model, points in curves.items()
+            )
+            pictures.append(from_svg(plots.draw_losses(curves, kind), f"{caption} by step: {told}", caption))
+    rows = []
+    for name, model, by_name in found:
+        train, held_out = by_name.get("train") or [], by_name.get("eval") or []
+        rows.append(
+            [
+                text(name),
+                text(model),
+                number(int(train[-1][0]) if train else None),
+                number(train[0][1] if train else None),
+                number(train[-1][1] if train else None),
+                number(held_out[-1][1] if held_out else None),
+                number(min(loss for _, loss in held_out) if held_out else None),
+            ]
+        )
+    header = ("run", "model", "last step", "first loss", "last loss", "last evaluation", "lowest evaluation")
+    note = "Losses in nats a token, as they were logged: a point is the mean since the point before it."
+    return Section("trained", "Training", [note], pictures, [make_table("Losses", header, rows, len(runs))])
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]

@@ -1,0 +1,129 @@
+"""Tables that can be sorted: what each cell says, and what it is sorted by."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from symphony_hf.evaluation.statistics import Interval
+
+from .runs import Level
+
+MISSING = "–"
+_PERCENT = ("accuracy", "routing choices kept")
+_TONES = {"better": "better", "worse": "worse", "not distinguishable": "level"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a reader sees.
+
+    Attributes:
+        text: As it is shown.
+        value: What it is sorted by, where that is a number.
+        tone: Of a verdict: `better`, `worse` or `level`.
+        code: Whether it is a name in a program.
+    """
+
+    text: str
+    value: float | None = None
+    tone: str = ""
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under sortable headers.
+
+    Attributes:
+        caption: What it shows.
+        header: Of the columns. The first names the rows.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """By column: whether it has numbers."""
+        return [any(row[place].value is not None for row in self.rows) for place in range(len(self.header))]
+
+
+def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], num_runs: int) -> Table:
+    """A table without the columns that say nothing: which run, where there is one, and those with no entry at all."""
+    kept = [
+        place
+        for place, name in enumerate(header)
+        if not (name == "run" and num_runs == 1) and any(row[place].text != MISSING for row in rows)
+    ]
+    return Table(caption, [header[place] for place in kept], [[row[place] for place in kept] for row in rows])
+
+
+def text(value: Any, *, code: bool = False) -> Cell:
+    """A word, a name, a setting."""
+    if value is None or value == "":
+        return Cell(MISSING)
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no")
+    if isinstance(value, int | float):
+        return number(value)
+    if isinstance(value, list | tuple):
+        return Cell(", ".join(map(str, value)), code=code)
+    return Cell(str(value), code=code)
+
+
+def number(value: float | None, form: str | None = None) -> Cell:
+    """A number; whole ones with commas, others to four digits unless a format says otherwise."""
+    if value is None:
+        return Cell(MISSING)
+    if form is None:
+        form = "," if isinstance(value, int) else four_digits(value)
+    return Cell(format(value, form), float(value))
+
+
+def interval(value: Interval | None, metric: str = "") -> Cell:
+    """An estimate with its ends, sorted by the estimate."""
+    if value is None:
+        return Cell(MISSING)
+    return Cell(show_interval(value, metric), value.estimate)
+
+
+def show_interval(value: Interval, metric: str = "") -> str:
+    """An estimate with its ends, all to the same digit."""
+    form = level_format(metric, value.estimate, value.low, value.high)
+    return f"{value.estimate:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def show(value: float, metric: str = "") -> str:
+    """A value as its metric is written."""
+    return format(value, level_format(metric, value))
+
+
+def level(value: Level) -> tuple[Cell, Cell, Cell]:
+    """A level and the ends of its interval."""
+    form = level_format(value.metric, value.value)
+    return number(value.value, form), number(value.low, form), number(value.high, form)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is written in percent."""
+    return metric in _PERCENT
+
+
+def level_format(metric: str, *values: float) -> str:
+    """How a metric's values are written: shares in percent, others to four digits of the largest."""
+    return ".2%" if is_share(metric) else four_digits(*values)
+
+
+def four_digits(*values: float) -> str:
+    """The format in which the largest of some values has four digits; whole numbers keep all of theirs."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    if largest == 0:
+        return ".3f"
+    return f",.{max(0, 3 - math.floor(math.log10(largest)))}f" if largest >= 1e-4 else ".3e"
+
+
+def verdict(value: str) -> Cell:
+    """A verdict, as a word and a colour."""
+    return Cell(value, tone=_TONES.get(value, ""))

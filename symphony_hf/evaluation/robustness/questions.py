@@ -1,0 +1,215 @@
+"""What the tasks with right answers share: which rows are asked, and what is kept of each attacked form of them."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from symphony_hf.data.datasets import digest_rows
+from symphony_hf.data.glue import EMBEDDED, make_question, read_glue
+from symphony_hf.data.questions import Question
+from symphony_hf.data.rows import Rows, thinned
+from symphony_hf.errors import ConfigError, DataError
+from symphony_hf.evaluation.attacks.text import find_text_attack
+from symphony_hf.evaluation.checkpoint import load_tokenizer
+from symphony_hf.evaluation.metrics import Choices
+from symphony_hf.evaluation.multiple_choice import score_choices
+from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
+
+from .scales import Accuracy
+from .settings import Cell, RobustnessSettings
+from .task import Measured, Store, Task, open_subjects, source_of_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+_FORMAT = 1
+"""Of an entry of the store. Raise it when the same model and questions should give other answers."""
+
+
+class QuestionTask(Task[Choices]):
+    """Questions with right answers.
+
+    Attributes:
+        cells: The attacked forms.
+        store: What was measured before.
+        source: What was read.
+        answers: The numbers of the right answers. Shape: (questions,).
+    """
+
+    cells: list[Cell]
+    store: Store
+    source: str
+    answers: np.ndarray
+
+    @abstractmethod
+    def identity(self, role: str, cell: Cell | None) -> dict[str, Any]:
+        """What decides the answers beside the model's weights, in what JSON can write. The cell is None for clean."""
+
+    @abstractmethod
+    def choose(self, role: str, cell: Cell | None) -> dict[str, np.ndarray]:
+        """Ask all questions. `chosen`: numbers of the answers, shape (questions,), integer; more is kept with it."""
+
+    def measure(self, role: str) -> Measured[Choices]:
+        """One model on all forms, from the store where it was measured before."""
+        clean = self._choices(role, None)
+        # disable=None: no bar where the output is not a terminal, such as a log file.
+        bar = tqdm(self.cells, desc=f"Measuring {role}", unit=" attacked forms", delay=2, disable=None)
+        attacked = {cell: self._choices(role, cell) for cell in bar}
+        self.subjects[role].release()
+        return Measured(clean, attacked)
+
+    def told(self, measured: Mapping[str, Measured[Choices]]) -> dict[str, Any]:
+        """What was asked."""
+        return {"documents": {"source": self.source, "number": len(self.answers), "unit": "questions"}}
+
+    def _choices(self, role: str, cell: Cell | None) -> Choices:
+        subject = self.subjects[role]
+        identity = {
+            "format": _FORMAT,
+            "model": subject.fingerprint,
+            "dtype": subject.dtype,
+            **self.identity(role, cell),
+        }
+        label = "clean" if cell is None else str(cell)
+        stored = self.store.load(label, identity)
+        if stored is None:
+            stored = self.choose(role, cell)
+            self.store.save(label, identity, stored)
+        return Choices(stored["chosen"][np.newaxis], self.answers)
+
+
+def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset", list[str]]:
+    """The rows that are asked.
+
+    Args:
+        rows: By split.
+        settings: Which split, and how many.
+
+    Returns:
+        What they are, the rows, and a name for each: its split and place there.
+
+    Raises:
+        DataError: If there is no such split, or it has too few rows for an interval.
+    """
+    import datasets
+
+    is_file = settings.data is not None and Path(settings.data).expanduser().is_file()
+    usual = "all" if is_file else next(split for split in ("test", "validation", "train") if split in rows.splits)
+    split = settings.split or usual
+    if split != "all" and split not in rows.splits:
+        raise DataError(f"{rows.source}: no {split} split; it has {', '.join(rows.splits)}: name one with --split")
+    splits = list(rows.splits) if split == "all" else [split]
+    places = [(name, place) for name in splits for place in range(len(rows.splits[name]))]
+    kept = thinned(places, settings.documents)
+    where = rows.source if split == "all" else f"{rows.source}, {split} split"
+    check_number(where, len(kept))
+    tables = [rows.splits[name].select([place for own, place in kept if own == name]) for name in splits]
+    return where, datasets.concatenate_datasets(tables), [f"{name}[{place}]" for name, place in kept]
+
+
+def check_number(where: str, number: int) -> None:
+    """Refuse too few questions.
+
+    Raises:
+        DataError: If no interval can be given.
+    """
+    if number < MIN_DOCUMENTS:
+        raise DataError(
+            f"{where}: {number} questions to ask; intervals need {MIN_DOCUMENTS}: give more, another --split, or raise "
+            "--documents"
+        )
+
+
+pass
+
+
+class ClassificationTask(QuestionTask):
+    """Sentences of a GLUE task, and the same attacked; prompt and answers around them stay as they are."""
+
+    def __init__(self, settings: RobustnessSettings, store: Store) -> None:
+        path, name = _data_of(settings)
+        self.subjects = open_subjects(settings, AutoModelForCausalLM)
+        sources = {role: source_of_text(settings, subject) for role, subject in self.subjects.items()}
+        self.tokenizers = {role: load_tokenizer(*source) for role, source in sources.items()}
+        self.notes, self.store, self.cells = [], store, settings.cells()
+        self.batch_size = settings.batch_size
+        self.glue, rows = read_glue(path, name, None, self.notes)
+        self.source, table, self.names = select_rows(rows, settings)
+        self.sentences = [{column: str(row[column]) for column in self.glue.columns} for row in table]
+        self.answers = np.array(table["answer"][:])
+        self.scale = Accuracy(self.glue.metrics)
+        self._attacked = {cell: self._attack(cell) for cell in self.cells}
+        for role in self.subjects:
+            self._check_lengths(role)
+
+    def told(self, measured: Any) -> dict[str, Any]:
+        """What was asked, and the attacks' shares."""
+        rates = {cell.attack: list(find_text_attack(cell.attack).rates) for cell in self.cells}
+        return {"rates": rates, **super().told(measured)}
+
+    def identity(self, role: str, cell: Cell | None) -> dict[str, Any]:
+        """The tokens of all questions."""
+        return {"questions": digest_rows([q.prompt, q.choices] for q in self._questions(role, cell))}
+
+    def choose(self, role: str, cell: Cell | None) -> dict[str, np.ndarray]:
+        """The likeliest answers."""
+        scores = score_choices(
+            self.subjects[role].model,
+            self._questions(role, cell),
+            batch_size=self.batch_size,
+            progress=f"Asking {role}, {cell or 'clean'}",
+            total=len(self.answers),
+        )
+        return {"chosen": scores.chosen}
+
+    def _attack(self, cell: Cell) -> list[dict[str, str]]:
+        attack = find_text_attack(cell.attack)
+        rate = attack.rate(cell.severity)
+        attacked = [
+            {column: attack(text, rate, seed=cell.seed, name=f"{name} {column}") for column, text in texts.items()}
+            for name, texts in zip(self.names, self.sentences, strict=True)
+        ]
+        if attacked == self.sentences:
+            raise DataError(
+                f"{self.source}: {cell.attack} at severity {cell.severity} changes nothing in {len(attacked)} "
+                f"questions: it is an attack where {attack.what}; take another"
+            )
+        return attacked
+
+    def _questions(self, role: str, cell: Cell | None) -> list[Question]:
+        forms = self.sentences if cell is None else self._attacked[cell]
+        answers = self.answers.tolist()
+        return [
+            make_question(self.glue, sentences, answer, self.tokenizers[role])
+            for sentences, answer in zip(forms, answers, strict=True)
+        ]
+
+    def _check_lengths(self, role: str) -> None:
+        subject = self.subjects[role]
+        most = subject.max_tokens
+        if most is None:
+            return
+        for cell in (None, *self.cells):
+            longest = max(len(q.prompt) + max(map(len, q.choices)) for q in self._questions(role, cell))
+            if longest > most:
+                raise ConfigError(
+                    f"eval: {cell or 'clean'}: a question has {longest} tokens, and `{subject.source}` takes {most}: "
+                    "take other data, or a model that takes more"
+                )
+
+
+def _data_of(settings: RobustnessSettings) -> tuple[str | None, str]:
+    """Path and name of the GLUE task."""
+    if settings.name is not None and settings.data != EMBEDDED:
+        return settings.data, settings.name
+    if settings.data not in (None, EMBEDDED):
+        raise ConfigError(f"eval: {settings.data}: whose columns and labels are these? Name the GLUE task with --name")
+    if settings.name is not None:
+        raise ConfigError(f"eval: --data {EMBEDDED} is a stand-in, of no GLUE task: leave --name out")
+    return EMBEDDED, ""

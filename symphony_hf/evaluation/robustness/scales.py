@@ -1,0 +1,199 @@
+"""Perplexity with intervals: of one model clean and attacked, and of one against another."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from symphony_hf.evaluation.comparison import (
+    compare_attacked,
+    compare_perplexity,
+    compare_robustness,
+    perplexity_interval,
+)
+from symphony_hf.evaluation.metrics import (
+    METRICS,
+    Choices,
+    compare_changes,
+    compare_choices,
+    metric_interval,
+    pooled_choices,
+)
+from symphony_hf.evaluation.perplexity import DocumentScores
+from symphony_hf.evaluation.statistics import Interval
+
+from .documents import TextScores, Unit, pooled
+from .settings import Cell
+from .task import Measured, Scale
+
+SEED = 0
+"""Of the bootstrap."""
+
+
+class Perplexity(Scale[TextScores]):
+    """Levels are perplexities, changes are ratios of attacked to clean, models are compared by ratios.
+
+    `comparison` has the `unit` that two models' likelihoods are divided by: words where they divide text into
+    different tokens. Rows also have `per_word` and `per_byte`, and `untouched`: the same on the tokens that the attack
+    left alone, None where it left none or, of two models, where their tokens differ.
+
+    Args:
+        names: Of the documents.
+    """
+
+    level, change, lower_is_better = "perplexity", "ratio", True
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def clean(self, scores: TextScores) -> dict[str, Any]:
+        """Perplexity by token, by original word and by byte."""
+        level = perplexity_interval(scores.per("token", self.names), seed=SEED)
+        return {"perplexity": self.as_entry(level), **self._rates(scores)}
+
+    def attacked(self, measured: Measured[TextScores], cells: Sequence[Cell]) -> dict[str, Any]:
+        """Likewise, with the ratio to clean text, and all of it on untouched tokens."""
+        clean, weights = measured.clean.per("token", self.names), measured.clean.num_words
+        forms = {cell: measured.attacked[cell] for cell in cells}
+        scores = pooled(list(forms.values()))
+        attacked = scores.per("token", self.names)
+        return {
+            "perplexity": self.as_entry(perplexity_interval(attacked, seed=SEED)),
+            **self._rates(scores),
+            "ratio": self.as_entry(compare_attacked(clean, attacked, seed=SEED, weights=weights).exp()),
+            "untouched": self._untouched(scores, weights),
+            "seeds": self._by_seed(forms),
+        }
+
+    def comparison(self, a: Measured[TextScores], b: Measured[TextScores]) -> dict[str, Any]:
+        """The unit."""
+        return {"unit": _unit_of(a, b)}
+
+    def compare_clean(self, a: Measured[TextScores], b: Measured[TextScores]) -> Interval:
+        """The ratio of perplexities."""
+        pair = [measured.clean.per(_unit_of(a, b), self.names) for measured in (a, b)]
+        return compare_perplexity(*pair, seed=SEED, weights=a.clean.num_words).exp()
+
+    def compare_attacked(
+        self, a: Measured[TextScores], b: Measured[TextScores], cells: Sequence[Cell]
+    ) -> dict[str, Any]:
+        """The ratio of perplexities on attacked text, the difference of the attacked/clean ratios, and the former on
+        untouched tokens."""
+        unit, weights = _unit_of(a, b), a.clean.num_words
+        ours, theirs = (pooled([own.attacked[cell] for cell in cells]) for own in (a, b))
+        attacked = ours.per(unit, self.names), theirs.per(unit, self.names)
+        clean = a.clean.per(unit, self.names), b.clean.per(unit, self.names)
+        sturdier = compare_robustness(clean[0], attacked[0], clean[1], attacked[1], seed=SEED, weights=weights)
+        untouched = None
+        if unit == "token" and ours.num_untouched.sum():
+            pair: tuple[DocumentScores, DocumentScores] = (
+                ours.untouched(self.names)[1],
+                theirs.untouched(self.names)[1],
+            )
+            untouched = self.as_entry(compare_perplexity(*pair, seed=SEED, weights=weights).exp())
+        return {
+            "perplexity": self.as_entry(compare_perplexity(*attacked, seed=SEED, weights=weights).exp()),
+            "ratio": self.as_entry(sturdier),
+            "untouched": untouched,
+        }
+
+    def _rates(self, scores: TextScores) -> dict[str, float]:
+        return {
+            "per_word": scores.per("word", self.names).perplexity,
+            "per_byte": scores.per("byte", self.names).perplexity,
+        }
+
+    def _by_seed(self, forms: Mapping[Cell, TextScores]) -> dict[str, float]:
+        """Perplexity of each seed, over all severities of the group: how much hangs on the choice of words."""
+        seeds = dict.fromkeys(cell.seed for cell in forms)
+        own = {seed: pooled([form for cell, form in forms.items() if cell.seed == seed]) for seed in seeds}
+        return {str(seed): form.per("token", self.names).perplexity for seed, form in own.items()}
+
+    def _untouched(self, scores: TextScores, weights: np.ndarray) -> dict[str, Any] | None:
+        """None where the attack left no token alone."""
+        if not scores.num_untouched.sum():
+            return None
+        clean, attacked = scores.untouched(self.names)
+        return {
+            "share": float(scores.num_untouched.sum() / scores.num_tokens.sum()),
+            "clean_perplexity": clean.perplexity,
+            "perplexity": attacked.perplexity,
+            "ratio": self.as_entry(compare_attacked(clean, attacked, seed=SEED, weights=weights).exp()),
+        }
+
+
+def _unit_of(a: Measured[TextScores], b: Measured[TextScores]) -> Unit:
+    pairs = [(a.clean, b.clean), *((a.attacked[cell], b.attacked[cell]) for cell in a.attacked)]
+    return "token" if all(np.array_equal(one.num_tokens, other.num_tokens) for one, other in pairs) else "word"
+
+
+class Accuracy(Scale[Choices]):
+    """Levels are shares of right answers, changes are differences of attacked and clean, so are models' comparisons.
+
+    With `also`, rows have the same of other metrics: `also`, by name, with `level` and `difference`.
+
+    Args:
+        also: Names of `evaluation.METRICS`.
+    """
+
+    level, change, lower_is_better = "accuracy", "difference", False
+
+    def __init__(self, also: Sequence[str] = ()) -> None:
+        self.also = tuple(also)
+
+    def clean(self, scores: Choices) -> dict[str, Any]:
+        """Accuracy, and other metrics."""
+        levels = {name: self.as_entry(metric_interval(METRICS[name], scores, seed=SEED)) for name in self._names()}
+        also = {name: {"level": level} for name, level in levels.items() if name in self.also}
+        return {"accuracy": levels["accuracy"], "also": also}
+
+    def attacked(self, measured: Measured[Choices], cells: Sequence[Cell]) -> dict[str, Any]:
+        """Likewise, with the difference to clean questions."""
+        attacked = _together(measured, cells)
+        rows = {}
+        for name in self._names():
+            metric = METRICS[name]
+            rows[name] = {
+                "level": self.as_entry(metric_interval(metric, attacked, seed=SEED)),
+                "difference": self.as_entry(compare_choices(metric, attacked, measured.clean, seed=SEED)),
+            }
+        return self._row(rows) | {"seeds": self._by_seed(measured, cells)}
+
+    def comparison(self, a: Measured[Choices], b: Measured[Choices]) -> dict[str, Any]:
+        """`also`: the differences of other metrics on clean questions."""
+        compared = {name: compare_choices(METRICS[name], a.clean, b.clean, seed=SEED) for name in self.also}
+        return {"also": {name: self.as_entry(interval) for name, interval in compared.items()}}
+
+    def compare_clean(self, a: Measured[Choices], b: Measured[Choices]) -> Interval:
+        """The difference of accuracies."""
+        return compare_choices(METRICS["accuracy"], a.clean, b.clean, seed=SEED)
+
+    def compare_attacked(self, a: Measured[Choices], b: Measured[Choices], cells: Sequence[Cell]) -> dict[str, Any]:
+        """The difference of accuracies on attacked questions, and that of what the attack takes from them."""
+        ours, theirs = _together(a, cells), _together(b, cells)
+        rows = {}
+        for name in self._names():
+            metric = METRICS[name]
+            changes = compare_changes(metric, a.clean, ours, b.clean, theirs, seed=SEED)
+            rows[name] = {
+                "level": self.as_entry(compare_choices(metric, ours, theirs, seed=SEED)),
+                "difference": self.as_entry(changes),
+            }
+        return self._row(rows)
+
+    def _names(self) -> tuple[str, ...]:
+        return ("accuracy", *self.also)
+
+    def _row(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        first = rows.pop("accuracy")
+        return {"accuracy": first["level"], "difference": first["difference"], "also": rows}
+
+    def _by_seed(self, measured: Measured[Choices], cells: Sequence[Cell]) -> dict[str, float]:
+        """Accuracy of each seed, over all severities of the group: how much hangs on the attack's chance."""
+        seeds = dict.fromkeys(cell.seed for cell in cells)
+        own = {seed: _together(measured, [cell for cell in cells if cell.seed == seed]) for seed in seeds}
+        return {str(seed): METRICS["accuracy"].of(choices) for seed, choices in own.items()}
+
+
+def _together(measured: Measured[Choices], cells: Sequence[Cell]) -> Choices:
+    return pooled_choices([measured.attacked[cell] for cell in cells])

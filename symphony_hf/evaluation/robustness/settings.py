@@ -1,0 +1,198 @@
+"""What is measured: settings, and the cells that follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from symphony_hf.errors import ConfigError, nearest
+from symphony_hf.evaluation.attacks.image import IMAGE_ATTACKS, ImageAttack, find_image_attack
+from symphony_hf.evaluation.attacks.text import (
+    SEVERITIES,
+    TEXT_ATTACKS,
+    TextAttack,
+    check_severity,
+    find_text_attack,
+)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Kind(NamedTuple):
+    """What a task's input is.
+
+    Attributes:
+        what: Its name in messages.
+        attacks: That it can be damaged by.
+        usual: The one that is taken if none is named.
+    """
+
+    what: Literal["text", "images"]
+    attacks: Mapping[str, TextAttack | ImageAttack]
+    usual: str
+
+
+_TEXT = Kind("text", TEXT_ATTACKS, "aaa")
+_IMAGES = Kind("images", IMAGE_ATTACKS, "gaussian_noise")
+KINDS = {"text": _TEXT, "classification": _TEXT, "vqa": _IMAGES}
+"""By task."""
+
+_OWN = {
+    "text_column": ("text",),
+    "block_size": ("text",),
+    "name": ("classification",),
+    "images": ("vqa",),
+    "answers": ("vqa",),
+    "max_new_tokens": ("vqa",),
+}
+"""Settings that only some tasks have."""
+
+_LEAST = {"documents": 1, "block_size": 2, "batch_size": 1, "max_new_tokens": 1}
+
+
+class Cell(NamedTuple):
+    """One attacked form of all documents."""
+
+    attack: str
+    severity: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.attack}-{self.severity}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessSettings:
+    """Which models, which task and data, which attacks.
+
+    Args:
+        model: A checkpoint: a folder, or its name on the Hub.
+        against: Another one, to compare it with.
+        task: `text`: perplexity of documents. `classification`: accuracy at a GLUE task. `vqa`: accuracy at questions
+            about images.
+        data: What to evaluate on. Of `text`: a text file, a table, a folder, or a data set of the Hub; the library
+            sources of the running Python when None. Of `classification`: a table or folder of tables with the columns
+            of the GLUE task `name`, GLUE on the Hub when None; a stand-in where `name` is None, too. Of `vqa`: LLaVA's
+            JSON, or a folder of such files; scikit-learn's handwritten digits when None, or `digits`.
+        name: Of the GLUE task.
+        images: Of `vqa`: the folder that the JSON's image names are in; its own when None.
+        split: Of the data: train, validation, test or all; when None all of a single file and the test split of
+            anything else, or its validation split where it has no other.
+        text_column: Of a table of documents; `text` when None.
+        attacks: By name, see `TEXT_ATTACKS` and, of `vqa`, `IMAGE_ATTACKS`; `all` for every one of the task, `all-text`
+            and `all-images` likewise; the task's usual one when None.
+        severities: From 1 to 5.
+        seeds: Of the attacks. A document attacked with several seeds stays one draw of the intervals. An attack on
+            images that leaves nothing to chance, such as a blur, is done with the first alone.
+        documents: Or questions, at most, spread evenly over all; all when None.
+        answers: Of `vqa`: `choose` the likeliest of the right answers to all questions, or answer in words, `free`;
+            `choose` where at most 100 answers differ, when None.
+        max_new_tokens: Of a free answer; 32 when None.
+        block_size: Tokens of a window of clean text, the first of which is given; a quarter of what the models take,
+            and 1024 at most, when None.
+        batch_size: Windows or questions a forward.
+        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16.
+        tokenizer: Tokenizer or processor of both models, where their folders have none.
+        revision: Of the model on the Hub.
+        against_revision: Of the other one.
+        output: Folder for `result.json` and for what is kept of each cell.
+    """
+
+    model: str
+    against: str | None = None
+    task: str = "text"
+    data: str | None = None
+    name: str | None = None
+    images: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    attacks: Sequence[str] | None = None
+    severities: Sequence[int] = SEVERITIES
+    seeds: Sequence[int] = (0, 1, 2)
+    documents: int | None = 100
+    answers: str | None = None
+    max_new_tokens: int | None = None
+    block_size: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    tokenizer: str | None = None
+    revision: str | None = None
+    against_revision: str | None = None
+    output: str = "symphony-eval"
+
+    command: ClassVar[str] = "eval"
+
+    def __post_init__(self) -> None:
+        if self.task not in KINDS:
+            raise ConfigError(f"{self.command}: no task is named {self.task!r}; {nearest(self.task, KINDS)}")
+        object.__setattr__(self, "attacks", _attacks_of(self.command, self.task, self.attacks))
+        for setting, tasks in _OWN.items():
+            if getattr(self, setting) is not None and self.task not in tasks:
+                raise ConfigError(
+                    f"{self.command}: `{setting}` is of --task {', '.join(tasks)}, not of {self.task}: leave it out"
+                )
+        for severity in self.severities:
+            check_severity(severity)
+        for name in ("attacks", "severities", "seeds"):
+            values = list(getattr(self, name))
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{self.command}: `{name}` must be one or more, each once; got {values}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{self.command}: `{name}` must be at least {least}, got {value}")
+        if self.split not in (None, "train", "validation", "test", "all"):
+            raise ConfigError(f"{self.command}: `split` must be train, validation, test or all; got {self.split!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.answers not in (None, "choose", "free"):
+            raise ConfigError(f"{self.command}: `answers` must be choose or free; got {self.answers!r}")
+
+    def cells(self) -> list[Cell]:
+        """All attacked forms, in the order in which they are measured."""
+        cells = []
+        for attack in self.attacks or ():
+            found = KINDS[self.task].attacks[attack]
+            seeds = self.seeds if isinstance(found, TextAttack) or found.is_random else self.seeds[:1]
+            cells += [Cell(attack, severity, seed) for severity in self.severities for seed in seeds]
+        return cells
+
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """The models by the role that they have, each with its revision."""
+        named: dict[str, Any] = {"model": (self.model, self.revision)}
+        return named if self.against is None else named | {"against": (self.against, self.against_revision)}
+
+
+def _attacks_of(command: str, task: str, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The attacks that are meant.
+
+    Raises:
+        ConfigError: If there is no such attack, or it damages what the task has none of.
+    """
+    kind = KINDS[task]
+    if names is None:
+        return (kind.usual,)
+    chosen: list[str] = []
+    for name in names:
+        if name in ("all", f"all-{kind.what}"):
+            chosen += kind.attacks
+            continue
+        if name not in kind.attacks:
+            _refuse_attack(command, task, kind, name)
+        chosen.append(name)
+    return tuple(chosen)
+
+
+def _refuse_attack(command: str, task: str, kind: Kind, name: str) -> None:
+    other = _TEXT if kind is _IMAGES else _IMAGES
+    if name in other.attacks or name == f"all-{other.what}":
+        this, instead = f"symphony {command}", ""
+        if command == RobustnessSettings.command:  # no other has tasks
+            tasks = " or ".join(f"--task {known}" for known, of in KINDS.items() if of is other)
+            this, instead = f"--task {task}", f", or {tasks}"
+        raise ConfigError(
+            f"{command}: {name} is an attack on {other.what}, and {this} attacks {kind.what}: take one of "
+            f"{', '.join(kind.attacks)}{instead}"
+        )
+    if kind is _IMAGES:
+        find_image_attack(name)
+    find_text_attack(name)

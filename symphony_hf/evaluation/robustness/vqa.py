@@ -1,0 +1,108 @@
+"""The task `vqa`: accuracy at questions about images, clean and corrupted."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+
+from symphony_hf.data.images.decoding import decode
+from symphony_hf.data.images.processors import Asked, make_asker
+from symphony_hf.data.images.questions import digest_of, read_visual, visual_examples
+from symphony_hf.errors import ConfigError
+from symphony_hf.evaluation.attacks.image import enlarged, find_image_attack, library_version
+from symphony_hf.evaluation.checkpoint import Subject, fingerprint_of, load_processor
+from symphony_hf.evaluation.generation import answer_freely, choose_answers
+
+from .questions import QuestionTask, check_number, select_rows
+from .scales import Accuracy
+from .settings import Cell, RobustnessSettings
+from .task import Store, open_subjects, source_of_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_ANSWERS = 100
+"""Different answers up to which a question is one of choosing, if it is not said."""
+
+_MAX_NEW_TOKENS = 32
+
+
+class VisualTask(QuestionTask):
+    """The first question of each conversation about images. Clean images are as large as corrupted ones."""
+
+    def __init__(self, settings: RobustnessSettings, store: Store) -> None:
+        self.version = library_version()
+        self.subjects = open_subjects(settings, AutoModelForImageTextToText)
+        for subject in self.subjects.values():
+            _check_vision(subject)
+        sources = {role: source_of_text(settings, subject) for role, subject in self.subjects.items()}
+        self.notes, self.store, self.cells = [], store, settings.cells()
+        self.processors = {role: fingerprint_of(*source) for role, source in sources.items()}
+        self.askers = {role: make_asker(load_processor(*source), self.notes) for role, source in sources.items()}
+        self.notes = list(dict.fromkeys(self.notes))
+        self.batch_size = settings.batch_size
+        self.max_new_tokens = settings.max_new_tokens or _MAX_NEW_TOKENS
+        self.source, table, names = select_rows(read_visual(settings.data, settings.images), settings)
+        self.examples = visual_examples(table, names, self.source, self.notes)
+        check_number(self.source, len(self.examples))
+        self.digest = digest_of(self.examples)
+        self.choices = self._choices_to_give(settings)
+        right = [example.answer for example in self.examples]
+        self.answers = np.array([self.choices.index(answer) if self.choices else 1 for answer in right])
+        self.scale = Accuracy()
+
+    def told(self, measured: Any) -> dict[str, Any]:
+        """What was asked, and how it was answered."""
+        answers = f"choosing among {len(self.choices)}" if self.choices else "in words"
+        entries = super().told(measured)
+        return {"documents": entries["documents"] | {"answers": answers, "corruptions": self.version}}
+
+    def identity(self, role: str, cell: Cell | None) -> dict[str, Any]:
+        """The questions, how they are put, and what their images are corrupted by."""
+        return {
+            "examples": self.digest,
+            "processor": self.processors[role],
+            "choices": self.choices or self.max_new_tokens,
+            "cell": cell and [*cell, self.version],
+        }
+
+    def choose(self, role: str, cell: Cell | None) -> dict[str, np.ndarray]:
+        """The likeliest answers; or, of free ones, 1 where an answer is right, and the answers `given`."""
+        model, asker, asked = self.subjects[role].model, self.askers[role], self._asked(cell)
+        bar: dict[str, Any] = {"progress": f"Asking {role}, {cell or 'clean'}", "total": len(self.examples)}
+        if self.choices:
+            scores = choose_answers(model, asker, asked, self.choices, batch_size=self.batch_size, **bar)
+            return {"chosen": scores.chosen}
+        free = answer_freely(model, asker, asked, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, **bar)
+        return {"chosen": free.correct.astype(np.int64), "given": np.array(free.given, dtype=np.str_)}
+
+    def _asked(self, cell: Cell | None) -> Iterator[Asked]:
+        for example in self.examples:
+            images = [enlarged(decode(image)) for image in example.images]
+            if cell is not None:
+                images = [_corrupted(image, cell, f"{example.name} {place}") for place, image in enumerate(images)]
+            yield Asked(example, images)
+
+    def _choices_to_give(self, settings: RobustnessSettings) -> list[str]:
+        """The answers to choose from; none for free ones."""
+        different = sorted({example.answer for example in self.examples})
+        if settings.answers == "free" or (settings.answers is None and len(different) > MOST_ANSWERS):
+            return []
+        if len(different) < 2:
+            raise ConfigError(
+                f"eval: {self.source}: all answers are {different[0]!r}: let models answer, --answers free"
+            )
+        return different
+
+
+def _corrupted(image: "Image", cell: Cell, name: str) -> "Image":
+    return find_image_attack(cell.attack)(image, cell.severity, seed=cell.seed, name=name)
+
+
+def _check_vision(subject: Subject) -> None:
+    if type(subject.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ConfigError(
+            f"`{subject.source}`: {subject.config.model_type} takes no images, or answers no questions about them: "
+            "--task vqa is of vision-language models"
+        )

@@ -1,0 +1,110 @@
+"""What each expert makes of the same tokens: also of those that it is not chosen for."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symphony_hf.errors import UnsupportedModelError
+
+from .hooks import routers_to_watch
+
+
+class ExpertSample:
+    """The tokens that came to one layer's experts, and the experts, to be run on them.
+
+    Args:
+        name: Of the layer's router.
+        experts: The module.
+        num_experts: E.
+
+    Attributes:
+        name: Likewise.
+        num_experts: Likewise.
+        hidden_TD: The sampled tokens, as the experts get them; None before a forward. Shape: (sampled, hidden_size).
+    """
+
+    def __init__(self, name: str, experts: nn.Module, num_experts: int) -> None:
+        self.name, self.num_experts = name, num_experts
+        self._experts = experts
+        self.hidden_TD: Tensor | None = None
+        self._weight_type = torch.float32
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], places: Tensor) -> None:
+        """Keep the tokens at some places of one call of the experts.
+
+        Raises:
+            UnsupportedModelError: If they are not called with hidden states, indices and weights.
+        """
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) != len(args) + len(kwargs) or not _are_arguments(tensors):
+            raise UnsupportedModelError(
+                f"{type(self._experts).__name__} of `{self.name}`: its experts cannot be run one by one: they do not "
+                "take hidden states, the experts chosen, and their weights"
+            )
+        hidden, _, weights = tensors
+        self.hidden_TD = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)].detach()
+        self._weight_type = weights.dtype
+
+    def outputs(self) -> Iterator[Tensor]:
+        """What each expert makes of all sampled tokens, in order, with weight 1. Shape of each: (sampled, hidden)."""
+        assert self.hidden_TD is not None
+        num_tokens, device = len(self.hidden_TD), self.hidden_TD.device
+        # Another expert beside it, with weight 0: some families cannot do with one.
+        weights_T2 = torch.tensor([1.0, 0.0], device=device).to(self._weight_type).repeat(num_tokens, 1)
+        for expert in range(self.num_experts):
+            pair = torch.tensor([expert, (expert + 1) % self.num_experts], device=device)
+            indices_T2 = pair.repeat(num_tokens, 1)
+            yield self._experts(self.hidden_TD, indices_T2, weights_T2).flatten(1)
+
+
+def _are_arguments(tensors: list[Tensor]) -> bool:
+    if len(tensors) != 3:
+        return False
+    hidden, indices, weights = tensors
+    is_choice = not indices.is_floating_point() and indices.shape == weights.shape and indices.dim() == 2
+    return hidden.is_floating_point() and weights.is_floating_point() and is_choice
+
+
+@contextmanager
+def sampling_experts(model: nn.Module, places: Tensor) -> Iterator[list[ExpertSample]]:
+    """Keep, in each MoE layer, some tokens of the forward that runs while this is entered.
+
+    Args:
+        model: As in `routers_to_watch`.
+        places: Of the tokens among all of the batch. Shape: (sampled,), int64.
+
+    Yields:
+        One sample a layer. Where a layer did not run, it stays empty.
+
+    Raises:
+        UnsupportedModelError: On entry, if a router has no module `experts` beside it, or at the forward, if that takes
+            something else than hidden states, indices and weights.
+    """
+    samples, handles = [], []
+    try:
+        for name, router in routers_to_watch(model).items():
+            block = model.get_submodule(name.rpartition(".")[0])
+            experts = block._modules.get("experts")
+            if experts is None or isinstance(experts, nn.ModuleList | nn.ModuleDict):
+                raise UnsupportedModelError(
+                    f"{type(router.module).__name__} `{name}`: its experts cannot be run one by one: "
+                    f"{type(block).__name__} has no module `experts` that holds all"
+                )
+            sample = ExpertSample(name, experts, router.contract.num_experts)
+            hook = functools.partial(_take, sample, places)
+            handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
+            samples.append(sample)
+        yield samples
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _take(
+    sample: ExpertSample, places: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    sample.take(args, kwargs, places)

@@ -1,0 +1,150 @@
+"""What routers choose, read where it is decided: off what they return, by their contract.
+
+Recorded router logits are no substitute. Where a family adds a selection bias or chooses groups first, the highest
+logits are not the choice; and many models do not record them at all.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from symphony_hf.errors import UnsupportedModelError
+from symphony_hf.patching.expert_graph import put_aside
+from symphony_hf.patching.families.contract import RouterContract
+from symphony_hf.patching.families.discovery import find_routers
+from symphony_hf.patching.families.probe import as_tuple
+from symphony_hf.patching.families.substitution import linear_of
+from symphony_hf.patching.router import SymphonyRouter
+from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
+
+
+class WatchedRouter(NamedTuple):
+    """A router and how to read what it returns."""
+
+    module: nn.Module
+    contract: RouterContract
+
+
+class Routed(NamedTuple):
+    """What one call of a router decided.
+
+    Attributes:
+        logits_TE: The logits that its head was given: smoothed ones, where there is a graph. Shape:
+            (tokens, num_experts), in the router's own type.
+        indices_TK: The experts that each token goes to, distinct, in no certain order. Shape: (tokens, top_k), integer.
+    """
+
+    logits_TE: Tensor
+    indices_TK: Tensor
+
+
+def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
+    """All routers of a model by module name, in the order of its modules.
+
+    Args:
+        model: Any model that discovery knows, or a symphonized one with gates that its user named.
+
+    Raises:
+        UnsupportedModelError: If there is none, or one of a kind that is not known.
+    """
+    found: dict[str, WatchedRouter] = {}
+    if is_symphonized(model):
+        found = {name: WatchedRouter(r, r.contract) for name, r in symphony_routers(model)}  # type: ignore[arg-type]
+    try:
+        others = find_routers(model)
+    except UnsupportedModelError:
+        if not found:
+            raise
+        others = []  # a model of its own kind, whose user named its gates
+    aside = put_aside(model)
+    found |= {r.name: WatchedRouter(r.module, r.contract) for r in others if id(r.module) not in aside}
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+@contextmanager
+def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
+    """Note what each router decides while this is entered.
+
+    Args:
+        model: As in `routers_to_watch`.
+
+    Yields:
+        By router, one entry a call, in order: a layer that is gone through twice in a forward has two. Padding is in
+        it. Empty a list when it is read, or it grows. The tensors stay on the model's device and keep their gradient.
+
+    Raises:
+        UnsupportedModelError: As `routers_to_watch`.
+    """
+    watches = {name: _Watch(router) for name, router in routers_to_watch(model).items()}
+    try:
+        yield {name: watch.seen for name, watch in watches.items()}
+    finally:
+        for watch in watches.values():
+            watch.remove()
+
+
+class RouterReader:
+    """Reads what one router decided off a call of it.
+
+    Args:
+        router: Any.
+
+    Attributes:
+        handles: Of hooks that it needs inside the router.
+    """
+
+    def __init__(self, router: WatchedRouter) -> None:
+        self.router, self.contract = router
+        self.handles: list[Any] = []
+        self._logits: Tensor | None = None  # of the call under way, where they are not in what the router returns
+        if self.contract.logits is not None:
+            return
+        if isinstance(self.router, SymphonyRouter):
+            self.router.logit_notes = (*self.router.logit_notes, self._keep)
+        elif self.contract.calls_linear:
+            linear = linear_of(self.router, self.contract.linear)
+            self.handles.append(linear.register_forward_hook(lambda module, args, output: self._keep(output)))
+
+    def _keep(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Routed:
+        """What a call decided, by its arguments and what it returned."""
+        parts = as_tuple(output)
+        logits = self._find_logits(parts, args, kwargs)
+        logits_TE = logits.reshape(-1, logits.shape[-1])[:, : self.contract.num_experts]
+        return Routed(logits_TE, self.contract.chosen_experts(parts, logits_TE))
+
+    def _find_logits(self, parts: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.contract.logits is not None:
+            return parts[self.contract.logits]
+        if self._logits is not None:
+            logits, self._logits = self._logits, None
+            return logits
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        weight: Any = linear_of(self.router, self.contract.linear).weight
+        return F.linear(hidden.float(), weight.float())
+
+    def remove(self) -> None:
+        """Take its hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        if isinstance(self.router, SymphonyRouter):
+            self.router.logit_notes = tuple(note for note in self.router.logit_notes if note != self._keep)
+            if not self.router.logit_notes:
+                self.router.__dict__.pop("logit_notes", None)
+
+
+class _Watch(RouterReader):
+    """The hooks that fill one router's list."""
+
+    def __init__(self, router: WatchedRouter) -> None:
+        super().__init__(router)
+        self.seen: list[Routed] = []
+        self.handles.append(self.router.register_forward_hook(self._note, with_kwargs=True))
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.seen.append(self.read(args, kwargs, output))

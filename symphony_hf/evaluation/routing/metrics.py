@@ -1,0 +1,205 @@
+"""The numbers of one model on clean text, layer by layer."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from symphony_hf.diagnostics.graph_metrics import (
+    centrality,
+    communities,
+    drift,
+    modularity,
+    off_diagonal_mass,
+    spectral_gap,
+)
+from symphony_hf.diagnostics.routing_metrics import (
+    dead_experts,
+    domain_allocation,
+    domain_information,
+    kept_by_token,
+    load_of_choices,
+    normalized_entropy,
+    router_saturation,
+)
+from symphony_hf.evaluation.robustness.settings import Cell
+from symphony_hf.evaluation.statistics import paired_bootstrap
+from symphony_hf.routing.graph import count_coselections
+
+from .records import RoutingRecord
+from .texts import CLASS_NAMES, DISTANCE_NAMES, AttackedForm, ObservedTexts
+
+_QUANTILES = (0.1, 0.5, 0.9)
+
+
+def coselection_graph(record: RoutingRecord, num_experts: int) -> Tensor:
+    """Which experts a text has chosen together: the social graph of its tokens. Shape: (num_experts, num_experts)."""
+    return count_coselections(record.indices_TK, num_experts) / len(record.indices_TK)
+
+
+def measure_layer(record: RoutingRecord, num_experts: int, texts: ObservedTexts) -> dict[str, Any]:
+    """One router on clean text.
+
+    Args:
+        record: What it decided.
+        num_experts: E.
+        texts: What it ran on.
+
+    Returns:
+        `num_experts`, `top_k`; `load` (shares that sum to 1), `load_entropy`, `dead_experts` (numbers), `busiest` (the
+        highest load over the even one); `margin` in nats (`mean`, `p10`, `p50`, `p90`, `not_by_logits`: the share of
+        tokens whose choice the logits alone would not have made); `allocation` by domain, `domain_information`;
+        `margin_by_class`; `graph`: see `measure_graph`.
+    """
+    load_E = load_of_choices(record.indices_TK, num_experts)
+    by_domain = [record.indices_TK[texts.domain == number] for number in range(len(texts.domains))]
+    allocation_DE = domain_allocation(by_domain, num_experts)
+    return {
+        "num_experts": num_experts,
+        "top_k": record.indices_TK.shape[1],
+        "load": load_E.tolist(),
+        "load_entropy": normalized_entropy(load_E),
+        "dead_experts": dead_experts(load_E),
+        "busiest": float(load_E.max()) * num_experts,
+        "margin": _margins(record.margin_T),
+        "margin_by_class": _by_class(record.margin_T, texts.token_class),
+        "allocation": dict(zip(texts.domains, allocation_DE.tolist(), strict=True)),
+        "domain_information": domain_information(allocation_DE),
+        "graph": measure_graph(coselection_graph(record, num_experts)),
+    }
+
+
+def measure_graph(adjacency_EE: Tensor) -> dict[str, Any]:
+    """`neighbours`, `spectral_gap`, `modularity`, `communities` and `centrality` of one graph."""
+    groups = communities(adjacency_EE)
+    return {
+        "neighbours": off_diagonal_mass(adjacency_EE),
+        "spectral_gap": spectral_gap(adjacency_EE),
+        "modularity": modularity(adjacency_EE, groups),
+        "communities": groups,
+        "centrality": centrality(adjacency_EE).tolist(),
+    }
+
+
+def _margins(margin_T: Tensor) -> dict[str, float]:
+    finite_T = margin_T[torch.isfinite(margin_T)].double().numpy()
+    if not finite_T.size:
+        return {}
+    quantiles = np.quantile(finite_T, _QUANTILES)
+    values = {f"p{round(100 * q)}": float(value) for q, value in zip(_QUANTILES, quantiles, strict=True)}
+    return {"mean": float(finite_T.mean()), **values, "not_by_logits": float((finite_T < 0).mean())}
+
+
+def _by_class(margin_T: Tensor, token_class: np.ndarray) -> dict[str, float | None]:
+    medians: dict[str, float | None] = {}
+    for number, name in enumerate(CLASS_NAMES):
+        own = margin_T.numpy()[token_class == number]
+        medians[name] = float(np.median(own)) if own.size and np.isfinite(np.median(own)) else None
+    return medians
+
+
+def mean_over_layers(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers that a table shows of a whole model."""
+    own = list(layers.values())
+    means = {name: float(np.mean([layer[name] for layer in own])) for name in _MEANS}
+    graphs = {name: float(np.mean([layer["graph"][name] for layer in own])) for name in _GRAPH_MEANS}
+    dead = sum(len(layer["dead_experts"]) for layer in own) / sum(layer["num_experts"] for layer in own)
+    margins = [layer["margin"]["p50"] for layer in own if layer["margin"]]
+    return {**means, **graphs, "dead_experts": dead, "margin": float(np.mean(margins)) if margins else 0.0}
+
+
+_MEANS = ("load_entropy", "busiest", "domain_information")
+_GRAPH_MEANS = ("neighbours", "spectral_gap", "modularity")
+
+
+pass
+
+Records = Mapping[str, RoutingRecord]
+
+
+def compare_attacked(
+    cell: Cell, form: AttackedForm, clean: Records, attacked: Records, texts: ObservedTexts
+) -> dict[str, Any]:
+    """The routing of the tokens that an attack left alone, before and after.
+
+    Args:
+        cell: The attack.
+        form: The attacked text.
+        clean: What the routers decided on clean text.
+        attacked: Likewise on the attacked.
+        texts: Of the tokens' classes.
+
+    Returns:
+        `attack`, `severity`, `seed`, `tokens`; `change_rate`: the share of choices that changed, over all layers, with
+        its interval over documents; `per_layer`, `flips_per_layer` (tokens whose set of experts changed at all), by
+        router; `by_distance` and `by_class`: by router, the change rate behind the last edit, and by kind of token,
+        None where there is none.
+    """
+    changed = {}
+    for name, record in clean.items():
+        before_TK, after_TK = record.indices_TK[form.clean], attacked[name].indices_TK[form.attacked]
+        changed[name] = 1.0 - kept_by_token(before_TK, after_TK).numpy()
+    return {
+        "attack": cell.attack,
+        "severity": cell.severity,
+        "seed": cell.seed,
+        "tokens": len(form.clean),
+        "change_rate": _interval(np.mean(list(changed.values()), axis=0), form.document, len(form.form.num_tokens)),
+        "per_layer": {name: float(values.mean()) for name, values in changed.items()},
+        "flips_per_layer": {name: float((values > 0).mean()) for name, values in changed.items()},
+        "by_distance": _means(changed, form.distance, DISTANCE_NAMES),
+        "by_class": _means(changed, texts.token_class[form.clean], CLASS_NAMES),
+    }
+
+
+def _interval(change_T: np.ndarray, document: np.ndarray, num_documents: int) -> dict[str, Any]:
+    """Of the mean over tokens, resampled by document. One of which nothing was left alone has no say."""
+    number = np.bincount(document, minlength=num_documents)
+    total = np.bincount(document, weights=change_T, minlength=num_documents)
+    kept = number > 0
+    interval = paired_bootstrap(
+        [total[kept], number[kept]],
+        lambda totals, numbers, axis: totals.sum(axis=axis) / numbers.sum(axis=axis),
+        null=None,
+        weights=number[kept],
+    )
+    return dataclasses.asdict(interval)
+
+
+def _means(changed: Mapping[str, np.ndarray], kind: np.ndarray, names: Sequence[str]) -> dict[str, list[float | None]]:
+    masks = [kind == number for number in range(len(names))]
+    return {
+        router: [float(values[mask].mean()) if mask.any() else None for mask in masks]
+        for router, values in changed.items()
+    }
+
+
+def compare_checkpoint(
+    source: str, records: Records, final: Records, graphs: Mapping[str, Tensor], learned: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """One checkpoint beside the last one, on the same text.
+
+    Args:
+        source: The checkpoint.
+        records: What its routers decided.
+        final: What those of the last one decided.
+        graphs: Co-selection graph of each router of the last one. Shape of each: (num_experts, num_experts).
+        learned: Its own learned graphs; empty where it has none.
+
+    Returns:
+        `source`; by router: `saturation` (the share of choices that are the last one's), `load`, `load_entropy`,
+        `drift` of the co-selection graph to the last one's; `symphonized`.
+    """
+    own = {name: coselection_graph(record, len(graphs[name])) for name, record in records.items()}
+    loads = {name: load_of_choices(record.indices_TK, len(graphs[name])) for name, record in records.items()}
+    return {
+        "source": source,
+        "symphonized": bool(learned),
+        "saturation": {n: router_saturation(r.indices_TK, final[n].indices_TK) for n, r in records.items()},
+        "load": {name: load_E.tolist() for name, load_E in loads.items()},
+        "load_entropy": {name: normalized_entropy(load_E) for name, load_E in loads.items()},
+        "drift": {name: drift(graph_EE, torch.as_tensor(graphs[name])) for name, graph_EE in own.items()},
+    }

@@ -1,0 +1,219 @@
+"""observe_routing: everything that `symphony routing` measures."""
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.diagnostics.routing_metrics import coactivation
+from symphony_hf.evaluation.checkpoint import load_tokenizer
+from symphony_hf.evaluation.comparison import compare_perplexity
+from symphony_hf.evaluation.robustness.text import default_block_size
+from symphony_hf.files import check_file_place, replacing, write_json
+from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
+
+from .metrics import (
+    compare_attacked,
+    compare_checkpoint,
+    coselection_graph,
+    mean_over_layers,
+    measure_graph,
+    measure_layer,
+)
+from .pictures import captioned
+from .records import RoutingRecord, expert_similarities, or_why_not, record_form, score_with_and_without_first
+from .settings import RoutedSubject, RoutingSettings
+from .texts import CLASS_NAMES, DISTANCE_NAMES, ObservedTexts, prepare_observed
+
+RESULT = "result.json"
+MATRICES = "matrices.safetensors"
+
+
+def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
+    """Run a model, and its earlier checkpoints, over text, and measure how they route it.
+
+    Args:
+        settings: Which models, which text, which attacks.
+
+    Returns:
+        As in `output/result.json`: `routers`, those that ran, in order; `layers` by router (see `measure_layer`; with
+        `learned_graph` and `similarity`),
+        `overall`, `corruption` (see `compare_attacked`), `checkpoints` (see `compare_checkpoint`; the last is the model
+        itself), `drop_first`, `unavailable` (what could not be measured, and why), `domains`, `documents`, `settings`,
+        `versions`. Matrices are in `output/matrices.safetensors`: `coselection/...`, `coactivation/...`,
+        `learned/...`, `similarity/...`, each with the router's name, and `checkpoint/<number>/coselection/...`.
+
+    Raises:
+        SymphonyError: If a model or the data is not to be had, or the checkpoints are not of one model.
+    """
+    started, output = time.perf_counter(), Path(settings.output)
+    check_file_place(output / RESULT, "routing")
+    subject = RoutedSubject(settings.model, settings.revision, settings.dtype)
+    earlier = [RoutedSubject(source, None, settings.dtype) for source in settings.against]
+    for other in earlier:
+        subject.check_same_routers(other)
+    named = settings.tokenizer or subject.source
+    tokenizer = load_tokenizer(named, None if settings.tokenizer else subject.revision)
+    block_size = settings.block_size or default_block_size([subject, *earlier])
+    texts = prepare_observed(settings, tokenizer, block_size)
+    observation = _Observation(settings, texts)
+    observation.observe(subject)
+    for number, other in enumerate(earlier):
+        observation.observe_earlier(number, other)
+    observation.finish(subject)
+    result = observation.result | {
+        "documents": _documents(texts),
+        "domains": _domain_sizes(texts),
+        "distances": list(DISTANCE_NAMES),
+        "classes": list(CLASS_NAMES),
+        "settings": dataclasses.asdict(settings) | {"block_size": block_size},
+        "fingerprints": {source.source: source.fingerprint for source in (*earlier, subject)},
+        "versions": {
+            "symphony_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers_version(),
+            "python": platform.python_version(),
+        },
+        "seconds": time.perf_counter() - started,
+    }
+    _clear_earlier(output)
+    _write_matrices(output / MATRICES, observation.matrices)
+    write_json(output / RESULT, result)
+    return result
+
+
+class _Observation:
+    """What has been measured so far.
+
+    Args:
+        settings: Likewise.
+        texts: What models are run on.
+
+    Attributes:
+        result: By the names of the result.
+        matrices: By their names in the file.
+    """
+
+    def __init__(self, settings: RoutingSettings, texts: ObservedTexts) -> None:
+        self.settings, self.texts = settings, texts
+        self.matrices: dict[str, Tensor] = {}
+        self.unavailable: dict[str, str] = {}
+        self.result: dict[str, Any] = {"checkpoints": [], "unavailable": self.unavailable, "drop_first": None}
+        self.clean: dict[str, RoutingRecord] = {}
+        self.graphs: dict[str, Tensor] = {}
+        self.learned: dict[str, Tensor] = {}
+
+    def observe(self, subject: RoutedSubject) -> None:
+        """The model itself: clean, attacked, without first experts, and its experts."""
+        settings, texts = self.settings, self.texts
+        self.clean = self._record(subject, "clean")
+        num_experts = {name: subject.routers[name.partition(" (pass")[0]][0] for name in self.clean}
+        self.graphs = {name: coselection_graph(record, num_experts[name]) for name, record in self.clean.items()}
+        layers = {name: measure_layer(record, num_experts[name], texts) for name, record in self.clean.items()}
+        for name, record in self.clean.items():
+            self.matrices[f"coselection/{name}"] = self.graphs[name]
+            self.matrices[f"coactivation/{name}"] = coactivation(record.indices_TK, num_experts[name]).float()
+        self.result["corruption"] = []
+        for cell, form in texts.attacked.items():
+            attacked = record_form(subject.model, form.form, settings.batch_size, f"Routing of {cell}")
+            self.result["corruption"].append(compare_attacked(cell, form, self.clean, attacked, texts))
+        self._leave_out_first(subject)
+        self._compare_experts(subject, layers)
+        self.learned = learned_graphs(subject)
+        for name, layer in layers.items():
+            graph = self.learned.get(name.partition(" (pass")[0])
+            layer["learned_graph"] = None if graph is None else measure_graph(graph)
+        self.matrices |= {f"learned/{name}": graph for name, graph in self.learned.items()}
+        self.result["layers"], self.result["overall"] = layers, mean_over_layers(layers)
+        self.result["routers"] = list(self.clean)
+        self.result["idle_routers"] = [n for n in subject.routers if n not in self.clean]
+        subject.release()
+
+    def _record(self, subject: RoutedSubject, what: str) -> dict[str, RoutingRecord]:
+        progress = f"Routing of {subject.source}, {what}"
+        return record_form(subject.model, self.texts.clean, self.settings.batch_size, progress)
+
+    def _leave_out_first(self, subject: RoutedSubject) -> None:
+        if not self.settings.drop_first:
+            return
+        with or_why_not(self.unavailable, "drop_first"):
+            form = self.texts.clean
+            whole, without = score_with_and_without_first(subject.model, form, self.settings.batch_size)
+            difference = compare_perplexity(without, whole)
+            self.result["drop_first"] = {
+                "loss": float(whole.nll.sum() / whole.num_tokens.sum()),
+                "loss_without": float(without.nll.sum() / without.num_tokens.sum()),
+                "difference": dataclasses.asdict(difference),
+                "ratio": dataclasses.asdict(difference.exp()),
+            }
+
+    def _compare_experts(self, subject: RoutedSubject, layers: dict[str, dict[str, Any]]) -> None:
+        for layer in layers.values():
+            layer["similarity"] = None
+        if not self.settings.similarity_tokens:
+            return
+        with or_why_not(self.unavailable, "similarity"):
+            tokens, batch_size = self.settings.similarity_tokens, self.settings.batch_size
+            for name, cka_EE in expert_similarities(subject.model, self.texts.clean, tokens, batch_size).items():
+                self.matrices[f"similarity/{name}"] = cka_EE.float()
+                others = cka_EE[~torch.eye(len(cka_EE), dtype=torch.bool)]
+                layers[name]["similarity"] = {"mean": float(others.mean()), "highest": float(others.max())}
+
+    def observe_earlier(self, number: int, subject: RoutedSubject) -> None:
+        """An earlier checkpoint, on clean text alone."""
+        records = self._record(subject, "clean")
+        own = compare_checkpoint(subject.source, records, self.clean, self.graphs, learned_graphs(subject))
+        self.result["checkpoints"].append(own)
+        self._keep_graphs(number, records)
+        subject.release()
+
+    def finish(self, subject: RoutedSubject) -> None:
+        """The model as the last of its checkpoints."""
+        if not self.settings.against:
+            return
+        own = compare_checkpoint(subject.source, self.clean, self.clean, self.graphs, self.learned)
+        self.result["checkpoints"].append(own)
+        self._keep_graphs(len(self.settings.against), self.clean)
+
+    def _keep_graphs(self, number: int, records: dict[str, RoutingRecord]) -> None:
+        for name, record in records.items():
+            graph = coselection_graph(record, len(self.graphs[name]))
+            self.matrices[f"checkpoint/{number}/coselection/{name}"] = graph
+
+
+def learned_graphs(subject: RoutedSubject) -> dict[str, Tensor]:
+    """A checkpoint's own graphs, on the CPU, by router; none where it is not symphonized."""
+    if not is_symphonized(subject.model):
+        return {}
+    return {name: graph.float().cpu() for name, graph in expert_graphs(subject.model).items()}
+
+
+def _documents(texts: ObservedTexts) -> dict[str, Any]:
+    number = len(texts.clean.num_tokens)
+    return {
+        "source": texts.source,
+        "number": number,
+        "words": texts.num_words,
+        "tokens": sum(texts.clean.num_tokens),
+    }
+
+
+def _domain_sizes(texts: ObservedTexts) -> dict[str, int]:
+    return {name: int((texts.domain == number).sum()) for number, name in enumerate(texts.domains)}
+
+
+def _clear_earlier(output: Path) -> None:
+    """Remove what an earlier observation left in the folder, its result first: nothing then reads as whole."""
+    for path in (output / RESULT, output / MATRICES, *captioned(output).values()):
+        path.unlink(missing_ok=True)
+
+
+def _write_matrices(path: Path, matrices: dict[str, Tensor]) -> None:
+    with replacing(path) as written:
+        written.write_bytes(save({name: matrix.contiguous().clone() for name, matrix in matrices.items()}))

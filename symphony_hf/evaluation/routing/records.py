@@ -1,0 +1,243 @@
+"""What a model's routers choose for a text, and how much of it survives an attack on the text."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from symphony_hf.diagnostics.routing_metrics import choices_kept, cka_matrix, router_margin
+from symphony_hf.errors import EvaluationError, UnsupportedModelError
+from symphony_hf.evaluation.batching import Windows, evaluating, flatten, padded_batches
+from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
+from symphony_hf.evaluation.windows import aligned_positions
+
+from .drop_first_expert import first_expert_dropped
+from .expert_outputs import sampling_experts
+from .hooks import Routed, watching_routers
+from .texts import Form
+
+__all__ = ["RoutingKept", "RoutingRecord", "choices_kept", "record_routing", "routing_kept"]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingKept:
+    """The share of routing choices that an attack left as they were, on the tokens that it left alone."""
+
+    share: float
+    """Mean over layers, in [0, 1]. Choosing at random would keep K / E."""
+    per_layer: np.ndarray
+    """The same of each MoE layer. Shape: (layers,)."""
+    num_tokens: int
+    """Untouched tokens that were compared."""
+
+
+class RoutingRecord(NamedTuple):
+    """What one router decided about every token.
+
+    Attributes:
+        indices_TK: The experts chosen, sorted within a token. Shape: (tokens, top_k), int16.
+        margin_T: See `diagnostics.router_margin`. In nats. Shape: (tokens,), float32.
+    """
+
+    indices_TK: Tensor
+    margin_T: Tensor
+
+
+def record_routing(
+    model: nn.Module, windows: Windows, batch_size: int = 16, *, progress: str | None = None
+) -> dict[str, RoutingRecord]:
+    """What every router of a model decides about every token.
+
+    It is read where it is decided, off what each router returns (`watching.watching_routers`); so it takes no recorded
+    router logits, and is right where a family adds a bias to choose by, or chooses groups of experts first.
+
+    Args:
+        model: Any that discovery knows, symphonized or not, and that takes `input_ids` and `attention_mask`. One that
+            has an encoder and a decoder is given the same text in both.
+        windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
+        batch_size: Windows a forward.
+        progress: What the progress bar says; no bar when None.
+
+    Returns:
+        By router, in the order of the modules, of all tokens of all documents in order. On the CPU: 2 * K + 4 bytes a
+        token and layer. Routers that did not run, such as those for images, are left out; a layer that is gone through
+        more than once has an entry for each time.
+
+    Raises:
+        EvaluationError: If no router ran, or one did not see every token once.
+        UnsupportedModelError: If there are no routers that are known.
+    """
+    flat, _ = flatten(windows)
+    by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
+    with evaluating(model) as device, watching_routers(model) as seen:
+        for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
+            _run(model, input_ids, attention_mask)
+            for name, routed in _taken(seen):
+                record = _recorded(name, routed, input_ids)
+                for row, index in enumerate(indices):
+                    length = len(flat[index])
+                    by_window[index][name] = RoutingRecord(*(part[row, :length] for part in record))
+    names = list(by_window[0])
+    if not names:
+        raise EvaluationError(f"{type(model).__name__}: none of its {len(seen)} routers ran on text alone")
+    return {
+        name: RoutingRecord(*(torch.cat(parts) for parts in zip(*(w[name] for w in by_window), strict=True)))
+        for name in names
+    }
+
+
+def _run(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = input_ids
+    model(**inputs)
+
+
+def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
+    """What the routers decided in this forward, by the name that a record has; their lists are empty afterwards."""
+    taken = []
+    for name, calls in seen.items():
+        taken += [(name if place == 0 else f"{name} (pass {place + 1})", routed) for place, routed in enumerate(calls)]
+        calls.clear()
+    return taken
+
+
+def _recorded(name: str, routed: Routed, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Choices, shape (windows, length, top_k), and margins, shape (windows, length), on the CPU."""
+    logits_TE, indices_TK = routed
+    if len(indices_TK) != input_ids.numel():
+        raise EvaluationError(
+            f"router `{name}` saw {len(indices_TK)} tokens, the batch has {input_ids.numel()}: only routers that see "
+            "every token can be compared token by token. Pass the part of the model that takes token ids, such as "
+            "`model.language_model` of a vision-language model"
+        )
+    chosen = indices_TK.sort(-1).values.to(device="cpu", dtype=torch.int16)
+    margin_T = router_margin(logits_TE, indices_TK).cpu()
+    return chosen.view(*input_ids.shape, -1), margin_T.view(input_ids.shape)
+
+
+def _untouched_tokens(clean: Windows, attacked: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the untouched tokens among all tokens of the clean and of the attacked documents."""
+    positions: list[tuple[np.ndarray, np.ndarray]] = []
+    clean_start, attacked_start = 0, 0
+    for name in clean:
+        clean_ids = torch.cat(list(clean[name])).tolist()
+        attacked_ids = torch.cat(list(attacked[name])).tolist()
+        clean_T, attacked_T = aligned_positions(clean_ids, attacked_ids)
+        positions.append((clean_start + clean_T, attacked_start + attacked_T))
+        clean_start += len(clean_ids)
+        attacked_start += len(attacked_ids)
+    clean_parts, attacked_parts = zip(*positions, strict=True)
+    return np.concatenate(clean_parts), np.concatenate(attacked_parts)
+
+
+def routing_kept(
+    model: nn.Module,
+    clean_windows: Windows,
+    attacked_windows: Windows,
+    *,
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> RoutingKept:
+    """Compare the experts that untouched tokens choose in clean documents and in their attacked versions.
+
+    The documents are aligned as wholes, so their windows may be cut at different words. A token near a cut then
+    has another context in both texts, for every model alike: compare models on the same windows.
+
+    Args:
+        model: As in `record_routing`.
+        clean_windows: Token ids by document name, in windows without overlap.
+        attacked_windows: The same of the attacked texts: the same names, the same tokenizer.
+        batch_size: Windows a forward.
+        progress: What the progress bars say, before "clean" and "attacked"; no bars when None.
+
+    Returns:
+        The share of choices kept. Exactly 1 where the documents are identical.
+
+    Raises:
+        EvaluationError: If the documents differ by name or have no token in common.
+    """
+    if clean_windows.keys() != attacked_windows.keys():
+        differing = sorted(clean_windows.keys() ^ attacked_windows.keys())
+        raise EvaluationError(f"documents that are only clean or only attacked: {differing[:3]}; each needs both")
+    attacked_windows = {name: attacked_windows[name] for name in clean_windows}
+    for windows in (clean_windows, attacked_windows):
+        flatten(windows)  # refuses unusable ones, before any work
+    clean_T, attacked_T = _untouched_tokens(clean_windows, attacked_windows)
+    if not len(clean_T):
+        raise EvaluationError("no token is the same in clean and attacked documents: were they tokenized alike?")
+    bars = [None if progress is None else f"{progress}, {text}" for text in ("clean", "attacked")]
+    clean = record_routing(model, clean_windows, batch_size, progress=bars[0])
+    attacked = record_routing(model, attacked_windows, batch_size, progress=bars[1])
+    pairs = [(clean[name].indices_TK[clean_T], attacked[name].indices_TK[attacked_T]) for name in clean]
+    per_layer = np.array([choices_kept(clean_TK, attacked_TK) for clean_TK, attacked_TK in pairs])
+    return RoutingKept(float(per_layer.mean()), per_layer, len(clean_T))
+
+
+def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[str, RoutingRecord]:
+    """What each router decided about the documents' tokens, without those that are given in front of windows."""
+    recorded = record_routing(model, form.windows, batch_size, progress=progress)
+    kept = torch.from_numpy(form.kept_rows())
+    return {name: RoutingRecord(*(part[kept] for part in record)) for name, record in recorded.items()}
+
+
+def score_with_and_without_first(model: Any, form: Form, batch_size: int) -> tuple[DocumentScores, DocumentScores]:
+    """Likelihoods of the documents, and those without each token's first expert.
+
+    Raises:
+        UnsupportedModelError: If the model does not predict the next token, or a router cannot do without.
+    """
+    _check_predicts(model)
+    with first_expert_dropped(model):
+        without = score_documents(model, form.windows, batch_size=batch_size, progress="Without the first expert")
+    return score_documents(model, form.windows, batch_size=batch_size, progress="Scoring"), without
+
+
+def _check_predicts(model: Any) -> None:
+    vocabulary = model.config.get_text_config().vocab_size
+    head = model.get_output_embeddings()
+    if model.config.is_encoder_decoder or head is None or head.weight.shape[0] < vocabulary:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not predict the next token, so there is no loss to compare"
+        )
+
+
+def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int) -> dict[str, Tensor]:
+    """How alike the experts of each layer are, on some tokens spread over the text.
+
+    Returns:
+        By router, the linear CKA of each pair of experts, without bias. Shape of each: (num_experts, num_experts).
+
+    Raises:
+        UnsupportedModelError: If the experts of a layer cannot be run one by one.
+    """
+    flat, _ = flatten(form.windows)
+    longest = max(len(window) for window in flat)
+    spread = flat[:: max(1, len(flat) // max(batch_size, -(-num_tokens // longest)))]
+    similarities = {}
+    with evaluating(model) as device:
+        (batch,) = padded_batches(spread, len(spread), device, None)
+        rows = batch.attention_mask.flatten().nonzero().flatten().cpu()
+        places = rows[torch.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).long()]
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = batch.input_ids
+        with sampling_experts(model, places) as samples:
+            model(**inputs)
+        for sample in samples:
+            if sample.hidden_TD is not None:
+                similarities[sample.name] = cka_matrix(sample.outputs())
+    return similarities
+
+
+@contextmanager
+def or_why_not(unavailable: dict[str, str], name: str) -> Iterator[None]:
+    """Have what a model cannot be measured on noted with its reason, and go on without."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        unavailable[name] = str(error)

@@ -1,0 +1,239 @@
+"""The text that a model is observed on: documents and their attacked forms, in windows, and what is said of each token.
+
+As in `symphony eval`, windows of both forms begin and end at the same words, each behind one token that is given.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from symphony_hf.data.documents import SPLIT_NAMES, Document
+from symphony_hf.data.rows import thinned
+from symphony_hf.errors import DataError
+from symphony_hf.evaluation.robustness.documents import FEWEST_WORDS, attacked_form, read_documents
+from symphony_hf.evaluation.robustness.settings import Cell
+from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
+from symphony_hf.evaluation.windows import (
+    Tokens,
+    Untouched,
+    attacked_cuts,
+    clean_cuts,
+    cut,
+    find_untouched,
+    first_token,
+    tokenize,
+)
+
+from .settings import RoutingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_DOMAINS = 8
+LEAST_SHARE = 0.02
+"""Of all tokens. A domain with less is one of the others."""
+
+OTHERS = "other"
+DISTANCES = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, None))
+"""Tokens from the last edit in front, both ends included: 1 is right behind it."""
+
+DISTANCE_NAMES = ("1", "2-3", "4-7", "8-15", "16-31", "32 or more", "none before")
+CLASS_NAMES = ("word start", "word inside", "number", "punctuation", "space")
+
+
+@dataclass(frozen=True)
+class Form:
+    """All documents in one form, as windows.
+
+    Attributes:
+        windows: By document name. Shape of each: (2 or more,), int64.
+        num_tokens: Of each document, the given ones not counted.
+    """
+
+    windows: dict[str, list[Tensor]]
+    num_tokens: list[int]
+
+    def kept_rows(self) -> np.ndarray:
+        """Which of the rows of all windows are of a document's own token. Shape: (rows,), bool."""
+        lengths = [len(window) for parts in self.windows.values() for window in parts]
+        kept = np.ones(sum(lengths), dtype=bool)
+        kept[np.cumsum([0, *lengths[:-1]])] = False
+        return kept
+
+
+@dataclass(frozen=True)
+class AttackedForm:
+    """An attacked form, and the tokens that it shares with the clean one. Shape of each array: (untouched,).
+
+    Attributes:
+        form: Its windows.
+        clean: Positions of the shared tokens among all tokens of all clean documents.
+        attacked: Those among all of the attacked ones.
+        document: The number of the document that each is in.
+        distance: The number in `DISTANCE_NAMES` of how far behind an edit of its window it is.
+    """
+
+    form: Form
+    clean: np.ndarray
+    attacked: np.ndarray
+    document: np.ndarray
+    distance: np.ndarray
+
+
+@dataclass(frozen=True)
+class ObservedTexts:
+    """What a model is run on.
+
+    Attributes:
+        source: What was read.
+        num_words: Of all clean documents.
+        clean: The documents as they are.
+        attacked: Their attacked forms.
+        domains: Names of the domains.
+        domain: The number of each clean token's domain. Shape: (tokens,).
+        token_class: The number in `CLASS_NAMES` of each clean token's class. Shape: (tokens,).
+    """
+
+    source: str
+    num_words: int
+    clean: Form
+    attacked: dict[Cell, AttackedForm]
+    domains: list[str]
+    domain: np.ndarray
+    token_class: np.ndarray
+
+
+def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerBase", block_size: int) -> ObservedTexts:
+    """Read the documents, attack them, and cut both into windows.
+
+    Raises:
+        DataError: If there is no such data, it has too few documents for an interval, or an attack changes none.
+    """
+    evaluation = settings.as_evaluation()
+    source, found = read_documents(evaluation)
+    usable = [document for document in found if len(document.text.split()) >= FEWEST_WORDS]
+    documents = [_shortened(document, settings.words) for document in thinned(usable, settings.documents)]
+    if len(documents) < MIN_DOCUMENTS:
+        raise DataError(
+            f"{source}: {len(documents)} documents of {FEWEST_WORDS} words or more, of {len(found)} found; intervals "
+            f"need {MIN_DOCUMENTS}: give more text, another --split, or raise --documents"
+        )
+    first, clean = first_token(tokenizer), tokenize(documents, tokenizer)
+    names = [document.name for document in documents]
+    cuts = [clean_cuts(len(tokens.ids), block_size) for tokens in clean]
+    cells = evaluation.cells() if settings.attacks else []
+    attacked = {}
+    # disable=None: no bar where the output is not a terminal, such as a log file.
+    for cell in tqdm(cells, desc="Attacking", unit=" texts", delay=2, disable=None):
+        tokens = tokenize(attacked_form(documents, cell, source), tokenizer)
+        attacked[cell] = _attacked(names, clean, tokens, cuts, first)
+    domains, of_document = _domains(names, [len(tokens.ids) for tokens in clean])
+    return ObservedTexts(
+        source=source,
+        num_words=sum(len(document.text.split()) for document in documents),
+        clean=_form(names, clean, cuts, first),
+        attacked=attacked,
+        domains=domains,
+        domain=np.repeat(of_document, [len(tokens.ids) for tokens in clean]),
+        token_class=_classes([token for tokens in clean for token in tokens.ids], tokenizer),
+    )
+
+
+def _shortened(document: Document, words: int | None) -> Document:
+    """Its first lines, up to the one in which it has enough words."""
+    if words is None:
+        return document
+    lines, number = [], 0
+    for line in document.text.splitlines(keepends=True):
+        lines.append(line)
+        number += len(line.split())
+        if number >= words:
+            break
+    return Document(document.name, "".join(lines))
+
+
+def _form(names: Sequence[str], tokens: Sequence[Tokens], cuts: Sequence[np.ndarray], first: int) -> Form:
+    windows = [cut(own.ids, ends, first) for own, ends in zip(tokens, cuts, strict=True)]
+    return Form(dict(zip(names, windows, strict=True)), [len(own.ids) for own in tokens])
+
+
+def _attacked(
+    names: Sequence[str], clean: Sequence[Tokens], attacked: Sequence[Tokens], cuts: Sequence[np.ndarray], first: int
+) -> AttackedForm:
+    untouched = [find_untouched(before, after) for before, after in zip(clean, attacked, strict=True)]
+    ends = [
+        attacked_cuts(own_cuts, places, len(after.ids))
+        for own_cuts, places, after in zip(cuts, untouched, attacked, strict=True)
+    ]
+    starts = [np.cumsum([0, *(len(tokens.ids) for tokens in form[:-1])]) for form in (clean, attacked)]
+    shifted = [(places.clean + a, places.attacked + b) for places, a, b in zip(untouched, *starts, strict=True)]
+    distances = [_distances(places, own_ends) for places, own_ends in zip(untouched, ends, strict=True)]
+    return AttackedForm(
+        form=_form(names, attacked, ends, first),
+        clean=np.concatenate([places for places, _ in shifted]),
+        attacked=np.concatenate([places for _, places in shifted]),
+        document=np.repeat(np.arange(len(untouched)), [len(places.clean) for places in untouched]),
+        distance=np.concatenate(distances),
+    )
+
+
+def _distances(untouched: Untouched, ends: np.ndarray) -> np.ndarray:
+    """How far behind the last edit of its window each untouched token is, as a number in `DISTANCE_NAMES`."""
+    number = len(untouched.clean)
+    window = np.searchsorted(ends, untouched.attacked, side="right")
+    # Something was put in, taken out or changed right in front of these, and not in another window.
+    is_first = window != np.searchsorted(ends, untouched.attacked - 1, side="right")
+    before = [np.append(-1, places[:-1]) for places in untouched]
+    is_behind = (untouched.clean - before[0] != 1) | (untouched.attacked - before[1] != 1)
+    is_behind &= ~is_first & (untouched.attacked > 0)
+    last = np.maximum.accumulate(np.where(is_behind, np.arange(number), -1))
+    has_edit = (last >= 0) & (window[last] == window)
+    distance = untouched.attacked - untouched.attacked[last] + 1
+    names = np.full(number, len(DISTANCES))
+    for place, (least, most) in enumerate(DISTANCES):
+        inside = (distance >= least) & (distance <= (most or distance.max(initial=least)))
+        names[has_edit & inside] = place
+    return names
+
+
+def _domains(names: Sequence[str], num_tokens: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """Domains by the first folder of a document's name, and the number of each document's."""
+    folders = [_folder_of(name) for name in names]
+    sizes: Counter[str] = Counter()
+    for folder, size in zip(folders, num_tokens, strict=True):
+        sizes[folder] += size
+    least = LEAST_SHARE * sizes.total()
+    kept = [folder for folder, size in sizes.most_common(MOST_DOMAINS) if size >= least]
+    if len(sizes) > len(kept):
+        kept.append(OTHERS)
+    return kept, np.array([kept.index(folder if folder in kept else OTHERS) for folder in folders])
+
+
+def _folder_of(name: str) -> str:
+    """The first folder in a document's name, but for that of its split."""
+    parts = name.split("/")
+    if parts[0].lower() in SPLIT_NAMES:
+        parts = parts[1:]
+    return parts[0] if len(parts) > 1 else "top level"
+
+
+def _classes(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    by_id = {token: CLASS_NAMES.index(_class_of(token, tokenizer)) for token in set(ids)}
+    return np.array([by_id[token] for token in ids])
+
+
+def _class_of(token: int, tokenizer: "PreTrainedTokenizerBase") -> str:
+    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+    bare = text.strip()
+    if not bare:
+        return "space"
+    if any(letter.isalpha() for letter in bare) or bare == "_":
+        # As byte-level and SentencePiece tokenizers write the space in front, or as WordPiece writes its absence.
+        starts = piece[0] in "Ġ▁" or text[0].isspace()
+        return "word start" if starts else "word inside"
+    return "number" if any(letter.isdigit() for letter in bare) else "punctuation"

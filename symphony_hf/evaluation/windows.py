@@ -1,0 +1,175 @@
+"""Documents and their attacked forms in windows that begin and end at the same words.
+
+A window begins with a token that is given, not predicted; so each token of a document is predicted once, and the
+likelihood of a document can be divided by its words or bytes. A token has the same text in front of it in both forms,
+but for the attack: with windows of a fixed length it would be other text, since attacked text has more tokens.
+"""
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from symphony_hf.data.documents import Document
+from symphony_hf.errors import ConfigError, EvaluationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+pass
+
+
+_BATCH = 256
+"""Documents that are tokenized in one call."""
+
+
+class Tokens(NamedTuple):
+    """A document in tokens.
+
+    Attributes:
+        ids: Token ids, without special tokens.
+        lines: The line that each token begins in. Shape: (tokens,), int64, never decreasing.
+    """
+
+    ids: list[int]
+    lines: np.ndarray
+
+
+class Untouched(NamedTuple):
+    """Where the tokens are that an attack left alone. Shape of each: (untouched,), int64.
+
+    Attributes:
+        clean: Their positions in the document.
+        attacked: Those in its attacked form.
+    """
+
+    clean: np.ndarray
+    attacked: np.ndarray
+
+
+def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[Tokens]:
+    """The tokens of each document.
+
+    A tokenizer that does not tell where in the text its tokens are has all of them in one line, which only makes it
+    take longer, and less sure, to find the ones that an attack left alone.
+
+    Raises:
+        EvaluationError: If a document has no tokens.
+    """
+    found: list[Tokens] = []
+    for start in range(0, len(documents), _BATCH):
+        texts = [document.text for document in documents[start : start + _BATCH]]
+        batch = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=tokenizer.is_fast,
+            verbose=False,
+        )
+        places = batch["offset_mapping"] if tokenizer.is_fast else [[(0, 0)] * len(ids) for ids in batch["input_ids"]]
+        found += [Tokens(*parts) for parts in zip(batch["input_ids"], map(_lines, texts, places), strict=True)]
+    for document, tokens in zip(documents, found, strict=True):
+        if not tokens.ids:
+            raise EvaluationError(f"document {document.name!r} has no tokens: leave it out")
+    return found
+
+
+def _lines(text: str, places: Sequence[tuple[int, int]]) -> np.ndarray:
+    ends = [place for place, letter in enumerate(text) if letter == "\n"]
+    return np.searchsorted(ends, np.array([start for start, _ in places], dtype=np.int64))
+
+
+def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that a window begins with: the beginning of text, or the end of the text before.
+
+    Raises:
+        ConfigError: If the tokenizer has neither.
+    """
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} has neither a token for the beginning of a text nor one for its end: set its "
+            "`bos_token`"
+        )
+    return token
+
+
+def clean_cuts(num_tokens: int, block_size: int) -> np.ndarray:
+    """Where the windows of a document end, each of `block_size` tokens with the one that is given."""
+    return np.append(np.arange(block_size - 1, num_tokens, block_size - 1), num_tokens)
+
+
+def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> np.ndarray:
+    """Where the windows of the attacked form end: at the same tokens, or as far between untouched ones.
+
+    Args:
+        cuts: Of the document, see `clean_cuts`.
+        untouched: Of both forms.
+        num_attacked: Tokens of the attacked form.
+
+    Returns:
+        As many ends, increasing, though two may be the same where much was dropped.
+    """
+    # Each end is between two untouched tokens: right behind the one, and at the latest in front of the other.
+    after_one = [np.append(0, places + 1) for places in untouched]
+    at_other = [np.append(untouched.clean, cuts[-1]), np.append(untouched.attacked, num_attacked)]
+    number = np.searchsorted(untouched.clean, cuts)
+    start, room = after_one[0][number], (at_other[0] - after_one[0])[number]
+    share = np.divide(cuts - start, room, out=np.ones(len(cuts)), where=room > 0)
+    return after_one[1][number] + np.round(share * (at_other[1] - after_one[1])[number]).astype(np.int64)
+
+
+def cut(ids: Sequence[int], cuts: np.ndarray, first: int) -> list[Tensor]:
+    """The windows of a document, each with the given token in front. Shape of each: (2 or more,), int64."""
+    starts = [0, *cuts[:-1].tolist()]
+    pieces = zip(starts, cuts.tolist(), strict=True)
+    return [torch.tensor([first, *ids[start:end]]) for start, end in pieces if end > start]
+
+
+def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
+    """The tokens that both forms of a document have in common, in order and line by line: no attack moves lines."""
+    clean_places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    attacked_places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    for line in np.intersect1d(clean.lines, attacked.lines):
+        here = [np.searchsorted(form.lines, [line, line + 1]) for form in (clean, attacked)]
+        own, other = (form.ids[start:end] for form, (start, end) in zip((clean, attacked), here, strict=True))
+        places, other_places = aligned_positions(own, other)
+        clean_places.append(here[0][0] + places)
+        attacked_places.append(here[1][0] + other_places)
+    return Untouched(np.concatenate(clean_places), np.concatenate(attacked_places))
+
+
+SPAN = 2048
+"""Tokens aligned at once. `SequenceMatcher` takes time quadratic in it; a document of any length then costs time
+linear in its length (20 ms for 2,000 tokens, of which a fifth replaced)."""
+
+
+def aligned_positions(clean_ids: Sequence[int], attacked_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pair the tokens of a clean text with the same tokens of its attacked version, in order.
+
+    Args:
+        clean_ids: Token ids of the clean document.
+        attacked_ids: Token ids of the attacked one, from the same tokenizer.
+
+    Returns:
+        Positions in the clean and in the attacked document: both strictly increasing, of one length, and the
+        token at a position of the first is the token at the same entry of the second. Integer.
+    """
+    clean_positions: list[int] = []
+    attacked_positions: list[int] = []
+    i, j = 0, 0
+    while i < len(clean_ids) and j < len(attacked_ids):
+        # autojunk would ignore frequent tokens, which are just the stop words that attacks leave alone.
+        matcher = SequenceMatcher(None, clean_ids[i : i + SPAN], attacked_ids[j : j + SPAN], autojunk=False)
+        *blocks, _ = matcher.get_matching_blocks()
+        for block in blocks:
+            clean_positions.extend(range(i + block.a, i + block.a + block.size))
+            attacked_positions.extend(range(j + block.b, j + block.b + block.size))
+        # Go on behind the last match: the two spans do not end at the same word. Without one, skip both.
+        i += blocks[-1].a + blocks[-1].size if blocks else SPAN
+        j += blocks[-1].b + blocks[-1].size if blocks else SPAN
+    return np.array(clean_positions, dtype=np.int64), np.array(attacked_positions, dtype=np.int64)

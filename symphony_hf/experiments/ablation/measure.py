@@ -1,0 +1,105 @@
+"""What a trained cell makes of the test text, clean and attacked."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from symphony_hf.diagnostics.routing_metrics import choices_kept, load_of_choices, normalized_entropy
+from symphony_hf.errors import EvaluationError
+
+from .text import StudyText
+
+_ROWS = 32
+
+
+class Reading(NamedTuple):
+    """Of a stream in rows.
+
+    Attributes:
+        nll: Negative log-likelihood of each token but the first of its row, which is 0, in nats. Shape: (tokens,).
+        chosen: Experts, sorted. Shape: (layers, tokens, top_k).
+    """
+
+    nll: Tensor
+    chosen: Tensor
+
+
+@torch.inference_mode()
+def read_stream(model: PreTrainedModel, stream_N: Tensor, block_size: int) -> Reading:
+    """Read a stream in rows of their own, the last one shorter.
+
+    Raises:
+        EvaluationError: If a negative log-likelihood is not finite.
+    """
+    model.eval()
+    top_k = int(model.config.num_experts_per_tok)  # type: ignore[union-attr]
+    whole = len(stream_N) // block_size * block_size
+    batches = list(stream_N[:whole].view(-1, block_size).split(_ROWS))
+    if whole < len(stream_N):
+        batches.append(stream_N[None, whole:])
+    nll, chosen = [], []
+    for ids in batches:
+        output = model.model(input_ids=ids, output_router_logits=True)
+        following = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        values = model.lm_head(output.last_hidden_state, following, reduction="none")
+        nll.append(nn.functional.pad(values[:, :-1], (1, 0)).flatten())
+        chosen.append(torch.stack([logits.topk(top_k).indices.sort(-1).values for logits in output.router_logits]))
+    reading = Reading(torch.cat(nll).double(), torch.cat(chosen, dim=1))
+    if not torch.isfinite(reading.nll).all():
+        raise EvaluationError("the negative log-likelihood of a token is not finite: the training diverged")
+    return reading
+
+
+def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[str, Any]:
+    """Perplexities of validation, clean and attacked test text, and what of the routing is kept under attack.
+
+    Returns:
+        `validation`, `clean`, `attacked`: perplexities, each of its own words, as in the paper. `ratio`: attacked over
+        clean. `untouched_clean`, `untouched_attacked`: of the words that the attack left, in the clean and in the
+        attacked text: what the damage around a word costs. `routing_kept`: share of their experts that those words
+        still choose which are untouched themselves, and have an attacked one before them in their row; others cannot
+        change. `load_entropy`: of the experts' load by the clean test text, 1 where it is even, the mean over layers: a
+        router that uses few experts keeps its choices more easily.
+    """
+    validation = read_stream(model, text.validation, block_size)
+    clean = read_stream(model, text.test, block_size)
+    attacked = read_stream(model, text.attacked, block_size)
+    predicted = torch.arange(len(text.test)) % block_size > 0
+    untouched = text.test == text.attacked
+    reached = untouched & _behind_an_attack(~untouched, block_size)
+    if not reached.any():
+        raise EvaluationError("no word has an attacked one before it in its row: raise the attack's rate")
+    values = {
+        "validation": _perplexity(validation.nll, torch.arange(len(text.validation)) % block_size > 0),
+        "clean": _perplexity(clean.nll, predicted),
+        "attacked": _perplexity(attacked.nll, predicted),
+        "untouched_clean": _perplexity(clean.nll, predicted & untouched),
+        "untouched_attacked": _perplexity(attacked.nll, predicted & untouched),
+    }
+    return {
+        **values,
+        "ratio": values["attacked"] / values["clean"],
+        "routing_kept": choices_kept(clean.chosen[:, reached], attacked.chosen[:, reached]),
+        "load_entropy": _load_entropy(clean.chosen, int(model.config.num_experts)),  # type: ignore[union-attr]
+        "test_tokens": int(predicted.sum()),
+        "attacked_tokens": int((predicted & ~untouched).sum()),
+        "reached_tokens": int(reached.sum()),
+    }
+
+
+def _behind_an_attack(attacked_N: Tensor, block_size: int) -> Tensor:
+    """Whether a word of the same row, before this one, was attacked. Shape: (tokens,)."""
+    rows = nn.functional.pad(attacked_N, (0, -len(attacked_N) % block_size)).view(-1, block_size).int()
+    return (rows.cumsum(1) - rows > 0).flatten()[: len(attacked_N)]
+
+
+def _load_entropy(chosen_LTK: Tensor, num_experts: int) -> float:
+    entropies = [normalized_entropy(load_of_choices(chosen_TK, num_experts)) for chosen_TK in chosen_LTK]
+    return sum(entropies) / len(entropies)
+
+
+def _perplexity(nll_N: Tensor, which_N: Tensor) -> float:
+    return math.exp(float(nll_N[which_N].mean()))

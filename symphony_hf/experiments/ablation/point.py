@@ -1,0 +1,110 @@
+"""A point of the grid: which system, and how it is routed."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from symphony_hf.config import SymphonyConfig
+from symphony_hf.errors import ConfigError
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "smoe": {},
+    "xmoe": {"router_type": "cosine"},
+    "glam": {"moe_every": 2},
+    "smoothsmoe": {"router_type": "smooth"},
+    "momentumsmoe": {"momentum": 0.7},
+}
+"""What each system changes in the model's config; the first three are the paper's."""
+
+System = Literal["smoe", "xmoe", "glam", "smoothsmoe", "momentumsmoe"]
+Graph = Literal["ema", "frozen", "learned", "random", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One variant, up to its seed.
+
+    Args:
+        system: `smoe`, `xmoe` (cosine routers), `glam` (experts in every other block), `smoothsmoe` (an expert just
+            below the cut is lifted in) or `momentumsmoe` (the experts' outputs have momentum across blocks).
+        strength: See `SymphonyConfig`, as the next four.
+        smoothing: `logits` or `scores`.
+        normalization: `row`, `conditional` or `symmetric`.
+        self_loops: Whether an expert hears itself.
+        decay: Of the moving average.
+        graph: `ema`; `frozen`: the moving average stops after `freeze_after` of the steps; `learned` by gradient;
+            `random`: routed by the moving average with its experts shuffled; `identity`: no graph, the plain system.
+        freeze_after: Share of the steps, with `frozen`.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    system: System = "smoe"
+    strength: float = 1.0
+    smoothing: Literal["logits", "scores"] = "logits"
+    normalization: Literal["row", "conditional", "symmetric"] = "row"
+    self_loops: bool = True
+    decay: float = 0.99
+    graph: Graph = "ema"
+    freeze_after: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.freeze_after <= 1:
+            raise ConfigError(f"`freeze_after` is a share of the steps, above 0 and up to 1; got {self.freeze_after}")
+        self.symphony()  # refuses what contradicts
+
+    def symphony(self, base: SymphonyConfig | None = None) -> SymphonyConfig:
+        """The settings of the graph: those of a recipe, with this point's.
+
+        Args:
+            base: The recipe's; its losses and layers are kept.
+        """
+        return dataclasses.replace(
+            base or SymphonyConfig(),
+            strength=0.0 if self.graph == "identity" else self.strength,
+            smoothing=self.smoothing,
+            normalization=self.normalization,
+            self_loops=self.self_loops,
+            decay=self.decay,
+            graph="learned" if self.graph == "learned" else "ema",
+        )
+
+    def canonical(self) -> "Point":
+        """The same routing by its simplest name, so that no cell is run twice under two names."""
+        if self.graph == "identity" or self.strength == 0:
+            return Point(system=self.system, graph="identity", strength=0.0)
+        changes: dict[str, Any] = {}
+        if self.graph != "frozen":
+            changes["freeze_after"] = Point.freeze_after
+        if self.graph == "learned":
+            changes["decay"] = Point.decay
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it routes as the system without a graph does."""
+        return self.canonical().graph == "identity"
+
+    @property
+    def plain(self) -> "Point":
+        """The system without a graph, which this point is compared with."""
+        return Point(system=self.system, graph="identity").canonical()
+
+    def label(self, base: "Point") -> str:
+        """The system, and what differs from a base point; for tables."""
+        point, base = self.canonical(), base.canonical()
+        if point.is_plain:
+            return f"{point.system}, no graph"
+        changed = [
+            f"{field.name} {_text(getattr(point, field.name))}"
+            for field in dataclasses.fields(point)
+            if field.name != "system" and getattr(point, field.name) != getattr(base, field.name)
+        ]
+        if point.graph == "frozen" and f"freeze_after {point.freeze_after:g}" not in changed:
+            changed.append(f"freeze_after {point.freeze_after:g}")
+        return ", ".join([point.system, *(changed or ["graph"])])
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

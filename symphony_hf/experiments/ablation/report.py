@@ -1,0 +1,247 @@
+"""What a study found: a table with intervals over seeds, each point beside its system without a graph; and pictures."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from symphony_hf.diagnostics.plots.curves import plot_curves
+from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
+from symphony_hf.diagnostics.plots.studies import plot_points
+from symphony_hf.evaluation.statistics import SeedInterval, paired_ratio, t_interval
+from symphony_hf.files import write_json, write_text
+
+from .cells import Cell, Results, cells_of
+from .point import Point
+from .study import Study
+from .train import frozen_after
+
+PERPLEXITIES = ("validation", "clean", "attacked", "ratio", "untouched_clean", "untouched_attacked")
+"""Compared by their ratios."""
+SHARES = ("routing_kept", "load_entropy")
+"""Compared by their differences."""
+MEASURES = (*PERPLEXITIES, *SHARES)
+KEPT = (
+    *MEASURES,
+    *("train_seconds", "train_cpu_seconds", "tokens_per_cpu_second", "measure_seconds", "tokens", "parameters"),
+)
+"""Of a cell, in the report."""
+
+ROUTING_KEPT = (
+    "Routing kept: the share of their experts that words still choose which have an attacked word before them in their "
+    "row, and are untouched themselves. Load entropy: of the experts' load, 1 where it is even. A router that uses few "
+    "experts keeps its choices more easily, so the two are read together."
+)
+"""What these columns are, for a page."""
+
+HEADER = (
+    *("point", "seeds", "clean", "attacked", "attacked / clean", "routing kept", "load entropy"),
+    *("clean against no graph", "attacked against no graph", "routing kept against no graph"),
+)
+
+
+def write_ablation(study: Study, results: Results, failed: Mapping[Cell, str]) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and the pictures into the results' folder.
+
+    Returns:
+        The values of `report.json`.
+    """
+    cells = cells_of(study)
+    done = {cell: values for cell in cells if (values := results.load(cell)) is not None}
+    by_point = {
+        point: {cell.seed: values for cell, values in done.items() if cell.point == point} for point in study.points()
+    }
+    report: dict[str, Any] = {
+        "rows": [_row(study, point, by_point) for point, runs in by_point.items() if runs],
+        "cells": [
+            {"label": cell.point.label(study.base), "seed": cell.seed, **{name: values[name] for name in KEPT}}
+            for cell, values in done.items()
+        ],
+        "missing": [f"{cell.point.label(study.base)}, seed {cell.seed}" for cell in cells if cell not in done],
+        "left_out": study.left_out(),
+        "failed": {f"{cell.point.label(study.base)}, seed {cell.seed}": words for cell, words in failed.items()},
+        "settings": {**_settings(study, done.values()), "text": results.text_digest},
+        "machines": list({str(values["machine"]): values["machine"] for values in done.values()}.values()),
+        "command": study.command,
+        "output": str(results.folder),
+    }
+    write_json(results.folder / "report.json", report)
+    _write_pictures(study, by_point, report["rows"], results.folder)
+    write_text(results.folder / "report.md", markdown(report))
+    return report
+
+
+def _settings(study: Study, runs: Any) -> dict[str, Any]:
+    recipe = study.recipe
+    assert recipe.model.config is not None
+    first: Mapping[str, Any] = next(iter(runs), {})
+    return {
+        "model": recipe.model.config,
+        "hidden_size": AutoConfig.for_model(**recipe.model.config).hidden_size,
+        "base": dataclasses.asdict(study.base.canonical()),
+        "systems": list(study.systems),
+        "axes": study.axes,
+        "seeds": list(study.seeds),
+        "tokens": study.tokens,
+        "steps": study.steps,
+        "rows": study.rows,
+        "block_size": recipe.data.block_size,
+        "vocab_size": recipe.data.vocab_size,
+        "learning_rate": study.learning_rate,
+        "warmup_steps": study.warmup_steps,
+        "attack": {"rate": recipe.eval.attack_rate, "minimum": recipe.eval.attack_minimum, "seed": recipe.eval.seed},
+        **{name: first.get(name) for name in ("test_tokens", "attacked_tokens", "reached_tokens")},
+    }
+
+
+def _start_left(study: Study, point: Point) -> float | None:
+    """How much of the identity that it starts from a moving average still has at the end; None where there is none."""
+    if point.is_plain or point.graph == "learned":
+        return None
+    return point.decay ** (frozen_after(point, study.steps) if point.graph == "frozen" else study.steps)
+
+
+Runs = Mapping[int, Mapping[str, Any]]
+"""A point's finished cells by seed."""
+
+
+def _row(study: Study, point: Point, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
+    """A point's means; and, seed by seed, against the plain system, and against its own graph with experts shuffled."""
+    runs = by_point[point]
+    row: dict[str, Any] = {"label": point.label(study.base), "point": dataclasses.asdict(point), "seeds": sorted(runs)}
+    row["start_left"] = _start_left(study, point)
+    for name in MEASURES:
+        row[name] = dataclasses.asdict(t_interval([runs[seed][name] for seed in sorted(runs)]))
+    others = {"against_plain": point.plain}
+    if point.graph == "ema":
+        others["against_shuffled"] = dataclasses.replace(point, graph="random")
+    for name, other in others.items():
+        shared = sorted(runs.keys() & by_point.get(other, {}).keys())
+        if shared and not point.is_plain:
+            row[name] = _compare([runs[seed] for seed in shared], [by_point[other][seed] for seed in shared])
+    return row
+
+
+def _compare(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each measure's interval and verdict, in pairs of one seed."""
+    compared = {}
+    for name in MEASURES:
+        a, b = ([run[name] for run in group] for group in (runs, others))
+        differences = [x - y for x, y in zip(a, b, strict=True)]
+        interval = paired_ratio(a, b) if name in PERPLEXITIES else t_interval(differences)
+        compared[name] = {**dataclasses.asdict(interval), "verdict": _verdict(name, interval)}
+    return compared
+
+
+def _verdict(name: str, interval: SeedInterval) -> str:
+    """Of one comparison by itself; of twenty at 95%, one is expected to differ by chance."""
+    if interval.low is None:
+        return "one seed"
+    null = 1.0 if name in PERPLEXITIES else 0.0
+    if not interval.excludes(null):
+        return "not distinguishable"
+    is_higher = interval.estimate > null
+    if name == "load_entropy":
+        return "higher" if is_higher else "lower"  # which of them is better is no question of this one
+    return "better" if is_higher == (name == "routing_kept") else "worse"
+
+
+def table_of(report: Mapping[str, Any]) -> list[list[str]]:
+    """The rows as text, header first."""
+    table = [list(HEADER)]
+    for row in report["rows"]:
+        cells = [row["label"], str(len(row["seeds"]))]
+        cells += [_interval(row[name], digits) for name, digits in (("clean", 2), ("attacked", 2), ("ratio", 4))]
+        cells.append(_interval(row["routing_kept"], 2, percent=True))
+        cells.append(_interval(row["load_entropy"], 3))
+        against = row.get("against_plain")
+        for name in ("clean", "attacked", "routing_kept"):
+            is_share = name == "routing_kept"
+            cells.append(
+                f"{_interval(against[name], 2 if is_share else 4, percent=is_share, signed=is_share)}, "
+                f"{against[name]['verdict']}"
+                if against
+                else ""
+            )
+        table.append(cells)
+    return table
+
+
+def _interval(values: Mapping[str, Any], digits: int, percent: bool = False, signed: bool = False) -> str:
+    """With `signed` a difference: of percentages it is in points."""
+    scale, sign, unit = (100 if percent else 1), "+" if signed else "", "%" if percent and not signed else ""
+    text = f"{scale * values['estimate']:{sign}.{digits}f}{unit}"
+    if values["low"] is not None:
+        text += f" [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]"
+    return f"{text} points" if percent and signed else text
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as a page."""
+    settings = report["settings"]
+    lines = [
+        "# Ablation",
+        "",
+        f"{settings['tokens']:,} tokens a cell, seeds {', '.join(map(str, settings['seeds']))}. Perplexities of the "
+        "test text, and 95% t-intervals over seeds in brackets; ratios to the same system without a graph are paired "
+        "by seed. Below 1 is better. Each verdict is of its interval alone: of twenty, one is expected to be chance.",
+        "",
+        ROUTING_KEPT,
+        "",
+        *as_markdown(table_of(report)),
+    ]
+    failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
+    for title, problems in (("Missing", report["missing"]), ("Failed", failed), ("Left out", report["left_out"])):
+        if problems:
+            lines += ["", f"## {title}", "", *(f"- {problem}" for problem in problems)]
+    return "\n".join(lines) + "\n"
+
+
+def as_markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of a Markdown table."""
+    header, *rows = [f"| {' | '.join(row)} |" for row in table]
+    return [header, "|" + "---|" * len(table[0]), *rows]
+
+
+def _write_pictures(
+    study: Study,
+    by_point: Mapping[Point, Mapping[int, Mapping[str, Any]]],
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    compared = [row for row in rows if "against_plain" in row]
+    if compared:
+        plot_points({row["label"]: row["against_plain"] for row in compared}, folder / "points.png")
+    curves = {
+        f"{point.label(study.base)}, seed {min(runs)}": runs[min(runs)]["curve"]
+        for point, runs in by_point.items()
+        if runs
+    }
+    if curves:
+        plot_curves({label: {"train": curve} for label, curve in list(curves.items())[:6]}, folder / "curves.png")
+    with_graphs = [runs for point, runs in by_point.items() if runs and not point.is_plain]
+    if with_graphs:
+        graphs = next(iter(with_graphs[0].values()))["graphs"]
+        plot_graphs({name: torch.tensor(rows_) for name, rows_ in graphs.items()}, folder / "graphs.png")
+
+
+def print_ablation(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """The table, what is missing or failed, and where the report is; or the plan of a dry run."""
+    console = console or Console()
+    if "plan" in report:
+        for line in report["plan"]:
+            console.print(line, highlight=False)
+        return
+    header, *rows = table_of(report)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for cell, words in report["failed"].items():
+        console.print(f"failed: {cell}: {words}", style="red", highlight=False, soft_wrap=True)
+    console.print(f"Written to {(Path(report['output']) / 'report.md').resolve()}", highlight=False, soft_wrap=True)

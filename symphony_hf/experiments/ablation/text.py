@@ -1,0 +1,112 @@
+"""The text of a study as tokens, made once and read by every cell."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import models
+from torch import Tensor
+
+from symphony_hf.data.blocks import token_stream
+from symphony_hf.data.corpus import corpus_of
+from symphony_hf.data.documents import Document
+from symphony_hf.data.tokenizer import cached_tokenizer
+from symphony_hf.errors import DataError
+from symphony_hf.evaluation.attacks.word_swap import attack
+from symphony_hf.files import replacing
+from symphony_hf.recipe import Recipe
+
+ATTACK_TOKEN = "AAA"
+"""A word of the vocabulary, whether the training text has it or not, as WikiText-103's has it."""
+
+VALIDATION_TOKENS = 16_384
+"""At most: enough to choose a learning rate by, and little beside the test text."""
+
+
+class StudyText(NamedTuple):
+    """Streams of tokens, and how many different ones there are.
+
+    Attributes:
+        train: Shape: (tokens,), int64, as all.
+        validation: Of the held-out documents for decisions.
+        test: Of the test documents.
+        attacked: Of the same, attacked: as many tokens, since a word becomes a word.
+        vocab_size: Words, with `<eos>`, `<unk>` and the attack's.
+        digest: Of all of them.
+    """
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    attacked: Tensor
+    vocab_size: int
+    digest: str
+
+
+def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
+    """Read a recipe's text, attack its test split, and keep the tokens in a folder.
+
+    Raises:
+        DataError: If there is no such text, or a split of it is shorter than one row.
+    """
+    section, settings = recipe.data, recipe.eval
+    corpus = corpus_of(section)
+    tokenizer = cached_tokenizer(corpus, section.vocab_size - 1, kind="words")
+    _add_word(tokenizer, ATTACK_TOKEN)
+    test = _some(corpus.test, settings.documents)
+    damaged = attack(test, rate=settings.attack_rate, minimum=settings.attack_minimum, seed=settings.seed)
+    streams = {
+        "train": _stream(_some(corpus.train, section.limit), tokenizer),
+        "validation": _stream(corpus.validation, tokenizer)[:VALIDATION_TOKENS],
+        "test": _stream(test, tokenizer),
+        "attacked": _stream(damaged, tokenizer),
+    }
+    for name, stream in streams.items():
+        if len(stream) < section.block_size:
+            raise DataError(
+                f"{corpus.source}: {name} has {len(stream):,} tokens, less than a row ({section.block_size})"
+            )
+    if len(streams["test"]) != len(streams["attacked"]):
+        raise DataError(
+            f"{corpus.source}: the attacked test text has another number of tokens; is a word of it cut up?"
+        )
+    digest = hashlib.sha256(str(len(tokenizer)).encode())
+    for name, stream in streams.items():
+        digest.update(name.encode() + stream.tobytes())
+    tensors = {name: torch.from_numpy(stream) for name, stream in streams.items()}
+    text = StudyText(**tensors, vocab_size=len(tokenizer), digest=digest.hexdigest())
+    with replacing(_file(folder, text.digest)) as written, written.open("wb") as file:
+        np.savez(file, **streams, vocab_size=np.array(text.vocab_size))  # type: ignore[arg-type]
+    return text
+
+
+def read_streams(folder: Path, digest: str) -> StudyText:
+    """What `prepare_streams` kept, of the text with this digest."""
+    with np.load(_file(folder, digest), allow_pickle=False) as arrays:
+        streams = {name: torch.from_numpy(arrays[name]) for name in ("train", "validation", "test", "attacked")}
+        return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest=digest)
+
+
+def _file(folder: Path, digest: str) -> Path:
+    """By the digest: another study in the same folder leaves it alone."""
+    return folder / f"text-{digest[:16]}.npz"
+
+
+def _add_word(tokenizer: Any, word: str) -> None:
+    """Not by `add_tokens`, which would cut it out of words that have it in them."""
+    vocabulary = tokenizer.get_vocab()
+    vocabulary.setdefault(word, len(vocabulary))
+    tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
+
+
+def _some(documents: list[Document], most: int | None) -> list[Document]:
+    """Evenly spaced ones."""
+    if most is None or len(documents) <= most:
+        return documents
+    return [documents[index * len(documents) // most] for index in range(most)]
+
+
+def _stream(documents: list[Document], tokenizer: Any) -> np.ndarray:
+    return token_stream(documents, tokenizer).numpy()

@@ -1,0 +1,1 @@
+"""Benchmarks: what the graph costs, at the true shapes of models."""

@@ -1,0 +1,1 @@
+"""The benchmark of whole training steps on a GPU."""

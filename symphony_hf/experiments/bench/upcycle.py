@@ -1,0 +1,243 @@
+"""`symphony bench-upcycle`: upcycling at Phi-3-mini's true shapes, beside a plain copy of as many bytes.
+
+The dense checkpoint has seeded random values. Each upcycling runs in a process of its own, whose largest resident
+memory is what is reported. Files are flushed to the disk by both; the page cache is left as it is, so reading may be
+faster than from a cold disk, for both.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Phi3Config
+
+from symphony_hf.compat import __version__
+from symphony_hf.errors import ConfigError, EvaluationError, SymphonyError
+from symphony_hf.files import check_file_place, write_json
+
+_SHARD_LAYERS = 4
+_SETTINGS = {"to": "qwen2_moe", "num_experts": 4, "top_k": 2, "layers": "every-other"}
+_REASON = "reason"
+
+
+def run_bench_upcycle(
+    folder: str | Path, *, shrink: int = 1, rounds: int = 2, output: str | Path = "symphony-bench-upcycle.json"
+) -> dict[str, Any]:
+    """Measure, and write the result as JSON.
+
+    Args:
+        folder: Where the checkpoints are written, in a folder of their own that is deleted at the end.
+        shrink: What Phi-3-mini's widths, heads and vocabulary are divided by; 1 for its true shapes.
+        rounds: Upcyclings and copies, in alternation.
+        output: The JSON file.
+
+    Returns:
+        Seconds, bytes and the largest memory of each.
+
+    Raises:
+        ConfigError: If a number is out of range, or there is no such folder.
+        EvaluationError: If an upcycling fails.
+    """
+    check_file_place(output, "bench-upcycle")
+    check_scratch("bench-upcycle", folder, shrink)
+    if rounds < 1:
+        raise ConfigError(f"bench-upcycle: `rounds` must be at least 1, got {rounds}")
+    with tempfile.TemporaryDirectory(prefix="symphony-bench-", dir=folder) as scratch:
+        dense, target = Path(scratch) / "dense", Path(scratch) / "upcycled"
+        dense_bytes = write_random_phi3(dense, shrink)
+        runs: list[dict[str, Any]] = []
+        copies: list[float] = []
+        for number in tqdm(range(rounds), desc="bench-upcycle", unit=" rounds", disable=None):
+            shutil.rmtree(target, ignore_errors=True)
+            runs.append(_upcycle(dense, target, check=number == 0))
+            copies.append(_copy(target, Path(scratch) / "copy"))
+    seconds = [run["seconds_writing"] for run in runs]
+    size = runs[0]["weight_bytes"]
+    result = {
+        "shapes": "Phi-3-mini" if shrink == 1 else f"Phi-3-mini / {shrink}",
+        "settings": _SETTINGS,
+        "dense_bytes": dense_bytes,
+        "bytes": size,
+        "parameters": runs[0]["parameters"],
+        "seconds": seconds,
+        "seconds_of_a_copy": copies,
+        "bytes_per_second": size / float(np.median(seconds)),
+        "bytes_per_second_of_a_copy": size / float(np.median(copies)),
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs[1:] or runs),
+        "peak_memory_bytes_with_check": runs[0]["peak_memory_bytes"],
+        "check": {"seconds": runs[0]["seconds_checking"], **runs[0]["exactness"]},
+        "device": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {"symphony_hf": __version__, "torch": torch.__version__},
+        "output": str(output),
+    }
+    write_json(Path(output), result)
+    return result
+
+
+def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
+    """Refuse a place that checkpoints cannot be written to, and shapes that there are not.
+
+    Raises:
+        ConfigError: If the folder is not there, or the heads cannot be divided by `shrink`.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{command}: `folder` is {str(folder)!r}, which is no folder: give one that is there")
+    heads = Phi3Config().num_attention_heads
+    if shrink < 1 or heads % shrink:
+        raise ConfigError(f"{command}: `shrink` must divide Phi-3-mini's {heads} heads, got {shrink}")
+
+
+def write_random_phi3(folder: Path, shrink: int = 1) -> int:
+    """Write a bfloat16 checkpoint of Phi-3-mini's shapes with seeded random values, in shards with an index.
+
+    Returns:
+        The bytes of its weights.
+    """
+    default = Phi3Config()
+    config = Phi3Config(
+        vocab_size=default.vocab_size // shrink,
+        hidden_size=default.hidden_size // shrink,
+        intermediate_size=default.intermediate_size // shrink,
+        num_attention_heads=default.num_attention_heads // shrink,
+        num_key_value_heads=default.num_attention_heads // shrink,
+        pad_token_id=0,
+    )
+    config.architectures, config.dtype = ["Phi3ForCausalLM"], torch.bfloat16
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    shards: dict[int, list[str]] = {}
+    for name in shapes:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        shards.setdefault(int(layer[1]) // _SHARD_LAYERS if layer else 0, []).append(name)
+    generator, weight_map, total = torch.Generator().manual_seed(0), {}, 0
+    for number, names in tqdm(shards.items(), desc="writing the dense checkpoint", unit=" files", disable=None):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _random(shapes[name], name, generator) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return total
+
+
+def _random(shape: torch.Size, name: str, generator: torch.Generator) -> torch.Tensor:
+    if "norm" in name:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def _upcycle(dense: Path, target: Path, check: bool) -> dict[str, Any]:
+    """In a process of its own, which writes what it saw to its output."""
+    arguments = {"source": str(dense), "target": str(target), "check": check, **_SETTINGS}
+    return run_alone("bench-upcycle", "symphony_hf.experiments.bench.upcycle", json.dumps(arguments))
+
+
+def run_alone(command: str, module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module in a process of its own, which says by `report` what it saw.
+
+    Args:
+        command: Of the user's, for messages.
+        module: With a `__main__`.
+        arguments: For its command line.
+
+    Raises:
+        EvaluationError: If it does not come to its end, with its reason where it has given one.
+    """
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # its traceback, if any, went to this terminal
+        raise EvaluationError(
+            f"{command}: a process ended with exit code {done.returncode}: the reason is printed above, unless it was "
+            "killed, as for want of memory"
+        )
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if _REASON in seen:
+        raise EvaluationError(seen[_REASON])
+    return seen
+
+
+def report(measure: Callable[[], dict[str, Any]]) -> None:
+    """Print what was seen as the last line, or why nothing was: the other end of `run_alone`."""
+    try:
+        seen = measure()
+    except SymphonyError as error:
+        seen = {_REASON: str(error)}
+    print(json.dumps(seen))
+
+
+def _copy(source: Path, target: Path) -> float:
+    started = time.perf_counter()
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+        with (target / file.name).open("rb+") as copied:
+            os.fsync(copied.fileno())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def print_bench_upcycle(result: dict[str, Any], console: Console | None = None) -> None:
+    """The result as a table, and where the JSON is."""
+    console = console or Console()
+    table = Table("", "upcycling", "plain copy", title=f"{result['shapes']}, {result['parameters']:,} parameters")
+    table.add_row("seconds", *(_seconds(result[name]) for name in ("seconds", "seconds_of_a_copy")))
+    speeds = (f"{result[name] / 1e9:.2f} GB/s" for name in ("bytes_per_second", "bytes_per_second_of_a_copy"))
+    table.add_row(f"{result['bytes'] / 1e9:.2f} GB", *speeds)
+    table.add_row("largest memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB", "")
+    table.add_row("with the check", f"{result['peak_memory_bytes_with_check'] / 1e9:.2f} GB", "")
+    console.print(table)
+    console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
+
+
+def _seconds(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss begins at what the parent process had when it started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _measure() -> dict[str, Any]:
+    from symphony_hf.conversion.upcycling.upcycle import upcycle
+
+    result = upcycle(**json.loads(sys.argv[1]))
+    seen = result.exactness
+    exactness = {} if seen is None else {"difference": seen.difference, "largest": seen.largest, "tokens": seen.tokens}
+    return {
+        "seconds_writing": result.seconds_writing,
+        "seconds_checking": result.seconds_checking,
+        "weight_bytes": result.weight_bytes,
+        "parameters": result.parameters,
+        "exactness": exactness,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+if __name__ == "__main__":
+    report(_measure)

@@ -1,0 +1,148 @@
+"""The arrangements that must compute the same, the small model that they train, and each one's part of the batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
+
+from symphony_hf.patching.symphonize import symphonize
+
+NUM_STEPS, NUM_ROWS, NUM_TOKENS, LENGTH, VOCAB = 8, 8, 12, 16, 64
+LEARNING_RATE = 0.05
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How one optimizer step is run.
+
+    Attributes:
+        accumulation: Micro-batches a step and rank.
+        ranks: Processes.
+        zero: DeepSpeed's stage; None: no DeepSpeed, but DistributedDataParallel where there are ranks.
+        offload: Whether DeepSpeed keeps the optimizer's states on the CPU.
+        checkpointing: Whether activations are recomputed, and if so how.
+        packed: Whether rows stand one behind the other in a single row, without padding.
+        compiled: Whether the model is traced by torch.compile.
+        scope: Of the balance loss; None where it has no weight.
+        z_loss_weight: At the routers, 0.01 makes its gradient a hundred times the cross-entropy's.
+    """
+
+    accumulation: int = 1
+    ranks: int = 1
+    zero: int | None = None
+    offload: bool = False
+    checkpointing: str | None = None
+    packed: bool = False
+    compiled: bool = False
+    scope: str | None = None
+    z_loss_weight: float = 0.01
+
+
+UNION = "union batch"
+UNION_ENTROPY = "union batch, cross-entropy alone"
+UNION_BALANCE = "union batch, balance loss"
+ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
+    UNION: (Arrangement(), UNION),
+    "accumulation 2": (Arrangement(accumulation=2), UNION),
+    "accumulation 4": (Arrangement(accumulation=4), UNION),
+    "accumulation 8": (Arrangement(accumulation=8), UNION),
+    "checkpointing, reentrant": (Arrangement(checkpointing="reentrant"), UNION),
+    "checkpointing, non-reentrant": (Arrangement(checkpointing="non-reentrant"), UNION),
+    "packed": (Arrangement(packed=True), UNION),
+    "torch.compile": (Arrangement(compiled=True), UNION),
+    "DDP, 2 ranks": (Arrangement(ranks=2), UNION),
+    "DDP, 2 ranks, accumulation 2": (Arrangement(ranks=2, accumulation=2), UNION),
+    "DDP, 2 ranks, checkpointing": (Arrangement(ranks=2, checkpointing="non-reentrant"), UNION),
+    "ZeRO-1, 2 ranks": (Arrangement(ranks=2, zero=1), UNION),
+    "ZeRO-2, 2 ranks": (Arrangement(ranks=2, zero=2), UNION),
+    "ZeRO-3, 2 ranks": (Arrangement(ranks=2, zero=3), UNION),
+    "ZeRO-1, 2 ranks, offload": (Arrangement(ranks=2, zero=1, offload=True), UNION),
+    "ZeRO-2, 2 ranks, offload, accumulation 2": (Arrangement(ranks=2, zero=2, offload=True, accumulation=2), UNION),
+    "ZeRO-3, 2 ranks, offload": (Arrangement(ranks=2, zero=3, offload=True), UNION),
+    UNION_ENTROPY: (Arrangement(z_loss_weight=0.0), UNION_ENTROPY),
+    "cross-entropy alone, accumulation 8": (Arrangement(z_loss_weight=0.0, accumulation=8), UNION_ENTROPY),
+    "cross-entropy alone, DDP, 2 ranks": (Arrangement(z_loss_weight=0.0, ranks=2), UNION_ENTROPY),
+    "cross-entropy alone, ZeRO-3, 2 ranks": (Arrangement(z_loss_weight=0.0, ranks=2, zero=3), UNION_ENTROPY),
+    UNION_BALANCE: (Arrangement(scope="local"), UNION_BALANCE),
+    "balance local, accumulation 2": (Arrangement(scope="local", accumulation=2), "balance local, accumulation 2"),
+    "balance local, DDP, 2 ranks": (Arrangement(scope="local", ranks=2), "balance local, accumulation 2"),
+    "balance local, ZeRO-2, 2 ranks": (Arrangement(scope="local", ranks=2, zero=2), "balance local, accumulation 2"),
+    "balance local, ZeRO-3, 2 ranks": (Arrangement(scope="local", ranks=2, zero=3), "balance local, accumulation 2"),
+    "balance global, DDP, 2 ranks": (Arrangement(scope="global", ranks=2), UNION_BALANCE),
+    "balance global, DDP, checkpointing": (
+        Arrangement(scope="global", ranks=2, checkpointing="reentrant"),
+        UNION_BALANCE,
+    ),
+    "balance global, ZeRO-2, 2 ranks": (Arrangement(scope="global", ranks=2, zero=2), UNION_BALANCE),
+    "balance global, ZeRO-3, 2 ranks": (Arrangement(scope="global", ranks=2, zero=3), UNION_BALANCE),
+}
+
+
+def make_model(arrangement: Arrangement) -> PreTrainedModel:
+    """A small OLMoE, the same for every arrangement, symphonized."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        use_cache=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    experts = "batched_mm" if arrangement.compiled else "eager"
+    model = OlmoeForCausalLM(config).float()
+    model.set_experts_implementation(experts)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.mul_(20)  # far from ties, so that rounding changes no choice
+    balance = 0.0 if arrangement.scope is None else 0.1
+    scope: Any = arrangement.scope or "local"
+    symphonize(
+        model, decay=0.8, balance_loss_weight=balance, z_loss_weight=arrangement.z_loss_weight, balance_scope=scope
+    )
+    if arrangement.checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": arrangement.checkpointing == "reentrant"})
+    return model.train()
+
+
+def micro_batches(arrangement: Arrangement, step: int, rank: int) -> Iterator[dict[str, Tensor]]:
+    """The parts of a step's batch that one rank runs, in order.
+
+    Every row has as many tokens, with padding before, behind, or on both sides, so that all parts weigh the same.
+    """
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(1, VOCAB, (NUM_ROWS, NUM_TOKENS), generator=generator)
+    num_parts = arrangement.accumulation * arrangement.ranks
+    size = NUM_ROWS // num_parts
+    for part in range(rank * arrangement.accumulation, (rank + 1) * arrangement.accumulation):
+        rows = tokens[part * size : (part + 1) * size]
+        yield _packed(rows) if arrangement.packed else _padded(rows)
+
+
+def _padded(rows: Tensor) -> dict[str, Tensor]:
+    shape = (len(rows), LENGTH)
+    ids, labels, mask = torch.zeros(shape).long(), torch.full(shape, -100), torch.zeros(shape).long()
+    for row, tokens in enumerate(rows):
+        first = row % (LENGTH - NUM_TOKENS + 1)
+        place = slice(first, first + NUM_TOKENS)
+        ids[row, place], mask[row, place], labels[row, place] = tokens, 1, tokens
+        labels[row, first] = -100  # nothing before it to predict it from
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+def _packed(rows: Tensor) -> dict[str, Tensor]:
+    labels = rows.clone()
+    labels[:, 0] = -100
+    positions = torch.arange(NUM_TOKENS).repeat(len(rows))
+    flat = {"input_ids": rows.reshape(1, -1), "labels": labels.reshape(1, -1)}
+    return {**flat, "position_ids": positions.unsqueeze(0)}

@@ -1,0 +1,106 @@
+"""The result files that the page is written from."""
+
+from pathlib import Path
+from typing import Any
+
+from symphony_hf.errors import DataError
+from symphony_hf.files import read_object, write_json, write_text
+
+from .page import evidence_page
+
+REQUIRED, RUN = "paper", ("pairs", "ablation", "theory")
+SOURCES = {"pairs": "report.json", "ablation": "report.json", "theory": "theory.json"}
+"""What the commands call their results."""
+
+_COMMANDS = {"pairs": "`symphony ablate`", "ablation": "`symphony ablate`", "theory": "`symphony theory`"}
+_STUDY = ("rows", "cells", "missing", "failed", "settings", "machines", "command")
+_KEYS = {"pairs": _STUDY, "ablation": _STUDY, "theory": ("settings", "convergence", "shares", "command", "seconds")}
+
+_LOCAL = ("output",)
+"""What says where on a machine something was, and nothing else."""
+
+
+def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> None:
+    """Copy results of commands into the folder of result files, less the paths of the machine.
+
+    Nothing is replaced unless a page can be written of all of them.
+
+    Args:
+        folder: `recipes/evidence`.
+        about: What the studies' text is, in a sentence; a command that takes any text cannot know. None takes the
+            sentence that is there, of the same text.
+        **outputs: Output folders of commands; None leaves what is there. `ablation`: of the study of the axes;
+            `pairs`: of one of the three pairs, where these were run at another size; `theory`.
+
+    Raises:
+        DataError: If a folder has no results, or those of another command; or if a text has no sentence.
+    """
+    known = read_results(folder)
+    added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
+    try:
+        evidence_page({**known, **added})
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"evidence: no page can be made of these results ({error!r}): they are of an older version, or "
+            "cut off; run the command that makes them again"
+        ) from error
+    for name, values in added.items():
+        write_json(Path(folder) / f"{name}.json", values)
+
+
+def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str | None) -> dict[str, Any]:
+    file = output / SOURCES[name]
+    values = {key: value for key, value in _read(file).items() if key not in _LOCAL}
+    missing = [key for key in _KEYS[name] if key not in values]
+    if missing:
+        raise DataError(f"evidence: --{name}: `{file}` has no {', '.join(missing)}: {_COMMANDS[name]} writes one")
+    if name == "theory":
+        return values
+    if name == "ablation" and not values["settings"]["axes"]:
+        raise DataError(f"evidence: --ablation: `{file}` is of a study without axes: take it in by --pairs")
+    text = values["settings"].get("text")
+    same_text = (
+        study["about"]
+        for study in (known.get("pairs"), known.get("ablation"))
+        if text is not None and study is not None and study["settings"].get("text") == text
+    )
+    sentence = about or next(same_text, None)
+    if not sentence:
+        raise DataError(f"evidence: --{name}: say by --about what text `{file}` is of, in a sentence: it is a new one")
+    return {**values, "about": sentence}
+
+
+def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The paper's numbers, and those of the commands that were run.
+
+    Raises:
+        DataError: If the paper's are not there, or a file is no JSON.
+    """
+    folder = Path(folder)
+    run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
+    paper = read_object(
+        folder / f"{REQUIRED}.json", DataError, hint="run this in the project's folder, or give --folder"
+    )
+    return {REQUIRED: paper, **run}
+
+
+def write_evidence(folder: str | Path, page: str | Path) -> Path:
+    """Write the page.
+
+    Args:
+        folder: Of the result files.
+        page: `recipes/EVIDENCE.md`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: As `read_results`.
+    """
+    page = Path(page)
+    write_text(page, evidence_page(read_results(folder)))
+    return page
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, DataError, hint="give the output folder of a command that has finished")

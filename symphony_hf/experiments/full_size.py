@@ -1,0 +1,254 @@
+"""`symphony check full-size`: the recipes' models at their true size, made, loaded, run, saved and loaded again.
+
+Weights are seeded and random. Every stage is a process of its own, whose seconds and largest resident
+memory are reported. That counts pages of mapped files, which the system takes back when it needs them.
+
+- make: the 7.4B model is upcycled from a dense checkpoint of Phi-3-mini's shapes; the 4.2B one is put together of that
+  and of CLIP ViT-L/14-336's shapes, and its projector upcycled
+- run: loaded, symphonized, its graphs moved by one forward's choices, run on one short sequence, saved
+- again: loaded once more, and run on the same sequence: the same logits, to the last bit
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
+
+from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.conversion.upcycling.upcycle import upcycle
+from symphony_hf.errors import ConfigError, EvaluationError, nearest
+from symphony_hf.experiments.bench.upcycle import (
+    check_scratch,
+    peak_memory,
+    report,
+    run_alone,
+    write_random_phi3,
+)
+from symphony_hf.files import check_file_place, write_json
+from symphony_hf.models.llava import build_llava
+from symphony_hf.patching.attachment import update_graphs
+from symphony_hf.patching.symphonize import expert_graphs, symphonize
+from symphony_hf.patching.upcycle_modules import upcycle_modules
+
+MODELS = ("7.4b", "4.2b")
+_STAGES = ("make", "run", "again")
+_MODEL, _SAVED, _LOGITS = "model", "saved", "logits.safetensors"
+
+
+def run_full_size(
+    model: str,
+    folder: str | Path,
+    *,
+    tokens: int = 32,
+    shrink: int = 1,
+    output: str | Path = "symphony-full-size.json",
+) -> dict[str, Any]:
+    """Make, run, save and load a model at full size, and write what was seen as JSON.
+
+    Args:
+        model: `7.4b` or `4.2b`.
+        folder: Where the checkpoints are written, in a folder of their own that is deleted at the end: 30 GB for the
+            7.4B model, 18 GB for the 4.2B one.
+        tokens: Of the sequence; an image's 576 come on top.
+        shrink: What all widths, heads and the vocabulary are divided by; 1 for the true shapes.
+        output: The JSON file.
+
+    Returns:
+        Parameters, bytes, and each stage's seconds and largest memory.
+
+    Raises:
+        ConfigError: If the model is not one of the two, there are no tokens, or no such folder.
+        EvaluationError: If the logits of the two loads differ, or are not finite, or a stage fails.
+    """
+    check_file_place(output, "check full-size")
+    if model not in MODELS:
+        raise ConfigError(f"check full-size: unknown model `{model}`; {nearest(model, MODELS)}")
+    if tokens < 1:
+        raise ConfigError(f"check full-size: `tokens` must be at least 1, got {tokens}")
+    check_scratch("check full-size", folder, shrink)
+    with tempfile.TemporaryDirectory(prefix="symphony-full-size-", dir=folder) as scratch:
+        settings = {"model": model, "scratch": scratch, "tokens": tokens, "shrink": shrink}
+        bar = tqdm(_STAGES, desc=f"full size, {model}", unit=" stages", disable=None)
+        arguments = json.dumps(settings)
+        stages = {
+            stage: run_alone("check full-size", "symphony_hf.experiments.full_size", stage, arguments) for stage in bar
+        }
+    result = {
+        "model": model,
+        "shrink": shrink,
+        "tokens": stages["run"].pop("tokens"),
+        "parameters": stages["run"].pop("parameters"),
+        "dtype": "bfloat16",
+        "largest_logit": stages["again"].pop("largest_logit"),
+        "difference": stages["again"].pop("difference"),
+        "stages": [{"stage": name, **seen} for name, seen in stages.items()],
+        "device": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {"symphony_hf": __version__, "torch": torch.__version__, "transformers": transformers_version()},
+        "output": str(output),
+    }
+    write_json(Path(output), result)
+    if result["difference"] != 0:
+        raise EvaluationError(f"check full-size: logits of the saved model differ by {result['difference']:.3g}")
+    return result
+
+
+class _Clock:
+    """Seconds of each step of a stage."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def __call__(self, name: str, step: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = step()
+        self.steps.append({"step": name, "seconds": time.perf_counter() - started})
+        return result
+
+
+def _make(clock: _Clock, settings: dict[str, Any]) -> dict[str, Any]:
+    scratch, shrink = Path(settings["scratch"]), settings["shrink"]
+    dense, vision = scratch / "dense", scratch / "vision"
+    clock("write random weights", lambda: write_random_phi3(dense, shrink))
+    if settings["model"] == "7.4b":
+        to: dict[str, Any] = {"to": "qwen2_moe", "layers": "every-other", "num_experts": 4, "top_k": 2, "check": False}
+        clock("upcycle", lambda: upcycle(dense, scratch / _MODEL, **to))
+    else:
+        clock("write random vision", lambda: _write_random_vision(vision, shrink))
+        llava = clock("put together", lambda: build_llava(str(dense), str(vision), 32000 // shrink))
+        patterns = ["*multi_modal_projector"]
+        clock("upcycle", lambda: upcycle_modules(llava, patterns, num_experts=4, top_k=2))
+        clock("save", lambda: llava.save_pretrained(scratch / _MODEL))
+        shutil.rmtree(vision)
+    shutil.rmtree(dense)
+    return {}
+
+
+def _write_random_vision(folder: Path, shrink: int) -> None:
+    config = CLIPVisionConfig(
+        hidden_size=1024 // shrink,
+        intermediate_size=4096 // shrink,
+        num_hidden_layers=24,
+        num_attention_heads=max(16 // shrink, 1),
+        image_size=336,
+        patch_size=14,
+    )
+    torch.manual_seed(0)
+    CLIPVisionModel._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def _run(clock: _Clock, settings: dict[str, Any]) -> dict[str, Any]:
+    scratch = Path(settings["scratch"])
+    model = clock("load", lambda: _load(settings, scratch / _MODEL))
+    clock("symphonize", lambda: symphonize(model, balance_loss_weight=0, z_loss_weight=0))
+    batch = _batch(model, settings["tokens"])
+    clock("move the graphs", lambda: _move_graphs(model, batch))
+    logits = clock("forward", lambda: _logits(model, batch))
+    clock("save", lambda: model.save_pretrained(scratch / _SAVED))
+    save_file({"logits": logits, **_graphs(model)}, scratch / _LOGITS)
+    size = sum(file.stat().st_size for file in (scratch / _SAVED).glob("*.safetensors"))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "tokens": batch["input_ids"].shape[1], "bytes": size}
+
+
+def _again(clock: _Clock, settings: dict[str, Any]) -> dict[str, Any]:
+    scratch = Path(settings["scratch"])
+    shutil.rmtree(scratch / _MODEL)
+    model = clock("load", lambda: _load(settings, scratch / _SAVED))
+    logits = clock("forward", lambda: _logits(model, _batch(model, settings["tokens"])))
+    saved = load_file(scratch / _LOGITS)
+    before = saved.pop("logits")
+    graphs = _graphs(model)
+    if list(graphs) != list(saved) or not all(torch.equal(graphs[name], saved[name]) for name in saved):
+        raise EvaluationError("check full-size: the graphs did not come back as they were saved")
+    if not logits.isfinite().all():
+        raise EvaluationError("check full-size: the logits are not finite")
+    return {"largest_logit": logits.abs().max().item(), "difference": (logits - before).abs().max().item()}
+
+
+def _graphs(model: PreTrainedModel) -> dict[str, Tensor]:
+    return dict(sorted(expert_graphs(model).items()))
+
+
+def _load(settings: dict[str, Any], folder: Path) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM if settings["model"] == "7.4b" else AutoModelForImageTextToText
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def _batch(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
+    """Random text, after a random image where the model sees."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    limit = getattr(config, "image_token_id", config.get_text_config().vocab_size)
+    ids = torch.randint(limit, (1, tokens), generator=generator)
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return {"input_ids": ids}
+    image = torch.full((1, (vision.image_size // vision.patch_size) ** 2), config.image_token_id)
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator, dtype=torch.float32)
+    return {"input_ids": torch.cat([image, ids], dim=1), "pixel_values": pixels.to(model.dtype)}
+
+
+def _move_graphs(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    """One forward in training mode, whose choices move the graphs."""
+    before = {name: graph.clone() for name, graph in _graphs(model).items()}
+    model.train()
+    model(**batch, use_cache=False)  # with gradients, as in training: what has none is not counted
+    update_graphs(model)
+    model.eval()
+    if any(torch.equal(graph, before[name]) for name, graph in _graphs(model).items()):
+        raise EvaluationError("check full-size: a graph did not move")
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch, use_cache=False).logits.float()
+
+
+def print_full_size(result: dict[str, Any], console: Console | None = None) -> None:
+    """The stages as a table, and where the JSON is."""
+    console = console or Console()
+    title = f"{result['model']}: {result['parameters']:,} parameters, bfloat16, a sequence of {result['tokens']} tokens"
+    table = Table("stage", "step", title=title, title_justify="left")
+    for name in ("seconds", "largest memory"):
+        table.add_column(name, justify="right")
+    for seen in result["stages"]:
+        for number, step in enumerate(seen["steps"]):
+            memory = "" if number else f"{seen['peak_memory_bytes'] / 1e9:.2f} GB"
+            table.add_row("" if number else seen["stage"], step["step"], f"{step['seconds']:.1f}", memory)
+    console.print(table)
+    console.print("The logits of the saved and loaded model are the same to the last bit.")
+    console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
+
+
+def _measure() -> dict[str, Any]:
+    stage, settings = sys.argv[1], json.loads(sys.argv[2])
+    clock = _Clock()
+    seen = {"make": _make, "run": _run, "again": _again}[stage](clock, settings)
+    return {**seen, "steps": clock.steps, "peak_memory_bytes": peak_memory()}
+
+
+if __name__ == "__main__":
+    report(_measure)

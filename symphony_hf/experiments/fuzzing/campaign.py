@@ -1,0 +1,248 @@
+"""One tampered file after the other, each loaded in a process that may crash, hang or eat memory, and is watched."""
+
+import collections
+import contextlib
+import itertools
+import multiprocessing
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers.utils import logging
+
+from symphony_hf.checkpoints.untrusted import load_checkpoint
+from symphony_hf.conversion.adapters.loading import load_adapter
+from symphony_hf.errors import SymphonyError
+from symphony_hf.patching.expert_graph import ExpertGraph
+from symphony_hf.routing.graph import adjacency_problems
+
+from .mutations import MUTATIONS
+from .specimens import SPECIMENS, make_base, make_specimens
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class MemoryPeak:
+    """Within it, memory is watched. Linux alone tells the peak of a stretch; elsewhere `taken` stays 0.
+
+    Attributes:
+        taken: Bytes by which the process grew at most.
+    """
+
+    taken = 0
+
+    def __enter__(self) -> "MemoryPeak":
+        if sys.platform == "linux":
+            _CLEAR.write_text("5")  # the peak is from here on
+            self._before = _kilobytes("VmRSS")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if sys.platform == "linux":
+            self.taken = 1024 * max(0, _kilobytes("VmHWM") - self._before)
+
+
+def _kilobytes(name: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise OSError(f"{_STATUS} has no {name}")
+
+
+pass
+
+MOST_SECONDS = 10.0
+"""Of a case. On an idle core they take some hundredths of a second."""
+ALLOWANCE = 32 * 2**20
+"""Bytes that a case may take beside twice its files' size: Python's own, of modules and configs."""
+
+Verdict = Literal["loaded", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case.
+
+    Attributes:
+        case: Its number; with the seed it makes the same files again.
+        specimen: What was tampered with.
+        target: Which part of it.
+        change: How.
+        verdict: `loaded`: with valid graphs. `refused`: by a SymphonyError. `failed`: anything else.
+        detail: The error, or what is wrong.
+    """
+
+    case: int
+    specimen: str
+    target: str
+    change: str
+    verdict: Verdict
+    detail: str = ""
+
+
+class _OutOfTime(BaseException):
+    """No error that a loader could take for a broken file."""
+
+
+def try_case(case: int, seed: int, specimens: Path) -> Outcome:
+    """Tamper with a copy of a specimen, load it, and judge what comes of it.
+
+    Args:
+        case: Its number.
+        seed: Of all cases.
+        specimens: From `make_specimens`.
+    """
+    rng = random.Random(f"{seed}/{case}")
+    specimen = rng.choice(SPECIMENS)
+    target = rng.choice(sorted(MUTATIONS[specimen]))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(specimens / specimen, Path(scratch) / specimen))
+        change = MUTATIONS[specimen][target](folder, rng)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        verdict, detail = _judge(folder, specimen, 2 * size + ALLOWANCE)
+    return Outcome(case, specimen, target, change, verdict, detail)
+
+
+def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
+    """Load it within the limits. Whatever is no SymphonyError is a failure, and named."""
+    base = make_base() if specimen == "adapter" else None
+    try:
+        with _limited(MOST_SECONDS), MemoryPeak() as memory, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = load_checkpoint(folder) if base is None else load_adapter(base, folder)
+    except SymphonyError as error:
+        verdict, detail = _refusal(error)
+    except _OutOfTime:
+        return "failed", f"not done after {MOST_SECONDS:g} seconds"
+    except Exception as error:  # noqa: BLE001 - to find what is raised here is what this is for
+        return "failed", f"{type(error).__name__}: {error}"
+    else:
+        problems = _problems(model)
+        verdict, detail = ("failed", "; ".join(problems)) if problems else ("loaded", "")
+    if memory.taken > most_bytes:
+        return "failed", f"{memory.taken:,} bytes of memory, where {most_bytes:,} are allowed"
+    return verdict, detail
+
+
+def _refusal(error: SymphonyError) -> tuple[Verdict, str]:
+    """A refusal counts where it came before what it refuses, not where memory had run out."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    told = f"{type(error).__name__}: {error}"
+    tried = any("allocate" in str(one) or isinstance(one, MemoryError) for one in chain)
+    return ("failed", f"tried to allocate: {told}") if tried else ("refused", told)
+
+
+def _problems(model: torch.nn.Module) -> list[str]:
+    """What is wrong with a loaded model's graphs, by themselves and as they route."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGraph)}
+    problems = [] if found else ["loaded without graphs"]
+    for name, graph in found.items():
+        if graph.adjacency.dtype != torch.float32:
+            problems.append(f"{name}: of type {graph.adjacency.dtype}")
+        problems += [f"{name}: {problem}" for problem in adjacency_problems(graph.adjacency, graph.num_experts)]
+        transition_EE = graph.transition().detach()
+        if not torch.isfinite(transition_EE).all() or (transition_EE < 0).any():
+            problems.append(f"{name}: routes by a matrix that is not finite, or negative somewhere")
+        elif graph.config.normalization == "row" and (transition_EE.sum(-1) - 1).abs().max() > 1e-4:
+            problems.append(f"{name}: routes by a matrix whose rows do not sum to 1")
+    return problems
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    def stop(signum: int, frame: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(cases: int, seed: int = 0) -> list[Outcome]:
+    """Try cases in another process, which is started anew where one ends it.
+
+    Args:
+        cases: How many.
+        seed: Of all of them.
+
+    Returns:
+        Their outcomes, in order.
+    """
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=cases, desc="Fuzzing", unit=" cases", delay=2) as bar:
+        make_specimens(Path(scratch))
+        while len(outcomes) < cases:
+            for outcome in _in_a_process(range(len(outcomes), cases), seed, Path(scratch)):
+                outcomes.append(outcome)
+                bar.update()
+    return outcomes
+
+
+def _in_a_process(cases: range, seed: int, specimens: Path) -> Iterator[Outcome]:
+    """Outcomes up to the first case that the process does not survive, which is among them."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(there, cases, seed, specimens), daemon=True)
+    process.start()
+    there.close()
+    limit = 120.0  # of the start, which imports torch; of a case below
+    done = cases.start
+    try:
+        while done < cases.stop:
+            ready = here.poll(limit)
+            outcome = here.recv() if ready else None
+            if outcome is None:
+                yield Outcome(done, "", "", "", "failed", "the process hangs, and takes no signal")
+                return
+            yield outcome
+            done, limit = done + 1, 3 * MOST_SECONDS
+    except EOFError:
+        process.join()
+        yield Outcome(done, "", "", "", "failed", f"the process ended with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _work(connection: Connection, cases: range, seed: int, specimens: Path) -> None:
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for case in cases:
+        connection.send(try_case(case, seed, specimens))
+
+
+def print_outcomes(outcomes: list[Outcome], console: Console | None = None) -> None:
+    """How many of what, and each failure by itself."""
+    console = console or Console()
+    verdicts: tuple[Verdict, ...] = ("loaded", "refused", "failed")
+    table = Table(title=f"{len(outcomes):,} tampered files", title_justify="left")
+    for number, name in enumerate(("specimen", "changed", *verdicts)):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.specimen, outcome.target))
+    for key, group in itertools.groupby(ordered, key=lambda outcome: (outcome.specimen, outcome.target)):
+        counts = collections.Counter(outcome.verdict for outcome in group)
+        table.add_row(*key, *(str(counts[verdict]) for verdict in verdicts))
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.verdict == "failed":
+            where = f"case {outcome.case} ({outcome.specimen}, {outcome.target}, {outcome.change})"
+            console.print(f"{where}: {outcome.detail}", highlight=False, markup=False, soft_wrap=True)

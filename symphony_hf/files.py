@@ -1,0 +1,211 @@
+"""Folders and files that have their name only once they are whole.
+
+A folder is written in `_symphony_unfinished/`, beside its place, a file under a hidden name beside its own. It is
+flushed to the disk, and then renamed. Whatever kills the process before that leaves what had the name as it was.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, SymphonyError
+
+UNFINISHED = "_symphony_unfinished"
+"""The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
+
+
+def place_to_write(target: Path) -> Path:
+    """Where to write what will be `target`. The last name is the same: Symphony models look at it when they save."""
+    return target.parent / UNFINISHED / target.name
+
+
+def place_of_replaced(target: Path) -> Path:
+    """Where what `target` replaces is, between the two renames."""
+    return target.parent / UNFINISHED / f"{target.name}.replaced"
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Write a folder that has its name only once it is whole; nothing of it stays if an error is raised within.
+
+    Args:
+        target: The folder. What has its name is replaced; what a killed process left of it is removed.
+
+    Yields:
+        Where to write: an empty folder.
+    """
+    clear(target)
+    folder = place_to_write(target)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        finish(target)
+    except BaseException:
+        clear(target)
+        raise
+
+
+def finish(target: Path) -> None:
+    """Give a folder that was written in its `place_to_write` its name, in place of what has it.
+
+    If the process ends between the two renames, what was replaced is in its `place_of_replaced`.
+    """
+    written = place_to_write(target)
+    for folder, _, files in os.walk(written):
+        for name in files:
+            flush(Path(folder) / name)
+        flush(Path(folder))
+    replaced = place_of_replaced(target)
+    if target.exists():
+        os.replace(target, replaced)
+    os.replace(written, target)
+    flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    remove_if_empty(written.parent)
+
+
+def clear(target: Path) -> None:
+    """Remove what a killed process left of `target`; what it was about to replace gets its name back."""
+    replaced = place_of_replaced(target)
+    if replaced.exists() and not target.exists():
+        os.replace(replaced, target)
+    for left in (replaced, place_to_write(target)):
+        if left.exists():
+            shutil.rmtree(left)
+    remove_if_empty(target.parent / UNFINISHED)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the whole new one."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader finds the old file or the whole new one."""
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file that has its name only once it is whole; nothing of it stays if an error is raised within.
+
+    Args:
+        path: Of the file. Its folder is made if it is not there.
+
+    Yields:
+        Where to write: beside it, under a name that no other process has. It must be closed when the block ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield written
+        flush(written)
+        os.replace(written, path)
+        flush(path.parent)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def check_file_place(path: str | Path, command: str) -> None:
+    """Refuse a place that no file can be written to, before the work whose result goes there.
+
+    Args:
+        path: Of the file to come; one that is there already is replaced.
+        command: That writes it, for the message.
+
+    Raises:
+        ConfigError: If it is a folder, or its own folder is not there and cannot be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{command}: `{path}` is a folder, and the result is a file: give its name, too")
+    check_folder_of(path, command)
+
+
+def check_folder_of(path: Path, command: str) -> None:
+    """Refuse a path whose folder nothing can be written to.
+
+    Raises:
+        ConfigError: If a part of it is a file, or may not be written to.
+    """
+    nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not nearest.is_dir():
+        raise ConfigError(f"{command}: `{path}` cannot be written, because `{nearest}` is a file: give another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{command}: `{path}` cannot be written: no permission for `{nearest}`; give another place")
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before anything refers to it."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing is in."""
+    with contextlib.suppress(OSError):  # it is not empty, or another process was faster
+        folder.rmdir()
+
+
+MAX_CONFIG_BYTES = 8 * 2**20
+"""Of a config from somebody else: none needs that much."""
+
+
+def read_object(
+    file: Path, error: type[SymphonyError], *, hint: str = "", max_bytes: int | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        file: The file.
+        error: What to raise.
+        hint: What to do about a file that is not there or no JSON, for the message.
+        max_bytes: No more is read, of a file from somebody else.
+
+    Raises:
+        SymphonyError: The given kind, if the file cannot be read, is larger, or holds something else.
+    """
+    then = f": {hint}" if hint else ""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read() if max_bytes is None else opened.read(max_bytes + 1)
+    except FileNotFoundError as problem:
+        raise error(f"`{file}` is missing{then}") from problem
+    except OSError as problem:
+        raise error(f"`{file}` cannot be read ({problem.strerror or problem}){then}") from problem
+    if max_bytes is not None and len(content) > max_bytes:
+        raise error(f"`{file}` has more than {max_bytes:,} bytes: none of its kind needs that")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"`{file}` is no JSON, or half of one ({problem}){then}") from problem
+    if not isinstance(values, dict):
+        raise error(f"`{file}`: expected an object, got {type(values).__name__}")
+    return values
+
+
+def read_weight_map(index: Path, error: type[SymphonyError]) -> dict[str, str]:
+    """The index of a checkpoint in several safetensors files: tensor -> name of a file beside the index.
+
+    Args:
+        index: The file.
+        error: What to raise.
+
+    Raises:
+        SymphonyError: The given kind, if it cannot be read, or names no files, or such as are elsewhere.
+    """
+    places = read_object(index, error, hint="so it is no index of safetensors files").get("weight_map")
+    is_named = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
+    if not is_named or not places or any(Path(file).name != file for file in places.values()):
+        raise error(f"`{index}` is no index of safetensors files: `weight_map` must name files beside it")
+    return places

@@ -1,0 +1,218 @@
+"""UpcycledMoE: experts that began as copies of one dense MLP, run through transformers' own experts interface.
+
+The interface takes experts whose output is as wide as their input. Others, such as LLaVA's projector, run here: tokens
+sorted by expert, each expert on its slice.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
+from transformers.integrations.moe import use_experts_implementation
+
+from .dense_mlp import MlpParts
+from .routers import ROUTERS
+
+
+def run_sorted(
+    hidden_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    run: Callable[[Tensor, list[int]], Tensor],
+) -> Tensor:
+    """Sort the chosen tokens by expert, run the experts, and sum their outputs for each token.
+
+    Args:
+        hidden_TD: Tokens. Shape: (T, hidden_size).
+        indices_TK: The chosen experts. Shape: (T, top_k).
+        weights_TK: Theirs. Same shape.
+        num_experts: E.
+        run: The experts: tokens sorted by expert (T * top_k, hidden_size), and how many of them each has, to outputs
+            (T * top_k, output_size).
+
+    Returns:
+        Shape: (T, output_size).
+    """
+    sorted_S, order_S = indices_TK.reshape(-1).sort(stable=True)
+    lengths = torch.bincount(sorted_S, minlength=num_experts).tolist()
+    outputs_SO = run(hidden_TD[order_S // indices_TK.shape[1]], lengths)
+    # Back into the tokens' order, then summed: index_add_ would sum in another order at each run on a GPU.
+    places_S = torch.empty_like(order_S)
+    places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    weights_TK = weights_TK.to(outputs_SO.dtype)
+    return F.embedding_bag(places_S.view_as(indices_TK), outputs_SO, per_sample_weights=weights_TK, mode="sum")
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
+    """Apply each expert's linear map to its slice.
+
+    Args:
+        x: Tokens, sorted by expert. Shape: (S, input_size).
+        weight: Shape: (num_experts, output_size, input_size).
+        bias: Shape: (num_experts, output_size).
+        lengths: How many of the tokens each expert has; 0 for one that nobody chose.
+
+    Returns:
+        Shape: (S, output_size), in autocast's type where that is on.
+    """
+    # Autocast does not look into functions of one's own. The meta device has none.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    output: Tensor = _GroupedLinear.apply(x, weight, bias, list(lengths))
+    return output
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, lengths: list[int]) -> Tensor:
+        ctx.save_for_backward(x_SI, weight_EOI)
+        ctx.lengths = lengths
+        out_SO = x_SI.new_empty(len(x_SI), weight_EOI.shape[1])
+        for expert, (x, out) in enumerate(zip(x_SI.split(lengths), out_SO.split(lengths), strict=True)):
+            if bias_EO is None:
+                torch.mm(x, weight_EOI[expert].T, out=out)
+            else:
+                torch.addmm(bias_EO[expert], x, weight_EOI[expert].T, out=out)
+        return out_SO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x_SI, weight_EOI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x_SI = torch.empty_like(x_SI) if needs_x else None
+        grad_weight_EOI = torch.empty_like(weight_EOI) if needs_weight else None
+        grad_bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2]) if needs_bias else None
+        start = 0
+        for expert, length in enumerate(ctx.lengths):
+            part, start = slice(start, start + length), start + length
+            grad = grad_SO[part]
+            if grad_x_SI is not None:
+                torch.mm(grad, weight_EOI[expert], out=grad_x_SI[part])
+            if grad_weight_EOI is not None:
+                torch.mm(grad.T, x_SI[part], out=grad_weight_EOI[expert])
+            if grad_bias_EO is not None:
+                torch.sum(grad, 0, out=grad_bias_EO[expert])
+        return grad_x_SI, grad_weight_EOI, grad_bias_EO, None
+
+
+pass
+
+
+class ExpertsSettings:
+    """What the experts interface reads: the implementation that the model around the experts is set to.
+
+    Args:
+        config: Of that model. One without MoE layers of its own says none; then it is grouped_mm, or, where there is no
+            accelerator, eager: on a CPU grouped_mm is slower than a loop over experts.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None) -> None:
+        self.config = config
+        self._default = "grouped_mm" if torch.accelerator.is_available() else "eager"
+
+    @property
+    def _experts_implementation(self) -> str:
+        return getattr(self.config, "_experts_implementation", None) or self._default
+
+
+class _Experts(nn.Module):
+    """The stacked weights of experts, and one way to run them: one expert after the other.
+
+    Args:
+        config: See `ExpertsSettings`.
+        parts: Of the MLP that every expert begins as a copy of.
+        num_experts: E.
+    """
+
+    def __init__(self, config: ExpertsSettings, parts: MlpParts, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.act_fn = parts.act
+        stacks = {"up_proj" if parts.kind == "plain" else "gate_up_proj": parts.up, "down_proj": (parts.down,)}
+        for name, linears in stacks.items():
+            for suffix, attribute in (("", "weight"), ("_bias", "bias")):
+                tensors = [getattr(linear, attribute) for linear in linears]
+                if tensors[0] is not None:
+                    one = torch.cat([tensor.detach() for tensor in tensors])
+                    stacked = one.unsqueeze(0).repeat(num_experts, *(1 for _ in one.shape))
+                    self.register_parameter(name + suffix, nn.Parameter(stacked))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run `eager`: sorted by expert, and each expert on its slice.
+
+        Args:
+            hidden_states: Shape: (tokens, hidden_size).
+            top_k_index: The chosen experts. Shape: (tokens, top_k).
+            top_k_weights: Theirs. Same shape.
+
+        Returns:
+            The weighted sum of the chosen experts' outputs. Shape: (tokens, output_size).
+        """
+        return run_sorted(hidden_states, top_k_index, top_k_weights, self.num_experts, self._run)
+
+    def _run(self, x_SI: Tensor, lengths: list[int]) -> Tensor:
+        """The experts on their slices, without the routing's weights."""
+        parameters: Any = self
+        name = "gate_up_proj" if parameters.has_gate else "up_proj"
+        inner = grouped_linear(x_SI, getattr(self, name), getattr(self, f"{name}_bias", None), lengths)
+        if parameters.has_gate:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.act_fn(gate) * up
+        else:
+            inner = self.act_fn(inner)
+        return grouped_linear(inner, parameters.down_proj, getattr(self, "down_proj_bias", None), lengths)
+
+
+@functools.cache
+def _experts_class(has_gate: bool, has_bias: bool, is_square: bool) -> type[_Experts]:
+    """The experts of one form, as transformers' interface wants it declared."""
+    form = "Gated" if has_gate else "Plain"
+    made = type(f"Upcycled{form}Experts", (_Experts,), {"__module__": __name__, "__doc__": _Experts.__doc__})
+    if is_square:
+        return use_experts_implementation(made, has_gate=has_gate, has_bias=has_bias)  # type: ignore[return-value]
+    made.has_gate, made.has_bias = has_gate, has_bias  # type: ignore[attr-defined]
+    return made
+
+
+class UpcycledMoE(nn.Module):
+    """A mixture of experts in the place of a dense MLP: any input of shape (..., hidden_size).
+
+    Each expert begins as a copy, and a token's weights sum to 1, so at first it computes what the MLP did.
+
+    Args:
+        parts: Of the MLP, see `read_mlp`.
+        num_experts: E.
+        top_k: Experts a token.
+        head: `smoe` or `xmoe`, see `modules.routers`.
+        config: Of the model around it: its `experts_implementation` is followed.
+
+    Attributes:
+        awaits_checkpoint: Whether it was made for a checkpoint's weights, which must all arrive.
+    """
+
+    awaits_checkpoint = False
+
+    def __init__(
+        self, parts: MlpParts, num_experts: int, top_k: int, head: str = "smoe", config: PreTrainedConfig | None = None
+    ) -> None:
+        super().__init__()
+        weight = parts.down.weight
+        self.gate = ROUTERS[head](parts.up[0].in_features, num_experts, top_k).to(weight.device, weight.dtype)
+        is_square = parts.up[0].in_features == parts.down.out_features
+        experts_class = _experts_class(parts.kind == "gated", parts.has_bias, is_square)
+        self.experts = experts_class(ExpertsSettings(config), parts, num_experts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Send each token to its experts. Shape: (..., hidden_size) to (..., output_size)."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TK, indices_TK = self.gate(flat)
+        output = self.experts(flat, indices_TK, weights_TK)
+        return output.view(*hidden_states.shape[:-1], output.shape[-1])

@@ -1,0 +1,116 @@
+"""The config of the WikiText language model."""
+
+import importlib
+from typing import Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from symphony_hf.errors import ConfigError, nearest
+
+MODELING = "symphony_hf.models.wikitext.modeling"
+"""Registers the models with transformers' Auto classes. Importing it takes seconds, so the first config does it."""
+
+RouterType = Literal["linear", "cosine", "smooth"]
+
+
+class WikiTextMoeConfig(PreTrainedConfig):
+    """Sizes and forms of `WikiTextMoeForCausalLM`; the defaults are the published SMoE on WikiText-103.
+
+    SMoE is the default; XMoE has `router_type="cosine"`, GLaM `moe_every=2`; `momentum=0.7` gives the MomentumSMoE of
+    each.
+
+    Args:
+        vocab_size: Words.
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width inside an expert, and inside the feed-forward of a block without experts.
+        num_hidden_layers: Blocks.
+        num_attention_heads: Heads, which share `hidden_size` evenly.
+        attention_span: Positions before its own that a token attends to, in its block and in the memory, in every
+            block alike. Its own is not among them.
+        num_experts: Experts in a block.
+        num_experts_per_tok: Experts that a token chooses.
+        moe_every: Every n-th block has experts, from the first on; the others have one feed-forward.
+        router_type: `linear`, `cosine` in a space of `router_dim` dimensions, or `smooth`: linear, with the expert
+            just below the cut lifted in (SmoothSMoE).
+        router_dim: Of the cosine router's space; half the number of experts when None.
+        momentum: mu, of the MoE outputs' momentum across blocks; none when None.
+        momentum_step: gamma, the size of a step along it.
+        dropout: Of attention weights, of expert activations, and of expert outputs.
+        layer_norm_eps: Added to variances.
+        use_cache: Whether a forward returns the memory of what it read, for the next one.
+
+    Raises:
+        ConfigError: If a value is out of range, or contradicts another one.
+
+    Source: the code base of MomentumSMoE (arXiv 2410.14574), for the sizes and the form.
+    """
+
+    model_type = "wikitext_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    vocab_size: int = 267_735
+    hidden_size: int = 352
+    intermediate_size: int = 352
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    attention_span: int = 1024
+    num_experts: int = 16
+    num_experts_per_tok: int = 2
+    moe_every: int = 1
+    router_type: RouterType = "linear"
+    router_dim: int | None = None
+    momentum: float | None = None
+    momentum_step: float = 1.0
+    dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: object) -> None:
+        importlib.import_module(MODELING)
+        if self.router_dim is None:
+            self.router_dim = max(self.num_experts // 2, 1)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("attention_span", "num_experts", "num_experts_per_tok", "moe_every", "router_dim"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{self.model_type}: `{name}` must be an integer of at least 1, got {value!r}")
+        if self.router_type not in get_args(RouterType):
+            hint = nearest(str(self.router_type), get_args(RouterType))
+            raise ConfigError(f"{self.model_type}: `router_type` is {self.router_type!r}; {hint}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"{self.model_type}: hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} "
+                "heads (num_attention_heads)"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                f"{self.model_type}: num_experts_per_tok {self.num_experts_per_tok} is more than the "
+                f"{self.num_experts} experts (num_experts)"
+            )
+        if self.router_type == "smooth" and self.num_experts_per_tok == self.num_experts:
+            raise ConfigError(
+                f"{self.model_type}: router_type `smooth` lifts in an expert that is not chosen, and all "
+                f"{self.num_experts} are: lower num_experts_per_tok"
+            )
+        for name, value, low, high in (
+            ("momentum", self.momentum or 0.0, 0.0, 1.0),
+            ("dropout", self.dropout, 0.0, 1.0),
+        ):
+            if not low <= value < high:
+                raise ConfigError(f"{self.model_type}: `{name}` must be from {low:g} to below {high:g}, got {value!r}")
+
+    @property
+    def sliding_window(self) -> int:
+        """By which transformers' caches know how much to keep: they count the token itself, too."""
+        return self.attention_span + 1

@@ -1,0 +1,1 @@
+"""Give a model Symphony routing: `symphonize`, and what it puts into a model."""

@@ -1,0 +1,238 @@
+"""What surrounds patched routers in their model: hooks on the decoder stacks, the loss function, `save_pretrained`."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from symphony_hf.checkpoints.saving import SymphonyPusher, SymphonySaver, mark_savers, restore_losses
+from symphony_hf.config import SymphonyConfig
+from symphony_hf.errors import ConfigError, PatchError
+from symphony_hf.patching.families.discovery import FoundRouter
+
+from .counting import RouterStack
+from .tracker import Tracker
+
+_OWN_LOSSES = {
+    ("router_aux_loss_coef", "aux_loss_coef"): "balance_loss_weight",
+    ("router_z_loss_coef",): "z_loss_weight",
+}
+"""A model's own weights of losses that ours takes the place of, by the setting of ours."""
+
+
+def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:
+    """Refuse to balance over the ranks where one may not run every router: all must take part in each all-reduce.
+
+    The model itself and its language model run in every forward, an encoder of images or sound does not.
+
+    Raises:
+        ConfigError: If `balance_scope` is `global`, and a router is in such an encoder.
+    """
+    if settings.balance_scope == "local" or settings.balance_loss_weight == 0 or not isinstance(model, PreTrainedModel):
+        return
+    always_run = (type(model.config), type(model.config.get_text_config()))
+    for router in found:
+        if type(router.owner.config) not in always_run:
+            raise ConfigError(
+                f"symphony: `balance_scope` is 'global', but the router `{router.name}` is in a "
+                f"{type(router.owner).__name__}, which a batch without its inputs (of text alone, say) leaves out, and "
+                "the other ranks would wait for its load: use balance_scope='local', or leave this router out by "
+                "`layers` or `routers`"
+            )
+
+
+def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any]) -> None:
+    """Put the hooks and the loss around patched routers, from `model` on down.
+
+    A model nested in another is patched first while loading; the outer one then takes over.
+    """
+    for module in model.modules():
+        detach(module)
+    tracker, named = Tracker(), dict(model.named_modules())
+    # Grouped in the order of the model's modules: every rank must reduce its counts in the same one.
+    by_stack: dict[tuple[int, int], list[FoundRouter]] = {}
+    for router in found:
+        by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
+    for routers in by_stack.values():
+        owner = routers[0].owner
+        modules: list[Any] = [router.module for router in routers]
+        blocks = [named.get(router.name.rpartition(".")[0], owner) for router in routers]
+        stack = RouterStack(owner, modules, blocks, _mask_position(owner), tracker)
+        tracker.stacks.append(stack)
+        tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
+        tracker.handles.append(owner.register_forward_hook(stack.after_forward))
+    tracker.place_scale()
+    model._symphony_tracker = tracker  # type: ignore[assignment]
+    tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
+    tracker.handles.append(model.register_forward_hook(_record_loss_of_output))
+    if isinstance(model, PreTrainedModel):
+        _attach_to_pretrained(model, found, settings, tracker)
+
+
+def _attach_to_pretrained(
+    model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any], tracker: Tracker
+) -> None:
+    for names, weight in _OWN_LOSSES.items():
+        if getattr(tracker.config, weight) > 0:
+            _silence_own_loss(model, tracker, names)
+    if getattr(model, "loss_type", None) is not None:
+        tracker.own_loss = model.__dict__.get("_loss_function")
+        model.loss_function = RecordedLoss(model.loss_function, tracker)
+    patched = {id(router.module) for router in found}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
+            module.save_pretrained = SymphonySaver(module, settings, tracker.silenced)  # type: ignore[method-assign]
+            module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
+    # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach` on the module that it was called on; nothing on any other."""
+    tracker: Tracker | None = module.__dict__.pop("_symphony_tracker", None)
+    if tracker is None:
+        return
+    for handle in tracker.handles:
+        handle.remove()
+    tracker.remove_log_probs_hook()
+    for part in module.modules():
+        if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
+            del part.save_pretrained
+            del part.push_to_hub
+    mark_savers(module)
+    restore_losses(tracker.silenced)
+    if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
+        del module._loss_function
+        if tracker.own_loss is not None:
+            module._loss_function = tracker.own_loss
+    tracker.stacks.clear()
+    tracker.silenced.clear()
+    if isinstance(module, PreTrainedModel):
+        strict = module.__dict__["_keep_in_fp32_modules_strict"]
+        module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
+
+
+def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the model. A function, not the tracker's method: a copy of the model has a tracker of its own."""
+    tracker: Any = model._symphony_tracker
+    tracker.recorded_in_forward = False
+    tracker.outer_mask = kwargs.get("attention_mask")
+
+
+def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Post-hook of the model: some compute their loss without their loss function, whose results are recorded."""
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    tracker: Any = model._symphony_tracker
+    loss = getattr(output, "loss", None)
+    # TRL's trainers make their loss of log-probabilities, and leave the output's own alone.
+    is_used = getattr(output, "log_probs", None) is None
+    if isinstance(loss, Tensor) and is_used and not tracker.recorded_in_forward:
+        output.loss = tracker.record_loss(loss)
+
+
+def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Post-hook of a model that TRL's SFTTrainer trains: its loss is the mean over tokens of `output.log_probs`."""
+    log_probs = getattr(output, "log_probs", None)
+    if isinstance(log_probs, Tensor) and model.training and torch.is_grad_enabled():
+        output.log_probs = tracker_of(model).record_loss(log_probs, -output.label_mask.float())
+
+
+def _mask_position(owner: nn.Module) -> int | None:
+    names = list(inspect.signature(owner.forward).parameters)
+    return names.index("attention_mask") if "attention_mask" in names else None
+
+
+def _silence_own_loss(model: PreTrainedModel, tracker: Tracker, names: tuple[str, ...]) -> None:
+    """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for.
+
+    Most models copy its weight from their config when they are built; some vision-language ones, and TRL, read the
+    config later. The config is this model's alone (`symphonize` sees to that), and is saved with the weight in it.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        for holder in (module, module.config, module.config.get_text_config()):
+            for name in names:
+                weight = holder.__dict__.get(name)
+                if isinstance(weight, int | float) and weight != 0:
+                    tracker.silenced.append((holder, name, weight))
+                    holder.__dict__[name] = 0.0
+
+
+class RecordedLoss:
+    """A model's loss function that also ties the router losses to what it returns."""
+
+    def __init__(self, original: Any, tracker: Tracker) -> None:
+        self.original = original
+        self.tracker = tracker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.original(*args, **kwargs)
+        return self.tracker.record_loss(loss, self._share_of_step(*args, **kwargs))
+
+    def _share_of_step(self, *args: Any, **kwargs: Any) -> Tensor | float:
+        """The part of the optimizer step's tokens that this micro-batch has, where the loss is divided by the step's.
+
+        Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps.
+        """
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            return 1.0
+        labels = kwargs.get("shift_labels")
+        if labels is None:
+            labels = kwargs["labels"] if "labels" in kwargs else args[1]
+            labels = labels[..., 1:] if self.original is ForCausalLMLoss else labels
+        return (labels != -100).sum() / num_items
+
+
+def tracker_of(model: nn.Module) -> Tracker:
+    """What follows a Symphony model's training, found through any wrapper (DDP, DeepSpeed, PEFT, torch.compile).
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    for module in model.modules():
+        if "_symphony_tracker" in module.__dict__:
+            return module._symphony_tracker  # type: ignore[return-value]
+    raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+
+
+def update_graphs(model: nn.Module) -> bool:
+    """Move the graphs by what was counted since the last call: for loops of your own, after `optimizer.step()`.
+
+    Returns:
+        Whether anything had been counted.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    tracker = tracker_of(model)
+    tracker.driven = True
+    moved = tracker.commit()
+    if not moved and tracker.guards.stepped_uncounted:
+        tracker.guards.warn_once(
+            "an optimizer took a step, but nothing had been counted since the last call: the model runs in evaluation "
+            "mode, in which `from_pretrained` returns it, so its graphs stay as they are and it has no router losses. "
+            "Call `model.train()` before training"
+        )
+    return moved
+
+
+def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:
+    """Tie the balance and z-loss to a loss that your loop computed itself; not needed where `labels` are passed.
+
+    Args:
+        model: A Symphony model whose forward made `loss`.
+        loss: As it is before the division by accumulation steps, if the loop divides.
+
+    Returns:
+        The same loss. Backward through it starts the router losses too, scaled as it is.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    return tracker_of(model).record_loss(loss)

@@ -1,0 +1,192 @@
+"""ExpertGraph: the child `symphony` of a Symphony router. It holds the one thing that is saved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symphony_hf.config import SymphonyConfig
+from symphony_hf.routing.graph import initial_adjacency, mix_with_identity, transition_matrix, without_autocast
+from symphony_hf.routing.smoothing import smooth_scores, smooth_sigmoid_scores, smooth_weight
+
+
+class ExpertGraph(nn.Module):
+    """A router's social graph of experts, and the matrix A that it routes with.
+
+    Args:
+        num_experts: E.
+        top_k: Experts chosen per token, K.
+        config: How the graph is used and learned.
+        device: Where the router's weight is.
+
+    Attributes:
+        adjacency: The moving average of co-selections. Shape: (num_experts, num_experts), float32 under every
+            cast of the model. A buffer; a parameter when `config.graph` is `learned`.
+        updates: How many updates the graph has seen: an int64 scalar buffer, by which the strength warms up.
+    """
+
+    # Buffer names must not contain `weight`, `experts` or `e_score`: checkpoint conversion would rename them.
+    adjacency: Tensor
+    updates: Tensor
+
+    def __init__(
+        self, num_experts: int, top_k: int, config: SymphonyConfig, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.config = config
+        self._cached: tuple[Tensor, int, int, Tensor] | None = None
+        adjacency_EE = initial_adjacency(num_experts, top_k, device)
+        if config.graph == "learned":
+            self.adjacency = nn.Parameter(adjacency_EE)
+        else:
+            self.register_buffer("adjacency", adjacency_EE)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+        # A checkpoint is being loaded into this graph when it is born without storage.
+        self.awaits_checkpoint = self.adjacency.is_meta
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything: the start, at which the router is bit for bit the base's."""
+        self.adjacency.copy_(initial_adjacency(self.num_experts, self.top_k, self.adjacency.device))
+        self.updates.zero_()
+
+    def strength(self) -> Tensor | float:
+        """The strength in force: it ramps up linearly over `warmup_steps` updates."""
+        if self.config.warmup_steps == 0:
+            return self.config.strength
+        return self.config.strength * (self.updates / self.config.warmup_steps).clamp(max=1.0)
+
+    def forward(self, smoothed: Tensor, head: str | None = None) -> Tensor:
+        """Apply the graph. A call, not an attribute read, so that the hooks of accelerate and PEFT take part.
+
+        Args:
+            smoothed: The router's weight (or bias), (num_experts, ...), where logits are smoothed; its logits,
+                (tokens, num_experts), where scores are.
+            head: Where scores are smoothed, what makes them of the logits: `softmax` or `sigmoid`.
+
+        Returns:
+            What takes its place. Same shape and type.
+        """
+        if self.config.smoothing == "logits":
+            return smooth_weight(smoothed, self.transition())
+        smooth = smooth_sigmoid_scores if head == "sigmoid" else smooth_scores
+        return smooth(smoothed, self.transition())
+
+    def transition(self) -> Tensor:
+        """The matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
+
+        It changes only when the graph does, so it is kept until `adjacency` or `updates` is written again. Not
+        for a learned graph, which needs its gradient, nor under torch.compile, which fuses it anyway.
+        """
+        if (
+            self.config.graph == "learned"
+            or torch.compiler.is_compiling()
+            or self.adjacency.is_inference()
+            or self.updates.is_inference()
+        ):
+            return self._compute_transition()
+        versions = self.adjacency._version, self.updates._version
+        cached = self._cached
+        if cached is None or cached[0] is not self.adjacency or cached[1:3] != versions:
+            # An inference tensor could not be saved for a later backward.
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self._cached = (self.adjacency, *versions, self._compute_transition())
+        return cached[3]
+
+    def social_graph(self) -> Tensor:
+        """The adjacency made symmetric and non-negative, which the gradient steps of a learned graph do not keep it.
+
+        Bit for bit the adjacency where it is so already. Shape: (num_experts, num_experts), float32.
+        """
+        if self.config.graph != "learned" or self.adjacency.dim() != 2:  # ZeRO-3 leaves a row of a parameter, or less
+            return self.adjacency
+        return 0.5 * (self.adjacency + self.adjacency.T).clamp(min=0.0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save a learned graph as it is used, be it between an optimizer's step and the commit: no other is loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.config.graph == "learned" and not keep_vars:
+            destination[f"{prefix}adjacency"] = self.social_graph().detach()
+
+    def _compute_transition(self) -> Tensor:
+        adjacency_EE = self.social_graph()
+        with without_autocast(adjacency_EE):
+            transition_EE = transition_matrix(adjacency_EE, self.config.normalization, self.config.self_loops)
+            return mix_with_identity(transition_EE, self.strength())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertGraph":
+        """Follow the model to another device, but keep the graph in float32 when the model is cast."""
+        # A cast puts other numbers into a parameter, which stays the same object.
+        kept, gradient = self.adjacency.detach(), self.adjacency.grad
+        gradient = None if gradient is None else gradient.detach()
+        super()._apply(fn, recurse)
+        if self.adjacency.dtype != torch.float32:
+            self.widen(kept, gradient)
+        self._cached = None
+        return self
+
+    def widen(self, values: Tensor | None = None, gradient: Tensor | None = None) -> None:
+        """Make the graph float32 again.
+
+        Args:
+            values: It as it was before it was cast; what it is now when None.
+            gradient: Its gradient, likewise.
+        """
+        values = self.adjacency if values is None else values
+        gradient = self.adjacency.grad if gradient is None else gradient
+        device = self.adjacency.device
+        restored = values.detach().to(device, torch.float32)
+        if isinstance(self.adjacency, nn.Parameter):
+            self.adjacency.data = restored
+            self.adjacency.grad = None if gradient is None else gradient.detach().to(device, torch.float32)
+        else:
+            self.adjacency = restored
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, graph={self.config.graph}"
+
+
+def active_graph(module: nn.Module) -> ExpertGraph:
+    """The graph in use: the module itself, or what PEFT's `modules_to_save` wrapper around it has active.
+
+    Args:
+        module: A router's child `symphony`.
+    """
+    if isinstance(module, ExpertGraph):
+        return module
+    graph = _active_module(module)
+    assert isinstance(graph, ExpertGraph)
+    return graph
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into a model, or around it."""
+    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
+
+
+def kept_in_adapters(model: nn.Module) -> set[int]:
+    """The identities of the modules that adapters have copies of, by `modules_to_save`: those copies."""
+    copies: Any = [wrapper.modules_to_save for wrapper in model.modules() if "modules_to_save" in wrapper._modules]
+    return {id(module) for copy in copies for module in copy.modules()}
+
+
+def put_aside(model: nn.Module) -> set[int]:
+    """The identities of the modules that PEFT's `modules_to_save` wrappers hold and do not run now."""
+    aside: set[int] = set()
+    for wrapper in model.modules():
+        if "modules_to_save" in wrapper._modules:
+            active = _active_module(wrapper)
+            held: Any = (wrapper.original_module, *wrapper.modules_to_save.values())  # type: ignore[operator, union-attr]
+            aside.update(id(module) for copy in held if copy is not active for module in copy.modules())
+    return aside
+
+
+def _active_module(wrapper: nn.Module) -> nn.Module:
+    adapters: Any = [] if wrapper.disable_adapters else wrapper.active_adapters
+    return wrapper.modules_to_save[adapters[0]] if adapters else wrapper.original_module  # type: ignore[index, operator, return-value]

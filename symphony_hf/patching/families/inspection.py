@@ -1,0 +1,217 @@
+"""Read a router's contract from what a twin of it returns."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symphony_hf.errors import UnsupportedModelError
+
+from .contract import Head, RouterContract
+from .entries import entry_of
+from .probe import NUM_TOKENS, Probe
+from .selection import HOW, BlockLook
+
+
+def inspect_router(
+    name: str, router: nn.Module, modules: dict[str, nn.Module], top_k: int | None = None
+) -> RouterContract:
+    """Run a twin of a router on random numbers and read its contract.
+
+    Args:
+        name: The router's module name, for error messages.
+        router: The module.
+        modules: The model's, by name: where a router returns logits alone, its block chooses.
+        top_k: Experts chosen per token, where the user says so.
+
+    Raises:
+        UnsupportedModelError: If the module is no router, or one that cannot be patched.
+    """
+    if isinstance(getattr(router, "contract", None), RouterContract):
+        return router.contract  # type: ignore[return-value]  # patched already, in a model nested in this one
+    entry = entry_of(type(router))
+    if refusal := entry.refusal(router):
+        raise UnsupportedModelError(f"{type(router).__name__} `{name}`: {refusal}")
+    # In float32, in which a head answers to a shift of its logits exactly enough.
+    reading = _Reading(Probe(name, router, torch.float32))
+    probe, indices = reading.probe, reading.indices
+    top_k = top_k or entry.top_k
+    if top_k is not None and top_k > reading.num_experts:
+        raise UnsupportedModelError(f"{probe.where}: it chooses {top_k} of {reading.num_experts} experts")
+    block = BlockLook(probe.where, *_block_of(probe, name, modules)) if reading.is_logits_alone else None
+    if top_k is not None:
+        indices = None
+        if block is not None:
+            block.check_top_k(top_k)
+    elif block is not None:
+        top_k = block.top_k()
+    else:
+        top_k = reading.top_k(has_choices=entry.choices is not None)
+    head, no_head = reading.head()
+    return RouterContract(
+        num_experts=reading.num_experts,
+        top_k=top_k,
+        linear=probe.linear,
+        calls_linear=probe.calls_linear,
+        logits=reading.logits,
+        carrier=reading.carrier,
+        indices=indices,
+        choices=entry.choices,
+        head=head,
+        no_head=no_head,
+    )
+
+
+def _block_of(probe: Probe, name: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, str]:
+    """The module that calls a router, and the path of the router's linear map in it."""
+    parent, _, own_name = name.rpartition(".")
+    return modules[parent], f"{own_name}.{probe.linear}".strip(".")
+
+
+class _Reading:
+    """What is where in a router's output.
+
+    Attributes:
+        logits: Place of the logits; None where they are not in it.
+        num_experts: Of them: fewer than the linear map has rows, where not all of its rows compete.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.logits, self.num_experts = self._find_logits()
+
+    def _find_logits(self) -> tuple[int | None, int]:
+        probe = self.probe
+        changed = []
+        for place, output in enumerate(probe.outputs):
+            if not _is_float(output) or output.dim() < 2 or output.numel() // output.shape[-1] != NUM_TOKENS:
+                continue
+            num_experts = output.shape[-1]
+            flat = output.reshape(NUM_TOKENS, num_experts).float()
+            if 1 < num_experts <= probe.rows and torch.equal(flat, probe.raw[:, :num_experts].float()):
+                return place, num_experts
+            if num_experts == probe.rows:
+                changed.append(place)
+        for place in changed:
+            # Scaled or capped, all alike: the logits still, as the rest of the router has them.
+            if _keeps_order(probe.raw, probe.outputs[place]):
+                return place, probe.rows
+        distributions = [place for place in changed if _is_distribution(probe.outputs[place])]
+        if (probe.calls_linear or probe.multiplies_input) and changed == distributions:
+            return None, probe.rows
+        raise UnsupportedModelError(
+            f"{probe.where}: returns {self._shapes()}, among which logits of shape (tokens, {probe.rows}) were expected"
+        )
+
+    @cached_property
+    def carrier(self) -> int:
+        """Place of what the experts use: the weights of the chosen ones, or of all, or the logits themselves."""
+        outputs = self.probe.outputs
+        floats = [place for place, output in enumerate(outputs) if _is_float(output) and output.dim() > 0]
+        others = [place for place in floats if place != self.logits]
+        # A row of all experts may be logits or probabilities, returned to be recorded.
+        weights = [place for place in others if outputs[place].shape[-1] != self.probe.rows]
+        # Switch returned each token's highest probability twice before it returned its logits, and used the second.
+        return (weights or others or floats)[-1 if self.logits is None else 0]
+
+    @property
+    def is_logits_alone(self) -> bool:
+        """Whether the router leaves the choice to its block."""
+        return self.carrier == self.logits
+
+    @cached_property
+    def indices(self) -> int | None:
+        """Place of the chosen experts: integers, a row a token. As many as there are experts would be a mask."""
+        found, outputs = [], self.probe.outputs
+        for place, output in enumerate(outputs):
+            if not isinstance(output, Tensor) or output.is_floating_point() or output.dtype == torch.bool:
+                continue
+            has_rows = output.dim() >= 2 and output.numel() == NUM_TOKENS * output.shape[-1]
+            if has_rows and output.shape[-1] < self.num_experts:
+                found.append(place)
+        if len(found) > 1 or (found and not _are_choices(outputs[found[0]], self.num_experts)):
+            raise UnsupportedModelError(
+                f"{self.probe.where}: returns {self._shapes()}, among which it is not clear which integers say what "
+                "experts were chosen"
+            )
+        return found[0] if found else None
+
+    def top_k(self, has_choices: bool) -> int:
+        """How many experts a token chooses; where they are not returned, only if they are the highest logits for sure.
+
+        Args:
+            has_choices: Whether they are read from the output in another way.
+        """
+        probe = self.probe
+        own = getattr(probe.router, "top_k", None)
+        if self.indices is not None:
+            num_returned = probe.outputs[self.indices].shape[-1]
+            # Read in another way, since not all that are returned are chosen.
+            return min(num_returned, own) if has_choices and isinstance(own, int) else num_returned
+        weights = probe.outputs[self.carrier]
+        if isinstance(own, int) and (has_choices or torch.equal(weights != 0, _mask_of_highest(probe.raw, own))):
+            return own
+        raise UnsupportedModelError(
+            f"{probe.where}: returns {self._shapes()}, among which no integers of shape (tokens, top_k) say which "
+            f"experts were chosen; {HOW}"
+        )
+
+    def head(self) -> tuple[Head | None, str]:
+        """What makes weights of logits, by how they answer to a shift of all logits; or why nothing known does."""
+        probe, outputs = self.probe, self.probe.outputs
+        if self.num_experts != probe.rows:
+            return None, "logits of shared experts go through the same head"
+        if self.logits is not None and not torch.equal(outputs[self.logits].reshape(probe.raw.shape), probe.raw):
+            return None, "its logits are changed after its linear map"
+        if self.is_logits_alone:
+            return None, "its block makes the weights"
+        weights = outputs[self.carrier]
+        if not torch.allclose(probe.finish(probe.raw)[self.carrier], weights):
+            return None, "its head cannot be run on logits alone"
+        if torch.allclose(probe.finish(probe.raw + 1.0)[self.carrier], weights, rtol=1e-2, atol=1e-3):
+            return "softmax", ""
+        scores = probe.raw.sigmoid()
+        if self.indices is not None:
+            scores = scores.gather(1, outputs[self.indices].reshape(NUM_TOKENS, -1).long())
+        if _is_multiple(weights.reshape(NUM_TOKENS, -1), scores):
+            return "sigmoid", ""
+        return None, "its weights are neither a softmax nor a sigmoid of its logits"
+
+    def _shapes(self) -> str:
+        outputs = self.probe.outputs
+        return ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _keeps_order(raw: Tensor, changed: Tensor) -> bool:
+    """Whether the same increasing function was applied to every logit."""
+    in_order = changed.reshape(-1)[raw.reshape(-1).argsort()]
+    return bool((in_order.diff() >= 0).all())
+
+
+def _is_distribution(output: Tensor) -> bool:
+    return bool((output >= 0).all() and ((output.sum(-1) - 1.0).abs() < 1e-4).all())
+
+
+def _are_choices(indices: Tensor, num_experts: int) -> bool:
+    """Whether every row has distinct numbers of experts."""
+    in_order = indices.sort(-1).values
+    return bool((in_order.diff(dim=-1) > 0).all() and in_order.min() >= 0 and in_order.max() < num_experts)
+
+
+def _mask_of_highest(scores: Tensor, top_k: int) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(top_k).indices, True)
+
+
+def _is_multiple(weights: Tensor, scores: Tensor) -> bool:
+    """Whether weights are scores times one factor a token, where they are not 0."""
+    if weights.shape != scores.shape:
+        return False
+    chosen = weights > 0
+    ratio = torch.where(chosen, weights / scores, torch.nan)
+    even = ratio.nanmean(1, keepdim=True).expand_as(ratio).where(chosen, torch.nan)
+    return torch.allclose(ratio, even, rtol=0.05, equal_nan=True)

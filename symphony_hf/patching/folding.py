@@ -1,0 +1,118 @@
+"""fold: the graphs into the routers' own weights."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from symphony_hf.checkpoints.saving import mark_architectures, own_losses
+from symphony_hf.errors import FoldError, PatchError
+from symphony_hf.patching.families.substitution import linear_of
+
+from .attachment import tracker_of
+from .expert_graph import active_graph, is_adapted
+from .symphonize import check_whole, symphony_routers, unsymphonize
+
+
+def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The router weights (and biases) that hold the graph in themselves, by parameter name.
+
+    Raises:
+        PatchError: If the model is not symphonized, or is a part of one that is.
+        FoldError: If a graph cannot be folded exactly.
+    """
+    if is_adapted(model):
+        raise FoldError("fold: the model has PEFT's adapters in it: `merge_and_unload()` first")
+    routers = list(symphony_routers(model))
+    check_whole(model, "fold")
+    folded: dict[str, Tensor] = {}
+    for name, router in routers:
+        contract = router.contract
+        linear: Any = linear_of(router, contract.linear)  # type: ignore[arg-type]
+        graph = active_graph(router.symphony)
+        if graph.config.smoothing != "logits":
+            raise FoldError(
+                f"fold: `{name}` smooths scores, after softmax, which no plain router computes: only smoothing="
+                "`logits` folds"
+            )
+        weight: Tensor = linear.weight
+        sharded = hasattr(weight, "full_tensor")  # FSDP2's, between forwards
+        if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0 or sharded:
+            raise FoldError(f"fold: the weight of `{name}` is quantized, offloaded or partitioned: load it whole first")
+        path = f"{name}.{contract.linear}" if contract.linear else name
+        for parameter_name in ("weight", "bias"):
+            parameter = getattr(linear, parameter_name, None)
+            if isinstance(parameter, Tensor):
+                with torch.no_grad():
+                    folded[f"{path}.{parameter_name}"] = router.apply_graph(parameter)
+    return folded
+
+
+def fold(model: PreTrainedModel) -> PreTrainedModel:
+    """Fold each graph into its router's weight, in place: a plain model, with the same logits to the bit.
+
+    Raises:
+        PatchError: If the model is not symphonized, or is a part of one that is.
+        FoldError: If a graph cannot be folded exactly; the model is left as it was.
+    """
+    parameters = folded_parameters(model)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            model.get_parameter(name).copy_(value)
+    return unsymphonize(model)
+
+
+def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
+    """Write a plain checkpoint of the base family, with each graph folded into its router's weight.
+
+    It has the stock tensor names and config and nothing of ours in it; any server runs it, to the same logits. But for
+    a model with modules of `upcycle_modules`: without graphs, these still need this package. The model itself is left
+    as it is.
+
+    Args:
+        model: A Symphony model, not wrapped.
+        directory: Where to. Weights and config that are there are replaced when everything has been written.
+
+    Returns:
+        The directory.
+
+    Raises:
+        PatchError: If the model is not symphonized, or is a part of one that is.
+        FoldError: If a graph cannot be folded exactly.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise PatchError(f"export_folded: expected a transformers model, got {type(model).__name__}: unwrap it first")
+    folded = folded_parameters(model)
+    graphs = tuple(f"{name}.symphony." for name, _ in symphony_routers(model))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(graphs)}
+    state.update(folded)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
+    settings = model.config.symphony
+    try:
+        del model.config.symphony
+        with own_losses(tracker_of(model).silenced):
+            type(model).save_pretrained(model, unfinished, state_dict=state)
+        if getattr(model.config, "upcycled", None) is not None and (unfinished / "config.json").exists():
+            mark_architectures(unfinished / "config.json")  # its experts are of no family that others know
+        if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
+            _replace_checkpoint(directory, unfinished)
+    finally:
+        model.config.symphony = settings
+        shutil.rmtree(unfinished)
+    model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
+    return directory
+
+
+def _replace_checkpoint(directory: Path, unfinished: Path) -> None:
+    written = {file.name for file in unfinished.iterdir()}
+    for name in written:
+        os.replace(unfinished / name, directory / name)
+    for stale in {file.name for file in directory.glob("model*.safetensors*")} - written:
+        (directory / stale).unlink()  # other shards of what was here before would be read instead

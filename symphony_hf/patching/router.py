@@ -1,0 +1,204 @@
+"""The Symphony router: a subclass of the family's own router, made for it on the spot.
+
+The subclass changes nothing but the router's linear map while the family's own forward runs: A @ W in place of W. By
+linearity that smooths the logits, exactly, without a copy of any family's code; the selection, the recorded logits
+and the experts follow. An instance gets the subclass by `__class__` alone, so that `isinstance`, by which
+transformers finds routers to record, still holds, and so that it goes back as simply.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from symphony_hf.errors import PatchError
+from symphony_hf.patching.families.contract import RouterContract
+from symphony_hf.patching.families.probe import as_tuple
+from symphony_hf.patching.families.substitution import (
+    LinearStandIn,
+    OutputStandIn,
+    StandIn,
+    is_plain_linear,
+    linear_of,
+    stand_in_class,
+    substitute,
+    substitute_logits,
+)
+from symphony_hf.routing.graph import without_autocast
+from symphony_hf.routing.losses import AttachLoss
+
+from .counting import RouterStack
+from .expert_graph import active_graph
+
+
+class SymphonyRouter:
+    """Mixin of the generated subclasses. What it declares is set when an instance is patched, and attached."""
+
+    symphony: nn.Module
+    contract: RouterContract
+    stack: RouterStack | None = None
+    place: int = 0
+    base_class: type[nn.Module]
+    stand_in: type[StandIn]
+    training: bool
+    logit_notes: tuple[Callable[[Tensor], None], ...] = ()  # of those who watch logits that are not returned
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # whatever the family calls its hidden states
+            args = (kwargs.pop(next(iter(kwargs))),)
+        smooth_logits = active_graph(self.symphony).config.smoothing == "logits"
+        forward = self._forward_with_logits_smoothed if smooth_logits else self._forward_with_scores_smoothed
+        outputs, logits_TE = forward(*args, **kwargs)
+        for note in self.logit_notes:
+            note(logits_TE)
+        if not self.training or self.stack is None:
+            return outputs
+        contract, parts = self.contract, as_tuple(outputs)
+        loss = self.stack.observe(self, logits_TE, contract.chosen_experts(parts, logits_TE))
+        if loss is None:
+            return outputs
+        # On what the experts use: a recorded logit may lead to no loss at all.
+        place = contract.carrier
+        carrier = AttachLoss.apply(parts[place], loss, self.stack.tracker.scale)
+        return (*parts[:place], carrier, *parts[place + 1 :]) if isinstance(outputs, tuple) else carrier
+
+    def _forward_with_logits_smoothed(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """The family's forward with A W for its weight. Returns what it returns, and the logits."""
+        return self._run(self._leaf(self.apply_graph), *args, **kwargs)
+
+    def _forward_with_scores_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Smooth the logits that the family's forward gives, then let its head finish with the smoothed ones.
+
+        Its own softmax or sigmoid, selection and renormalization do the rest.
+        """
+        contract = self.contract
+        if contract.calls_linear:
+            linear = linear_of(self, contract.linear)  # type: ignore[arg-type]
+            leaf = OutputStandIn(linear, lambda logits: self._smooth_scores(logits.flatten(0, -2)).view_as(logits))
+            outputs, _ = self._run(leaf, hidden_states, *args, **kwargs)
+            assert leaf.output is not None
+            return outputs, leaf.output.flatten(0, -2)
+        _, logits_TE = self._run(self._leaf(lambda tensor: tensor), hidden_states, *args, **kwargs)
+        smoothed_TE = self._smooth_scores(logits_TE)
+        replaced, hidden_states = substitute_logits(
+            self,  # type: ignore[arg-type]
+            self.stand_in,
+            contract.linear,
+            contract.calls_linear,
+            smoothed_TE,
+            hidden_states,  # type: ignore[arg-type]
+        )
+        outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        return outputs, smoothed_TE
+
+    def _smooth_scores(self, logits_TE: Tensor) -> Tensor:
+        return self.symphony(logits_TE, self.contract.head)
+
+    def _run(self, leaf: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        contract = self.contract
+        replaced = substitute(self, self.stand_in, contract.linear, leaf)  # type: ignore[arg-type]
+        outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        if contract.logits is not None:
+            logits = as_tuple(outputs)[contract.logits]
+        elif contract.calls_linear:
+            logits = leaf.output
+        else:
+            with without_autocast(hidden_states):
+                logits = F.linear(hidden_states.float(), leaf.weight.float())
+        return outputs, logits.reshape(-1, logits.shape[-1])
+
+    def _leaf(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """What takes the place of the linear map: the same with its weight and bias changed along the experts."""
+        path = self.contract.linear
+        linear = linear_of(self, path)  # type: ignore[arg-type]
+        if path and not is_plain_linear(linear):
+            # LoRA, a quantized weight or a hook: more than a weight, so change what it returns.
+            return OutputStandIn(
+                linear, lambda logits: change(logits.reshape(-1, logits.shape[-1]).T).T.view_as(logits)
+            )
+        weight, bias = change(linear.weight), getattr(linear, "bias", None)  # type: ignore[arg-type]
+        if isinstance(bias, Tensor):
+            bias = change(bias)
+        if path:
+            return LinearStandIn(linear, weight, bias)
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+    def apply_graph(self, tensor: Tensor) -> Tensor:
+        """The graph along the experts of a weight or bias. Rows after them (of shared experts) stay as they are."""
+        num_experts = self.contract.num_experts
+        if tensor.shape[0] == num_experts:
+            return self.symphony(tensor)
+        return torch.cat([self.symphony(tensor[:num_experts]), tensor[num_experts:]])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.stack is not None:
+            self.stack.tracker.place_scale()
+        return self  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by the family's class: the subclass has no name that pickle could import."""
+        return _new_router, (self.base_class,), self.__dict__
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def symphony_router_class(base_class: type[nn.Module]) -> type[nn.Module]:
+    """The Symphony subclass of a family's router class. The same class for the same base."""
+    if base_class not in _CLASSES:
+        _CLASSES[base_class] = _make_class(base_class)
+    return _CLASSES[base_class]
+
+
+def _make_class(base_class: type[nn.Module]) -> type[nn.Module]:
+    name = f"Symphony{base_class.__name__}"
+    # Kernels from the Hub would replace a forward by one that reads the weight itself, past the graph.
+    namespace = {
+        "base_class": base_class,
+        "stand_in": stand_in_class(base_class),
+        "kernel_layer_name": None,
+        "__doc__": SymphonyRouter.__doc__,
+    }
+    return type(name, (SymphonyRouter, base_class), namespace)
+
+
+def _new_router(base_class: type[nn.Module]) -> nn.Module:
+    router_class = symphony_router_class(base_class)
+    return router_class.__new__(router_class)
+
+
+def swap_class(router: nn.Module, router_class: type[nn.Module]) -> None:
+    """Give a router another class, also below what keeps its old forward bound."""
+    router.__class__ = router_class
+    forward = types.MethodType(router_class.forward, router)
+    cell = _bound_forward(router)
+    if "_old_forward" in router.__dict__:  # by accelerate's hooks
+        router.__dict__["_old_forward"] = forward
+    elif cell is not None:
+        cell.cell_contents = forward
+
+
+def check_swappable(name: str, router: nn.Module) -> None:
+    """Refuse a router whose forward would still be its old class's after `swap_class`.
+
+    Raises:
+        PatchError: If its forward was replaced on the instance by something that does not show what it calls.
+    """
+    replaced = "forward" in router.__dict__ and "_old_forward" not in router.__dict__
+    if replaced and _bound_forward(router) is None:
+        raise PatchError(
+            f"symphonize: the forward of `{name}` was replaced by {router.__dict__['forward']!r}, which may go past "
+            "the graph: symphonize before that is done"
+        )
+
+
+def _bound_forward(router: nn.Module) -> types.CellType | None:
+    """Where a function put over a router's forward keeps it: transformers' 5.17's expert parallelism does."""
+    for cell in getattr(router.__dict__.get("forward"), "__closure__", None) or ():
+        if isinstance(cell.cell_contents, types.MethodType) and cell.cell_contents.__self__ is router:
+            return cell
+    return None

@@ -1,0 +1,243 @@
+"""symphonize and unsymphonize: a model's routers patched in place, one instance at a time, and set back."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from symphony_hf.checkpoints.graph_files import match_graphs, read_graphs
+from symphony_hf.checkpoints.saving import own_config
+from symphony_hf.config import GRAPHS, SymphonyConfig
+from symphony_hf.errors import ConfigError, PatchError, nearest
+from symphony_hf.patching.families.discovery import FoundRouter
+from symphony_hf.patching.families.named_gates import routers_of
+from symphony_hf.patching.families.substitution import linear_of
+
+from .attachment import attach, check_balance_scope, detach, tracker_of
+from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
+from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
+from .self_check import check_routers
+
+logger = logging.getLogger(__name__)
+
+
+def symphonize(
+    model: PreTrainedModel, config: SymphonyConfig | Mapping[str, Any] | None = None, **overrides: Any
+) -> PreTrainedModel:
+    """Route a MoE model through the graph of its experts, in place.
+
+    At the start the graph is the identity and the model computes bit for bit what it did; training moves the graph.
+    Weights, experts and checkpoint names stay as they are: each router gains a child `symphony`, with two buffers.
+
+    Args:
+        model: A MoE model of transformers, or one with a MoE inside, such as LLaVA; with `routers`, any module.
+        config: Settings; the defaults when None.
+        **overrides: Single settings, such as `strength=0.5`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: If no router is found, or one is of a kind that cannot be patched.
+        PatchError: If the model is already symphonized, or wrapped by PEFT or another wrapper.
+        ConfigError: If a setting is unknown or out of range, or the model cannot be balanced in its `balance_scope`.
+        GraphError: If `graph` is a path without a usable graph for every router.
+
+    Source: arXiv 2510.16411.
+    """
+    settings = _settings(config, overrides)
+    _check_patchable(model, settings)
+    found = routers_of(model, settings)
+    check_balance_scope(model, found, settings)
+    adjacencies = None
+    if settings.graph not in GRAPHS:
+        routers = [(router.name, router.contract.num_experts) for router in found]
+        adjacencies = match_graphs(read_graphs(settings.graph), routers, settings.graph)
+        settings = dataclasses.replace(settings, graph="ema")
+    check_routers(found, settings)
+    for router in found:
+        check_swappable(router.name, router.module)
+    # Everything was checked; from here on nothing is refused.
+    graphs = [patch_router(router, settings) for router in found]
+    if isinstance(model, PreTrainedModel):
+        own_config(model)
+        model.config.symphony = settings.to_dict()
+    attach(model, found, settings.to_dict())
+    if settings.strength == 0 and settings.counts_selections:
+        logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
+    if settings.decay == 1 and settings.counts_selections and adjacencies is None:
+        tracker_of(model).guards.warn_once(
+            "decay=1 keeps every graph as it is, and it starts as the identity, which has no effect: decay=1 is for a "
+            "checkpoint's graph, graph=PATH"
+        )
+    if settings.graph == "frozen":
+        tracker_of(model).guards.warn_once(
+            "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
+            "with graph=PATH, decay=1 to keep it as it is"
+        )
+    if adjacencies is not None:
+        for graph, adjacency_EE in zip(graphs, adjacencies, strict=True):
+            with torch.no_grad():
+                graph.adjacency.copy_(adjacency_EE)
+    if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
+        tracker_of(model).guards.warn_once(
+            "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
+            "and Symphony has no effect",
+        )
+    return model
+
+
+def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:
+    if config is None:
+        config = SymphonyConfig()
+    elif not isinstance(config, SymphonyConfig):
+        config = SymphonyConfig.from_dict(config)
+    known = {field.name for field in dataclasses.fields(SymphonyConfig)}
+    for name in overrides:
+        if name not in known:
+            raise ConfigError(f"symphonize: unknown setting `{name}`; {nearest(name, known)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise PatchError(
+            f"symphonize: expected a model, got {type(model).__name__}: load it first, by "
+            "`AutoModelForCausalLM.from_pretrained`"
+        )
+    if is_adapted(model):
+        raise PatchError(
+            f"symphonize: {type(model).__name__} is wrapped by PEFT: symphonize the base model first, then "
+            "`get_peft_model` with modules_to_save=['symphony']"
+        )
+    if not isinstance(model, PreTrainedModel) and settings.routers is None:
+        raise PatchError(
+            f"symphonize: expected a transformers model, got {type(model).__name__}: symphonize before wrapping or "
+            "compiling; for a model of your own give `routers=` a pattern of its gates' names"
+        )
+    inner = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    if not isinstance(model, PreTrainedModel) and inner:
+        raise PatchError(
+            f"symphonize: {type(model).__name__} is wrapped around a transformers model: symphonize that, "
+            f"`{inner[0]}`, before it is wrapped or compiled"
+        )
+    if is_symphonized(model):
+        raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
+    if isinstance(model, PreTrainedModel):
+        check_nothing_bypasses(model)
+
+
+def check_nothing_bypasses(model: PreTrainedModel) -> None:
+    """Refuse what reads a router's weight itself, past any patch.
+
+    Raises:
+        PatchError: If the model runs the Hub's kernels, or MXFP4 experts.
+    """
+    if getattr(model, "use_kernels", False):
+        raise PatchError("symphonize: kernels of the Hub read the router's weight themselves: use use_kernels=False")
+    quantization: Any = getattr(model.config, "quantization_config", None) or {}
+    settings = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = settings.get("quant_method")
+    if str(getattr(method, "value", method)) == "mxfp4":
+        raise PatchError(
+            "symphonize: MXFP4 experts read the router's weight themselves: load with "
+            "quantization_config=Mxfp4Config(dequantize=True), or fold the graph first"
+        )
+
+
+def patch_router(router: FoundRouter, config: SymphonyConfig) -> ExpertGraph:
+    """Make one router a Symphony router, and return its graph. It observes nothing until `attach` gives it a stack."""
+    module = router.module
+    linear: Any = linear_of(module, router.contract.linear)
+    device = linear.weight.device
+    if linear.weight.is_meta and hasattr(linear, "_hf_hook"):
+        # accelerate keeps an offloaded weight on meta between forwards; the graph is small, and stays on the device.
+        device = getattr(linear._hf_hook, "execution_device", device)
+    graph = ExpertGraph(router.contract.num_experts, router.contract.top_k, config, device).train(module.training)
+    module.symphony = graph
+    module.contract = router.contract  # type: ignore[assignment]
+    swap_class(module, symphony_router_class(type(module)))
+    return graph
+
+
+def unpatch_router(router: SymphonyRouter) -> None:
+    """Make one Symphony router its family's own again."""
+    swap_class(router, router.base_class)  # type: ignore[arg-type]
+    del router.symphony
+    for name in ("contract", "stack", "place"):
+        router.__dict__.pop(name, None)
+
+
+def is_symphonized(model: nn.Module) -> bool:
+    """Whether a model, or what it wraps, routes through expert graphs."""
+    return any(isinstance(module, SymphonyRouter) for module in model.modules())
+
+
+def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
+    """Yield (module name, router) of each Symphony router.
+
+    Raises:
+        PatchError: If there is none.
+    """
+    if not is_symphonized(model):
+        raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+    aside = put_aside(model)
+    for name, module in model.named_modules():
+        if isinstance(module, SymphonyRouter) and id(module) not in aside:
+            yield name, module
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a part of a Symphony model, and a wrapper: hooks and settings of the model itself would be left behind.
+
+    Args:
+        model: With Symphony routers.
+        what: The call, for the error message.
+
+    Raises:
+        PatchError: If it is not the model that was symphonized.
+    """
+    if "_symphony_tracker" not in model.__dict__:
+        raise PatchError(
+            f"{what}: {type(model).__name__} is a part of the model that was symphonized, or wrapped around it: give "
+            "the model that was symphonized"
+        )
+
+
+def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
+    """The social graph of each router.
+
+    Returns:
+        Router's module name -> its adjacency, a copy: symmetric, non-negative; the diagonal is each expert's share
+        of tokens, the rest how often two experts are chosen together. Shape: (num_experts, num_experts), float32.
+
+    Raises:
+        PatchError: If the model is not symphonized.
+    """
+    graphs = ((name, active_graph(router.symphony)) for name, router in symphony_routers(model))
+    return {name: graph.social_graph().detach().clone() for name, graph in graphs}
+
+
+def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the graphs away: the same weights, the base model's classes, names and routing.
+
+    Raises:
+        PatchError: If the model is not symphonized, is a part of one that is, or has adapters.
+    """
+    routers = [router for _, router in symphony_routers(model)]
+    if is_adapted(model):
+        raise PatchError("unsymphonize: the model has PEFT's adapters in it: `merge_and_unload()` first")
+    check_whole(model, "unsymphonize")
+    for module in model.modules():
+        detach(module)
+    for router in routers:
+        unpatch_router(router)
+    for module in model.modules():
+        settings = getattr(module, "config", None)
+        if "symphony" in getattr(settings, "__dict__", {}):
+            del settings.symphony  # type: ignore[union-attr]
+    return model

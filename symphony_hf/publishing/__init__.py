@@ -1,7 +1,0 @@
-"""Sharing on the Hub: what of a folder is a model, the card that says what it is, and the upload."""
-
-from .folder import RECORD_NAME, ModelFolder, open_folder
-from .origin import Origin, hub_name
-from .upload import publish, write_card
-
-__all__ = ["RECORD_NAME", "ModelFolder", "Origin", "hub_name", "open_folder", "publish", "write_card"]

@@ -1,0 +1,95 @@
+"""What an optimizer keeps for each weight, and what a step of it makes in passing."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from symphony_hf.errors import ConfigError, nearest
+
+Shapes = Iterable[tuple[Sequence[int], int]]
+"""(shape, bytes of one number) of each trained weight."""
+
+_SMALL, _BLOCK = 4096, 256
+"""bitsandbytes keeps weights of fewer numbers in float32, and one float32 scale for so many 8-bit numbers."""
+
+
+def _moments(count: int) -> Callable[[Sequence[int], int], int]:
+    """As many numbers as the weight's for each moment, in its type, as torch's optimizers make them."""
+    return lambda shape, size: count * size * math.prod(shape)
+
+
+def _float32(count: int) -> Callable[[Sequence[int], int], int]:
+    return lambda shape, _: count * 4 * math.prod(shape)
+
+
+def _eight_bit(count: int) -> Callable[[Sequence[int], int], int]:
+    def state(shape: Sequence[int], _: int) -> int:
+        numel = math.prod(shape)
+        return count * (4 * numel if numel < _SMALL else numel + 4 * -(-numel // _BLOCK))
+
+    return state
+
+
+def _factored(shape: Sequence[int], _: int) -> int:
+    """Of each matrix the sums of its rows and of its columns; a vector whole."""
+    if len(shape) < 2:
+        return 4 * math.prod(shape)
+    return 4 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optimizer.
+
+    Attributes:
+        state: Bytes that it keeps for a weight, by shape and bytes of one number.
+        passing_of_all: Copies of all weights that a step makes at once, as torch's `foreach` forms do on a GPU.
+        passing_of_largest: Copies of one weight after another, of which the largest counts.
+    """
+
+    state: Callable[[Sequence[int], int], int]
+    passing_of_all: int = 0
+    passing_of_largest: Callable[[int], int] = lambda size: 0
+
+    def state_bytes(self, weights: Shapes) -> int:
+        return sum(self.state(shape, size) for shape, size in weights)
+
+    def passing_bytes(self, weights: Shapes) -> int:
+        sizes = [(math.prod(shape), size) for shape, size in weights]
+        largest = max((self.passing_of_largest(size) * numel for numel, size in sizes), default=0)
+        return self.passing_of_all * sum(numel * size for numel, size in sizes) + largest
+
+
+_ADAM8, _LION8 = Optimizer(_eight_bit(2)), Optimizer(_eight_bit(1))
+_OPTIMIZERS = {
+    "adamw_torch": Optimizer(_moments(2), passing_of_all=1),
+    "adamw_torch_fused": Optimizer(_moments(2)),
+    "adamw_bnb_8bit": _ADAM8,
+    "adamw_8bit": _ADAM8,
+    "paged_adamw_8bit": _ADAM8,
+    "paged_adamw_32bit": Optimizer(_float32(2)),
+    "lion_8bit": _LION8,
+    "paged_lion_8bit": _LION8,
+    "lion_32bit": Optimizer(_float32(1)),
+    "paged_lion_32bit": Optimizer(_float32(1)),
+    # Two numbers in float32 for each of the weight at hand; of one in 16 bits also it and its gradient.
+    "adafactor": Optimizer(_factored, passing_of_largest=lambda size: 8 if size == 4 else 16),
+    "sgd": Optimizer(_moments(0)),
+    "adagrad": Optimizer(_moments(1), passing_of_all=2),
+    "rmsprop": Optimizer(_moments(1), passing_of_all=1),
+}
+"""By TrainingArguments' names, as Trainer makes them: SGD without momentum, Adafactor without a first moment. What is
+paged is counted as on the GPU, where it is whenever there is room."""
+
+
+def optimizer_of(name: str) -> Optimizer:
+    """An optimizer by TrainingArguments' name.
+
+    Raises:
+        ConfigError: If what it keeps is not known.
+    """
+    if name not in _OPTIMIZERS:
+        raise ConfigError(
+            f"train: what `optim: {name}` keeps is not known, so it cannot be planned; {nearest(name, _OPTIMIZERS)}"
+        )
+    return _OPTIMIZERS[name]

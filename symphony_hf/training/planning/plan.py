@@ -1,0 +1,273 @@
+"""plan_recipe: what a recipe needs under each launch, before there are weights, data or GPUs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from symphony_hf.errors import ConfigError
+from symphony_hf.recipe import Recipe
+
+from .launches import Launch
+from .memory import Memory, States, memory_of, states_of
+from .optimizers import Optimizer, optimizer_of
+from .settings import TrainSettings, read_settings, sequences_of_data, sequences_of_run
+from .step import MetaStep, StepBytes, meta_model
+
+USABLE = 0.95
+"""Of a GPU's memory: the rest goes to CUDA's and NCCL's own, and to fragments."""
+
+MOST_SEQUENCES = 1024
+"""Of a micro-batch, beyond which none is looked for."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for.
+
+    Args:
+        gpu_memory: Bytes of one GPU.
+        gpu_flops: Its peak, in FLOPs a second, in the type that the recipe computes in.
+        utilization: The share of that peak that training reaches, what checkpointing computes again counted.
+    """
+
+    gpu_memory: int
+    gpu_flops: float = 989.5e12
+    utilization: float = 0.35
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_memory", "gpu_flops"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"plan: `{name}` must be above 0, got {getattr(self, name)}")
+        if not 0 < self.utilization <= 1:
+            raise ConfigError(f"plan: `utilization` must be above 0 and at most 1, got {self.utilization}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe under one launch.
+
+    Attributes:
+        launch: Of accelerate's configurations.
+        processes: On all machines.
+        memory: With the recipe's own micro-batch.
+        most_sequences: The largest micro-batch that fits a GPU; 0 where none does; None where no GPU trains.
+        sequences: That the whole run trains on; None where the data is not known.
+        hours: Of the whole run; None where that, or the device's peak, is not known.
+    """
+
+    launch: Launch
+    processes: int
+    memory: Memory
+    most_sequences: int | None
+    sequences: int | None
+    hours: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's plan.
+
+    Attributes:
+        settings: Of its train section.
+        block_size: Tokens of a sequence.
+        machine: What it was made for.
+        states: Of its model.
+        flops_per_sequence: Of training on one.
+        rows: One for each launch and number of GPUs.
+        left_out: Launches under which the recipe does not run, and why.
+    """
+
+    settings: TrainSettings
+    block_size: int
+    machine: Machine
+    states: States
+    flops_per_sequence: int
+    rows: tuple[Row, ...]
+    left_out: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for a JSON file; bytes as they are."""
+        settings = dataclasses.asdict(self.settings) | {"half": _name(self.settings.half)}
+        return {
+            "settings": settings,
+            "block_size": self.block_size,
+            "machine": dataclasses.asdict(self.machine) | {"usable": USABLE},
+            "parameters": self.states.total,
+            "trained_parameters": self.states.num_trained,
+            "flops_per_sequence": self.flops_per_sequence,
+            "rows": [self._row(row) for row in self.rows],
+            "left_out": self.left_out,
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        return {
+            "launch": row.launch.name,
+            "strategy": row.launch.strategy,
+            "machines": row.launch.machines,
+            "processes": row.processes,
+            "gpu_bytes": {**row.memory.gpu, "total": row.memory.gpu_total},
+            "host_bytes": {**row.memory.host, "loading": row.memory.loading, "total": row.memory.host_total},
+            "most_sequences": row.most_sequences,
+            "sequences": row.sequences,
+            "tokens": None if row.sequences is None else row.sequences * self.block_size,
+            "hours": row.hours,
+        }
+
+
+def plan_recipe(
+    recipe: Recipe, launches: Sequence[Launch], gpus: Sequence[int], machine: Machine, sequences: int | None = None
+) -> Plan:
+    """Plan a recipe under each launch with each number of GPUs. No weights are loaded, and none are made.
+
+    Args:
+        recipe: From `load_recipe`.
+        launches: From `read_launches`.
+        gpus: Numbers of GPUs of one machine.
+        machine: What each GPU is.
+        sequences: Of one epoch, where the recipe's data is not here to be counted.
+
+    Raises:
+        ConfigError: If a number is not above 0, a setting is unknown or cannot be planned, or the model's config is
+            not to be had.
+        UnsupportedModelError: If a step of the model depends on numbers.
+    """
+    for number in [*gpus, *([] if sequences is None else [sequences])]:
+        if number < 1:
+            raise ConfigError(f"plan: numbers of GPUs and sequences must be at least 1, got {number}")
+    settings = read_settings(recipe)
+    optimizer = optimizer_of(settings.optimizer)
+    states = states_of(meta_model(recipe), recipe.model.quantization is not None)
+    if not states.trained:
+        raise ConfigError("model: nothing is trained: neither `trainable` nor `peft` leaves a parameter to learn")
+    left_out = {launch.name: why for launch in launches if (why := _why_not(recipe, launch)) is not None}
+    launches = [launch for launch in launches if launch.name not in left_out]
+    if not launches:
+        raise ConfigError(
+            f"plan: the recipe runs under none of the launches: {'; '.join(sorted(set(left_out.values())))}"
+        )
+    if settings.max_steps <= 0 and sequences is None:
+        sequences = sequences_of_data(recipe)
+    with tqdm(desc="Counting", unit=" steps", disable=None) as bar:
+        steps = _Steps(recipe, settings, bar)
+        flops = steps.flops(launches[0])
+        planner = _Planner(settings, states, optimizer, machine, steps, flops, sequences)
+        rows = [planner.row(launch, count) for launch in launches for count in _counts(launch, gpus)]
+    return Plan(settings, recipe.data.block_size, machine, states, flops, tuple(rows), left_out)
+
+
+def _why_not(recipe: Recipe, launch: Launch) -> str | None:
+    """What the runner would refuse."""
+    if recipe.model.quantization is not None and launch.strategy == "zero3":
+        return "4-bit weights cannot be partitioned over processes"
+    if recipe.launch.strategy not in (None, launch.strategy):
+        return f"the recipe's `launch` section asks for {recipe.launch.strategy}"
+    return None
+
+
+def _counts(launch: Launch, gpus: Sequence[int]) -> list[int]:
+    return [1] if launch.is_single else [count * launch.machines for count in gpus]
+
+
+class _Steps:
+    """The steps of a recipe by precision and micro-batch, each counted once."""
+
+    def __init__(self, recipe: Recipe, settings: TrainSettings, bar: Any) -> None:
+        self._recipe, self._settings, self._bar = recipe, settings, bar
+        self._built: dict[Any, MetaStep] = {}
+        self._counted: dict[Any, StepBytes] = {}
+
+    def half(self, launch: Launch) -> torch.dtype | None:
+        """What the recipe asks for goes before what the launcher does."""
+        return self._settings.half or launch.half
+
+    def flops(self, launch: Launch) -> int:
+        self._bar.update()
+        return self._step(launch)[1].flops()
+
+    def bytes(self, launch: Launch, micro_batch: int) -> StepBytes:
+        key, step = self._step(launch)
+        if (key, micro_batch) not in self._counted:
+            self._counted[key, micro_batch] = step.bytes(micro_batch)
+            self._bar.update()
+        return self._counted[key, micro_batch]
+
+    def _step(self, launch: Launch) -> tuple[Any, MetaStep]:
+        half = self.half(launch)
+        key = half, launch.uses_deepspeed and half is not None
+        if key not in self._built:
+            self._built[key] = MetaStep(self._recipe, self._settings, *key)
+        return key, self._built[key]
+
+
+@dataclass(frozen=True)
+class _Planner:
+    settings: TrainSettings
+    states: States
+    optimizer: Optimizer
+    machine: Machine
+    steps: _Steps
+    flops: int
+    sequences: int | None
+
+    def row(self, launch: Launch, processes: int) -> Row:
+        def memory(step: StepBytes) -> Memory:
+            accumulates = self.settings.accumulation > 1
+            half = self.steps.half(launch)
+            return memory_of(launch, processes, self.states, step, self.optimizer, half, accumulates)
+
+        sequences = sequences_of_run(self.settings, processes, self.sequences)
+        most = hours = None
+        if launch.on_gpu:
+            limit = USABLE * self.machine.gpu_memory
+            most = most_sequences(
+                lambda count: self.steps.bytes(launch, count), lambda step: memory(step).gpu_total <= limit
+            )
+        if launch.on_gpu and sequences is not None:
+            speed = processes * self.machine.gpu_flops * self.machine.utilization
+            hours = sequences * self.flops / speed / 3600
+        own = memory(self.steps.bytes(launch, self.settings.micro_batch))
+        return Row(launch, processes, own, most, sequences, hours)
+
+
+def most_sequences(count: Callable[[int], StepBytes], fits: Callable[[StepBytes], bool]) -> int:
+    """The largest micro-batch that fits, MOST_SEQUENCES at most; 0 where not even one sequence does.
+
+    Steps are counted for powers of two. Between two of them a straight line is above what a step needs, which is the
+    largest of several moments' needs, each of which grows evenly.
+
+    Args:
+        count: A step's bytes, by its sequences.
+        fits: Whether such a step does.
+    """
+    if not fits(count(1)):
+        return 0
+    lower = 1
+    while lower < MOST_SEQUENCES and fits(count(2 * lower)):
+        lower *= 2
+    if lower >= MOST_SEQUENCES:
+        return MOST_SEQUENCES
+    below, above = count(lower), count(2 * lower)
+    return max(lower + more for more in range(lower) if fits(_between(below, above, more / lower)))
+
+
+def _between(below: StepBytes, above: StepBytes, share: float) -> StepBytes:
+    return StepBytes(
+        *(
+            round(low + share * (high - low))
+            for low, high in zip(dataclasses.astuple(below), dataclasses.astuple(above), strict=True)
+        )
+    )
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def accelerate_folder(recipe: str | Path) -> Path:
+    """The configurations beside a recipe's folder: `recipes/accelerate` of `recipes/NAME/config.yaml`."""
+    return Path(recipe).resolve().parent.parent / "accelerate"

@@ -1,0 +1,360 @@
+"""`symphony quickstart`: the whole path on real text, in minutes, on a CPU.
+
+A small OLMoE-shaped model is pre-trained on the running Python's library sources. Two copies of it are then
+fine-tuned on the same batches with the same budget: `plain`, whose strength is 0, so that it routes as the base does,
+and `symphony`. Both are evaluated on held-out text, clean and attacked, and what came out is reported as it is.
+"""
+
+import dataclasses
+import platform
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils.logging import disable_progress_bar
+
+from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.data.blocks import BlockDataset, pack_blocks
+from symphony_hf.data.corpus import load_corpus
+from symphony_hf.data.documents import Corpus
+from symphony_hf.data.tokenizer import cached_tokenizer
+from symphony_hf.errors import ConfigError, DataError, EvaluationError
+from symphony_hf.evaluation.attacks.word_swap import attack, words_changed
+from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
+from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
+from symphony_hf.evaluation.report.quickstart import write_report
+from symphony_hf.evaluation.routing.records import RoutingKept, routing_kept
+from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
+from symphony_hf.files import check_file_place, write_json
+from symphony_hf.patching.folding import export_folded, folded_parameters
+from symphony_hf.patching.symphonize import expert_graphs, symphonize, unsymphonize
+from symphony_hf.recipe import EvalSection, ModelSection, Recipe
+
+from .final_evaluation import clean_and_attacked_windows
+from .fit import train
+from .models import load_model
+
+ARMS = ("plain", "symphony")
+TOP_K = 2
+MODEL = {
+    "model_type": "olmoe",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 16,
+    "num_experts_per_tok": TOP_K,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+}
+FINE_TUNE_SHARE = 5
+"""Every fifth training document is kept for the fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartSettings:
+    """How much of everything. The defaults take under six minutes on two CPU cores.
+
+    Args:
+        output: Folder for checkpoints, report and pictures.
+        data: Text to use instead of the Python library's; see `load_corpus`.
+        seed: Of the weights, the batches, the attack and the bootstrap.
+        pretrain_steps: Optimizer steps of the base model.
+        finetune_steps: Optimizer steps of each copy.
+        batch_size: Sequences a step.
+        block_size: Tokens a sequence.
+        vocab_size: Of the tokenizer.
+        documents: Held-out documents to evaluate on.
+        attack_rate: Share of a line's words that the attack replaces.
+    """
+
+    output: str = "symphony-quickstart"
+    data: str | None = None
+    seed: int = 0
+    pretrain_steps: int = 600
+    finetune_steps: int = 300
+    batch_size: int = 16
+    block_size: int = 128
+    vocab_size: int = 2048
+    documents: int = 60
+    attack_rate: float = 0.015
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain_steps", "finetune_steps", "batch_size", "documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"quickstart: `{name}` must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"quickstart: `seed` must be between 0 and 2**32 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the two copies, and what was measured of it."""
+
+    clean: DocumentScores
+    attacked: DocumentScores
+    routing: RoutingKept
+    seconds_per_step: float
+    curves: dict[str, list[tuple[float, float]]]
+
+
+def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
+    """Run it all, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
+
+    Returns:
+        The report's values, as in `report.json`.
+
+    Raises:
+        SymphonyError: If the text is not enough, or a check fails.
+    """
+    started = time.perf_counter()
+    # Bars for what takes milliseconds would bury those for what takes minutes.
+    disable_progress_bar()
+    output = Path(settings.output)
+    check_file_place(output / "report.json", "quickstart")
+    corpus = load_corpus(settings.data)
+    tokenizer = cached_tokenizer(corpus, settings.vocab_size)
+    base_blocks, tune_blocks, validation_blocks = _blocks(settings, corpus, tokenizer)
+    windows = clean_and_attacked_windows(
+        corpus.test[: settings.documents],
+        tokenizer,
+        settings.block_size,
+        EvalSection(attack_rate=settings.attack_rate, seed=settings.seed),
+    )
+    if len(windows[0]) < MIN_DOCUMENTS:
+        raise DataError(
+            f"quickstart: {len(windows[0])} held-out documents of {corpus.source} to evaluate on, where intervals need "
+            f"{MIN_DOCUMENTS}: raise `documents`, or give more text"
+        )
+    for name in ("report.json", "report.md"):  # of an earlier run, whose models go now
+        (output / name).unlink(missing_ok=True)
+    _say(f"Pre-training a small OLMoE-shaped model on {corpus.source}")
+    base_curves, base_seconds = _pretrain(settings, tokenizer, base_blocks, validation_blocks, output / "base")
+    arms, checks, graphs = {}, {}, {}
+    for name in ARMS:
+        _say(f"Fine-tuning the {name} copy")
+        model, curves, seconds = _fine_tune(settings, name, tune_blocks, validation_blocks, output)
+        clean, attacked = (
+            score_documents(model, texts, progress=f"Scoring the {name} copy, {kind}")
+            for kind, texts in zip(("clean", "attacked"), windows, strict=True)
+        )
+        kept = routing_kept(model, *windows, progress=f"Routing of the {name} copy")
+        arms[name] = Arm(clean, attacked, kept, seconds, curves)
+        if name == "plain":
+            unsymphonize(model)
+        model.save_pretrained(output / name)
+        tokenizer.save_pretrained(output / name)
+        if name == "symphony":
+            graphs = expert_graphs(model)
+            checks = _check_saved_forms(model, windows[0], output)
+    report = _report(settings, corpus, arms, checks, len(base_blocks), len(tune_blocks))
+    report |= {
+        "stock_seconds_per_step": base_seconds,
+        "words_changed": _share_of_words_changed(settings, corpus),
+        "curves": {"base": base_curves, **{name: arm.curves for name, arm in arms.items()}},
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(output / "report.json", report)
+    write_report(report, graphs, report["curves"], output)
+    return report
+
+
+def _share_of_words_changed(settings: QuickstartSettings, corpus: Corpus) -> float:
+    documents = corpus.test[: settings.documents]
+    attacked = attack(documents, rate=settings.attack_rate, seed=settings.seed)
+    changed = sum(words_changed(a.text, b.text) for a, b in zip(documents, attacked, strict=True))
+    return changed / sum(len(document.text.split()) for document in documents)
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _blocks(settings: QuickstartSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+    """Tokens of the pre-training documents, of the fine-tuning documents, and of the validation split."""
+    tune = corpus.train[::FINE_TUNE_SHARE]
+    names = {document.name for document in tune}
+    base = [document for document in corpus.train if document.name not in names]
+    return [pack_blocks(documents, tokenizer, settings.block_size) for documents in (base, tune, corpus.validation)]
+
+
+def _arguments(settings: QuickstartSettings, output: Path, steps: int, learning_rate: float) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output),
+        report_to="none",
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.01,
+        logging_steps=max(1, steps // 30),
+        eval_strategy="steps",
+        eval_steps=max(1, steps // 5),
+        save_strategy="no",
+        seed=settings.seed,
+        dataloader_pin_memory=False,
+    )
+
+
+def _pretrain(
+    settings: QuickstartSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
+    validation: torch.Tensor,
+    output: Path,
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    set_seed(settings.seed)
+    # A stock model, with its family's own balance loss.
+    model = load_model(Recipe(model=ModelSection(config={**MODEL, "output_router_logits": True})), tokenizer)
+    arguments = _arguments(settings, output, settings.pretrain_steps, 3e-3)
+    timer = _StepTimer()
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments, [timer])
+    model.config.output_router_logits = False
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return _curves(trainer.state.log_history), timer.median()
+
+
+def _fine_tune(
+    settings: QuickstartSettings, name: str, blocks: torch.Tensor, validation: torch.Tensor, output: Path
+) -> tuple[PreTrainedModel, dict[str, list[tuple[float, float]]], float]:
+    """Same start, same batches, same losses, same budget; only the strength differs."""
+    set_seed(settings.seed)
+    model = AutoModelForCausalLM.from_pretrained(output / "base")
+    symphonize(model, strength=0.0 if name == "plain" else 1.0)
+    arguments = _arguments(settings, output / name, settings.finetune_steps, 1e-3)
+    timer = _StepTimer()
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments, [timer])
+    return model, _curves(trainer.state.log_history), timer.median()
+
+
+def _some(blocks: torch.Tensor, most: int = 64) -> torch.Tensor:
+    """Evenly spaced validation blocks: enough for a curve."""
+    return blocks[:: max(1, len(blocks) // most)][:most]
+
+
+def _curves(history: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    return {
+        curve: [(entry["step"], entry[key]) for entry in history if key in entry]
+        for curve, key in (("train", "loss"), ("eval", "eval_loss"))
+    }
+
+
+class _StepTimer(TrainerCallback):
+    """Seconds of each optimizer step, evaluations left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def median(self) -> float:
+        return float(torch.tensor(self.seconds).median())
+
+
+@torch.inference_mode()
+def _check_saved_forms(
+    model: PreTrainedModel, windows: dict[str, list[torch.Tensor]], output: Path
+) -> dict[str, float | bool]:
+    """Load what was saved, and fold, and compare the logits of each form with the model's.
+
+    Raises:
+        EvaluationError: If one differs by more than rounding.
+    """
+    model.eval().cpu()  # where the loaded ones will be
+    export_folded(model, output / "folded")
+    starts = [texts[0] for texts in windows.values()][:16]
+    ids = torch.stack([start[: min(map(len, starts))] for start in starts])
+    expected = model(ids, output_router_logits=True)
+    reloaded = AutoModelForCausalLM.from_pretrained(output / "symphony")(ids)
+    folded = AutoModelForCausalLM.from_pretrained(output / "folded")(ids, output_router_logits=True)
+    same = [
+        (_chosen(a) == _chosen(b)).all(-1).float().mean()
+        for a, b in zip(expected.router_logits, folded.router_logits, strict=True)
+    ]
+    checks: dict[str, float | bool] = {
+        "reload_max_difference": float((reloaded.logits - expected.logits).abs().max()),
+        "folded_max_difference": float((folded.logits - expected.logits).abs().max()),
+        "folded_same_choices": float(torch.stack(same).mean()),
+        "folded_routers": len(folded_parameters(model)),
+    }
+    exact = checks["reload_max_difference"] == 0 and checks["folded_max_difference"] <= 1e-5
+    if not exact or checks["folded_same_choices"] < 0.999:
+        raise EvaluationError(f"quickstart: a saved form does not compute what the model does: {checks}")
+    return checks
+
+
+def _chosen(router_logits_TE: torch.Tensor) -> torch.Tensor:
+    return router_logits_TE.topk(TOP_K).indices.sort().values
+
+
+def _report(
+    settings: QuickstartSettings,
+    corpus: Corpus,
+    arms: dict[str, Arm],
+    checks: dict[str, float | bool],
+    base_blocks: int,
+    tune_blocks: int,
+) -> dict[str, Any]:
+    plain, symphony = arms["plain"], arms["symphony"]
+    seed = settings.seed
+    comparisons = {
+        "clean": compare_perplexity(symphony.clean, plain.clean, seed=seed).exp(),
+        "attacked": compare_perplexity(symphony.attacked, plain.attacked, seed=seed).exp(),
+        "attacked_to_clean": compare_robustness(
+            symphony.clean, symphony.attacked, plain.clean, plain.attacked, seed=seed
+        ),
+    }
+    return {
+        "command": shlex.join(["symphony", "quickstart", *_options(settings)]),
+        "settings": dataclasses.asdict(settings),
+        "model": MODEL,
+        "corpus": {"source": corpus.source, "pretrain_blocks": base_blocks, "finetune_blocks": tune_blocks},
+        "documents": len(plain.clean.names),
+        "tokens": int(plain.clean.num_tokens.sum()),
+        "arms": {name: _arm_values(arm, seed) for name, arm in arms.items()},
+        "comparisons": {
+            name: {**dataclasses.asdict(interval), "verdict": interval.verdict()}
+            for name, interval in comparisons.items()
+        },
+        "checks": checks,
+        "versions": {
+            "symphony_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers_version(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _options(settings: QuickstartSettings) -> list[str]:
+    """The command line's options that were not left at their defaults."""
+    defaults = dataclasses.asdict(QuickstartSettings())
+    changed = {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
+    return [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+
+
+def _arm_values(arm: Arm, seed: int) -> dict[str, Any]:
+    return {
+        "clean": dataclasses.asdict(perplexity_interval(arm.clean, seed=seed)),
+        "attacked": dataclasses.asdict(perplexity_interval(arm.attacked, seed=seed)),
+        "ratio": arm.attacked.perplexity / arm.clean.perplexity,
+        "routing_kept": arm.routing.share,
+        "routing_kept_tokens": arm.routing.num_tokens,
+        "seconds_per_step": arm.seconds_per_step,
+    }

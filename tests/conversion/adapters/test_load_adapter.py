@@ -1,0 +1,395 @@
+"""Saved and loaded again: to the bit, on a base that is made ready for it; and what does not fit is refused."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from adapted import DECAY, adapt, adapted_model, assert_same_graphs, logits, refuses
+from models import make_ids, make_llava, make_model, move_graphs
+from safetensors.torch import load_file, save_file
+
+from symphony_hf import (
+    ConfigError,
+    GraphError,
+    PatchError,
+    SymphonyWarning,
+    expert_graphs,
+    export_folded,
+    fold,
+    is_symphonized,
+    load_adapter,
+    lora_config,
+    symphonize,
+    update_graphs,
+)
+from symphony_hf.conversion.adapters.loading import restore_adapter
+from symphony_hf.conversion.adapters.record import record_adapters
+
+CASES = [{}, {"experts": True}, {"router": "train"}, {"router": "train", "experts": True, "attention": False}]
+NAMES = ["graph", "graph, experts", "train", "train, experts alone"]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=NAMES)
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_a_round_trip_is_exact(tmp_path, family, settings):
+    adapted = adapted_model(family, **settings)
+    wanted = logits(adapted)
+    assert not torch.equal(wanted, logits(make_model(family)))
+    adapted.save_pretrained(tmp_path)
+    loaded = load_adapter(make_model(family), tmp_path)
+    assert torch.equal(logits(loaded), wanted)
+    assert_same_graphs(loaded, adapted)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(make_model(family)))
+    assert torch.equal(logits(loaded), wanted)
+    # With PEFT alone, on a base that is symphonized; which says that it does not know all of the config.
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['symphony'\]"):
+        again = peft.PeftModel.from_pretrained(symphonize(make_model(family), decay=DECAY), tmp_path)
+    assert torch.equal(logits(again), wanted)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_in_bfloat16(tmp_path, wide):
+    """LoRA has the type that it was trained in; the graph is float32."""
+    model = symphonize(make_model(dtype=torch.bfloat16), decay=DECAY)
+    config = lora_config(model, router="train", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+    adapted.save_pretrained(tmp_path)
+    loaded = load_adapter(make_model(dtype=torch.bfloat16), tmp_path)
+    kinds = {p.dtype for name, p in loaded.named_parameters() if ".lora_" in name}
+    assert kinds == {torch.float32 if wide else torch.bfloat16}
+    assert {graph.dtype for graph in expert_graphs(loaded).values()} == {torch.float32}
+    assert torch.equal(logits(loaded), logits(adapted))
+
+
+def test_the_base_is_the_base_to_the_bit():
+    adapted = adapted_model(experts=True, router="train")
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), logits(make_model()))
+        start = torch.eye(8) * 3 / 8
+        assert all(torch.equal(graph, start) for graph in expert_graphs(adapted).values())
+
+
+@pytest.mark.parametrize("settings", CASES, ids=NAMES)
+def test_merged_it_is_a_symphony_model_that_folds(tmp_path, settings):
+    adapted = adapted_model(**settings)
+    wanted, graphs = logits(adapted), expert_graphs(adapted)
+    merged = adapted.merge_and_unload()
+    # LoRA is added to the weights instead of to what they give.
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-5)
+    assert list(expert_graphs(merged)) == [f"model.layers.{layer}.mlp.gate" for layer in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(expert_graphs(merged).values(), graphs.values(), strict=True))
+    assert [name for name, _ in merged.named_modules()] == [
+        name for name, _ in symphonize(make_model()).named_modules()
+    ]
+    before = logits(merged)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path / "merged")), before)
+    export_folded(merged, tmp_path / "folded")
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path / "folded")), before)
+    assert torch.equal(logits(fold(merged)), before)
+    assert not is_symphonized(merged)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "phimoe"])
+def test_merged_it_can_be_trained_on(family):
+    """The router that an adapter trained has taken the place of the one that was patched."""
+    from symphony_hf.experiments.conformance.batches import tiny_batch
+    from symphony_hf.experiments.conformance.tiny import tiny_model
+
+    base = tiny_model(family)
+    batch = tiny_batch(base)
+    merged = adapt(symphonize(base, decay=DECAY), router="train").merge_and_unload().train()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    before = expert_graphs(merged)
+    update_graphs(merged)
+    merged(**batch).loss.backward()
+    assert update_graphs(merged)
+    after = expert_graphs(merged)
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[name], graph) for name, graph in before.items())
+
+
+@pytest.mark.parametrize("router", ["graph", "train"])
+def test_two_adapters_with_graphs_of_their_own(tmp_path, router):
+    model = adapted_model(router=router)
+    adapt(model, "second", seed=1, router=router)
+    wanted, graphs = {}, {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        wanted[name], graphs[name] = logits(model), expert_graphs(model)
+    assert not torch.equal(wanted["default"], wanted["second"])
+    assert all(not torch.equal(graphs["default"][n], g) for n, g in graphs["second"].items() if n in graphs["default"])
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(make_model(), tmp_path)
+    assert loaded is load_adapter(loaded, tmp_path / "second", name="second")
+    for name in ("default", "second", "default"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), wanted[name])
+        assert all(
+            torch.equal(a, b) for a, b in zip(expert_graphs(loaded).values(), graphs[name].values(), strict=True)
+        )
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(make_model()))
+    loaded.delete_adapter("second")
+    assert torch.equal(logits(loaded), wanted["default"])
+
+
+def test_only_the_active_adapters_graph_moves():
+    model = adapted_model()
+    adapt(model, "second", seed=1)
+    model.set_adapter("default")
+    first = expert_graphs(model)
+    model.set_adapter("second")
+    second = expert_graphs(model)
+    update_graphs(model)
+    ids = make_ids()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="every router is frozen"):
+        assert update_graphs(model)
+    assert all(not torch.equal(graph, second[name]) for name, graph in expert_graphs(model).items())
+    model.set_adapter("default")
+    assert all(torch.equal(graph, first[name]) for name, graph in expert_graphs(model).items())
+
+
+def test_training_goes_on_from_a_loaded_adapter(tmp_path):
+    adapted_model(router="train").save_pretrained(tmp_path)
+    model = load_adapter(make_model(), tmp_path, trainable=True)
+    assert model.training
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum("lora_" in name for name in trained) == 24
+    assert sum(name.endswith("mlp.gate.modules_to_save.default.weight") for name in trained) == 3
+    assert len(trained) == 27
+
+
+def test_llava(tmp_path):
+    adapted = adapt(symphonize(make_llava(), decay=DECAY)).eval()
+    adapted.save_pretrained(tmp_path)
+    loaded = load_adapter(make_llava(), tmp_path)
+    assert torch.equal(logits(loaded), logits(adapted))
+
+
+def test_a_base_with_a_graph_of_its_own_keeps_it(tmp_path):
+    base = move_graphs(symphonize(make_model(), decay=DECAY))
+    before = logits(base)
+    base.save_pretrained(tmp_path / "base")
+    adapted = adapt(base)
+    wanted = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), wanted)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), before)
+
+
+def test_what_is_beside_an_adapter(tmp_path):
+    model = make_model("mixtral")
+    model.name_or_path = "some/base"
+    adapted = peft.get_peft_model(symphonize(model, decay=DECAY, strength=0.5), lora_config(model, router="train"))
+    with pytest.warns(UserWarning, match="some/base"):  # PEFT looks for it, to know whether embeddings were resized
+        adapted.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "symphony_config.json").read_text())
+    assert record["format"] == 1
+    assert record["router"] == "train"
+    assert (record["base_model"], record["model_type"]) == ("some/base", "mixtral")
+    assert record["routers"] == {f"model.layers.{n}.mlp.gate": {"num_experts": 6, "top_k": 2} for n in range(3)}
+    assert record["symphony"]["strength"] == 0.5
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["symphony"] == record["symphony"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_transformers_own_integration_saves_and_loads_it(tmp_path, native_adapters):
+    model = symphonize(make_model(), decay=DECAY)
+    torch.manual_seed(0)
+    model.add_adapter(lora_config(model, init_lora_weights=False))
+    move_graphs_of_adapter(model)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == [
+        "adapter_config.json",
+        "generation_config.json",
+        "symphony_config.json",
+    ]
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path)), wanted)
+
+
+def move_graphs_of_adapter(model):
+    for module in model.modules():
+        if "modules_to_save" in module._modules:
+            graph = module.modules_to_save["default"]
+            values = torch.rand(graph.num_experts, graph.num_experts)
+            with torch.no_grad():
+                graph.adjacency.copy_(values + values.T)
+
+
+def test_a_config_of_the_users_own_gets_a_record(tmp_path):
+    model = symphonize(make_model(), decay=DECAY)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["symphony"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / "symphony_config.json").exists()
+    record_adapters(adapted)
+    adapted.save_pretrained(tmp_path / "with")
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path / "with")), logits(adapted))
+    with pytest.raises(ConfigError, match=r"no symphony_config\.json"):
+        load_adapter(make_model(), tmp_path / "without")
+
+
+def test_an_adapter_without_graphs_gets_no_record(tmp_path):
+    adapted = peft.get_peft_model(symphonize(make_model()), peft.LoraConfig(target_modules=["q_proj"]))
+    record_adapters(adapted)
+    record_adapters(make_model())
+    adapted.save_pretrained(tmp_path)
+    assert not (tmp_path / "symphony_config.json").exists()
+
+
+def test_a_graph_outside_the_adapter_is_warned_about_in_training():
+    adapted = peft.get_peft_model(
+        symphonize(make_model(), z_loss_weight=0, balance_loss_weight=0), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    update_graphs(adapted)
+    ids = make_ids()
+    adapted.train()(input_ids=ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="not saved with the adapter.*lora_config"):
+        update_graphs(adapted)
+
+
+# What plain PEFT does in silence, and why the loader is ours.
+
+
+def test_plain_peft_drops_the_graph_on_a_plain_base_and_says_little(tmp_path):
+    adapted_model().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['symphony'\]") as caught:
+        loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
+    assert sum(warning.category is UserWarning for warning in caught) == 1
+    assert not is_symphonized(loaded)
+
+
+def test_plain_peft_loses_the_lora_of_some_families(tmp_path):
+    """Where a release of PEFT does not, `restore_adapter` is not needed any more."""
+    from symphony_hf.experiments.conformance.specimen import Specimen
+
+    specimen = Specimen("deepseek_ocr2")
+    adapted = adapt(specimen.symphonized(decay=DECAY)).eval()
+    adapted.save_pretrained(tmp_path)
+    fresh = peft.get_peft_model(specimen.symphonized(decay=DECAY), lora_config(adapted.get_base_model(), r=4))
+    assert fresh.load_adapter(tmp_path, "default").unexpected_keys
+    restore_adapter(fresh, tmp_path)
+    assert torch.equal(specimen.logits(fresh), specimen.logits(adapted))
+
+
+# What does not fit.
+
+
+@pytest.fixture
+def saved(tmp_path):
+    adapted_model().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_another_base(saved):
+    refuses(make_model("mixtral"), saved, ConfigError, "for a model of type olmoe, not mixtral")
+    refuses(make_model(num_hidden_layers=2), saved, ConfigError, "3 routers.*the model has 2 routers")
+    refuses(make_model(num_experts=4), saved, ConfigError, "top-3 of 8 experts; the model has.*top-3 of 4")
+    refuses(make_model(num_experts_per_tok=2), saved, ConfigError, "top-3 of 8 experts; the model has.*top-2 of 8")
+
+
+def test_another_width_is_refused_before_numbers_are_written(saved):
+    refuses(make_model(hidden_size=64), saved, ConfigError, "another shape")
+
+
+def test_other_settings(saved):
+    model = symphonize(make_model(), strength=0.5, decay=DECAY)
+    refuses(model, saved, ConfigError, r"other settings.*strength 0\.5, not 1\.0.*plain base")
+
+
+def test_numbers_of_other_settings(saved):
+    model = symphonize(make_model(), strength=0.5, decay=DECAY)
+    adapted = peft.get_peft_model(model, lora_config(model, r=4))
+    with pytest.raises(ConfigError, match=r"strength 0\.5, not 1\.0"):
+        restore_adapter(adapted, saved)
+
+
+def test_an_adapter_of_the_hub(saved, monkeypatch):
+    asked = []
+
+    def download(repo, name, revision=None):
+        asked.append((repo, name, revision))
+        return str(saved / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    loaded = load_adapter(make_model(), "someone/adapter", revision="v1")
+    assert torch.equal(logits(loaded), logits(load_adapter(make_model(), saved)))
+    names = ("symphony_config.json", "adapter_config.json", "adapter_model.safetensors")
+    assert asked == [("someone/adapter", name, "v1") for name in names]
+
+
+def test_a_second_adapter_needs_a_name(saved):
+    loaded = load_adapter(make_model(), saved)
+    refuses(loaded, saved, PatchError, "give another name=")
+
+
+def test_a_graph_that_is_missing_or_none(saved):
+    weights = load_file(saved / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("symphony.adjacency"))
+    broken = {key: value for key, value in weights.items() if key != name}
+    save_file(broken, saved / "adapter_model.safetensors")
+    refuses(make_model(), saved, GraphError, r"layers\.\d\.mlp\.gate: missing")
+    save_file(weights | {name: -weights[name]}, saved / "adapter_model.safetensors")
+    refuses(make_model(), saved, GraphError, "negative")
+    graphless = {key: value for key, value in weights.items() if "symphony" not in key}
+    save_file(graphless, saved / "adapter_model.safetensors")
+    refuses(make_model(), saved, GraphError, "holds no expert graph")
+
+
+def test_lora_that_is_missing(saved):
+    weights = load_file(saved / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_A" in name)
+    del weights[name]
+    save_file(weights, saved / "adapter_model.safetensors")
+    refuses(make_model(), saved, ConfigError, r"1 tensors of the adapter.*lora_A")
+
+
+def test_a_pickle_is_not_read(saved):
+    torch.save({}, saved / "adapter_model.bin")
+    (saved / "adapter_model.safetensors").unlink()
+    refuses(make_model(), saved, ConfigError, "nothing but safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2.*upgrade"),
+        ({"format": "one"}, "`format`"),
+        ({"router": "both"}, "`router` is 'both'"),
+        ({"routers": {}}, "`routers` is empty"),
+        ({"routers": {"a": {"num_experts": "many", "top_k": 2}}}, "routers"),
+        ({"routers": None}, "routers"),
+        ({"symphony": {"strength": 7}}, "strength"),
+        ({"symphony": None}, "symphony"),
+        ({"symphony": {"format": 9}}, "format 9"),
+        ({"symphony": {"graph": "/somewhere"}}, "`graph` is '/somewhere'.*alone"),
+        ({"graphs": 1}, "unknown setting `graphs`"),
+        ({"model_type": 3}, "model_type|not olmoe"),
+    ],
+)
+def test_a_record_that_cannot_be_read(saved, change, message):
+    file = saved / "symphony_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    refuses(make_model(), saved, ConfigError, message)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "null", '"x"'])
+def test_a_record_that_is_none(saved, text):
+    (saved / "symphony_config.json").write_text(text)
+    refuses(make_model(), saved, ConfigError, r"symphony_config\.json")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    refuses(make_model(), tmp_path / "nothing", ConfigError, "no folder")
+    shutil.rmtree(tmp_path)
+    refuses(make_model(), tmp_path, ConfigError, "no folder")

@@ -1,0 +1,18 @@
+"""So that these tests can import what is beside them; and studies of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from study_files import write_study
+
+from symphony_hf.experiments.ablation.study import load_study
+
+
+@pytest.fixture
+def make_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    return lambda study="", **overrides: load_study(write_study(tmp_path, study), overrides)

@@ -1,0 +1,187 @@
+"""From a study to its cells: each routing once, under a name that its settings alone decide."""
+
+import dataclasses
+import shlex
+
+import pytest
+import yaml
+
+from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.ablation.cells import VERSIONS, Cell, Results, cells_of, describe_plan, digest_of
+from symphony_hf.experiments.ablation.point import Point
+from symphony_hf.experiments.ablation.run import run_ablation
+
+AXES = """
+systems: [smoe, glam]
+seeds: [3, 4]
+axes:
+  strength: [0, 0.5, 1.0]
+  graph: [identity, learned]
+  normalization: [conditional, {self_loops: false}]
+"""
+
+
+def test_the_points_are_one_change_each_and_each_routing_once(make_study):
+    study = make_study(AXES)
+    assert [point.label(study.base) for point in study.points()] == [
+        "smoe, no graph",
+        "smoe, graph",
+        "glam, no graph",
+        "glam, graph",
+        "smoe, strength 0.5",
+        "smoe, graph learned",
+        "smoe, normalization conditional",
+        "smoe, self_loops false",
+    ]
+    cells = cells_of(study)
+    assert len(set(cells)) == len(cells) == 16
+    # The pairs of every seed come first, so that what a stopped study has is whole.
+    assert [cell.seed for cell in cells] == [3] * 4 + [4] * 4 + [3] * 4 + [4] * 4
+
+
+def test_a_product_has_every_combination(make_study):
+    study = make_study("product: true\naxes: {strength: [0.25, 0.5], decay: [0.9, 0.99], graph: [ema, random]}")
+    assert len(study.points()) == 2 + 8
+    assert study.left_out() == []
+
+
+def test_a_product_leaves_out_what_is_no_routing_and_says_so(make_study, tmp_path):
+    axes = "{smoothing: [logits, scores], normalization: [row, symmetric, {self_loops: false}], graph: [ema, learned]}"
+    study = make_study(f"product: true\naxes: {axes}")
+    labels = [point.label(study.base) for point in study.points()]
+    assert labels == [
+        "smoe, no graph",
+        "smoe, graph",
+        "smoe, graph learned",
+        "smoe, normalization symmetric",
+        "smoe, normalization symmetric, graph learned",
+        "smoe, self_loops false",
+        "smoe, smoothing scores",
+        "smoe, smoothing scores, graph learned",
+        "smoe, smoothing scores, self_loops false",
+    ]
+    left_out = study.left_out()
+    assert [line.split(":")[0] for line in left_out] == [
+        "smoothing logits, self_loops False, graph learned",
+        "smoothing scores, normalization symmetric, graph ema",
+        "smoothing scores, normalization symmetric, graph learned",
+        "smoothing scores, self_loops False, graph learned",
+    ]
+    plan = describe_plan(study, Results(tmp_path / "out", study, "text"), seconds_per_cell=1.0, workers=1)
+    assert [line for line in plan if "left out" in line] == [f"  left out {line}" for line in left_out]
+    assert run_ablation(study, tmp_path / "out", report_only=True)["left_out"] == left_out
+
+
+@pytest.mark.parametrize("study", ["systems: [glam]\naxes: {system: [smoe, xmoe]}", "axes: {system: [glam, xmoe]}"])
+def test_a_system_that_only_an_axis_has_brings_its_own_plain_one(make_study, study):
+    points = make_study(study).points()
+    assert {point.system for point in points} == {"smoe", "xmoe", "glam"}
+    assert all(point.plain in points for point in points)
+
+
+def test_what_decides_the_numbers_decides_the_digest(make_study):
+    study = make_study(AXES)
+    cell = cells_of(study)[1]
+    base = digest_of(study, cell, "text")
+    assert base == digest_of(study, cell, "text")
+    others = [
+        digest_of(study, cell._replace(seed=9), "text"),
+        digest_of(study, cell._replace(point=dataclasses.replace(cell.point, decay=0.5)), "text"),
+        digest_of(study, cell, "other text"),
+        digest_of(make_study(AXES, max_steps=7), cell, "text"),
+        digest_of(make_study(AXES, **{"model.config": {**study.recipe.model.config, "num_experts": 8}}), cell, "text"),
+    ]
+    assert len({base, *others}) == 6
+    # What does not decide them does not.
+    assert digest_of(make_study(AXES, logging_steps=3), cell, "text") == base
+
+
+def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
+    study = make_study(AXES)
+    results = Results(tmp_path / "out", study, "text")
+    results.save(cells_of(study)[2], {})
+    lines = describe_plan(study, results, seconds_per_cell=720.0, workers=2)
+    assert lines[0] == "8 points, 2 seeds: 16 cells of 192 tokens (6 steps); 1 are done"
+    assert [line.split()[0] for line in lines[1:-1]] == ["waiting"] * 2 + ["done"] + ["waiting"] * 13
+    assert lines[-1] == "About 720 s a cell, 1.5 hours for 15 of them, 2 at a time"
+
+
+@pytest.mark.parametrize(
+    ("study", "overrides", "message"),
+    [
+        ("axis: {}", {}, "unknown setting `axis`; did you mean `axes`"),
+        ("axes: {strenght: [1]}", {}, "unknown setting `strenght`; did you mean `strength`"),
+        ("axes: {graph: [emma]}", {}, "`graph` is 'emma'; did you mean `ema`"),
+        ("axes: {decay: 0.9}", {}, "must be a list of values"),
+        ("axes: {normalization: [{smoothing: scores, normalization: symmetric}]}", {}, "scores.*needs.*row"),
+        ("systems: [smoke]", {}, "known are smoe, xmoe, glam, smoothsmoe"),
+        ("seeds: [1, 1]", {}, "each once"),
+        ("seeds: [a, b]", {}, "whole numbers"),
+        ("seeds: [0.5]", {}, "whole numbers"),
+        ('product: "no"', {}, "true or false; got 'no'"),
+        ("", {"symphony.strength": 0.5}, "has symphony.strength 0.5.*`base: {strength: 0.5}`"),
+        ("", {"symphony.graph": "learned"}, "has symphony.graph learned"),
+        ("base: {decay: 0.9}", {"symphony.decay": 0.5}, "has symphony.decay 0.5"),
+        ("base: {freeze_after: 0}", {}, "share of the steps"),
+        ("", {"lr_scheduler_type": "cosine"}, "constant rate"),
+        ("", {"max_steps": -1}, "positive `max_steps`"),
+        ("", {"learning_rate": "fast"}, "must be a number, got 'fast'"),
+        ("base: {graph: identity}\naxes: {decay: [0.9]}", {}, "base point has no graph"),
+        ("", {"gradient_accumulation_steps": 4, "optim": "sgd"}, "nothing of .* gradient_accumulation_steps, optim"),
+        ("", {"max_grad_norm": 1.0}, "`train.max_grad_norm` must be 0.0"),
+        ("", {"weight_decay": 0.1}, "`train.weight_decay` must be 0.0"),
+        ("", {"model.dtype": "bfloat16"}, "`model.dtype` must be auto"),
+        ("", {"eval.context": 4}, "`eval.context` must be 0"),
+        ("", {"data.tokenizer": "bpe"}, "of kind `text` by `words`"),
+        ("", {"data.packing": True}, "`data.packing` must be False"),
+        ("", {"model.path": "somewhere"}, "must build a `wikitext_moe` model"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(make_study, study, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_study(study, **overrides)
+
+
+@pytest.mark.parametrize("form", [{"router_type": "cosine"}, {"moe_every": 2}, {"momentum": 0.5}])
+def test_a_recipe_of_another_system_is_refused(make_study, form):
+    config = make_study("").recipe.model.config
+    with pytest.raises(ConfigError, match=f"has {next(iter(form))} .*a system of its own"):
+        make_study("", **{"model.config": {**config, **form}})
+
+
+def test_what_the_recipe_and_the_base_both_say_is_no_contradiction(make_study):
+    study = make_study("base: {decay: 0.9}", **{"symphony.decay": 0.9})
+    assert study.points()[1].decay == 0.9
+
+
+def test_the_warm_up_is_trainers(make_study):
+    assert make_study("", warmup_steps=0.4).warmup_steps == 3  # of 6, rounded up
+    assert make_study("", warmup_steps=4).warmup_steps == 4
+    assert make_study("", lr_scheduler_type="constant").warmup_steps == 0
+
+
+def test_the_command_says_the_changes_so_that_they_are_read_again(make_study):
+    changes = {"eval.documents": None, "data.path": "my text", "model.dtype": "auto", "max_steps": 3}
+    words = shlex.split(make_study("", **changes).command)
+    told = dict(word.split("=", 1) for word in words if "=" in word)
+    assert {name: yaml.safe_load(value) for name, value in told.items()} == {**changes, "data.path": "TEXT"}
+
+
+def test_cells_of_other_versions_are_not_taken(make_study, monkeypatch):
+    study = make_study(AXES)
+    cell = cells_of(study)[0]
+    before = digest_of(study, cell, "text")
+    monkeypatch.setitem(VERSIONS, "torch", "1.0")
+    assert digest_of(study, cell, "text") != before
+
+
+def test_numbers_may_be_written_as_yaml_does_not_read_them(make_study):
+    assert make_study("", learning_rate="1e-3").learning_rate == 0.001
+
+
+def test_plain_is_plain_by_any_name():
+    for point in (Point(graph="identity", decay=0.5), Point(strength=0, normalization="symmetric")):
+        assert point.is_plain
+        assert point.canonical() == Point(graph="identity", strength=0.0)
+    assert Point(graph="learned", decay=0.5).canonical() == Point(graph="learned")
+    assert Cell(Point(), 1).name("abc") == "smoe-ema-seed1-abc"

@@ -1,0 +1,145 @@
+"""The bench compares forms that compute the same, and reports what it measured. No test asserts a time."""
+
+import json
+
+import pytest
+import torch
+
+from symphony_hf import ConfigError
+from symphony_hf.experiments.bench import commit as bench_commit
+from symphony_hf.experiments.bench import experts as bench_experts
+from symphony_hf.experiments.bench import layer as bench_module
+from symphony_hf.experiments.bench.layer import AIMS, SHAPES, build_forms, print_bench, run_bench
+
+TINY = {
+    "tiny": {
+        **SHAPES["olmoe-1b-7b"],
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+}
+
+TINY_EXPERTS = {"wide": (16, 24, 20, "gelu", 6), "square": (16, 24, 16, "quick_gelu", 7)}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(bench_module, "SHAPES", TINY)
+
+
+def test_the_three_forms_share_experts_and_compute_the_same():
+    forms = build_forms("tiny", torch.device("cpu"), torch.float32)
+    inputs = torch.randn(1, 9, 32)
+    stock, symphony, folded = (forms[name].eval()(inputs_embeds=inputs)[0] for name in ("stock", "symphony", "folded"))
+    assert torch.equal(stock, folded)
+    assert torch.equal(stock, symphony)
+    routers = {name: model.layers[0].mlp.gate for name, model in forms.items()}
+    assert not torch.equal(routers["symphony"].weight, routers["stock"].weight)
+    for name in ("layers.0.mlp.experts.gate_up_proj", "layers.0.self_attn.q_proj.weight"):
+        assert len({forms[form].get_parameter(name).data_ptr() for form in forms}) == 1
+
+
+def test_rows_and_json(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    result = run_bench(["tiny"], tokens=16, device="cpu", seconds=0.05, output=path)
+    assert [row["mode"] for row in result["rows"]] == ["training", "inference", "folded", "noise"]
+    for row in result["rows"]:
+        assert row["rounds"] >= 5
+        assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    print_bench(result)
+    printed = capsys.readouterr().out
+    assert str(path) in printed.replace("\n", "")
+    assert all(mode in AIMS or mode == "noise" for mode in ("training", "inference", "folded", "noise"))
+
+
+def test_bad_input(tmp_path):
+    for settings, message in (
+        ({"models": ["tini"]}, "did you mean `tiny`"),
+        ({"device": "nowhere"}, "device `nowhere` is not to be had"),
+        ({"tokens": 0}, "`tokens` must be at least 1"),
+        ({"dtype": "float8"}, "known names: bfloat16, float32"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_bench(**{"models": ["tiny"], "output": tmp_path / "b.json", "seconds": 0.01, **settings})
+
+
+def test_the_true_shapes_are_those_of_the_models():
+    """From the models' published configs."""
+    shapes = {
+        name: (
+            shape["hidden_size"],
+            shape.get("moe_intermediate_size", shape["intermediate_size"]),
+            shape.get("num_local_experts", shape.get("num_experts")),
+            shape["num_experts_per_tok"],
+        )
+        for name, shape in SHAPES.items()
+    }
+    assert shapes == {
+        "mixtral-8x7b": (4096, 14336, 8, 2),
+        "olmoe-1b-7b": (2048, 1024, 64, 8),
+        "qwen3-30b-a3b": (2048, 768, 128, 8),
+    }
+
+
+def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_commit, "measure_layer", lambda name, seconds: 0.5)
+    result = bench_commit.run_bench_commit(tmp_path / "commit.json", processes=(1,), sizes=((2, 16), (3, 16)))
+    assert json.loads((tmp_path / "commit.json").read_text()) == result
+    names = ("work", "processes", "layers", "experts")
+    wanted = [(work, 1, layers, 16) for work in ("commit", "log") for layers in (2, 3)]
+    assert [tuple(row[name] for name in names) for row in result["rows"]] == wanted
+    for row in result["rows"]:
+        assert 0 < row["low"] <= row["seconds"] <= row["high"]
+        assert row["share"] == row["seconds"] / (row["layers"] * 0.5)
+    for work in ("commit", "log"):
+        header, *rows = bench_commit.commit_table(result, work)
+        assert header[3] == f"{work}, ms"
+        assert [row[:3] for row in rows] == [["1", "2", "16"], ["1", "3", "16"]]
+    bench_commit.print_bench_commit(result)
+    assert "One log, beside training steps" in capsys.readouterr().out
+
+
+def test_the_loop_over_experts_computes_what_upcycled_moe_does(monkeypatch):
+    monkeypatch.setattr(bench_experts, "SHAPES", TINY_EXPERTS)
+    for shape, form in (("wide", "eager"), ("square", "eager"), ("square", "grouped_mm")):
+        moe = bench_experts.build_experts(shape, form, torch.device("cpu"), torch.float32)
+        loop, inputs = bench_experts.ExpertsLoop(moe), torch.randn(20, 16)
+        torch.testing.assert_close(moe(inputs), loop(inputs))  # sums of other orders: float32's own tolerance
+        moe(inputs).square().sum().backward()
+        got = moe.experts.up_proj.grad.clone()
+        loop(inputs).square().sum().backward()
+        torch.testing.assert_close(got, torch.stack([up.weight.grad for up in loop.up]))
+
+
+def test_bench_experts_has_a_row_for_every_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_experts, "SHAPES", TINY_EXPERTS)
+    result = bench_experts.run_bench_experts(tmp_path / "experts.json", images=2, device="cpu", seconds=0.01)
+    assert json.loads((tmp_path / "experts.json").read_text()) == json.loads(json.dumps(result))
+    forms = [(row["shape"], row["form"], row["tokens"]) for row in result["rows"]]
+    wide = [("wide", form, 12) for form in ("eager", "products")]
+    square = [("square", form, 14) for form in ("eager", "grouped_mm", "products")]
+    assert forms == wide + square
+    header, *rows = bench_experts.experts_table(result)
+    assert len(rows) == 5
+    assert all(len(row) == len(header) for row in rows)
+    with pytest.raises(ConfigError, match="`images` must be at least 1"):
+        bench_experts.run_bench_experts(images=0)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda folder: run_bench(["tiny"], output=folder),
+        lambda folder: bench_commit.run_bench_commit(folder),
+        lambda folder: bench_experts.run_bench_experts(folder),
+    ],
+    ids=["bench", "bench-commit", "bench-experts"],
+)
+def test_a_folder_is_no_place_for_the_result(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"^bench.*: `.*` is a folder, and the result is a file"):
+        run(tmp_path)

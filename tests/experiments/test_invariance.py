@@ -1,0 +1,135 @@
+"""The same training in every arrangement: graphs to the bit, weights to rounding."""
+
+import importlib.util
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from symphony_hf.cli import app
+from symphony_hf.experiments.distributed import invariance
+from symphony_hf.experiments.distributed.arrangements import ARRANGEMENTS, UNION, Arrangement
+from symphony_hf.experiments.distributed.invariance import Trace, compare, print_comparisons, run
+
+ONE_PROCESS = [name for name, (arrangement, _) in ARRANGEMENTS.items() if arrangement.ranks == 1]
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and transformers', of checkpointing and compiling
+
+
+def test_arrangements_of_one_process():
+    torch._dynamo.reset()
+    comparisons = compare([name for name in ONE_PROCESS if name != "torch.compile"])
+    assert [row.name for row in comparisons if not row.holds] == []
+    assert not any(row.skipped for row in comparisons)
+
+
+@pytest.mark.slow
+def test_all_arrangements():
+    """DeepSpeed's rows are skipped with a reason where it is not installed."""
+    torch._dynamo.reset()
+    comparisons = compare()
+    assert [row for row in comparisons if not row.holds] == []
+    installed = importlib.util.find_spec("deepspeed") is not None
+    assert [row.name for row in comparisons if row.skipped] == (
+        [] if installed else [n for n in ARRANGEMENTS if "ZeRO" in n]
+    )
+
+
+def test_every_arrangement_is_there():
+    """One of each, whatever else is in the table."""
+    present = [arrangement for arrangement, _ in ARRANGEMENTS.values()]
+    for accumulation in (2, 4, 8):
+        assert Arrangement(accumulation=accumulation) in present
+    for stage in (1, 2, 3):
+        assert Arrangement(ranks=2, zero=stage) in present
+        assert any(a.zero == stage and a.offload and a.ranks == 2 for a in present)
+    for checkpointing in ("reentrant", "non-reentrant"):
+        assert Arrangement(checkpointing=checkpointing) in present
+    assert {Arrangement(ranks=2), Arrangement(packed=True), Arrangement(compiled=True)} <= set(present)
+    for zero in (None, 2, 3):
+        for scope in ("local", "global"):
+            assert Arrangement(ranks=2, zero=zero, scope=scope) in present
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        Arrangement(scope="local"),  # another loss
+        Arrangement(accumulation=2, packed=False, scope="local"),
+        Arrangement(z_loss_weight=0.0101),
+        Arrangement(accumulation=2, z_loss_weight=0.02),  # as many times as there are micro-batches
+    ],
+)
+def test_a_difference_is_seen(spoiled, monkeypatch):
+    monkeypatch.setitem(ARRANGEMENTS, "spoiled", (spoiled, UNION))
+    (row,) = compare(["spoiled"])
+    assert not row.holds
+    assert row.gradient_difference > 1e-3
+    stream = io.StringIO()
+    print_comparisons([row], Console(file=stream, width=160))
+    assert "FAILS" in stream.getvalue()
+
+
+@pytest.mark.parametrize("part", ["model.layers.0.mlp.gate.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_gradient_that_differs_on_one_rank_in_one_step_is_seen(part):
+    reference = run(Arrangement())
+    other = Trace(reference.graphs, reference.weights, {n: g.clone() for n, g in reference.gradients.items()})
+    other.gradients[part][5] *= 1 + 3e-5
+    assert invariance._compare(UNION, [reference, reference], reference).holds
+    assert not invariance._compare(UNION, [reference, other], reference).holds
+    del other.gradients[part]
+    assert not invariance._compare(UNION, [other, reference], reference).holds
+
+
+def test_the_cross_entropy_and_the_z_loss_both_weigh():
+    """What is left of a gradient without the other is more than rounding, so neither can hide behind it."""
+    both, entropy = run(Arrangement()).gradients, run(Arrangement(z_loss_weight=0.0)).gradients
+    assert both.keys() == entropy.keys()
+    for name in both:
+        largest = both[name][0].abs().max()
+        assert entropy[name][0].abs().max() > 1e-3 * largest
+        # The last layer's experts and what comes after them are behind every router.
+        is_behind = name in ("lm_head.weight", "model.norm.weight") or "layers.1.mlp.experts" in name
+        assert is_behind or (both[name][0] - entropy[name][0]).abs().max() > 1e-2 * largest, name
+
+
+def test_the_command_prints_the_table_and_fails_where_a_row_does(monkeypatch):
+    def check(only):
+        result = CliRunner().invoke(app, ["check", "distributed", "--only", only])
+        return result.exit_code, result.output if result.exception is None else f"{result.output}{result.exception}"
+
+    code, printed = check("accumulation 4")
+    assert code == 0
+    assert "same bits" in printed
+    monkeypatch.setitem(ARRANGEMENTS, "spoiled", (Arrangement(z_loss_weight=0.02), UNION))
+    code, printed = check("spoiled")
+    assert code == 1
+    assert "FAILS" in printed
+    assert "no arrangement has 'nothing'" in check("nothing")[1]
+
+
+def test_a_graph_that_counts_twice_is_seen(monkeypatch):
+    """Counting a recomputation, or a micro-batch more, must show in the graphs."""
+    original = invariance.micro_batches
+
+    def one_more(arrangement, step, rank):
+        batches = list(original(arrangement, step, rank))
+        return batches if arrangement.accumulation == 1 else [*batches[:-1], batches[0]]
+
+    monkeypatch.setattr(invariance, "micro_batches", one_more)
+    (row,) = compare(["accumulation 2"])
+    assert not row.graphs_equal
+    assert not row.holds
+
+
+def test_local_balance_is_the_mean_over_micro_batches_and_not_the_unions():
+    union, parts = (run(Arrangement(scope="local", accumulation=n)) for n in (1, 2))
+    assert (union.weights - parts.weights).abs().max() > 1e-6
+
+
+def test_deepspeed_that_is_not_installed_is_a_reason(monkeypatch):
+    monkeypatch.setattr(invariance.importlib.util, "find_spec", lambda name: None)
+    (row,) = compare(["ZeRO-2, 2 ranks"])
+    assert row.holds
+    assert "pip install" in row.skipped

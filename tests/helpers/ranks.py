@@ -1,0 +1,56 @@
+"""What one of two processes does in test_distributed.py: a module of its own, which a spawned process can import."""
+
+import json
+import warnings
+
+import torch
+import torch.distributed as dist
+from models import gradients, make_ids, make_model, move_graphs
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from symphony_hf import SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf.experiments.distributed.loops import local_group
+
+STEPS = 3
+
+
+def messages_of_ranks_that_differ(rank):
+    """What is said where the second rank has two experts of one graph in another order."""
+    model = move_graphs(symphonize(make_model())).train()
+    if rank == 1:
+        graph = model.model.layers[1].mlp.gate.symphony
+        order = torch.tensor([1, 0, *range(2, graph.num_experts)])
+        graph.adjacency.copy_(graph.adjacency[order][:, order])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            ids = make_ids(seed=seed)
+            model(input_ids=ids, labels=ids).loss.backward()
+            update_graphs(model)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, SymphonyWarning)]
+
+
+def train(rank):
+    """Graphs and gradients after STEPS steps under DistributedDataParallel."""
+    reduces = []
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: reduces.append(args[1:]) or original(*args, **kwargs)
+    model = symphonize(make_model(), balance_loss_weight=0.0, decay=0.9).train()
+    update_graphs(model)
+    wrapped = DistributedDataParallel(model)
+    for step in range(STEPS):
+        ids = make_ids(4, 8, seed=step)[2 * rank : 2 * rank + 2]
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        assert update_graphs(wrapped)
+    # One for all layers, each step; and, every hundred steps from the first on, a look at whether the ranks agree.
+    assert reduces == [(dist.ReduceOp.MAX,), *[()] * STEPS]
+    dist.all_reduce = original
+    return {**expert_graphs(model), **{f"grad.{n}": g for n, g in gradients(model).items()}}
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    with local_group(rank, 2, folder / "rendezvous"):
+        save_file(train(rank), folder / f"{rank}.st")
+        (folder / f"{rank}.json").write_text(json.dumps(messages_of_ranks_that_differ(rank)))

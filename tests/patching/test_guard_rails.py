@@ -1,0 +1,276 @@
+"""What goes wrong in silence elsewhere is noticed here, and named once."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import make_ids, make_llava, make_model, move_graphs
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+
+from symphony_hf import (
+    ConfigError,
+    PatchError,
+    SymphonyCallback,
+    SymphonyWarning,
+    expert_graphs,
+    is_symphonized,
+    lora_config,
+    symphonize,
+    upcycle_modules,
+    update_graphs,
+)
+from symphony_hf.experiments.conformance.tiny import moe_families, tiny_model, why_not_built
+from symphony_hf.patching import counting as stack_module
+from symphony_hf.patching.attachment import tracker_of
+from symphony_hf.patching.training_checks import fingerprint
+
+
+def step(model, seed=0):
+    ids = make_ids(seed=seed)
+    model(ids, labels=ids).loss.backward()
+    return update_graphs(model)
+
+
+def warned_once(run, match):
+    """Run twice: the first time it warns, the second it does not."""
+    with pytest.warns(SymphonyWarning, match=match):
+        run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+
+
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_graph_that_was_cast_past_the_model_is_widened(graph):
+    model = symphonize(make_model(), graph=graph).train()
+    step(model)
+    router = model.model.layers[1].mlp.gate
+
+    def cast_and_step():
+        router.symphony.adjacency.data = router.symphony.adjacency.data.half()
+        assert step(model)
+        assert router.symphony.adjacency.dtype == torch.float32
+
+    warned_once(cast_and_step, "1 graphs were cast to another type than float32")
+
+
+def test_frozen_routers_are_named():
+    model = symphonize(make_model()).train()
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    warned_once(lambda: step(model), "every router is frozen")
+    without = symphonize(make_model(), balance_loss_weight=0.0, z_loss_weight=0.0).train()
+    for layer in without.model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    assert step(without)  # nothing to warn about: no loss was meant for them
+
+
+def test_an_adapter_that_leaves_the_routers_frozen_is_named():
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["symphony"]}
+    model = peft.get_peft_model(symphonize(make_model()), peft.LoraConfig(**settings)).train()
+    warned_once(lambda: step(model), "every router is frozen, .* train the routers")
+    model = symphonize(make_model())
+    assert step(peft.get_peft_model(model, lora_config(model, router="train")).train())
+
+
+def test_an_optimizer_of_a_loop_of_ones_own_without_the_routers_is_named():
+    model = symphonize(make_model()).train()
+    parameters = [p for name, p in model.named_parameters() if "gate.weight" not in name]
+    optimizers = [torch.optim.SGD(part, lr=0.01) for part in (parameters[:5], parameters[5:])]
+    other = torch.nn.Linear(2, 2)
+    stranger = torch.optim.SGD(other.parameters(), lr=0.01)
+
+    def train_a_step():
+        ids = make_ids()
+        model(ids, labels=ids).loss.backward()
+        for optimizer in (stranger, *optimizers):
+            optimizer.step()
+        assert update_graphs(model)
+
+    warned_once(train_a_step, r"does not hold 3 of 3 router parameters \(layers\.0\.mlp\.gate\.weight, \.\.\.\)")
+
+
+def test_routers_may_have_an_optimizer_of_their_own():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model(ids, labels=ids).loss.backward()
+    for wanted in (False, True):
+        parameters = [p for name, p in model.named_parameters() if ("gate.weight" in name) == wanted]
+        torch.optim.SGD(parameters, lr=0.01).step()
+    assert update_graphs(model)  # warnings are errors
+
+
+def train(model, tmp_path, parameters):
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    Trainer(
+        model, arguments, train_dataset=rows, callbacks=[SymphonyCallback()], optimizers=(optimizer, scheduler)
+    ).train()
+
+
+def test_an_optimizer_without_the_routers_is_named(tmp_path):
+    model = symphonize(make_model())
+    parameters = [p for name, p in model.named_parameters() if "gate.weight" not in name]
+    with pytest.warns(SymphonyWarning, match=r"does not hold 3 of 3 router parameters \(model\.layers\.0\.mlp\.gate"):
+        train(model, tmp_path, parameters)
+
+
+def test_an_optimizer_that_was_made_before_the_graph_is_named(tmp_path):
+    model = make_model()
+    parameters = list(model.parameters())
+    symphonize(model, graph="learned")
+    with pytest.warns(SymphonyWarning, match="does not hold 3 of 6 router parameters .*adjacency"):
+        train(model, tmp_path, parameters)
+
+
+def test_an_optimizer_with_everything_is_not(tmp_path):
+    model = symphonize(make_model())
+    train(model, tmp_path, model.parameters())
+
+
+def test_strength_zero_says_so(caplog):
+    with caplog.at_level(logging.WARNING, logger="symphony_hf"):
+        symphonize(make_model(), strength=0.0)
+    assert "strength is 0" in caplog.text
+    caplog.clear()
+    symphonize(make_model())
+    assert caplog.text == ""
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """This process as the first of two, whose other has what `other` makes of a tensor."""
+    others = {"sum": lambda tensor: tensor.clone(), "max": lambda tensor: tensor}
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM):
+        if op == dist.ReduceOp.MAX:
+            tensor.copy_(torch.maximum(tensor, others["max"](tensor.clone())))
+        else:
+            tensor.add_(others["sum"](tensor.clone()))
+
+    monkeypatch.setattr(stack_module, "num_ranks", lambda: 2)
+    for module in ("tracker", "training_checks"):
+        monkeypatch.setattr(f"symphony_hf.patching.{module}.num_ranks", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    return others
+
+
+def test_graphs_that_differ_between_ranks_are_named(two_ranks):
+    model = symphonize(make_model()).train()
+    step(model)  # looked at: the same
+    guards = tracker_of(model).guards
+    assert guards.num_commits == 1
+    num_graphs = len(expert_graphs(model))
+    two_ranks["max"] = lambda tensor: tensor + torch.tensor([1, *[0] * (2 * num_graphs - 1)])
+    guards.num_commits = 100
+    with pytest.warns(SymphonyWarning, match=f"1 of {num_graphs} graphs differ between the ranks"):
+        step(model)
+
+
+def test_a_fingerprint_knows_every_bit_its_place_and_the_updates():
+    model = move_graphs(symphonize(make_model()))
+    graph = model.model.layers[0].mlp.gate.symphony
+    kept, seen = graph.adjacency.clone(), {int(fingerprint(graph))}
+    order = torch.tensor([1, 0, *range(2, graph.num_experts)])
+    others = [kept[order][:, order], kept.T.contiguous().flip(0), torch.nextafter(kept, kept + 1), -kept]
+    for place in range(graph.num_experts):
+        other = kept.clone()
+        other[place, place] = torch.nextafter(other[place, place], other[place, place] + 1)
+        others.append(other)
+    for other in others:
+        graph.adjacency.copy_(other)
+        seen.add(int(fingerprint(graph)))
+    graph.adjacency.copy_(kept)
+    graph.updates.add_(1)
+    seen.add(int(fingerprint(graph)))
+    assert len(seen) == len(others) + 2
+    graph.updates.sub_(1)
+    assert int(fingerprint(graph)) in seen
+
+
+def test_global_balance_takes_the_load_of_all_ranks(two_ranks):
+    """The other rank's tokens all chose experts 0 and 1: the gradient must push away from these."""
+    gradients = {}
+    for scope in ("local", "global"):
+        model = move_graphs(symphonize(make_model("mixtral"), balance_loss_weight=1.0, balance_scope=scope)).train()
+        other = torch.zeros(6)
+        other[:2] = 24.0
+        two_ranks["sum"] = lambda tensor, other=other: other.expand(tensor.shape) if tensor.shape == (3, 6) else tensor
+        ids = make_ids()
+        seen = []
+        hook = lambda module, args, output, seen=seen: seen.append((args[0], *output))  # noqa: E731
+        model.model.layers[2].mlp.gate.register_forward_hook(hook)
+        model(ids, labels=ids).loss.backward()
+        gradients[scope] = model.model.layers[2].mlp.gate.weight.grad.clone()
+    hidden, logits, _, indices = seen[0]
+    weight = model.model.layers[2].mlp.gate.weight.detach().clone().requires_grad_()
+    graph = model.model.layers[2].mlp.gate.symphony
+    probabilities = (hidden.detach() @ (graph.transition() @ weight).T).softmax(-1)
+    loads = torch.zeros_like(logits).scatter(1, indices, 1.0).sum(0) + other
+
+    def naive(load):
+        return torch.autograd.grad(6 / 3 * (load * probabilities.mean(0)).sum(), weight, retain_graph=True)[0]
+
+    own = torch.zeros_like(logits).scatter(1, indices, 1.0).mean(0)
+    expected = naive(loads / 48) - naive(own)
+    # Float32 sums of a few hundred terms in another order.
+    torch.testing.assert_close(gradients["global"] - gradients["local"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_global_balance_refuses_two_forwards_before_a_backward(two_ranks):
+    model, ids = symphonize(make_model(), balance_scope="global").train(), make_ids()
+    model(ids, labels=ids)
+    with pytest.raises(PatchError, match="balance_scope `global`"):
+        model(ids, labels=ids)
+
+
+def test_global_balance_refuses_what_a_batch_may_leave_out(tmp_path):
+    """A rank without images would not take part in the all-reduce of the vision tower's load."""
+    tower, projector = "*vision_tower*.mlp", "*multi_modal_projector"
+    model = upcycle_modules(make_llava(), tower)
+    symphonize(upcycle_modules(make_llava(), projector), balance_scope="global")  # which LlavaModel itself runs
+    symphonize(tiny_model("nllb-moe"), balance_scope="global")  # an encoder-decoder runs both its stacks
+    with pytest.raises(ConfigError, match=r"`model\.vision_tower\.\S+` is in a CLIPVision.*balance_scope='local'"):
+        symphonize(model, balance_scope="global")
+    assert not is_symphonized(model)
+    for harmless in ({"balance_scope": "local"}, {"balance_scope": "global", "balance_loss_weight": 0.0}):
+        symphonize(upcycle_modules(make_llava(), tower), **harmless)
+    symphonize(model).config.symphony["balance_scope"] = "global"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="leaves out"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llava+olmoe", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "qwen3_vl_moe"])
+def test_global_balance_takes_models_of_images_whose_text_is_routed(case):
+    if "+" not in case and (case not in moe_families() or why_not_built(case)):
+        pytest.skip("not in the installed transformers")
+    symphonize(make_llava() if "+" in case else tiny_model(case), balance_scope="global")
+
+
+def test_graphs_that_move_at_every_micro_batch_are_named():
+    model = symphonize(make_model()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def accumulate(commits):
+        for number in range(2):
+            ids = make_ids(seed=number)
+            model(ids, labels=ids).loss.backward()
+            if number >= 2 - commits:
+                update_graphs(model)
+        optimizer.step()
+
+    def train(*commits):
+        for number in commits:
+            accumulate(number)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(1, 1, 1, 2, 2, 1, 2, 2, 1)  # now and then, as a loss scaler that skips steps has it
+    warned_once(lambda: train(2, 2, 2, 2), "moved 2 times within one optimizer step")

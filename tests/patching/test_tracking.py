@@ -1,0 +1,359 @@
+"""What moves the graph, and what does not: every forward of training once, nothing else, whatever the arrangement."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
+from naive_graphs import DECAY, naive_update, spy_on_selections
+from trainers import Rows, train
+from transformers import TrainingArguments
+
+from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf.patching.expert_graph import ExpertGraph
+from symphony_hf.patching.symphonize import symphony_routers
+
+
+def assert_moved(model, before, seen, masks):
+    for name, adjacency in expert_graphs(model).items():
+        # The product rounds differently in float32 than in Python's float64: an ulp or two.
+        torch.testing.assert_close(adjacency, naive_update(before[name], seen[name], masks), rtol=1e-6, atol=1e-7)
+        assert not torch.equal(adjacency, before[name])
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_an_update_is_the_formula(family, num_micro_batches):
+    model = symphonize(make_model(family), decay=DECAY).train()
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    update_graphs(model)
+    for step in range(num_micro_batches):
+        ids = make_ids(seed=step)
+        model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+    assert update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 24] * num_micro_batches)
+    assert not update_graphs(model)
+
+
+def test_padding_is_left_out(family):
+    model, ids = symphonize(make_model(family), decay=DECAY).train(), make_ids(3, 8)
+    mask = torch.ones_like(ids)
+    mask[0, 5:], mask[2, :4] = 0, 0  # right and left
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    update_graphs(model)
+    assert_moved(model, before, seen, [mask.flatten().tolist()])
+
+
+def test_a_mask_by_position_is_found():
+    model, ids = symphonize(make_model().model, decay=DECAY).train(), make_ids(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(ids, mask).last_hidden_state.sum().backward()
+    with pytest.warns(SymphonyWarning, match="computes its own loss"):
+        update_graphs(model)
+    assert_moved(model, before, seen, [mask.flatten().tolist()])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_once_and_changes_no_gradient(family, use_reentrant):
+    plain = move_graphs(symphonize(make_model(family))).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    for model in (plain, checkpointed):
+        update_graphs(model)
+        for step in range(2):
+            ids = make_ids(seed=step)
+            mask = torch.ones_like(ids)
+            mask[0, 9:] = 0
+            (model(ids, attention_mask=mask, labels=ids).loss / 2).backward()
+        update_graphs(model)
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert torch.equal(p.grad, q[1].grad), name
+    for p, q in zip(expert_graphs(plain).values(), expert_graphs(checkpointed).values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_evaluation_and_no_grad_forwards_do_not_count():
+    model, ids = symphonize(make_model()), make_ids()
+    update_graphs(model)
+    model(ids)  # eval, with gradient
+    with torch.no_grad():
+        model.eval()(ids)
+        model.train()(ids)
+    model.eval().generate(ids, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert not update_graphs(model)
+
+
+def test_a_forward_without_gradient_between_forward_and_backward_disturbs_nothing():
+    """As reference models and metrics do; the recomputation must still see its own batch's mask."""
+    results = []
+    for extra in (False, True):
+        model = move_graphs(symphonize(make_model("mixtral"))).train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        update_graphs(model)
+        ids = make_ids()
+        mask = torch.ones_like(ids)
+        mask[0, 6:] = 0
+        loss = model(ids, attention_mask=mask, labels=ids).loss
+        if extra:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # torch, of the no_grad
+                model(make_ids(seed=5), attention_mask=torch.ones_like(ids))
+        loss.backward()
+        update_graphs(model)
+        results.append((expert_graphs(model), {n: p.grad for n, p in model.named_parameters()}))
+    for name, graph in results[0][0].items():
+        assert torch.equal(graph, results[1][0][name])
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name]), name
+
+
+def test_a_loop_that_moves_no_graph_has_it_moved_at_the_first_forward_after_a_step():
+    model, ids = symphonize(make_model(), decay=DECAY).train(), make_ids()
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    with pytest.warns(SymphonyWarning, match="update_graphs"):
+        model(ids, labels=ids)
+    first_only = {name: selections[:1] for name, selections in seen.items()}
+    assert_moved(model, before, first_only, [[1] * 24])
+
+
+def test_two_forwards_before_one_backward():
+    """In a loop that nothing drives, the graph waits for the backward: a recomputation must not see it moved."""
+    results = []
+    for use_reentrant in (None, True, False):
+        model = move_graphs(symphonize(make_model("mixtral"), decay=0.0)).train()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        first, second = make_ids(), make_ids(seed=1)
+        (model(first, labels=first).loss + model(second, labels=second).loss).backward()
+        before = expert_graphs(model)
+        update_graphs(model)
+        assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(results[2][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_two_forwards_with_different_padding_are_refused_under_checkpointing():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    masks = [torch.ones_like(ids), torch.ones_like(ids).tril(5)]
+    # Without checkpointing each keeps its own.
+    sum(model(ids, attention_mask=mask, labels=ids).loss for mask in masks).backward()
+    update_graphs(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(ids, attention_mask=masks[0], labels=ids)
+    with pytest.raises(PatchError, match="different padding before one backward"):
+        model(ids, attention_mask=masks[1], labels=ids)
+
+
+def test_routers_that_their_block_goes_past_are_named():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
+    update_graphs(model)
+    model(ids, labels=ids).loss.backward()
+    update_graphs(model)  # the block is watched from now on
+    model(ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="1 of 3 routers .*OlmoeSparseMoeBlock.* were"):
+        update_graphs(model)
+
+
+def test_routers_of_skipped_layers_are_idle_by_right():
+    """As images' experts are in a batch of text, and layers that are dropped at random."""
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model.model.layers[1].mlp = torch.nn.Identity()
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        assert update_graphs(model)
+
+
+def test_frozen_and_strength_zero_graphs():
+    with pytest.warns(SymphonyWarning, match="never learned"):
+        frozen = move_graphs(symphonize(make_model(), graph="frozen")).train()
+    moving = symphonize(make_model(), strength=0.0).train()
+    ids = make_ids()
+    for model, moves in ((frozen, False), (moving, True)):
+        before = expert_graphs(model)
+        model(ids, labels=ids).loss.backward()
+        update_graphs(model)
+        assert all(torch.equal(before[name], graph) != moves for name, graph in expert_graphs(model).items())
+
+
+def test_llava_counts_image_tokens_and_leaves_padding_out():
+    model, inputs = symphonize(make_llava(), decay=DECAY).train(), llava_inputs()
+    inputs["attention_mask"][0, 8:] = 0
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    update_graphs(model)
+    assert_moved(model, before, seen, [inputs["attention_mask"].flatten().tolist()])
+
+
+def test_float32_counts_under_bf16_autocast():
+    model, ids = symphonize(make_model("mixtral"), decay=DECAY).train(), make_ids(8, 80)  # counts over 256
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 640])
+
+
+def test_non_finite_logits_leave_the_graph_and_are_named_once():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    update_graphs(model)
+    before = expert_graphs(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
+    model(ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="not finite"):
+        update_graphs(model)
+    after = expert_graphs(model)
+    names = list(before)
+    assert not torch.equal(before[names[0]], after[names[0]])  # before the bad layer: finite
+    assert torch.equal(before[names[1]], after[names[1]])
+    assert torch.equal(before[names[2]], after[names[2]])
+    assert [int(router.symphony.updates) for _, router in symphony_routers(model)] == [1, 0, 0]
+    model(ids, labels=ids).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_graphs(model)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_trainer_moves_the_graph_once_per_optimizer_step(tmp_path, accumulation):
+    model = symphonize(make_model(), decay=DECAY)
+    updates = []
+    seen = spy_on_selections(model)
+    before = expert_graphs(model)
+    trainer = train(
+        model, make_ids(64, 12), tmp_path, [SymphonyCallback()], gradient_accumulation_steps=accumulation, max_steps=2
+    )
+    updates = {int(router.symphony.updates) for _, router in symphony_routers(model)}
+    assert updates == {2}
+    for name, adjacency in expert_graphs(model).items():
+        expected = before[name]
+        for step in range(2):
+            batches = seen[name][step * accumulation : (step + 1) * accumulation]
+            expected = naive_update(expected, batches, [[1] * 24] * accumulation)
+        torch.testing.assert_close(adjacency, expected, rtol=1e-5, atol=1e-7)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged
+    assert all(entry["symphony/balance_loss"] > 0 and entry["symphony/z_loss"] > 0 for entry in logged)
+
+
+def test_the_callback_refuses_a_plain_model(tmp_path):
+    with pytest.raises(PatchError, match="not symphonized"):
+        train(make_model(), make_ids(8), tmp_path, [SymphonyCallback()])
+
+
+def test_the_callback_refuses_data_parallel(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    arguments._n_gpu = 2
+    with pytest.raises(PatchError, match="accelerate launch"):
+        SymphonyCallback().on_train_begin(arguments, None, None, model=symphonize(make_model()))
+
+
+def test_an_adapters_graph_moves_and_the_bases_does_not():
+    peft = pytest.importorskip("peft")
+    base, ids = symphonize(make_model(), decay=DECAY), make_ids()
+    num_modules = sum(1 for _ in base.modules())
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["symphony"])
+    model = peft.get_peft_model(base, config).train()
+    # Each graph was copied, and nothing else with it.
+    assert sum(isinstance(module, ExpertGraph) for module in model.modules()) == 6
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    update_graphs(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.warns(SymphonyWarning, match="every router is frozen"):
+        assert update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 24])
+    with model.disable_adapter():
+        for name, graph in expert_graphs(model).items():
+            assert torch.equal(graph, before[name])
+    merged = model.merge_and_unload()
+    assert sum(1 for _ in merged.modules()) == num_modules
+    assert all(not torch.equal(graph, torch.eye(8) * 3 / 8) for graph in expert_graphs(merged).values())
+
+
+@pytest.mark.parametrize("saved", ["gate", "symphony"])
+def test_peft_may_copy_a_whole_router(saved):
+    peft = pytest.importorskip("peft")
+    weights = {"balance_loss_weight": 5.0} if saved == "gate" else {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}
+    base, ids = symphonize(make_model(), decay=DECAY, **weights), make_ids()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[saved])).train()
+    assert sum(isinstance(module, type(base.model.embed_tokens)) for module in model.modules()) == 1
+    before, seen = expert_graphs(model), {}
+    update_graphs(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    update_graphs(model)
+    after = expert_graphs(model)
+    assert len(after) == 3
+    assert all(not torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
+    if saved == "gate":
+        plain = symphonize(make_model(), decay=DECAY, balance_loss_weight=5.0).train()
+        plain(input_ids=ids, labels=ids).loss.backward()
+        expected = [p.grad for n, p in plain.named_parameters() if n.endswith("mlp.gate.weight")]
+        seen = [p.grad for n, p in model.named_parameters() if n.endswith("modules_to_save.default.weight")]
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_copying_one_router_does_not_copy_the_model():
+    router = symphonize(make_model()).model.layers[0].mlp.gate
+    twin = copy.deepcopy(router)
+    assert twin.stack is router.stack
+    hidden = torch.randn(3, 32)
+    assert torch.equal(twin.eval()(hidden)[0], router.eval()(hidden)[0])
+
+
+def test_evaluations_during_training_take_no_values_from_the_log(tmp_path):
+    model = symphonize(make_model())
+    rows = make_ids(32, 8)
+    trainer = train(
+        model,
+        rows,
+        tmp_path,
+        [SymphonyCallback()],
+        max_steps=4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=Rows(rows[:4]),
+    )
+    for entry in trainer.state.log_history:
+        assert ("symphony/balance_loss" in entry) == ("loss" in entry)
+
+
+def test_resuming_through_trainer_is_the_uninterrupted_run(tmp_path):
+    """Trainer itself loses the experts of converted families on resume; a Symphony model's checkpoints are saved so
+    that it does not."""
+    rows = make_ids(32, 8)
+    runs = {}
+    for name in ("whole", "cut"):
+        model = symphonize(make_model("mixtral"), warmup_steps=5)
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
+        train(model, rows, tmp_path / name, [SymphonyCallback()], **settings)
+        runs[name] = model
+    resumed = symphonize(make_model("mixtral", seed=9), warmup_steps=5)
+    trainer = train(
+        resumed, rows, tmp_path / "cut", [SymphonyCallback()], resume=str(tmp_path / "cut" / "checkpoint-3"), **settings
+    )
+    assert trainer.state.global_step == 6
+    whole, again = runs["whole"].state_dict(), resumed.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_trainer_without_the_callback_still_moves_the_graph(tmp_path):
+    model = symphonize(make_model())
+    before = expert_graphs(model)
+    with pytest.warns(SymphonyWarning, match="SymphonyCallback"):
+        train(model, make_ids(16), tmp_path)
+    assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())

@@ -1,0 +1,111 @@
+"""Files that have their name only once they are whole, and places that are refused before the work."""
+
+import os
+
+import pytest
+
+from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.conformance.table import write_readme
+from symphony_hf.files import check_file_place, replacing, write_json, write_text
+from symphony_hf.training.report import write_run_report
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_beside_its_place(tmp_path):
+    file = tmp_path / "new" / "file.txt"
+    for content in ("first", "second"):
+        with replacing(file) as written:
+            written.write_text(content)
+            assert written.parent == file.parent
+            assert not file.exists() or file.read_text() == "first"
+        assert file.read_text() == content
+        assert names(file.parent) == ["file.txt"]
+
+
+def test_what_fails_leaves_the_old_file_alone(tmp_path, disk_that_fills):
+    file = tmp_path / "file.txt"
+    file.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write_text(file, "new")
+    with pytest.raises(FileNotFoundError), replacing(file):
+        pass  # nothing was written
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_two_processes_do_not_write_into_each_other_s_file(tmp_path, monkeypatch):
+    with replacing(tmp_path / "file") as one:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with replacing(tmp_path / "file") as other:
+            one.write_text("one")
+            other.write_text("other")
+        assert (tmp_path / "file").read_text() == "other"
+    assert (tmp_path / "file").read_text() == "one"
+    assert names(tmp_path) == ["file"]
+
+
+def test_text_and_json(tmp_path):
+    write_text(tmp_path / "page.md", "ü\n")
+    write_json(tmp_path / "values.json", {"b": 1, "a": [2.5]})
+    assert (tmp_path / "page.md").read_bytes() == "ü\n".encode()
+    assert (tmp_path / "values.json").read_text() == '{\n  "a": [\n    2.5\n  ],\n  "b": 1\n}\n'
+    assert names(tmp_path) == ["page.md", "values.json"]
+
+
+RESULTS = {
+    "recipe": {"data": {"path": None}},
+    "command": "",
+    "train": {},
+    "test": {"loss": 1.0},
+    "best_checkpoint": None,
+    "parameters": {"total": 1, "trained": 1},
+    "processes": 1,
+    "strategy": "single",
+    "device": "cpu",
+    "data": {"revision": "0", "notes": []},
+    "seeds": {"training": 0},
+    "versions": {"torch": "2"},
+}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda page: write_readme(page, []), lambda page: write_run_report(RESULTS, page.parent)],
+    ids=["table of families", "report of a run"],
+)
+def test_a_full_disk_leaves_the_page_as_it_was(write, tmp_path, disk_that_fills):
+    page = tmp_path / "report.md"
+    old = "Words.\n<!-- families table -->\n<!-- end -->\nMore words.\n"
+    page.write_bytes(old.encode())
+    with pytest.raises(OSError, match="No space left"):
+        write(page)
+    assert page.read_text() == old
+    assert names(tmp_path) == ["report.md"]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("folder", r"bench: `.*folder` is a folder, and the result is a file: give its name, too"),
+        ("file/result.json", r"bench: `.*result\.json` cannot be written, because `.*file` is a file"),
+        ("file/deeper/result.json", r"because `.*file` is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused(place, message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        check_file_place(tmp_path / place, "bench")
+    for good in ("file", "new.json", "folder/new.json", "new/deeper/new.json"):
+        check_file_place(tmp_path / good, "bench")
+    assert names(tmp_path) == ["file", "folder"]  # nothing is made for the check
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="no permission for"):
+        check_file_place(tmp_path / "new" / "result.json", "bench")

@@ -1,0 +1,73 @@
+"""`--dry_run` resolves a whole recipe, also one whose weights, data and GPUs are elsewhere, and leaves no trace."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from symphony_hf.cli import app
+from symphony_hf.train import main as train_main
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ON_A_CPU = ["--use_cpu", "true", "--bf16", "false", "--optim", "adamw_torch"]
+ON_A_CPU += ["--launch.strategy", "null", "--model.quantization", "null"]
+NAMES = ["quickstart/config", "phi3-smoe-7.4b-glue/lora", "olmoe-7b-sft/full", "llava-smoe-4.2b/config"]
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty working directory, and no way to weights or data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+
+    def touch(*args, **kwargs):
+        raise AssertionError("a dry run reads neither weights nor data")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", touch)
+    monkeypatch.setattr(datasets, "load_dataset", touch)
+    monkeypatch.setattr(datasets, "load_dataset_builder", touch)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_touches_nothing(name, empty, capsys):
+    assert train_main([str(RECIPES / f"{name}.yaml"), *ON_A_CPU, "--max_steps", "7", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    for word in ("1, single", "7 steps", "This was a dry run: nothing was loaded, trained or written."):
+        assert word in out
+    assert list(empty.iterdir()) == []
+
+
+def test_symphony_train_is_the_same_without_accelerate(empty):
+    words = [str(RECIPES / "quickstart" / "config.yaml"), "--symphony.strength", "0", "--dry_run"]
+    result = CliRunner().invoke(app, ["train", *words])
+    assert result.exit_code == 0, result.output
+    assert "strength=0" in result.output
+    assert list(empty.iterdir()) == []
+
+
+def test_symphony_train_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    words = ["--dataloader_pin_memory", "false", "--disable_tqdm", "true", "--output.directory"]
+    smoke = RECIPES / "phi3-smoe-7.4b-glue" / "smoke.yaml"
+    result = CliRunner().invoke(app, ["train", str(smoke), *words, str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert f"python -m symphony_hf.train {smoke} --dataloader_pin_memory false" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["--learning_rat", "1"], "did you mean `learning_rate`"),
+        (["--symphony.strenght", "0"], "did you mean `strength`"),
+        (["--symphny.strength", "0"], "did you mean `symphony`"),
+        (["--model.config", "{model_type: olmo_e}"], "olmo_e"),
+    ],
+)
+def test_unknown_names_are_refused_in_a_dry_run_too(words, nearest, empty, capsys):
+    assert train_main([str(RECIPES / "quickstart" / "config.yaml"), *words, "--dry_run"]) == 1
+    assert nearest in capsys.readouterr().err
+    assert list(empty.iterdir()) == []

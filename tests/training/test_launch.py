@@ -1,0 +1,191 @@
+"""What accelerate makes of a launch is compared with what was asked for, before anything is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from models import make_ids, make_model
+from transformers import Trainer, TrainingArguments
+
+from symphony_hf import ConfigError, SymphonyCallback, symphonize
+from symphony_hf.config import parse_settings
+from symphony_hf.recipe import LaunchSection
+from symphony_hf.training.launch import Ask, asks, check_launch, launching_words, strategy_to_come
+
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def arguments(**values):
+    stand_in = {"deepspeed": None, "deepspeed_plugin": None, "fsdp": None, "world_size": 1}
+    return SimpleNamespace(**{**stand_in, "device": torch.device("cpu"), **values})
+
+
+def plugin(stage):
+    return SimpleNamespace(zero_stage=stage)
+
+
+def test_what_is_asked_for_is_collected(monkeypatch):
+    assert asks(LaunchSection(), arguments()) == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    asked = asks(LaunchSection(processes=4, strategy="zero3"), arguments(deepspeed="ds.json"))
+    assert asked == [
+        Ask("the recipe", "processes", 4),
+        Ask("the recipe", "strategy", "zero3"),
+        Ask("the train section", "strategy", "zero"),
+        Ask("the launcher", "processes", 4),
+        Ask("the launcher", "strategy", "zero3"),
+    ]
+    check_launch(asked, 4, "zero3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")  # which says the stage
+    check_launch(asks(LaunchSection(), arguments()), 4, "zero1")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes", "strategy"),
+    [
+        (Ask("the recipe", "processes", 2), 1, "single"),
+        (Ask("the recipe", "strategy", "zero3"), 2, "zero2"),
+        (Ask("the recipe", "strategy", "single"), 2, "ddp"),
+        (Ask("the launcher", "strategy", "fsdp"), 2, "ddp"),
+        (Ask("the launcher", "strategy", "zero"), 2, "ddp"),
+        (Ask("the launcher", "strategy", "zero2"), 2, "ddp"),
+    ],
+)
+def test_each_downgrade_is_refused(wanted, processes, strategy):
+    with pytest.raises(ConfigError, match=f"{wanted.who} asks for {wanted.what} `{wanted.wanted}`, but what runs is"):
+        check_launch([wanted], processes, strategy)
+
+
+def test_what_is_to_come(monkeypatch):
+    gpu = torch.device("cuda")
+    assert strategy_to_come(arguments()) == "single"
+    assert strategy_to_come(arguments(world_size=2)) == "ddp"
+    assert strategy_to_come(arguments(world_size=2, fsdp="full_shard")) == "ddp"
+    assert strategy_to_come(arguments(world_size=2, fsdp="full_shard", device=gpu)) == "fsdp"
+    assert strategy_to_come(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "zero2"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert strategy_to_come(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "ddp"
+
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+HOST = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "python"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node 2"),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, "torchrun --nproc_per_node 8 --nnodes 2"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"},
+            "accelerate launch --num_processes 1 --mixed_precision no --cpu",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "8", **ZERO, **HOST},
+            "accelerate launch --num_processes 8 --mixed_precision bf16 --use_deepspeed --zero_stage 3 "
+            "--offload_optimizer_device cpu",
+        ),
+    ],
+)
+def test_a_report_has_the_launcher_in_its_command(environment, words, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launching_words() == words.split()
+
+
+def test_a_recipe_says_it_in_known_words():
+    with pytest.raises(ConfigError, match="did you mean `zero3`"):
+        parse_settings(LaunchSection, {"strategy": "zero-3"}, "launch")
+    with pytest.raises(ConfigError, match="at least 1"):
+        LaunchSection(processes=0)
+
+
+def test_the_callback_notices_it_too(tmp_path, monkeypatch):
+    """In a Trainer that no recipe made; on a CPU accelerate drops FSDP."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
+    settings = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(symphonize(make_model()), settings, train_dataset=rows, callbacks=[SymphonyCallback()])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="asks for strategy `fsdp`, but what runs is `single`"):
+        trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"
+ACCELERATE = "accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no"
+RECIPE = """
+model: {config: {model_type: olmoe, hidden_size: 16, intermediate_size: 8, num_hidden_layers: 2,
+  num_attention_heads: 2, num_key_value_heads: 2, num_experts: 4, num_experts_per_tok: 2, norm_topk_prob: true}}
+data: {path: TEXT, block_size: 16, vocab_size: 300}
+train: {max_steps: 2, per_device_train_batch_size: 2, use_cpu: true, disable_tqdm: true, save_strategy: "no",
+  dataloader_pin_memory: false}
+eval: {documents: 2}
+output: {directory: RUN}
+"""
+
+
+def launch(tmp_path, launcher, *overrides, **environment):
+    text = "\n".join(f"word{n} speaks of thing{n * 7 % 13} and place{n * 5 % 11}" for n in range(400))
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / "text" / f"{number}.txt").write_text(text[number * 100 :])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("TEXT", str(tmp_path / "text")).replace("RUN", str(tmp_path / "run")))
+    return subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "-m", "symphony_hf.train", str(recipe), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "SYMPHONY_HF_CACHE": str(tmp_path / "cache"), **environment},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "environment", "asked"),
+    [
+        (f"{ACCELERATE} --cpu --num_processes 2", {}, "the recipe asks for processes `2`"),
+        (f"{TORCHRUN}", {"ACCELERATE_USE_FSDP": "true"}, "the launcher asks for strategy `fsdp`"),
+        (
+            f"{ACCELERATE} --use_deepspeed --zero_stage 2 --num_processes 2",
+            {"ACCELERATE_USE_CPU": "true"},
+            "the launcher asks for strategy `zero2`",
+        ),
+    ],
+)
+def test_a_real_launch_that_became_less_is_refused(launcher, environment, asked, tmp_path):
+    if "deepspeed" in launcher:
+        pytest.importorskip("deepspeed")
+    result = launch(tmp_path, launcher, "--launch.processes", "2", **environment)
+    assert result.returncode != 0
+    assert asked in result.stderr, result.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_a_real_launch_that_runs_as_asked(strategy, tmp_path):
+    """ZeRO-3 partitions a model that is built from a config, too."""
+    launcher = TORCHRUN
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed")
+        launcher = f"{ACCELERATE} --use_deepspeed --zero_stage {strategy[-1]} --num_processes 2"
+    result = launch(tmp_path, launcher, "--launch.processes", "2", "--launch.strategy", strategy)
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["processes"], results["strategy"]) == (2, strategy)

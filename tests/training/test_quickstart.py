@@ -1,0 +1,157 @@
+"""The quickstart at a size of seconds: everything that it promises is there, and its numbers are the models'."""
+
+import dataclasses
+import json
+import math
+import shlex
+
+import pytest
+import torch
+from small_runs import quickstart_settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from symphony_hf import ConfigError, DataError, expert_graphs, is_symphonized
+from symphony_hf.cli import app, main
+from symphony_hf.data.corpus import load_corpus
+from symphony_hf.diagnostics import plots
+from symphony_hf.evaluation.attacks.word_swap import attack
+from symphony_hf.evaluation.report.quickstart import print_report, write_report
+from symphony_hf.training import quickstart as quickstart_module
+from symphony_hf.training.quickstart import QuickstartSettings, run_quickstart
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a quick start")  # blanks, which a command line quotes
+    settings = quickstart_settings(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMPHONY_HF_CACHE", str(folder / "cache"))
+        return settings, run_quickstart(settings), folder / "out"
+
+
+def test_everything_promised_is_written(quickstart):
+    _, report, output = quickstart
+    names = {path.name for path in output.iterdir()}
+    assert {"base", "plain", "symphony", "folded", "report.md", "report.json"} <= names
+    for picture in ("graphs.png", "network.png", "curves.png", "comparison.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "report.json").read_text())["arms"] == report["arms"]
+    page = (output / "report.md").read_text()
+    assert f"{report['arms']['symphony']['clean']['estimate']:.2f}" in page
+    assert report["comparisons"]["clean"]["verdict"] in page
+
+
+def test_the_models_are_what_the_report_says(quickstart):
+    _, report, output = quickstart
+    load = AutoModelForCausalLM.from_pretrained
+    symphony, plain, folded, base = (load(output / name) for name in ("symphony", "plain", "folded", "base"))
+    assert [is_symphonized(model) for model in (symphony, plain, folded, base)] == [True, False, False, False]
+    ids = torch.randint(3, 290, (2, 20))
+    assert torch.equal(symphony(ids).logits, folded(ids).logits)
+    assert not torch.equal(plain(ids).logits, symphony(ids).logits)
+    assert not torch.equal(plain(ids).logits, base(ids).logits)
+    assert all((graph - torch.diag(graph.diagonal())).sum() > 0 for graph in expert_graphs(symphony).values())
+    assert report["checks"]["reload_max_difference"] == 0
+    assert report["checks"]["folded_max_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["clean", "attacked"])
+def test_perplexities_are_those_of_the_saved_models(quickstart, kind):
+    """Recomputed naively: one window at a time, from the checkpoints and the corpus."""
+    settings, report, output = quickstart
+    documents = load_corpus(settings.data).test[: settings.documents]
+    if kind == "attacked":
+        documents = attack(documents, rate=settings.attack_rate, seed=settings.seed)
+    for name in ("plain", "symphony"):
+        model = AutoModelForCausalLM.from_pretrained(output / name)
+        tokenizer = AutoTokenizer.from_pretrained(output / name)
+        nll, count = 0.0, 0
+        for document in documents:
+            ids = [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            for start in range(0, len(ids), settings.block_size):
+                window = torch.tensor([ids[start : start + settings.block_size]])
+                if window.shape[1] < 2:
+                    continue
+                with torch.no_grad():
+                    log_probabilities = model(window).logits[0, :-1].log_softmax(-1)
+                nll -= float(log_probabilities.gather(1, window[0, 1:, None]).sum())
+                count += window.shape[1] - 1
+        # Padding and batching move float32 sums by rounding.
+        assert report["arms"][name][kind]["estimate"] == pytest.approx(math.exp(nll / count), rel=1e-4)
+
+
+def test_the_table_says_where_the_results_are(quickstart, capsys):
+    _, report, output = quickstart
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert str(output) in printed.replace("\n", "")
+    assert "seconds per step" in printed
+    assert "routing choices kept" in printed
+
+
+def test_too_few_documents_are_refused_before_the_training(quickstart, tmp_path):
+    settings, _, _ = quickstart
+    few = dataclasses.replace(settings, documents=9, output=str(tmp_path / "out"))
+    with pytest.raises(DataError, match="9 held-out documents"):
+        run_quickstart(few)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quickstart_in_a_used_folder_does_not_keep_the_report_of_other_models(quickstart, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    (output / "base").mkdir(parents=True)
+    for name in ("report.json", "report.md", "notes.md"):
+        (output / name).write_text("of before")
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quickstart_module, "_pretrain", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_quickstart(dataclasses.replace(quickstart[0], output=str(output)))
+    assert {path.name for path in output.iterdir()} == {"base", "notes.md"}
+
+
+def test_a_full_disk_leaves_the_page_as_it_was(quickstart, tmp_path, monkeypatch, disk_that_fills):
+    for name in ("plot_comparison", "plot_curves", "plot_graphs", "plot_expert_network"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    (tmp_path / "report.md").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write_report(quickstart[1], {}, {}, tmp_path)
+    assert (tmp_path / "report.md").read_bytes() == b"old"
+
+
+def test_the_command_of_the_report_gives_its_settings(quickstart):
+    settings, report, _ = quickstart
+    words = shlex.split(report["command"])
+    assert words[:2] == ["symphony", "quickstart"]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert given["--data"] == settings.data
+    assert " " in settings.data
+    assert given["--finetune_steps"] == "4"
+    assert "--seed" not in given
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="`finetune_steps` must be at least 1"):
+        QuickstartSettings(finetune_steps=0)
+    with pytest.raises(ConfigError, match="`seed` must be between"):
+        QuickstartSettings(seed=-1)
+
+
+@pytest.mark.parametrize("command", [[], ["quickstart"], ["train"], ["bench"]])
+def test_help_has_examples(command):
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert "symphony" in result.output.lower()
+    assert not command or "Example:" in result.output
+
+
+def test_the_command_says_errors_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["symphony", "bench", "--models", "mixtral-8x8b", "--output", str(tmp_path / "b")])
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # as if the process had been started anew already
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: bench: unknown model `mixtral-8x8b`; did you mean `mixtral-8x7b`?\n"

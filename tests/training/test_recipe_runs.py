@@ -1,0 +1,164 @@
+"""A recipe trains, saves and measures, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from small_runs import RECIPE, recipe_overrides
+from transformers import AutoModelForCausalLM
+from visual import entry, write_llava
+
+from symphony_hf import ConfigError, DataError, SymphonyConfig, expert_graphs, is_symphonized
+from symphony_hf.checkpoints.folder import open_folder
+from symphony_hf.errors import ReportError
+from symphony_hf.evaluation.report.find_runs import read_runs
+from symphony_hf.recipe import load_recipe
+from symphony_hf.training import runner
+from symphony_hf.training.runner import run_recipe
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Overrides that make the recipe a matter of seconds."""
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    return recipe_overrides(tmp_path)
+
+
+def test_a_recipe_runs(small, tmp_path):
+    results = run_recipe(load_recipe(RECIPE, small))
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert stored["test"] == results["test"]
+    assert 1 < results["test"]["clean"] < 400
+    assert results["test"]["ratio"] == pytest.approx(results["test"]["attacked"] / results["test"]["clean"])
+    assert stored["recipe"]["train"]["max_steps"] == 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {3}
+    assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())
+    # And on from the checkpoint, with its graphs; other settings than its own would be a false baseline.
+    again = {**small, "model.path": str(tmp_path / "run" / "final"), "model.config": None}
+    again["output.directory"] = str(tmp_path / "again")
+    with pytest.raises(ConfigError, match=r"saved with other settings \(strength\)"):
+        run_recipe(load_recipe(RECIPE, {**again, "symphony.strength": 0.5}))
+    run_recipe(load_recipe(RECIPE, again))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "final")
+    assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {6}
+
+
+def test_the_best_and_the_last_checkpoint_stay(small, tmp_path):
+    """With a learning rate that makes the first one the best, and room for two."""
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    results = run_recipe(load_recipe(RECIPE, {**small, **every, "save_total_limit": 2, "learning_rate": 10.0}), "again")
+    output = tmp_path / "run"
+    losses = [entry["eval_loss"] for entry in results["validation"]]
+    assert len(losses) == 3
+    assert losses[0] == min(losses)
+    assert results["best_checkpoint"] == str(output / "checkpoint-1")
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+    assert "best by validation: `checkpoint-1/`" in (output / "report.md").read_text()
+
+
+def test_the_report_says_what_a_reader_needs_to_run_it_again(small, tmp_path):
+    results = run_recipe(load_recipe(RECIPE, {**small, "eval.seed": 7}), "the command")
+    page = (tmp_path / "run" / "report.md").read_text()
+    settings = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    recipe = load_recipe(RECIPE, {**small, "eval.seed": 7})
+    assert settings["train"] == recipe.train
+    assert SymphonyConfig.from_dict(settings["symphony"]) == recipe.symphony
+    assert "```bash\nthe command\n```" in page
+    assert "Seeds: training 0, data 0, evaluation 7." in page
+    assert f"revision {results['data']['revision']}." in page
+    assert len(results["data"]["revision"]) == 64  # the SHA-256 of what was read
+    assert f"| clean | {results['test']['clean']:.4f} |" in page
+    assert all(f"{name} {version}" in page for name, version in results["versions"].items())
+
+
+def test_a_validation_that_is_not_there_is_refused_before_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(runner, "load_model", None)  # calling it would raise another error
+    smoke = RECIPE.parents[1] / "llava-smoe-4.2b" / "smoke.yaml"
+    path = write_llava(tmp_path, [entry(number) for number in range(4)])
+    overrides = {"eval_strategy": "steps", "data.path": str(path), "output.directory": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match="eval_strategy `steps` needs a validation split"):
+        run_recipe(load_recipe(smoke, overrides))
+
+
+def test_a_stream_trains_its_own_tokenizer(small, tmp_path):
+    """On its first documents: for that, too, it is not read whole."""
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"text": f"row {n} of {n * 7919} numbers"}) + "\n" for n in range(400)))
+    streamed = {**small, "data.path": str(table), "data.streaming": True}
+    results = run_recipe(load_recipe(RECIPE, streamed))
+    assert results["steps"] == 3
+    assert "read while training goes on" in results["data"]["notes"][0]
+
+
+def test_a_plain_recipe_runs(small, tmp_path):
+    recipe = load_recipe(RECIPE, small)
+    run_recipe(recipe.__class__(**{**recipe.__dict__, "symphony": None}))
+    assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
+
+
+def test_bad_settings_and_data_are_refused_before_training(small, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean `learning_rate`"):
+        run_recipe(load_recipe(RECIPE, {**small, "learning_rat": 1}))
+    with pytest.raises(ConfigError, match="train:"):
+        run_recipe(load_recipe(RECIPE, {**small, "lr_scheduler_type": "cosin"}))
+    with pytest.raises(DataError):
+        run_recipe(load_recipe(RECIPE, {**small, "data.path": str(tmp_path / "nothing.txt")}))
+    with pytest.raises(DataError, match="block"):
+        run_recipe(load_recipe(RECIPE, {**small, "data.block_size": 100_000}))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+LAUNCHERS = {
+    "accelerate": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no",
+    "torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "world_size"), [("accelerate", 1), ("torchrun", 2)])
+def test_launchers(launcher, world_size, small, tmp_path):
+    """accelerate's own launcher starts one process on a CPU, whatever it is asked for; torchrun starts two."""
+    overrides = [word for name, value in small.items() for word in (f"--{name}", json.dumps(value))]
+    result = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "symphony_hf.train", str(RECIPE), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == world_size
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())
+
+
+def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small, tmp_path, monkeypatch):
+    """Killed after its model is saved, before it is measured."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    output.mkdir()
+    for name in ("results.json", "report.md"):
+        (output / name).write_text("of an earlier run")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(load_recipe(RECIPE, small))
+    assert (output / "results.json").exists()  # until then it is of the model that is there
+    monkeypatch.setattr(runner, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(RECIPE, small))
+    assert (output / "final" / "config.json").exists()
+    assert not (output / "report.md").exists()
+    with pytest.raises(ReportError, match="ended before its results were written"):
+        read_runs([output])
+    assert open_folder(output / "final").results is None

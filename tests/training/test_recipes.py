@@ -1,0 +1,135 @@
+"""Every recipe: it loads, its baseline differs by the strength alone, and its smoke form runs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from symphony_hf.checkpoints.folder import open_folder
+from symphony_hf.recipe import load_recipe
+from symphony_hf.training.arguments import training_arguments
+from symphony_hf.training.models import empty_model
+from symphony_hf.training.runner import run_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
+SMOKE = [path for path in FILES if path.name.startswith("smoke")]
+PHI3_MINI, PHI3_MLP = 3_821_079_552, 3 * 3072 * 8192
+UPCYCLED = PHI3_MINI + 16 * (3 * PHI3_MLP + 4 * 3072)  # three more copies and a router in every other layer
+assert UPCYCLED == 7_445_154_816
+PARAMETERS = {
+    # Qwen2-MoE has a gate for its shared expert, which is of size 0 here.
+    "phi3-smoe-7.4b-glue": UPCYCLED + 16 * 3072,
+    "phi3-smoe-7.4b-sft": UPCYCLED + 16 * 3072,
+    "olmoe-7b-sft": 6_919_161_856,
+    "mixtral-8x7b-qlora": 46_702_792_704,
+    "llava-smoe-4.2b": 4_174_947_328,
+    "wikitext103-216m": 215_679_863,  # published
+}
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def on_this_machine(path):
+    """A recipe's training settings less what only its GPUs and their libraries have."""
+    gpu_only = {"bf16": False, "use_cpu": True, "optim": "adamw_torch", "launch.strategy": None}
+    return load_recipe(path, {**gpu_only, "model.quantization": None})
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_recipe_loads(path):
+    recipe = on_this_machine(path)
+    training_arguments(recipe)
+    if recipe.symphony is None:
+        return
+    baseline = load_recipe(path, {"symphony.strength": 0})
+    whole = load_recipe(path)
+    assert dataclasses.replace(baseline, symphony=whole.symphony) == whole
+    assert dataclasses.replace(baseline.symphony, strength=whole.symphony.strength) == whole.symphony
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
+def test_every_recipe_has_a_page_and_a_smoke_form(folder):
+    page = (folder / "README.md").read_text()
+    assert f"recipes/{folder.name}/config.yaml" in page
+    assert "--symphony.strength 0" in page
+    assert folder.name == "quickstart" or (folder / "smoke.yaml").exists()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_models_are_of_their_size(name):
+    """Counted on the meta device; OLMoE's and Mixtral's are the published counts."""
+    model = empty_model(load_recipe(RECIPES / name / "config.yaml"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("path", SMOKE, ids=name_of)
+def test_smoke_forms_differ_in_size_alone(path):
+    """What a smoke form shows of its recipe is worth nothing where it is another one."""
+    smoke, whole = load_recipe(path), load_recipe(path.parent / "config.yaml")
+    assert smoke.symphony == whole.symphony
+    assert smoke.peft == whole.peft
+    assert smoke.data.kind == whole.data.kind
+    assert (smoke.data.packing, smoke.data.streaming) == (whole.data.packing, whole.data.streaming)
+    assert yaml.safe_load(path.read_text())["base"] == "config.yaml"
+
+
+def small(path, folder):
+    return {"output.directory": str(folder / "run"), "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+@pytest.mark.parametrize("path", SMOKE, ids=name_of)
+def test_a_smoke_form_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    results = run_recipe(load_recipe(path, small(path, tmp_path)), "a command")
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert stored["test"] == results["test"]
+    assert results["steps"] == 2
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "a command" in page
+    for name, version in results["versions"].items():
+        assert f"{name} {version}" in page
+    assert (tmp_path / "run" / "graphs.png").exists()
+    card = ModelCard.load(tmp_path / "run" / "final" / "README.md")
+    assert card.data.tags[0] == "symphony-smoe"
+    assert "NAMESPACE/run" in card.text
+    assert (tmp_path / "run" / "final" / "graphs.png").exists()
+    assert len(card.data.eval_results) > 0
+    open_folder(tmp_path / "run")  # nothing in it that a push would refuse
+
+
+LAUNCHERS = {
+    "ddp": "torch.distributed.run --standalone --nproc_per_node 2",
+    "zero2": f"accelerate.commands.launch --config_file {RECIPES}/accelerate/zero2.yaml --num_processes 2 "
+    "--mixed_precision no",
+    "zero3": f"accelerate.commands.launch --config_file {RECIPES}/accelerate/zero3.yaml --num_processes 2 "
+    "--mixed_precision no",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", LAUNCHERS)
+@pytest.mark.parametrize("path", SMOKE, ids=name_of)
+def test_a_smoke_form_runs_in_two_processes(path, strategy, tmp_path):
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed")
+    overrides = {**small(path, tmp_path), "launch.strategy": strategy, "launch.processes": 2}
+    words = [word for name, value in overrides.items() for word in (f"--{name}", json.dumps(value))]
+    result = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[strategy].split(), "-m", "symphony_hf.train", str(path), *words],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "SYMPHONY_HF_CACHE": str(tmp_path / "cache")},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["processes"], results["strategy"], results["steps"]) == (2, strategy, 2)

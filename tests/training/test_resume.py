@@ -1,0 +1,627 @@
+"""A run that is killed at any moment goes on, from its last whole checkpoint, as if nothing had happened."""
+
+import contextlib
+import inspect
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from models import make_ids, make_model
+from resume_runs import RECIPE, outcome, run, settings, words, write_text
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from symphony_hf import CheckpointError, ConfigError, SymphonyCallback, symphonize
+from symphony_hf.files import UNFINISHED
+from symphony_hf.recipe import load_recipe
+from symphony_hf.training import runner
+from symphony_hf.training import trainer as trainer_module
+from symphony_hf.training import trainer_checkpoints as checkpoints
+from symphony_hf.training.runner import run_recipe
+from symphony_hf.training.trainer import PRIVATE, ResumableTrainer
+from symphony_hf.training.trainer_checkpoints import RECORD
+
+TESTS = Path(__file__).parents[1] / "helpers"
+
+
+def assert_equal(found, expected, where="run"):
+    """Equal to the bit, wherever tensors are nested."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected), where
+        for name, value in expected.items():
+            assert_equal(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for place, value in enumerate(expected):
+            assert_equal(found[place], value, f"{where}.{place}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+def steps_of(folder):
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+# Folders: fast, with files of a few bytes.
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def write_checkpoint(output, step):
+    """As the Trainer does it: whole in its place to write, then finished, then the oldest deleted."""
+    target = output / f"checkpoint-{step}"
+    written = checkpoints.place_to_write(target)
+    (written / "inner").mkdir(parents=True)
+    (written / "inner" / "weights").write_bytes(b"w" * step)
+    checkpoints.write_json(written / "trainer_state.json", {"global_step": step})
+    checkpoints.finish_checkpoint(target, step, num_processes=1)
+    checkpoints.delete_oldest(output, 1, {target})
+
+
+@contextlib.contextmanager
+def killed_at(monkeypatch, number):
+    """End the process, so to say, before its number-th change to the file system."""
+    changes = []
+    with monkeypatch.context() as patch:
+        for name in ("replace", "mkdir", "rmdir", "unlink", "fsync"):
+            original = getattr(os, name)
+
+            def change(*arguments, original=original, **kwargs):
+                changes.append(arguments)
+                if len(changes) == number:
+                    raise Killed
+                return original(*arguments, **kwargs)
+
+            patch.setattr(os, name, change)
+        with contextlib.suppress(Killed):
+            yield changes
+
+
+@pytest.mark.parametrize("steps", [(2, 4), (4, 4), (9, 4)], ids=["newer", "again", "of a run that began anew"])
+def test_a_save_that_is_killed_leaves_a_whole_checkpoint(steps, monkeypatch, tmp_path):
+    """At each change that it makes; the limit is one checkpoint, so the older one is deleted by the same save."""
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        output = tmp_path / str(number)
+        write_checkpoint(output, steps[0])
+        finished = True
+        with killed_at(monkeypatch, number) as changes:
+            write_checkpoint(output, steps[1])
+        finished = len(changes) < number
+        checkpoints.clear_leftovers(output)
+        assert not (output / UNFINISHED).exists()
+        found, _ = checkpoints.find_checkpoint(output, True)
+        assert found is not None, f"nothing left at change {number}"
+        for folder in output.glob("checkpoint-*"):
+            assert (folder / "inner" / "weights").read_bytes() == b"w" * int(folder.name.rpartition("-")[2])
+        assert found.name == f"checkpoint-{steps[1]}" or (output / f"checkpoint-{steps[0]}").exists()
+    assert number > 15
+    assert found.name == f"checkpoint-{steps[1]}"
+    assert len(list(output.iterdir())) == 1
+
+
+def test_the_oldest_is_what_was_written_first(tmp_path):
+    for step in (20, 3, 6):
+        target = tmp_path / f"checkpoint-{step}"
+        checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": step})
+        checkpoints.finish_checkpoint(target, step, num_processes=1)
+    (tmp_path / "checkpoint-of-mine").mkdir()
+    assert checkpoints.find_checkpoint(tmp_path, True)[0] == tmp_path / "checkpoint-6"
+    checkpoints.delete_oldest(tmp_path, 1, {tmp_path / "checkpoint-6", tmp_path / "checkpoint-20"})
+    assert steps_of_ours(tmp_path) == [6, 20]
+    checkpoints.delete_oldest(tmp_path, None, set())
+    checkpoints.delete_oldest(tmp_path, 1, {tmp_path / "checkpoint-6"})
+    assert steps_of_ours(tmp_path) == [6]
+    assert (tmp_path / "checkpoint-of-mine").exists()
+
+
+def steps_of_ours(output):
+    return sorted(int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-[0-9]*"))
+
+
+def test_what_is_not_whole_is_never_picked_up(tmp_path):
+    assert checkpoints.find_checkpoint(tmp_path / "nothing", True)[0] is None
+    for step in (3, 6):
+        target = tmp_path / f"checkpoint-{step}"
+        checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": step})
+        (checkpoints.place_to_write(target) / "model.safetensors").write_bytes(b"0123456789")
+        checkpoints.finish_checkpoint(target, step, num_processes=1)
+    bare = tmp_path / "checkpoint-9"  # as another program writes it, in its place
+    bare.mkdir()
+    checkpoints.write_json(bare / "trainer_state.json", {"global_step": 9})
+    found, notes = checkpoints.find_checkpoint(tmp_path, True)
+    assert found == tmp_path / "checkpoint-6"
+    assert notes == [
+        f"`{bare}` is passed over: `{RECORD}` is missing or cut off, so nothing says that it is whole; to use it, give "
+        "its path",
+        f"resuming from `{found}`, after 6 steps",
+    ]
+    assert checkpoints.find_checkpoint(tmp_path, str(bare))[0] == bare
+    (bare / "trainer_state.json").write_text('{"global_st')
+    damage = {
+        "9": "`trainer_state.json` is cut off",
+        "6": "`model.safetensors` has 4 bytes of 10",
+        "3": "`model.safetensors` is missing",
+        "12": "there is no such folder",
+    }
+    (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"0123")
+    assert checkpoints.find_checkpoint(tmp_path, True)[0] == tmp_path / "checkpoint-3"
+    (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
+    assert "starting from the beginning" in checkpoints.find_checkpoint(tmp_path, True)[1][-1]
+    for step, problem in damage.items():
+        with pytest.raises(CheckpointError, match=f"checkpoint-{step}` is not a whole checkpoint: {problem}"):
+            checkpoints.find_checkpoint(tmp_path, str(tmp_path / f"checkpoint-{step}"))
+    with pytest.raises(ConfigError, match="true, false or a path, got 6"):
+        checkpoints.find_checkpoint(tmp_path, 6)
+    found, notes = checkpoints.find_checkpoint(tmp_path, False)
+    assert found is None
+    assert "has checkpoints of an earlier run (checkpoint-3, checkpoint-6)" in notes[0]
+
+
+def test_only_what_is_ours_is_cleared(tmp_path):
+    unfinished = tmp_path / UNFINISHED
+    for name in ("checkpoint-4", "checkpoint-2.deleted", "final.replaced", "final", "notes"):
+        (unfinished / name).mkdir(parents=True)
+    assert checkpoints.clear_leftovers(tmp_path) == ["checkpoint-2.deleted", "checkpoint-4", "final"]
+    assert [path.name for path in unfinished.iterdir()] == ["notes"]
+    assert (tmp_path / "final").exists()  # what was to be replaced has its name back
+    assert checkpoints.clear_leftovers(tmp_path / "nothing") == []
+
+
+def test_a_failed_write_is_one_line_that_says_what_is_left(tmp_path):
+    target = tmp_path / "checkpoint-4"
+    checkpoints.place_to_write(target).mkdir(parents=True)
+    with pytest.raises(CheckpointError) as caught, checkpoints.reporting_failed_save(target):
+        raise OSError(28, "No space left on device")
+    assert "No space left on device" in str(caught.value)
+    assert "no earlier checkpoint" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / UNFINISHED).exists()
+    with pytest.raises(RuntimeError, match="another"), checkpoints.reporting_failed_save(target):
+        raise RuntimeError("another failure than a write's")
+
+
+def test_the_private_methods_of_trainer_are_there():
+    for name in PRIVATE:
+        ours, theirs = inspect.signature(getattr(ResumableTrainer, name)), inspect.signature(getattr(Trainer, name))
+        assert list(ours.parameters) == list(theirs.parameters), name
+        assert name in vars(ResumableTrainer)
+    overridden = {name for name in vars(ResumableTrainer) if name in vars(Trainer) and not name.startswith("__")}
+    assert {name for name in overridden if name.startswith("_")} == set(PRIVATE)
+
+
+# Runs, in this process.
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    write_text(tmp_path / "text")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("strategy", "every", "steps"),
+    [("steps", {"max_steps": 5, "save_steps": 2, "eval_steps": 2}, (4, 5)), ("epoch", {"max_steps": 7}, (5, 7))],
+    ids=["steps", "epochs"],
+)
+def test_a_run_resumes(strategy, every, steps, root, capsys):
+    """In one process, without a kill: the last checkpoint and the end are taken away."""
+    values = settings(root, "run", **dict.fromkeys(("save_strategy", "eval_strategy"), strategy), **every)
+    results = run_recipe(load_recipe(RECIPE, values))
+    whole = outcome(root / "run")
+    assert "resuming" not in capsys.readouterr().out
+    earlier, last = (root / "run" / f"checkpoint-{step}" for step in steps)
+    (last / RECORD).unlink()
+    results_again = run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))
+    said = capsys.readouterr().out
+    assert f"`{last}` is passed over" in said
+    assert f"resuming from `{earlier}`, after {steps[0]} steps" in said
+    assert_equal(outcome(root / "run"), whole)
+    assert results_again["test"] == results["test"]
+    with pytest.raises(ConfigError, match=r"saved with other settings \(decay\)"):
+        run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, "symphony.decay": 0.5}))
+    for other, told in (({"seed": 5}, "seed 0, now 5"), ({"data.block_size": 8}, "data.block_size 16, now 8")):
+        with pytest.raises(ConfigError, match=rf"a run with other settings \({told}\)"):
+            run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, **other}))
+    run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))  # it is over, but for what comes after
+    assert_equal(outcome(root / "run"), whole)
+    config = (last / "config.json").read_bytes()
+    (last / "config.json").write_bytes(config[:-3].ljust(len(config)))  # as long as it was
+    with pytest.raises(ConfigError, match=r"config\.json` is no JSON.*resume from another checkpoint"):
+        run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": str(last)}))
+    (last / "config.json").write_bytes(config)
+    values["model.config"]["num_experts"] = 4
+    with pytest.raises(CheckpointError, match=r"is of another model than the recipe's: size mismatch"):
+        run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({"seed": 0}, {"seed": 1}, "seed 0, now 1"),
+        ({"seed": 0}, {"seed": 0, "peft.r": 8}, "peft.r None, now 8"),
+        ({"seed": 0, "peft.r": 8}, {"seed": 0}, "peft.r 8, now None"),
+    ],
+)
+def test_what_only_one_of_the_runs_was_told_differs_too(before, now, told, tmp_path):
+    target = tmp_path / "checkpoint-3"
+    checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
+    checkpoints.finish_checkpoint(target, 3, num_processes=1, settings=before)
+    runner._check_same_settings(before, target)
+    with pytest.raises(ConfigError, match=rf"a run with other settings \({told}\)"):
+        runner._check_same_settings(now, target)
+
+
+# Runs in processes of their own, killed. A server that has imported everything forks them.
+
+
+class Runs:
+    """Starts runs below one folder."""
+
+    def __init__(self, root):
+        self.root = root
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["resume_runs"])
+        first = self.context.Process(target=os.getpid)  # the server starts with it, and takes seconds to
+        first.start()
+        first.join()
+
+    def start(self, values, log="log", **how):
+        process = self.context.Process(target=run, args=(values, str(self.root / log)), kwargs=how)
+        process.start()
+        return process
+
+    def finish(self, values, log="log", code=0, **how):
+        """Returns what it printed."""
+        process = self.start(values, log, **how)
+        process.join(120)
+        text = (self.root / log).read_text()
+        assert process.exitcode == code, text[-3000:]
+        return text
+
+    def whole(self, name, family="olmoe", **how):
+        """An uninterrupted run: its settings, what it left, its file operations and its seconds."""
+        values = settings(self.root, name, family)
+        started = time.monotonic()
+        self.finish(values, f"{name}.log", kill_at=0, **how)
+        seconds = time.monotonic() - started
+        operations = (self.root / f"{name}.log.events").read_text().splitlines()
+        return values, outcome(self.root / name), operations, seconds
+
+    def resume_and_compare(self, values, expected, **how):
+        folder = Path(values["output.directory"])
+        check_whole(folder)
+        steps = steps_of(folder)
+        said = self.finish({**values, "resume_from_checkpoint": True}, **how)
+        if steps:
+            assert f"resuming from `{folder / f'checkpoint-{steps[-1]}'}`" in said
+        else:
+            assert "starting from the beginning" in said
+        assert not (folder / UNFINISHED).exists()
+        assert_equal(outcome(folder), expected)
+
+
+def check_whole(folder):
+    """What has its name is whole, by what reads it, not by our record."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert f"checkpoint-{state['global_step']}" == checkpoint.name
+        assert load_file(checkpoint / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            assert torch.load(checkpoint / name, weights_only=True)
+        assert list(checkpoint.glob("rng_state*"))
+    if (folder / "final").exists():
+        assert load_file(folder / "final" / "model.safetensors")
+        assert json.loads((folder / "final" / "tokenizer.json").read_text())
+    if (folder / "results.json").exists():
+        assert json.loads((folder / "results.json").read_text())["test"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    write_text(root / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *sys.path]))  # the server does not get it otherwise
+        yield Runs(root)
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    return runs.whole("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_any_moment(seed, runs, whole):
+    """Eight at a random time, twelve before a random file operation: a fifth of a run's time, most of its dangers."""
+    _, expected, operations, seconds = whole
+    values = settings(runs.root, f"killed-{seed}")
+    moment = random.Random(seed)
+    if seed < 8:
+        delay, code = moment.uniform(0.05, 0.8) * seconds, 0
+        while code == 0:  # over before the time came: the machine is faster than it was
+            shutil.rmtree(values["output.directory"], ignore_errors=True)
+            process = runs.start(values)
+            process.join(delay)
+            process.kill()
+            process.join()
+            code, delay = process.exitcode, delay / 2
+        assert code == -signal.SIGKILL
+    else:
+        runs.finish(values, code=-signal.SIGKILL, kill_at=moment.randint(1, len(operations)))
+    runs.resume_and_compare(values, expected)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(runs, whole):
+    """Each resumed run is killed too, until one comes through."""
+    _, expected, operations, _ = whole
+    values, moment = settings(runs.root, "again"), random.Random(0)
+    for _ in range(6):
+        process = runs.start(
+            {**values, "resume_from_checkpoint": True}, kill_at=moment.randint(1, len(operations) // 3)
+        )
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    runs.resume_and_compare(values, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_other_families_from_a_checkpoint(family, runs):
+    """Fine-tuned from a saved model, whose weights are memory-mapped."""
+    runs.finish(settings(runs.root, f"{family}-base", family, max_steps=2))
+    saved = {"model.path": str(runs.root / f"{family}-base" / "final"), "model.config": None}
+    values = settings(runs.root, f"{family}-whole", family, **saved)
+    runs.finish(values, kill_at=0)
+    operations = (runs.root / "log.events").read_text().splitlines()
+    expected = outcome(runs.root / f"{family}-whole")
+    values = settings(runs.root, f"{family}-killed", family, **saved)
+    runs.finish(values, code=-signal.SIGKILL, kill_at=len(operations) * 2 // 3)
+    runs.resume_and_compare(values, expected)
+
+
+@pytest.mark.slow
+def test_a_plain_model_keeps_its_experts(runs):
+    """Trainer alone would resume an OLMoE without its experts, in silence."""
+    recipe = runs.root / "plain.yaml"
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(RECIPE.read_text()), "symphony": None}))
+
+    def plain(name, **more):
+        values = settings(runs.root, name, **more)
+        del values["symphony.decay"]
+        return values
+
+    runs.finish(plain("plain"), recipe=recipe, kill_at=0)
+    operations = (runs.root / "log.events").read_text().splitlines()
+    expected = outcome(runs.root / "plain")
+    runs.finish(plain("plain-killed"), recipe=recipe, code=-signal.SIGKILL, kill_at=len(operations) * 2 // 3)
+    runs.resume_and_compare(plain("plain-killed"), expected, recipe=recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full_at", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_leaves_the_previous_checkpoint(full_at, runs, whole):
+    """No file may grow to the size of the one that does not fit."""
+    _, expected, operations, _ = whole
+    values = settings(runs.root, f"full-{full_at}")
+    folder = Path(values["output.directory"])
+    after_6 = next(
+        n for n, line in enumerate(operations) if f"open {runs.root / 'whole'}/{UNFINISHED}/checkpoint-9" in line
+    )
+    runs.finish(values, code=-signal.SIGKILL, kill_at=after_6 + 1)
+    before = steps_of(folder)[-1]
+    limit = (folder / f"checkpoint-{before}" / full_at).stat().st_size - 1
+    text = runs.finish({**values, "resume_from_checkpoint": True}, code=1, file_limit=limit)
+    error = text.splitlines()[-1]
+    assert error.startswith(f"error: `{folder / f'checkpoint-{before + 3}'}` could not be written; the disk had ")
+    assert f"Make room, then resume from `{folder / f'checkpoint-{before}'}`, which is whole" in error
+    assert "Traceback" not in text
+    runs.resume_and_compare(values, expected)
+
+
+class Ranks(Runs):
+    """The same, with two processes for each run."""
+
+    def start(self, values, log="log", kill_at=None, **how):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+        processes = []
+        for rank in (1, 0):
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            name, number = (log, kill_at) if rank == 0 else (f"{log}.1", None)
+            processes.append(super().start(values, name, environment=environment, kill_at=number, **how))
+        self.other = processes[0]
+        return processes[1]
+
+    def finish(self, values, log="log", code=0, **how):
+        try:
+            return super().finish(values, log, code, **how)
+        finally:
+            if code != 0:
+                self.other.kill()  # as a launcher does
+            self.other.join()
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+def test_two_processes(runs):
+    """A sum of two ranks' gradients is the same in either order, so they are equal to the bit too."""
+    ranks = Ranks(runs.root)
+    _, expected, operations, _ = ranks.whole("ranks")
+    moment = random.Random(0)
+    for number in range(4):
+        values = settings(runs.root, f"ranks-{number}")
+        ranks.finish(values, code=-signal.SIGKILL, kill_at=moment.randint(len(operations) // 4, len(operations)))
+        ranks.resume_and_compare(values, expected)
+
+
+ACCELERATE = "accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def launch(values, cache, how="--cpu --num_processes 1"):
+    return subprocess.Popen(
+        [sys.executable, "-m", *ACCELERATE.split(), *how.split(), "-m", "symphony_hf.train", *words(values)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "SYMPHONY_HF_CACHE": str(cache), "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def kill_launch(process):
+    """With all of its processes, which DeepSpeed's launcher puts into sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def launch_and_kill(values, cache, within_save, how="--cpu --num_processes 1"):
+    """After the first checkpoint, or while the third is written."""
+    folder = Path(values["output.directory"])
+    awaited = [folder / "checkpoint-3"]
+    if within_save:
+        awaited = [folder / UNFINISHED / "checkpoint-9", folder / "checkpoint-9"]
+    while True:
+        process = launch(values, cache, how)
+        while process.poll() is None and not any(path.exists() for path in awaited):
+            time.sleep(0.001)
+        kill_launch(process)
+        said, _ = process.communicate()
+        assert steps_of(folder), said[-3000:]
+        if not (folder / "results.json").exists():
+            return
+        shutil.rmtree(folder)  # we were too late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within_save", [False, True])
+def test_accelerate_launch(within_save, runs, whole):
+    values = settings(runs.root, f"launched-{within_save}")
+    folder = Path(values["output.directory"])
+    launch_and_kill(values, runs.root / "cache", within_save)
+    check_whole(folder)
+    process = launch({**values, "resume_from_checkpoint": True}, runs.root / "cache")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-3000:]
+    assert "symphony_hf: resuming from" in said
+    assert_equal(outcome(folder), whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_zero(stage, runs):
+    """DeepSpeed writes the optimizer and, under ZeRO-3, the weights by rank: a checkpoint is whole with all of them."""
+    pytest.importorskip("deepspeed")
+    how = f"--use_deepspeed --zero_stage {stage} --num_processes 2"
+
+    def finish(values):
+        said, _ = launch(values, runs.root / "cache", how).communicate(timeout=240)
+        assert (Path(values["output.directory"]) / "results.json").exists(), said[-3000:]
+        return said
+
+    finish(settings(runs.root, f"zero{stage}-whole"))
+    values = settings(runs.root, f"zero{stage}")
+    launch_and_kill(values, runs.root / "cache", within_save=True, how=how)
+    folder = runs.root / f"zero{stage}"
+    assert all(len(list(path.glob("global_step*/*optim_states.pt"))) == 2 for path in folder.glob("checkpoint-*"))
+    said = finish({**values, "resume_from_checkpoint": True})
+    assert "symphony_hf: resuming from" in said
+    # A sum of two ranks' gradients is the same in either order, so they are equal to the bit.
+    assert_equal(outcome(folder), outcome(runs.root / f"zero{stage}-whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.timeout(1200)
+def test_twenty_kills_of_one_launch(runs):
+    """Each at a seeded moment after a seeded number of saves, so that a slow machine's run goes on, too."""
+    values = settings(runs.root, "launched-whole", max_steps=120)
+    runs.finish(values, "launched-whole.log")
+    expected = outcome(runs.root / "launched-whole")
+    values["output.directory"] = str(runs.root / "launched-20")
+    folder, moment = runs.root / "launched-20", random.Random(0)
+    for _ in range(20):
+        process = launch({**values, "resume_from_checkpoint": True}, runs.root / "cache")
+        said = ""
+        while "symphony_hf: resuming from" not in said and "starting from the beginning" not in said:
+            line = process.stdout.readline()
+            assert line, said[-3000:]
+            said += line
+        last = max(steps_of(folder), default=0) + 3 * moment.randint(0, 2)
+        while process.poll() is None and max(steps_of(folder), default=0) < last:
+            time.sleep(0.001)
+        time.sleep(moment.uniform(0.0, 0.1))
+        kill_launch(process)
+        said += process.communicate()[0]
+        assert process.returncode in (0, -signal.SIGKILL), said[-3000:]
+        if (folder / "results.json").exists():
+            assert_equal(outcome(folder), expected)
+            shutil.rmtree(folder)  # it was faster than we: the next one begins anew
+        else:
+            check_whole(folder)
+    process = launch({**values, "resume_from_checkpoint": True}, runs.root / "cache")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    assert_equal(outcome(folder), expected)
+
+
+# Trainers of transformers' own.
+
+
+def trained(trainer_class, model, folder, resume=None, **more):
+    """What was logged, and the weights and graphs, after eight steps."""
+    data = [{"input_ids": row, "labels": row} for row in make_ids(40, 12)]
+    how = {"max_steps": 8, "save_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    quiet = {"disable_tqdm": True, "report_to": "none", "dataloader_pin_memory": False}
+    arguments = TrainingArguments(output_dir=str(folder), **how, **quiet)
+    trainer = trainer_class(model.train(), arguments, train_dataset=data, **more)
+    trainer.train(resume_from_checkpoint=resume)
+    return [trainer.state.log_history[:-1], {name: value.clone() for name, value in model.state_dict().items()}]
+
+
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_bare_trainer_resumes_too(graph, tmp_path):
+    """Without our runner: a symphonized model and the callback are enough, if its checkpoint was not cut off."""
+
+    def model():
+        return symphonize(make_model(attention_dropout=0.1), decay=0.9, graph=graph)
+
+    expected = trained(Trainer, model(), tmp_path / "whole", callbacks=[SymphonyCallback()])
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    assert_equal(trained(Trainer, model(), tmp_path / "on", checkpoint, callbacks=[SymphonyCallback()]), expected)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_path, monkeypatch):
+    """It has the Hub's tensor names, and a bare Trainer goes on from it without the experts. Ours says so."""
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    expected = trained(Trainer, make_model(family), tmp_path / "whole")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    assert_equal(trained(ResumableTrainer, make_model(family, seed=1), tmp_path / "on", checkpoint), expected)
+    assert ["Trainer would leave out" in message for message in said] == [True]
