@@ -10,6 +10,10 @@ Each of these is held by `tests/test_compat.py`, which fails when one moves:
   `patching/from_pretrained.py`
 """
 
+import contextlib
+import importlib.metadata
+import platform
+
 import transformers
 from packaging.version import Version
 
@@ -28,3 +32,16 @@ def supported_range() -> str:
 
 def transformers_is_supported() -> bool:
     return Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Version("6")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions for result files: symphony_hf, Python, torch, transformers, and others by name.
+
+    Args:
+        *packages: Names of further distributions. Those that are not installed are left out.
+    """
+    found = {"symphony_hf": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", *packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

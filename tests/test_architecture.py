@@ -13,7 +13,7 @@ import symphony_hf
 ROOT = Path(symphony_hf.__file__).parent
 ORDER = (
     ("errors", "compat"),
-    ("files",),
+    ("files", "tables"),
     ("config",),
     ("recipe",),
     ("routing",),

@@ -1,0 +1,46 @@
+"""One table, three forms: the same cells in the terminal, in Markdown, and for the HTML report."""
+
+import io
+
+from rich.console import Console
+
+from symphony_hf.tables import Table, TableCell, cell_text
+
+TABLE = Table(
+    "Loads",
+    ("layer", "load"),
+    [("first", TableCell("0.5", 0.5)), ("a|b", "–")],
+    footer=("sum", "0.5"),
+    caption="two layers",
+)
+
+
+def test_the_terminal_has_every_cell_with_numbers_to_the_right():
+    console = Console(file=io.StringIO(), width=60)
+    TABLE.print(console)
+    text = console.file.getvalue()
+    for part in ("Loads", "layer", "load", "first", "0.5", "a|b", "–", "sum", "two layers"):
+        assert part in text
+    assert TABLE.to_rich().columns[1].justify == "right"
+    assert TABLE.to_rich().columns[0].justify == "left"
+
+
+def test_markup_in_a_cell_is_shown_as_it_is():
+    console = Console(file=io.StringIO(), width=60)
+    Table("", ("a",), [("[red]x[/red]",)]).print(console)
+    assert "[red]x[/red]" in console.file.getvalue()
+
+
+def test_markdown_keeps_one_line_a_row_and_escapes_bars():
+    assert TABLE.to_markdown().splitlines() == [
+        "| layer | load |",
+        "| --- | --- |",
+        "| first | 0.5 |",
+        "| a\\|b | – |",
+        "| sum | 0.5 |",
+    ]
+
+
+def test_columns_with_numbers_are_known():
+    assert TABLE.numeric == [False, True]
+    assert cell_text(TABLE.rows[0][1]) == "0.5"
