@@ -72,8 +72,6 @@ def _of_wrong_type(cls: type, name: str, settings: Mapping[str, Any]) -> str:
     return f"`{name}` must be {' or '.join(names)}, got {got!r}"
 
 
-pass
-
 FORMAT = 1
 """Of the settings in a checkpoint's config.json. A checkpoint with a higher one is refused."""
 

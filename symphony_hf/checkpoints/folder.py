@@ -82,8 +82,6 @@ def _check_text(name: str, file: Path) -> None:
         raise PushError(f"`{file}` asks for code of its own (`auto_map`), and code is not pushed: `{name}` must not")
 
 
-pass
-
 Kind = Literal["symphony", "plain", "adapter"]
 RECORD_NAME = "symphony_config.json"
 """Beside an adapter with graphs: what it needs to be loaded."""

@@ -67,8 +67,6 @@ def _python(lines: list[str]) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-pass
-
 PAPER = "2510.16411"
 TAGS = ["symphony-smoe", "moe", f"arxiv:{PAPER}"]
 PICTURE = "graphs.png"
@@ -195,8 +193,6 @@ def _table(rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
-
-pass
 
 _TO_FILL_IN = "[More Information Needed]"
 

@@ -124,10 +124,6 @@ def ensure_padding(tokenizer: "PreTrainedTokenizerBase", notes: list[str]) -> in
     return tokenizer.pad_token_id
 
 
-pass
-pass
-
-
 _FORMS = (("messages",), ("conversations",), ("prompt", "completion"))
 """Columns of the forms that are read; the first that is there."""
 

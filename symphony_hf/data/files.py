@@ -79,8 +79,6 @@ def _row_documents(rows: "Dataset", text_column: str, name: str, lines: bool, wh
     return [Document(f"{name}[{index}]", text) for index, text in enumerate(texts)]
 
 
-pass
-
 TEXT_SUFFIXES = frozenset((".txt", ".text", ".md", ".rst", ".py", ".tokens"))
 """Of the files that are read from a folder. A file that is given itself may have any."""
 

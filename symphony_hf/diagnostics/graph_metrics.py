@@ -170,8 +170,6 @@ def leaf_order(distance_EE: np.ndarray) -> list[int]:
     return hierarchy.leaves_list(hierarchy.linkage(condensed, "average", optimal_ordering=True)).tolist()
 
 
-pass
-
 SEED = 0
 """Of the order in which communities are tried."""
 

@@ -46,9 +46,6 @@ def _plain(text: str) -> str:
     return text.casefold().strip(string.whitespace + string.punctuation)
 
 
-pass
-
-
 def answer_freely(
     model: nn.Module,
     asker: Asker,

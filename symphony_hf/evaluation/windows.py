@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-pass
-
-
 _BATCH = 256
 """Documents that are tokenized in one call."""
 

@@ -103,9 +103,6 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x_SI, grad_weight_EOI, grad_bias_EO, None
 
 
-pass
-
-
 class ExpertsSettings:
     """What the experts interface reads: the implementation that the model around the experts is set to.
 

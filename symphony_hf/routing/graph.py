@@ -16,9 +16,6 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(tensor.device.type, enabled=False)  # type: ignore[return-value]
 
 
-pass
-
-
 def initial_adjacency(num_experts: int, top_k: int, device: torch.device | str | None = None) -> Tensor:
     """The graph before any token was seen: every expert at even load, acquainted with itself alone.
 

@@ -148,9 +148,6 @@ def _log_odds(p_TE: Tensor, complement_TE: Tensor) -> Tensor:
     return p_TE.clamp_min(tiny).log() - complement_TE.clamp_min(tiny).log()
 
 
-pass
-
-
 def fold_linear(weight_ED: Tensor, bias_E: Tensor | None, transition_EE: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weight and bias of the plain router that gives the smoothed logits: A (W x + b) = (A W) x + A b.
 

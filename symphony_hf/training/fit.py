@@ -47,9 +47,6 @@ class StepProgress(ProgressCallback):
         """No bar: it is over before one could be read."""
 
 
-pass
-
-
 def train(
     model: PreTrainedModel,
     train_data: Any,

@@ -82,8 +82,6 @@ class LoadHistory:
         return history
 
 
-pass
-
 PICTURE = "graphs.png"
 LOAD_PICTURE = "load.png"
 HISTORY = "load_history.safetensors"

@@ -48,8 +48,6 @@ def shortest_ends(
     return sorted(ends)
 
 
-pass
-
 _CHOOSES_POSITIONS = re.compile("Indexer")
 """Modules of sparse attention that choose positions by a top-k, through which no gradient comes."""
 

@@ -134,9 +134,6 @@ def check_number(layers: list[ExpertLayer], num_experts: int, command: str) -> N
             )
 
 
-pass
-
-
 @dataclass(frozen=True)
 class Opened:
     """What the commands work on.

@@ -50,9 +50,6 @@ def _cluster(distances: np.ndarray, num_clusters: int) -> list[list[int]]:
     return sorted(clusters)
 
 
-pass
-
-
 def merge_experts(settings: MergeSettings) -> dict[str, Any]:
     """Merge a model's experts in clusters, and write the smaller stock checkpoint.
 

@@ -138,8 +138,6 @@ def by_document(scores: DocumentScores) -> dict[str, list[Any]]:
     return {"names": scores.names, "nll": scores.nll.tolist(), "num_tokens": scores.num_tokens.tolist()}
 
 
-pass
-
 Planner = Callable[[Opened, list[ExpertStatistics]], list[list[NewExpert]]]
 
 

@@ -75,8 +75,6 @@ def _inspect(model: nn.Module, types: list[TypeCount] | None) -> Inspection:
     )
 
 
-pass
-
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 

@@ -88,8 +88,6 @@ def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
     return []
 
 
-pass
-
 _EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 CONFIG = ("config.json",)

@@ -221,9 +221,6 @@ def _check(plan: _Plan, folder: Path) -> Exactness:
     return check_exactness(plan.dense, upcycled, plan.options.stored_dtype)
 
 
-pass
-
-
 def print_result(result: UpcycleResult, console: Console | None = None) -> None:
     """Print what was made, and what the check saw."""
     console = console or Console()

@@ -91,8 +91,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-pass
-
 _ORDER = ("F32", "BF16", "F16")
 """In which safetensors puts the types into a file: by their size, and within one size as its own list has them."""
 

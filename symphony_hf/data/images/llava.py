@@ -149,9 +149,6 @@ def _told(value: Any) -> str:
     return f"{type(value).__name__}, {str(value)[:40]!r}"
 
 
-pass
-
-
 _MANY = 20_000
 """Rows from which on several processes check and tokenize them."""
 

@@ -104,9 +104,6 @@ def _shared_length(one: list[int], other: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-pass
-
-
 class VisualExample(NamedTuple):
     """A question about images.
 

@@ -74,9 +74,6 @@ class VisualQuestions:
         return self.collator.pixels(images) if images else None
 
 
-pass
-
-
 DIGITS = "digits"
 """As the data to evaluate on: scikit-learn's handwritten digits."""
 

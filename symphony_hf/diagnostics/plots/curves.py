@@ -143,8 +143,6 @@ def plot_comparison(
     return save_png(figure, path)
 
 
-pass
-
 Ends = tuple[float, float | None, float | None]
 """A value, and the ends of its interval where it has one."""
 

@@ -96,8 +96,6 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
     return save_png(figure, path)
 
 
-pass
-
 _MOST_LAYERS, _MOST_MOMENTS = 4, 5
 _SEED = 0
 """Of the layout."""

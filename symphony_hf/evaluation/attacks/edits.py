@@ -52,8 +52,6 @@ def typo_of(letter: str, draw: int) -> str:
     return hit.upper() if letter.isupper() else hit
 
 
-pass
-
 _WORD = re.compile(r"\S+")
 _DRAWS = 1 << 30
 _RUN = 3

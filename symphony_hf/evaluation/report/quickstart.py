@@ -146,8 +146,6 @@ def _page(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-pass
-
 _COMPARED = {
     "clean": ("clean", "ratio of perplexities"),
     "attacked": ("attacked", "ratio of perplexities"),

@@ -36,8 +36,6 @@ def command_line(command: str, settings: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-pass
-
 _WHAT = {
     "perplexity": "ratio of perplexities",
     "accuracy": "difference of accuracies",
@@ -135,9 +133,6 @@ def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
     for row in {(row.attack, row.metric): row for row in attacks}.values():  # the last: all severities together
         times = "" if row.change is None else f"; against clean input {show_interval(row.change)}"
         yield f"Under {row.attack}, {row.metric} {show(row.value.estimate, row.metric)}{times}."
-
-
-pass
 
 
 def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:

@@ -36,8 +36,6 @@ def read_run_graphs(model: Path) -> dict[str, Tensor]:
     return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}
 
 
-pass
-
 Points = list[tuple[float, float]]
 
 

@@ -32,9 +32,6 @@ def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
         return TASKS[settings.task](settings, store)
 
 
-pass
-
-
 def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
     """Measure one or two models on examples and on their attacked forms, and say what is more than chance.
 

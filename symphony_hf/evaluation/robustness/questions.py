@@ -126,9 +126,6 @@ def check_number(where: str, number: int) -> None:
         )
 
 
-pass
-
-
 class ClassificationTask(QuestionTask):
     """Sentences of a GLUE task, and the same attacked; prompt and answers around them stay as they are."""
 

@@ -61,8 +61,6 @@ class Store:
         return self.folder / f"{label}-{digest[:20]}.npz"
 
 
-pass
-
 Scores = TypeVar("Scores")
 """What a model made of each example in one form of them."""
 

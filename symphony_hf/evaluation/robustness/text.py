@@ -211,9 +211,6 @@ def _num_bytes(documents: Sequence[Document]) -> np.ndarray:
     return np.array([len(document.text.encode(errors="surrogatepass")) for document in documents])
 
 
-pass
-
-
 class TextTask(Task[TextScores]):
     """Documents in windows, and their attacked forms in windows of the same words."""
 

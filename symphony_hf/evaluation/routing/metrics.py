@@ -115,8 +115,6 @@ _MEANS = ("load_entropy", "busiest", "domain_information")
 _GRAPH_MEANS = ("neighbours", "spectral_gap", "modularity")
 
 
-pass
-
 Records = Mapping[str, RoutingRecord]
 
 

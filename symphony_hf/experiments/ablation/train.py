@@ -76,8 +76,6 @@ def shuffled(adjacency_EE: Tensor, order_E: Tensor) -> Tensor:
     return adjacency_EE[order_E][:, order_E]
 
 
-pass
-
 CURVE_POINTS = 40
 
 

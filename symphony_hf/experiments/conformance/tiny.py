@@ -150,8 +150,6 @@ def _renumber_tokens(own: dict[str, Any]) -> dict[str, int]:
     return {name: _VOCAB - 1 - place for place, name in enumerate(names)}
 
 
-pass
-
 __all__ = ["moe_families", "tiny_batch", "tiny_config", "tiny_images", "tiny_model", "why_not_built"]
 
 # A model with images comes whole; its text part has a row of its own where transformers can load it on its own.

@@ -61,8 +61,6 @@ def _kilobytes(name: str) -> int:
     raise OSError(f"{_STATUS} has no {name}")
 
 
-pass
-
 MOST_SECONDS = 10.0
 """Of a case. On an idle core they take some hundredths of a second."""
 ALLOWANCE = 32 * 2**20

@@ -95,8 +95,6 @@ def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = F
     return copied
 
 
-pass
-
 NUM_TOKENS = 24
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")  # DeepSpeed puts one of its own in place of `linear`
 WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)

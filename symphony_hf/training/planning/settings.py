@@ -81,8 +81,6 @@ def _positive(values: dict[str, Any], name: str) -> int:
     return value
 
 
-pass
-
 GLUE_EXAMPLES = {
     "cola": 8_551,
     "mnli": 392_702,

@@ -82,9 +82,6 @@ class LiveBytes(TorchDispatchMode):
             self.current -= size
 
 
-pass
-
-
 @dataclass(frozen=True)
 class StepBytes:
     """What one micro-batch's forward and backward hold beside weights, optimizer and the gradients of earlier ones.
