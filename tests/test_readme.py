@@ -17,6 +17,7 @@ from symphony_hf.evaluation.report.quickstart import findings, result_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
 from symphony_hf.experiments.bench.layer import AIMS, bench_table
+from symphony_hf.tables import cell_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,10 @@ def as_markdown(rows):
     return "\n".join([header, "|" + "---|" * len(rows[0]), *rest]) + "\n"
 
 
+def cells_of(table):
+    return [table.header, *([cell_text(cell) for cell in row] for row in table.rows)]
+
+
 def test_the_quickstart_table_is_the_result_file():
     report = json.loads((RESULTS / "report.json").read_text())
     findings_ = "".join(f"- {sentence}\n" for sentence in findings(report))
@@ -37,15 +42,15 @@ def test_the_quickstart_table_is_the_result_file():
 
 def test_the_bench_table_is_the_result_file():
     result = json.loads((RESULTS / "bench.json").read_text())
-    assert block("bench table") == as_markdown(bench_table(result))
+    assert block("bench table") == as_markdown(cells_of(bench_table(result)))
     assert {row["model"] for row in result["rows"]} == {"mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"}
     assert result["aims"] == AIMS
 
 
 def test_the_commit_table_is_the_result_file():
     result = json.loads((RESULTS / "bench_commit.json").read_text())
-    assert block("commit table") == as_markdown(commit_table(result))
-    assert block("log table") == as_markdown(commit_table(result, "log"))
+    assert block("commit table") == as_markdown(cells_of(commit_table(result)))
+    assert block("log table") == as_markdown(cells_of(commit_table(result, "log")))
     sizes = [(row["processes"], row["layers"], row["experts"]) for row in result["rows"] if row["work"] == "commit"]
     assert sizes == [(number, *size) for number in PROCESSES for size in SIZES]
 
@@ -54,7 +59,7 @@ def test_the_table_of_experts_is_the_result_file():
     folder = ROOT / "recipes" / "llava-smoe-4.2b"
     result = json.loads((folder / "bench_experts.json").read_text())
     table = re.search(r"<!-- experts -->\n(.*?)<!-- end -->", (folder / "README.md").read_text(), re.S)
-    assert table.group(1) == as_markdown(experts_table(result))
+    assert table.group(1) == as_markdown(cells_of(experts_table(result)))
 
 
 def smaller_models(name):

@@ -1,17 +1,15 @@
-"""`symphony check full-size`: the recipes' models at their true size, made, loaded, run, saved and loaded again.
+"""`symphony check full-size`: make, load, run, save and reload the recipes' models at their true size.
 
-Weights are seeded and random. Every stage is a process of its own, whose seconds and largest resident
-memory are reported. That counts pages of mapped files, which the system takes back when it needs them.
+Weights are seeded and random. Every stage is a process of its own, and its seconds and peak resident memory are
+reported. That memory includes pages of mapped files, which the system reclaims when it needs them.
 
-- make: the 7.4B model is upcycled from a dense checkpoint of Phi-3-mini's shapes; the 4.2B one is put together of that
-  and of CLIP ViT-L/14-336's shapes, and its projector upcycled
-- run: loaded, symphonized, its graphs moved by one forward's choices, run on one short sequence, saved
-- again: loaded once more, and run on the same sequence: the same logits, to the last bit
+- make: the 7.4B model is upcycled from a dense checkpoint of Phi-3-mini's shapes; the 4.2B one combines that with a
+  vision tower of CLIP ViT-L/14-336's shapes, and its projector is upcycled
+- run: load, symphonize, move the graphs by one training forward, run one short sequence, save
+- again: load once more and run the same sequence; the logits must be bitwise equal
 """
 
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -22,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -34,9 +31,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from symphony_hf.compat import __version__, transformers_version
 from symphony_hf.conversion.upcycling.upcycle import upcycle
 from symphony_hf.errors import ConfigError, EvaluationError, nearest
+from symphony_hf.experiments.bench.results import number_cell, print_result, write_result
 from symphony_hf.experiments.bench.upcycle import (
     check_scratch,
     peak_memory,
@@ -44,11 +41,12 @@ from symphony_hf.experiments.bench.upcycle import (
     run_alone,
     write_random_phi3,
 )
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import check_file_place
 from symphony_hf.models.llava import build_llava
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs, symphonize
 from symphony_hf.patching.upcycle_modules import upcycle_modules
+from symphony_hf.tables import Table
 
 MODELS = ("7.4b", "4.2b")
 _STAGES = ("make", "run", "again")
@@ -63,21 +61,21 @@ def run_full_size(
     shrink: int = 1,
     output: str | Path = "symphony-full-size.json",
 ) -> dict[str, Any]:
-    """Make, run, save and load a model at full size, and write what was seen as JSON.
+    """Make, run, save and load a model at full size, and write the measurements as JSON.
 
     Args:
         model: `7.4b` or `4.2b`.
-        folder: Where the checkpoints are written, in a folder of their own that is deleted at the end: 30 GB for the
-            7.4B model, 18 GB for the 4.2B one.
-        tokens: Of the sequence; an image's 576 come on top.
-        shrink: What all widths, heads and the vocabulary are divided by; 1 for the true shapes.
-        output: The JSON file.
+        folder: Folder for the checkpoints, which are written to a temporary folder in it: 30 GB for the 7.4B model,
+            18 GB for the 4.2B one.
+        tokens: Text tokens of the sequence; an image adds 576.
+        shrink: Divisor of all widths, heads and the vocabulary; 1 for the true shapes.
+        output: Path of the JSON file.
 
     Returns:
-        Parameters, bytes, and each stage's seconds and largest memory.
+        Parameters, bytes, and each stage's seconds and peak memory.
 
     Raises:
-        ConfigError: If the model is not one of the two, there are no tokens, or no such folder.
+        ConfigError: If the model is unknown, `tokens` is below 1, or the folder does not exist.
         EvaluationError: If the logits of the two loads differ, or are not finite, or a stage fails.
     """
     check_file_place(output, "check full-size")
@@ -93,7 +91,7 @@ def run_full_size(
         stages = {
             stage: run_alone("check full-size", "symphony_hf.experiments.full_size", stage, arguments) for stage in bar
         }
-    result = {
+    values = {
         "model": model,
         "shrink": shrink,
         "tokens": stages["run"].pop("tokens"),
@@ -101,21 +99,16 @@ def run_full_size(
         "dtype": "bfloat16",
         "largest_logit": stages["again"].pop("largest_logit"),
         "difference": stages["again"].pop("difference"),
-        "stages": [{"stage": name, **seen} for name, seen in stages.items()],
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": {"symphony_hf": __version__, "torch": torch.__version__, "transformers": transformers_version()},
-        "output": str(output),
+        "stages": [{"stage": name, **measured} for name, measured in stages.items()],
     }
-    write_json(Path(output), result)
+    result = write_result(output, values)
     if result["difference"] != 0:
         raise EvaluationError(f"check full-size: logits of the saved model differ by {result['difference']:.3g}")
     return result
 
 
 class _Clock:
-    """Seconds of each step of a stage."""
+    """Measures the seconds of each step of a stage."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -181,7 +174,7 @@ def _again(clock: _Clock, settings: dict[str, Any]) -> dict[str, Any]:
     before = saved.pop("logits")
     graphs = _graphs(model)
     if list(graphs) != list(saved) or not all(torch.equal(graphs[name], saved[name]) for name in saved):
-        raise EvaluationError("check full-size: the graphs did not come back as they were saved")
+        raise EvaluationError("check full-size: the graphs changed when they were saved and loaded")
     if not logits.isfinite().all():
         raise EvaluationError("check full-size: the logits are not finite")
     return {"largest_logit": logits.abs().max().item(), "difference": (logits - before).abs().max().item()}
@@ -198,7 +191,7 @@ def _load(settings: dict[str, Any], folder: Path) -> PreTrainedModel:
 
 
 def _batch(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
-    """Random text, after a random image where the model sees."""
+    """Draw random text, after a random image for a multimodal model."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     limit = getattr(config, "image_token_id", config.get_text_config().vocab_size)
@@ -212,10 +205,10 @@ def _batch(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
 
 
 def _move_graphs(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-    """One forward in training mode, whose choices move the graphs."""
+    """Run one forward in training mode, and commit its counts to the graphs."""
     before = {name: graph.clone() for name, graph in _graphs(model).items()}
     model.train()
-    model(**batch, use_cache=False)  # with gradients, as in training: what has none is not counted
+    model(**batch, use_cache=False)  # with gradients enabled: other forwards are not counted
     update_graphs(model)
     model.eval()
     if any(torch.equal(graph, before[name]) for name, graph in _graphs(model).items()):
@@ -228,26 +221,24 @@ def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def print_full_size(result: dict[str, Any], console: Console | None = None) -> None:
-    """The stages as a table, and where the JSON is."""
-    console = console or Console()
+    """Print the seconds and memory of the stages, and the path of the file."""
+    rows = []
+    for stage in result["stages"]:
+        for number, step in enumerate(stage["steps"]):
+            memory = "" if number else number_cell(stage["peak_memory_bytes"] / 1e9, ".2f", " GB")
+            name = "" if number else stage["stage"]
+            rows.append([name, step["step"], number_cell(step["seconds"], ".1f"), memory])
     title = f"{result['model']}: {result['parameters']:,} parameters, bfloat16, a sequence of {result['tokens']} tokens"
-    table = Table("stage", "step", title=title, title_justify="left")
-    for name in ("seconds", "largest memory"):
-        table.add_column(name, justify="right")
-    for seen in result["stages"]:
-        for number, step in enumerate(seen["steps"]):
-            memory = "" if number else f"{seen['peak_memory_bytes'] / 1e9:.2f} GB"
-            table.add_row("" if number else seen["stage"], step["step"], f"{step['seconds']:.1f}", memory)
-    console.print(table)
-    console.print("The logits of the saved and loaded model are the same to the last bit.")
-    console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
+    caption = "The logits of the saved and reloaded model are bitwise equal."
+    header = ["stage", "step", "seconds", "peak memory"]
+    print_result(result, [Table(title, header, rows, caption=caption)], console)
 
 
 def _measure() -> dict[str, Any]:
     stage, settings = sys.argv[1], json.loads(sys.argv[2])
     clock = _Clock()
-    seen = {"make": _make, "run": _run, "again": _again}[stage](clock, settings)
-    return {**seen, "steps": clock.steps, "peak_memory_bytes": peak_memory()}
+    values = {"make": _make, "run": _run, "again": _again}[stage](clock, settings)
+    return {**values, "steps": clock.steps, "peak_memory_bytes": peak_memory()}
 
 
 if __name__ == "__main__":

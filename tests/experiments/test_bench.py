@@ -60,7 +60,7 @@ def test_rows_and_json(tmp_path, capsys):
 def test_bad_input(tmp_path):
     for settings, message in (
         ({"models": ["tini"]}, "did you mean `tiny`"),
-        ({"device": "nowhere"}, "device `nowhere` is not to be had"),
+        ({"device": "nowhere"}, "bench: device `nowhere` is not available"),
         ({"tokens": 0}, "`tokens` must be at least 1"),
         ({"dtype": "float8"}, "known names: bfloat16, float32"),
     ):
@@ -97,9 +97,9 @@ def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch, cap
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
         assert row["share"] == row["seconds"] / (row["layers"] * 0.5)
     for work in ("commit", "log"):
-        header, *rows = bench_commit.commit_table(result, work)
-        assert header[3] == f"{work}, ms"
-        assert [row[:3] for row in rows] == [["1", "2", "16"], ["1", "3", "16"]]
+        table = bench_commit.commit_table(result, work)
+        assert table.header[3] == f"{work}, ms"
+        assert [[cell.text for cell in row[:3]] for row in table.rows] == [["1", "2", "16"], ["1", "3", "16"]]
     bench_commit.print_bench_commit(result)
     assert "One log, beside training steps" in capsys.readouterr().out
 
@@ -124,9 +124,9 @@ def test_bench_experts_has_a_row_for_every_form(tmp_path, monkeypatch):
     wide = [("wide", form, 12) for form in ("eager", "products")]
     square = [("square", form, 14) for form in ("eager", "grouped_mm", "products")]
     assert forms == wide + square
-    header, *rows = bench_experts.experts_table(result)
-    assert len(rows) == 5
-    assert all(len(row) == len(header) for row in rows)
+    table = bench_experts.experts_table(result)
+    assert len(table.rows) == 5
+    assert all(len(row) == len(table.header) for row in table.rows)
     with pytest.raises(ConfigError, match="`images` must be at least 1"):
         bench_experts.run_bench_experts(images=0)
 

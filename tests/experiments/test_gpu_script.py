@@ -15,14 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from symphony_hf import ConfigError, EvaluationError, expert_graphs
 from symphony_hf.conversion.inspection.inspect import inspect_model
+from symphony_hf.experiments.bench import timing
 from symphony_hf.experiments.bench.gpu import case as case_module
-from symphony_hf.experiments.bench.gpu import flops, forms, memory, rounds, shapes
+from symphony_hf.experiments.bench.gpu import flops, forms, memory, shapes
 from symphony_hf.experiments.bench.gpu import measure as script
 from symphony_hf.experiments.bench.gpu import record as record_module
 from symphony_hf.experiments.bench.gpu.case import Case, DoesNotFitError, Place
-from symphony_hf.experiments.bench.gpu.record import Record, Row, header, line_of
-from symphony_hf.experiments.bench.gpu.rounds import Limits, TimeIsUpError, Timings
+from symphony_hf.experiments.bench.gpu.record import Measurement, Record, header, line_of
 from symphony_hf.experiments.bench.gpu.shapes import Inputs, build, config_of, random_batch
+from symphony_hf.experiments.bench.timing import Limits, TimeIsUpError, Timings
 
 ROOT = Path(__file__).parents[2]
 CPU = Place("cpu", torch.device("cpu"), torch.float32, None, None)
@@ -58,7 +59,7 @@ def row(**changes):
     values = dict.fromkeys(("peak_gib", "utilization", "ratio", "low", "high"))
     values |= {"model": "7.4b", "mode": "lora", "text_tokens": 16, "tokens": 16, "micro_batch": 4, "form": "stock"}
     values |= {"optimizer": "AdamW", "rounds": 5, "milliseconds": 250.0, "tokens_per_second": 256.0}
-    return Row(**{**values, "estimated_gib": 1.0, "teraflops": 0.5, **changes})
+    return Measurement(**{**values, "estimated_gib": 1.0, "teraflops": 0.5, **changes})
 
 
 # The models.
@@ -321,13 +322,13 @@ def clock(monkeypatch):
             return run
 
     moved = Clock()
-    monkeypatch.setattr(rounds.time, "perf_counter", lambda: moved.now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: moved.now)
     return moved
 
 
 def test_ratios_are_of_the_same_round(clock):
     steps = {"stock": clock.step(iter([1.0, 2.0, 4.0])), "symphony": clock.step(iter([1.5, 2.0, 8.0]))}
-    timings = rounds.run_rounds(steps, torch.device("cpu"), Limits(3, 60.0, 60.0), lambda: None)
+    timings = timing.run_rounds(steps, torch.device("cpu"), Limits(3, 60.0, 60.0), lambda: None)
     assert timings.seconds == {"stock": [1.0, 2.0, 4.0], "symphony": [1.5, 2.0, 8.0]}
     assert timings.ratios("symphony", "stock") == [1.5, 1.0, 2.0]
     assert timings.peak_bytes == {}
@@ -337,7 +338,7 @@ def test_every_form_comes_at_every_place(clock):
     log = []
     names = ("stock", "symphony", "noise")
     steps = {name: clock.step(0.1, log, name) for name in names}
-    rounds.run_rounds(steps, torch.device("cpu"), Limits(6, 60.0, 60.0), lambda: None)
+    timing.run_rounds(steps, torch.device("cpu"), Limits(6, 60.0, 60.0), lambda: None)
     orders = [tuple(log[at : at + 3]) for at in range(0, 18, 3)]
     assert set(orders) == set(itertools.permutations(names))
 
@@ -347,11 +348,11 @@ def test_rounds_end_in_time(clock):
         clock.now = 0.0
         steps = {"stock": clock.step(1.0), "symphony": clock.step(1.0)}
         limits = Limits(rounds_asked, seconds, end)
-        return len(rounds.run_rounds(steps, torch.device("cpu"), limits, lambda: None).seconds["stock"])
+        return len(timing.run_rounds(steps, torch.device("cpu"), limits, lambda: None).seconds["stock"])
 
     assert count(20, 1000.0, 1000.0) == 20
     assert count(20, 16.0, 1000.0) == 8  # rounds of two seconds
-    assert count(20, 1.0, 1000.0) == rounds.MIN_ROUNDS
+    assert count(20, 1.0, 1000.0) == timing.MIN_ROUNDS
     assert count(20, 1000.0, 16.0) == 8
     assert count(2, 1000.0, 1000.0) == 2
     with pytest.raises(TimeIsUpError):
@@ -360,10 +361,10 @@ def test_rounds_end_in_time(clock):
 
 def test_warm_up_is_not_timed_and_ends_in_time(clock):
     ticks = []
-    rounds.warm_up({"stock": clock.step(1.0)}, Limits(5, 60.0, 60.0), lambda: ticks.append(1))
-    assert len(ticks) == rounds.WARM_UP
+    timing.warm_up({"stock": clock.step(1.0)}, Limits(5, 60.0, 60.0), lambda: ticks.append(1))
+    assert len(ticks) == timing.WARM_UP
     with pytest.raises(TimeIsUpError):
-        rounds.warm_up({"stock": clock.step(1.0)}, Limits(5, 60.0, 0.0), lambda: None)
+        timing.warm_up({"stock": clock.step(1.0)}, Limits(5, 60.0, 0.0), lambda: None)
 
 
 # The rows.
@@ -455,7 +456,9 @@ def test_a_killed_run_keeps_its_rows_and_the_next_goes_on(tmp_path, monkeypatch,
         run_script(path, *options)
     assert sorted(set(seen)) == [0, 2, 4]
     printed = capsys.readouterr().out
-    assert printed.splitlines()[1:] == [line_of(Row(**values)) for values in json.loads(path.read_text())["rows"]]
+    assert printed.splitlines()[1:] == [
+        line_of(Measurement(**values)) for values in json.loads(path.read_text())["rows"]
+    ]
     first, measured[:] = list(measured), []
     assert run_script(path, *options) == 0
     assert [(case.mode, case.text_tokens) for case in first + measured] == [
@@ -522,7 +525,7 @@ def test_every_case_runs_from_a_bare_copy_with_few_libraries(tmp_path):
     assert result.returncode == 0, result.stderr
     values = json.loads(path.read_text())
     assert values["not_measured"] == []
-    rows = [Row(**row) for row in values["rows"]]
+    rows = [Measurement(**row) for row in values["rows"]]
     expected = [
         (model, mode, length, form)
         for model in shapes.NAMES

@@ -1,56 +1,54 @@
 """`symphony bench-experts`: UpcycledMoE against a loop over experts, at the true shapes that LLaVA's recipe upcycles.
 
-The loop is the form that research code uses: a list of MLPs, each run on the tokens that chose it, its outputs added by
-index. Both have the same weights and the same router, and compute the same. Beside them the experts' matrix products
-alone are timed, which no form can do without.
+The loop is the form common in research code: a list of MLPs, each run on the tokens that chose it, with the outputs
+added by index. Both have the same weights and the same router, and compute the same. The experts' matrix products,
+which every form needs, are also timed alone.
 """
 
 import dataclasses
 import functools
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from symphony_hf.compat import __version__, transformers_version
 from symphony_hf.errors import ConfigError
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import check_file_place
 from symphony_hf.models.dense_mlp import MlpParts
 from symphony_hf.models.upcycled_moe import UpcycledMoE
+from symphony_hf.tables import Table
 
-from .layer import alternate, find_device
+from .results import number_cell, print_result, range_cell, write_result
+from .timing import alternate, find_device, quartiles
 
 SHAPES = {"projector": (1024, 3072, 3072, "gelu", 576), "clip mlp": (1024, 4096, 1024, "quick_gelu", 577)}
-"""Input, inner and output size, activation, and tokens of an image."""
+"""Input, inner and output sizes, activation, and tokens per image."""
 NUM_EXPERTS, TOP_K = 6, 3
 
 
 @dataclass(frozen=True)
-class ExpertsRow:
+class ExpertsMeasurement:
     """One form, at one shape.
 
     Attributes:
         shape: A key of SHAPES.
-        form: `eager` (sorted by expert, our own), `grouped_mm` (transformers', where the output is as wide as the
-            input), or `products` (the experts' matrix products alone).
-        tokens: Of one step.
-        rounds: How many ratios the median is of.
+        form: `eager` (our own, sorted by expert), `grouped_mm` (transformers', if the output is as wide as the input),
+            or `products` (the experts' matrix products alone).
+        tokens: Tokens of one step.
+        rounds: Number of rounds.
         speedup: Median over rounds of the loop's time over this form's, forward and backward.
-        low: Their 25th percentile.
-        high: Their 75th percentile.
-        tokens_per_second: Of this form, the loop's at the speedup's median.
-        loop_tokens_per_second: Of the loop.
+        low: 25th percentile of these ratios.
+        high: 75th percentile of these ratios.
+        tokens_per_second: Throughput of this form: the loop's times the speedup.
+        loop_tokens_per_second: Throughput of the loop.
     """
 
     shape: str
@@ -65,10 +63,10 @@ class ExpertsRow:
 
 
 class ExpertsLoop(nn.Module):
-    """The same experts in a list, run one after the other, and added up by index.
+    """The same experts in a list, run one after the other, with their outputs added by index.
 
     Args:
-        moe: Whose weights and router it takes; the experts' weights are copied.
+        moe: Layer to take the router and a copy of the experts' weights from.
     """
 
     def __init__(self, moe: UpcycledMoE) -> None:
@@ -85,9 +83,9 @@ class ExpertsLoop(nn.Module):
         _, weights_TK, indices_TK = self.gate(hidden_states)
         output = hidden_states.new_zeros(len(hidden_states), self.output_size)
         for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            tokens, places = torch.where(indices_TK == expert)
+            tokens, slots = torch.where(indices_TK == expert)
             result = down(self.act_fn(up(hidden_states[tokens])))
-            output.index_add_(0, tokens, result * weights_TK[tokens, places, None])
+            output.index_add_(0, tokens, result * weights_TK[tokens, slots, None])
         return output
 
 
@@ -100,7 +98,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def build_experts(shape: str, implementation: str, device: torch.device, dtype: torch.dtype) -> UpcycledMoE:
-    """An UpcycledMoE of one of SHAPES, with experts that differ and an implementation of their own."""
+    """Build an UpcycledMoE of one of SHAPES with random experts, under an experts implementation of transformers."""
     hidden_size, inner_size, output_size, act, _ = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):
@@ -121,25 +119,25 @@ def run_bench_experts(
     device: str | None = None,
     seconds: float = 30.0,
 ) -> dict[str, Any]:
-    """Measure every form at every shape, forward and backward, and write the rows as JSON.
+    """Measure every form at every shape, forward and backward, and write the result as JSON.
 
     Args:
-        output: The JSON file.
-        images: Whose tokens make one step.
+        output: Path of the JSON file.
+        images: Number of images whose tokens make one step.
         device: See `find_device`. Weights are float32 on the CPU, bfloat16 elsewhere.
-        seconds: Time for each row, after warm-up; at least five rounds are run.
+        seconds: Time for each measurement, after warm-up; at least five rounds are run.
 
     Returns:
-        The rows, and what they were measured on.
+        The measurements, their settings and the machine.
 
     Raises:
-        ConfigError: If the device is not to be had, or there are no images.
+        ConfigError: If the device is not available, or `images` is below 1.
     """
     check_file_place(output, "bench-experts")
     if images < 1:
         raise ConfigError(f"bench-experts: `images` must be at least 1, got {images}")
-    place = find_device(device)
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    chosen = find_device(device)
+    dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
     forms = [
         (shape, form)
         for shape, (hidden_size, _, output_size, *_) in SHAPES.items()
@@ -147,36 +145,29 @@ def run_bench_experts(
         if form != "grouped_mm" or hidden_size == output_size
     ]
     rows = [
-        _measure_form(shape, form, images, place, dtype, seconds)
+        _measure_form(shape, form, images, chosen, dtype, seconds)
         for shape, form in tqdm(forms, desc="bench-experts", unit=" rows", disable=None)
     ]
-    result = {
+    values = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "experts": NUM_EXPERTS,
         "top_k": TOP_K,
-        "device": torch.cuda.get_device_name() if place.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {"symphony_hf": __version__, "torch": torch.__version__, "transformers": transformers_version()},
-        "output": str(output),
     }
-    write_json(Path(output), result)
-    return result
+    return write_result(output, values, chosen)
 
 
 def _measure_form(
     shape: str, form: str, images: int, device: torch.device, dtype: torch.dtype, seconds: float
-) -> ExpertsRow:
+) -> ExpertsMeasurement:
     moe = build_experts(shape, "eager" if form == "products" else form, device, dtype)
     hidden_size, _, _, _, tokens_per_image = SHAPES[shape]
     inputs = torch.randn(images * tokens_per_image, hidden_size, device=device, dtype=dtype)
     step = functools.partial(_step, moe, inputs) if form != "products" else _products(moe, inputs)
     times, loop_seconds = alternate(functools.partial(_step, ExpertsLoop(moe), inputs), step, seconds, device)
-    low, median, high = np.percentile([1 / ratio for ratio in times], [25, 50, 75])
+    low, median, high = quartiles([1 / ratio for ratio in times])
     speed = len(inputs) / loop_seconds
-    return ExpertsRow(
-        shape, form, len(inputs), len(times), float(median), float(low), float(high), float(median) * speed, speed
-    )
+    return ExpertsMeasurement(shape, form, len(inputs), len(times), median, low, high, median * speed, speed)
 
 
 def _step(module: nn.Module, inputs: Tensor) -> None:
@@ -187,7 +178,7 @@ def _step(module: nn.Module, inputs: Tensor) -> None:
 
 @torch.no_grad()
 def _products(moe: UpcycledMoE, inputs: Tensor) -> Callable[[], None]:
-    """The experts' matrix products of a step, each as large as the routing makes it."""
+    """Return a step of the experts' matrix products alone, at the sizes that the routing gives them."""
     ups, downs = moe.experts.get_parameter("up_proj").detach(), moe.experts.get_parameter("down_proj").detach()
     lengths = torch.bincount(moe.gate(inputs)[2].reshape(-1), minlength=NUM_EXPERTS).tolist()
     x, inner = inputs.detach()[: max(lengths)], torch.randn(max(lengths), ups.shape[1]).to(ups)
@@ -202,27 +193,26 @@ def _products(moe: UpcycledMoE, inputs: Tensor) -> Callable[[], None]:
     return run
 
 
-def print_bench_experts(result: dict[str, Any], console: Console | None = None) -> None:
-    """The rows as a table, and where the JSON is."""
-    console = console or Console()
+def experts_table(result: dict[str, Any]) -> Table:
+    """Return the measurements of a result as a table."""
+    rows = [
+        [
+            row["shape"],
+            row["form"],
+            number_cell(row["tokens"], "d"),
+            number_cell(row["speedup"], ".2f"),
+            range_cell(row["low"], row["high"], ".2f"),
+            number_cell(row["tokens_per_second"], ".0f"),
+        ]
+        for row in result["rows"]
+    ]
     title = (
         f"Speed over a loop over experts, {result['experts']} experts, top-{result['top_k']}, forward and backward, "
         f"{result['dtype']} on {result['device']}, threads: {result['threads']}"
     )
-    table = Table(title=title, title_justify="left")
-    header, *rows = experts_table(result)
-    for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
+    return Table(title, ["shape", "form", "tokens", "speedup", "quartiles", "tokens/s"], rows)
 
 
-def experts_table(result: dict[str, Any]) -> list[list[str]]:
-    """The rows of a result as text, header first."""
-    table = [["shape", "form", "tokens", "speedup", "quartiles", "tokens/s"]]
-    for row in result["rows"]:
-        numbers = [f"{row['speedup']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
-        table.append([row["shape"], row["form"], str(row["tokens"]), *numbers, f"{row['tokens_per_second']:.0f}"])
-    return table
+def print_bench_experts(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print the measurements, and the path of their file."""
+    print_result(result, [experts_table(result)], console)

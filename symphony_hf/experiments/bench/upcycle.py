@@ -1,13 +1,12 @@
-"""`symphony bench-upcycle`: upcycling at Phi-3-mini's true shapes, beside a plain copy of as many bytes.
+"""`symphony bench-upcycle`: upcycling at Phi-3-mini's true shapes, compared with a plain copy of as many bytes.
 
-The dense checkpoint has seeded random values. Each upcycling runs in a process of its own, whose largest resident
-memory is what is reported. Files are flushed to the disk by both; the page cache is left as it is, so reading may be
-faster than from a cold disk, for both.
+The dense checkpoint has seeded random values. Each upcycling runs in a process of its own, and its peak resident memory
+is reported. Both flush their files to the disk. The page cache is left alone, so reading may be faster than from a cold
+disk, for both.
 """
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -21,14 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from symphony_hf.compat import __version__
 from symphony_hf.errors import ConfigError, EvaluationError, SymphonyError
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import check_file_place
+from symphony_hf.tables import Table, TableCell
+
+from .results import number_cell, print_result, write_result
 
 _SHARD_LAYERS = 4
 _SETTINGS = {"to": "qwen2_moe", "num_experts": 4, "top_k": 2, "layers": "every-other"}
@@ -38,19 +38,19 @@ _REASON = "reason"
 def run_bench_upcycle(
     folder: str | Path, *, shrink: int = 1, rounds: int = 2, output: str | Path = "symphony-bench-upcycle.json"
 ) -> dict[str, Any]:
-    """Measure, and write the result as JSON.
+    """Measure upcycling and copying, and write the result as JSON.
 
     Args:
-        folder: Where the checkpoints are written, in a folder of their own that is deleted at the end.
-        shrink: What Phi-3-mini's widths, heads and vocabulary are divided by; 1 for its true shapes.
-        rounds: Upcyclings and copies, in alternation.
-        output: The JSON file.
+        folder: Folder for the checkpoints; they are written to a temporary folder in it.
+        shrink: Divisor of Phi-3-mini's widths, heads and vocabulary; 1 for its true shapes.
+        rounds: Number of upcyclings and copies, in alternation.
+        output: Path of the JSON file.
 
     Returns:
-        Seconds, bytes and the largest memory of each.
+        Seconds, bytes and peak memory of each.
 
     Raises:
-        ConfigError: If a number is out of range, or there is no such folder.
+        ConfigError: If a number is out of range, or the folder does not exist.
         EvaluationError: If an upcycling fails.
     """
     check_file_place(output, "bench-upcycle")
@@ -68,7 +68,7 @@ def run_bench_upcycle(
             copies.append(_copy(target, Path(scratch) / "copy"))
     seconds = [run["seconds_writing"] for run in runs]
     size = runs[0]["weight_bytes"]
-    result = {
+    values = {
         "shapes": "Phi-3-mini" if shrink == 1 else f"Phi-3-mini / {shrink}",
         "settings": _SETTINGS,
         "dense_bytes": dense_bytes,
@@ -81,23 +81,18 @@ def run_bench_upcycle(
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs[1:] or runs),
         "peak_memory_bytes_with_check": runs[0]["peak_memory_bytes"],
         "check": {"seconds": runs[0]["seconds_checking"], **runs[0]["exactness"]},
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {"symphony_hf": __version__, "torch": torch.__version__},
-        "output": str(output),
     }
-    write_json(Path(output), result)
-    return result
+    return write_result(output, values)
 
 
 def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
-    """Refuse a place that checkpoints cannot be written to, and shapes that there are not.
+    """Check the folder for the checkpoints and the divisor of the shapes.
 
     Raises:
-        ConfigError: If the folder is not there, or the heads cannot be divided by `shrink`.
+        ConfigError: If the folder does not exist, or the heads cannot be divided by `shrink`.
     """
     if not Path(folder).is_dir():
-        raise ConfigError(f"{command}: `folder` is {str(folder)!r}, which is no folder: give one that is there")
+        raise ConfigError(f"{command}: `folder` is {str(folder)!r}, which is no folder: give an existing one")
     heads = Phi3Config().num_attention_heads
     if shrink < 1 or heads % shrink:
         raise ConfigError(f"{command}: `shrink` must divide Phi-3-mini's {heads} heads, got {shrink}")
@@ -107,7 +102,7 @@ def write_random_phi3(folder: Path, shrink: int = 1) -> int:
     """Write a bfloat16 checkpoint of Phi-3-mini's shapes with seeded random values, in shards with an index.
 
     Returns:
-        The bytes of its weights.
+        The number of bytes of its weights.
     """
     default = Phi3Config()
     config = Phi3Config(
@@ -146,41 +141,40 @@ def _random(shape: torch.Size, name: str, generator: torch.Generator) -> torch.T
 
 
 def _upcycle(dense: Path, target: Path, check: bool) -> dict[str, Any]:
-    """In a process of its own, which writes what it saw to its output."""
     arguments = {"source": str(dense), "target": str(target), "check": check, **_SETTINGS}
     return run_alone("bench-upcycle", "symphony_hf.experiments.bench.upcycle", json.dumps(arguments))
 
 
 def run_alone(command: str, module: str, *arguments: str) -> dict[str, Any]:
-    """Run a module in a process of its own, which says by `report` what it saw.
+    """Run a module in a process of its own, and return the values that it passes to `report`.
 
     Args:
-        command: Of the user's, for messages.
-        module: With a `__main__`.
-        arguments: For its command line.
+        command: The user's command, for error messages.
+        module: Name of a module that runs as a program.
+        *arguments: Arguments of its command line.
 
     Raises:
-        EvaluationError: If it does not come to its end, with its reason where it has given one.
+        EvaluationError: If the process fails, with its reason if it has reported one.
     """
     done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:  # its traceback, if any, went to this terminal
         raise EvaluationError(
             f"{command}: a process ended with exit code {done.returncode}: the reason is printed above, unless it was "
-            "killed, as for want of memory"
+            "killed, for instance for lack of memory"
         )
-    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if _REASON in seen:
-        raise EvaluationError(seen[_REASON])
-    return seen
+    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if _REASON in values:
+        raise EvaluationError(values[_REASON])
+    return values
 
 
 def report(measure: Callable[[], dict[str, Any]]) -> None:
-    """Print what was seen as the last line, or why nothing was: the other end of `run_alone`."""
+    """Print the measured values, or the reason for an error, as the last line: the counterpart of `run_alone`."""
     try:
-        seen = measure()
+        values = measure()
     except SymphonyError as error:
-        seen = {_REASON: str(error)}
-    print(json.dumps(seen))
+        values = {_REASON: str(error)}
+    print(json.dumps(values))
 
 
 def _copy(source: Path, target: Path) -> float:
@@ -196,26 +190,28 @@ def _copy(source: Path, target: Path) -> float:
 
 
 def print_bench_upcycle(result: dict[str, Any], console: Console | None = None) -> None:
-    """The result as a table, and where the JSON is."""
-    console = console or Console()
-    table = Table("", "upcycling", "plain copy", title=f"{result['shapes']}, {result['parameters']:,} parameters")
-    table.add_row("seconds", *(_seconds(result[name]) for name in ("seconds", "seconds_of_a_copy")))
-    speeds = (f"{result[name] / 1e9:.2f} GB/s" for name in ("bytes_per_second", "bytes_per_second_of_a_copy"))
-    table.add_row(f"{result['bytes'] / 1e9:.2f} GB", *speeds)
-    table.add_row("largest memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB", "")
-    table.add_row("with the check", f"{result['peak_memory_bytes_with_check'] / 1e9:.2f} GB", "")
-    console.print(table)
-    console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)
+    """Print upcycling beside the copy, and the path of the file."""
+    rows: list[list[TableCell | str]] = [
+        ["seconds", *(_seconds(result[name]) for name in ("seconds", "seconds_of_a_copy"))],
+        [
+            f"{result['bytes'] / 1e9:.2f} GB",
+            *(number_cell(result[f"bytes_per_second{of}"] / 1e9, ".2f", " GB/s") for of in ("", "_of_a_copy")),
+        ],
+        ["peak memory", number_cell(result["peak_memory_bytes"] / 1e9, ".2f", " GB"), ""],
+        ["with the check", number_cell(result["peak_memory_bytes_with_check"] / 1e9, ".2f", " GB"), ""],
+    ]
+    title = f"{result['shapes']}, {result['parameters']:,} parameters"
+    print_result(result, [Table(title, ["", "upcycling", "plain copy"], rows)], console)
 
 
-def _seconds(values: list[float]) -> str:
-    return ", ".join(f"{value:.1f}" for value in values)
+def _seconds(values: list[float]) -> TableCell:
+    return TableCell(", ".join(f"{value:.1f}" for value in values), float(np.median(values)))
 
 
 def peak_memory() -> int:
-    """The largest resident memory of this process, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss begins at what the parent process had when it started this one
+    if status.exists():  # Linux, where ru_maxrss starts at the parent's memory when it forked
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
     import resource  # not on Windows
 
@@ -227,8 +223,8 @@ def _measure() -> dict[str, Any]:
     from symphony_hf.conversion.upcycling.upcycle import upcycle
 
     result = upcycle(**json.loads(sys.argv[1]))
-    seen = result.exactness
-    exactness = {} if seen is None else {"difference": seen.difference, "largest": seen.largest, "tokens": seen.tokens}
+    found = result.exactness
+    exactness = {} if found is None else {name: getattr(found, name) for name in ("difference", "largest", "tokens")}
     return {
         "seconds_writing": result.seconds_writing,
         "seconds_checking": result.seconds_checking,

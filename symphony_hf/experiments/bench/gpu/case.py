@@ -11,12 +11,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from symphony_hf.errors import EvaluationError
+from symphony_hf.experiments.bench.timing import WARM_UP, Limits, Step, Timings, quartiles, run_rounds, warm_up
 
 from .flops import model_flops
 from .forms import inference_forms, make_optimizer, optimizer_name, prefill_step, training_forms, training_step
 from .memory import GIB, Estimate, count_parameters, estimate, fitting_micro_batch
-from .record import Row
-from .rounds import WARM_UP, Limits, Step, Timings, run_rounds, warm_up
+from .record import Measurement
 from .shapes import Inputs, build, config_of, image_tokens, random_batch
 
 
@@ -63,7 +63,7 @@ class DoesNotFitError(Exception):
     """The device has too little memory for a case."""
 
 
-def measure(case: Case, place: Place, max_tokens: int, limits: Limits) -> list[Row]:
+def measure(case: Case, place: Place, max_tokens: int, limits: Limits) -> list[Measurement]:
     """Measure a case, with the largest micro-batch that fits.
 
     Args:
@@ -103,7 +103,7 @@ def measure(case: Case, place: Place, max_tokens: int, limits: Limits) -> list[R
     raise DoesNotFitError(f"{found}one sequence does not fit: about {needs(1)} of {free:.1f} GiB that were free")
 
 
-def _measure(case: Case, place: Place, micro_batch: int, needed: Estimate, limits: Limits) -> list[Row]:
+def _measure(case: Case, place: Place, micro_batch: int, needed: Estimate, limits: Limits) -> list[Measurement]:
     model = build(config_of(case.model, case.tiny), place.device, place.dtype)
     steps = make_steps(model, case.mode, Inputs(micro_batch, case.text_tokens))
     with tqdm(total=(WARM_UP + limits.rounds) * len(steps), desc=str(case), leave=False, disable=None) as bar:
@@ -136,7 +136,7 @@ def _check_outputs(case: Case, timings: Timings) -> None:
             )
 
 
-def rows_of(case: Case, place: Place, micro_batch: int, needed: Estimate, timings: Timings) -> list[Row]:
+def rows_of(case: Case, place: Place, micro_batch: int, needed: Estimate, timings: Timings) -> list[Measurement]:
     """What was timed, as rows."""
     config = config_of(case.model, case.tiny)
     tokens = case.text_tokens + image_tokens(config)
@@ -144,10 +144,10 @@ def rows_of(case: Case, place: Place, micro_batch: int, needed: Estimate, timing
     rows = []
     for form, times in timings.seconds.items():
         seconds, peak = float(np.median(times)), timings.peak_bytes.get(form)
-        ratios = None if form == "stock" else np.percentile(timings.ratios(form, "stock"), [25, 50, 75]).tolist()
+        ratios = None if form == "stock" else quartiles(timings.ratios(form, "stock"))
         low, median, high = ratios or (None, None, None)
         rows.append(
-            Row(
+            Measurement(
                 model=case.model,
                 mode=case.mode,
                 text_tokens=case.text_tokens,

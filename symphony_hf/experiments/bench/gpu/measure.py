@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from tqdm import tqdm
 
-from symphony_hf.compat import __version__
+from symphony_hf.compat import versions
 from symphony_hf.errors import SymphonyError
+from symphony_hf.experiments.bench.timing import Limits, TimeIsUpError
 
 from .case import Case, DoesNotFitError, Place, measure
 from .flops import MODES, idle_parameters, peak_tflops
 from .memory import count_parameters
 from .record import Record, header, line_of
-from .rounds import Limits, TimeIsUpError
 from .shapes import NAMES, config_of, image_tokens
 
 
@@ -113,14 +112,13 @@ def find_place(options: argparse.Namespace) -> Place:
 
 def measured_on(options: argparse.Namespace, place: Place) -> dict[str, Any]:
     """What the numbers depend on beside the case."""
-    libraries = (torch, transformers, peft)
     return {
         "device": place.name,
         "dtype": str(place.dtype).removeprefix("torch."),
         "peak_tflops": place.peak_tflops,
         "max_tokens": options.max_tokens,
         "tiny": options.tiny,
-        "versions": {"symphony_hf": __version__, **{library.__name__: library.__version__ for library in libraries}},
+        "versions": versions("peft"),
     }
 
 

@@ -12,7 +12,7 @@ from symphony_hf.files import write_json
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One form of one model in one mode, at one length.
 
     Attributes:
@@ -84,14 +84,14 @@ class Record:
         self.write()
 
     @property
-    def rows(self) -> list[Row]:
-        return [Row(**row) for row in self.values["rows"]]
+    def rows(self) -> list[Measurement]:
+        return [Measurement(**row) for row in self.values["rows"]]
 
     def has(self, model: str, mode: str, text_tokens: int) -> bool:
         """Whether a measurement is there."""
         return any((row.model, row.mode, row.text_tokens) == (model, mode, text_tokens) for row in self.rows)
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[Measurement]) -> None:
         """Keep the rows of one measurement."""
         self.values["rows"] += [asdict(row) for row in rows]
         self.write()
@@ -117,7 +117,7 @@ class Record:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    names = {field.name for field in fields(Row)}
+    names = {field.name for field in fields(Measurement)}
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         whole = {"measured_on", "models", "rows"} <= set(values) and all(set(row) == names for row in values["rows"])
@@ -149,7 +149,7 @@ def header() -> str:
     return _line(list(_COLUMNS))
 
 
-def line_of(row: Row) -> str:
+def line_of(row: Measurement) -> str:
     """One row as text; `-` where there is no number."""
     return _line(
         [
