@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from readme import block
+from pages import FAMILIES, block
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from symphony_hf import SymphonyConfig, UnsupportedModelError, is_symphonized, symphonize
@@ -111,17 +111,17 @@ def test_what_is_said_to_be_broken_is(family):
             model(**tiny_batch(model))
 
 
-def table_of_readme():
-    lines = block("families table").splitlines()
+def table_of_page():
+    lines = block(FAMILIES, "families table").splitlines()
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
     version = re.match(r"transformers ([\d.]+):", lines[0]).group(1)
     return version, lines[0], rows
 
 
 @pytest.mark.parametrize("family", moe_families())
-def test_the_readme_has_what_the_matrix_found(family):
+def test_the_page_has_what_the_matrix_found(family):
     """In another version of transformers than the table's: that what it supports is supported there, too."""
-    version, _, rows = table_of_readme()
+    version, _, rows = table_of_page()
     row = look_at_family(family)
     if version != transformers_version():
         if family in rows and "| yes |" in rows[family] and not why_not_built(family):
@@ -136,8 +136,8 @@ def test_the_readme_has_what_the_matrix_found(family):
     assert rows[family] == f"| {' | '.join(table_row(row))} |"
 
 
-def test_the_readme_has_no_row_too_many():
-    version, sentence, rows = table_of_readme()
+def test_the_page_has_no_row_too_many():
+    version, sentence, rows = table_of_page()
     if version == transformers_version():
         assert list(rows) == moe_families()
         refused = sum(family in BUILT for family in REFUSED)

@@ -5,10 +5,10 @@ import functools
 import os
 import re
 import warnings
-from pathlib import Path
 
 import torch
 from models import make_ids, make_model
+from pages import README
 from safetensors.torch import save_file
 
 import symphony_hf
@@ -25,8 +25,7 @@ RANKS = 2
 @functools.cache
 def line_of(loop):
     """The code of a row of the README's table of loops: what the loops here run is what is written there."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (row,) = re.findall(rf"^\| {re.escape(loop)}.*$", readme, re.M)
+    (row,) = re.findall(rf"^\| {re.escape(loop)}.*$", README.read_text(encoding="utf-8"), re.M)
     (code,) = (code for code in re.findall(r"`([^`]+)`", row) if "symphony_hf." in code)
     return code
 

@@ -1,0 +1,232 @@
+"""The pages: links lead somewhere, code runs, commands parse, and the README stays short."""
+
+import re
+import shlex
+
+import pytest
+import torch
+import typer
+from accelerate.commands.launch import launch_command_parser
+from models import make_ids, make_llava, make_model
+from pages import PAGES, README, ROOT, code_of, commands_inline_of, headings_of, links_of, name_of, tokens_of
+from trainers import Rows
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from symphony_hf.cli import app
+from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.bench.gpu import measure
+from symphony_hf.experiments.conformance.matrix import quiet
+from symphony_hf.recipe import load_recipe
+from symphony_hf.train import parse_overrides
+from symphony_hf.training.arguments import training_arguments
+
+MARKS = ("needs a GPU", "needs the network")
+"""Comments above code that no test runs."""
+
+OTHER_PROGRAMS = ("git", "hf", "mypy", "pip", "pre-commit", "pytest", "python", "ruff", "source")
+OPEN_ENDED = ("train", "plan")
+"""Commands that take any setting of a recipe as an option."""
+
+ON_THIS_MACHINE = {
+    "bf16": False,
+    "use_cpu": True,
+    "optim": "adamw_torch",
+    "launch.processes": None,
+    "launch.strategy": None,
+    "model.quantization": None,
+}
+"""Settings of a recipe in the place of those that only its GPUs and their libraries have."""
+
+HUB_NAME = "allenai/OLMoE-1B-7B-0924"
+
+PYTHON = [code for page in PAGES for code in code_of(page, "python") if code.name not in MARKS]
+BASH = [code for page in PAGES for code in code_of(page, "bash") if code.name not in MARKS]
+
+
+# The README.
+
+
+def test_the_readme_is_short_and_shows_a_picture_early():
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 200
+    pictures = [token.map[0] + 1 for token in tokens_of(README) if "![" in token.content]
+    assert pictures
+    assert pictures[0] < 60
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links_of(README) if "://" not in link}
+    assert set(PAGES) - linked - {README} == set()
+
+
+# Links.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page):
+    for link in links_of(page):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in headings_of(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_have_no_html_but_comments(page):
+    """Links and code in HTML would escape the other tests."""
+    html = [token.content for token in tokens_of(page) if token.type == "html_block"]
+    assert all(text.startswith("<!--") for text in html), html
+
+
+def test_files_that_pages_name_exist():
+    """Paths in code spans and code blocks that begin with a folder of the project."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"(?<![\w/.-])((?:recipes|symphony_hf|tests|notebooks)/[\w./-]*[\w/])", text):
+            assert (ROOT / path).exists(), f"{name_of(page)}: {path}"
+
+
+# Python.
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """A tiny checkpoint in the place of the one on the Hub, and the names that examples take as given."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    make_model(pad_token_id=None, **sizes).save_pretrained(tmp_path / HUB_NAME)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        max_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    return {"arguments": arguments, "dataset": Rows(make_ids(8)), "model": make_llava()}
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=str)
+def test_python_runs(code, stand_ins):
+    names = dict(stand_ins)
+    with quiet():  # PEFT and Transformers warn about each other
+        exec(compile(code.text, str(code), "exec"), names)
+    assert names.keys() > stand_ins.keys()
+
+
+def test_the_first_example_serves_a_plain_checkpoint(stand_ins):
+    (code,) = code_of(README, "python")
+    exec(compile(code.text, str(code), "exec"), names := dict(stand_ins))
+    assert type(names["model"]).__name__ == "OlmoeForCausalLM"
+    served = AutoModelForCausalLM.from_pretrained("served")
+    assert not any("symphony" in name for name in served.state_dict())
+    trained = next(module.symphony for module in names["model"].modules() if hasattr(module, "symphony"))
+    assert (trained.adjacency - trained.adjacency.diag().diag()).sum() > 0
+    assert torch.isfinite(served(make_ids()).logits).all()
+
+
+# Commands.
+
+
+def words_of(code):
+    """Each command of a code block as words: variables filled in, continued lines joined, comments dropped."""
+    variables = {}
+    for line in code.text.replace("\\\n", " ").splitlines():
+        for command in line.split(" && "):
+            for name, value in variables.items():
+                command = command.replace(f"${name} ", f"{value} ")
+            words = shlex.split(command, comments=True)
+            if words and re.fullmatch(r"\w+=.*", words[0]):
+                name, _, variables[name] = words[0].partition("=")
+            elif words:
+                yield words
+
+
+def command_of(words):
+    """The command of `symphony` that words name, and the words after it."""
+    command, words = typer.main.get_command(app), list(words)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    return command, words
+
+
+def check_symphony(words):
+    command, rest = command_of(words)
+    context = command.make_context(command.name, rest)
+    if command.name in OPEN_ENDED:
+        check_recipe([context.params["recipe"], *context.args])
+    else:
+        assert not context.args
+
+
+def check_recipe(words):
+    path, *overrides = (word for word in words if word != "--dry_run")
+    recipe = load_recipe(ROOT / path, {**parse_overrides(overrides), **ON_THIS_MACHINE})
+    training_arguments(recipe)
+
+
+def check_launch(words):
+    launch = launch_command_parser().parse_args(words)
+    assert launch.module
+    assert launch.config_file is None or (ROOT / launch.config_file).exists()
+    check_module([launch.training_script, *launch.training_script_args])
+
+
+def check_module(words):
+    module, *rest = words
+    if module == "symphony_hf.train":
+        check_recipe(rest)
+    elif module == "symphony_hf.experiments.bench.gpu.measure":
+        measure.parse([*rest, "--tiny"])  # which asks for no GPU
+    else:
+        assert not module.startswith("symphony_hf"), module
+
+
+def check_command(words):
+    if words[0] == "symphony":
+        check_symphony(words[1:])
+    elif words[:2] == ["accelerate", "launch"]:
+        check_launch(words[2:])
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2:])
+    else:
+        assert words[0] in OTHER_PROGRAMS, words
+
+
+@pytest.mark.parametrize("code", BASH, ids=str)
+def test_commands_parse(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in words_of(code):
+        check_command(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_within_sentences_have_the_options_that_they_name(page):
+    for span in commands_inline_of(page):
+        words = shlex.split(span)
+        if words[0] != "symphony":
+            continue
+        command, rest = command_of(words[1:])
+        known = {option for parameter in command.params for option in parameter.opts}
+        unknown = {word for word in rest if word.startswith("--")} - known
+        assert not unknown or command.name in OPEN_ENDED, f"{span}: {unknown}"
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "match"),
+    [
+        ("symphony evaluate model", KeyError, "evaluate"),
+        ("symphony eval model --atack aaa", Exception, "No such option: --atack"),
+        ("symphony merge model", Exception, "Missing"),
+        ("symphony train recipes/quickstart/config.yaml --max_stepz 2", ConfigError, "max_steps"),
+        ("symphony train recipes/quickstart/missing.yaml", ConfigError, "missing.yaml"),
+        ("python -m symphony_hf.training", AssertionError, "symphony_hf.training"),
+        ("make test", AssertionError, "make"),
+    ],
+)
+def test_a_wrong_command_is_found(line, error, match):
+    with pytest.raises(error, match=match):
+        check_command(shlex.split(line))
