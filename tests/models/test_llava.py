@@ -72,7 +72,12 @@ def test_it_is_upcycled_saved_and_loaded(text, tower, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
     assert len(expert_graphs(loaded)) == 1
-    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+    saved = model.state_dict()
+    assert loaded.state_dict().keys() == saved.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name
+    # To float32 rounding: tensors mapped from a file are aligned otherwise, and BLAS may add them up in another order.
+    torch.testing.assert_close(loaded(**batch()).logits, model(**batch()).logits)
 
 
 def test_a_whole_clip_gives_its_half_that_sees(text, tmp_path):

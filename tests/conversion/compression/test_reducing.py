@@ -68,7 +68,10 @@ def test_experts_that_are_never_chosen_are_not_missed(family):
             solution = torch.linalg.lstsq(inputs.double(), torch.full((len(inputs), 2), -50.0).double()).solution
             linear.weight[never] = solution.T.float()
     smaller = with_fewer_experts(model, layers, [kept([0, 2, 3, 4, 6, 7]) for _ in layers])
-    assert torch.equal(logits(smaller, ids), logits(model, ids))
+    # To float32 rounding: a router of six rows may be multiplied in another order than one of eight.
+    torch.testing.assert_close(logits(smaller, ids), logits(model, ids), rtol=1e-5, atol=2e-6)
+    missed = with_fewer_experts(model, layers, [kept([1, 3, 4, 5, 6, 7]) for _ in layers])
+    assert (logits(missed, ids) - logits(model, ids)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
