@@ -13,10 +13,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from symphony_hf import SymphonyConfig, UnsupportedModelError, is_symphonized, symphonize
 from symphony_hf.compat import transformers_version
 from symphony_hf.experiments.conformance.batches import tiny_batch
-from symphony_hf.experiments.conformance.checks import CHECKS, ConformanceError
-from symphony_hf.experiments.conformance.matrix import NotApplicable, Row, look_at_family, quiet, run_check
+from symphony_hf.experiments.conformance.checks import CHECKS
+from symphony_hf.experiments.conformance.matrix import FamilyResult, NotApplicable, inspect_family, quiet, run_check
 from symphony_hf.experiments.conformance.overrides import BROKEN, OVERRIDES
-from symphony_hf.experiments.conformance.specimen import Specimen
+from symphony_hf.experiments.conformance.specimen import ConformanceError, Specimen
 from symphony_hf.experiments.conformance.table import summary, table_row, write_readme
 from symphony_hf.experiments.conformance.tiny import auto_class_of, moe_families, shrink, tiny_model, why_not_built
 from symphony_hf.patching.families.capability import Supported
@@ -122,7 +122,7 @@ def table_of_page():
 def test_the_page_has_what_the_matrix_found(family):
     """In another version of transformers than the table's: that what it supports is supported there, too."""
     version, _, rows = table_of_page()
-    row = look_at_family(family)
+    row = inspect_family(family)
     if version != transformers_version():
         if family in rows and "| yes |" in rows[family] and not why_not_built(family):
             assert isinstance(row.able.logits, Supported)
@@ -132,7 +132,7 @@ def test_the_page_has_what_the_matrix_found(family):
             for check in CHECKS:  # those of this run, or of none where this test runs alone
                 if (family, check) not in results:
                     results[family, check] = run_check(check, specimen_of(family))
-        row = Row(family, row.able, {check: results[family, check] for check in CHECKS})
+        row = FamilyResult(family, row.able, {check: results[family, check] for check in CHECKS})
     assert rows[family] == f"| {' | '.join(table_row(row))} |"
 
 
@@ -248,7 +248,7 @@ def test_the_images_check_can_fail():
 def test_a_failure_is_a_row_that_says_so(tmp_path):
     specimen = sabotaged(specimen_of("mixtral"), change_weights)
     with quiet():
-        row = Row("mixtral", look_at_family("mixtral").able, {"identity": run_check("identity", specimen)})
+        row = FamilyResult("mixtral", inspect_family("mixtral").able, {"identity": run_check("identity", specimen)})
     assert row.failures == ["identity"]
     assert "**identity fails**: FAILED: logits differ at the start" in table_row(row)[-1]
     assert "1 of them fail something: mixtral" in summary([row])

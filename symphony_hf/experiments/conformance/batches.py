@@ -1,4 +1,4 @@
-"""Small batches, of text or with images, in the form that a tiny model's forward takes."""
+"""Small batches of text or of text and images, as the forward of a tiny model takes them."""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _NO_LABEL = -100
 
 
 def tiny_batch(model: PreTrainedModel, *, rows: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of text, with labels, that `model(**batch)` takes."""
+    """Draw a batch of text with labels, for `model(**batch)`."""
     generator = torch.Generator().manual_seed(seed)
     ids = _draw_text(rows, length, generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -32,7 +32,7 @@ def tiny_batch(model: PreTrainedModel, *, rows: int = 2, length: int = 12, seed:
 
 
 def tiny_images(model: PreTrainedModel, *, rows: int = 2, seed: int = 0) -> dict[str, Tensor] | None:
-    """A batch of an image a row in the midst of text, with labels for the text; None for a family of text alone."""
+    """Draw a batch with an image and text in each row, and labels for the text; None for a text-only family."""
     config = model.config
     if getattr(config, "vision_config", None) is None:
         return None
@@ -55,14 +55,14 @@ def _draw_text(rows: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 def _draw_targets(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Labels of a language model, or, in a model that fills a canvas, the canvas, which it would draw unseeded."""
+    """Return the labels of a language model, or a seeded canvas for a diffusion model."""
     if model.config.model_type in NO_LOSS:
         return {"decoder_input_ids": _draw_text(len(ids), model.config.canvas_length, generator)}
     return {"labels": ids.masked_fill(ids > _LAST_TEXT_ID, _NO_LABEL)}
 
 
 def _arguments(model: PreTrainedModel) -> set[str]:
-    """What the forward takes, itself or by the keyword arguments that it hands to the models inside it."""
+    """Return the names of the forward's arguments, with those that it passes on to the models inside."""
     inside = model.base_model
     parts = (model, inside, getattr(inside, "encoder", inside))
     return {name for part in parts for name in inspect.signature(part.forward).parameters}
@@ -71,7 +71,7 @@ def _arguments(model: PreTrainedModel) -> set[str]:
 def _draw_pixels(
     config: PretrainedConfig, arguments: set[str], rows: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Noise for pixels, in the form in which the family's processor would give them."""
+    """Draw noise as pixels, in the form that the family's processor returns."""
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -85,20 +85,20 @@ def _draw_pixels(
         grid = torch.tensor([[1, side, side]] * rows)
         return {"pixel_values": noise(rows * side**2, frames * 3 * patch**2), "image_grid_thw": grid}
     if "image_position_ids" in arguments:
-        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(rows, -1, -1)
-        return {"pixel_values": noise(rows, side**2, 3 * patch**2).sigmoid(), "image_position_ids": places}
+        positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(rows, -1, -1)
+        return {"pixel_values": noise(rows, side**2, 3 * patch**2).sigmoid(), "image_position_ids": positions}
     size = side * patch
     pixels = {"pixel_values": noise(rows, 3, size, size)}
     return pixels | ({"image_sizes": torch.tensor([[size, size]] * rows)} if "image_sizes" in arguments else {})
 
 
 def _inkling_pixels(vision: PretrainedConfig, rows: int, noise: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Four blocks of frames and pixels an image, each a token."""
+    """Draw four blocks of frames and pixels per image, each a token."""
     return {"pixel_values": noise(rows * 4, vision.temporal_patch_size, vision.patch_size, vision.patch_size, 3)}
 
 
 def _inkling2_pixels(vision: PretrainedConfig, rows: int, noise: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Four blocks of pixels an image, each a token; the grid counts blocks, not patches."""
+    """Draw four blocks of pixels per image, each a token; the grid counts blocks, not patches."""
     side = vision.patch_size * vision.spatial_merge_size
     return {"pixel_values": noise(rows * 4, side, side, 3), "image_grid_thw": torch.tensor([[1, 2, 2]] * rows)}
 
@@ -112,7 +112,7 @@ _OWN_PIXELS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 @torch.no_grad()
 def _count_image_tokens(model: PreTrainedModel, pixels: dict[str, Tensor], rows: int) -> int:
-    """How many tokens the model's own vision tower makes of an image."""
+    """Return the number of tokens that the vision tower makes of an image."""
     parts = (model, model.base_model, getattr(model.base_model, "encoder", None))
     owner: Any = next(part for part in parts if hasattr(part, "get_image_features"))
     parameters = inspect.signature(owner.get_image_features).parameters
@@ -126,8 +126,8 @@ def _count_image_tokens(model: PreTrainedModel, pixels: dict[str, Tensor], rows:
     return features.numel() // features.shape[-1] // rows
 
 
-def _marker(config: PretrainedConfig, place: str) -> list[int]:
-    """The token at the start or the end of an image, where the family has one."""
-    short = {"start": "boi", "end": "eoi"}[place]
-    names = (f"vision_{place}_token_id", f"image_{place}_token_id", f"{short}_token_id", f"{short}_token_index")
+def _marker(config: PretrainedConfig, side: str) -> list[int]:
+    """Return the token at the start or the end of an image, if the family has one."""
+    short = {"start": "boi", "end": "eoi"}[side]
+    names = (f"vision_{side}_token_id", f"image_{side}_token_id", f"{short}_token_id", f"{short}_token_index")
     return [getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)][:1]

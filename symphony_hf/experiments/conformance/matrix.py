@@ -1,4 +1,4 @@
-"""Run the matrix: every family against every check."""
+"""The conformance matrix: every family against every check."""
 
 import contextlib
 import warnings
@@ -12,17 +12,17 @@ from symphony_hf.compat import transformers_version
 from symphony_hf.errors import ConfigError, SymphonyWarning, nearest
 from symphony_hf.patching.families.capability import Capabilities, Supported, Unsupported, capabilities
 
-from .checks import CHECKS, ConformanceError
-from .specimen import Specimen
+from .checks import CHECKS
+from .specimen import ConformanceError, Specimen
 from .tiny import moe_families, tiny_model, why_not_built
 
 
 @dataclass(frozen=True)
 class NotApplicable:
-    """A check that means nothing for the family.
+    """A check that does not apply to the family.
 
     Attributes:
-        reason: Why.
+        reason: Reason why.
     """
 
     reason: str
@@ -30,10 +30,10 @@ class NotApplicable:
 
 @dataclass(frozen=True)
 class Failed:
-    """A check that does not hold: a bug of ours, or a family that moved.
+    """A check that fails: a bug of ours, or a family that changed.
 
     Attributes:
-        complaint: What was found.
+        complaint: Description of the failure.
     """
 
     complaint: str
@@ -46,14 +46,14 @@ Result = Supported | NotApplicable | Failed
 
 
 @dataclass(frozen=True)
-class Row:
+class FamilyResult:
     """One family in the matrix.
 
     Attributes:
         family: Its model type.
-        able: What its routers can do; None where it has no tiny model.
-        results: By check; empty where nothing was checked.
-        not_built: Why it has no tiny model.
+        able: Capabilities of its routers; None if it has no tiny model.
+        results: Results by check; empty if none was run.
+        not_built: Reason why it has no tiny model.
     """
 
     family: str
@@ -68,7 +68,7 @@ class Row:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings, logs and progress bars of the families' own; our warnings are errors."""
+    """Silence the families' warnings, logs and progress bars; our own warnings become errors."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -84,44 +84,44 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def look_at_family(family: str) -> Row:
-    """Build a family tiny and see what its routers can do."""
+def inspect_family(family: str) -> FamilyResult:
+    """Build a family's tiny model, and find the capabilities of its routers."""
     if reason := why_not_built(family):
-        return Row(family, not_built=reason)
+        return FamilyResult(family, not_built=reason)
     with quiet():
-        return Row(family, capabilities(tiny_model(family)))
+        return FamilyResult(family, capabilities(tiny_model(family)))
 
 
-def check_family(family: str) -> Row:
-    """Build a family tiny and run every check on it, where its routers are not refused."""
-    row = look_at_family(family)
+def check_family(family: str) -> FamilyResult:
+    """Build a family's tiny model and run every check on it, unless its routers are refused."""
+    row = inspect_family(family)
     if row.able is None or isinstance(row.able.logits, Unsupported):
         return row
     with quiet():
         specimen = Specimen(family)
-        return Row(family, row.able, {name: run_check(name, specimen) for name in CHECKS})
+        return FamilyResult(family, row.able, {name: run_check(name, specimen) for name in CHECKS})
 
 
 def run_check(name: str, specimen: Specimen) -> Result:
-    """Run one check; whatever is raised in it is its result."""
+    """Run one check; an error in it is its result."""
     try:
         reason = CHECKS[name](specimen)
     except ConformanceError as error:
         return Failed(str(error))
-    except Exception as error:  # noqa: BLE001 - nothing is hidden: the matrix shows it, and goes on with the next
+    except Exception as error:  # noqa: BLE001 - the matrix shows the error, and continues with the next check
         return Failed(f"{type(error).__name__}: {error}")
     return Supported() if reason is None else NotApplicable(reason)
 
 
-def run_matrix(families: list[str], check: bool, progress: bool = True) -> list[Row]:
-    """Look at families, or check them.
+def run_matrix(families: list[str], check: bool, progress: bool = True) -> list[FamilyResult]:
+    """Inspect or check families.
 
     Args:
         families: Model types.
-        check: Whether to run the checks, about a second a family.
-        progress: Whether to show a bar.
+        check: Whether to run the checks, about a second per family.
+        progress: Whether to show a progress bar.
     """
-    run = check_family if check else look_at_family
+    run = check_family if check else inspect_family
     with tqdm(families, disable=not progress, unit="family") as bar:
         rows = []
         for family in bar:
@@ -131,7 +131,7 @@ def run_matrix(families: list[str], check: bool, progress: bool = True) -> list[
 
 
 def known_families(families: Iterable[str] | None) -> list[str]:
-    """The families asked for; all when there are none.
+    """Return the requested families; all if there are none.
 
     Raises:
         ConfigError: If one is unknown.

@@ -1,4 +1,4 @@
-"""What is seen to arrive at the experts: a count of choices that shares nothing with the routing's own."""
+"""The choices that reach the experts, and their co-selections: counted without any code of the routing."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from symphony_hf.patching.families.probe import as_tuple
 
 
 def watch_choices(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Note what each router's experts are told to do: by indices, or by a mask or weights that are 0 for the others.
+    """Record the choices that each router's experts receive: as indices, as a mask, or as weights that are 0 elsewhere.
 
-    `watching.watching_routers` says the same by the routers' contracts, which are what is put to the test here.
+    `watching_routers` reports the same by the routers' contracts, which this one tests.
     """
     seen: dict[str, list[Tensor]] = {}
     for name, (router, contract) in routers_to_watch(model).items():
         notes = seen.setdefault(name, [])
 
         def note_values(values: Any, contract: RouterContract = contract, notes: list[Tensor] = notes) -> None:
-            told = [chosen for value in values if (chosen := _as_choices(value, contract)) is not None]
-            notes.extend(told[:1])
+            choices = [chosen for value in values if (chosen := _as_choices(value, contract)) is not None]
+            notes.extend(choices[:1])
 
         block = model.get_submodule(name.rpartition(".")[0])
         experts: Any = block._modules.get("experts")
@@ -29,23 +29,23 @@ def watch_choices(model: nn.Module) -> dict[str, list[Tensor]]:
             hook = lambda module, args, kwargs, note=note_values: note((*args, *kwargs.values()))  # noqa: E731
             experts.register_forward_pre_hook(hook, with_kwargs=True)
 
-        # Where experts are told otherwise, by what the router says, less its logits.
+        # Experts without arguments of their own are observed by the router's output, without its logits.
         def note_output(module: nn.Module, args: Any, output: Any, note: Any = note_values, c: Any = contract) -> None:
-            note(_told(c, output))
+            note(_without_logits(c, output))
 
         router.register_forward_hook(note_output)
     return seen
 
 
-def _told(contract: RouterContract, output: Any) -> list[Any]:
+def _without_logits(contract: RouterContract, output: Any) -> list[Any]:
     parts = as_tuple(output)
-    if contract.choices is not None:  # sorted by expert: nothing else to read it by
+    if contract.choices is not None:  # sorted by expert: only the contract can read it
         return [contract.choices(parts).reshape(-1, contract.top_k)]
-    return [part for place, part in enumerate(parts) if place != contract.logits]
+    return [part for index, part in enumerate(parts) if index != contract.logits]
 
 
 def _as_choices(value: Any, contract: RouterContract) -> Tensor | None:
-    """A tensor as indices of the chosen experts, (tokens, K), if it can be read so."""
+    """Read a tensor as indices of the chosen experts, (tokens, K); None if it is something else."""
     if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype == torch.bool:
         return None
     rows = value.reshape(-1, value.shape[-1])
@@ -56,23 +56,23 @@ def _as_choices(value: Any, contract: RouterContract) -> Tensor | None:
     num_chosen = (rows != 0).sum(1)
     if bool((num_chosen == contract.top_k).all()):
         return (rows != 0).long().topk(contract.top_k).indices
-    # Experts that are given all logits take the highest themselves.
+    # Experts that receive all logits take the top-k themselves.
     return rows.topk(contract.top_k).indices if bool((num_chosen == rows.shape[1]).all()) else None
 
 
 def naive_counts(notes: list[Tensor], mask: Tensor, num_experts: int) -> tuple[Tensor, int]:
-    """Count by loops which experts were chosen together.
+    """Count co-selections by loops.
 
     Args:
-        notes: What `watch_choices` noted of one router, in one forward. Shape of each: (tokens, K).
+        notes: Choices of one router in one forward, from `watch_choices`. Shape of each: (tokens, K).
         mask: 0 for padding. Shape: (rows, length).
-        num_experts: E.
+        num_experts: Number of experts, E.
 
     Returns:
-        How often each pair was chosen, shape (E, E), and by how many tokens.
+        The count of each pair, shape (E, E), and the number of tokens.
     """
     pairs, num_tokens = torch.zeros(num_experts, num_experts), 0
-    for indices in notes[:1]:  # what the router said, or the experts were told after it, is the same
+    for indices in notes[:1]:  # further notes of the same forward repeat the first
         kept = mask.reshape(-1).tolist() if mask.numel() == len(indices) else [1] * len(indices)
         for counts, chosen in zip(kept, indices.tolist(), strict=True):
             if not counts:

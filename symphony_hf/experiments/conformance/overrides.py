@@ -1,13 +1,13 @@
-"""What the rule of `shrinking.py` cannot know about a family, and which families it cannot serve."""
+"""Settings that a family needs beyond the rule of `tiny.shrink`, and the families that have no tiny model."""
 
 from typing import Any
 
 _GEMMA_MOE = {"enable_moe_block": True, "moe_intermediate_size": 16}  # of Gemma 4, only the 26B-A4B is a mixture
-_GEMMA_VISION = {"model_type": "gemma4_vision"}  # which a default config is without
+_GEMMA_VISION = {"model_type": "gemma4_vision"}  # missing in a default config
 _HALF_SLIDING = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _HALF_SHARED = {"indexer_types": ["full", "shared", "full", "shared"]}
 _HALF_INDEXED = {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention", "minimax_m3_sparse"]}
-# The sections, of positions in time, height and width, make up half a head's dimensions.
+# The sections (time, height, width) add up to half of a head's dimensions.
 _IMAGE_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2]}
 _QWEN4 = {
     "indexer_n_heads": 2,
@@ -74,7 +74,7 @@ NOT_BUILT: dict[str, str] = {
     "qwen3_omni_moe": "the whole has no forward, it only generates; its thinker, qwen3_omni_moe_thinker, has a row",
     "vitpose_backbone": "the number of the dataset, given with the input, chooses its expert; nothing routes",
 }
-# Broken in transformers itself: in which releases, and how.
+# Broken in transformers itself: the releases, and the fault.
 BROKEN: dict[str, tuple[str, str]] = {
     "doge": ("<5.23", "its decoder layer takes the pair that its experts return, of states and logits, for the states"),
     "llama4": ("==5.24.*", "its forward reads `image_outputs` off its text model's output, which has none"),

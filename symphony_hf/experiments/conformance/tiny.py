@@ -1,7 +1,6 @@
-"""A tiny model of every Mixture-of-Experts family that the installed transformers has.
+"""Tiny models of every Mixture-of-Experts family of the installed transformers, which run in milliseconds.
 
-The families are found, not listed, so that one that a new release adds is there at once: in `moe_families`, and, if
-the rule of `shrinking.py` fits it, as a model that runs in milliseconds.
+Families are found, not listed, so that those of a new release are tested at once, if the rule of `shrink` fits them.
 """
 
 import dataclasses
@@ -27,7 +26,6 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from .batches import tiny_batch, tiny_images
 from .overrides import BROKEN, NOT_BUILT, OVERRIDES
 
 _VOCAB = 128
@@ -35,9 +33,9 @@ _HIDDEN = 32
 _NUM_LAYERS = 4
 _NUM_EXPERTS = 8
 _TOP_K = 2
-_INIT_STD = 0.1  # the usual 0.02 is for wide layers: in narrow ones hardly a token would differ from the next
+_INIT_STD = 0.1  # the usual 0.02 suits wide layers; in narrow ones, tokens would hardly differ
 
-# The first rule whose pattern is the whole of a name gives the largest value that it may keep.
+# Maximum value by a pattern of the setting's name; the first match counts.
 _AT_MOST = [
     (r"(qk_)?rope_head_dim|rotary_dim", 8),
     (r".*head_dim|head_size|mamba_d_head|d_kv|kv_channels", 16),
@@ -68,11 +66,11 @@ _STACK_DEPTHS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
 def shrink(config_class: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
-    """A tiny config of this class.
+    """Build a tiny config of a class.
 
     Args:
-        config_class: The family's.
-        overrides: What to set instead of what the rule gives; for a nested config, a dict under its name.
+        config_class: The family's config class.
+        overrides: Settings that replace the rule's; for a nested config, a dict under its name.
     """
     default = config_class()
     nested = config_class.sub_configs
@@ -116,18 +114,18 @@ def _shrink(name: str, value: Any) -> Any:
 
 
 def _shrink_stack(own: dict[str, Any], per_layer: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Fewer layers, with one of every kind that the family's lists of a value per layer tell apart.
+    """Reduce the number of layers, keeping one of every kind in the family's lists of a value per layer.
 
     Args:
-        own: The config's values.
-        per_layer: What single layers have instead, where transformers lets them differ.
+        own: Values of the config.
+        per_layer: Values of single layers that differ from the rest.
     """
     depth_name = next((name for name in _STACK_DEPTHS if isinstance(own.get(name), int)), None)
     if depth_name is None:
         return {}
     depth = own[depth_name]
     lists = {name: value for name, value in own.items() if isinstance(value, list) and len(value) == depth}
-    # A list of the layers' own numbers is derived, and the config makes it anew.
+    # A list of the layers' own indices is derived: the config makes it anew.
     lists = {name: value for name, value in lists.items() if value != list(range(depth))}
     kinds = list(zip(*lists.values(), (str(per_layer.get(layer)) for layer in range(depth)), strict=True))
     kept = {kinds.index(kind) for kind in kinds}
@@ -138,21 +136,19 @@ def _shrink_stack(own: dict[str, Any], per_layer: dict[int, dict[str, Any]]) -> 
         tiny[name] = [_shrink(name, value[layer]) for layer in sorted(kept)]
     if per_layer:
         tiny["per_layer_config"] = {
-            place: {name: _shrink(name, value) for name, value in per_layer.get(layer, {}).items()}
-            for place, layer in enumerate(sorted(kept))
+            index: {name: _shrink(name, value) for name, value in per_layer.get(layer, {}).items()}
+            for index, layer in enumerate(sorted(kept))
         }
     return tiny
 
 
 def _renumber_tokens(own: dict[str, Any]) -> dict[str, int]:
-    """Put the placeholders of images, and whatever else marks a place in the text, at the vocabulary's end."""
+    """Move the ids of placeholder and marker tokens to the end of the vocabulary."""
     names = [name for name in own if re.fullmatch(r".*_token_(id|index)", name) and name not in _SPECIAL_TOKENS]
-    return {name: _VOCAB - 1 - place for place, name in enumerate(names)}
+    return {name: _VOCAB - 1 - index for index, name in enumerate(names)}
 
 
-__all__ = ["moe_families", "tiny_batch", "tiny_config", "tiny_images", "tiny_model", "why_not_built"]
-
-# A model with images comes whole; its text part has a row of its own where transformers can load it on its own.
+# A multimodal model is built whole; its text part is a family of its own if transformers can load it alone.
 _AUTO_CLASSES: tuple[tuple[Any, Mapping[str, Any]], ...] = (
     (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -168,10 +164,10 @@ _LOGIT_STD, _BIAS_STD = 2.0, 0.1
 
 @cache
 def moe_families() -> list[str]:
-    """The model types, sorted, whose modeling module has a router or experts in it.
+    """Return the sorted model types whose modeling module has a router or experts.
 
-    Read off the source, so that no module is imported. A part of a model that no Auto class loads on its own, such as
-    a vision encoder, has no row.
+    The source is searched, so that no module is imported. A part of a model that no Auto class loads on its own, such
+    as a vision encoder, is left out.
     """
     models = Path(transformers.__file__).parent / "models"
     modules = {
@@ -186,7 +182,7 @@ def moe_families() -> list[str]:
 
 
 def why_not_built(model_type: str) -> str | None:
-    """Why a family has no tiny model under the installed transformers; None where it has one."""
+    """Return why a family has no tiny model under the installed transformers; None if it has one."""
     releases, fault = BROKEN.get(model_type, ("<0", ""))
     if SpecifierSet(releases, prereleases=True).contains(transformers.__version__):
         return f"broken in transformers {releases}: {fault}"
@@ -194,7 +190,7 @@ def why_not_built(model_type: str) -> str | None:
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The family's own config, shrunk.
+    """Return the family's own config, shrunk.
 
     Raises:
         ValueError: If the family cannot be built tiny, with the reason.
@@ -205,7 +201,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of the family, in eval mode, with seeded random weights and routers that tell the experts apart.
+    """Build a model of the family in eval mode, with seeded random weights and distinct experts' logits.
 
     Raises:
         ValueError: If the family cannot be built tiny, with the reason.
@@ -223,12 +219,12 @@ def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def auto_class_of(model_type: str) -> Any:
-    """The Auto class that loads a family whole; None where there is none."""
+    """Return the Auto class that loads a family whole; None if there is none."""
     return next((auto_class for auto_class, names in _AUTO_CLASSES if model_type in names), None)
 
 
 def _keep_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """Widen what `from_pretrained` would have kept wide; `from_config` does not look."""
+    """Cast to float32 what `from_pretrained` keeps in float32 and `from_config` does not."""
     wide = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and any(re.search(rf"(^|\.){part}($|\.)", name) for part in wide):
@@ -237,13 +233,13 @@ def _keep_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _spread_routers(model: PreTrainedModel) -> None:
-    """Draw the routers anew, so that hardly two experts have near logits, and the biases that only select matter.
+    """Redraw the routers, so that logits are well apart and selection biases matter.
 
-    Families leave their biases at zero, and some their routers, for the checkpoint to fill.
+    Families initialize these biases, and some their routers, to zero.
     """
     for name, module in model.named_modules():
         if _ROUTER.fullmatch(type(module).__name__) or _ROUTER.fullmatch(name.rpartition(".")[2]):
-            # Gemma 4 and Muse Spark scale what goes into the product, or what comes out of it.
+            # Gemma 4 and Muse Spark scale the product's input or output.
             scale = getattr(module, "scalar_root_size", 1.0) * getattr(module, "output_multiplier", 1.0)
             for parameter in module.parameters():
                 if parameter.dim() == 2:
@@ -254,8 +250,8 @@ def _spread_routers(model: PreTrainedModel) -> None:
         if _SELECTION_BIAS.fullmatch(name):
             tensor.normal_(std=_BIAS_STD)
             if name.endswith("balancing_biases"):
-                tensor[-1] = -1.0  # of the expert that does nothing; ZAYA sets it on every load
+                tensor[-1] = -1.0  # the expert that does nothing; ZAYA sets it on every load
         elif name.endswith("tid2eid"):
-            # DeepSeek-V4's first routers look their experts up by the token.
+            # DeepSeek-V4's first routers look up experts by token id.
             num_experts = model.config.get_text_config().n_routed_experts
             tensor.copy_(torch.rand(len(tensor), num_experts).topk(tensor.shape[1]).indices)

@@ -1,1 +1,1 @@
-"""The same training in every arrangement: accumulation, ranks, ZeRO, checkpointing, compile."""
+"""Invariance of training: accumulation, ranks, ZeRO, checkpointing, packing and compile give the same graphs."""

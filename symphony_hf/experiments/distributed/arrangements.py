@@ -1,4 +1,4 @@
-"""The arrangements that must compute the same, the small model that they train, and each one's part of the batch."""
+"""The arrangements to compare, the small model that they train, and their parts of the batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,18 +16,19 @@ LEARNING_RATE = 0.05
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How one optimizer step is run.
+    """A way to run one optimizer step.
 
     Attributes:
-        accumulation: Micro-batches a step and rank.
-        ranks: Processes.
-        zero: DeepSpeed's stage; None: no DeepSpeed, but DistributedDataParallel where there are ranks.
-        offload: Whether DeepSpeed keeps the optimizer's states on the CPU.
-        checkpointing: Whether activations are recomputed, and if so how.
-        packed: Whether rows stand one behind the other in a single row, without padding.
-        compiled: Whether the model is traced by torch.compile.
-        scope: Of the balance loss; None where it has no weight.
-        z_loss_weight: At the routers, 0.01 makes its gradient a hundred times the cross-entropy's.
+        accumulation: Micro-batches per step and rank.
+        ranks: Number of processes.
+        zero: DeepSpeed's ZeRO stage; None for DistributedDataParallel or a single process.
+        offload: Whether DeepSpeed keeps the optimizer states on the CPU.
+        checkpointing: `reentrant` or `non-reentrant` activation checkpointing; None without.
+        packed: Whether sequences are concatenated into a single row without padding.
+        compiled: Whether the model is compiled by torch.compile.
+        scope: Scope of the balance loss; None without that loss.
+        z_loss_weight: Weight of the z-loss; with 0.01 its gradient at the routers is a hundred times the
+            cross-entropy's.
     """
 
     accumulation: int = 1
@@ -82,7 +83,7 @@ ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
 
 
 def make_model(arrangement: Arrangement) -> PreTrainedModel:
-    """A small OLMoE, the same for every arrangement, symphonized."""
+    """Build a small symphonized OLMoE, with the same weights for every arrangement."""
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=VOCAB,
@@ -115,9 +116,9 @@ def make_model(arrangement: Arrangement) -> PreTrainedModel:
 
 
 def micro_batches(arrangement: Arrangement, step: int, rank: int) -> Iterator[dict[str, Tensor]]:
-    """The parts of a step's batch that one rank runs, in order.
+    """Yield the micro-batches of one rank in a step.
 
-    Every row has as many tokens, with padding before, behind, or on both sides, so that all parts weigh the same.
+    All rows have the same number of tokens, with padding on either or both sides, so that all parts weigh the same.
     """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(1, VOCAB, (NUM_ROWS, NUM_TOKENS), generator=generator)
@@ -133,9 +134,9 @@ def _padded(rows: Tensor) -> dict[str, Tensor]:
     ids, labels, mask = torch.zeros(shape).long(), torch.full(shape, -100), torch.zeros(shape).long()
     for row, tokens in enumerate(rows):
         first = row % (LENGTH - NUM_TOKENS + 1)
-        place = slice(first, first + NUM_TOKENS)
-        ids[row, place], mask[row, place], labels[row, place] = tokens, 1, tokens
-        labels[row, first] = -100  # nothing before it to predict it from
+        span = slice(first, first + NUM_TOKENS)
+        ids[row, span], mask[row, span], labels[row, span] = tokens, 1, tokens
+        labels[row, first] = -100  # no token before it to predict it from
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 

@@ -1,7 +1,7 @@
-"""The same training in many arrangements: gradient accumulation, ranks, ZeRO, checkpointing, packing, compile.
+"""`symphony check distributed`: the same training under accumulation, ranks, ZeRO, checkpointing, packing and compile.
 
-One run on the union batch is the measure. Every arrangement sees the same tokens in each optimizer step, so the graphs
-must be the same numbers, and every gradient the same to rounding, step by step.
+The reference is one run on the union batch. Every arrangement sees the same tokens in each optimizer step, so graphs
+must be bitwise equal and gradients equal up to rounding, at every step.
 """
 
 import importlib.util
@@ -13,34 +13,34 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs
+from symphony_hf.tables import Table, TableCell
 
 from .arrangements import ARRANGEMENTS, NUM_STEPS, Arrangement, make_model, micro_batches
 from .loops import DeepSpeedLoop, PlainLoop, local_group
 
 GRADIENT_TOLERANCE = 1e-5
-"""Sums of float32 in another order, of hundreds of terms, over the largest of the sums."""
+"""Float32 sums of hundreds of terms in a different order, relative to the largest sum."""
 
 WEIGHT_TOLERANCE = NUM_STEPS * torch.finfo(torch.float32).eps
-"""Each step rounds a weight once."""
+"""One rounding of a weight per step."""
 
 _GRADIENT = "gradient."
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run left behind, step by step.
+    """Record of a run, step by step.
 
     Attributes:
-        graphs: After each step, all routers' stacked. Shape: (steps, routers, num_experts, num_experts).
-        weights: The routers'. Shape: (steps, routers, num_experts, hidden_size).
-        gradients: What the optimizer was given, by parameter. Shape of each: (steps, *the parameter's).
+        graphs: Graphs of all routers after each step. Shape: (steps, routers, num_experts, num_experts).
+        weights: Weights of the routers after each step. Shape: (steps, routers, num_experts, hidden_size).
+        gradients: Gradients by parameter. Shape of each: (steps, *parameter shape).
     """
 
     graphs: Tensor
@@ -50,16 +50,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arrangement beside the run that it must equal.
+    """Comparison of an arrangement with its reference.
 
     Attributes:
-        name: Of the arrangement.
-        reference: Of that run; the same name where it is the measure itself.
-        graphs_equal: Whether all graphs are the same bits in all steps, on every rank.
-        gradient_difference: The largest difference of a gradient, of any parameter, step and rank, over the largest
-            of that parameter in that step.
-        weight_difference: The largest difference of a router's weight, over the largest of these weights.
-        skipped: Why it was not run.
+        name: Name of the arrangement.
+        reference: Name of the reference run; its own name for a reference.
+        graphs_equal: Whether all graphs are bitwise equal, at every step and on every rank.
+        gradient_difference: Largest difference of a gradient, over parameters, steps and ranks, relative to that
+            parameter's largest in that step.
+        weight_difference: Largest difference of a router's weight, relative to the largest weight.
+        skipped: Reason why it was not run.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Comparison:
 
 
 def run(arrangement: Arrangement, rank: int = 0) -> Trace:
-    """Train and take notes, on one rank."""
+    """Train under an arrangement on one rank, and record each step."""
     model = make_model(arrangement)
-    update_graphs(model)  # this loop says when the graphs move
+    update_graphs(model)  # from here on this loop commits the graphs
     loop = DeepSpeedLoop(model, arrangement) if arrangement.zero is not None else PlainLoop(model, arrangement)
     graphs, weights, gradients = [], [], []
     for step in range(NUM_STEPS):
@@ -86,15 +86,15 @@ def run(arrangement: Arrangement, rank: int = 0) -> Trace:
         update_graphs(model)
         graphs.append(torch.stack(list(expert_graphs(model).values())))
         weights.append(loop.router_weights())
-    stacked = {name: torch.stack([seen[name] for seen in gradients]) for name in gradients[0]}
+    stacked = {name: torch.stack([step[name] for step in gradients]) for name in gradients[0]}
     return Trace(torch.stack(graphs), torch.stack(weights), stacked)
 
 
 def run_ranks(names: list[str]) -> dict[str, list[Trace]]:
-    """Run arrangements of several ranks in processes of their own, over gloo on this machine.
+    """Run arrangements of several ranks in child processes, over gloo on this machine.
 
     Returns:
-        The traces of all ranks, by name.
+        The traces of all ranks, by the arrangement's name.
     """
     traces: dict[str, list[Trace]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def _read_trace(path: Path) -> Trace:
 def _run_on_rank(rank: int, ranks: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    warnings.simplefilter("ignore")  # DeepSpeed's, about itself
+    warnings.simplefilter("ignore")  # from DeepSpeed
     settings = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in settings.items()}, DS_ACCELERATOR="cpu")
     with local_group(rank, ranks, Path(folder) / f"rendezvous-{ranks}"):
@@ -133,12 +133,12 @@ def _run_on_rank(rank: int, ranks: int, names: list[str], folder: str) -> None:
 
 
 def compare(names: list[str] | None = None) -> list[Comparison]:
-    """Run arrangements and the runs that they must equal: a minute or two for all.
+    """Run arrangements and their references, which takes a minute or two for all.
 
     Args:
-        names: Of ARRANGEMENTS; all when None.
+        names: Keys of ARRANGEMENTS; all if None.
     """
-    logging.set_verbosity_error()  # of settings that a checkpointed model changes for itself
+    logging.set_verbosity_error()  # silences notes about settings that checkpointing changes
     wanted = list(ARRANGEMENTS if names is None else names)
     why_not = {name: reason for name in wanted if (reason := _why_not(ARRANGEMENTS[name][0]))}
     to_run = dict.fromkeys(name for n in wanted if n not in why_not for name in (ARRANGEMENTS[n][1], n))
@@ -173,7 +173,7 @@ def _compare(name: str, traces: list[Trace], reference: Trace) -> Comparison:
 
 def _gradient_difference(trace: Trace, reference: Trace) -> float:
     if trace.gradients.keys() != reference.gradients.keys():
-        return float("inf")  # a parameter has no gradient in one of them
+        return float("inf")  # a parameter has a gradient in only one of them
     return max(
         float(((trace.gradients[name] - wanted).flatten(1).abs().amax(1) / wanted.flatten(1).abs().amax(1)).max())
         for name, wanted in reference.gradients.items()
@@ -181,27 +181,22 @@ def _gradient_difference(trace: Trace, reference: Trace) -> float:
 
 
 def print_comparisons(comparisons: list[Comparison], console: Console | None = None) -> None:
-    """The comparisons as a table."""
-    console = console or Console()
-    table = Table(title=f"{NUM_STEPS} steps, each arrangement beside the run that it must equal", title_justify="left")
-    for name in ("arrangement", "must equal", "graphs", "gradients, off by", "weights, off by", ""):
-        table.add_column(name)
-    for row in comparisons:
-        table.add_row(row.name, *_cells(row))
-    console.print(table)
-    console.print(
-        "Graphs: on every rank, after every step. Gradients of the cross-entropy and the router losses: of every "
-        "parameter, step and rank, over that parameter's largest. Weights: the routers', over the largest.",
-        highlight=False,
-    )
+    """Print the comparisons as a table."""
+    Table(
+        f"{NUM_STEPS} steps of each arrangement, compared with its reference",
+        ["arrangement", "reference", "graphs", "gradients, off by", "weights, off by", ""],
+        [[row.name, *_cells(row)] for row in comparisons],
+        caption="Graphs: on every rank, after every step. Gradients (cross-entropy and router losses) and the routers' "
+        "weights: largest difference, relative to the largest value.",
+    ).print(console)
 
 
-def _cells(row: Comparison) -> list[str]:
+def _cells(row: Comparison) -> list[TableCell | str]:
     if row.skipped:
         return [row.reference, "", "", "", row.skipped]
     if row.name == row.reference:
-        return ["", "", "", "", "the measure"]
-    off_by = [f"{difference:.1e}" for difference in (row.gradient_difference, row.weight_difference)]
+        return ["", "", "", "", "the reference"]
+    off_by = [TableCell(f"{off:.1e}", off) for off in (row.gradient_difference, row.weight_difference)]
     return [
         row.reference,
         "same bits" if row.graphs_equal else "DIFFER",

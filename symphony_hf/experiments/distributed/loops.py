@@ -1,4 +1,4 @@
-"""Loops of bare PyTorch and of DeepSpeed's engine, which show the gradients that their optimizer is given."""
+"""Training loops of plain PyTorch and of DeepSpeed's engine that expose the gradients of each step."""
 
 import contextlib
 import gc
@@ -19,7 +19,7 @@ from .arrangements import LEARNING_RATE, NUM_ROWS, Arrangement
 
 
 class PlainLoop:
-    """PyTorch alone, or DistributedDataParallel."""
+    """Training loop of plain PyTorch or DistributedDataParallel."""
 
     def __init__(self, model: PreTrainedModel, arrangement: Arrangement) -> None:
         self.model = model
@@ -33,24 +33,24 @@ class PlainLoop:
             self.forward = torch.compile(model, backend="aot_eager", fullgraph=True)
 
     def step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One step of the optimizer; returns the gradients that it was given, by parameter."""
-        for place, batch in enumerate(batches):
-            last = place == len(batches) - 1
+        """Run one optimizer step and return the gradients of the parameters."""
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
             is_ddp = isinstance(self.forward, nn.parallel.DistributedDataParallel)
             with contextlib.nullcontext() if last or not is_ddp else self.forward.no_sync():
                 (self.forward(**batch).loss / self.accumulation).backward()
-        seen = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return seen
+        return gradients
 
     def router_weights(self) -> Tensor:
-        """Shape: (routers, num_experts, hidden_size)."""
+        """Return the routers' weights. Shape: (routers, num_experts, hidden_size)."""
         return torch.stack([router.weight.detach().clone() for _, router in symphony_routers(self.model)])  # type: ignore[attr-defined]
 
 
 class DeepSpeedLoop:
-    """DeepSpeed's engine."""
+    """Training loop of DeepSpeed's engine."""
 
     def __init__(self, model: PreTrainedModel, arrangement: Arrangement) -> None:
         import deepspeed
@@ -64,7 +64,7 @@ class DeepSpeedLoop:
             "train_micro_batch_size_per_gpu": NUM_ROWS // arrangement.accumulation // arrangement.ranks,
             "gradient_accumulation_steps": arrangement.accumulation,
             "zero_optimization": zero,
-            "gradient_clipping": 0.0,  # 1 where nothing is said
+            "gradient_clipping": 0.0,  # the default is 1
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
         }
@@ -74,7 +74,7 @@ class DeepSpeedLoop:
         assert bool(self.engine.zero_use_cpu_optimizer()) == arrangement.offload
 
     def step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One step of the optimizer; returns the gradients that it was given, by parameter."""
+        """Run one optimizer step and return the gradients of the parameters."""
         from deepspeed.utils import safe_get_full_grad
 
         seen: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ class DeepSpeedLoop:
         return seen
 
     def router_weights(self) -> Tensor:
-        """Shape: (routers, num_experts, hidden_size)."""
+        """Return the routers' weights. Shape: (routers, num_experts, hidden_size)."""
         import deepspeed
 
         weights = [router.weight for _, router in symphony_routers(self.model)]  # type: ignore[attr-defined]
@@ -95,22 +95,23 @@ class DeepSpeedLoop:
             return torch.stack([weight.detach().clone().float() for weight in weights])
 
 
-_PATIENCE = timedelta(minutes=2)  # with a rank that does not come to a collective, before the others raise
+_TIMEOUT = timedelta(minutes=2)  # of collectives that a rank does not join
 
 
 @contextlib.contextmanager
 def local_group(rank: int, ranks: int, rendezvous: str | Path) -> Iterator[None]:
-    """Be one of `ranks` processes that find each other by a file.
+    """Join a gloo group of `ranks` processes on this machine.
 
-    What refers to the group, as DistributedDataParallel's reducer does, must not outlive it: have it in the locals of a
-    function that has returned. If the reducer is the last to let go, torch waits for gloo's threads to end and holds
-    the interpreter's lock meanwhile, which a thread that drops a tensor needs: now and then that waits forever
-    (pytorch/pytorch#56297).
+    Objects that refer to the group, such as DistributedDataParallel's reducer, must not outlive it: keep them in the
+    locals of a function that has returned. If the reducer holds the last reference, torch waits for gloo's threads
+    while it holds the GIL, which a thread that frees a tensor needs, and can deadlock (pytorch/pytorch#56297).
 
     Args:
-        rendezvous: The same path for all of them, of a file that does not exist yet.
+        rank: Rank of this process.
+        ranks: Number of processes.
+        rendezvous: Path of a file that does not exist yet, the same for all processes.
     """
-    dist.init_process_group("gloo", f"file://{rendezvous}", _PATIENCE, world_size=ranks, rank=rank)
+    dist.init_process_group("gloo", f"file://{rendezvous}", _TIMEOUT, world_size=ranks, rank=rank)
     try:
         yield
     finally:

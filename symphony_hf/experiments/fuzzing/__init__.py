@@ -1,4 +1,4 @@
-"""Files that were tampered with, by the thousand: each is loaded with valid graphs, or refused in our words."""
+"""Fuzzing of checkpoints: a tampered file loads with valid graphs, or is refused by a SymphonyError."""
 
 from .campaign import Outcome, fuzz, print_outcomes, try_case
 from .specimens import make_specimens

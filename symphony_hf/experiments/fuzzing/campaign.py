@@ -1,4 +1,4 @@
-"""One tampered file after the other, each loaded in a process that may crash, hang or eat memory, and is watched."""
+"""The fuzzing campaign: tampered files, loaded in a monitored process that may crash, hang or exhaust memory."""
 
 import collections
 import contextlib
@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -27,6 +26,7 @@ from symphony_hf.conversion.adapters.loading import load_adapter
 from symphony_hf.errors import SymphonyError
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.routing.graph import adjacency_problems
+from symphony_hf.tables import Table, TableCell
 
 from .mutations import MUTATIONS
 from .specimens import SPECIMENS, make_base, make_specimens
@@ -35,17 +35,17 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class MemoryPeak:
-    """Within it, memory is watched. Linux alone tells the peak of a stretch; elsewhere `taken` stays 0.
+    """Context manager that measures peak memory growth. Linux only; elsewhere `taken` stays 0.
 
     Attributes:
-        taken: Bytes by which the process grew at most.
+        taken: Peak growth of the process, in bytes.
     """
 
     taken = 0
 
     def __enter__(self) -> "MemoryPeak":
         if sys.platform == "linux":
-            _CLEAR.write_text("5")  # the peak is from here on
+            _CLEAR.write_text("5")  # resets the peak
             self._before = _kilobytes("VmRSS")
         return self
 
@@ -62,24 +62,24 @@ def _kilobytes(name: str) -> int:
 
 
 MOST_SECONDS = 10.0
-"""Of a case. On an idle core they take some hundredths of a second."""
+"""Time limit of a case, which takes some hundredths of a second on an idle core."""
 ALLOWANCE = 32 * 2**20
-"""Bytes that a case may take beside twice its files' size: Python's own, of modules and configs."""
+"""Bytes that a case may use beyond twice the size of its files, for modules and configs."""
 
 Verdict = Literal["loaded", "refused", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """Result of a case.
 
     Attributes:
-        case: Its number; with the seed it makes the same files again.
-        specimen: What was tampered with.
-        target: Which part of it.
-        change: How.
-        verdict: `loaded`: with valid graphs. `refused`: by a SymphonyError. `failed`: anything else.
-        detail: The error, or what is wrong.
+        case: Number of the case, which with the seed determines its files.
+        specimen: Checkpoint that was tampered with.
+        target: Tampered part.
+        change: Description of the change.
+        verdict: `loaded` with valid graphs, `refused` by a SymphonyError, or `failed` in any other way.
+        detail: The error, or the problems found.
     """
 
     case: int
@@ -91,16 +91,16 @@ class Outcome:
 
 
 class _OutOfTime(BaseException):
-    """No error that a loader could take for a broken file."""
+    """A timeout. Not an Exception, so that no loader takes it for a broken file."""
 
 
 def try_case(case: int, seed: int, specimens: Path) -> Outcome:
-    """Tamper with a copy of a specimen, load it, and judge what comes of it.
+    """Tamper with a copy of a specimen, load it, and judge the outcome.
 
     Args:
-        case: Its number.
-        seed: Of all cases.
-        specimens: From `make_specimens`.
+        case: Number of the case.
+        seed: Seed of the campaign.
+        specimens: Folder written by `make_specimens`.
     """
     rng = random.Random(f"{seed}/{case}")
     specimen = rng.choice(SPECIMENS)
@@ -114,7 +114,7 @@ def try_case(case: int, seed: int, specimens: Path) -> Outcome:
 
 
 def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
-    """Load it within the limits. Whatever is no SymphonyError is a failure, and named."""
+    """Load a checkpoint within the limits. Any error but a SymphonyError is a failure."""
     base = make_base() if specimen == "adapter" else None
     try:
         with _limited(MOST_SECONDS), MemoryPeak() as memory, warnings.catch_warnings():
@@ -124,7 +124,7 @@ def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
         verdict, detail = _refusal(error)
     except _OutOfTime:
         return "failed", f"not done after {MOST_SECONDS:g} seconds"
-    except Exception as error:  # noqa: BLE001 - to find what is raised here is what this is for
+    except Exception as error:  # noqa: BLE001 - finding such errors is the purpose
         return "failed", f"{type(error).__name__}: {error}"
     else:
         problems = _problems(model)
@@ -135,17 +135,17 @@ def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
 
 
 def _refusal(error: SymphonyError) -> tuple[Verdict, str]:
-    """A refusal counts where it came before what it refuses, not where memory had run out."""
+    """Accept a refusal unless it came from running out of memory."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    told = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     tried = any("allocate" in str(one) or isinstance(one, MemoryError) for one in chain)
-    return ("failed", f"tried to allocate: {told}") if tried else ("refused", told)
+    return ("failed", f"tried to allocate: {message}") if tried else ("refused", message)
 
 
 def _problems(model: torch.nn.Module) -> list[str]:
-    """What is wrong with a loaded model's graphs, by themselves and as they route."""
+    """Return the problems of a loaded model's graphs and transition matrices."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGraph)}
     problems = [] if found else ["loaded without graphs"]
     for name, graph in found.items():
@@ -175,14 +175,14 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 def fuzz(cases: int, seed: int = 0) -> list[Outcome]:
-    """Try cases in another process, which is started anew where one ends it.
+    """Run cases in a child process, which is restarted when a case ends it.
 
     Args:
-        cases: How many.
-        seed: Of all of them.
+        cases: Number of cases.
+        seed: Seed of the campaign.
 
     Returns:
-        Their outcomes, in order.
+        The outcomes, in order.
     """
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=cases, desc="Fuzzing", unit=" cases", delay=2) as bar:
@@ -195,20 +195,20 @@ def fuzz(cases: int, seed: int = 0) -> list[Outcome]:
 
 
 def _in_a_process(cases: range, seed: int, specimens: Path) -> Iterator[Outcome]:
-    """Outcomes up to the first case that the process does not survive, which is among them."""
+    """Yield outcomes up to and including the first case that the process does not survive."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(there, cases, seed, specimens), daemon=True)
     process.start()
     there.close()
-    limit = 120.0  # of the start, which imports torch; of a case below
+    limit = 120.0  # for the start, which imports torch; shorter for the cases below
     done = cases.start
     try:
         while done < cases.stop:
             ready = here.poll(limit)
             outcome = here.recv() if ready else None
             if outcome is None:
-                yield Outcome(done, "", "", "", "failed", "the process hangs, and takes no signal")
+                yield Outcome(done, "", "", "", "failed", "the process hangs and ignores signals")
                 return
             yield outcome
             done, limit = done + 1, 3 * MOST_SECONDS
@@ -229,17 +229,15 @@ def _work(connection: Connection, cases: range, seed: int, specimens: Path) -> N
 
 
 def print_outcomes(outcomes: list[Outcome], console: Console | None = None) -> None:
-    """How many of what, and each failure by itself."""
+    """Print the number of each verdict, and every failure."""
     console = console or Console()
     verdicts: tuple[Verdict, ...] = ("loaded", "refused", "failed")
-    table = Table(title=f"{len(outcomes):,} tampered files", title_justify="left")
-    for number, name in enumerate(("specimen", "changed", *verdicts)):
-        table.add_column(name, justify="left" if number < 2 else "right")
+    rows = []
     ordered = sorted(outcomes, key=lambda outcome: (outcome.specimen, outcome.target))
     for key, group in itertools.groupby(ordered, key=lambda outcome: (outcome.specimen, outcome.target)):
         counts = collections.Counter(outcome.verdict for outcome in group)
-        table.add_row(*key, *(str(counts[verdict]) for verdict in verdicts))
-    console.print(table)
+        rows.append([*key, *(TableCell(str(counts[verdict]), counts[verdict]) for verdict in verdicts)])
+    Table(f"{len(outcomes):,} tampered files", ["specimen", "changed", *verdicts], rows).print(console)
     for outcome in outcomes:
         if outcome.verdict == "failed":
             where = f"case {outcome.case} ({outcome.specimen}, {outcome.target}, {outcome.change})"

@@ -1,4 +1,4 @@
-"""Seeded ways to tamper with a checkpoint's files."""
+"""Seeded mutations of a checkpoint's files."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Mutation = Callable[[Path, random.Random], str]
-"""Changes the files of a folder, and says how."""
+"""A function that changes the files of a folder and describes the change."""
 
 _VALUES: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 3, 7, 4097, 2**31, 2**53, 2**63, 10**30, 0.5, -0.5, 1.5, 1e-300, 1e300),
@@ -23,65 +23,65 @@ _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4
 
 
 def mutate_settings(folder: Path, rng: random.Random) -> str:
-    """`symphony` of config.json: one setting, or the whole."""
+    """Mutate `symphony` in config.json: one setting, or all of it."""
     return _mutate_under(folder / "config.json", "symphony", rng)
 
 
 def mutate_upcycled(folder: Path, rng: random.Random) -> str:
-    """`upcycled` of config.json."""
+    """Mutate `upcycled` in config.json."""
     return _mutate_under(folder / "config.json", "upcycled", rng)
 
 
 def mutate_config(folder: Path, rng: random.Random) -> str:
-    """Any field of config.json, at any depth."""
+    """Mutate any field of config.json, at any depth."""
     file = folder / "config.json"
     values = json.loads(file.read_text())
-    told = _mutate_object(values, rng)
+    change = _mutate_object(values, rng)
     file.write_text(json.dumps(values))
-    return told
+    return change
 
 
 def mutate_config_text(folder: Path, rng: random.Random) -> str:
-    """The bytes of config.json."""
+    """Mutate the bytes of config.json."""
     return _mutate_text(folder / "config.json", rng)
 
 
 def mutate_record(folder: Path, rng: random.Random) -> str:
-    """The record beside an adapter: a field at any depth, or its bytes."""
+    """Mutate the record beside an adapter: a field at any depth, or its bytes."""
     return _mutate_json(folder / "symphony_config.json", rng)
 
 
 def mutate_peft_config(folder: Path, rng: random.Random) -> str:
-    """PEFT's config of an adapter: a field at any depth, or its bytes."""
+    """Mutate PEFT's config of an adapter: a field at any depth, or its bytes."""
     return _mutate_json(folder / "adapter_config.json", rng)
 
 
 def mutate_generation_config(folder: Path, rng: random.Random) -> str:
-    """generation_config.json: a field at any depth, or its bytes."""
+    """Mutate generation_config.json: a field at any depth, or its bytes."""
     return _mutate_json(folder / "generation_config.json", rng)
 
 
 def mutate_index(folder: Path, rng: random.Random) -> str:
-    """The index of shards, into which the weights are divided first: where it says a tensor is, or its bytes."""
+    """Split the weights into shards and mutate their index: the file of a tensor, or its bytes."""
     file, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    tensors, places = load_file(weights), dict[str, Any]()
+    tensors, weight_map = load_file(weights), dict[str, Any]()
     weights.unlink()
     names = sorted(tensors)
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         shard = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
-        places.update(dict.fromkeys(part, shard))
-    file.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+        weight_map.update(dict.fromkeys(part, shard))
+    file.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     if rng.random() < 0.4:
         return _mutate_json(file, rng)
     name = rng.choice(names)
-    places[name] = rng.choice([*_VALUES, "model-00001-of-00002.safetensors", "model-00003-of-00002.safetensors"])
-    file.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-    return f"{name} in {places[name]!r}"
+    weight_map[name] = rng.choice([*_VALUES, "model-00001-of-00002.safetensors", "model-00003-of-00002.safetensors"])
+    file.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return f"{name} in {weight_map[name]!r}"
 
 
 def mutate_header(folder: Path, rng: random.Random) -> str:
-    """The header of the safetensors: its length, its JSON, what it claims of a tensor; or the file's end."""
+    """Mutate the safetensors header (its length, its JSON, a tensor's entry), or the end of the file."""
     file = _weights(folder)
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -92,19 +92,19 @@ def mutate_header(folder: Path, rng: random.Random) -> str:
         file.write_bytes(claimed.to_bytes(8, "little") + header + data)
         return f"header length {claimed}"
     if way == "bytes":
-        flipped, told = _flip(header, rng)
+        flipped, change = _flip(header, rng)
         file.write_bytes(content[:8] + flipped + data)
-        return f"header {told}"
+        return f"header {change}"
     if way == "end":
         cut = rng.choice((rng.randrange(len(content)), 0, 7, 8, len(content) + 64))
         file.write_bytes(content[:cut] + b"\x00" * max(0, cut - len(content)))
         return f"file of {cut} bytes instead of {len(content)}"
     entries = json.loads(header)
     name = rng.choice(sorted(entries))
-    told = f"header of {name}: {_claim(entries, name, rng)}"
+    change = f"header of {name}: {_claim(entries, name, rng)}"
     encoded = json.dumps(entries).encode()
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
-    return told
+    return change
 
 
 def _claim(entries: dict[str, Any], name: str, rng: random.Random) -> str:
@@ -128,7 +128,7 @@ def _claim(entries: dict[str, Any], name: str, rng: random.Random) -> str:
 
 
 def mutate_graph(folder: Path, rng: random.Random) -> str:
-    """A graph's tensors: values, shape, type, or that it is there at all."""
+    """Mutate or remove a tensor of a graph: its values, shape or dtype."""
     file = _weights(folder)
     tensors = load_file(file)
     name = rng.choice(sorted(key for key in tensors if key.endswith((".adjacency", ".updates"))))
@@ -150,7 +150,7 @@ def _with_one(value: float) -> Callable[[Tensor, random.Random], Tensor]:
 
 
 def _far_apart(tensor: Tensor) -> Tensor:
-    """Symmetric, and its quotients are not in float32's range; a scalar becomes the smallest whole number."""
+    """Return a symmetric matrix whose ratios exceed float32; a scalar becomes the smallest integer."""
     if tensor.ndim != 2:
         return tensor.fill_(-(2**63))
     return torch.full_like(tensor, 1e20) - torch.eye(len(tensor)) * 1e20 + torch.eye(len(tensor)) * 1e-30
@@ -186,20 +186,20 @@ def _mutate_json(file: Path, rng: random.Random) -> str:
     if rng.random() < 0.3:
         return _mutate_text(file, rng)
     values = json.loads(file.read_text())
-    told = _mutate_object(values, rng)
+    change = _mutate_object(values, rng)
     file.write_text(json.dumps(values))
-    return told
+    return change
 
 
 def _mutate_under(file: Path, key: str, rng: random.Random) -> str:
     values = json.loads(file.read_text())
     if rng.random() < 0.15:
         values[key] = rng.choice(_VALUES)
-        told = f"{key} = {values[key]!r}"
+        change = f"{key} = {values[key]!r}"
     else:
-        told = f"{key}.{_mutate_object(values[key], rng)}"
+        change = f"{key}.{_mutate_object(values[key], rng)}"
     file.write_text(json.dumps(values))
-    return told
+    return change
 
 
 def _mutate_object(values: dict[str, Any], rng: random.Random) -> str:
@@ -225,26 +225,26 @@ def _mutate_text(file: Path, rng: random.Random) -> str:
     content = file.read_bytes()
     way = rng.choice(("flip", "flip", "cut", "deep", "replaced"))
     if way == "flip":
-        content, told = _flip(content, rng)
+        content, change = _flip(content, rng)
     elif way == "cut":
         content = content[: rng.randrange(len(content))]
-        told = f"cut to {len(content)} bytes"
+        change = f"cut to {len(content)} bytes"
     elif way == "deep":
         content = b'{"a":' * 100_000
-        told = "100,000 objects deep"
+        change = "100,000 objects deep"
     else:
         content = rng.choice((b"", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"\xef\xbb\xbf" + content, b"{}" * 2))
-        told = f"begins with {content[:4]!r}"
+        change = f"begins with {content[:4]!r}"
     file.write_bytes(content)
-    return told
+    return change
 
 
 def _flip(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     changed = bytearray(content)
-    places = [rng.randrange(len(changed)) for _ in range(rng.choice((1, 1, 4, 32)))]
-    for place in places:
-        changed[place] = rng.randrange(256)
-    return bytes(changed), f"{len(places)} bytes changed from {places[0]} on"
+    positions = [rng.randrange(len(changed)) for _ in range(rng.choice((1, 1, 4, 32)))]
+    for position in positions:
+        changed[position] = rng.randrange(256)
+    return bytes(changed), f"{len(positions)} bytes changed from {positions[0]} on"
 
 
 def _weights(folder: Path) -> Path:
@@ -275,4 +275,4 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         "graph": mutate_graph,
     },
 }
-"""Specimen -> what is done to it."""
+"""Mutations of each specimen, by the part that they change."""

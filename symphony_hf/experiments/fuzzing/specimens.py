@@ -1,4 +1,4 @@
-"""What is tampered with, each tiny and valid: a checkpoint with graphs, one with upcycled modules, an adapter."""
+"""The specimens, tiny and valid: a checkpoint with graphs, one with upcycled modules, and an adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,7 @@ _SHAPE = {
 
 
 def make_specimens(folder: Path) -> None:
-    """Write each into a folder of its name.
-
-    Args:
-        folder: Where to.
-    """
+    """Write each specimen into a subfolder of its name."""
     torch.manual_seed(0)
     config = MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2)
     _move(symphonize(AutoModelForCausalLM.from_config(config), warmup_steps=10)).save_pretrained(folder / "graphs")
@@ -49,14 +45,14 @@ def make_specimens(folder: Path) -> None:
 
 
 def make_base() -> PreTrainedModel:
-    """The model that the adapter is for."""
+    """Build the base model of the adapter."""
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(OlmoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2))
 
 
 @torch.no_grad()
 def _move(model: Any) -> Any:
-    """Give every graph the look of one that was trained."""
+    """Fill every graph with the values of a trained one."""
     for module in model.modules():
         if isinstance(module, ExpertGraph):
             random_EE = torch.rand(module.num_experts, module.num_experts)
