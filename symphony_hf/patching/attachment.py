@@ -13,7 +13,7 @@ from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import ConfigError, PatchError
 from symphony_hf.patching.families.discovery import FoundRouter
 
-from .counting import RouterStack
+from .counting import CoselectionCounter
 from .tracker import Tracker
 
 _OWN_LOSSES = {
@@ -51,19 +51,15 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
     """
     for module in model.modules():
         detach(module)
-    tracker, named = Tracker(), dict(model.named_modules())
+    tracker = Tracker()
     # Grouped in the order of the model's modules: every rank must reduce its counts in the same one.
     by_stack: dict[tuple[int, int], list[FoundRouter]] = {}
     for router in found:
         by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
-    for routers in by_stack.values():
-        owner = routers[0].owner
-        modules: list[Any] = [router.module for router in routers]
-        blocks = [named.get(router.name.rpartition(".")[0], owner) for router in routers]
-        stack = RouterStack(owner, modules, blocks, _mask_position(owner), tracker)
-        tracker.stacks.append(stack)
-        tracker.handles.append(owner.register_forward_pre_hook(stack.before_forward, with_kwargs=True))
-        tracker.handles.append(owner.register_forward_hook(stack.after_forward))
+    for key, routers in enumerate(by_stack.values()):
+        owner, modules = routers[0].owner, [router.module for router in routers]
+        shared = (tracker.state, tracker.checks, tracker.settle, tracker.place_scale)
+        tracker.counters.append(CoselectionCounter(key, owner, modules, _mask_position(owner), *shared))
     tracker.place_scale()
     model._symphony_tracker = tracker  # type: ignore[assignment]
     tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
@@ -84,7 +80,7 @@ def _attach_to_pretrained(
     patched = {id(router.module) for router in found}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
-            module.save_pretrained = SymphonySaver(module, settings, tracker.silenced)  # type: ignore[method-assign]
+            module.save_pretrained = SymphonySaver(module, settings, tracker.disabled_losses)  # type: ignore[method-assign]
             module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
@@ -95,7 +91,7 @@ def detach(module: nn.Module) -> None:
     tracker: Tracker | None = module.__dict__.pop("_symphony_tracker", None)
     if tracker is None:
         return
-    for handle in tracker.handles:
+    for handle in [*tracker.handles, *(handle for counter in tracker.counters for handle in counter.handles)]:
         handle.remove()
     tracker.remove_log_probs_hook()
     for part in module.modules():
@@ -103,13 +99,13 @@ def detach(module: nn.Module) -> None:
             del part.save_pretrained
             del part.push_to_hub
     mark_savers(module)
-    restore_losses(tracker.silenced)
+    restore_losses(tracker.disabled_losses)
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:
             module._loss_function = tracker.own_loss
-    tracker.stacks.clear()
-    tracker.silenced.clear()
+    tracker.counters.clear()
+    tracker.disabled_losses.clear()
     if isinstance(module, PreTrainedModel):
         strict = module.__dict__["_keep_in_fp32_modules_strict"]
         module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
@@ -118,8 +114,8 @@ def detach(module: nn.Module) -> None:
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the model. A function, not the tracker's method: a copy of the model has a tracker of its own."""
     tracker: Any = model._symphony_tracker
-    tracker.recorded_in_forward = False
-    tracker.outer_mask = kwargs.get("attention_mask")
+    tracker.state.recorded_in_forward = False
+    tracker.state.outer_mask = kwargs.get("attention_mask")
 
 
 def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -130,7 +126,7 @@ def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any)
     loss = getattr(output, "loss", None)
     # TRL's trainers make their loss of log-probabilities, and leave the output's own alone.
     is_used = getattr(output, "log_probs", None) is None
-    if isinstance(loss, Tensor) and is_used and not tracker.recorded_in_forward:
+    if isinstance(loss, Tensor) and is_used and not tracker.state.recorded_in_forward:
         output.loss = tracker.record_loss(loss)
 
 
@@ -159,7 +155,7 @@ def _silence_own_loss(model: PreTrainedModel, tracker: Tracker, names: tuple[str
             for name in names:
                 weight = holder.__dict__.get(name)
                 if isinstance(weight, int | float) and weight != 0:
-                    tracker.silenced.append((holder, name, weight))
+                    tracker.disabled_losses.append((holder, name, weight))
                     holder.__dict__[name] = 0.0
 
 
@@ -172,6 +168,8 @@ class RecordedLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = self.original(*args, **kwargs)
+        if not self.tracker.in_training_forward:
+            return loss
         return self.tracker.record_loss(loss, self._share_of_step(*args, **kwargs))
 
     def _share_of_step(self, *args: Any, **kwargs: Any) -> Tensor | float:
@@ -186,7 +184,8 @@ class RecordedLoss:
         if labels is None:
             labels = kwargs["labels"] if "labels" in kwargs else args[1]
             labels = labels[..., 1:] if self.original is ForCausalLMLoss else labels
-        return (labels != -100).sum() / num_items
+        # A step without any label has no tokens to share: its cross-entropy has no gradient, and neither have these.
+        return (labels != -100).sum() / torch.as_tensor(num_items).clamp(min=1)
 
 
 def tracker_of(model: nn.Module) -> Tracker:
@@ -211,10 +210,10 @@ def update_graphs(model: nn.Module) -> bool:
         PatchError: If the model is not symphonized.
     """
     tracker = tracker_of(model)
-    tracker.driven = True
+    tracker.state.driven = True
     moved = tracker.commit()
-    if not moved and tracker.guards.stepped_uncounted:
-        tracker.guards.warn_once(
+    if not moved and tracker.state.stepped_uncounted:
+        tracker.checks.warn_once(
             "an optimizer took a step, but nothing had been counted since the last call: the model runs in evaluation "
             "mode, in which `from_pretrained` returns it, so its graphs stay as they are and it has no router losses. "
             "Call `model.train()` before training"

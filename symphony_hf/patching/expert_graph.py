@@ -7,12 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.routing.graph import initial_adjacency, mix_with_identity, transition_matrix, without_autocast
+from symphony_hf.routing.graph import (
+    initial_adjacency,
+    mix_with_identity,
+    symmetrize,
+    transition_matrix,
+    without_autocast,
+)
 from symphony_hf.routing.smoothing import smooth_scores, smooth_sigmoid_scores, smooth_weight
 
 
 class ExpertGraph(nn.Module):
-    """A router's social graph of experts, and the matrix A that it routes with.
+    """A router's co-selection graph of experts, and the matrix A that it routes with.
 
     Args:
         num_experts: E.
@@ -37,7 +43,6 @@ class ExpertGraph(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.config = config
-        self._cached: tuple[Tensor, int, int, Tensor] | None = None
         adjacency_EE = initial_adjacency(num_experts, top_k, device)
         if config.graph == "learned":
             self.adjacency = nn.Parameter(adjacency_EE)
@@ -78,44 +83,29 @@ class ExpertGraph(nn.Module):
     def transition(self) -> Tensor:
         """The matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
 
-        It changes only when the graph does, so it is kept until `adjacency` or `updates` is written again. Not
-        for a learned graph, which needs its gradient, nor under torch.compile, which fuses it anyway.
+        It is computed anew at every call. Writes through `.data`, collectives and memory maps do not bump a tensor's
+        version, so nothing tells that a matrix computed before still belongs to the graph.
         """
-        if (
-            self.config.graph == "learned"
-            or torch.compiler.is_compiling()
-            or self.adjacency.is_inference()
-            or self.updates.is_inference()
-        ):
-            return self._compute_transition()
-        versions = self.adjacency._version, self.updates._version
-        cached = self._cached
-        if cached is None or cached[0] is not self.adjacency or cached[1:3] != versions:
-            # An inference tensor could not be saved for a later backward.
-            with torch.inference_mode(False), torch.no_grad():
-                cached = self._cached = (self.adjacency, *versions, self._compute_transition())
-        return cached[3]
+        adjacency_EE = self.symmetrized()
+        with without_autocast(adjacency_EE):
+            transition_EE = transition_matrix(adjacency_EE, self.config.normalization, self.config.self_loops)
+            return mix_with_identity(transition_EE, self.strength())
 
-    def social_graph(self) -> Tensor:
-        """The adjacency made symmetric and non-negative, which the gradient steps of a learned graph do not keep it.
+    def symmetrized(self) -> Tensor:
+        """The graph as it is used: a learned one made symmetric and non-negative, as its gradient steps do not keep it.
 
         Bit for bit the adjacency where it is so already. Shape: (num_experts, num_experts), float32.
         """
         if self.config.graph != "learned" or self.adjacency.dim() != 2:  # ZeRO-3 leaves a row of a parameter, or less
             return self.adjacency
-        return 0.5 * (self.adjacency + self.adjacency.T).clamp(min=0.0)
+        return symmetrize(self.adjacency)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save a learned graph as it is used, be it between an optimizer's step and the commit: no other is loaded."""
+        """Symmetrize a learned graph in place: what is saved is the graph as used, and its live storage."""
+        if self.config.graph == "learned" and not self.adjacency.is_meta:
+            with torch.no_grad():
+                self.adjacency.data.copy_(self.symmetrized())  # `.data`: a backward may still be to come
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.config.graph == "learned" and not keep_vars:
-            destination[f"{prefix}adjacency"] = self.social_graph().detach()
-
-    def _compute_transition(self) -> Tensor:
-        adjacency_EE = self.social_graph()
-        with without_autocast(adjacency_EE):
-            transition_EE = transition_matrix(adjacency_EE, self.config.normalization, self.config.self_loops)
-            return mix_with_identity(transition_EE, self.strength())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertGraph":
         """Follow the model to another device, but keep the graph in float32 when the model is cast."""
@@ -125,7 +115,6 @@ class ExpertGraph(nn.Module):
         super()._apply(fn, recurse)
         if self.adjacency.dtype != torch.float32:
             self.widen(kept, gradient)
-        self._cached = None
         return self
 
     def widen(self, values: Tensor | None = None, gradient: Tensor | None = None) -> None:
@@ -144,9 +133,6 @@ class ExpertGraph(nn.Module):
             self.adjacency.grad = None if gradient is None else gradient.detach().to(device, torch.float32)
         else:
             self.adjacency = restored
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, graph={self.config.graph}"

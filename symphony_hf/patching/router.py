@@ -30,7 +30,7 @@ from symphony_hf.patching.families.substitution import (
 from symphony_hf.routing.graph import without_autocast
 from symphony_hf.routing.losses import AttachLoss
 
-from .counting import RouterStack
+from .counting import CoselectionCounter
 from .expert_graph import active_graph
 
 
@@ -39,8 +39,8 @@ class SymphonyRouter:
 
     symphony: nn.Module
     contract: RouterContract
-    stack: RouterStack | None = None
-    place: int = 0
+    stack: CoselectionCounter | None = None
+    layer_index: int = 0
     base_class: type[nn.Module]
     stand_in: type[StandIn]
     training: bool
@@ -62,7 +62,7 @@ class SymphonyRouter:
             return outputs
         # On what the experts use: a recorded logit may lead to no loss at all.
         place = contract.carrier
-        carrier = AttachLoss.apply(parts[place], loss, self.stack.tracker.scale)
+        carrier = AttachLoss.apply(parts[place], loss, self.stack.state.scale)
         return (*parts[:place], carrier, *parts[place + 1 :]) if isinstance(outputs, tuple) else carrier
 
     def _forward_with_logits_smoothed(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
@@ -136,7 +136,7 @@ class SymphonyRouter:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[misc]
         if self.stack is not None:
-            self.stack.tracker.place_scale()
+            self.stack.place_scale()
         return self  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -173,13 +173,21 @@ def _new_router(base_class: type[nn.Module]) -> nn.Module:
 
 def swap_class(router: nn.Module, router_class: type[nn.Module]) -> None:
     """Give a router another class, also below what keeps its old forward bound."""
-    router.__class__ = router_class
     forward = types.MethodType(router_class.forward, router)
+    for name in ("forward", "_old_forward"):  # accelerate's hooks keep it under the second, and give back the first
+        if _is_own_forward(router, router.__dict__.get(name)):
+            router.__dict__[name] = forward
     cell = _bound_forward(router)
-    if "_old_forward" in router.__dict__:  # by accelerate's hooks
-        router.__dict__["_old_forward"] = forward
-    elif cell is not None:
+    if cell is not None:
         cell.cell_contents = forward
+    router.__class__ = router_class
+
+
+def _is_own_forward(router: nn.Module, method: Any) -> bool:
+    """Whether it is the forward of the router's class, bound to the router: as good as none on the instance."""
+    return (
+        isinstance(method, types.MethodType) and method.__self__ is router and method.__func__ is type(router).forward
+    )
 
 
 def check_swappable(name: str, router: nn.Module) -> None:
@@ -188,8 +196,14 @@ def check_swappable(name: str, router: nn.Module) -> None:
     Raises:
         PatchError: If its forward was replaced on the instance by something that does not show what it calls.
     """
-    replaced = "forward" in router.__dict__ and "_old_forward" not in router.__dict__
-    if replaced and _bound_forward(router) is None:
+    forward = router.__dict__.get("forward")
+    is_hooked = _is_own_forward(router, router.__dict__.get("_old_forward"))
+    if (
+        forward is not None
+        and not is_hooked
+        and not _is_own_forward(router, forward)
+        and _bound_forward(router) is None
+    ):
         raise PatchError(
             f"symphonize: the forward of `{name}` was replaced by {router.__dict__['forward']!r}, which may go past "
             "the graph: symphonize before that is done"

@@ -70,12 +70,12 @@ def symphonize(
     if settings.strength == 0 and settings.counts_selections:
         logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
     if settings.decay == 1 and settings.counts_selections and adjacencies is None:
-        tracker_of(model).guards.warn_once(
+        tracker_of(model).checks.warn_once(
             "decay=1 keeps every graph as it is, and it starts as the identity, which has no effect: decay=1 is for a "
             "checkpoint's graph, graph=PATH"
         )
     if settings.graph == "frozen":
-        tracker_of(model).guards.warn_once(
+        tracker_of(model).checks.warn_once(
             "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
             "with graph=PATH, decay=1 to keep it as it is"
         )
@@ -84,7 +84,7 @@ def symphonize(
             with torch.no_grad():
                 graph.adjacency.copy_(adjacency_EE)
     if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
-        tracker_of(model).guards.warn_once(
+        tracker_of(model).checks.warn_once(
             "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
             "and Symphony has no effect",
         )
@@ -168,7 +168,7 @@ def unpatch_router(router: SymphonyRouter) -> None:
     """Make one Symphony router its family's own again."""
     swap_class(router, router.base_class)  # type: ignore[arg-type]
     del router.symphony
-    for name in ("contract", "stack", "place"):
+    for name in ("contract", "stack", "layer_index"):
         router.__dict__.pop(name, None)
 
 
@@ -209,7 +209,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
-    """The social graph of each router.
+    """The co-selection graph of each router.
 
     Returns:
         Router's module name -> its adjacency, a copy: symmetric, non-negative; the diagonal is each expert's share
@@ -219,7 +219,7 @@ def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
         PatchError: If the model is not symphonized.
     """
     graphs = ((name, active_graph(router.symphony)) for name, router in symphony_routers(model))
-    return {name: graph.social_graph().detach().clone() for name, graph in graphs}
+    return {name: graph.symmetrized().detach().clone() for name, graph in graphs}
 
 
 def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,8 +1,8 @@
-"""What is looked at while training, since it goes wrong in silence: optimizers, adapters, losses, the ranks' graphs."""
+"""Checks for failures that would otherwise be silent: optimizers, adapters, losses, the ranks' graphs."""
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import SymphonyWarning
 
-from .counting import RouterStack, num_ranks
 from .expert_graph import ExpertGraph, is_adapted, kept_in_adapters
+from .training_state import Observations, TrainingState, num_ranks
 
 RANK_CHECK_EVERY = 100
 """Commits between two looks at whether all ranks have the same graphs."""
-
-CROWDED_STEPS = 3
-"""Optimizer steps in a row with several commits each that are no accident; a loss scaler skips a step now and then."""
 
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 """An odd number without pattern, as an int64: what is multiplied by it can be told apart afterwards."""
@@ -71,79 +68,65 @@ def num_differing(graphs: Sequence[ExpertGraph], device: torch.device) -> int:
     return int((highest != lowest).sum())
 
 
-class Guards:
-    """What is said, once, of a training in which something goes wrong in silence: one per model.
+class Stack(Protocol):
+    """What the checks read of a decoder stack's counter."""
 
-    Args:
-        stacks: Of the model's routers; the list is the tracker's own.
+    owner: nn.Module
+
+    @property
+    def routers(self) -> list[Any]: ...
+
+    @property
+    def graphs(self) -> list[ExpertGraph]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def bypassed_blocks(self, ran_L: Tensor) -> list[nn.Module]: ...
+
+
+class TrainingChecks:
+    """Warnings about trainings that would otherwise go wrong silently, each given once: one per model.
 
     Attributes:
-        held: The identities of what optimizers hold that have taken steps; None once they were looked at.
-        evaluated: Whether a forward with gradient was not counted, as it ran in evaluation mode, since the last commit.
-        stepped_uncounted: Whether an optimizer has taken a step after such a forward, with nothing to commit.
-        commits_since_step: Commits since an optimizer's last step: one, where all is well.
         num_skipped: Updates that met non-finite logits, on the graphs' device; None before the first update.
     """
 
-    def __init__(self, stacks: list[RouterStack]) -> None:
-        self.stacks = stacks
-        self.held: set[int] | None = set()
-        self.evaluated = False
-        self.stepped_uncounted = False
-        self.commits_since_step = 0
-        self.crowded_steps = 0
+    def __init__(self) -> None:
         self.num_commits = 0
         self.num_skipped: Tensor | None = None
         self._warned: set[str] = set()
 
     def warn_once(self, message: str) -> None:
+        """Warn, unless the same message has been given before."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, SymphonyWarning, stacklevel=3)
 
-    def note_optimizer_step(self, optimizer: torch.optim.Optimizer, has_pending: bool, stepped: bool) -> None:
-        """An optimizer, perhaps of this model, took a step.
+    def before_commit(self, counters: Sequence[Stack], config: SymphonyConfig, state: TrainingState) -> None:
+        """Check what the commit needs, and what training leaves unchanged although the settings say otherwise.
 
         Args:
-            optimizer: It.
-            has_pending: Whether there is something to commit.
-            stepped: Whether an optimizer has taken a step since there is.
+            counters: The model's stacks.
+            config: The settings, the same in every router.
+            state: The model's training state.
         """
-        self.stepped_uncounted = self.stepped_uncounted or (self.evaluated and not has_pending)
-        if stepped and self.held is not None:
-            self.held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        if self.commits_since_step > 0:
-            self.crowded_steps = self.crowded_steps + 1 if self.commits_since_step > 1 else 0
-        if self.crowded_steps == CROWDED_STEPS:
-            self.warn_once(
-                f"the graphs moved {self.commits_since_step} times within one optimizer step, each time by a "
-                "micro-batch: call `update_graphs` once, after `optimizer.step()`, so that their average does not "
-                "depend on gradient accumulation"
-            )
-        self.commits_since_step = 0
-
-    def before_commit(self, config: SymphonyConfig, graphs: list[ExpertGraph], loss_recorded: bool) -> None:
-        """Look at what the commit needs, and at what training leaves as it is though the settings want it otherwise.
-
-        Args:
-            config: The same in every router.
-            graphs: All of them.
-            loss_recorded: Whether a main loss whose gradient starts the routers' went backward.
-        """
+        graphs = [graph for counter in counters for graph in counter.graphs]
         self._widen(graphs)
         if self.num_commits == 0 and config.graph != "frozen":
-            self._look_at_adapters()
+            self._check_adapters(counters)
         if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
-            self._compare_ranks(graphs)
+            self._compare_ranks(graphs, counters[0].device)
         self.num_commits += 1
-        if self.held and not torch.compiler.is_compiling():
-            self._look_at_optimizers_that_stepped()
+        if state.optimizer_parameters and not torch.compiler.is_compiling():
+            names = {id(module): name for counter in counters for name, module in counter.owner.named_modules()}
+            routers = [(names.get(id(router), "router"), router) for c in counters for router in c.routers]
+            self.check_optimizers(state, routers, (p for counter in counters for p in counter.owner.parameters()))
         if config.weighs_losses:
-            self._look_at_losses(loss_recorded)
+            self._check_losses([router for counter in counters for router in counter.routers], state.loss_recorded)
 
     def after_commit(self) -> None:
-        self.evaluated = self.stepped_uncounted = False
-        self.commits_since_step += 1
+        """Warn about skipped updates, where reading their number does not wait for a device."""
         if self.num_skipped is not None and self.num_skipped.device.type == "cpu":
             self.warn_about_skipped()
 
@@ -157,50 +140,46 @@ class Guards:
                 "are float32 again. Cast the model with `.to` or `.half`, which leaves graphs as they are"
             )
 
-    def _look_at_adapters(self) -> None:
+    def _check_adapters(self, counters: Sequence[Stack]) -> None:
         """An adapter that is trained without the graphs is saved without them."""
-        for stack in self.stacks:
-            if is_adapted(stack.owner):
-                kept = kept_in_adapters(stack.owner)
-                if not all(id(graph) in kept for graph in stack.graphs):
+        for counter in counters:
+            if is_adapted(counter.owner):
+                kept = kept_in_adapters(counter.owner)
+                if not all(id(graph) in kept for graph in counter.graphs):
                     self.warn_once(
                         "the model has adapters of PEFT, and its graphs are not in them: they are trained in the base "
                         "model, and are not saved with the adapter. Make the adapter's config with "
                         "`symphony_hf.lora_config`, or put modules_to_save=['symphony'] into it"
                     )
 
-    def _compare_ranks(self, graphs: list[ExpertGraph]) -> None:
+    def _compare_ranks(self, graphs: list[ExpertGraph], device: torch.device) -> None:
         """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""
-        number = num_differing(graphs, self.stacks[0].device)
+        number = num_differing(graphs, device)
         if number:
             self.warn_once(
                 f"{number} of {len(graphs)} graphs differ between the ranks: they were loaded or symphonized "
                 "otherwise on one. Load the same checkpoint on every rank"
             )
 
-    def look_at_optimizers(self, routers: list[tuple[str, Any]], parameters: Iterable[nn.Parameter]) -> None:
-        """Notice, once, optimizers that were made before the routers' parameters, or without them.
+    def check_optimizers(
+        self, state: TrainingState, routers: list[tuple[str, Any]], parameters: Iterable[nn.Parameter]
+    ) -> None:
+        """Warn, once, about optimizers that were made before the routers' parameters, or without them.
 
         Args:
-            routers: With their names.
-            parameters: Of the model.
+            state: The model's training state, with what its optimizers hold.
+            routers: The routers with their names.
+            parameters: The model's parameters.
         """
-        missing, number = left_out(routers, parameters, self.held or set())
-        self.held = None
+        missing, number = left_out(routers, parameters, state.optimizer_parameters or set())
+        state.optimizer_parameters = None
         if missing:
             self.warn_once(
                 f"the optimizer does not hold {len(missing)} of {number} router parameters ({missing[0]}, ...), "
                 "which therefore stay as they are: make it after `symphonize`, or freeze them"
             )
 
-    def _look_at_optimizers_that_stepped(self) -> None:
-        """At the first commit after one has: where no Trainer showed its own before."""
-        names = {id(module): name for stack in self.stacks for name, module in stack.owner.named_modules()}
-        routers = [(names.get(id(router), "router"), router) for stack in self.stacks for router in stack.routers]
-        self.look_at_optimizers(routers, (p for stack in self.stacks for p in stack.owner.parameters()))
-
-    def _look_at_losses(self, loss_recorded: bool) -> None:
-        routers = [router for stack in self.stacks for router in stack.routers]
+    def _check_losses(self, routers: list[Any], loss_recorded: bool) -> None:
         if not any(parameter.requires_grad for router in routers for parameter in router.parameters()):
             self.warn_once(
                 "every router is frozen, so the balance and z-loss train only what is below them: train the routers "
@@ -210,27 +189,31 @@ class Guards:
         if not loss_recorded:
             self.warn_once(
                 "this loop computes its own loss, so the balance and z-loss did not reach the routers. Pass the loss "
-                "through `loss = symphony_hf.add_router_losses(model, loss)` before backward, or set "
-                "`balance_loss_weight` and `z_loss_weight` to 0"
+                "through `loss = symphony_hf.add_router_losses(model, loss)` before backward, train with "
+                "`symphony_hf.with_router_losses(TrainerClass)`, or set `balance_loss_weight` and `z_loss_weight` to 0"
             )
 
-    def look_at_idle_routers(self, stacks: list[RouterStack]) -> None:
-        """Of the step that is committed. It reads from the device, so it is not called on a GPU."""
-        bypassed = [block for stack in stacks for block in stack.bypassed_blocks()]
+    def check_idle_routers(self, counters: Sequence[Stack], pending: Sequence[Observations]) -> None:
+        """Warn about routers that a step went past. It reads from the device, so it is not called on a GPU."""
+        bypassed = [
+            block
+            for counter, observed in zip(counters, pending, strict=True)
+            for block in counter.bypassed_blocks(observed.losses_L3[:, 2])
+        ]
         if bypassed:
             self.warn_once(
-                f"{len(bypassed)} of {sum(len(stack.routers) for stack in self.stacks)} routers were not run in a "
+                f"{len(bypassed)} of {sum(len(counter.routers) for counter in counters)} routers were not run in a "
                 f"training step though their blocks ({type(bypassed[0]).__name__}) were: something reads their weight "
                 "itself, past the graph, and they are not routed by it"
             )
 
     def note_skipped(self, skipped: Tensor) -> None:
-        """Whether a graph's update met non-finite logits, an integer on its device, which is not read here."""
+        """Add to the number of updates that met non-finite logits: an integer on its device, which is not read here."""
         kept = self.num_skipped
         self.num_skipped = skipped if kept is None else kept + skipped.to(kept.device)
 
     def warn_about_skipped(self) -> None:
-        """Say once that updates met non-finite logits. It reads from the device, so on a GPU only a log asks for it."""
+        """Warn once that updates met non-finite logits. It reads from the device, so on a GPU only a log calls it."""
         if self.num_skipped is not None and not torch.compiler.is_compiling() and int(self.num_skipped) > 0:
             self.warn_once(
                 "router logits were not finite (NaN or infinite) in training: the graphs stay as they were before "

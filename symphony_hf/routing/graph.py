@@ -38,6 +38,14 @@ def initial_adjacency(num_experts: int, top_k: int, device: torch.device | str |
     return torch.eye(num_experts, device=device).to(torch.float32) * (top_k / num_experts)
 
 
+def symmetrize(adjacency_EE: Tensor) -> Tensor:
+    """Make a learned adjacency symmetric and non-negative: half of A + A^T, negative entries set to 0.
+
+    Bit for bit the adjacency where it is symmetric and non-negative. Shape: (num_experts, num_experts).
+    """
+    return 0.5 * (adjacency_EE + adjacency_EE.T).clamp(min=0.0)
+
+
 def count_coselections(indices_TK: Tensor, num_experts: int, mask_T: Tensor | None = None) -> Tensor:
     """Count, over the tokens of one forward, how often each pair of experts was chosen together.
 

@@ -18,7 +18,7 @@ from .graph import without_autocast
 def _masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
     """Mean over dim 0 of the tokens that count; 0 where none does."""
     if mask_T is None:
-        return values_T.mean(0)
+        return values_T.sum(0) / max(len(values_T), 1)
     kept_T = mask_T.to(values_T).reshape(-1, *[1] * (values_T.dim() - 1))
     return (values_T * kept_T).sum(0) / kept_T.sum().clamp_min(1.0)
 

@@ -48,8 +48,8 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: The matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        A @ W, computed in float32 and rounded once to the weight's type. A = I gives W itself, in every precision that
-        `torch.set_float32_matmul_precision` gives to products (a zero may lose its sign). Same shape.
+        A @ W, computed in float32 (float64 for a float64 weight) and rounded once to the weight's type. A = I gives W
+        itself, in every precision that `torch.set_float32_matmul_precision` gives to products (a zero may lose its sign). Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -58,7 +58,8 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
     """
     _check_experts("the router's weight", weight_ED.shape[0], transition_EE)
     with without_autocast(weight_ED):
-        weight, change_EE = weight_ED.float(), _change(transition_EE)
+        dtype = torch.promote_types(weight_ED.dtype, torch.float32)
+        weight, change_EE = weight_ED.to(dtype), _change(transition_EE).to(dtype)
         product = torch.addmm if weight.dim() == 2 else torch.addmv
         return product(weight, change_EE, weight).to(weight_ED.dtype)
 

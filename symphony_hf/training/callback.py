@@ -41,14 +41,14 @@ class SymphonyCallback(TrainerCallback):
                 "ours: leave it out, or symphonize with balance_loss_weight=0"
             )
         check_launch_of_trainer(args)
-        tracker.driven = True
+        tracker.state.driven = True
         tracker.remove_log_probs_hook()  # of a training that broke off
         # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
             tracker.log_probs_hook = model.register_forward_hook(record_log_probs)
         groups = getattr(kwargs.get("optimizer"), "param_groups", ())
-        tracker.guards.held = {id(parameter) for group in groups for parameter in group["params"]}
-        tracker.guards.look_at_optimizers(list(symphony_routers(model)), model.parameters())
+        tracker.state.optimizer_parameters = {id(parameter) for group in groups for parameter in group["params"]}
+        tracker.checks.check_optimizers(tracker.state, list(symphony_routers(model)), model.parameters())
         if is_adapted(model):
             record_adapters(model)
             if state.is_world_process_zero:
@@ -71,8 +71,8 @@ class SymphonyCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return  # an evaluation's record, or the summary at the end
         tracker = tracker_of(model)
-        tracker.guards.warn_about_skipped()
-        values = {f"symphony/{name}": value for name, value in tracker.take_losses().items()}
+        tracker.checks.warn_about_skipped()
+        values = {f"symphony/{name}": value for name, value in tracker.state.take_losses().items()}
         # Trainer made its record of this log before it called us: add to both, so that every callback after us sees it.
         logs.update(values)
         if state.log_history:
@@ -82,5 +82,5 @@ class SymphonyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         tracker = tracker_of(model)
-        tracker.driven = False
+        tracker.state.driven = False
         tracker.remove_log_probs_hook()

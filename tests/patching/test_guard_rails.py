@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from symphony_hf import (
     ConfigError,
-    PatchError,
     SymphonyCallback,
     SymphonyWarning,
     expert_graphs,
@@ -22,7 +21,6 @@ from symphony_hf import (
     update_graphs,
 )
 from symphony_hf.experiments.conformance.tiny import moe_families, tiny_model, why_not_built
-from symphony_hf.patching import counting as stack_module
 from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.training_checks import fingerprint
 
@@ -154,8 +152,7 @@ def two_ranks(monkeypatch):
         else:
             tensor.add_(others["sum"](tensor.clone()))
 
-    monkeypatch.setattr(stack_module, "num_ranks", lambda: 2)
-    for module in ("tracker", "training_checks"):
+    for module in ("tracker", "training_checks", "training_state"):
         monkeypatch.setattr(f"symphony_hf.patching.{module}.num_ranks", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return others
@@ -164,11 +161,11 @@ def two_ranks(monkeypatch):
 def test_graphs_that_differ_between_ranks_are_named(two_ranks):
     model = symphonize(make_model()).train()
     step(model)  # looked at: the same
-    guards = tracker_of(model).guards
-    assert guards.num_commits == 1
+    checks = tracker_of(model).checks
+    assert checks.num_commits == 1
     num_graphs = len(expert_graphs(model))
     two_ranks["max"] = lambda tensor: tensor + torch.tensor([1, *[0] * (2 * num_graphs - 1)])
-    guards.num_commits = 100
+    checks.num_commits = 100
     with pytest.warns(SymphonyWarning, match=f"1 of {num_graphs} graphs differ between the ranks"):
         step(model)
 
@@ -223,11 +220,16 @@ def test_global_balance_takes_the_load_of_all_ranks(two_ranks):
     torch.testing.assert_close(gradients["global"] - gradients["local"], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_global_balance_refuses_two_forwards_before_a_backward(two_ranks):
-    model, ids = symphonize(make_model(), balance_scope="global").train(), make_ids()
-    model(ids, labels=ids)
-    with pytest.raises(PatchError, match="balance_scope `global`"):
-        model(ids, labels=ids)
+def test_global_balance_gives_each_of_two_forwards_its_own_load(two_ranks):
+    """Two forwards before one backward: the sum of the gradients of each alone."""
+
+    def gradient(*seeds):
+        model = move_graphs(symphonize(make_model("mixtral"), balance_loss_weight=1.0, balance_scope="global")).train()
+        sum(model(make_ids(seed=seed), labels=make_ids(seed=seed)).loss for seed in seeds).backward()
+        return model.model.layers[2].mlp.gate.weight.grad
+
+    # Float32 sums in another order.
+    torch.testing.assert_close(gradient(0, 1), gradient(0) + gradient(1), rtol=1e-4, atol=1e-6)
 
 
 def test_global_balance_refuses_what_a_batch_may_leave_out(tmp_path):
@@ -254,23 +256,37 @@ def test_global_balance_takes_models_of_images_whose_text_is_routed(case):
     symphonize(make_llava() if "+" in case else tiny_model(case), balance_scope="global")
 
 
-def test_graphs_that_move_at_every_micro_batch_are_named():
-    model = symphonize(make_model()).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+def test_a_call_at_every_micro_batch_moves_the_graphs_once_per_optimizer_step():
+    """Once the optimizer is known, what it has not used yet stays pending."""
 
-    def accumulate(commits):
-        for number in range(2):
+    def graphs(every_micro_batch):
+        model = symphonize(make_model(), decay=0.5).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for number in range(8):
             ids = make_ids(seed=number)
             model(ids, labels=ids).loss.backward()
-            if number >= 2 - commits:
+            steps = number == 0 or number % 3 == 1
+            if steps:
+                optimizer.step()
+                optimizer.zero_grad()
+            if steps or every_micro_batch:
                 update_graphs(model)
-        optimizer.step()
+        return expert_graphs(model)
 
-    def train(*commits):
-        for number in commits:
-            accumulate(number)
+    expected, observed = graphs(False), graphs(True)
+    assert all(torch.equal(graph, observed[name]) for name, graph in expected.items())
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(1, 1, 1, 2, 2, 1, 2, 2, 1)  # now and then, as a loss scaler that skips steps has it
-    warned_once(lambda: train(2, 2, 2, 2), "moved 2 times within one optimizer step")
+
+def test_an_optimizer_that_never_steps_again_is_named():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    update_graphs(model)
+    model(ids, labels=ids).loss.backward()
+
+    def call():
+        for _ in range(100):
+            assert not update_graphs(model)
+
+    warned_once(call, "took no step")

@@ -49,8 +49,8 @@ def _weight_of(router: Any) -> Any:
 
 def _saw_nothing(router: Any) -> bool:
     """Return whether a router counted no token, as a router for images does in a batch without them."""
-    tensors = router.stack.tensors
-    return tensors is None or bool(tensors.pending_counts[router.place].sum() == 0)
+    pending = router.stack.state.pending.get(router.stack.key)
+    return pending is None or bool(pending.tokens_L[router.layer_index] == 0)
 
 
 def own_loss(specimen: Specimen) -> str | None:

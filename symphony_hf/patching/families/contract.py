@@ -48,7 +48,10 @@ class RouterContract:
             logits_TE: The logits that chose. Shape: (tokens, num_experts).
         """
         if self.choices is not None:
-            return self.choices(outputs).reshape(-1, self.top_k)
-        if self.indices is not None:
-            return outputs[self.indices].reshape(-1, self.top_k)
-        return logits_TE.topk(self.top_k, dim=-1).indices
+            chosen = self.choices(outputs)
+        elif self.indices is not None:
+            chosen = outputs[self.indices]
+        else:
+            chosen = logits_TE.topk(self.top_k, dim=-1).indices
+        # As many as were chosen: a user may have changed the number since the contract was read.
+        return chosen.reshape(len(logits_TE), -1)

@@ -140,7 +140,7 @@ class MetaStep:
         if is_symphonized(self._model):
             for _, router in symphony_routers(self._model):
                 assert router.stack is not None
-                router.stack.tracker.scale = torch.zeros((), device="meta")  # as a device with memory gets one
+                router.stack.state.scale = torch.zeros((), device="meta")  # as a device with memory gets one
 
     def bytes(self, micro_batch: int) -> StepBytes:
         """Count a step's memory.

@@ -1,0 +1,291 @@
+"""What training keeps between two forwards, and the rule by which it counts.
+
+The counting rule:
+
+1. A training forward of a decoder stack (training mode, gradient enabled) makes one record. Other forwards make none.
+2. Each router in the stack writes its co-selections and losses into that record. Padding is left out.
+3. The routers are those in the model when the forward begins, and K is the number of experts they choose then.
+4. A layer that gradient checkpointing runs again does not write again. It finds its own forward's record and mask.
+5. A record counts when its own backward has run to its end. If that never happens, the record is dropped.
+6. Where no gradient reaches the stack's output, and under torch.compile, it counts when the forward ends.
+7. What counts is pending until a commit moves the graphs. A commit takes it once an optimizer has stepped.
+8. The step of an optimizer that holds other models' parameters, and none of this one's, does not lead to a commit.
+9. Loading a state dict drops what is pending, and voids every record whose backward has not run.
+10. Nothing of this is a buffer: DistributedDataParallel would overwrite the other ranks' counts with rank 0's.
+"""
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from symphony_hf.config import SymphonyConfig
+
+
+class Observations:
+    """Sums over forwards of what a stack's routers observed.
+
+    Args:
+        routers: The routers, in layer order. Their number is L.
+        num_experts: E.
+        device: The graphs' device.
+
+    Attributes:
+        counts_LEE: Co-selections. Shape: (L, num_experts, num_experts), float32.
+        tokens_L: Tokens counted. Shape: (L,), float32.
+        losses_L3: Balance loss, z-loss, number of forwards. Shape: (L, 3), float32.
+    """
+
+    def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
+        self.routers = list(routers)
+        self.num_experts = num_experts
+        # float32 by an explicit cast: DeepSpeed's zero.Init rewrites tensor constructors to its own dtype.
+        self.counts_LEE = torch.zeros(len(self.routers), num_experts, num_experts, device=device).to(torch.float32)
+        self.tokens_L = torch.zeros(len(self.routers), device=device).to(torch.float32)
+        self.losses_L3 = torch.zeros(len(self.routers), 3, device=device).to(torch.float32)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Observations":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__init__([memo.get(id(r), r) for r in self.routers], self.num_experts, self.device)  # type: ignore[misc]
+        for own, other in zip(copied._tensors, self._tensors, strict=True):
+            own.copy_(other)
+        return copied
+
+    @property
+    def device(self) -> torch.device:
+        return self.counts_LEE.device
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.counts_LEE, self.tokens_L, self.losses_L3
+
+    def zero(self) -> None:
+        """Forget everything observed."""
+        for tensor in self._tensors:
+            tensor.zero_()
+
+    @torch.no_grad()
+    def add(self, other: "Observations") -> None:
+        """Add what another has observed, router by router. Routers that are not in this one are left out."""
+        if len(self.routers) == len(other.routers) and all(map(operator.is_, self.routers, other.routers)):
+            for own, added in zip(self._tensors, other._tensors, strict=True):
+                own.add_(added.to(self.device))
+            return
+        rows = {id(router): row for row, router in enumerate(other.routers)}
+        for row, router in enumerate(self.routers):
+            if id(router) in rows:
+                for own, added in zip(self._tensors, other._tensors, strict=True):
+                    own[row].add_(added[rows[id(router)]].to(self.device))
+
+
+class ForwardRecord(Observations):
+    """What one training forward of a stack observes, and what its recomputation in the backward pass needs.
+
+    Attributes:
+        mask_T: The attention mask, flattened; None without one. Shape: (tokens,), bool.
+        image_T: True for image tokens, if the model says so; None where all experts get all tokens.
+        loads_LE: The share of all ranks' tokens that chose each expert. Shape: (L, num_experts), float32.
+        visited: Rows of the routers that ran in this forward.
+        closed: Whether the forward has ended. What runs after that is a recomputation.
+    """
+
+    def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
+        super().__init__(routers, num_experts, device)
+        self.rows = {id(router): row for row, router in enumerate(self.routers)}
+        self.mask_T: Tensor | None = None
+        self.image_T: Tensor | None = None
+        self.loads_LE = torch.zeros(len(self.routers), num_experts, device=device).to(torch.float32)
+        self.visited: set[int] = set()
+        self.closed = False
+        self.counted = False
+        self.generation = 0
+
+
+class TrainingState:
+    """Everything that outlives a forward while a Symphony model trains: one per model.
+
+    Attributes:
+        routers: The routers of each stack, by the stack's key, as of its last training forward.
+        pending: Observations that count and wait for a commit, by the stack's key.
+        driven: True while a callback or the user's loop calls `commit` at each optimizer step.
+        stepped: Whether an optimizer has stepped since there is something pending.
+        scale: The factor that the main loss's gradient arrived with, written in the backward pass. A scalar.
+        loss_recorded: Whether a main loss that starts the routers' went backward since the last commit.
+        recorded_in_forward: Whether the forward under way has recorded its loss.
+        outer_mask: The attention mask that the model itself was given, in the forward under way.
+        evaluated: Whether a forward with gradient ran in evaluation mode since the last commit.
+        stepped_uncounted: Whether an optimizer stepped after such a forward, with nothing pending.
+        optimizer_parameters: Identities of the parameters that optimizers which stepped hold; None once they were
+            checked.
+        logged_losses: Balance loss, z-loss and number of forwards since the last log: of their mean, then of each
+            router. Shape: (1 + number of routers, 3).
+    """
+
+    def __init__(self) -> None:
+        self.routers: dict[int, list[nn.Module]] = {}
+        self.pending: dict[int, Observations] = {}
+        self.driven = False
+        self.stepped = False
+        self.scale: Tensor | None = None
+        self.loss_recorded = False
+        self.recorded_in_forward = False
+        self.outer_mask: Any = None
+        self.evaluated = False
+        self.stepped_uncounted = False
+        self.optimizer_parameters: set[int] | None = set()
+        self.logged_losses: Tensor | None = None
+        self.commits_without_step = 0
+        self._generation = 0
+        self._in_backward = False
+        self._own_optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        # A compiled forward writes into the same tensors every time, and counts when it ends.
+        self.compiled: dict[int, tuple[ForwardRecord, Observations]] = {}
+        self.has_compiled_counts = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has optimizers of its own. Weak references cannot be pickled either."""
+        return {**self.__dict__, "_own_optimizer": None, "_in_backward": False}
+
+    @property
+    def num_routers(self) -> int:
+        return sum(map(len, self.routers.values()))
+
+    @property
+    def has_pending(self) -> bool:
+        return bool(self.pending) or self.has_compiled_counts
+
+    def compiled_tensors(self, key: int, num_experts: int, device: torch.device) -> tuple[ForwardRecord, Observations]:
+        """Return the record and the pending observations of a stack's compiled forwards."""
+        if key not in self.compiled or self.compiled[key][0].device != device:
+            routers = self.routers[key]
+            self.compiled[key] = (
+                ForwardRecord(routers, num_experts, device),
+                Observations(routers, num_experts, device),
+            )
+        return self.compiled[key]
+
+    def gather(self, key: int, num_experts: int, device: torch.device) -> Observations:
+        """Return all that is pending of a stack, for the routers that it has now."""
+        total = Observations(self.routers[key], num_experts, device)
+        if key in self.pending:
+            total.add(self.pending[key])
+        if self.has_compiled_counts and key in self.compiled:
+            total.add(self.compiled[key][1])
+        return total
+
+    def begin_record(self, key: int, num_experts: int, device: torch.device) -> ForwardRecord:
+        """Return an empty record for a forward that begins."""
+        self._in_backward = False  # the last backward ended in an exception if this was still set
+        record = ForwardRecord(self.routers[key], num_experts, device)
+        record.generation = self._generation
+        return record
+
+    def begin_backward(self) -> None:
+        """Note that the backward of a record is under way."""
+        self._in_backward = True
+
+    def count(self, key: int, record: ForwardRecord) -> None:
+        """Let a record count, once, unless a state dict was loaded since its forward."""
+        self._in_backward = False
+        if record.counted or record.generation != self._generation:
+            return
+        record.counted = True
+        pending = self.pending.get(key)
+        if pending is None or pending.routers != self.routers[key]:
+            pending = Observations(self.routers[key], record.num_experts, record.device)
+            if key in self.pending:
+                pending.add(self.pending[key])
+            self.pending[key] = pending
+        pending.add(record)
+
+    def note_step(self, optimizer: torch.optim.Optimizer, parameters: set[int], is_foreign: bool) -> None:
+        """Note that an optimizer has stepped.
+
+        Args:
+            optimizer: The optimizer, of this model or not.
+            parameters: Identities of this model's parameters.
+            is_foreign: Whether it holds parameters of another Symphony model.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = self._own_optimizer() if self._own_optimizer is not None else None
+        if held & parameters:
+            self._own_optimizer = weakref.ref(optimizer)
+        elif is_foreign or own is not None:
+            return  # sharded optimizers hold flat copies, which cannot be told from another model's parameters
+        is_used = self.has_pending or self._in_backward
+        self.stepped = self.stepped or is_used
+        self.stepped_uncounted = self.stepped_uncounted or (self.evaluated and not is_used)
+        if is_used and self.optimizer_parameters is not None:
+            self.optimizer_parameters |= held
+
+    def awaits_step(self) -> bool:
+        """Whether an optimizer of this model is known, and has not stepped since there is something pending."""
+        known = self._own_optimizer is not None and self._own_optimizer() is not None
+        return known and not self.stepped
+
+    def finish_commit(self) -> None:
+        """Forget what has been committed."""
+        self._clear_pending()
+        self.stepped = self.loss_recorded = False
+        self.evaluated = self.stepped_uncounted = False
+        self.commits_without_step = 0
+        if self.scale is not None and not torch.compiler.is_compiling():
+            self.scale.zero_()  # a loss that is not recorded must not start the routers' with an old factor
+
+    def drop(self) -> None:
+        """Drop what is pending, and void the records whose backward has not run: the model's state was replaced."""
+        self._clear_pending()
+        self._generation += 1
+        self.stepped = self.loss_recorded = False
+
+    def _clear_pending(self) -> None:
+        self.pending.clear()
+        for _, pending in self.compiled.values():
+            pending.zero()
+        self.has_compiled_counts = False
+
+    def log_losses(self, losses: Sequence[Tensor]) -> None:
+        """Add the losses of a commit to those of the next log.
+
+        Args:
+            losses: For each stack, balance loss, z-loss and number of forwards. Shape of each: (routers, 3).
+        """
+        of_routers = torch.cat(list(losses))
+        mean = torch.cat([of_routers[:, :2].sum(0) / len(of_routers), of_routers[:, 2].max().reshape(1)])
+        noted = torch.cat([mean.unsqueeze(0), of_routers])
+        if self.logged_losses is None or self.logged_losses.shape != noted.shape:  # layers were dropped or added
+            self.logged_losses = noted
+        else:
+            self.logged_losses = self.logged_losses + noted
+
+    def take_losses(self) -> dict[str, float]:
+        """Return the mean balance and z-loss over layers since the last call; empty without any.
+
+        A layer that did not run, as one for images in steps of text alone, is left out.
+        """
+        if self.logged_losses is None:
+            return {}
+        mean, *of_routers = self.logged_losses.tolist()
+        self.logged_losses = None
+        ran = [losses for losses in of_routers if losses[2] > 0]
+        if not ran:
+            return {}
+        if all(losses[2] == mean[2] for losses in of_routers):
+            return {"balance_loss": mean[0] / mean[2], "z_loss": mean[1] / mean[2]}
+        means = [(balance / count, z / count) for balance, z, count in ran]
+        balance, z = (sum(values) / len(ran) for values in zip(*means, strict=True))
+        return {"balance_loss": balance, "z_loss": z}
+
+
+def shares_loads(config: SymphonyConfig) -> bool:
+    """Whether the balance loss takes the load of all ranks."""
+    return config.balance_scope == "global" and config.balance_loss_weight > 0 and num_ranks() > 1
+
+
+def num_ranks() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
