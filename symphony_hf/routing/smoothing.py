@@ -49,7 +49,8 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
 
     Returns:
         A @ W, computed in float32 (float64 for a float64 weight) and rounded once to the weight's type. A = I gives W
-        itself, in every precision that `torch.set_float32_matmul_precision` gives to products (a zero may lose its sign). Same shape.
+        itself, in every precision that `torch.set_float32_matmul_precision` gives to products (a zero may lose its
+        sign). Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.

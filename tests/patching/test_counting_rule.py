@@ -70,7 +70,7 @@ def test_clause_1_only_training_forwards_make_a_record():
     assert_same_graphs(model, alone)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 6])
+@pytest.mark.parametrize("top_k", [3, 6])
 def test_clause_3_the_number_of_chosen_experts_is_the_one_in_force(top_k):
     """Qwen3-MoE's router reads it at every forward."""
 
@@ -270,9 +270,8 @@ def test_clause_9_loading_a_state_dict_drops_what_is_pending():
     model.load_state_dict(saved)
     assert not update_graphs(model)
     loss = forward(model, 6)
-    model.model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in saved.items() if "lm" not in name}
-    )
+    inner = {name.removeprefix("model."): value for name, value in saved.items() if not name.startswith("lm_head")}
+    model.model.load_state_dict(inner, assign=True)  # torch refuses a backward through weights written in place
     loss.backward()
     assert not update_graphs(model)
     model.zero_grad()
@@ -409,7 +408,7 @@ def test_hooks_of_accelerate_come_and_go_in_any_order(order, end):
 
 def test_a_float64_model_is_bit_exact_at_the_start():
     ids = make_ids()
-    model = make_model().double()
+    model = make_model(experts="eager").double()
     logits = model(ids).logits
     assert torch.equal(symphonize(model)(ids).logits, logits)
 
