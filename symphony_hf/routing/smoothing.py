@@ -24,7 +24,7 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: The matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        Smoothed logits g @ A.T, float32: A = I gives g itself. Shape: (tokens, num_experts).
+        Smoothed logits g @ A.T, float32 (float64 for float64 logits): A = I gives g itself. Shape: (tokens, num_experts).
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -33,8 +33,8 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     """
     _check_experts("the logits", logits_TE.shape[-1], transition_EE)
     with without_autocast(logits_TE):
-        logits = logits_TE.float()
-        return torch.addmm(logits, logits, _change(transition_EE).T)
+        logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        return torch.addmm(logits, logits, _change(transition_EE).to(logits.dtype).T)
 
 
 def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
