@@ -24,7 +24,8 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
         transition_EE: The matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        Smoothed logits g @ A.T, float32 (float64 for float64 logits): A = I gives g itself. Shape: (tokens, num_experts).
+        Smoothed logits g @ A.T, float32 (float64 for float64 logits): A = I gives g itself. Shape: (tokens,
+        num_experts).
 
     Raises:
         ValueError: If the numbers of experts differ.
