@@ -24,9 +24,9 @@ ARCHITECTURE_PREFIX = "Symphony"
 
 
 @contextlib.contextmanager
-def own_losses(silenced: list[tuple[Any, str, float]]) -> Iterator[None]:
+def native_aux_losses(disabled_losses: list[tuple[Any, str, float]]) -> Iterator[None]:
     """Give a model and its config the weights of its own router losses back, while its config is written."""
-    restored = restore_losses(silenced)
+    restored = restore_losses(disabled_losses)
     try:
         yield
     finally:
@@ -34,10 +34,10 @@ def own_losses(silenced: list[tuple[Any, str, float]]) -> Iterator[None]:
             holder.__dict__[name] = 0.0
 
 
-def restore_losses(silenced: list[tuple[Any, str, float]]) -> list[tuple[Any, str]]:
+def restore_losses(disabled_losses: list[tuple[Any, str, float]]) -> list[tuple[Any, str]]:
     """Give back the weights that are still silent, and say which: one that was set since then is what is wanted."""
     restored = []
-    for holder, name, weight in silenced:
+    for holder, name, weight in disabled_losses:
         if holder.__dict__.get(name) == 0.0:
             holder.__dict__[name] = weight
             restored.append((holder, name))
@@ -51,15 +51,15 @@ class SymphonySaver:
         model: Whose.
         settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say). None for
             a model without graphs that is upcycled, which other software does not know either.
-        silenced: (holder, name, weight) of the model's own router losses, which a saved config has at their weight.
+        disabled_losses: (holder, name, weight) of each native router loss; a saved config has it at its weight.
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: dict[str, Any] | None, silenced: list[tuple[Any, str, float]]
+        self, model: PreTrainedModel, settings: dict[str, Any] | None, disabled_losses: list[tuple[Any, str, float]]
     ) -> None:
         self.model = model
         self.settings = settings
-        self.silenced = silenced
+        self.disabled_losses = disabled_losses
 
     def __call__(
         self,
@@ -77,7 +77,7 @@ class SymphonySaver:
         if not has_settings:
             self.model.config.symphony = self.settings
         try:
-            with own_losses(self.silenced):
+            with native_aux_losses(self.disabled_losses):
                 result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
         finally:
             if not has_settings:

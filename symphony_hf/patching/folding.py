@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from symphony_hf.checkpoints.saving import mark_architectures, own_losses
+from symphony_hf.checkpoints.saving import mark_architectures, native_aux_losses
 from symphony_hf.errors import FoldError, PatchError
 from symphony_hf.patching.families.substitution import linear_of
 
@@ -97,7 +97,7 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
     settings = model.config.symphony
     try:
         del model.config.symphony
-        with own_losses(tracker_of(model).disabled_losses):
+        with native_aux_losses(tracker_of(model).disabled_losses):
             type(model).save_pretrained(model, unfinished, state_dict=state)
         if getattr(model.config, "upcycled", None) is not None and (unfinished / "config.json").exists():
             mark_architectures(unfinished / "config.json")  # its experts are of no family that others know

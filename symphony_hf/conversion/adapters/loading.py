@@ -178,10 +178,10 @@ def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
 
 def _check_routers(wanted: dict[str, RouterShape], found: dict[str, RouterShape], folder: Path) -> None:
     if found != wanted:
-        raise ConfigError(f"load_adapter: `{folder}` is for {_told(wanted)}; the model has {_told(found)}")
+        raise ConfigError(f"load_adapter: `{folder}` is for {_describe(wanted)}; the model has {_describe(found)}")
 
 
-def _told(routers: dict[str, RouterShape]) -> str:
+def _describe(routers: dict[str, RouterShape]) -> str:
     kinds = sorted({f"top-{shape.top_k} of {shape.num_experts}" for shape in routers.values()})
     names = list(routers)
     return f"{len(names)} routers, {names[0]} to {names[-1]}, {' and '.join(kinds)} experts"

@@ -132,8 +132,8 @@ def refusals(where: str) -> Iterator[None]:
     except ConfigError:
         raise
     except UNREADABLE as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"`{where}`: no adapter can be made of it: {type(error).__name__}: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"`{where}`: no adapter can be made of it: {type(error).__name__}: {reason}") from error
 
 
 def _check_patterns(file: Path, values: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from .settings import FewerExpertsSettings, TextSettings
 
 
 @dataclass(frozen=True)
-class Texts:
+class CalibrationAndTest:
     """What is calibrated on, and what is evaluated on.
 
     Attributes:
@@ -46,7 +46,7 @@ class Texts:
     windows: Mapping[str, list[Tensor]]
 
 
-def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int = 0) -> Texts:
+def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int = 0) -> CalibrationAndTest:
     """Read and tokenize.
 
     Args:
@@ -71,10 +71,10 @@ def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int =
             f"{corpus.source}: {len(usable)} documents in the test split to evaluate on; intervals need "
             f"{MIN_DOCUMENTS}: give more text, or raise --documents"
         )
-    return Texts(corpus.source, calibration_NT, usable)
+    return CalibrationAndTest(corpus.source, calibration_NT, usable)
 
 
-def score(model: PreTrainedModel, texts: Texts, settings: TextSettings, what: str) -> DocumentScores:
+def score(model: PreTrainedModel, texts: CalibrationAndTest, settings: TextSettings, what: str) -> DocumentScores:
     """The likelihood of each test document."""
     return score_documents(model, texts.windows, batch_size=settings.batch_size, progress=f"Scoring, {what}")
 
@@ -111,7 +111,7 @@ def parameters(model: PreTrainedModel) -> dict[str, int | None]:
     return {"total": sum(part.total for part in parts), "active": sum(known) if len(known) == len(active) else None}
 
 
-def circumstances(opened: Opened, texts: Texts, settings: TextSettings) -> dict[str, Any]:
+def circumstances(opened: Opened, texts: CalibrationAndTest, settings: TextSettings) -> dict[str, Any]:
     """What every result file has: the command, the text, the versions."""
     return {
         "command": settings.command_line(),
@@ -147,7 +147,7 @@ class _Shrunk:
 
     smaller: PreTrainedModel
     tokenizer: Any
-    texts: Texts
+    texts: CalibrationAndTest
     before: DocumentScores
     result: dict[str, Any]
 
