@@ -1,6 +1,11 @@
-"""The typer app that every command registers with, and the options that several commands have."""
+"""The typer app of all commands, and the options of a command built from what the command calls."""
 
-from typing import Annotated
+import inspect
+import re
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import NoneType
+from typing import Annotated, Any, Union
 
 import typer
 
@@ -14,30 +19,113 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Text = Annotated[
-    str | None,
-    typer.Option(help="Text file, table, folder, or Hub data set, instead of the Python library's own sources."),
-]
-TextColumn = Annotated[str, typer.Option("--text_column", help="Of a table.")]
-Split = Annotated[str | None, typer.Option(help="train, validation, test or all; of one file: all.")]
-BlockSize = Annotated[
-    int | None, typer.Option("--block_size", help="Tokens of a clean window; a quarter of what the model takes.")
-]
-BatchSize = Annotated[int, typer.Option("--batch_size", help="Windows a forward.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Where the model has none of its own.")]
-Revision = Annotated[str | None, typer.Option(help="Of MODEL on the Hub.")]
+_ENTRY = re.compile(r"    (\w+): (.+(?:\n     .*)*)")
 
 
-def numbers(text: str, command: str, option: str) -> tuple[int, ...]:
-    """The numbers of an option that takes them with commas between.
+def command_from(
+    target: Callable[..., Any],
+    *,
+    arguments: Collection[str] = ("model",),
+    required: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+    repeated: Collection[str] = (),
+    parsers: Mapping[str, Callable[[str], Any]] | None = None,
+) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Give a command one option for each parameter of `target`, and call it with what `target` returns.
+
+    Names, types and defaults are those of the signature. Help texts are the entries under `Args:` of the docstring, and
+    for a class of its base classes'. A sequence is one option whose values are separated by commas.
+
+    Args:
+        target: A settings class, or a function.
+        arguments: Parameters that are positional on the command line.
+        required: Parameters that the command requires although `target` has a default for them.
+        names: Option names that differ from the names of their parameters.
+        flags: Declarations of switches, such as `--check/--no_check`.
+        repeated: Sequences whose option is given once for each value.
+        parsers: Functions that read the values of options whose type does not say how.
+    """
+    names, flags, parsers = names or {}, flags or {}, parsers or {}
+    texts = _argument_texts(target)
+    hints = typing.get_type_hints(target if inspect.isfunction(target) else target.__init__)  # type: ignore[misc]
+    options: dict[str, str] = {}
+    parameters = []
+    for parameter in inspect.signature(target).parameters.values():
+        name = names.get(parameter.name, parameter.name)
+        options[name] = parameter.name
+        kind, default = _without_none(hints[parameter.name]), parameter.default
+        shown: Any = kind if kind in (int, float, bool) else str
+        if parameter.name in required:
+            default = inspect.Parameter.empty
+        elif parameter.name in repeated:
+            shown, default = list[str], None
+        elif isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        text = texts[parameter.name]
+        info: Any = (
+            typer.Argument(help=text)
+            if parameter.name in arguments
+            else typer.Option(flags.get(parameter.name, f"--{name}"), help=text)
+        )
+        shown = shown | None if default is None else shown
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[shown, info], default=default)
+        )
+    parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+
+    def decorate(run: Callable[[Any], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            given = {options[name]: value for name, value in values.items()}
+            for name, option in ((options[name], name) for name in values):
+                if name in repeated:
+                    given[name] = tuple(given[name] or ())
+                elif isinstance(given[name], str):
+                    where = f"symphony {run.__name__.rstrip('_')}: --{option}"
+                    given[name] = (
+                        parsers[name](given[name]) if name in parsers else _parse(given[name], hints[name], where)
+                    )
+            run(target(**given))
+
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _argument_texts(target: Callable[..., Any]) -> dict[str, str]:
+    """Return each parameter's entry under `Args:` of the docstring, on one line."""
+    texts: dict[str, str] = {}
+    for owner in reversed(inspect.getmro(target)) if inspect.isclass(target) else (target,):
+        _, _, rest = inspect.cleandoc(owner.__doc__ or "").partition("Args:\n")
+        for name, text in _ENTRY.findall(rest.split("\n\n")[0]):
+            texts[name] = " ".join(text.replace("`", "").split())
+    return texts
+
+
+def _without_none(kind: Any) -> Any:
+    kinds = typing.get_args(kind)
+    return Union[tuple(one for one in kinds if one is not NoneType)] if NoneType in kinds else kind  # noqa: UP007
+
+
+def _parse(text: str, kind: Any, option: str) -> Any:
+    """Split a text at its commas where the type has a sequence.
 
     Raises:
-        ConfigError: If it has something else.
+        ConfigError: If the type is a sequence of numbers, and the text is something else.
     """
+    kind = _without_none(kind)
+    kinds = (kind,) if typing.get_origin(kind) in (Sequence, tuple) else typing.get_args(kind)
+    sequence = next((one for one in kinds if typing.get_origin(one) in (Sequence, tuple)), None)
+    if sequence is None:
+        return text
+    if int not in typing.get_args(sequence):
+        return tuple(text.split(","))
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise ConfigError(
-            f"symphony {command}: --{option} takes numbers with commas between them, got {text!r}"
-        ) from error
+        if str in kinds:
+            return text
+        raise ConfigError(f"{option} takes numbers with commas between them, got {text!r}") from error

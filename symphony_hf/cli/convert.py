@@ -1,64 +1,29 @@
-"""`symphony upcycle`."""
+"""`symphony upcycle`, `merge`, `prune`, `topk`, `inspect`, `push` and `bench-upcycle`."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from symphony_hf.conversion.compression.settings import MergeSettings, PruneSettings, TopKSettings
+from symphony_hf.conversion.upcycling.upcycle import UpcycleResult, print_result
+from symphony_hf.conversion.upcycling.upcycle import upcycle as upcycle_checkpoint
 from symphony_hf.errors import ConfigError
 
-from .app import BatchSize, BlockSize, Dtype, Revision, Text, TextColumn, Tokenizer, app, numbers
-
-_NUMBERS = re.compile(r"\d+(\s*,\s*\d+)*")
+from .app import app, command_from
 
 
 @app.command(
     epilog="Example: symphony upcycle microsoft/Phi-3-mini-4k-instruct phi3-smoe-7.4b --to qwen2_moe --num_experts 4 "
     "--layers every-other"
 )
-def upcycle(
-    source: Annotated[str, typer.Argument(help="The dense checkpoint: a folder, or its name on the Hub.")],
-    target: Annotated[str, typer.Argument(help="The folder to write.")],
-    to: Annotated[
-        str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or granitemoe; what fits the source by default.")
-    ] = None,
-    num_experts: Annotated[int, typer.Option("--num_experts", help="Copies of each MLP.")] = 8,
-    top_k: Annotated[int, typer.Option("--top_k", help="Experts that compute a token.")] = 2,
-    layers: Annotated[
-        str, typer.Option(help="all, every-other, or numbers from 0 with commas: whose MLPs become experts.")
-    ] = "all",
-    router_std: Annotated[float, typer.Option("--router_std", help="Deviation of the routers' weights.")] = 0.02,
-    router_init: Annotated[str, typer.Option("--router_init", help="normal or uniform.")] = "normal",
-    seed: Annotated[int, typer.Option(help="Of routers and noise.")] = 0,
-    noise: Annotated[float, typer.Option(help="On the copies, relative; above 0 nothing can be checked.")] = 0.0,
-    dtype: Annotated[str | None, typer.Option(help="Cast to float32, bfloat16 or float16.")] = None,
-    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Of a file.")] = "5GB",
-    check: Annotated[bool, typer.Option(help="Compare both models' logits, a layer in memory at a time.")] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model in the target, once the new is whole.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-) -> None:
-    """Make a MoE of a dense checkpoint, from file to file: each expert begins as a copy of the MLP."""
-    from symphony_hf.conversion.upcycling.upcycle import print_result
-    from symphony_hf.conversion.upcycling.upcycle import upcycle as run
-
-    result = run(
-        source,
-        target,
-        to=to,
-        num_experts=num_experts,
-        top_k=top_k,
-        layers=[int(n) for n in layers.split(",")] if _NUMBERS.fullmatch(layers) else layers,
-        router_std=router_std,
-        router_init=router_init,
-        seed=seed,
-        noise=noise,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        check=check,
-        overwrite=overwrite,
-        revision=revision,
-    )
+@command_from(
+    upcycle_checkpoint,
+    arguments=("source", "target"),
+    flags={"check": "--check/--no-check", "overwrite": "--overwrite/--no-overwrite"},
+)
+def upcycle(result: UpcycleResult) -> None:
+    """Turn a dense checkpoint into a MoE checkpoint on disk: each expert begins as a copy of the MLP."""
     print_result(result)
 
 
@@ -75,103 +40,34 @@ def bench_upcycle(
     print_bench_upcycle(run_bench_upcycle(folder, shrink=shrink, rounds=rounds, output=output))
 
 
-_Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hub; any MoE language model.")]
-_Output = Annotated[str, typer.Argument(help="The folder to write.")]
-_Experts = Annotated[int, typer.Option(help="To leave in each layer.")]
-_Graph = Annotated[
-    str, typer.Option(help="learned: the model's own; counted: of the calibration text, for models without one.")
-]
-_CalibrationTokens = Annotated[int, typer.Option("--calibration_tokens", help="Of the train split.")]
-_Documents = Annotated[int, typer.Option(help="Of the test split, to evaluate on, at most.")]
-_Seed = Annotated[int, typer.Option(help="Of the calibration's blocks and the bootstrap.")]
-_Result = Annotated[str | None, typer.Option(help="File for the result; result.json in the output.")]
-
-
 @app.command(epilog="Example: symphony merge symphony-quickstart/symphony merged --experts 8 --by graph")
-def merge(
-    context: typer.Context,
-    model: _Model,
-    output: _Output,
-    experts: _Experts,
-    by: Annotated[str, typer.Option(help="graph, or outputs (HC-SMoE).")],
-    graph: _Graph = "learned",
-    calibration_tokens: _CalibrationTokens = 65_536,
-    data: Text = None,
-    text_column: TextColumn = "text",
-    documents: _Documents = 100,
-    block_size: BlockSize = None,
-    batch_size: BatchSize = 8,
-    seed: _Seed = 0,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = None,
-    revision: Revision = None,
-    result: _Result = None,
-) -> None:
-    """Merge experts that are alike: a smaller stock checkpoint, measured on held-out text before and after."""
+@command_from(MergeSettings, arguments=("model", "output"), required=("output",))
+def merge(settings: MergeSettings) -> None:
+    """Merge similar experts into a smaller stock checkpoint, measured on held-out text before and after."""
     from symphony_hf.conversion.compression.merge import merge_experts
-    from symphony_hf.conversion.compression.settings import MergeSettings
     from symphony_hf.conversion.compression.tables import print_compression
 
-    print_compression(merge_experts(MergeSettings(**context.params)))
+    print_compression(merge_experts(settings))
 
 
 @app.command(epilog="Example: symphony prune symphony-quickstart/symphony pruned --experts 8 --by centrality")
-def prune(
-    context: typer.Context,
-    model: _Model,
-    output: _Output,
-    experts: _Experts,
-    by: Annotated[str, typer.Option(help="load, centrality (of the graph), or reap (gate-weighted output norm).")],
-    graph: _Graph = "learned",
-    calibration_tokens: _CalibrationTokens = 65_536,
-    data: Text = None,
-    text_column: TextColumn = "text",
-    documents: _Documents = 100,
-    block_size: BlockSize = None,
-    batch_size: BatchSize = 8,
-    seed: _Seed = 0,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = None,
-    revision: Revision = None,
-    result: _Result = None,
-) -> None:
-    """Drop the experts that matter least: a smaller stock checkpoint, measured on held-out text before and after."""
+@command_from(PruneSettings, arguments=("model", "output"), required=("output",))
+def prune(settings: PruneSettings) -> None:
+    """Remove the least important experts: a smaller stock checkpoint, measured on held-out text before and after."""
     from symphony_hf.conversion.compression.prune import prune_experts
-    from symphony_hf.conversion.compression.settings import PruneSettings
     from symphony_hf.conversion.compression.tables import print_compression
 
-    print_compression(prune_experts(PruneSettings(**context.params)))
+    print_compression(prune_experts(settings))
 
 
 @app.command(epilog="Example: symphony topk allenai/OLMoE-1B-7B-0924 olmoe-top4 --top_k 1,2,4,8 --keep 4")
-def topk(
-    context: typer.Context,
-    model: _Model,
-    output: Annotated[str | None, typer.Argument(help="The folder to write, if a checkpoint is wanted.")] = None,
-    top_k: Annotated[
-        str | None, typer.Option("--top_k", help="Numbers with commas; all up to the model's own.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="The one that the checkpoint in OUTPUT chooses.")] = None,
-    data: Text = None,
-    text_column: TextColumn = "text",
-    documents: _Documents = 100,
-    block_size: BlockSize = None,
-    batch_size: BatchSize = 8,
-    seed: _Seed = 0,
-    dtype: Dtype = "auto",
-    tokenizer: Tokenizer = None,
-    revision: Revision = None,
-    result: Annotated[
-        str | None, typer.Option(help="File for the result; result.json in the output, or symphony-topk.json.")
-    ] = None,
-) -> None:
-    """Measure a model with fewer experts a token, and write one of them as a stock checkpoint if asked to."""
-    from symphony_hf.conversion.compression.settings import TopKSettings
+@command_from(TopKSettings, arguments=("model", "output"))
+def topk(settings: TopKSettings) -> None:
+    """Measure a model with fewer experts per token, and optionally write one of these models as a stock checkpoint."""
     from symphony_hf.conversion.compression.tables import print_sweep
     from symphony_hf.conversion.compression.top_k import sweep_top_k
 
-    tried = None if top_k is None else numbers(top_k, "topk", "top_k")
-    print_sweep(sweep_top_k(TopKSettings(**context.params | {"top_k": tried})))
+    print_sweep(sweep_top_k(settings))
 
 
 @app.command(epilog="Example: symphony inspect allenai/OLMoE-1B-7B-0924")

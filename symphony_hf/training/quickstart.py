@@ -7,7 +7,6 @@ and `symphony`. Both are evaluated on held-out text, clean and attacked, and wha
 
 import dataclasses
 import platform
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils.logging import disable_progress_bar
 
-from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.compat import versions
 from symphony_hf.data.blocks import BlockDataset, pack_blocks
 from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.documents import Corpus
 from symphony_hf.data.tokenizer import cached_tokenizer
-from symphony_hf.errors import ConfigError, DataError, EvaluationError
+from symphony_hf.errors import DataError, EvaluationError
 from symphony_hf.evaluation.attacks.word_swap import attack, words_changed
 from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
 from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
@@ -38,6 +37,7 @@ from symphony_hf.recipe import EvalSection, ModelSection, Recipe
 from .final_evaluation import clean_and_attacked_windows
 from .fit import train
 from .models import load_model
+from .quickstart_settings import QuickstartSettings
 
 ARMS = ("plain", "symphony")
 TOP_K = 2
@@ -55,42 +55,6 @@ MODEL = {
 }
 FINE_TUNE_SHARE = 5
 """Every fifth training document is kept for the fine-tuning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartSettings:
-    """How much of everything. The defaults take under six minutes on two CPU cores.
-
-    Args:
-        output: Folder for checkpoints, report and pictures.
-        data: Text to use instead of the Python library's; see `load_corpus`.
-        seed: Of the weights, the batches, the attack and the bootstrap.
-        pretrain_steps: Optimizer steps of the base model.
-        finetune_steps: Optimizer steps of each copy.
-        batch_size: Sequences a step.
-        block_size: Tokens a sequence.
-        vocab_size: Of the tokenizer.
-        documents: Held-out documents to evaluate on.
-        attack_rate: Share of a line's words that the attack replaces.
-    """
-
-    output: str = "symphony-quickstart"
-    data: str | None = None
-    seed: int = 0
-    pretrain_steps: int = 600
-    finetune_steps: int = 300
-    batch_size: int = 16
-    block_size: int = 128
-    vocab_size: int = 2048
-    documents: int = 60
-    attack_rate: float = 0.015
-
-    def __post_init__(self) -> None:
-        for name in ("pretrain_steps", "finetune_steps", "batch_size", "documents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"quickstart: `{name}` must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"quickstart: `seed` must be between 0 and 2**32 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -319,7 +283,7 @@ def _report(
         ),
     }
     return {
-        "command": shlex.join(["symphony", "quickstart", *_options(settings)]),
+        "command": settings.command_line(),
         "settings": dataclasses.asdict(settings),
         "model": MODEL,
         "corpus": {"source": corpus.source, "pretrain_blocks": base_blocks, "finetune_blocks": tune_blocks},
@@ -331,22 +295,8 @@ def _report(
             for name, interval in comparisons.items()
         },
         "checks": checks,
-        "versions": {
-            "symphony_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers_version(),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": {**versions(), "machine": platform.machine(), "threads": torch.get_num_threads()},
     }
-
-
-def _options(settings: QuickstartSettings) -> list[str]:
-    """The command line's options that were not left at their defaults."""
-    defaults = dataclasses.asdict(QuickstartSettings())
-    changed = {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
-    return [word for name, value in changed.items() for word in (f"--{name}", str(value))]
 
 
 def _arm_values(arm: Arm, seed: int) -> dict[str, Any]:

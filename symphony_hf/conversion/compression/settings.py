@@ -20,19 +20,19 @@ class TextSettings:
     """Which model, and on what text it is measured.
 
     Args:
-        model: A checkpoint: a folder, or its name on the Hub.
-        output: The folder to write.
-        data: A text file, a table, a folder, or a data set of the Hub; the library sources of the running Python when
-            None. Its train split is what is calibrated on, its test split what is evaluated on.
-        text_column: Of a table.
-        documents: To evaluate on, at most, spread evenly over all.
-        block_size: Tokens of a window; a quarter of what the model takes, and 1024 at most, when None.
-        batch_size: Windows a forward.
-        seed: Of the calibration's choice of text, and of the bootstrap.
-        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16.
-        tokenizer: Where the model's folder has none.
-        revision: Of the model on the Hub.
-        result: File for what was measured; `result.json` in the output when None.
+        model: Checkpoint of a MoE language model: a folder, or a name on the Hub.
+        output: Folder to write the new checkpoint to.
+        data: Text file, table, folder, or data set on the Hub; by default the sources of the running Python's library.
+            Its train split is for calibration, its test split for evaluation.
+        text_column: Text column of a table.
+        documents: Maximum number of test documents to evaluate on, spread evenly over all.
+        block_size: Number of tokens in a window; by default a quarter of the model's context length, at most 1024.
+        batch_size: Number of windows in a batch.
+        seed: Seed of the choice of calibration text, and of the bootstrap.
+        dtype: Data type of the weights: auto (as stored), float32, bfloat16 or float16.
+        tokenizer: Tokenizer, where the model's folder has none.
+        revision: Branch, tag or commit of the model on the Hub.
+        result: File for the measurements; by default result.json in the output folder.
     """
 
     model: str
@@ -102,11 +102,11 @@ class FewerExpertsSettings(TextSettings):
     """How many experts to leave, by what, and what is calibrated on.
 
     Args:
-        experts: Of each layer of the new model.
-        by: What decides.
-        graph: Where `by` needs one: `learned`, the model's own, or `counted`, of who is chosen together in the
-            calibration text, which any model has.
-        calibration_tokens: Of the train split.
+        experts: Number of experts to leave in each layer.
+        by: Criterion. To merge: graph, or outputs (HC-SMoE). To prune: load, centrality (in the graph), or reap
+            (gate-weighted output norm).
+        graph: Graph to use: learned, the model's own; or counted, from the calibration text, for any model.
+        calibration_tokens: Number of calibration tokens from the train split.
     """
 
     experts: int
@@ -150,8 +150,8 @@ class TopKSettings(TextSettings):
     """Which numbers of experts a token to try.
 
     Args:
-        top_k: The numbers; all from 1 to the model's own when None.
-        keep: The one to write to `output`; needed where several are tried.
+        top_k: Numbers of experts per token to measure; by default all from 1 to the model's own.
+        keep: Number of experts per token in the checkpoint that is written; required where several are measured.
     """
 
     top_k: tuple[int, ...] | None = None

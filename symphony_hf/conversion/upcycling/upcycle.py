@@ -89,24 +89,24 @@ def upcycle(
     a block at a time, so memory does not grow with the model; the target has its name only once it is whole.
 
     Args:
-        source: The dense checkpoint: a folder with safetensors files, or a name on the Hub.
-        target: The folder to write.
-        to: The MoE family. Mistral and Llama become `mixtral` (default) or `qwen2_moe`, Phi-3 and Phi-3.5 `qwen2_moe`
-            (default) or `mixtral`, Qwen2 `qwen2_moe`, Qwen3 `qwen3_moe`, Granite `granitemoe`.
-        num_experts: Copies of each MLP.
-        top_k: How many experts compute a token.
-        layers: `all`, `every-other` (1, 3, 5, ...), or the numbers of the layers whose MLPs become experts, from 0.
-            Every layer of `mixtral` and `granitemoe` has experts.
+        source: Dense checkpoint: a folder with safetensors files, or a name on the Hub.
+        target: Folder to write.
+        to: Target MoE family. Mistral and Llama become mixtral (default) or qwen2_moe, Phi-3 and Phi-3.5 qwen2_moe
+            (default) or mixtral, Qwen2 qwen2_moe, Qwen3 qwen3_moe, Granite granitemoe.
+        num_experts: Number of copies of each MLP.
+        top_k: Number of experts that process a token.
+        layers: Layers whose MLPs become experts: `all`, `every-other` (1, 3, 5, ...), or layer numbers from 0.
+            Every layer of mixtral and granitemoe has experts.
         router_std: Standard deviation of the routers' weights.
-        router_init: Their distribution, `normal` or `uniform`.
-        seed: Of all that is random. The same seed gives the same bytes.
-        noise: Standard deviation of normal noise on every expert's weights, in units of the root mean square of each
+        router_init: Distribution of the routers' weights: normal or uniform.
+        seed: Random seed. The same seed gives the same bytes.
+        noise: Standard deviation of normal noise on each expert's weights, relative to the root mean square of each
             projection. Above 0 the model no longer computes exactly what the dense one does, and is not checked.
-        dtype: `float32`, `bfloat16` or `float16`, to cast all weights to; each tensor's own when None.
-        max_shard_size: Of a file, in bytes or as in `5GB`.
+        dtype: Data type to cast all weights to: float32, bfloat16 or float16. By default each tensor keeps its own.
+        max_shard_size: Maximum size of one weights file, in bytes or as in 5GB.
         check: Whether to compare the logits of both checkpoints, run layer by layer in float32 on 64 random tokens.
-        overwrite: Whether a model in the target may be replaced; it stays until the new one is whole.
-        revision: Branch, tag or commit on the Hub.
+        overwrite: Whether a model in the target may be replaced; it stays until the new one is complete.
+        revision: Branch, tag or commit of the source on the Hub.
 
     Returns:
         What was made, and what the check saw.

@@ -65,36 +65,38 @@ class RobustnessSettings:
     """Which models, which task and data, which attacks.
 
     Args:
-        model: A checkpoint: a folder, or its name on the Hub.
-        against: Another one, to compare it with.
-        task: `text`: perplexity of documents. `classification`: accuracy at a GLUE task. `vqa`: accuracy at questions
-            about images.
-        data: What to evaluate on. Of `text`: a text file, a table, a folder, or a data set of the Hub; the library
-            sources of the running Python when None. Of `classification`: a table or folder of tables with the columns
-            of the GLUE task `name`, GLUE on the Hub when None; a stand-in where `name` is None, too. Of `vqa`: LLaVA's
-            JSON, or a folder of such files; scikit-learn's handwritten digits when None, or `digits`.
-        name: Of the GLUE task.
-        images: Of `vqa`: the folder that the JSON's image names are in; its own when None.
-        split: Of the data: train, validation, test or all; when None all of a single file and the test split of
-            anything else, or its validation split where it has no other.
-        text_column: Of a table of documents; `text` when None.
-        attacks: By name, see `TEXT_ATTACKS` and, of `vqa`, `IMAGE_ATTACKS`; `all` for every one of the task, `all-text`
-            and `all-images` likewise; the task's usual one when None.
-        severities: From 1 to 5.
-        seeds: Of the attacks. A document attacked with several seeds stays one draw of the intervals. An attack on
-            images that leaves nothing to chance, such as a blur, is done with the first alone.
-        documents: Or questions, at most, spread evenly over all; all when None.
-        answers: Of `vqa`: `choose` the likeliest of the right answers to all questions, or answer in words, `free`;
-            `choose` where at most 100 answers differ, when None.
-        max_new_tokens: Of a free answer; 32 when None.
-        block_size: Tokens of a window of clean text, the first of which is given; a quarter of what the models take,
-            and 1024 at most, when None.
-        batch_size: Windows or questions a forward.
-        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16.
+        model: Checkpoint to evaluate: a folder, or a name on the Hub.
+        against: Second checkpoint to compare it with.
+        task: `text`: perplexity of a causal language model. `classification`: accuracy on a GLUE task. `vqa`: accuracy
+            on questions about images, of a vision-language model.
+        data: Data to evaluate on. For `text`: a text file, table, folder, or data set on the Hub; by default the
+            sources of the running Python's library. For `classification`: a table, or a folder of tables, with the
+            columns of the GLUE task `name`; by default GLUE on the Hub, or an offline stand-in without `name`. For
+            `vqa`: LLaVA's JSON, or a folder of such files; by default scikit-learn's handwritten digits (`digits`).
+        name: GLUE task, such as qnli or sst2; for `classification`.
+        images: Folder of the images that the JSON names, by default the JSON's own; for `vqa`.
+        split: Split of the data: train, validation, test or all. By default all of a single file, and otherwise the
+            test split, or the validation split where there is no test split.
+        text_column: Column of a table of documents, `text` by default; for `text`.
+        attacks: Attacks, or `all`. On text: aaa (the default), keyboard, char_delete, char_insert, char_swap,
+            homoglyph, word_drop, word_shuffle. On images: gaussian_noise (the default), shot_noise, impulse_noise,
+            defocus_blur, glass_blur, motion_blur, zoom_blur, snow, frost, fog, brightness, contrast,
+            elastic_transform, pixelate, jpeg_compression. `all-text` and `all-images` are accepted too.
+        severities: Severities of the attacks, from 1 to 5.
+        seeds: Seeds of the attacks. Intervals treat a document attacked with several seeds as one draw. Attacks on
+            images without randomness, such as blurs, run with the first seed alone.
+        documents: Maximum number of documents or questions, spread evenly over all; None for all.
+        answers: `choose` the likeliest of all correct answers, or generate `free` answers; by default `choose` where
+            at most 100 answers differ. For `vqa`.
+        max_new_tokens: Maximum length of a free answer, 32 by default; for `vqa`.
+        block_size: Number of tokens in a window of clean text, the first of which is given; by default a quarter of the
+            models' context length, at most 1024. For `text`.
+        batch_size: Number of windows or questions in a batch.
+        dtype: Data type of the weights: auto (as stored), float32, bfloat16 or float16.
         tokenizer: Tokenizer or processor of both models, where their folders have none.
-        revision: Of the model on the Hub.
-        against_revision: Of the other one.
-        output: Folder for `result.json` and for what is kept of each cell.
+        revision: Branch, tag or commit of the model on the Hub.
+        against_revision: Branch, tag or commit of the second checkpoint on the Hub.
+        output: Folder for result.json, the picture, and the finished cases of an interrupted run.
     """
 
     model: str

@@ -17,26 +17,27 @@ class RoutingSettings:
     """Which model, beside which of its checkpoints, on which text.
 
     Args:
-        model: A checkpoint: a folder, or its name on the Hub. The last one, where there are several.
-        against: Earlier checkpoints of it, the earliest first.
-        data: What to run it on: a text file, a table, a folder, or a data set of the Hub; the library sources of the
-            running Python when None.
-        split: Of the data: train, validation, test or all; all of a single file and the test split of anything else
-            when None.
-        text_column: Of a table.
-        attacks: By name, see `TEXT_ATTACKS`; may be none.
-        severities: From 1 to 5.
-        seed: Of the attacks.
-        documents: At most, spread evenly over all; all when None.
-        words: Of a document, about: its first lines. All when None.
-        block_size: Tokens of a window of clean text; a quarter of what the model takes, and 1024 at most, when None.
-        batch_size: Windows a forward.
-        drop_first: Whether to measure what a model is without each token's first expert.
-        similarity_tokens: On which experts are compared; 0: they are not.
-        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16.
-        tokenizer: Of all checkpoints, where the model's folder has none.
-        revision: Of the model on the Hub.
-        output: Folder for `result.json`, `matrices.safetensors` and the pictures.
+        model: Checkpoint: a folder, or a name on the Hub; the latest one, where there are several.
+        against: Earlier checkpoints of the same model, the earliest first.
+        data: Text file, table, folder, or data set on the Hub to run the model on; by default the sources of the
+            running Python's library.
+        split: Split of the data: train, validation, test or all. By default all of a single file, and otherwise the
+            test split.
+        text_column: Text column of a table.
+        attacks: Attacks on text, as for `symphony eval`; may be empty.
+        severities: Severities of the attacks, from 1 to 5.
+        seed: Seed of the attacks.
+        documents: Maximum number of documents, spread evenly over all; None for all.
+        words: Approximate number of words read from each document's beginning; None for all.
+        block_size: Number of tokens in a window of clean text; by default a quarter of the model's context length, at
+            most 1024.
+        batch_size: Number of windows in a batch.
+        drop_first: Whether to measure the loss without each token's first expert.
+        similarity_tokens: Number of tokens on which experts' outputs are compared; 0 to skip the comparison.
+        dtype: Data type of the weights: auto (as stored), float32, bfloat16 or float16.
+        tokenizer: Tokenizer of all checkpoints, where the model's folder has none.
+        revision: Branch, tag or commit of the model on the Hub.
+        output: Folder for result.json, matrices.safetensors and the pictures.
     """
 
     model: str

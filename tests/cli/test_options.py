@@ -1,0 +1,142 @@
+"""Commands keep their options and defaults, and options that come from a settings class are read as its types."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from symphony_hf.cli import app
+from symphony_hf.cli.app import command_from
+from symphony_hf.errors import ConfigError
+
+OPTIONS = json.loads((Path(__file__).parent / "options.json").read_text())
+"""By command: each argument and option with its default. Add to it; scripts of users rely on what is there."""
+
+
+def all_commands(group, prefix=""):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from all_commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+COMMANDS = dict(all_commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_there_with_its_default(name):
+    found = {
+        "/".join([*one.opts, *one.secondary_opts]): "required" if one.required else one.default
+        for one in COMMANDS[name].params
+    }
+    assert json.loads(json.dumps(found, default=str)) == OPTIONS[name]
+
+
+def test_every_command_is_listed():
+    assert set(COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_has_a_help_text(name):
+    assert all(one.help for one in COMMANDS[name].params)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Base:
+    """Base settings.
+
+    Args:
+        model: Name of
+            the model.
+        sizes: Sizes.
+    """
+
+    model: str
+    sizes: Sequence[int] | None = (1, 2)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Example(Base):
+    """Example settings.
+
+    Args:
+        names: Names of attacks.
+        others: Other models.
+        layers: Layers, or `all`.
+        check: Whether to check.
+        folder: Output folder.
+
+    Raises:
+        ConfigError: Never.
+    """
+
+    names: Sequence[str] | None = None
+    others: Sequence[str] = ()
+    layers: str | Sequence[int] = "all"
+    check: bool = True
+    folder: str | None = None
+
+
+def run(*words):
+    seen = []
+    example = typer.Typer()
+
+    @example.command()
+    @command_from(
+        Example,
+        arguments=("model",),
+        required=("folder",),
+        names={"names": "name", "others": "against"},
+        flags={"check": "--check/--no_check"},
+        repeated=("others",),
+    )
+    def show(settings: Example) -> None:
+        """Show them."""
+        seen.append(settings)
+
+    result = CliRunner().invoke(example, list(words))
+    return result, seen
+
+
+def test_values_are_read_as_the_types_of_the_settings():
+    given = ["m", "--folder", "f", "--sizes", "3, 4", "--name", "a,b", "--against", "x", "--against", "y,z"]
+    result, seen = run(*given, "--layers", "0,2", "--no_check")
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        Example(model="m", folder="f", sizes=(3, 4), names=("a", "b"), others=("x", "y,z"), layers=(0, 2), check=False)
+    ]
+
+
+def test_defaults_are_those_of_the_settings():
+    _, seen = run("m", "--folder", "f")
+    assert seen == [Example(model="m", folder="f")]
+
+
+def test_text_stays_text_where_the_settings_take_both():
+    _, seen = run("m", "--folder", "f", "--layers", "every-other")
+    assert seen[0].layers == "every-other"
+
+
+def test_what_is_required_is_asked_for():
+    result, seen = run("m")
+    assert result.exit_code == 2
+    assert "--folder" in result.output
+    assert not seen
+
+
+def test_numbers_that_are_none_are_refused():
+    result, _ = run("m", "--folder", "f", "--sizes", "1,two")
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == "symphony show: --sizes takes numbers with commas between them, got '1,two'"
+
+
+def test_help_comes_from_the_docstrings_of_the_class_and_its_base():
+    result, _ = run("--help")
+    assert "Name of the model." in result.output
+    assert "Layers, or all." in result.output
+    assert "ConfigError" not in result.output
