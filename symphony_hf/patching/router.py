@@ -95,7 +95,7 @@ class SymphonyRouter:
         return outputs, smoothed_TE
 
     def _smooth_scores(self, logits_TE: Tensor) -> Tensor:
-        return self.symphony(logits_TE, self.contract.head)
+        return self.symphony(logits_TE, self.contract.scoring_func)
 
     def _run(self, leaf: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         contract = self.contract

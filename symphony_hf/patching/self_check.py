@@ -50,10 +50,10 @@ def _check(router: FoundRouter, config: SymphonyConfig) -> None:
 
 
 def _refuse_without_head(router: FoundRouter) -> None:
-    if router.contract.head is None:
+    if router.contract.scoring_func is None:
         raise UnsupportedModelError(
             f"{type(router.module).__name__} `{router.name}`: smoothing `scores` is not defined for it: "
-            f"{router.contract.no_head}; use smoothing=`logits`"
+            f"{router.contract.no_scoring_func}; use smoothing=`logits`"
         )
 
 
@@ -130,7 +130,7 @@ class _Check:
 
     def _check_scores(self) -> None:
         raw, transition_EE = self.probe.raw.float(), self.graph.transition()
-        if self.contract.head == "sigmoid":
+        if self.contract.scoring_func == "sigmoid":
             logits = (raw.sigmoid() @ transition_EE.T).logit()
         else:
             logits = smooth_probabilities(raw.softmax(-1), transition_EE).log()

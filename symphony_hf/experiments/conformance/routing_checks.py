@@ -158,7 +158,9 @@ def backward(specimen: Specimen, model: nn.Module, outputs: Any) -> None:
 
 def scores(specimen: Specimen) -> str | None:
     """Check that smoothing scores starts as the base, and mixes each router's scores by the graph."""
-    reasons = {r.contract.no_head for _, r in symphony_routers(specimen.patched) if r.contract.head is None}
+    reasons = {
+        r.contract.no_scoring_func for _, r in symphony_routers(specimen.patched) if r.contract.scoring_func is None
+    }
     if reasons:
         return ", ".join(sorted(reasons))
     model = specimen.symphonized(smoothing="scores")
@@ -179,7 +181,7 @@ def scores(specimen: Specimen) -> str | None:
 def _check_scores(name: str, router: Any, before: Tensor, after: Tensor) -> None:
     graph: ExpertGraph = router.symphony
     matrix = naive_transition(graph.adjacency.tolist())
-    if router.contract.head == "softmax":
+    if router.contract.scoring_func == "softmax":
         transposed = [list(column) for column in zip(*matrix, strict=True)]
         wanted, got = mix_rows(transposed, before.softmax(-1).T).T, after.softmax(-1)
     else:

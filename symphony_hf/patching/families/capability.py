@@ -72,7 +72,7 @@ def capabilities(model: nn.Module) -> Capabilities:
 
 
 def _scores(found: list[FoundRouter]) -> Capability:
-    reasons = {router.contract.no_head for router in found if router.contract.head is None}
+    reasons = {router.contract.no_scoring_func for router in found if router.contract.scoring_func is None}
     return Unsupported(", ".join(sorted(reasons))) if reasons else Supported()
 
 

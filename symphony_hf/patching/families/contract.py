@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Head = Literal["softmax", "sigmoid"]
+ScoringFunc = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class RouterContract:
         indices: Place of the chosen experts, (tokens, K), in the output; None: the K highest logits are chosen.
         choices: Reads the chosen experts from the output instead, where that takes more.
         image_tokens: True where the router gets the tokens of images alone, False where it gets all others; None: all.
-        head: What turns logits into weights: needed for smoothing `scores`. None: something else.
-        no_head: Why, where `head` is None.
+        scoring_func: Function that turns logits into weights, needed for smoothing `scores`; None if it is unknown.
+        no_scoring_func: Reason why `scoring_func` is None.
     """
 
     num_experts: int
@@ -37,8 +37,8 @@ class RouterContract:
     indices: int | None = None
     choices: Callable[[tuple[Any, ...]], Tensor] | None = None
     image_tokens: bool | None = None
-    head: Head | None = None
-    no_head: str = ""
+    scoring_func: ScoringFunc | None = None
+    no_scoring_func: str = ""
 
     def chosen_experts(self, outputs: tuple[Any, ...], logits_TE: Tensor) -> Tensor:
         """The experts that each token chose. Shape: (tokens, top_k), integer.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from symphony_hf.errors import UnsupportedModelError
 
-from .contract import Head, RouterContract
+from .contract import RouterContract, ScoringFunc
 from .entries import entry_of
 from .probe import NUM_TOKENS, Probe
 from .selection import HOW, BlockLook
@@ -48,7 +48,7 @@ def inspect_router(
         top_k = block.top_k()
     else:
         top_k = reading.top_k(has_choices=entry.choices is not None)
-    head, no_head = reading.head()
+    scoring_func, no_scoring_func = reading.scoring_func()
     return RouterContract(
         num_experts=reading.num_experts,
         top_k=top_k,
@@ -58,8 +58,8 @@ def inspect_router(
         carrier=reading.carrier,
         indices=indices,
         choices=entry.choices,
-        head=head,
-        no_head=no_head,
+        scoring_func=scoring_func,
+        no_scoring_func=no_scoring_func,
     )
 
 
@@ -157,7 +157,7 @@ class _Reading:
             f"experts were chosen; {HOW}"
         )
 
-    def head(self) -> tuple[Head | None, str]:
+    def scoring_func(self) -> tuple[ScoringFunc | None, str]:
         """What makes weights of logits, by how they answer to a shift of all logits; or why nothing known does."""
         probe, outputs = self.probe, self.probe.outputs
         if self.num_experts != probe.rows:
