@@ -1,13 +1,13 @@
-"""Symphony routing as pure functions on tensors: torch alone, no model, no state.
+"""Symphony routing as pure functions on tensors. Depends on torch only; no model and no state.
 
-Shape suffixes used here and wherever tensors of routing are named:
+Shape suffixes, used for routing tensors throughout the package:
 
-    T  tokens of one forward       E  experts
+    T  tokens in one forward       E  experts
     K  experts chosen per token    D  hidden size
 
     logits_TE, indices_TK, weight_ED, adjacency_EE ...
 
-From counts to routing: `count_coselections` -> `update_adjacency` -> `transition_matrix` ->
+Pipeline: `count_coselections` -> `update_adjacency` -> `transition_matrix` ->
 `mix_with_identity` -> `smooth_weight` (on logits) or `smooth_scores` (on probabilities).
 """
 

@@ -1,10 +1,10 @@
-"""Router losses, and how they reach the router once, whatever the loop does with the main loss.
+"""Router losses, and the autograd functions that apply each of them exactly once in any training loop.
 
-A loop scales the loss that the model returns: by accumulation steps, by tokens, by a loss scaler, by ranks. A
-router loss must be scaled alike, and reentrant checkpointing lets no router loss out of a layer to be added to
-the main one. So its gradient starts at the router, inside the backward pass: `RecordGradientScale` sits on the
-main loss and notes the factor that its gradient arrives with (backward begins there, before any router), and
-`AttachLoss` starts each router's loss with that factor. Megatron does the same with a scale set by its schedule.
+A training loop scales the loss that the model returns: by accumulation steps, tokens, a loss scaler, or ranks. Router
+losses need the same scale, but reentrant checkpointing keeps them from leaving a layer to be added to the main loss.
+So their gradient starts at the router, inside the backward pass: `RecordGradientScale` wraps the main loss and records
+the gradient that arrives there (backward reaches it before any router), and `AttachLoss` starts each router's loss
+with that gradient. Megatron does the same with a scale set by its schedule.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from .graph import without_autocast
 
 
 def _masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Mean over dim 0 of the tokens that count; 0 where none does."""
+    """Return the mean over unmasked tokens (dim 0), or 0 if there are none."""
     if mask_T is None:
         return values_T.sum(0) / max(len(values_T), 1)
     kept_T = mask_T.to(values_T).reshape(-1, *[1] * (values_T.dim() - 1))
@@ -24,7 +24,7 @@ def _masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
 
 
 def _without_padding(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Logits in float32, those of padding 0: NaN there, as attention may leave it, would survive a weight of 0."""
+    """Return float32 logits, zeroed at padding, where attention may leave NaN that a weight of 0 would not remove."""
     logits = logits_TE.float()
     return logits if mask_T is None else logits.masked_fill(~mask_T.bool().to(logits.device).unsqueeze(-1), 0.0)
 
@@ -32,21 +32,21 @@ def _without_padding(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
 def load_balancing_loss(
     logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None, load_E: Tensor | None = None
 ) -> Tensor:
-    """E times the sum over experts of (share of tokens that chose it) x (mean probability it was given).
+    """Compute the load balancing loss: E times the sum over experts of (share of tokens) x (mean probability).
 
     Args:
-        logits_TE: The logits that chose: the smoothed ones. Shape: (tokens, num_experts).
-        indices_TK: The experts chosen. Shape: (tokens, top_k), integer.
-        mask_T: True for tokens that count. Shape: (tokens,).
-        load_E: Where the share of all ranks' tokens that chose each expert will be when the backward runs; the
-            gradient then takes it in place of these tokens' own. Shape: (num_experts,).
+        logits_TE: Smoothed logits, from which experts are chosen. Shape: (tokens, num_experts).
+        indices_TK: Chosen experts. Shape: (tokens, top_k), integer.
+        mask_T: True for real tokens, False for padding. Shape: (tokens,).
+        load_E: Buffer that will hold each expert's share of all ranks' tokens by the time of the backward pass, which
+            then uses it instead of the local share. Shape: (num_experts,).
 
     Returns:
-        A float32 scalar of these tokens; K when load and probabilities are even. The gradient reaches the logits
-        through the probabilities alone.
+        A float32 scalar over the local tokens; K when load and probabilities are even. The gradient flows through
+        the probabilities only.
 
-    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, in the form transformers uses for top-k.
-    Deviation: none; transformers pools all layers into one product, here each layer has its own.
+    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, in the form that transformers uses for top-k.
+    Deviation: each layer has its own product; transformers pools all layers into one.
     """
     num_experts = logits_TE.shape[-1]
     with without_autocast(logits_TE):
@@ -60,11 +60,11 @@ def load_balancing_loss(
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the squared log-partition of the router, which keeps logits small.
+    """Compute the router z-loss: the mean squared log-partition of the logits, which keeps them small.
 
     Args:
-        logits_TE: The logits that chose: the smoothed ones, in nats. Shape: (tokens, num_experts).
-        mask_T: True for tokens that count. Shape: (tokens,).
+        logits_TE: Smoothed logits, in nats. Shape: (tokens, num_experts).
+        mask_T: True for real tokens, False for padding. Shape: (tokens,).
 
     Returns:
         A float32 scalar, in nats squared.
@@ -79,7 +79,7 @@ def _read_scale(gradient: Tensor, scale: Tensor) -> Tensor:
     return scale.to(gradient.device, copy=True)
 
 
-# An operator that takes the gradient: a compiler would otherwise read the scale before the backward has written it.
+# An operator with the gradient as an input: otherwise a compiler may read the scale before backward has written it.
 _read_scale_operator = torch.library.custom_op("symphony_hf::read_scale", _read_scale, mutates_args=())
 
 
@@ -89,14 +89,14 @@ def _(gradient: Tensor, scale: Tensor) -> Tensor:
 
 
 class WeighByLoad(torch.autograd.Function):
-    """The sum of share x probability over experts; its gradient has a load in place of the share, read in backward.
+    """Sum of share x probability over experts, whose gradient uses `load_E`, read in backward, instead of the share.
 
-    The load of all ranks is known after the forward, in one all-reduce for all layers.
+    The load over all ranks is only known after the forward pass, from one all-reduce for all layers.
     """
 
     @staticmethod
     def forward(ctx: Any, probability_E: Tensor, share_E: Tensor, load_E: Tensor) -> Tensor:
-        ctx.load = load_E  # not saved for backward: it changes until then
+        ctx.load = load_E  # not save_for_backward: it is updated before backward
         return (share_E * probability_E).sum()
 
     @staticmethod
@@ -106,15 +106,15 @@ class WeighByLoad(torch.autograd.Function):
 
 
 class RecordGradientScale(torch.autograd.Function):
-    """Identity on the main loss; its backward writes `gradient * share` into a scalar tensor `scale`, in place.
+    """Identity on the main loss; its backward writes `gradient * share` into the scalar tensor `scale`, in place.
 
-    Of a tensor whose elements the loop makes its loss of, it writes the sum.
+    If the loss has several elements, which the loop reduces itself, it writes the sum.
     """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, share: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(share)
-        ctx.scale = scale  # not saved for backward: the point is to change it there
+        ctx.scale = scale  # not save_for_backward: backward writes to it
         return loss.clone()  # not a view: models add to their loss in place
 
     @staticmethod
@@ -134,6 +134,6 @@ class AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        # Eager needs no operator, whose call costs more than the copy.
+        # In eager mode, dispatching the operator costs more than the copy itself.
         read = _read_scale_operator if torch.compiler.is_compiling() else _read_scale
         return gradient, read(gradient, ctx.scale), None

@@ -1,4 +1,4 @@
-"""The graph applied: on a router's logits, through its weight, or on its probabilities."""
+"""Smoothing over the graph: of logits, of the router's weight, or of scores."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 from .graph import without_autocast
 
 
-def _check_experts(what: str, num_experts: int, transition_EE: Tensor) -> None:
+def _check_experts(name: str, num_experts: int, transition_EE: Tensor) -> None:
     if transition_EE.shape != (num_experts, num_experts):
-        raise ValueError(f"{what} has {num_experts} experts, the transition matrix {tuple(transition_EE.shape)}")
+        raise ValueError(f"{name}: got {num_experts} experts, but a transition matrix of {tuple(transition_EE.shape)}")
 
 
-def _change(transition_EE: Tensor) -> Tensor:
-    """A - I. `x + (A - I) x` is exactly x where A = I, also where products are of TF32 or bfloat16, as `A x` is not."""
+def _minus_identity(transition_EE: Tensor) -> Tensor:
+    """Return A - I. If A = I, `x + (A - I) x` is exactly x even with TF32 or bfloat16 products; `A x` is not."""
     return transition_EE.float() - torch.eye(transition_EE.shape[-1], device=transition_EE.device)
 
 
@@ -21,11 +21,10 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
 
     Args:
         logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
-        transition_EE: The matrix A. Shape: (num_experts, num_experts).
+        transition_EE: Routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        Smoothed logits g @ A.T, float32 (float64 for float64 logits): A = I gives g itself. Shape: (tokens,
-        num_experts).
+        Smoothed logits g @ A.T, float32 (float64 for float64 logits); exactly g if A = I. Shape: (tokens, num_experts).
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -35,23 +34,22 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     _check_experts("the logits", logits_TE.shape[-1], transition_EE)
     with without_autocast(logits_TE):
         logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        return torch.addmm(logits, logits, _change(transition_EE).to(logits.dtype).T)
+        return torch.addmm(logits, logits, _minus_identity(transition_EE).to(logits.dtype).T)
 
 
 def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
-    """The router weight whose plain logits are the smoothed ones: x (A W).T = (x W.T) A.T.
+    """Return the router weight that produces smoothed logits: x (A W).T = (x W.T) A.T.
 
-    Used in place of `smooth_logits` at run time: every family's own forward then does the rest, and a folded
-    checkpoint holds these very numbers, so that folding changes no bit.
+    Used instead of `smooth_logits` at run time: the model's own forward does the rest, and a folded checkpoint stores
+    exactly these numbers, so folding is exact.
 
     Args:
-        weight_ED: Router weight. Shape: (num_experts, hidden_size); a bias of shape (num_experts,) works too.
-        transition_EE: The matrix A. Shape: (num_experts, num_experts).
+        weight_ED: Router weight, or a bias of shape (num_experts,). Shape: (num_experts, hidden_size).
+        transition_EE: Routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        A @ W, computed in float32 (float64 for a float64 weight) and rounded once to the weight's type. A = I gives W
-        itself, in every precision that `torch.set_float32_matmul_precision` gives to products (a zero may lose its
-        sign). Same shape.
+        A @ W, computed in float32 (float64 for a float64 weight) and rounded once to the weight's dtype; exactly W if
+        A = I, whatever `torch.set_float32_matmul_precision` is (up to the sign of zeros). Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -61,7 +59,7 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
     _check_experts("the router's weight", weight_ED.shape[0], transition_EE)
     with without_autocast(weight_ED):
         dtype = torch.promote_types(weight_ED.dtype, torch.float32)
-        weight, change_EE = weight_ED.to(dtype), _change(transition_EE).to(dtype)
+        weight, change_EE = weight_ED.to(dtype), _minus_identity(transition_EE).to(dtype)
         product = torch.addmm if weight.dim() == 2 else torch.addmv
         return product(weight, change_EE, weight).to(weight_ED.dtype)
 
@@ -70,11 +68,11 @@ def smooth_probabilities(probabilities_TE: Tensor, transition_EE: Tensor) -> Ten
     """Mix probabilities over the graph: p(z_j) = sum_k p(z_k) p(j | k), with p(j | k) = A_kj.
 
     Args:
-        probabilities_TE: One distribution over the experts a token. Shape: (tokens, num_experts).
-        transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
+        probabilities_TE: One distribution over experts per token. Shape: (tokens, num_experts).
+        transition_EE: Row-stochastic routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        p @ A, float32: still one distribution a token, since A's rows sum to 1. Same shape.
+        p @ A, float32; still one distribution per token, since A's rows sum to 1. Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
@@ -84,24 +82,26 @@ def smooth_probabilities(probabilities_TE: Tensor, transition_EE: Tensor) -> Ten
     _check_experts("the probabilities", probabilities_TE.shape[-1], transition_EE)
     with without_autocast(probabilities_TE):
         probabilities = probabilities_TE.float()
-        return torch.addmm(probabilities, probabilities, _change(transition_EE))
+        return torch.addmm(probabilities, probabilities, _minus_identity(transition_EE))
 
 
 def smooth_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
-    """Logits whose softmax is the graph-mixed softmax of the given ones, so that any softmax head can finish.
+    """Return logits whose softmax is the graph-mixed softmax of the given logits.
+
+    A router with a softmax scoring function can continue from them unchanged.
 
     Args:
         logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
-        transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
+        transition_EE: Row-stochastic routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        g + log(softmax(g) @ A) - log(softmax(g)), in the logits' type: A = I changes no bit. Same shape.
+        g + log(softmax(g) @ A) - log(softmax(g)), in the logits' dtype; exactly g if A = I. Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
 
-    Source: arXiv 2510.16411, the probabilistic reading. Deviation: logits that keep the given
-    ones' log-partition, which softmax ignores and the z-loss needs.
+    Source: arXiv 2510.16411, the probabilistic reading of the gate. Deviation: the log-partition is kept, which softmax
+    ignores and the z-loss needs.
     """
     logits = logits_TE.float()
     before_TE = logits.softmax(-1)
@@ -110,38 +110,39 @@ def smooth_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     # The clamps keep log's gradient finite where a probability underflowed.
     log_before_TE, log_after_TE = before_TE.clamp_min(tiny).log(), after_TE.clamp_min(tiny).log()
     mixed_TE = logits - (log_before_TE - log_after_TE)
-    # From an underflown probability the difference cannot be told; what came to it from its neighbours can.
+    # Where a probability underflowed the difference is lost, so use what its neighbours contributed.
     revived_TE = torch.where(after_TE > tiny, log_after_TE + logits.logsumexp(-1, keepdim=True), logits)
     return torch.where(before_TE > tiny, mixed_TE, revived_TE).to(logits_TE.dtype)
 
 
 def smooth_sigmoid_scores(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
-    """Logits whose sigmoid is the graph's mean of the given ones' sigmoids, so that any sigmoid head can finish.
+    """Return logits whose sigmoid is the graph-weighted mean of the given logits' sigmoids.
+
+    A router with a sigmoid scoring function can continue from them unchanged.
 
     Args:
         logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
-        transition_EE: Row-stochastic A. Shape: (num_experts, num_experts).
+        transition_EE: Row-stochastic routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        logit(sigmoid(g) @ A.T), in the logits' type, and g itself, to the bit, where A = I. Same shape.
+        logit(sigmoid(g) @ A.T), in the logits' dtype; exactly g if A = I. Same shape.
 
     Raises:
         ValueError: If the numbers of experts differ.
 
-    Source: ours; the paper's routers have a softmax. Sigmoid scores are E probabilities, not one distribution, so
-    each is averaged over its expert's neighbours, A's row, which keeps it between 0 and 1.
+    Source: ours; the paper's routers use softmax. Sigmoid scores are E separate probabilities, not one distribution, so
+    each is averaged over its expert's neighbours (a row of A), which keeps it between 0 and 1.
     """
     _check_experts("the logits", logits_TE.shape[-1], transition_EE)
     logits = logits_TE.float()
-    # 1 - p of a sigmoid near 1 has lost its digits: the complement is carried beside it, of which A, whose rows sum to
-    # 1, takes the mean as well.
+    # 1 - p loses its digits near p = 1, so the complement is averaged separately; A's rows sum to 1, which allows it.
     before = logits.sigmoid(), (-logits).sigmoid()
     with without_autocast(logits_TE):
-        change_EE = _change(transition_EE).T
+        change_EE = _minus_identity(transition_EE).T
         after = tuple(torch.addmm(p_TE, p_TE, change_EE) for p_TE in before)
     is_kept_TE = (after[0] == before[0]) & (after[1] == before[1])
     after_TE = _log_odds(*after)
-    # The difference is 0 there; its gradient is not.
+    # This difference is 0, but its gradient is not.
     kept_TE = logits - (_log_odds(*before) - after_TE)
     return torch.where(is_kept_TE, kept_TE, after_TE).to(logits_TE.dtype)
 
@@ -152,16 +153,16 @@ def _log_odds(p_TE: Tensor, complement_TE: Tensor) -> Tensor:
 
 
 def fold_linear(weight_ED: Tensor, bias_E: Tensor | None, transition_EE: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of the plain router that gives the smoothed logits: A (W x + b) = (A W) x + A b.
+    """Return the weight and bias of the plain router with the same smoothed logits: A (W x + b) = (A W) x + A b.
 
     Args:
         weight_ED: Router weight. Shape: (num_experts, hidden_size).
-        bias_E: Its bias in the logits, if it has one. Shape: (num_experts,).
-        transition_EE: The matrix A. Shape: (num_experts, num_experts).
+        bias_E: Router bias, or None. Shape: (num_experts,).
+        transition_EE: Routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        The folded weight and bias, in their own types and shapes. The same numbers as a Symphony router uses at
-        run time, so nothing is lost by folding.
+        The folded weight and bias, in their own dtypes and shapes: the numbers that a Symphony router uses at run
+        time, so folding is exact.
 
     Raises:
         ValueError: If the numbers of experts differ.
