@@ -173,6 +173,11 @@ def _normalized(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", where: st
     import datasets
 
     form = next((form for form in _FORMS if set(form) <= set(rows.column_names)), None)
+    if form is None and {"instruction", "output"} <= set(rows.column_names):
+        raise DataError(
+            f"{where}: these are Alpaca's columns, which TRL does not read either: join `instruction` and `input` into "
+            "a column `prompt`, and rename `output` to `completion`"
+        )
     if form is None:
         require_columns(rows, _nearest_form(rows.column_names), where)
     assert form is not None

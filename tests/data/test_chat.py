@@ -164,6 +164,12 @@ def test_missing_columns_are_named(tmp_path, own_tokenizer):
         chats(path, own_tokenizer)
 
 
+def test_alpaca_columns_are_refused_with_the_columns_to_make_of_them(tmp_path, own_tokenizer):
+    path = write(tmp_path / "rows.jsonl", [{"instruction": q, "input": "", "output": a} for q, a in PAIRS])
+    with pytest.raises(DataError, match="into a column `prompt`, and rename `output` to `completion`"):
+        chats(path, own_tokenizer)
+
+
 def test_no_such_file_no_table_and_no_train_split_are_said(tmp_path, own_tokenizer):
     with pytest.raises(DataError, match="no such file or folder"):
         chats(str(tmp_path / "missing.jsonl"), own_tokenizer)
