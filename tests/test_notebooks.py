@@ -1,6 +1,7 @@
-"""The notebooks: kept without outputs, and run from the first cell to the last as their reader's kernel would."""
+"""The notebooks: stored without outputs, and run from the first cell to the last in a kernel."""
 
 import ast
+import importlib
 import json
 import shutil
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import symphony_hf
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TITLES = ["symphonize_a_model", "read_the_expert_graph", "train_and_compare", "robustness", "share_and_serve"]
 LIMIT = 1200
-"""Seconds. Each takes under three minutes by itself on two cores; others may be at work beside it."""
+"""Seconds. Each takes under three minutes on two idle cores."""
 
 
 def cells_of(notebook, kind):
@@ -22,23 +25,23 @@ def cells_of(notebook, kind):
 
 
 def code_of(cell):
-    """Without the shell's lines, which are not Python."""
+    """A cell's Python: its lines without those for the shell."""
     return "".join(line for line in cell["source"] if not line.startswith("!"))
 
 
-def test_they_are_all_there_by_number():
+def test_all_notebooks_are_there_in_order():
     assert [path.stem for path in NOTEBOOKS] == [f"{number:02}_{title}" for number, title in enumerate(TITLES, 1)]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_they_are_kept_without_outputs(notebook):
+def test_notebooks_are_stored_without_outputs(notebook):
     for cell in cells_of(notebook, "code"):
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_they_show_the_library_and_have_no_logic_of_their_own(notebook):
+def test_notebooks_have_no_logic_of_their_own(notebook):
     logic = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.While, ast.Try, ast.Lambda)
     code = [code_of(cell) for cell in cells_of(notebook, "code")]
     found = [type(node).__name__ for cell in code for node in ast.walk(ast.parse(cell)) if isinstance(node, logic)]
@@ -46,18 +49,36 @@ def test_they_show_the_library_and_have_no_logic_of_their_own(notebook):
     assert any("symphony_hf" in cell for cell in code)
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_imports_of_notebooks_exist(notebook):
+    """In the default run, since notebooks name files of the package and run only in the slow one."""
+    nodes = [node for cell in cells_of(notebook, "code") for node in ast.walk(ast.parse(code_of(cell)))]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.startswith("symphony_hf")]
+    for node in imports:
+        module = importlib.import_module(node.module)
+        for alias in node.names:
+            assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+    used = [
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "symphony_hf"
+    ]
+    assert set(used) <= set(symphony_hf.__all__)
+    assert imports or used
+
+
 @pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_they_run(notebook, tmp_path):
+def test_notebooks_run(notebook, tmp_path):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # which they name from where they are
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # notebooks name recipes relative to their own folder
     copy = shutil.copy(notebook, tmp_path / "notebooks")
     command = [sys.executable, "-m", "jupyter", "execute", str(copy), "--inplace"]
     run = subprocess.run(command, cwd=tmp_path / "notebooks", capture_output=True, text=True, timeout=LIMIT)
     assert run.returncode == 0, run.stderr[-4000:]
-    # An expression that a cell ends in, such as a comparison of logits, is what the text promises.
+    # A cell's last expression, such as a comparison of logits, is what the text promises.
     results = [
         "".join(output["data"].get("text/plain", ""))
         for cell in cells_of(Path(copy), "code")
