@@ -12,10 +12,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # so that tests can `import models`
 
+import hypothesis
 import pytest
 import torch
 from models import CONFIGS
 from packaging.version import Version
+
+# No deadline, because a busy machine is no failure; and the same examples in every run.
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reproducible")
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +31,14 @@ def _seeded():
 @pytest.fixture(params=sorted(CONFIGS))
 def family(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The corpus of the running Python's own library."""
+    from symphony_hf.data.embedded import embedded_corpus
+
+    return embedded_corpus()
 
 
 @pytest.fixture

@@ -1,22 +1,11 @@
 """A small slice of the embedded corpus, and a small tokenizer trained on it."""
 
 import pytest
-from hypothesis import settings
 
 from symphony_hf.data.documents import Corpus
-from symphony_hf.data.embedded import embedded_corpus
 from symphony_hf.data.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 512
-
-# No deadline, because a busy machine is no failure; and the same examples in every run.
-settings.register_profile("reproducible", deadline=None, derandomize=True)
-settings.load_profile("reproducible")
-
-
-@pytest.fixture(scope="session")
-def embedded():
-    return embedded_corpus()
 
 
 @pytest.fixture(scope="session")

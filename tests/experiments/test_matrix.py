@@ -14,7 +14,7 @@ from symphony_hf import SymphonyConfig, UnsupportedModelError, is_symphonized, s
 from symphony_hf.compat import transformers_version
 from symphony_hf.experiments.conformance.batches import tiny_batch
 from symphony_hf.experiments.conformance.checks import CHECKS
-from symphony_hf.experiments.conformance.matrix import FamilyResult, NotApplicable, inspect_family, quiet, run_check
+from symphony_hf.experiments.conformance.matrix import FamilyResult, check_family, inspect_family, quiet, run_check
 from symphony_hf.experiments.conformance.overrides import BROKEN, OVERRIDES
 from symphony_hf.experiments.conformance.specimen import ConformanceError, Specimen
 from symphony_hf.experiments.conformance.table import summary, table_row, write_readme
@@ -28,7 +28,6 @@ from symphony_hf.patching.symphonize import symphony_routers
 BUILT = [family for family in moe_families() if not why_not_built(family)]
 REFUSED = {"doge": "product keys", "diffusion_gemma": "shares its weight"}
 SYMPHONIZED = [family for family in BUILT if family not in REFUSED]
-results = {}
 
 
 @cache
@@ -36,14 +35,6 @@ def specimen_of(family):
     specimen_of.cache_clear()  # one at a time
     with quiet():
         return Specimen(family)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("family", SYMPHONIZED)
-def test_matrix(family, check):
-    with quiet():
-        reason = CHECKS[check](specimen_of(family))
-    results[family, check] = Supported() if reason is None else NotApplicable(reason)
 
 
 @pytest.mark.parametrize(
@@ -119,21 +110,17 @@ def table_of_page():
 
 
 @pytest.mark.parametrize("family", moe_families())
-def test_the_page_has_what_the_matrix_found(family):
-    """In another version of transformers than the table's: that what it supports is supported there, too."""
+def test_matrix(family):
+    """Every check passes, and the page has the same row; if it is of another transformers, the same verdict."""
     version, _, rows = table_of_page()
-    row = inspect_family(family)
-    if version != transformers_version():
-        if family in rows and "| yes |" in rows[family] and not why_not_built(family):
-            assert isinstance(row.able.logits, Supported)
-        return
+    row = check_family(family)
     if family in SYMPHONIZED:
-        with quiet():
-            for check in CHECKS:  # those of this run, or of none where this test runs alone
-                if (family, check) not in results:
-                    results[family, check] = run_check(check, specimen_of(family))
-        row = FamilyResult(family, row.able, {check: results[family, check] for check in CHECKS})
-    assert rows[family] == f"| {' | '.join(table_row(row))} |"
+        assert row.results.keys() == CHECKS.keys()
+    assert not row.failures, table_row(row)[-1]
+    if version == transformers_version():
+        assert rows[family] == f"| {' | '.join(table_row(row))} |"
+    elif family in rows and "| yes |" in rows[family] and not why_not_built(family):
+        assert isinstance(row.able.logits, Supported)
 
 
 def test_the_page_has_no_row_too_many():

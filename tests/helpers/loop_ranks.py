@@ -42,6 +42,18 @@ def make(**settings):
     return symphonize(make_model(output_router_logits=True), **{**SETTINGS, **settings}).train()
 
 
+def assert_same(actual, expected):
+    """Graphs to the bit: counts are integers. Gradients and losses to rounding, over three steps of training."""
+    assert {name for name in expected if name.startswith("graph")} <= actual.keys()
+    for name, value in actual.items():
+        if name.startswith("graph"):
+            assert torch.equal(value, expected[name]), name
+        else:
+            atol = 1e-5 * max(1.0, float(expected[name].abs().max()))
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(".mlp.gate." in name for name in actual if name.startswith("grad"))
+
+
 def sgd(model, lr=LR):
     return torch.optim.SGD(model.parameters(), lr=lr)
 

@@ -1,7 +1,26 @@
-"""A Trainer on the CPU, with few and quiet settings."""
+"""Trainers on the CPU, transformers' and TRL's, with few and quiet settings."""
 
 import torch
+from loop_ranks import LR, STEPS
+from models import make_ids
 from transformers import Trainer, TrainingArguments
+
+ROWS = [make_ids(1, length, seed=seed)[0].tolist() for seed, length in enumerate([8, 5, 7, 8, 6, 8, 4, 8, 8, 8, 3, 8])]
+ARGUMENTS = {
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "per_device_train_batch_size": 2,
+    "max_steps": STEPS,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "learning_rate": LR,
+    "max_grad_norm": 0.0,
+    "bf16": False,
+}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -28,3 +47,24 @@ def train(model, rows, tmp_path, callbacks=(), eval_dataset=None, resume=None, *
     trainer = Trainer(model, arguments, train_dataset=Rows(rows), eval_dataset=eval_dataset, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def sft(trl, model, tmp_path, callbacks, rows=ROWS, **settings):
+    """Return TRL's SFTTrainer on rows of tokens."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    words = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, 96)}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    peft_config = settings.pop("peft_config", None)
+    arguments = trl.SFTConfig(str(tmp_path), **{**ARGUMENTS, **settings})
+    return trl.SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )

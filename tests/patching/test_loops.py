@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from loop_ranks import (
-    LR,
     RANKS,
     SETTINGS,
     STEPS,
     Record,
+    assert_same,
     line_of,
     make,
     micro_batch,
@@ -27,6 +27,7 @@ from models import make_ids, make_model, move_graphs
 from naive_graphs import DECAY, naive_update, spy_on_selections
 from naive_losses import WEIGHTS, assert_gradients, reference_gradients
 from safetensors.torch import load_file
+from trainers import ARGUMENTS, ROWS, sft
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from symphony_hf import (
@@ -40,18 +41,6 @@ from symphony_hf import (
 )
 
 assert SETTINGS == {**WEIGHTS, "decay": DECAY}
-
-
-def assert_same(actual, expected):
-    """Graphs to the bit: counts are integers. Gradients and losses to rounding, over three steps of training."""
-    assert {name for name in expected if name.startswith("graph")} <= actual.keys()
-    for name, value in actual.items():
-        if name.startswith("graph"):
-            assert torch.equal(value, expected[name]), name
-        else:
-            atol = 1e-5 * max(1.0, float(expected[name].abs().max()))
-            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    assert any(".mlp.gate." in name for name in actual if name.startswith("grad"))
 
 
 # Plain PyTorch.
@@ -217,24 +206,6 @@ class BreakOff(TrainerCallback):
         raise BrokenOffError
 
 
-ROWS = [make_ids(1, length, seed=seed)[0].tolist() for seed, length in enumerate([8, 5, 7, 8, 6, 8, 4, 8, 8, 8, 3, 8])]
-ARGUMENTS = {
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-    "per_device_train_batch_size": 2,
-    "max_steps": STEPS,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "optim": "sgd",
-    "lr_scheduler_type": "constant",
-    "learning_rate": LR,
-    "max_grad_norm": 0.0,
-    "bf16": False,
-}
-
-
 class Recorder(SymphonyCallback):
     """The callback that a user gives, which also records.
 
@@ -321,26 +292,6 @@ def trl():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports
         return pytest.importorskip("trl")
-
-
-def sft(trl, model, tmp_path, callbacks, rows=ROWS, **settings):
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    words = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, 96)}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    peft_config = settings.pop("peft_config", None)
-    arguments = trl.SFTConfig(str(tmp_path), **{**ARGUMENTS, **settings})
-    return trl.SFTTrainer(
-        model,
-        arguments,
-        train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        peft_config=peft_config,
-    )
 
 
 VARIANTS = {

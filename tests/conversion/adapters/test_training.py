@@ -100,7 +100,7 @@ def test_trainer_gives_a_config_of_the_users_own_a_record(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of TRL's imports
 def test_trls_trainer_takes_the_config(tmp_path):
     trl = pytest.importorskip("trl")
-    from test_loops import sft
+    from trainers import sft
 
     model = symphonize(make_model(), decay=DECAY)
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
@@ -129,8 +129,7 @@ def test_ddp_and_zero(tmp_path):
     """On two ranks: graphs to the bit, gradients to rounding, what a plain loop over all micro-batches has."""
     pytest.importorskip("deepspeed")
     from adapter_ranks import make_adapted, run
-    from loop_ranks import RANKS, plain_loop, steps_of
-    from test_loops import assert_same
+    from loop_ranks import RANKS, assert_same, plain_loop, steps_of
 
     mp.spawn(run, (tmp_path,), nprocs=RANKS)
     model = make_adapted()

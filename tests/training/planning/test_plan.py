@@ -226,7 +226,7 @@ BAD = {
     "no batch": ((QUICKSTART, "--per_device_train_batch_size", "0"), "must be a whole number from 1 on, got 0"),
     "no config": ((QUICKSTART, "--model.path", "nobody/nothing", "--model.config", "null"), "is not to be had"),
     "a folder for the JSON": ((QUICKSTART, "--json", RECIPES), "is a folder, and the result is a file"),
-    "no launches": ((QUICKSTART, "--accelerate", RECIPES / "gpu"), "no configuration of accelerate"),
+    "no launches": ((QUICKSTART, "--accelerate", RECIPES / "evidence"), "no configuration of accelerate"),
     "no launch": ((QUICKSTART, "--accelerate", QUICKSTART), "it has no `distributed_type`"),
 }
 
