@@ -49,6 +49,7 @@ _HOMES = {
     "upcycle": "conversion.upcycling.upcycle",
     "upcycle_modules": "patching.upcycle_modules",
     "update_graphs": "patching.attachment",
+    "with_router_losses": "training.router_losses",
 }
 
 __all__ = [
@@ -88,6 +89,7 @@ __all__ = [
     "upcycle",
     "upcycle_modules",
     "update_graphs",
+    "with_router_losses",
 ]
 
 if TYPE_CHECKING:
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from symphony_hf.patching.symphonize import expert_graphs, is_symphonized, symphonize, unsymphonize
     from symphony_hf.patching.upcycle_modules import upcycle_modules
     from symphony_hf.training.callback import SymphonyCallback
+    from symphony_hf.training.router_losses import with_router_losses
 
     from .config import SymphonyConfig
     from .errors import (

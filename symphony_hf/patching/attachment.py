@@ -114,7 +114,8 @@ def detach(module: nn.Module) -> None:
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the model. A function, not the tracker's method: a copy of the model has a tracker of its own."""
     tracker: Any = model._symphony_tracker
-    tracker.state.recorded_in_forward = False
+    if model.training and torch.is_grad_enabled():
+        tracker.state.recorded_in_forward = False
     tracker.state.outer_mask = kwargs.get("attention_mask")
 
 

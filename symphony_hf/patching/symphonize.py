@@ -65,7 +65,7 @@ def symphonize(
     graphs = [patch_router(router, settings) for router in found]
     if isinstance(model, PreTrainedModel):
         own_config(model)
-        model.config.symphony = settings.to_dict()
+        _mark_configs(model, settings)
     attach(model, found, settings.to_dict())
     if settings.strength == 0 and settings.counts_selections:
         logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
@@ -89,6 +89,17 @@ def symphonize(
             "and Symphony has no effect",
         )
     return model
+
+
+def _mark_configs(model: PreTrainedModel, settings: SymphonyConfig) -> None:
+    """Write the settings into the model's config, and into those of the models inside it that have routers.
+
+    A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
+    """
+    model.config.symphony = settings.to_dict()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_symphonized(module):
+            module.config.symphony = settings.to_dict()
 
 
 def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:
@@ -128,7 +139,22 @@ def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
     if is_symphonized(model):
         raise PatchError("symphonize: the model is already symphonized; `unsymphonize(model)` first to change settings")
     if isinstance(model, PreTrainedModel):
+        _check_graphs_arrived(model)
         check_nothing_bypasses(model)
+
+
+def _check_graphs_arrived(model: nn.Module) -> None:
+    """Refuse a model whose config says that it has graphs, when it has none.
+
+    Raises:
+        PatchError: If it was loaded before this package was imported, or built without it from a Symphony config.
+    """
+    if getattr(getattr(model, "config", None), "symphony", None) is not None:
+        raise PatchError(
+            f"{type(model).__name__} is of a Symphony checkpoint, but its graphs were not loaded: it was loaded before "
+            "`import symphony_hf`. Import symphony_hf first, then load it again; or `del model.config.symphony` to go "
+            "on without these graphs"
+        )
 
 
 def check_nothing_bypasses(model: PreTrainedModel) -> None:
@@ -184,6 +210,7 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
         PatchError: If there is none.
     """
     if not is_symphonized(model):
+        _check_graphs_arrived(model)
         raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
     aside = put_aside(model)
     for name, module in model.named_modules():

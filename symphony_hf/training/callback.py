@@ -12,6 +12,7 @@ from symphony_hf.patching.expert_graph import is_adapted
 from symphony_hf.patching.symphonize import symphony_routers
 
 from .launch import check_launch_of_trainer
+from .reference_model import mix_graphs, synced_reference
 
 
 class SymphonyCallback(TrainerCallback):
@@ -24,6 +25,8 @@ class SymphonyCallback(TrainerCallback):
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
         ConfigError: There, if less runs than the launcher was asked for, as accelerate has it where it cannot do more.
     """
+
+    _reference: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -41,6 +44,7 @@ class SymphonyCallback(TrainerCallback):
                 "ours: leave it out, or symphonize with balance_loss_weight=0"
             )
         check_launch_of_trainer(args)
+        self._reference = synced_reference(self, args, model)
         tracker.state.driven = True
         tracker.remove_log_probs_hook()  # of a training that broke off
         # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
@@ -58,6 +62,8 @@ class SymphonyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         tracker_of(model).commit()
+        if self._reference is not None:
+            mix_graphs(args, state, model, self._reference)
 
     def on_log(
         self,

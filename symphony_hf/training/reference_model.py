@@ -1,0 +1,59 @@
+"""A reference model that a trainer of TRL keeps near the policy: its graphs follow as its parameters do."""
+
+import gc
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from symphony_hf.errors import PatchError
+from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
+from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
+
+
+def synced_reference(callback: TrainerCallback, args: TrainingArguments, model: Any) -> Any | None:
+    """Return the reference model that TRL mixes the policy into (`sync_ref_model`); None where it does not.
+
+    TRL mixes parameters alone, and a graph is a buffer. transformers tells a callback nothing of its trainer, so the
+    reference is found beside it, in the trainer's list of callbacks.
+
+    Args:
+        callback: The callback that asks.
+        args: The trainer's arguments.
+        model: The policy.
+
+    Raises:
+        PatchError: If the reference routes otherwise than the policy: it has no graphs, or not as many.
+    """
+    if not getattr(args, "sync_ref_model", False):
+        return None
+    lists = [found for found in gc.get_referrers(callback) if isinstance(found, list)]
+    beside = [other for found in lists for other in found if isinstance(other, TrainerCallback)]
+    references = {id(other.ref_model): other.ref_model for other in beside if getattr(other, "ref_model", None)}
+    if not references:
+        return None
+    (reference,) = references.values()
+    policy_sizes = [graph.num_experts for graph in graphs_of(model)]
+    if not is_symphonized(reference) or [graph.num_experts for graph in graphs_of(reference)] != policy_sizes:
+        raise PatchError(
+            "SymphonyCallback: sync_ref_model mixes the policy into a reference model that does not have its graphs: "
+            "symphonize the reference too, with the same settings, and give it as `ref_model`"
+        )
+    return reference
+
+
+@torch.no_grad()
+def mix_graphs(args: Any, state: TrainerState, model: Any, reference: Any) -> None:
+    """Mix the policy's graphs into the reference's, at the steps and with the share with which TRL mixes parameters."""
+    if state.global_step % args.ref_model_sync_steps != 0:
+        return
+    share = args.ref_model_mixup_alpha
+    for graph, target in zip(graphs_of(model), graphs_of(reference), strict=True):
+        target.adjacency.mul_(1.0 - share).add_(graph.symmetrized().to(target.adjacency.device), alpha=share)
+        updates = (1.0 - share) * target.updates + share * graph.updates.to(target.updates.device)
+        target.updates.copy_(updates.round())
+
+
+def graphs_of(model: Any) -> list[ExpertGraph]:
+    """Return the graphs that a model routes through, in the order of its routers."""
+    return [active_graph(router.symphony) for _, router in symphony_routers(model)]
