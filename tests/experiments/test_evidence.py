@@ -147,7 +147,7 @@ def test_the_sentence_of_a_text_stays_with_it(taken_in, tmp_path):
     assert json.loads((tmp_path / "evidence" / "pairs.json").read_text())["about"] == about
     change = REFUSED["another text"][1]
     assert taken_in("pairs", change, "--about", "On another text.").exit_code == 0
-    assert "On another text. Tested on" in (tmp_path / "page.md").read_text()
+    assert "On another text. The test text has" in (tmp_path / "page.md").read_text()
 
 
 def test_a_page_of_the_paper_alone_claims_nothing():
@@ -201,8 +201,11 @@ def test_what_did_not_help_is_said(verdict):
     assert "XMoE not run" in page
     assert "- not run: glam, graph, seeds 0, 2\n- failed: glam, graph, seed 7, exit code 1\n" in page
     assert "7,000 to 9,000 parameters" in page
-    assert "on a CPU (x, symphony_hf 1, torch 2, transformers 5; x, symphony_hf 1, torch 3, transformers 5)" in page
-    assert "the graph has at the end: `smoe, graph` 25.0%." in page
+    assert (
+        "on one core of a CPU (x, symphony_hf 1, torch 2, transformers 5; x, symphony_hf 1, torch 3, transformers 5)"
+        in page
+    )
+    assert "initial identity in the final graph: `smoe, graph` 25.0%." in page
     assert "Other forms of the graph**, against no graph: not run." in page
     # A form that is told apart is named, the base's own is none of them, and a system that the paper lacks has a row.
     point = {**base, "strength": 0.5}
@@ -213,9 +216,11 @@ def test_what_did_not_help_is_said(verdict):
     page = evidence_page({"paper": paper, "ablation": ablation})
     assert "of 1, clean perplexity better with " in page
     assert page.count("with `smoe, strength 0.5`") == (0 if verdict == "not distinguishable" else 2)
-    assert ("has `smoe, graph`, `smoe, strength 0.5`, and they should follow" in page) == (verdict == "better")
-    assert ("of 2 forms, none has a better one than no graph" in page) == (verdict != "better")
-    assert ("though clean perplexity is worse than without a graph with `smoe, graph`" in page) == (verdict == "worse")
+    assert ("with `smoe, graph`, `smoe, strength 0.5`; the defaults should follow" in page) == (verdict == "better")
+    assert ("None of 2 forms is better than no graph" in page) == (verdict != "better")
+    assert ("although clean perplexity is worse than without a graph with `smoe, graph`" in page) == (
+        verdict == "worse"
+    )
     assert "Control" not in page
     ablation["rows"][1]["against_shuffled"] = against
     wanted = (

@@ -1,6 +1,6 @@
-"""Ablations: a grid of small training runs around a base point, each a process of its own, and what came out."""
+"""Ablation studies: a grid of small training runs around a base point, each in a process of its own."""
 
-from .cells import Cell, cells_of, describe_plan
+from .cells import StudyRun, cells_of, describe_plan
 from .point import SYSTEMS, Point
 from .report import print_ablation
 from .run import run_ablation
@@ -8,9 +8,9 @@ from .study import Study, load_study
 
 __all__ = [
     "SYSTEMS",
-    "Cell",
     "Point",
     "Study",
+    "StudyRun",
     "cells_of",
     "describe_plan",
     "load_study",

@@ -1,4 +1,4 @@
-"""From a study to its cells, each under a digest of what decides its numbers."""
+"""The runs of a study, and their result files, named by a digest of everything that decides their numbers."""
 
 import dataclasses
 import hashlib
@@ -15,37 +15,37 @@ from .point import Point
 from .study import Study
 
 _FORMAT = 3
-"""Of a cell's result. Raise it when the same settings should give other numbers."""
+"""Format of a run's result. Raise it when the same settings give other numbers."""
 
 VERSIONS = {"symphony_hf": __version__, "torch": str(torch.__version__), "transformers": transformers_version()}
-"""What trains a cell: another one's cells are not mixed with these."""
+"""Versions that train a run. Runs of other versions are not mixed with these."""
 
 
-class Cell(NamedTuple):
-    """A point with a seed."""
+class StudyRun(NamedTuple):
+    """A point of the study with a seed: one training run."""
 
     point: Point
     seed: int
 
     def name(self, identity: str) -> str:
-        """Of its files."""
+        """Return the stem of its files' names."""
         return f"{self.point.system}-{self.point.graph}-seed{self.seed}-{identity}"
 
 
-def cells_of(study: Study) -> list[Cell]:
-    """All cells, the systems' pairs first; seed by seed, so that a part of the grid is a whole one."""
+def cells_of(study: Study) -> list[StudyRun]:
+    """Return all runs, the systems' pairs first and seed by seed, so that an interrupted study has whole pairs."""
     points = study.points()
     pairs = [point for point in points if point.is_plain or point == _base_of(study, point)]
     others = [point for point in points if point not in pairs]
-    return [Cell(point, seed) for group in (pairs, others) for seed in study.seeds for point in group]
+    return [StudyRun(point, seed) for group in (pairs, others) for seed in study.seeds for point in group]
 
 
 def _base_of(study: Study, point: Point) -> Point:
     return dataclasses.replace(study.base, system=point.system).canonical()
 
 
-def digest_of(study: Study, cell: Cell, text_digest: str) -> str:
-    """What decides a cell's numbers, in 16 letters."""
+def digest_of(study: Study, cell: StudyRun, text_digest: str) -> str:
+    """Return 16 hexadecimal digits that identify everything that decides a run's numbers."""
     recipe = study.recipe
     assert recipe.symphony is not None
     train = {"learning_rate": study.learning_rate, "warmup_steps": study.warmup_steps}
@@ -63,43 +63,43 @@ def digest_of(study: Study, cell: Cell, text_digest: str) -> str:
 
 
 class Results:
-    """A folder with one file a finished cell.
+    """A folder with one file per finished run.
 
     Args:
-        folder: Made when something is written.
-        study: Whose cells they are.
-        text_digest: Of its text.
+        folder: The folder, created on the first write.
+        study: The study of these runs.
+        text_digest: Digest of its text.
     """
 
     def __init__(self, folder: Path, study: Study, text_digest: str) -> None:
         self.folder, self.study, self.text_digest = folder, study, text_digest
 
-    def path(self, cell: Cell) -> Path:
-        """Of a cell's result."""
+    def path(self, cell: StudyRun) -> Path:
+        """Return the path of a run's result."""
         return self.folder / "cells" / f"{cell.name(digest_of(self.study, cell, self.text_digest))}.json"
 
-    def log(self, cell: Cell) -> Path:
-        """What a cell's process says."""
+    def log(self, cell: StudyRun) -> Path:
+        """Return the path of a run's log."""
         return self.folder / "logs" / f"{self.path(cell).stem}.log"
 
-    def load(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell's result; None where there is none."""
+    def load(self, cell: StudyRun) -> dict[str, Any] | None:
+        """Return a run's result; None if it has none yet."""
         path = self.path(cell)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def save(self, cell: Cell, values: dict[str, Any]) -> None:
-        """Keep a cell's result: the whole of it is there, or nothing."""
+    def save(self, cell: StudyRun, values: dict[str, Any]) -> None:
+        """Write a run's result atomically."""
         write_json(self.path(cell), {"point": dataclasses.asdict(cell.point), "seed": cell.seed, **values})
 
 
 def describe_plan(study: Study, results: Results, seconds_per_cell: float, workers: int) -> list[str]:
-    """What would be run, line by line.
+    """Describe the plan of a study, line by line.
 
     Args:
         study: The study.
-        results: What is there already.
-        seconds_per_cell: As measured, of one worker.
-        workers: Processes at a time.
+        results: Results of finished runs.
+        seconds_per_cell: Measured seconds of one run.
+        workers: Number of parallel processes.
     """
     cells = cells_of(study)
     waiting = [cell for cell in cells if results.load(cell) is None]

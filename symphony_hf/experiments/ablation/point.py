@@ -1,4 +1,4 @@
-"""A point of the grid: which system, and how it is routed."""
+"""A point of the grid: a system, and the settings of its graph."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "smoothsmoe": {"router_type": "smooth"},
     "momentumsmoe": {"momentum": 0.7},
 }
-"""What each system changes in the model's config; the first three are the paper's."""
+"""Changes of each system to the model's config; the first three are the paper's."""
 
 System = Literal["smoe", "xmoe", "glam", "smoothsmoe", "momentumsmoe"]
 Graph = Literal["ema", "frozen", "learned", "random", "identity"]
@@ -22,19 +22,19 @@ Graph = Literal["ema", "frozen", "learned", "random", "identity"]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One variant, up to its seed.
+    """One variant of a study, without its seed.
 
     Args:
         system: `smoe`, `xmoe` (cosine routers), `glam` (experts in every other block), `smoothsmoe` (an expert just
             below the cut is lifted in) or `momentumsmoe` (the experts' outputs have momentum across blocks).
-        strength: See `SymphonyConfig`, as the next four.
+        strength: See `SymphonyConfig`, as for the next four.
         smoothing: `logits` or `scores`.
         normalization: `row`, `conditional` or `symmetric`.
-        self_loops: Whether an expert hears itself.
-        decay: Of the moving average.
+        self_loops: Whether an expert is its own neighbour.
+        decay: Decay of the moving average.
         graph: `ema`; `frozen`: the moving average stops after `freeze_after` of the steps; `learned` by gradient;
             `random`: routed by the moving average with its experts shuffled; `identity`: no graph, the plain system.
-        freeze_after: Share of the steps, with `frozen`.
+        freeze_after: Share of the steps before a `frozen` graph stops.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -52,13 +52,13 @@ class Point:
     def __post_init__(self) -> None:
         if not 0 < self.freeze_after <= 1:
             raise ConfigError(f"`freeze_after` is a share of the steps, above 0 and up to 1; got {self.freeze_after}")
-        self.symphony()  # refuses what contradicts
+        self.symphony()  # raises on contradictory settings
 
     def symphony(self, base: SymphonyConfig | None = None) -> SymphonyConfig:
-        """The settings of the graph: those of a recipe, with this point's.
+        """Return a recipe's graph settings with those of this point.
 
         Args:
-            base: The recipe's; its losses and layers are kept.
+            base: The recipe's settings, whose losses and layers are kept.
         """
         return dataclasses.replace(
             base or SymphonyConfig(),
@@ -71,7 +71,7 @@ class Point:
         )
 
     def canonical(self) -> "Point":
-        """The same routing by its simplest name, so that no cell is run twice under two names."""
+        """Return the simplest point with the same routing, so that none is run twice under two names."""
         if self.graph == "identity" or self.strength == 0:
             return Point(system=self.system, graph="identity", strength=0.0)
         changes: dict[str, Any] = {}
@@ -83,16 +83,16 @@ class Point:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it routes as the system without a graph does."""
+        """Whether it routes as the system without a graph."""
         return self.canonical().graph == "identity"
 
     @property
     def plain(self) -> "Point":
-        """The system without a graph, which this point is compared with."""
+        """The same system without a graph, for comparison."""
         return Point(system=self.system, graph="identity").canonical()
 
     def label(self, base: "Point") -> str:
-        """The system, and what differs from a base point; for tables."""
+        """Return the system and the differences from a base point, for tables."""
         point, base = self.canonical(), base.canonical()
         if point.is_plain:
             return f"{point.system}, no graph"

@@ -1,4 +1,4 @@
-"""What a study found: a table with intervals over seeds, each point beside its system without a graph; and pictures."""
+"""The report of a study: a table with intervals over seeds, comparisons with the plain system, and pictures."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,37 +7,39 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig
 
 from symphony_hf.diagnostics.plots.curves import plot_curves
 from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
 from symphony_hf.diagnostics.plots.studies import plot_points
 from symphony_hf.evaluation.statistics import SeedInterval, paired_ratio, t_interval
+from symphony_hf.experiments.intervals import interval_text
 from symphony_hf.files import write_json, write_text
+from symphony_hf.tables import Table
 
-from .cells import Cell, Results, cells_of
+from .cells import Results, StudyRun, cells_of
 from .point import Point
 from .study import Study
 from .train import frozen_after
 
 PERPLEXITIES = ("validation", "clean", "attacked", "ratio", "untouched_clean", "untouched_attacked")
-"""Compared by their ratios."""
+"""Measures compared by ratios."""
 SHARES = ("routing_kept", "load_entropy")
-"""Compared by their differences."""
+"""Measures compared by differences."""
 MEASURES = (*PERPLEXITIES, *SHARES)
 KEPT = (
     *MEASURES,
     *("train_seconds", "train_cpu_seconds", "tokens_per_cpu_second", "measure_seconds", "tokens", "parameters"),
 )
-"""Of a cell, in the report."""
+"""Values of a run that the report lists."""
 
 ROUTING_KEPT = (
-    "Routing kept: the share of their experts that words still choose which have an attacked word before them in their "
-    "row, and are untouched themselves. Load entropy: of the experts' load, 1 where it is even. A router that uses few "
-    "experts keeps its choices more easily, so the two are read together."
+    "Routing kept: the share of their experts that words still choose under attack, over words that are not attacked "
+    "themselves and have an attacked word before them in their row. Load entropy: the normalized entropy of the "
+    "experts' load, 1 for an even load. A router that uses few experts keeps its choices more easily, so read the two "
+    "together."
 )
-"""What these columns are, for a page."""
+"""Explanation of these columns."""
 
 HEADER = (
     *("point", "seeds", "clean", "attacked", "attacked / clean", "routing kept", "load entropy"),
@@ -45,7 +47,7 @@ HEADER = (
 )
 
 
-def write_ablation(study: Study, results: Results, failed: Mapping[Cell, str]) -> dict[str, Any]:
+def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str]) -> dict[str, Any]:
     """Write `report.json`, `report.md` and the pictures into the results' folder.
 
     Returns:
@@ -100,18 +102,18 @@ def _settings(study: Study, runs: Any) -> dict[str, Any]:
 
 
 def _start_left(study: Study, point: Point) -> float | None:
-    """How much of the identity that it starts from a moving average still has at the end; None where there is none."""
+    """Return the weight of the initial identity in the final moving average; None without a moving average."""
     if point.is_plain or point.graph == "learned":
         return None
     return point.decay ** (frozen_after(point, study.steps) if point.graph == "frozen" else study.steps)
 
 
 Runs = Mapping[int, Mapping[str, Any]]
-"""A point's finished cells by seed."""
+"""Finished runs of a point, by seed."""
 
 
 def _row(study: Study, point: Point, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
-    """A point's means; and, seed by seed, against the plain system, and against its own graph with experts shuffled."""
+    """Return a point's means, and its comparisons by seed with the plain system and with its shuffled graph."""
     runs = by_point[point]
     row: dict[str, Any] = {"label": point.label(study.base), "point": dataclasses.asdict(point), "seeds": sorted(runs)}
     row["start_left"] = _start_left(study, point)
@@ -128,7 +130,7 @@ def _row(study: Study, point: Point, by_point: Mapping[Point, Runs]) -> dict[str
 
 
 def _compare(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each measure's interval and verdict, in pairs of one seed."""
+    """Return each measure's interval and verdict, paired by seed."""
     compared = {}
     for name in MEASURES:
         a, b = ([run[name] for run in group] for group in (runs, others))
@@ -139,7 +141,7 @@ def _compare(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, An
 
 
 def _verdict(name: str, interval: SeedInterval) -> str:
-    """Of one comparison by itself; of twenty at 95%, one is expected to differ by chance."""
+    """Return the verdict of one comparison, without a correction for multiple comparisons."""
     if interval.low is None:
         return "one seed"
     null = 1.0 if name in PERPLEXITIES else 0.0
@@ -147,65 +149,57 @@ def _verdict(name: str, interval: SeedInterval) -> str:
         return "not distinguishable"
     is_higher = interval.estimate > null
     if name == "load_entropy":
-        return "higher" if is_higher else "lower"  # which of them is better is no question of this one
+        return "higher" if is_higher else "lower"  # neither is better in itself
     return "better" if is_higher == (name == "routing_kept") else "worse"
 
 
 def table_of(report: Mapping[str, Any]) -> list[list[str]]:
-    """The rows as text, header first."""
+    """Return the rows as text, header first."""
     table = [list(HEADER)]
     for row in report["rows"]:
         cells = [row["label"], str(len(row["seeds"]))]
-        cells += [_interval(row[name], digits) for name, digits in (("clean", 2), ("attacked", 2), ("ratio", 4))]
-        cells.append(_interval(row["routing_kept"], 2, percent=True))
-        cells.append(_interval(row["load_entropy"], 3))
+        cells += [interval_text(row[name], digits) for name, digits in (("clean", 2), ("attacked", 2), ("ratio", 4))]
+        cells.append(interval_text(row["routing_kept"], 2, 100, unit="%"))
+        cells.append(interval_text(row["load_entropy"], 3))
         against = row.get("against_plain")
         for name in ("clean", "attacked", "routing_kept"):
-            is_share = name == "routing_kept"
-            cells.append(
-                f"{_interval(against[name], 2 if is_share else 4, percent=is_share, signed=is_share)}, "
-                f"{against[name]['verdict']}"
-                if against
-                else ""
-            )
+            cells.append(f"{difference_text(against[name], name)}, {against[name]['verdict']}" if against else "")
         table.append(cells)
     return table
 
 
-def _interval(values: Mapping[str, Any], digits: int, percent: bool = False, signed: bool = False) -> str:
-    """With `signed` a difference: of percentages it is in points."""
-    scale, sign, unit = (100 if percent else 1), "+" if signed else "", "%" if percent and not signed else ""
-    text = f"{scale * values['estimate']:{sign}.{digits}f}{unit}"
-    if values["low"] is not None:
-        text += f" [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]"
-    return f"{text} points" if percent and signed else text
+def difference_text(values: Mapping[str, Any], measure: str) -> str:
+    """Format a comparison of a measure: a ratio, a difference, or a difference of shares in points."""
+    if measure == "routing_kept":
+        return f"{interval_text(values, 2, 100, '+')} points"
+    return interval_text(values, 4, sign="+" if measure == "load_entropy" else "")
+
+
+def split_header(table: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Split a table of text into its header and its rows."""
+    return table[0], table[1:]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """Return the report as a Markdown page."""
     settings = report["settings"]
     lines = [
         "# Ablation",
         "",
-        f"{settings['tokens']:,} tokens a cell, seeds {', '.join(map(str, settings['seeds']))}. Perplexities of the "
-        "test text, and 95% t-intervals over seeds in brackets; ratios to the same system without a graph are paired "
-        "by seed. Below 1 is better. Each verdict is of its interval alone: of twenty, one is expected to be chance.",
+        f"{settings['tokens']:,} tokens per run, seeds {', '.join(map(str, settings['seeds']))}. Perplexities of the "
+        "test text, with 95% t-intervals over seeds in brackets. Ratios to the same system without a graph are paired "
+        "by seed; below 1 is better. Verdicts are not corrected for multiple comparisons: expect one in twenty to be "
+        "chance.",
         "",
         ROUTING_KEPT,
         "",
-        *as_markdown(table_of(report)),
+        Table("", *split_header(table_of(report))).to_markdown(),
     ]
     failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
     for title, problems in (("Missing", report["missing"]), ("Failed", failed), ("Left out", report["left_out"])):
         if problems:
             lines += ["", f"## {title}", "", *(f"- {problem}" for problem in problems)]
     return "\n".join(lines) + "\n"
-
-
-def as_markdown(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of a Markdown table."""
-    header, *rows = [f"| {' | '.join(row)} |" for row in table]
-    return [header, "|" + "---|" * len(table[0]), *rows]
 
 
 def _write_pictures(
@@ -231,17 +225,13 @@ def _write_pictures(
 
 
 def print_ablation(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """The table, what is missing or failed, and where the report is; or the plan of a dry run."""
+    """Print the table, the failed runs and the path of the report; or the plan of a dry run."""
     console = console or Console()
     if "plan" in report:
         for line in report["plan"]:
             console.print(line, highlight=False)
         return
-    header, *rows = table_of(report)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    Table("", *split_header(table_of(report))).print(console)
     for cell, words in report["failed"].items():
         console.print(f"failed: {cell}: {words}", style="red", highlight=False, soft_wrap=True)
     console.print(f"Written to {(Path(report['output']) / 'report.md').resolve()}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A study from its plan to its report: one process a cell, as many at a time as there are workers."""
+"""Running a study: one process per run, with a number of parallel workers, and the report at the end."""
 
 import dataclasses
 import multiprocessing
@@ -20,7 +20,7 @@ from symphony_hf.errors import ConfigError, SymphonyError
 from symphony_hf.files import check_file_place
 from symphony_hf.patching.symphonize import expert_graphs
 
-from .cells import VERSIONS, Cell, Results, cells_of, describe_plan
+from .cells import VERSIONS, Results, StudyRun, cells_of, describe_plan
 from .measure import measure
 from .report import write_ablation
 from .study import Study
@@ -33,21 +33,21 @@ _TRIAL_STEPS = 4
 def run_ablation(
     study: Study, output: str | Path, *, workers: int | None = None, dry_run: bool = False, report_only: bool = False
 ) -> dict[str, Any]:
-    """Run what is not there yet of a study, and report all of it.
+    """Run the unfinished runs of a study, and write its report.
 
     Args:
-        study: What is run.
-        output: Folder of the finished cells, their logs, and the report.
-        workers: Cells at a time, a thread each; as many as there are cores when None.
-        dry_run: Only say what would be run, and how long it would take by a trial of a few steps.
-        report_only: Run nothing, and report what is there.
+        study: The study.
+        output: Folder of results, logs and the report.
+        workers: Number of parallel runs, with a thread each; the number of cores if None.
+        dry_run: Only describe the plan, with an estimate of its time from a few training steps.
+        report_only: Only report the finished runs.
 
     Returns:
-        The report's values, as in `report.json`; with `dry_run` the lines of the plan.
+        The values of `report.json`; with `dry_run`, the lines of the plan.
 
     Raises:
         ConfigError: If `workers` is below 1.
-        DataError: If there is no such text, or too little of it.
+        DataError: If the text does not exist or is too short.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
@@ -63,8 +63,8 @@ def run_ablation(
     return write_ablation(study, results, failed)
 
 
-def run_cell(study: Study, cell: Cell, text: StudyText) -> dict[str, Any]:
-    """Train and measure one cell in this process."""
+def run_cell(study: Study, cell: StudyRun, text: StudyText) -> dict[str, Any]:
+    """Train and measure one run in this process."""
     torch.manual_seed(cell.seed)
     model = build_model(study, cell.point, text.vocab_size)
     trained = train(model, study, cell.point, cell.seed, text.train)
@@ -83,28 +83,28 @@ def run_cell(study: Study, cell: Cell, text: StudyText) -> dict[str, Any]:
 
 
 def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
-    """Of cells that are done; by a few steps of the base point where none is."""
+    """Estimate the seconds of a run from the finished ones, or from a few steps at the base point."""
     done = [values for cell in cells_of(study) if (values := results.load(cell)) is not None]
     if done:
         return sum(values["train_seconds"] + values["measure_seconds"] for values in done) / len(done)
     train_settings = {**study.recipe.train, "max_steps": _TRIAL_STEPS}
     trial = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, train=train_settings))
-    torch.set_num_threads(1)  # as each cell has
+    torch.set_num_threads(1)  # as in each run
     torch.manual_seed(0)
     model = build_model(trial, study.base, text.vocab_size)
-    train(model, trial, study.base, 0, text.train)  # the first steps are slower
+    train(model, trial, study.base, 0, text.train)  # warm-up
     seconds = train(model, trial, study.base, 0, text.train)["train_seconds"] / trial.tokens
-    # Reading without gradients takes about a third of training.
+    # A forward without gradients takes about a third of a training step.
     return seconds * (study.tokens + (len(text.validation) + 2 * len(text.test)) / 3)
 
 
-def _run_cells(study: Study, results: Results, cells: Sequence[Cell], workers: int) -> dict[Cell, str]:
-    """Run cells, and say why those that failed did."""
+def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], workers: int) -> dict[StudyRun, str]:
+    """Run in child processes. Returns the errors of failed runs."""
     context = multiprocessing.get_context("forkserver")
-    # Imported once, in the process that all others are forked from.
+    # Imported once, in the process from which the others are forked.
     context.set_forkserver_preload(["symphony_hf.experiments.ablation.run"])
-    waiting, failed = list(cells), dict[Cell, str]()
-    running: dict[BaseProcess, Cell] = {}
+    waiting, failed = list(cells), dict[StudyRun, str]()
+    running: dict[BaseProcess, StudyRun] = {}
     with tqdm(total=len(cells), desc="ablation", unit=" cells", disable=None) as bar:
         try:
             while waiting or running:
@@ -126,8 +126,8 @@ def _run_cells(study: Study, results: Results, cells: Sequence[Cell], workers: i
     return failed
 
 
-def _work(study: Study, cell: Cell, results: Results) -> None:
-    """A cell's process: a failure is its own, and what it says goes into its log."""
+def _work(study: Study, cell: StudyRun, results: Results) -> None:
+    """Execute a run in its process, with its output in its log."""
     log = results.log(cell)
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -149,7 +149,7 @@ def _last_words(log: Path, code: int | None) -> str:
 
 
 def _machine() -> dict[str, Any]:
-    """What a cell was run by."""
+    """Return the versions and the machine of a run."""
     return {
         **VERSIONS,
         "python": platform.python_version(),

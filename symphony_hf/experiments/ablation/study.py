@@ -1,4 +1,4 @@
-"""A study: the YAML file that says which recipe is run at which points."""
+"""A study: the YAML file that sets a recipe, the points to run it at, and the seeds."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ _HONOURED = (
     *("weight_decay", "max_grad_norm"),
 )
 _WITHOUT_EFFECT = ("logging_", "eval_", "save_", "per_device_eval_batch_size", "report_to", "use_cpu", "seed")
-"""Beginnings of names of train settings that change no number of a cell; its seeds are the study's."""
+"""Prefixes of train settings without effect on a run's numbers; its seeds are the study's."""
 _ROUTING = ("strength", "smoothing", "normalization", "self_loops", "decay", "graph")
 _PLAIN_FORM = {"router_type": "linear", "moe_every": 1, "momentum": None}
-"""Of SMoE; the other systems each change one."""
+"""Model settings of SMoE; every other system changes one of them."""
 _MODEL_DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelSection)
@@ -38,18 +38,17 @@ _MODEL_DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is run.
+    """An ablation study.
 
     Args:
-        recipe: Model, text, training and attack of every cell; a pre-training recipe of `wikitext_moe`.
-        base: The point that everything is around.
-        systems: Those that are run at the base point and without a graph.
-        axes: Setting of a point -> its values, at the base point otherwise; a value that is settings by name changes
-            these instead.
-        seeds: Of weights, batches and dropout. Cells of one seed are compared in pairs.
-        product: Whether all combinations of the axes' values are run, instead of one change at a time; those that
-            `SymphonyConfig` refuses are left out.
-        command: By which it is run, for the report; without the place of its text.
+        recipe: Model, text, training and attack of every run; a pre-training recipe of `wikitext_moe`.
+        base: Base point of the grid.
+        systems: Systems to run at the base point and without a graph.
+        axes: Values of each setting to try at the base point. A value that is a mapping sets those settings instead.
+        seeds: Seeds of weights, batches and dropout. Runs of the same seed are compared in pairs.
+        product: Whether to run all combinations of the axes' values instead of one change at a time. Combinations
+            that `SymphonyConfig` refuses are left out.
+        command: Command of the study, for the report, without the path of its text.
     """
 
     recipe: Recipe
@@ -77,22 +76,22 @@ class Study:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a cell."""
+        """Number of optimizer steps of a run."""
         return int(_number(self.recipe, "max_steps"))
 
     @property
     def rows(self) -> int:
-        """Rows of a step."""
+        """Batch size."""
         return int(_number(self.recipe, "per_device_train_batch_size"))
 
     @property
     def learning_rate(self) -> float:
-        """After the warm-up."""
+        """Learning rate after the warm-up."""
         return _number(self.recipe, "learning_rate")
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of it; below 1 the recipe has a share of all."""
+        """Number of warm-up steps; the recipe may give a share of all steps."""
         value = _number(self.recipe, "warmup_steps", 0.0)
         if self.recipe.train.get("lr_scheduler_type") == "constant":
             return 0  # as Trainer has it
@@ -100,19 +99,19 @@ class Study:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a cell."""
+        """Number of training tokens of a run."""
         return self.steps * self.rows * self.recipe.data.block_size
 
     def points(self) -> list[Point]:
-        """All points, each once: first the systems without and with a graph, then the axes' values."""
+        """Return all distinct points: the systems without and with a graph, then the axes' values."""
         points = [point for system in self.systems for point in self._pair(system)]
         changed = [_changed(self.base, change) for change in self._changes() if not _refusal(self.base, change)]
-        # Each is set beside its system without a graph.
+        # Each is compared with its system without a graph.
         points += [point for one in changed for point in ([one] if one.system in self.systems else [one.plain, one])]
         return list(dict.fromkeys(point.canonical() for point in points))
 
     def left_out(self) -> list[str]:
-        """Combinations of a product that are no routing, and why."""
+        """Return the combinations that are refused, and why."""
         refusals = [(change, _refusal(self.base, change)) for change in self._changes()]
         return [f"{_named(change)}: {why}" for change, why in refusals if why is not None]
 
@@ -134,12 +133,12 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
     """Read a study.
 
     Args:
-        path: Of the YAML file. Its `recipe` is a path beside it; its `overrides` change that recipe's settings, by
-            `section.name`, or the train section's by name.
-        overrides: More of them, which win.
+        path: Path of the YAML file. Its `recipe` is relative to it; its `overrides` change settings of that recipe, by
+            `section.name`, or by name in the train section.
+        overrides: Further overrides, which take precedence.
 
     Raises:
-        ConfigError: If a file cannot be read, or a setting or a value is not known.
+        ConfigError: If a file cannot be read, or a setting or a value is unknown.
     """
     path = Path(path)
     where = f"study `{path}`"
@@ -178,7 +177,7 @@ def _command(path: Path, overrides: dict[str, Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """On one line, so that it is read as this value again."""
+    """Format a value on one line of YAML."""
     is_word = isinstance(value, str) and yaml.safe_load(value) == value
     return value if is_word else json.dumps(value)
 
@@ -192,7 +191,7 @@ def _named(change: dict[str, Any]) -> str:
 
 
 def _refusal(point: Point, change: dict[str, Any]) -> str | None:
-    """Why a combination of changes, each of which is possible, is not."""
+    """Return why a combination of changes is refused; None if it is valid."""
     try:
         _changed(point, change)
     except ConfigError as error:
@@ -205,7 +204,7 @@ def _changed(point: Point, change: dict[str, Any]) -> Point:
 
 
 def _number(recipe: Recipe, name: str, default: float | None = None) -> float:
-    """A setting of the train section; `1e-3` is text to YAML."""
+    """Return a number of the train section; YAML reads `1e-3` as text."""
     value = recipe.train.get(name, default)
     try:
         return float(value)  # type: ignore[arg-type]
@@ -216,7 +215,7 @@ def _number(recipe: Recipe, name: str, default: float | None = None) -> float:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Refuse what a cell would not do: it trains in a loop of its own, which knows less than Trainer."""
+    """Refuse settings that the plain training loop of a run does not support."""
     model_type = (recipe.model.config or {}).get("model_type")
     if recipe.model.path is not None or model_type != _MODEL_TYPE:
         raise ConfigError(
@@ -231,7 +230,7 @@ def _check_recipe(recipe: Recipe) -> None:
     schedule = recipe.train.get("lr_scheduler_type", "linear")
     if schedule not in _SCHEDULES:
         raise ConfigError(
-            f"{_WHERE}: cells are trained with a constant rate after warm-up, as published; the recipe has "
+            f"{_WHERE}: runs train with a constant rate after warm-up, as published; the recipe has "
             f"lr_scheduler_type {schedule}"
         )
     only = {
@@ -245,14 +244,14 @@ def _check_recipe(recipe: Recipe) -> None:
     }
     for name, (value, wanted) in only.items():
         if value != wanted:
-            raise ConfigError(f"{_WHERE}: `{name}` must be {wanted}, as cells have it; the recipe has {value}")
+            raise ConfigError(f"{_WHERE}: `{name}` must be {wanted}, as in every run; the recipe has {value}")
     unknown = [name for name in recipe.train if name not in _HONOURED and not name.startswith(_WITHOUT_EFFECT)]
     if unknown:
-        raise ConfigError(f"{_WHERE}: cells know nothing of the recipe's train settings {', '.join(sorted(unknown))}")
+        raise ConfigError(f"{_WHERE}: runs support nothing of the recipe's train settings {', '.join(sorted(unknown))}")
 
 
 def _check_routing(recipe: Recipe, base: Point) -> None:
-    """Refuse what the points of a study say, and the recipe says otherwise: it would be overruled in silence."""
+    """Refuse recipe settings that the points of the study would silently override."""
     assert recipe.symphony is not None
     assert recipe.model.config is not None
     usual, routed = SymphonyConfig(), base.symphony(recipe.symphony)
@@ -260,8 +259,8 @@ def _check_routing(recipe: Recipe, base: Point) -> None:
         value = getattr(recipe.symphony, name)
         if value not in (getattr(usual, name), getattr(routed, name)):
             raise ConfigError(
-                f"{_WHERE}: the recipe has symphony.{name} {value}, which the points of a study decide: say it in the "
-                f"study's `base`, `base: {{{name}: {value}}}`"
+                f"{_WHERE}: the recipe has symphony.{name} {value}, which the points of a study decide: set it in "
+                f"the study's `base`, `base: {{{name}: {value}}}`"
             )
     config = AutoConfig.for_model(**recipe.model.config)
     for name, plain in _PLAIN_FORM.items():

@@ -1,4 +1,4 @@
-"""The text of a study as tokens, made once and read by every cell."""
+"""The tokenized text of a study, prepared once and read by every run."""
 
 import hashlib
 from pathlib import Path
@@ -19,22 +19,22 @@ from symphony_hf.files import replacing
 from symphony_hf.recipe import Recipe
 
 ATTACK_TOKEN = "AAA"
-"""A word of the vocabulary, whether the training text has it or not, as WikiText-103's has it."""
+"""Replacement word of the attack. It is always in the vocabulary, as in WikiText-103's."""
 
 VALIDATION_TOKENS = 16_384
-"""At most: enough to choose a learning rate by, and little beside the test text."""
+"""Maximum number of validation tokens: enough to choose a learning rate, and few beside the test text."""
 
 
 class StudyText(NamedTuple):
-    """Streams of tokens, and how many different ones there are.
+    """Token streams and their vocabulary.
 
     Attributes:
-        train: Shape: (tokens,), int64, as all.
-        validation: Of the held-out documents for decisions.
-        test: Of the test documents.
-        attacked: Of the same, attacked: as many tokens, since a word becomes a word.
-        vocab_size: Words, with `<eos>`, `<unk>` and the attack's.
-        digest: Of all of them.
+        train: Training tokens. All streams are int64. Shape: (tokens,).
+        validation: Tokens of the validation documents.
+        test: Tokens of the test documents.
+        attacked: Tokens of the attacked test documents, as many as in `test`: each word is replaced by a word.
+        vocab_size: Number of words, with `<eos>`, `<unk>` and the attack's.
+        digest: Digest of all streams.
     """
 
     train: Tensor
@@ -46,10 +46,10 @@ class StudyText(NamedTuple):
 
 
 def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
-    """Read a recipe's text, attack its test split, and keep the tokens in a folder.
+    """Read a recipe's text, attack its test split, and write the tokens to a folder.
 
     Raises:
-        DataError: If there is no such text, or a split of it is shorter than one row.
+        DataError: If the text does not exist, or a split is shorter than one row.
     """
     section, settings = recipe.data, recipe.eval
     corpus = corpus_of(section)
@@ -70,7 +70,7 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
             )
     if len(streams["test"]) != len(streams["attacked"]):
         raise DataError(
-            f"{corpus.source}: the attacked test text has another number of tokens; is a word of it cut up?"
+            f"{corpus.source}: the attacked test text has a different number of tokens; does the tokenizer split words?"
         )
     digest = hashlib.sha256(str(len(tokenizer)).encode())
     for name, stream in streams.items():
@@ -83,26 +83,26 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
 
 
 def read_streams(folder: Path, digest: str) -> StudyText:
-    """What `prepare_streams` kept, of the text with this digest."""
+    """Read the streams that `prepare_streams` wrote for the text with this digest."""
     with np.load(_file(folder, digest), allow_pickle=False) as arrays:
         streams = {name: torch.from_numpy(arrays[name]) for name in ("train", "validation", "test", "attacked")}
         return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest=digest)
 
 
 def _file(folder: Path, digest: str) -> Path:
-    """By the digest: another study in the same folder leaves it alone."""
+    """Return the path for a digest, so that studies in one folder do not overwrite each other's text."""
     return folder / f"text-{digest[:16]}.npz"
 
 
 def _add_word(tokenizer: Any, word: str) -> None:
-    """Not by `add_tokens`, which would cut it out of words that have it in them."""
+    """Add a word to the vocabulary. `add_tokens` would also match it inside other words."""
     vocabulary = tokenizer.get_vocab()
     vocabulary.setdefault(word, len(vocabulary))
     tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
 
 
 def _some(documents: list[Document], most: int | None) -> list[Document]:
-    """Evenly spaced ones."""
+    """Return evenly spaced documents."""
     if most is None or len(documents) <= most:
         return documents
     return [documents[index * len(documents) // most] for index in range(most)]

@@ -1,4 +1,4 @@
-"""One cell's model, and its training: the recipe's settings in a plain loop of one process."""
+"""Model and training of a run: the recipe's settings in a plain single-process loop."""
 
 import os
 import time
@@ -18,18 +18,18 @@ from .study import Study
 
 
 def frozen_after(point: Point, steps: int) -> int:
-    """How many of a run's updates a frozen graph takes part in."""
+    """Return the number of updates before a frozen graph stops."""
     return max(1, round(point.freeze_after * steps))
 
 
 class GraphControl:
-    """Call `before_update` and `after_update` around `update_graphs`; without either, nothing is changed.
+    """Freezes or shuffles graphs during training. Call its methods before and after `update_graphs`.
 
     Args:
         model: A Symphony model.
-        point: Whose `graph` decides: `frozen` or `random` do something, all others nothing.
-        steps: Updates of the whole run.
-        seed: Of the shuffling, which is drawn anew for each router.
+        point: Point whose `graph` is applied; only `frozen` and `random` have an effect.
+        steps: Number of updates of the whole run.
+        seed: Seed of the shuffling, which differs between routers.
     """
 
     def __init__(self, model: nn.Module, point: Point, steps: int, seed: int) -> None:
@@ -43,18 +43,18 @@ class GraphControl:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Put the moving average back, so that the update goes on from it."""
+        """Restore the moving average for the update."""
         if self.kind == "random":
             for graph, learned_EE in zip(self.graphs, self.learned, strict=True):
                 graph.adjacency.copy_(learned_EE)
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Put in place what the next forward routes by."""
+        """Set the graph that the next forward routes by."""
         self.updates += 1
         if self.kind == "random":
-            for place, (graph, order_E) in enumerate(zip(self.graphs, self.orders, strict=True)):
-                self.learned[place] = graph.adjacency.clone()
+            for index, (graph, order_E) in enumerate(zip(self.graphs, self.orders, strict=True)):
+                self.learned[index] = graph.adjacency.clone()
                 graph.adjacency.copy_(shuffled(graph.adjacency, order_E))
         elif self.kind == "frozen" and self.updates <= self.freeze_at:
             self.learned = [graph.adjacency.clone() for graph in self.graphs]
@@ -64,14 +64,14 @@ class GraphControl:
 
 
 def shuffled(adjacency_EE: Tensor, order_E: Tensor) -> Tensor:
-    """A graph with its experts renamed: the same weights and the same spectrum, between other experts.
+    """Permute the experts of a graph, which keeps its weights and spectrum.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: A co-selection graph. Shape: (num_experts, num_experts).
         order_E: A permutation of the experts. Shape: (num_experts,).
 
     Returns:
-        Q adjacency Q^T, Q the permutation's matrix. Same shape.
+        Q adjacency Q^T with the permutation matrix Q. Same shape.
     """
     return adjacency_EE[order_E][:, order_E]
 
@@ -80,7 +80,7 @@ CURVE_POINTS = 40
 
 
 def build_model(study: Study, point: Point, vocab_size: int) -> PreTrainedModel:
-    """A new model of the recipe's sizes, of the point's system and routing; its weights are the global generator's."""
+    """Build a model of the recipe's sizes with the point's system and routing, from the global generator."""
     assert study.recipe.model.config is not None
     values = {**study.recipe.model.config, **SYSTEMS[point.system], "vocab_size": vocab_size, "use_cache": False}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
@@ -88,13 +88,13 @@ def build_model(study: Study, point: Point, vocab_size: int) -> PreTrainedModel:
 
 
 def batches(stream_N: Tensor, block_size: int, rows: int, seed: int) -> Iterator[Tensor]:
-    """Rows of a stream without end, in an order of the seed's, another one each time through.
+    """Yield batches of a stream without end, reshuffled in every epoch.
 
     Args:
         stream_N: Tokens. Shape: (tokens,).
-        block_size: Tokens of a row; what does not fill the last is left out.
-        rows: Of a batch.
-        seed: Of the order.
+        block_size: Tokens per row; an incomplete last row is dropped.
+        rows: Batch size.
+        seed: Seed of the order.
 
     Yields:
         Shape: (rows, block_size).
@@ -110,11 +110,11 @@ def batches(stream_N: Tensor, block_size: int, rows: int, seed: int) -> Iterator
 
 
 def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_N: Tensor) -> dict[str, Any]:
-    """Train a model in place, by Adam with a constant rate after its warm-up, as published.
+    """Train a model in place with Adam, at a constant rate after the warm-up, as published.
 
     Returns:
-        `curve`: pairs of (step, mean loss of the steps since the last pair, nats a token); `train_seconds`, wall;
-        `train_cpu_seconds`.
+        `curve`: pairs of (step, mean loss since the last pair, in nats per token); `train_seconds`: wall time;
+        `train_cpu_seconds`: CPU time.
     """
     rate, warmup = study.learning_rate, study.warmup_steps
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
@@ -140,7 +140,7 @@ def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_
         if step % every == 0 or step == study.steps:
             curve.append((step, float(torch.stack(losses).mean())))
             losses.clear()
-        if os.getppid() != parent:  # whoever waits for this cell is gone
+        if os.getppid() != parent:  # the parent process is gone
             raise SystemExit(1)
     return {
         "curve": curve,

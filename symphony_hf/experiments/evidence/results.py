@@ -1,4 +1,4 @@
-"""The result files that the page is written from."""
+"""The result files from which the page is generated."""
 
 from pathlib import Path
 from typing import Any
@@ -10,30 +10,29 @@ from .page import evidence_page
 
 REQUIRED, RUN = "paper", ("pairs", "ablation", "theory")
 SOURCES = {"pairs": "report.json", "ablation": "report.json", "theory": "theory.json"}
-"""What the commands call their results."""
+"""File names of the commands' results."""
 
 _COMMANDS = {"pairs": "`symphony ablate`", "ablation": "`symphony ablate`", "theory": "`symphony theory`"}
 _STUDY = ("rows", "cells", "missing", "failed", "settings", "machines", "command")
 _KEYS = {"pairs": _STUDY, "ablation": _STUDY, "theory": ("settings", "convergence", "shares", "command", "seconds")}
 
 _LOCAL = ("output",)
-"""What says where on a machine something was, and nothing else."""
+"""Keys that hold paths of a machine, which are left out."""
 
 
 def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> None:
-    """Copy results of commands into the folder of result files, less the paths of the machine.
+    """Copy results of commands into the folder of result files, without paths of the machine.
 
-    Nothing is replaced unless a page can be written of all of them.
+    Nothing is replaced unless a page can be generated from all of them.
 
     Args:
         folder: `recipes/evidence`.
-        about: What the studies' text is, in a sentence; a command that takes any text cannot know. None takes the
-            sentence that is there, of the same text.
-        **outputs: Output folders of commands; None leaves what is there. `ablation`: of the study of the axes;
-            `pairs`: of one of the three pairs, where these were run at another size; `theory`.
+        about: Sentence that describes the studies' text. If None, the sentence of an earlier study on the same text.
+        **outputs: Output folders of the commands `ablation` (the study of the axes), `pairs` (the three pairs, if run
+            at another size) and `theory`; None keeps the present result.
 
     Raises:
-        DataError: If a folder has no results, or those of another command; or if a text has no sentence.
+        DataError: If a folder has no results or those of another command, or if a text has no sentence.
     """
     known = read_results(folder)
     added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
@@ -71,10 +70,10 @@ def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """The paper's numbers, and those of the commands that were run.
+    """Read the paper's numbers and the results of the commands that were run.
 
     Raises:
-        DataError: If the paper's are not there, or a file is no JSON.
+        DataError: If the paper's numbers are missing, or a file is not JSON.
     """
     folder = Path(folder)
     run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
@@ -88,11 +87,11 @@ def write_evidence(folder: str | Path, page: str | Path) -> Path:
     """Write the page.
 
     Args:
-        folder: Of the result files.
-        page: `recipes/EVIDENCE.md`.
+        folder: Folder of the result files.
+        page: Path of the page, `recipes/EVIDENCE.md`.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
         DataError: As `read_results`.

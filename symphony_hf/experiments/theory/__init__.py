@@ -1,4 +1,4 @@
-"""The paper's claim on its graph, checked where the truth is known: planted communities of experts, and noise."""
+"""The paper's claim about its graph, tested on planted communities of experts under noise."""
 
 from .benchmark import TheorySettings, run_theory
 from .report import print_theory, theory_findings

@@ -1,4 +1,4 @@
-"""`symphony theory`: how fast the moving average finds the planted graph, and what routing by it gains under noise."""
+"""`symphony theory`: convergence of the moving average to a planted graph, and the gain of routing by it."""
 
 import dataclasses
 import math
@@ -24,10 +24,10 @@ from symphony_hf.routing.smoothing import smooth_logits
 from .planted import TOP_K, Planted, draw_tokens, plant, share_right
 
 _OPTIONS = {"num_experts": "experts", "num_communities": "communities", "within": "within", "seeds": "seeds"}
-"""Settings that the command has options for, and the options."""
+"""Settings with a command-line option, and its name."""
 
 ROUTINGS = ("smoe", "symphony", "true graph")
-"""Plain; by the graph of its own noisy choices; by the planted graph, which no router could learn better."""
+"""No graph; the graph of the router's own noisy choices; the planted graph, an upper bound."""
 
 FIXED_DECAY, SOME_NOISE = 0.99, 0.4
 CURVES: dict[str, tuple[float | None, float]] = {
@@ -35,23 +35,23 @@ CURVES: dict[str, tuple[float | None, float]] = {
     f"decay {FIXED_DECAY:g}": (FIXED_DECAY, 0.0),
     f"suited decay, noise {SOME_NOISE:g}": (None, SOME_NOISE),
 }
-"""By name: the decay, suited to the number of updates when None, and the noise of the logits."""
+"""(decay, noise of the logits) by name; None is a decay suited to the number of updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TheorySettings:
-    """How much of everything; the defaults take under a minute on one core.
+    """Settings of the benchmark. The defaults take under a minute on one core.
 
     Args:
-        output: Folder of `theory.json` and the pictures.
-        num_experts: E.
-        num_communities: Of equal size.
-        within: Chance that a token's two experts are of one community.
-        batch: Tokens of an update.
-        updates: Numbers of updates after which the graph is compared; the last is the share's.
-        noises: Standard deviations of the logits' noise, where the right logits are 1 and the others 0.
-        seeds: Of truth, tokens and noise.
-        test_tokens: Of the share of right experts.
+        output: Folder for `theory.json` and the pictures.
+        num_experts: Number of experts, E.
+        num_communities: Number of communities of equal size.
+        within: Probability that a token's two experts are in one community.
+        batch: Tokens per update.
+        updates: Numbers of updates after which the graph is compared. Routing is tested after the last.
+        noises: Standard deviations of the logits' noise; correct logits are 1, the others 0.
+        seeds: Seeds of the planted graph, the tokens and the noise.
+        test_tokens: Number of tokens to test routing on.
     """
 
     output: str = "symphony-theory"
@@ -67,11 +67,11 @@ class TheorySettings:
     def __post_init__(self) -> None:
         if self.num_communities < 1 or self.num_experts < 2 * self.num_communities:
             raise ConfigError(
-                f"theory: {self.num_communities} communities of {self.num_experts} experts; each needs two at least"
+                f"theory: {self.num_communities} communities of {self.num_experts} experts; each needs at least two"
             )
         if self.num_experts % self.num_communities:
             raise ConfigError(
-                f"theory: {self.num_experts} experts cannot be parted into {self.num_communities} equal communities"
+                f"theory: {self.num_experts} experts cannot be divided into {self.num_communities} equal communities"
             )
         if self.num_communities == 1 and self.within < 1:
             raise ConfigError(
@@ -84,13 +84,13 @@ class TheorySettings:
 
 
 def run_theory(settings: TheorySettings) -> dict[str, Any]:
-    """Run it all, and write `theory.json`, `convergence.png` and `shares.png`.
+    """Run the benchmark, and write `theory.json`, `convergence.png` and `shares.png`.
 
     Returns:
         The values of `theory.json`.
 
     Raises:
-        ConfigError: If nothing can be written to the folder.
+        ConfigError: If the folder is not writable.
     """
     output = Path(settings.output)
     check_file_place(output / "theory.json", "theory")
@@ -109,7 +109,7 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
 
 
 def _command(settings: TheorySettings) -> str:
-    """The command that does this; the function, where the command has no options for it."""
+    """Return the command with these settings; the function's name if the command lacks an option."""
     words = ["symphony theory"]
     for field in dataclasses.fields(settings):
         value, default = getattr(settings, field.name), field.default
@@ -156,25 +156,25 @@ def _measure(settings: TheorySettings) -> dict[str, Any]:
 
 
 def distance(adjacency_EE: Tensor, planted: Planted) -> float:
-    """Frobenius norm of the difference from the planted probabilities, over theirs."""
+    """Compute the distance to the planted probabilities in the Frobenius norm, relative to theirs."""
     true_EE = planted.probabilities_EE
     return float(torch.linalg.matrix_norm(adjacency_EE - true_EE) / torch.linalg.matrix_norm(true_EE))
 
 
 def suited_decay(updates: int) -> float:
-    """The decay whose average is about as far from the truth by its start, decay^updates, as by chance.
+    """Return the decay that balances the weight of the start, decay^updates, and the sampling error.
 
-    With 1 - decay = log(updates) / (2 updates) the start is left with a share of updates^-1/2, and the average's
-    spread is that of about 4 updates / log(updates) of them: both fall as updates^-1/2, the latter to a logarithm.
+    With 1 - decay = log(updates) / (2 updates), the start has a weight of updates^-1/2, and the sampling error is that
+    of about 4 updates / log(updates) updates: both fall as updates^-1/2, the latter up to a logarithm.
     """
     return 1 - math.log(updates) / (2 * updates)
 
 
 def expected_distance(planted: Planted, batch: int, updates: int, decay: float | None) -> float:
-    """The root of the mean square of `distance`, in closed form, where tokens choose their right experts.
+    """Compute the root mean square of `distance` in closed form, for tokens that choose their correct experts.
 
-    The start is forgotten as decay^updates; what is left of each update's chance, (1 - decay) decay^age times a mean of
-    `batch` choices, adds up in squares.
+    The start decays as decay^updates. The sampling errors of the updates, (1 - decay) decay^age times a mean of `batch`
+    choices, add up in squares.
     """
     decay = suited_decay(updates) if decay is None else decay
     true_EE = planted.probabilities_EE.double()
@@ -188,12 +188,12 @@ def expected_distance(planted: Planted, batch: int, updates: int, decay: float |
 def _curve(
     settings: TheorySettings, name: str, runs: list[list[float]], expected: list[list[float]] | None
 ) -> dict[str, Any]:
-    """One line of the picture: by tokens, over seeds."""
+    """Return a curve of the picture: distance by tokens, over seeds."""
     tokens = [updates * settings.batch for updates in settings.updates]
     curve: dict[str, Any] = {
         "name": name,
         "tokens": tokens,
-        "distance": [_interval([run[place] for run in runs]) for place in range(len(tokens))],
+        "distance": [_interval([run[index] for run in runs]) for index in range(len(tokens))],
         "slope": _interval([_slope(tokens, run) for run in runs]),
     }
     if expected is not None:
@@ -203,7 +203,7 @@ def _curve(
 
 
 def _slope(tokens: Sequence[int], distances: Sequence[float]) -> float:
-    """The power of the tokens by which distances fall, fitted on logarithms."""
+    """Fit the exponent of the distances as a power of the number of tokens, on logarithms."""
     return float(np.polyfit(np.log(tokens), np.log(distances), 1)[0])
 
 
@@ -215,7 +215,7 @@ def _learn(
     decay: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """The moving average of the choices that a router makes by the graph as it is by then."""
+    """Compute the moving average of the choices of a router that routes by its current graph."""
     decay = suited_decay(updates) if decay is None else decay
     adjacency_EE = initial_adjacency(settings.num_experts, TOP_K)
     num_tokens = torch.tensor(float(settings.batch))
@@ -230,7 +230,7 @@ def _learn(
 def _distances(
     settings: TheorySettings, planted: Planted, decay: float | None, noise: float, generator: torch.Generator
 ) -> list[float]:
-    """After each number of updates, each learned anew. Without noise what is left is the average's own error."""
+    """Return the distance after each number of updates, each learned from scratch."""
     return [
         distance(_learn(settings, planted, noise, updates, decay, generator), planted) for updates in settings.updates
     ]
@@ -244,7 +244,7 @@ def _add_shares(
     learned_EE: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """The share of right experts that each routing chooses, of the same tokens."""
+    """Add the share of correct experts that each routing chooses, on the same tokens."""
     logits_TE, right_T2 = draw_tokens(planted, settings.test_tokens, noise, generator)
     graphs = {
         "smoe": torch.eye(settings.num_experts),

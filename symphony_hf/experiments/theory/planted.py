@@ -1,4 +1,4 @@
-"""Tokens whose right experts are known: each has two, mostly of one community, and logits that say so but for noise.
+"""Tokens with known correct experts: two each, mostly of one community, with noisy logits.
 
 Shapes: T tokens, E experts.
 """
@@ -12,13 +12,13 @@ TOP_K = 2
 
 
 class Planted(NamedTuple):
-    """What is true.
+    """The ground truth.
 
     Attributes:
-        probabilities_EE: The chance that a token's two experts are these: of both orders together, and on the diagonal
-            that an expert is among them. So it is what co-selections divided by tokens tend to, where nothing errs.
-        pairs_P2: All pairs of different experts, the first lower. Shape: (pairs, 2).
-        weights_P: The chance of each. Shape: (pairs,).
+        probabilities_EE: Probability that a token's two experts are this pair, in any order; on the diagonal, that an
+            expert is one of them. It is the limit of co-selections per token without errors.
+        pairs_P2: All pairs of distinct experts, the lower first. Shape: (pairs, 2).
+        weights_P: Probability of each pair. Shape: (pairs,).
     """
 
     probabilities_EE: Tensor
@@ -27,13 +27,13 @@ class Planted(NamedTuple):
 
 
 def plant(num_experts: int, num_communities: int, within: float, generator: torch.Generator) -> Planted:
-    """Choose which experts belong together.
+    """Draw a planted graph.
 
     Args:
-        num_experts: E.
-        num_communities: Of equal size, at least 2 experts each.
-        within: Chance that a token's two experts are of one community; which two of it is of uneven chance.
-        generator: Of these chances.
+        num_experts: Number of experts, E.
+        num_communities: Number of communities of equal size, with at least 2 experts each.
+        within: Probability that a token's two experts are in one community. Pairs within one differ in probability.
+        generator: Generator of the pairs' probabilities.
     """
     pairs_P2 = torch.combinations(torch.arange(num_experts), TOP_K)
     community_E = torch.arange(num_experts) * num_communities // num_experts
@@ -53,13 +53,13 @@ def draw_tokens(planted: Planted, num_tokens: int, noise: float, generator: torc
     """Draw tokens.
 
     Args:
-        planted: What is true.
-        num_tokens: T.
-        noise: Standard deviation of what is added to each logit; the right experts' are 1, all others 0.
-        generator: Of the tokens and their noise.
+        planted: The ground truth.
+        num_tokens: Number of tokens, T.
+        noise: Standard deviation of the noise added to each logit; correct experts have 1, all others 0.
+        generator: Generator of the tokens and their noise.
 
     Returns:
-        Noisy logits, (T, E), and the right experts, (T, 2).
+        Noisy logits, (T, E), and the correct experts, (T, 2).
     """
     choices_T = torch.multinomial(planted.weights_P, num_tokens, replacement=True, generator=generator)
     right_T2 = planted.pairs_P2[choices_T]
@@ -68,5 +68,5 @@ def draw_tokens(planted: Planted, num_tokens: int, noise: float, generator: torc
 
 
 def share_right(chosen_T2: Tensor, right_T2: Tensor) -> float:
-    """The share of the right experts that are among the chosen ones."""
+    """Return the share of the correct experts that are among the chosen ones."""
     return float((chosen_T2.unsqueeze(-1) == right_T2.unsqueeze(-2)).any(-1).float().mean())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from symphony_hf.experiments.ablation.cells import Cell
+from symphony_hf.experiments.ablation.cells import StudyRun
 from symphony_hf.experiments.ablation.measure import measure
 from symphony_hf.experiments.ablation.point import SYSTEMS, Point
 from symphony_hf.experiments.ablation.run import run_cell
@@ -139,17 +139,17 @@ def test_the_measures_are_those_of_a_loop_over_rows(study, text):
 
 
 def test_a_cell_is_the_same_each_time(study, text):
-    first, second = (run_cell(study, Cell(Point(), 1), text) for _ in range(2))
+    first, second = (run_cell(study, StudyRun(Point(), 1), text) for _ in range(2))
     for name in ("clean", "attacked", "routing_kept", "curve", "graphs"):
         assert json.dumps(first[name]) == json.dumps(second[name])
-    assert run_cell(study, Cell(Point(), 2), text)["clean"] != first["clean"]
+    assert run_cell(study, StudyRun(Point(), 2), text)["clean"] != first["clean"]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_plain_form_is_the_model_that_was_never_symphonized(study, text, system, monkeypatch):
-    cell = Cell(Point(system=system, graph="identity").canonical(), 1)
+    cell = StudyRun(Point(system=system, graph="identity").canonical(), 1)
     plain = run_cell(study, cell, text)
-    heard = run_cell(study, Cell(Point(system=system), 1), text)
+    heard = run_cell(study, StudyRun(Point(system=system), 1), text)
     # The same weights and batches at the first step, where the graph is still the identity.
     assert plain["curve"][0] == heard["curve"][0]
     assert plain["curve"][-1] != heard["curve"][-1]

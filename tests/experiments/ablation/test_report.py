@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from symphony_hf.experiments.ablation.cells import Cell, Results, cells_of
+from symphony_hf.experiments.ablation.cells import Results, StudyRun, cells_of
 from symphony_hf.experiments.ablation.report import markdown, print_ablation, write_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
 
@@ -30,10 +30,10 @@ def report(make_study, tmp_path):
     results = Results(tmp_path / "out", study, "text")
     plain, graph, decay = study.points()
     for seed, clean in enumerate((100.0, 110.0, 120.0)):
-        results.save(Cell(plain, seed), result(clean, 1.2 * clean, 0.9))
-        results.save(Cell(graph, seed), result(clean * math.exp(-0.01 * (seed + 1)), 1.1 * clean, 0.91))
-    results.save(Cell(decay, 1), result(50.0, 60.0, 0.5))
-    failed = {Cell(decay, 2): "exit code 1: it said nothing"}
+        results.save(StudyRun(plain, seed), result(clean, 1.2 * clean, 0.9))
+        results.save(StudyRun(graph, seed), result(clean * math.exp(-0.01 * (seed + 1)), 1.1 * clean, 0.91))
+    results.save(StudyRun(decay, 1), result(50.0, 60.0, 0.5))
+    failed = {StudyRun(decay, 2): "exit code 1: it said nothing"}
     return write_ablation(study, results, failed)
 
 
@@ -60,9 +60,9 @@ def test_the_graph_is_set_beside_itself_with_its_experts_shuffled(make_study, tm
     results = Results(tmp_path / "out", study, "text")
     plain, graph, shuffled = study.points()
     for seed in range(3):
-        results.save(Cell(plain, seed), result(100.0, 120.0, 0.90, 0.95))
-        results.save(Cell(graph, seed), result(100.0, 120.0, 0.94 + 0.01 * seed, 0.85 + 0.001 * seed))
-        results.save(Cell(shuffled, seed), result(100.0, 120.0, 0.93, 0.95))
+        results.save(StudyRun(plain, seed), result(100.0, 120.0, 0.90, 0.95))
+        results.save(StudyRun(graph, seed), result(100.0, 120.0, 0.94 + 0.01 * seed, 0.85 + 0.001 * seed))
+        results.save(StudyRun(shuffled, seed), result(100.0, 120.0, 0.93, 0.95))
     of_graph, of_shuffled = write_ablation(study, results, {})["rows"][1:]
     assert of_graph["against_plain"]["routing_kept"]["verdict"] == "better"
     # 0.01, 0.02, 0.03: mean 0.02, standard error 0.01 / sqrt(3): the interval has 0 in it.

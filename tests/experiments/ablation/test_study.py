@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from symphony_hf.errors import ConfigError
-from symphony_hf.experiments.ablation.cells import VERSIONS, Cell, Results, cells_of, describe_plan, digest_of
+from symphony_hf.experiments.ablation.cells import VERSIONS, Results, StudyRun, cells_of, describe_plan, digest_of
 from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.ablation.run import run_ablation
 
@@ -184,4 +184,4 @@ def test_plain_is_plain_by_any_name():
         assert point.is_plain
         assert point.canonical() == Point(graph="identity", strength=0.0)
     assert Point(graph="learned", decay=0.5).canonical() == Point(graph="learned")
-    assert Cell(Point(), 1).name("abc") == "smoe-ema-seed1-abc"
+    assert StudyRun(Point(), 1).name("abc") == "smoe-ema-seed1-abc"

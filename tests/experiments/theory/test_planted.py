@@ -127,8 +127,8 @@ def test_one_seed_has_no_interval(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 6, "num_communities": 4}, "each needs two"),
-        ({"num_experts": 16, "num_communities": 3}, "16 experts cannot be parted into 3"),
+        ({"num_experts": 6, "num_communities": 4}, "each needs at least two"),
+        ({"num_experts": 16, "num_communities": 3}, "16 experts cannot be divided into 3"),
         ({"num_communities": 1}, "`within` must be 1; got 0.9"),
         ({"within": 0.0}, "`within`"),
         ({"noises": (-1.0,)}, "`noises`"),
