@@ -14,6 +14,8 @@ from typing import Any
 
 from .errors import ConfigError, SymphonyError
 
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 UNFINISHED = "_symphony_unfinished"
 """The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
 
@@ -30,19 +32,21 @@ def place_of_replaced(target: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Write a folder that has its name only once it is whole; nothing of it stays if an error is raised within.
+    """Write a folder under a temporary name and rename it when the block ends; remove it if the block raises.
 
     Args:
-        target: The folder. What has its name is replaced; what a killed process left of it is removed.
+        target: Final path of the folder. A checkpoint there is replaced, and other files there are kept. Leftovers of a
+            killed process are removed.
 
     Yields:
-        Where to write: an empty folder.
+        The empty folder to write to.
     """
     clear(target)
     folder = place_to_write(target)
     folder.mkdir(parents=True)
     try:
         yield folder
+        _keep_others(target, folder)
         finish(target)
     except BaseException:
         clear(target)
@@ -66,6 +70,48 @@ def finish(target: Path) -> None:
     flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     remove_if_empty(written.parent)
+
+
+_CHECKPOINT_FILES = frozenset(
+    {
+        *("config.json", "generation_config.json", "added_tokens.json", "chat_template.jinja", "merges.txt"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    }
+)
+"""Names of a checkpoint's files beside its weights."""
+
+
+def weight_files_of(folder: Path) -> set[str]:
+    """Return the names of a checkpoint's weight files: the standard ones, and the shards that its index names.
+
+    No other file counts, whatever its name looks like: users keep EMA weights or backups beside a model.
+    """
+    shards: set[str] = set()
+    with contextlib.suppress(ConfigError):  # a broken or missing index proves nothing about any file
+        shards = set(read_weight_map(folder / WEIGHTS_INDEX, ConfigError).values())
+    named = {WEIGHTS, WEIGHTS_INDEX} | {name for name in shards if name.endswith(".safetensors")}
+    return {name for name in named if (folder / name).is_file()}
+
+
+def _keep_others(target: Path, written: Path) -> None:
+    """Link or copy into the folder that is about to replace `target` whatever there is not part of a checkpoint."""
+    if not target.is_dir():
+        return
+    ours = _CHECKPOINT_FILES | weight_files_of(target)
+    for entry in target.iterdir():
+        if entry.name in ours or (written / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, written / entry.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(str(entry), str(written / entry.name))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def clear(target: Path) -> None:

@@ -109,6 +109,18 @@ def _model_of_recipe(path: str) -> Any:
     return model
 
 
+@app.command(epilog="Example: symphony fold runs/my-run/final my-model-plain")
+def fold(
+    directory: Annotated[str, typer.Argument(help="Folder of a Symphony checkpoint.")],
+    output: Annotated[str, typer.Argument(help="Folder to write.")],
+    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Maximum size of one weights file.")] = "50GB",
+) -> None:
+    """Write a plain checkpoint with the graphs folded into the routers, for servers that do not know Symphony."""
+    from symphony_hf.conversion.push import fold_checkpoint
+
+    typer.echo(f"Written to {fold_checkpoint(directory, output, max_shard_size=max_shard_size)}")
+
+
 @app.command(epilog="Example: symphony push runs/my-run me/my-model --folded --private")
 def push(
     directory: Annotated[str, typer.Argument(help="Of a checkpoint, a folded one, an adapter, or a run.")],

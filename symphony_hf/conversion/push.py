@@ -1,4 +1,4 @@
-"""push: a folder's model to the Hub, as it is or folded."""
+"""Push a checkpoint to the Hub, or write its folded form."""
 
 import dataclasses
 import tempfile
@@ -11,7 +11,8 @@ from symphony_hf.checkpoints.folder import ModelFolder, open_folder
 from symphony_hf.checkpoints.model_class import named_class_of, read_config
 from symphony_hf.checkpoints.provenance import Origin
 from symphony_hf.checkpoints.upload import publish
-from symphony_hf.errors import PushError
+from symphony_hf.errors import ConfigError, PushError
+from symphony_hf.files import check_folder_of
 from symphony_hf.patching.folding import export_folded
 
 
@@ -69,13 +70,36 @@ def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
     """The plain form of a Symphony checkpoint, with the tokenizer and what else is beside it."""
     if folder.kind != "symphony":
         raise PushError(f"push: `{folder.path}` is no Symphony checkpoint, so there is nothing to fold in it")
-    export_folded(_load(folder), scratch)
+    export_folded(_load(folder.path, "push"), scratch, tokenizer=False)
     plain = open_folder(scratch)
     beside = {name: file for name, file in folder.files.items() if not name.startswith(("model", "config.json"))}
     return dataclasses.replace(folder, path=scratch, kind="plain", config=plain.config, files={**beside, **plain.files})
 
 
-def _load(folder: ModelFolder) -> PreTrainedModel:
-    config = read_config(folder.path)
-    model_class = named_class_of(config, f"push: `{folder.path}`", PushError)
-    return model_class.from_pretrained(folder.path, config=config, dtype="auto")
+def fold_checkpoint(directory: str | Path, output: str | Path, *, max_shard_size: int | str = "50GB") -> Path:
+    """Write the plain form of a Symphony checkpoint, with its tokenizer.
+
+    Args:
+        directory: Folder of the Symphony checkpoint. It is left as it is.
+        output: Folder to write.
+        max_shard_size: Maximum size of one weights file, in bytes or as in `"5GB"`.
+
+    Raises:
+        ConfigError: If the folder holds no Symphony checkpoint, or is the output.
+        FoldError: If the graphs cannot be folded exactly.
+    """
+    directory, output = Path(directory).expanduser(), Path(output).expanduser()
+    if directory.resolve() == output.resolve():
+        raise ConfigError(f"fold: `{output}` is the checkpoint to fold, and would lose its graphs: give another folder")
+    check_folder_of(output, "fold")
+    if output.is_file():
+        raise ConfigError(f"fold: `{output}` is a file: give a folder")
+    if getattr(read_config(directory), "symphony", None) is None:
+        raise ConfigError(f"fold: `{directory}` is not a Symphony checkpoint: its config.json has no `symphony` entry")
+    return export_folded(_load(directory, "fold"), output, max_shard_size=max_shard_size)
+
+
+def _load(directory: Path, command: str) -> PreTrainedModel:
+    config = read_config(directory)
+    model_class = named_class_of(config, f"{command}: `{directory}`", PushError if command == "push" else ConfigError)
+    return model_class.from_pretrained(directory, config=config, dtype="auto")

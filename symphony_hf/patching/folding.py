@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from symphony_hf.checkpoints.saving import mark_architectures, native_aux_losses
-from symphony_hf.errors import FoldError, PatchError
+from symphony_hf.errors import UNREADABLE, FoldError, PatchError
+from symphony_hf.files import weight_files_of
 from symphony_hf.patching.families.substitution import linear_of
 
 from .attachment import tracker_of
 from .expert_graph import active_graph, is_adapted
 from .symphonize import check_whole, symphony_routers, unsymphonize
+
+logger = logging.get_logger(__name__)
 
 
 def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -67,7 +71,13 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     return unsymphonize(model)
 
 
-def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
+def export_folded(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "50GB",
+    tokenizer: Any = None,
+) -> Path:
     """Write a plain checkpoint of the base family, with each graph folded into its router's weight.
 
     It has the stock tensor names and config and nothing of ours in it; any server runs it, to the same logits. But for
@@ -76,7 +86,10 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
 
     Args:
         model: A Symphony model, not wrapped.
-        directory: Where to. Weights and config that are there are replaced when everything has been written.
+        directory: Output folder. A checkpoint there is replaced once the new one is written; other files are kept.
+        max_shard_size: Maximum size of one weights file, in bytes or as in `"5GB"`.
+        tokenizer: Tokenizer or processor to write. If None, the one of the checkpoint that the model was loaded from,
+            locally or in the Hub's cache; nothing is downloaded. False: none.
 
     Returns:
         The directory.
@@ -98,10 +111,11 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
     try:
         del model.config.symphony
         with native_aux_losses(tracker_of(model).disabled_losses):
-            type(model).save_pretrained(model, unfinished, state_dict=state)
+            type(model).save_pretrained(model, unfinished, state_dict=state, max_shard_size=max_shard_size)
         if getattr(model.config, "upcycled", None) is not None and (unfinished / "config.json").exists():
             mark_architectures(unfinished / "config.json")  # its experts are of no family that others know
         if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
+            _save_tokenizer(model, unfinished, tokenizer)
             _replace_checkpoint(directory, unfinished)
     finally:
         model.config.symphony = settings
@@ -111,8 +125,36 @@ def export_folded(model: PreTrainedModel, directory: str | os.PathLike[str]) -> 
 
 
 def _replace_checkpoint(directory: Path, unfinished: Path) -> None:
-    written = {file.name for file in unfinished.iterdir()}
+    written, before = {file.name for file in unfinished.iterdir()}, weight_files_of(directory)
     for name in written:
         os.replace(unfinished / name, directory / name)
-    for stale in {file.name for file in directory.glob("model*.safetensors*")} - written:
-        (directory / stale).unlink()  # other shards of what was here before would be read instead
+    for stale in before - written:
+        (directory / stale).unlink()  # loaders would read the previous checkpoint's shards instead
+
+
+def _save_tokenizer(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
+    if tokenizer is None:
+        tokenizer = _find_tokenizer(model)
+        if tokenizer is None:
+            source = f"beside `{model.name_or_path}`" if model.name_or_path else "for a model built from a config"
+            logger.warning(f"export_folded: no tokenizer found {source}; pass tokenizer=... to write one")
+    if tokenizer is not None and tokenizer is not False:
+        tokenizer.save_pretrained(folder)
+
+
+def _find_tokenizer(model: PreTrainedModel) -> Any:
+    """Load the tokenizer or processor of the checkpoint that a model was loaded from, without a download."""
+    if not model.name_or_path:
+        return None
+    has_images = getattr(model.config, "vision_config", None) is not None
+    kinds: tuple[Any, ...] = (AutoProcessor, AutoTokenizer) if has_images else (AutoTokenizer,)
+    for kind in kinds:
+        try:
+            found = kind.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False)
+        except UNREADABLE:
+            continue
+        own = getattr(found, "tokenizer", found)
+        # Without files, transformers returns an empty tokenizer of the model's usual class.
+        if hasattr(own, "get_vocab") and own.get_vocab().keys() - set(own.all_special_tokens):
+            return found
+    return None

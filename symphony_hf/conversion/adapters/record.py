@@ -79,9 +79,7 @@ class AdapterRecord:
             PatchError: If the model is not symphonized.
         """
         found = list(symphony_routers(model))
-        shapes = {
-            bare_name(n): RouterShape(num_experts=r.contract.num_experts, top_k=r.contract.top_k) for n, r in found
-        }
+        shapes = {bare_name(name): RouterShape.of(router.contract) for name, router in found}
         return cls(
             router=router,
             symphony=active_graph(found[0][1].symphony).config.to_dict(),

@@ -1,7 +1,6 @@
 """What merging and pruning share: open, calibrate, score, make smaller, write, score again."""
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.compat import versions
 from symphony_hf.conversion.inspection.counts import count_parts
 from symphony_hf.conversion.upcycling.target import writing
 from symphony_hf.data.blocks import document_windows, pack_blocks
@@ -124,12 +123,7 @@ def circumstances(opened: Opened, texts: CalibrationAndTest, settings: TextSetti
             "calibration_tokens": texts.calibration_NT.numel(),
             "documents": len(texts.windows),
         },
-        "versions": {
-            "symphony_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers_version(),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from symphony_hf.checkpoints.model_class import empty_model
+from symphony_hf.tables import Table, TableCell
 
 from .counts import PartCount, TypeCount, count_parts, held_types, stored_types
 from .parts import Anatomy, Routing
@@ -81,9 +81,9 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
     """Print a model's parts, types, routers and settings."""
     console = console or Console()
-    console.print(_parts_table(inspection))
+    _parts_table(inspection).print(console)
     if inspection.types is not None:
-        console.print(_types_table(inspection))
+        _types_table(inspection.types).print(console)
     for routing, count in inspection.routers.items():
         console.print(f"{count} routers: top-{routing.top_k} of {routing.num_experts} experts", highlight=False)
     if not inspection.routers:
@@ -94,32 +94,34 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
 
 
 def _parts_table(inspection: Inspection) -> Table:
-    table = Table(title=inspection.name, title_justify="left", show_footer=True)
-    active = inspection.active
-    table.add_column("part", footer="all")
-    table.add_column("parameters", footer=f"{inspection.total:,}", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("active per token", footer="unknown" if active is None else f"{active:,}", justify="right")
-    for part in inspection.parts:
-        used = "unknown" if part.active is None else f"{part.active:,}"
-        table.add_row(part.part.value, f"{part.total:,}", f"{part.total / inspection.total:.2%}", used)
-    return table
+    rows = [
+        [
+            part.part.value,
+            TableCell(f"{part.total:,}", part.total),
+            TableCell(f"{part.total / inspection.total:.2%}", part.total),
+            TableCell("unknown" if part.active is None else f"{part.active:,}", part.active),
+        ]
+        for part in inspection.parts
+    ]
+    active = "unknown" if inspection.active is None else f"{inspection.active:,}"
+    header = ("part", "parameters", "share", "active per token")
+    return Table(inspection.name, header, rows, footer=("all", f"{inspection.total:,}", "", active))
 
 
-def _types_table(inspection: Inspection) -> Table:
-    types = inspection.types or []
-    parameters = sum(count.parameters for count in types)
-    size = sum(count.bytes for count in types)
-    table = Table(show_footer=True)
-    table.add_column("type", footer="all")
-    table.add_column("parameters", footer=f"{parameters:,}", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("bytes", footer=readable_bytes(size), justify="right")
-    table.add_column("share", justify="right")
-    for count in types:
-        shares = f"{count.parameters / parameters:.2%}", f"{count.bytes / size:.2%}"
-        table.add_row(count.type, f"{count.parameters:,}", shares[0], readable_bytes(count.bytes), shares[1])
-    return table
+def _types_table(types: list[TypeCount]) -> Table:
+    parameters, size = sum(count.parameters for count in types), sum(count.bytes for count in types)
+    rows = [
+        [
+            count.type,
+            TableCell(f"{count.parameters:,}", count.parameters),
+            TableCell(f"{count.parameters / parameters:.2%}", count.parameters),
+            TableCell(readable_bytes(count.bytes), count.bytes),
+            TableCell(f"{count.bytes / size:.2%}", count.bytes),
+        ]
+        for count in types
+    ]
+    header = ("type", "parameters", "share", "bytes", "share")
+    return Table("", header, rows, footer=("all", f"{parameters:,}", "", readable_bytes(size), ""))
 
 
 def readable_bytes(size: int) -> str:

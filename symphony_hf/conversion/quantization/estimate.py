@@ -1,21 +1,21 @@
 """How many bytes a model takes in 4 bits: a weight of each shape is packed and measured, the rest is counted."""
 
-import importlib.metadata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
 from symphony_hf.checkpoints.graph_files import SUFFIX as GRAPH
+from symphony_hf.compat import versions
 from symphony_hf.conversion.inspection.counts import held_types
 from symphony_hf.conversion.inspection.inspect import readable_bytes
 from symphony_hf.conversion.inspection.parts import Anatomy
 from symphony_hf.conversion.inspection.tensors import held_tensors
+from symphony_hf.tables import Table, TableCell
 
 from .packing import Packing, check_bitsandbytes, stacked_experts
 
@@ -88,7 +88,7 @@ class BytesPlan:
                 }
                 for shape in self.shapes
             ],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},
+            "versions": versions("bitsandbytes"),
         }
 
 
@@ -148,10 +148,8 @@ def _linear_weights(model: Any) -> list[torch.Tensor]:
 
 def print_bytes_plan(plan: BytesPlan, console: Console | None = None) -> None:
     """Print a plan's totals."""
-    table = Table(title=f"{plan.model} in memory, {plan.packing.quant_type}", title_justify="left")
-    table.add_column("form")
-    table.add_column("bytes", justify="right")
-    table.add_column("share", justify="right")
-    for form, size in plan.to_dict()["bytes"].items():
-        table.add_row(form, readable_bytes(size), f"{size / plan.plain_bytes:.1%}")
-    (console or Console()).print(table)
+    rows = [
+        [form, TableCell(readable_bytes(size), size), TableCell(f"{size / plan.plain_bytes:.1%}", size)]
+        for form, size in plan.to_dict()["bytes"].items()
+    ]
+    Table(f"{plan.model} in memory, {plan.packing.quant_type}", ("form", "bytes", "share"), rows).print(console)
