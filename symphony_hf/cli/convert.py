@@ -29,12 +29,12 @@ def upcycle(result: UpcycleResult) -> None:
 
 @app.command("bench-upcycle", epilog="Example: symphony bench-upcycle --output upcycle.json")
 def bench_upcycle(
-    folder: Annotated[str, typer.Option(help="Where the checkpoints are written, and deleted again: 40 GB.")] = ".",
-    shrink: Annotated[int, typer.Option(help="Divide Phi-3-mini's widths by this, to try it out.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Upcyclings and plain copies, in alternation.")] = 2,
-    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench-upcycle.json",
+    folder: Annotated[str, typer.Option(help="Folder for temporary checkpoints: 40 GB.")] = ".",
+    shrink: Annotated[int, typer.Option(help="Divisor of Phi-3-mini's widths, for a quick trial.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Number of alternating upcycling and copying rounds.")] = 2,
+    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-upcycle.json",
 ) -> None:
-    """Measure upcycling at Phi-3-mini's shapes: memory, and seconds beside a plain copy of as many bytes."""
+    """Measure upcycling at Phi-3-mini's shapes: memory, and and seconds next to a plain copy of the same size."""
     from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_bench_upcycle
 
     print_bench_upcycle(run_bench_upcycle(folder, shrink=shrink, rounds=rounds, output=output))
@@ -74,10 +74,10 @@ def topk(settings: TopKSettings) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder, a config.json, a model on the Hub, or a recipe's YAML.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    four_bit: Annotated[bool, typer.Option("--four-bit", help="Measure what it takes with 4-bit experts.")] = False,
-    output: Annotated[str | None, typer.Option(help="Where the JSON of --four-bit goes.")] = None,
+    four_bit: Annotated[bool, typer.Option("--four-bit", help="Estimate the memory with 4-bit experts.")] = False,
+    output: Annotated[str | None, typer.Option(help="JSON file to write; with --four-bit.")] = None,
 ) -> None:
-    """Show what a model is made of: parameters by part, active ones, types, routers. No weights are loaded."""
+    """Show a model's parameters by part, active parameters, data types and routers, without loading weights."""
     from symphony_hf.checkpoints.model_class import empty_model
     from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
     from symphony_hf.files import check_file_place, write_json
@@ -99,7 +99,7 @@ def inspect(
 
 
 def _model_of_recipe(path: str) -> Any:
-    """What a recipe trains, with its graphs, and without weights."""
+    """Build the model that a recipe trains, with its graphs, on the meta device."""
     from symphony_hf.recipe import load_recipe
     from symphony_hf.training.models import add_graph, empty_model
 
@@ -123,14 +123,20 @@ def fold(
 
 @app.command(epilog="Example: symphony push runs/my-run me/my-model --folded --private")
 def push(
-    directory: Annotated[str, typer.Argument(help="Of a checkpoint, a folded one, an adapter, or a run.")],
-    repository: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub; made if it is not there.")],
-    folded: Annotated[bool, typer.Option("--folded", help="The plain form, for software without graphs.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository for its owner alone.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there.")] = None,
+    directory: Annotated[str, typer.Argument(help="Folder of a checkpoint, folded checkpoint, adapter, or run.")],
+    repository: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub, created if missing.")],
+    folded: Annotated[
+        bool, typer.Option("--folded", help="Push the folded checkpoint, for software without Symphony support.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if missing.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull_request", help="Open a pull request instead.")] = False,
-    base_model: Annotated[str | None, typer.Option("--base_model", help="Its name on the Hub, for the card.")] = None,
-    license: Annotated[str | None, typer.Option(help="Of the base model; else as the Hub has it.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="Name of the base model on the Hub, for the card.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="License of the base model; by default the one on the Hub.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Data set on the Hub, or a description, for the card.")] = None,
 ) -> None:
     """Push a model to the Hub with a card: safetensors only. The token is that of `hf auth login`, or HF_TOKEN."""

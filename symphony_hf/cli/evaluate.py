@@ -38,16 +38,20 @@ def eval_(settings: RobustnessSettings) -> None:
 @app.command(epilog="Example: symphony attack wiki.test.txt --attack aaa --seed 0 --output wiki.test.attacked.txt")
 def attack(
     file: Annotated[str, typer.Argument(help="A text file, UTF-8.")],
-    output: Annotated[str, typer.Option(help="Where the attacked text goes.")],
+    output: Annotated[str, typer.Option(help="File for the attacked text.")],
     attack: Annotated[
         str,
         typer.Option(help="aaa, keyboard, char_delete, char_insert, char_swap, homoglyph, word_drop or word_shuffle."),
     ] = "aaa",
-    severity: Annotated[int, typer.Option(help="From 1 to 5; 1 is the paper's, of aaa.")] = 1,
-    rate: Annotated[float | None, typer.Option(help="Share of words or letters, instead of a severity's.")] = None,
-    minimum: Annotated[int | None, typer.Option(help="Of aaa: words replaced in a line at least; else 1.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of words and letters.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    severity: Annotated[int, typer.Option(help="Severity from 1 to 5; 1 is the paper's setting for aaa.")] = 1,
+    rate: Annotated[
+        float | None, typer.Option(help="Share of words or letters to change, instead of a severity.")
+    ] = None,
+    minimum: Annotated[
+        int | None, typer.Option(help="Minimum number of words replaced per line, 1 by default; for aaa.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write the attacked form of a text file: the same for the same file, seed and attack, on any machine."""
     from symphony_hf.evaluation.attacks.files import attack_file
@@ -67,9 +71,11 @@ def report(
         list[Path],
         typer.Argument(help="Output folders of symphony train, quickstart, eval or routing.", metavar="RUN..."),
     ],
-    output: Annotated[Path, typer.Option(help="The HTML file; replaced where there is one.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(help="HTML file to write; an existing file is replaced.")] = Path(
+        "report.html"
+    ),
 ) -> None:
-    """Compare runs on one HTML page, with pictures and sortable tables: one file, which needs no network."""
+    """Compare runs on one HTML page, with pictures and sortable tables: a single file that works offline."""
     from symphony_hf.evaluation.report.find_runs import read_runs
     from symphony_hf.evaluation.report.page import write_page
 

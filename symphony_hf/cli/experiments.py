@@ -1,4 +1,4 @@
-"""`symphony bench`, `bench-commit` and `bench-experts`."""
+"""Benchmarks, ablations, checks and evidence: the commands for experiments."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +17,11 @@ def bench(
         list[str] | None,
         typer.Option(help="mixtral-8x7b, olmoe-1b-7b or qwen3-30b-a3b; several times for several; all by default."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of one forward.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Number of tokens in one forward pass.")] = 1024,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the accelerator where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; float32 on CPU, else bfloat16.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for each row, after warm-up.")] = 60.0,
-    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench.json",
+    seconds: Annotated[float, typer.Option(help="Seconds per measurement, after warm-up.")] = 60.0,
+    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench.json",
 ) -> None:
     """Measure what the graph costs: a Symphony block against the stock one, in alternation, at true layer shapes."""
     from symphony_hf.experiments.bench.layer import print_bench, run_bench
@@ -31,8 +31,10 @@ def bench(
 
 @app.command("bench-commit", epilog="Example: symphony bench-commit --output commit.json")
 def bench_commit(
-    seconds: Annotated[float, typer.Option(help="Time for the training step that commits are set beside.")] = 20.0,
-    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench-commit.json",
+    seconds: Annotated[
+        float, typer.Option(help="Seconds to measure the training step that commits are compared with.")
+    ] = 20.0,
+    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-commit.json",
 ) -> None:
     """Measure what moving the graphs costs with 1, 2 and 4 processes: one all-reduce an optimizer step."""
     from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
@@ -42,10 +44,10 @@ def bench_commit(
 
 @app.command("bench-experts", epilog="Example: symphony bench-experts --images 4 --output experts.json")
 def bench_experts(
-    images: Annotated[int, typer.Option(help="Whose tokens make one step.")] = 4,
+    images: Annotated[int, typer.Option(help="Number of images in one step.")] = 4,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the accelerator where there is one.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for each row, after warm-up.")] = 30.0,
-    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-bench-experts.json",
+    seconds: Annotated[float, typer.Option(help="Seconds per measurement, after warm-up.")] = 30.0,
+    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-experts.json",
 ) -> None:
     """Measure UpcycledMoE against a loop over experts, at the shapes of LLaVA's projector and CLIP's MLP."""
     from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts
@@ -59,13 +61,15 @@ def bench_experts(
 )
 def ablate(
     study: Annotated[str, typer.Argument(help="A study's YAML file: a recipe, axes, seeds.")],
-    output: Annotated[str, typer.Option(help="Folder of the finished cells and of the report.")],
-    workers: Annotated[int | None, typer.Option(help="Cells at a time, a thread each; else one a core.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the recipe, NAME=VALUE; several times for several.")
+    output: Annotated[str, typer.Option(help="Folder for the finished runs and the report.")],
+    workers: Annotated[
+        int | None, typer.Option(help="Number of runs in parallel, one thread each; by default one per core.")
     ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing; report what is there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the plan, with an estimate of its time.")] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of the recipe, NAME=VALUE; may be repeated.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only report the finished runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the plan and an estimate of its time.")] = False,
 ) -> None:
     """Run a grid of small training runs around a base point, and report it with intervals over seeds.
 
@@ -106,7 +110,9 @@ def check() -> None:
 
 @check_app.command(epilog="Example: symphony check distributed")
 def distributed(
-    only: Annotated[str | None, typer.Option(help="A part of the arrangements' names, such as ZeRO.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only arrangements with this text in their names, such as ZeRO.")
+    ] = None,
 ) -> None:
     """Train in many arrangements (accumulation, ranks, ZeRO, checkpointing, ...), which must give the same."""
     from symphony_hf.experiments.distributed.arrangements import ARRANGEMENTS
@@ -125,11 +131,9 @@ def distributed(
 @check_app.command("full-size", epilog="Example: symphony check full-size --model 7.4b --folder /data")
 def full_size(
     model: Annotated[str, typer.Option(help="7.4b or 4.2b.")] = "7.4b",
-    folder: Annotated[
-        str, typer.Option(help="Where 30 GB (18 GB for 4.2b) are written, and deleted at the end.")
-    ] = ".",
-    tokens: Annotated[int, typer.Option(help="Of the sequence; an image's 576 come on top.")] = 32,
-    output: Annotated[str, typer.Option(help="Where the JSON goes.")] = "symphony-full-size.json",
+    folder: Annotated[str, typer.Option(help="Folder for temporary files: 30 GB, or 18 GB for 4.2b.")] = ".",
+    tokens: Annotated[int, typer.Option(help="Number of text tokens; an image adds 576.")] = 32,
+    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-full-size.json",
 ) -> None:
     """Make, load, symphonize, run, save and load again one of the recipes' models at its true size."""
     from symphony_hf.experiments.full_size import print_full_size, run_full_size
@@ -139,10 +143,10 @@ def full_size(
 
 @check_app.command(epilog="Example: symphony check fuzz --cases 1000")
 def fuzz(
-    cases: Annotated[int, typer.Option(help="How many files to tamper with.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="With it, a case is the same on every machine.")] = 0,
+    cases: Annotated[int, typer.Option(help="Number of files to tamper with.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Random seed; it gives the same cases on every machine.")] = 0,
 ) -> None:
-    """Tamper with checkpoints and adapters: each must load with valid graphs, or be refused in so many words."""
+    """Tamper with checkpoints and adapters: each must load with valid graphs, or raise a clear error."""
     from symphony_hf.experiments.fuzzing.campaign import fuzz as try_cases
     from symphony_hf.experiments.fuzzing.campaign import print_outcomes
 
@@ -157,16 +161,16 @@ def fuzz(
     epilog="Example: symphony evidence --ablation runs/ablation --theory symphony-theory, in the project's folder",
 )
 def evidence(
-    folder: Annotated[str, typer.Option(help="Of the result files.")] = "recipes/evidence",
-    page: Annotated[str, typer.Option(help="The page that is written of them.")] = "recipes/EVIDENCE.md",
-    ablation: Annotated[str | None, typer.Option(help="Output folder of `symphony ablate`, to take in.")] = None,
+    folder: Annotated[str, typer.Option(help="Folder of the result files.")] = "recipes/evidence",
+    page: Annotated[str, typer.Option(help="Page to write.")] = "recipes/EVIDENCE.md",
+    ablation: Annotated[str | None, typer.Option(help="Output folder of `symphony ablate` to add.")] = None,
     pairs: Annotated[
-        str | None, typer.Option(help="Likewise, of the three pairs, where they were run at another size.")
+        str | None, typer.Option(help="Output folder of the three pairs, if they were run at another size.")
     ] = None,
-    about: Annotated[str | None, typer.Option(help="What the studies' text is, in a sentence.")] = None,
-    theory: Annotated[str | None, typer.Option(help="Output folder of `symphony theory`, to take in.")] = None,
+    about: Annotated[str | None, typer.Option(help="One sentence that describes the text of the studies.")] = None,
+    theory: Annotated[str | None, typer.Option(help="Output folder of `symphony theory` to add.")] = None,
 ) -> None:
-    """Write the page of evidence from result files, next to the paper's numbers; take new results in first."""
+    """Write the page of evidence from result files, next to the paper's numbers, after adding new results."""
     from symphony_hf.experiments.evidence.results import add_results, write_evidence
 
     add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory)
@@ -176,13 +180,15 @@ def evidence(
 @app.command(epilog="Example: symphony families mixtral olmoe --check")
 def families(
     names: Annotated[list[str] | None, typer.Argument(help="Model types; all by default.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Run every check on each: about a second a family.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run all checks on each family: about a second per family.")
+    ] = False,
     readme: Annotated[
         str | None,
         typer.Option(help="A page to write the table into, between its marks; with --check and no names."),
     ] = None,
 ) -> None:
-    """What symphonize can do for the MoE families of the installed transformers; exits with 1 if a check fails."""
+    """List what symphonize supports for each MoE family of the installed transformers. Exit with 1 if one fails."""
     from symphony_hf.experiments.conformance.matrix import known_families, run_matrix
     from symphony_hf.experiments.conformance.table import print_rows, write_readme
 
@@ -198,12 +204,14 @@ def families(
 @app.command(epilog="Example: symphony theory --output theory --seeds 10")
 def theory(
     output: Annotated[str, typer.Option(help="Folder of theory.json and the pictures.")] = "symphony-theory",
-    seeds: Annotated[int, typer.Option(help="How many, from 0 on.")] = 5,
-    experts: Annotated[int, typer.Option(help="Of the router.")] = 16,
-    communities: Annotated[int, typer.Option(help="Of experts that belong together.")] = 4,
-    within: Annotated[float, typer.Option(help="Chance that a token's two experts are of one community.")] = 0.9,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 5,
+    experts: Annotated[int, typer.Option(help="Number of experts.")] = 16,
+    communities: Annotated[int, typer.Option(help="Number of expert communities.")] = 4,
+    within: Annotated[
+        float, typer.Option(help="Probability that a token's two experts are in the same community.")
+    ] = 0.9,
 ) -> None:
-    """Check the graph where the truth is planted: how fast it is found, and what routing by it gains under noise."""
+    """Recover a planted graph: how fast it is learned, and how much routing by it gains under noise."""
     from symphony_hf.experiments.theory.benchmark import TheorySettings, run_theory
     from symphony_hf.experiments.theory.report import print_theory
 

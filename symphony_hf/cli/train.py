@@ -17,11 +17,11 @@ from .app import app, command_from
     "symphony train recipes/quickstart/config.yaml --max_steps 2 --symphony.strength 0",
 )
 def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A recipe's YAML file.")]) -> None:
-    """Train what a recipe says. For several processes: accelerate launch -m symphony_hf.train.
+    """Train a recipe. For several processes: accelerate launch -m symphony_hf.train.
 
     Any setting can be overridden: --NAME VALUE for one of the train section (TrainingArguments' own name, such as
-    --max_steps 100 or --resume_from_checkpoint true), --SECTION.NAME VALUE for others. With --dry_run, print what would
-    be done, and touch nothing.
+    --max_steps 100 or --resume_from_checkpoint true), --SECTION.NAME VALUE for others. With --dry_run, print the
+    plan without loading or writing anything.
     """
     from symphony_hf.train import main as train_main
 
@@ -37,22 +37,24 @@ def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A 
 def plan(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe's YAML file.")],
-    gpus: Annotated[str, typer.Option(help="Numbers of GPUs of one machine, with commas.")] = "1,4,8",
-    gpu_memory: Annotated[str, typer.Option("--gpu_memory", help="Of one GPU, such as 80GB or 79.6GiB.")] = "80GB",
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs in one machine, separated by commas.")] = "1,4,8",
+    gpu_memory: Annotated[
+        str, typer.Option("--gpu_memory", help="Memory of one GPU, such as 80GB or 79.6GiB.")
+    ] = "80GB",
     gpu_flops: Annotated[
-        float, typer.Option("--gpu_flops", help="Peak of one GPU, FLOPs a second; an H100's in bfloat16 by default.")
+        float, typer.Option("--gpu_flops", help="Peak FLOP/s of one GPU; by default an H100's in bfloat16.")
     ] = 989.5e12,
-    utilization: Annotated[float, typer.Option(help="The share of the peak that training reaches.")] = 0.35,
+    utilization: Annotated[float, typer.Option(help="Fraction of the peak that training reaches.")] = 0.35,
     sequences: Annotated[
-        int | None, typer.Option(help="Training sequences of one epoch, where the data is not here to be counted.")
+        int | None, typer.Option(help="Number of training sequences per epoch, if the data is not available locally.")
     ] = None,
     accelerate: Annotated[
         str | None,
         typer.Option(
-            help="A configuration of accelerate, or a folder of them; `accelerate/` beside the recipe's folder."
+            help="Accelerate config, or a folder of them; by default `accelerate/` next to the recipe's folder."
         ),
     ] = None,
-    json: Annotated[str | None, typer.Option(help="Where a JSON of everything goes.")] = None,
+    json: Annotated[str | None, typer.Option(help="JSON file to write the plan to.")] = None,
 ) -> None:
     """Plan a recipe: memory by part under each launch, the largest micro-batch, tokens, hours. No weights are loaded.
 
@@ -92,13 +94,14 @@ def _count(text: str) -> int:
 )
 def prepare(
     source: Annotated[str, typer.Argument(help="A text file, a folder of them, or a .zip of one; UTF-8.")],
-    output: Annotated[str, typer.Option(help="Folder of the corpus, for a recipe's data.path.")],
+    output: Annotated[str, typer.Option(help="Corpus folder, for a recipe's data.path.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     strip_tags: Annotated[
-        str | None, typer.Option("--strip_tags", help="Cut each word at the last of this sign: / for word/tag.")
+        str | None,
+        typer.Option("--strip_tags", help="Character at whose last occurrence each word is cut: / for word/tag."),
     ] = None,
 ) -> None:
-    """Write text as one file a document into a split of a corpus, with words that are tagged made plain."""
+    """Write text into a split of a corpus, one file per document, optionally without part-of-speech tags."""
     from symphony_hf.data.splits import prepare_split
 
     written = prepare_split(source, output, split=split, strip_tags=strip_tags)
