@@ -13,13 +13,12 @@ from .graph_metrics import (
     spectral_gap,
 )
 from .routing_metrics import (
-    choices_kept,
     cka_matrix,
     coactivation,
     dead_experts,
     domain_allocation,
     domain_information,
-    kept_by_token,
+    flip_rate,
     load_of_choices,
     normalized_entropy,
     router_margin,
@@ -29,7 +28,6 @@ from .summary import graph_summary
 
 __all__ = [
     "centrality",
-    "choices_kept",
     "cka_matrix",
     "cluster_order",
     "coactivation",
@@ -39,8 +37,8 @@ __all__ = [
     "domain_allocation",
     "domain_information",
     "drift",
+    "flip_rate",
     "graph_summary",
-    "kept_by_token",
     "load",
     "load_entropy",
     "load_of_choices",

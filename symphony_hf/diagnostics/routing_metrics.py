@@ -76,28 +76,19 @@ def router_margin(logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
     return lowest_T - highest_T
 
 
-def kept_by_token(before_TK: Tensor, after_TK: Tensor) -> Tensor:
-    """The share of each token's experts that it still chooses, |before & after| / K: the overlap of the top K.
+def flip_rate(before_TK: Tensor, after_TK: Tensor) -> Tensor:
+    """Compute the share of each token's experts that change, 1 - |before & after| / K.
+
+    The mean over tokens is the flip rate of the routing; 1 minus that mean is what tables call routing stability.
 
     Args:
-        before_TK: Shape: (..., tokens, top_k).
-        after_TK: Experts that the same tokens choose after a change: of the text, or of the model. Same shape.
+        before_TK: Chosen experts, in any order. Shape: (..., tokens, top_k).
+        after_TK: Experts that the same tokens choose after the text or the model has changed. Same shape.
 
     Returns:
-        From 0 to 1, float64. Shape: (..., tokens).
+        Values from 0 to 1, float64. Shape: (..., tokens).
     """
-    return (before_TK.unsqueeze(-1) == after_TK.unsqueeze(-2)).any(-1).double().mean(-1)
-
-
-def choices_kept(before_TK: Tensor, after_TK: Tensor) -> float:
-    """The mean over tokens of `kept_by_token`: exactly 1 if every token kept all its experts, in whatever order.
-
-    Args:
-        before_TK: Shape: (..., tokens, top_k).
-        after_TK: Same shape.
-    """
-    kept = (before_TK.unsqueeze(-1) == after_TK.unsqueeze(-2)).any(-1)
-    return int(kept.sum()) / kept.numel()
+    return (before_TK.unsqueeze(-1) != after_TK.unsqueeze(-2)).all(-1).double().mean(-1)
 
 
 def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
@@ -112,7 +103,7 @@ def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
 
     Source: Muennighoff et al., "OLMoE" (arXiv 2409.02060), router saturation: 1/N sum_i |E_i(t) & E_i(T)| / k.
     """
-    return choices_kept(indices_TK, final_TK)
+    return 1.0 - float(flip_rate(indices_TK, final_TK).mean())
 
 
 def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Evaluation: perplexity by document, accuracy of answers, routing under attack, and intervals for what is compared."""
 
-from symphony_hf.diagnostics.routing_metrics import choices_kept
-from symphony_hf.evaluation.routing.records import RoutingKept, RoutingRecord, record_routing, routing_kept
+from symphony_hf.diagnostics.routing_metrics import flip_rate
+from symphony_hf.evaluation.routing.records import RoutingRecord, RoutingStability, record_routing, routing_stability
 
 from .comparison import compare_attacked, compare_perplexity, compare_robustness, perplexity_interval
 from .generation import AnswerScores, answer_freely, choose_answers
@@ -20,13 +20,12 @@ __all__ = [
     "DocumentScores",
     "Interval",
     "Metric",
-    "RoutingKept",
     "RoutingRecord",
+    "RoutingStability",
     "SeedInterval",
     "accuracy_interval",
     "aligned_positions",
     "answer_freely",
-    "choices_kept",
     "choose_answers",
     "compare_accuracy",
     "compare_attacked",
@@ -34,13 +33,14 @@ __all__ = [
     "compare_choices",
     "compare_perplexity",
     "compare_robustness",
+    "flip_rate",
     "metric_interval",
     "paired_bootstrap",
     "paired_ratio",
     "perplexity_interval",
     "pooled_choices",
     "record_routing",
-    "routing_kept",
+    "routing_stability",
     "score_choices",
     "score_documents",
     "score_stream",

@@ -21,7 +21,7 @@ _LARGE = 1 << 20
 """Bytes. A larger file is told by its size and the time of its last change, a smaller one by its contents."""
 
 
-class Subject:
+class ModelUnderTest:
     """A checkpoint, of which the weights are read only if something has to be measured.
 
     Args:

@@ -27,7 +27,7 @@ from symphony_hf.evaluation.attacks.word_swap import attack, words_changed
 from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
 from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
 from symphony_hf.evaluation.report.quickstart import write_report
-from symphony_hf.evaluation.routing.records import RoutingKept, routing_kept
+from symphony_hf.evaluation.routing.records import RoutingStability, routing_stability
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 from symphony_hf.files import check_file_place, write_json
 from symphony_hf.patching.folding import export_folded, folded_parameters
@@ -63,7 +63,7 @@ class Arm:
 
     clean: DocumentScores
     attacked: DocumentScores
-    routing: RoutingKept
+    routing: RoutingStability
     seconds_per_step: float
     curves: dict[str, list[tuple[float, float]]]
 
@@ -108,7 +108,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
             score_documents(model, texts, progress=f"Scoring the {name} copy, {kind}")
             for kind, texts in zip(("clean", "attacked"), windows, strict=True)
         )
-        kept = routing_kept(model, *windows, progress=f"Routing of the {name} copy")
+        kept = routing_stability(model, *windows, progress=f"Routing of the {name} copy")
         arms[name] = Arm(clean, attacked, kept, seconds, curves)
         if name == "plain":
             unsymphonize(model)

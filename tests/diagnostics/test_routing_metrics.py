@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from symphony_hf.diagnostics.routing_metrics import (
-    choices_kept,
     coactivation,
     dead_experts,
     domain_allocation,
     domain_information,
-    kept_by_token,
+    flip_rate,
     load_of_choices,
     normalized_entropy,
     router_margin,
@@ -56,9 +55,9 @@ def test_the_margin_is_negative_where_something_else_than_the_logits_chose():
 
 def test_what_is_kept_of_each_tokens_choice():
     after = torch.tensor([[1, 0], [1, 2], [3, 1], [0, 1]])
-    assert kept_by_token(CHOSEN, after).tolist() == [1.0, 0.5, 0.0, 1.0]
-    assert choices_kept(CHOSEN, after) == 5 / 8
-    assert choices_kept(CHOSEN, CHOSEN.flip(1)) == 1.0
+    assert flip_rate(CHOSEN, after).tolist() == [0.0, 0.5, 1.0, 0.0]
+    assert flip_rate(CHOSEN, after).mean() == 3 / 8
+    assert flip_rate(CHOSEN, CHOSEN.flip(1)).mean() == 0.0
     assert router_saturation(after, CHOSEN) == 5 / 8
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from symphony_hf.checkpoints.saving import ARCHITECTURE_PREFIX
 from symphony_hf.errors import UnsupportedModelError
-from symphony_hf.evaluation.checkpoint import Subject, load_tokenizer
+from symphony_hf.evaluation.checkpoint import ModelUnderTest, load_tokenizer
 from symphony_hf.evaluation.robustness.text import default_block_size
 from symphony_hf.patching.families.discovery import FoundRouter, find_routers
 from symphony_hf.patching.families.substitution import linear_of
@@ -164,7 +164,7 @@ def open_model(settings: TextSettings) -> Opened:
             form that is not known, or does not fit one device.
         FoldError: If its graphs smooth scores, which no plain router computes.
     """
-    subject = Subject(settings.model, settings.revision, settings.dtype)
+    subject = ModelUnderTest(settings.model, settings.revision, settings.dtype)
     where = f"{settings.command}: `{settings.model}`"
     if getattr(subject.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(

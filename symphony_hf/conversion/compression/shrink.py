@@ -18,7 +18,7 @@ from symphony_hf.data.blocks import document_windows, pack_blocks
 from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.rows import thinned
 from symphony_hf.errors import DataError
-from symphony_hf.evaluation.checkpoint import Subject
+from symphony_hf.evaluation.checkpoint import ModelUnderTest
 from symphony_hf.evaluation.comparison import compare_perplexity, perplexity_interval
 from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
@@ -166,7 +166,7 @@ def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norm
     with writing(target, settings.command) as folder:
         shrunk.smaller.save_pretrained(folder)
         shrunk.tokenizer.save_pretrained(folder)
-        loaded = Subject(str(folder), None, "auto").model
+        loaded = ModelUnderTest(str(folder), None, "auto").model
         after = score(loaded, shrunk.texts, settings, "after")
         result["parameters"]["after"] = parameters(loaded)
         result["perplexity"]["after"] = level(after, settings)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from symphony_hf.diagnostics.graph_metrics import load, load_entropy, off_diagonal_mass, spectral_gap
 from symphony_hf.diagnostics.routing_metrics import DEAD
+from symphony_hf.tables import Table, TableCell
 
 from .pictures import Picture, from_png, of_graphs
 from .sections import Named, Section, label
-from .tables import MISSING, Cell, Table, make_table, number, text
+from .tables import MISSING, make_table, number, text
 
 
 def differing(runs: Named) -> Section | None:
@@ -74,7 +75,7 @@ def graphs(runs: Named) -> Section | None:
     )
 
 
-def _graph_numbers(graph: Tensor) -> Iterator[Cell]:
+def _graph_numbers(graph: Tensor) -> Iterator[TableCell]:
     load_E = load(graph)
     even = 1 / len(load_E)
     yield number(len(load_E))
@@ -107,7 +108,7 @@ def routing(runs: Named) -> Section | None:
 def cost(runs: Named) -> Section | None:
     """Time and memory."""
     memory = list(dict.fromkeys(name for run in runs.values() for part in run.costs for name in part.memory))
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     for name, run in runs.items():
         for part in run.costs:
             seconds = number(part.seconds_per_step)
@@ -142,8 +143,8 @@ def made(runs: Named) -> Section:
     return Section("made", "How it was made", (), tables=tables, commands=commands)
 
 
-def _versions(runs: Named, package: str) -> Iterator[Cell]:
+def _versions(runs: Named, package: str) -> Iterator[TableCell]:
     versions: list[Any] = [run.versions.get(package) for run in runs.values()]
     tone = "differs" if len(set(map(str, versions))) > 1 else ""
     for version in versions:
-        yield Cell(MISSING if version is None else str(version), tone=tone)
+        yield TableCell(MISSING if version is None else str(version), tone=tone)

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from symphony_hf.tables import Table
+
 from .pictures import Picture, from_svg
 from .runs import Level, Run
-from .tables import Table, interval, is_share, level, make_table, number, show, text, verdict
+from .tables import interval, is_share, level, make_table, number, show, text, verdict
 
 Named = Mapping[str, Run]
 """Runs by the name that the page gives them."""

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from symphony_hf.evaluation.statistics import Interval
+from symphony_hf.tables import Table, TableCell
 
 from .runs import Level
 
@@ -14,43 +14,7 @@ _PERCENT = ("accuracy", "routing choices kept")
 _TONES = {"better": "better", "worse": "worse", "not distinguishable": "level"}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What a reader sees.
-
-    Attributes:
-        text: As it is shown.
-        value: What it is sorted by, where that is a number.
-        tone: Of a verdict: `better`, `worse` or `level`.
-        code: Whether it is a name in a program.
-    """
-
-    text: str
-    value: float | None = None
-    tone: str = ""
-    code: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under sortable headers.
-
-    Attributes:
-        caption: What it shows.
-        header: Of the columns. The first names the rows.
-    """
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """By column: whether it has numbers."""
-        return [any(row[place].value is not None for row in self.rows) for place in range(len(self.header))]
-
-
-def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], num_runs: int) -> Table:
+def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[TableCell]], num_runs: int) -> Table:
     """A table without the columns that say nothing: which run, where there is one, and those with no entry at all."""
     kept = [
         place
@@ -60,33 +24,33 @@ def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell
     return Table(caption, [header[place] for place in kept], [[row[place] for place in kept] for row in rows])
 
 
-def text(value: Any, *, code: bool = False) -> Cell:
+def text(value: Any, *, code: bool = False) -> TableCell:
     """A word, a name, a setting."""
     if value is None or value == "":
-        return Cell(MISSING)
+        return TableCell(MISSING)
     if isinstance(value, bool):
-        return Cell("yes" if value else "no")
+        return TableCell("yes" if value else "no")
     if isinstance(value, int | float):
         return number(value)
     if isinstance(value, list | tuple):
-        return Cell(", ".join(map(str, value)), code=code)
-    return Cell(str(value), code=code)
+        return TableCell(", ".join(map(str, value)), code=code)
+    return TableCell(str(value), code=code)
 
 
-def number(value: float | None, form: str | None = None) -> Cell:
+def number(value: float | None, form: str | None = None) -> TableCell:
     """A number; whole ones with commas, others to four digits unless a format says otherwise."""
     if value is None:
-        return Cell(MISSING)
+        return TableCell(MISSING)
     if form is None:
         form = "," if isinstance(value, int) else four_digits(value)
-    return Cell(format(value, form), float(value))
+    return TableCell(format(value, form), float(value))
 
 
-def interval(value: Interval | None, metric: str = "") -> Cell:
+def interval(value: Interval | None, metric: str = "") -> TableCell:
     """An estimate with its ends, sorted by the estimate."""
     if value is None:
-        return Cell(MISSING)
-    return Cell(show_interval(value, metric), value.estimate)
+        return TableCell(MISSING)
+    return TableCell(show_interval(value, metric), value.estimate)
 
 
 def show_interval(value: Interval, metric: str = "") -> str:
@@ -100,7 +64,7 @@ def show(value: float, metric: str = "") -> str:
     return format(value, level_format(metric, value))
 
 
-def level(value: Level) -> tuple[Cell, Cell, Cell]:
+def level(value: Level) -> tuple[TableCell, TableCell, TableCell]:
     """A level and the ends of its interval."""
     form = level_format(value.metric, value.value)
     return number(value.value, form), number(value.low, form), number(value.high, form)
@@ -124,6 +88,6 @@ def four_digits(*values: float) -> str:
     return f",.{max(0, 3 - math.floor(math.log10(largest)))}f" if largest >= 1e-4 else ".3e"
 
 
-def verdict(value: str) -> Cell:
+def verdict(value: str) -> TableCell:
     """A verdict, as a word and a colour."""
-    return Cell(value, tone=_TONES.get(value, ""))
+    return TableCell(value, tone=_TONES.get(value, ""))

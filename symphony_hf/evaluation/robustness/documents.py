@@ -18,7 +18,7 @@ from symphony_hf.evaluation.attacks.text import attack_documents, find_text_atta
 from symphony_hf.evaluation.perplexity import DocumentScores
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 
-from .settings import Cell, RobustnessSettings
+from .settings import AttackCase, RobustnessSettings
 
 FEWEST_WORDS = 5
 """Of a document. A shorter one is a heading, and an attack may leave nothing of it."""
@@ -27,7 +27,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Texts:
+class AttackedCorpus:
     """What is evaluated on.
 
     Attributes:
@@ -38,10 +38,10 @@ class Texts:
 
     source: str
     documents: list[Document]
-    attacked: dict[Cell, list[Document]]
+    attacked: dict[AttackCase, list[Document]]
 
 
-def prepare_texts(settings: RobustnessSettings) -> Texts:
+def prepare_texts(settings: RobustnessSettings) -> AttackedCorpus:
     """Read the documents and attack them.
 
     Raises:
@@ -55,8 +55,8 @@ def prepare_texts(settings: RobustnessSettings) -> Texts:
             f"{source}: {len(documents)} documents of {FEWEST_WORDS} words or more to evaluate on, of {len(found)} "
             f"found; intervals need {MIN_DOCUMENTS}: give more text, another --split, or raise --documents"
         )
-    cells = tqdm(settings.cells(), desc="Attacking", unit=" texts", delay=2, disable=None)
-    return Texts(source, documents, {cell: attacked_form(documents, cell, source) for cell in cells})
+    cases = tqdm(settings.cases(), desc="Attacking", unit=" texts", delay=2, disable=None)
+    return AttackedCorpus(source, documents, {case: attacked_form(documents, case, source) for case in cases})
 
 
 def read_documents(settings: RobustnessSettings) -> tuple[str, list[Document]]:
@@ -78,17 +78,17 @@ def read_documents(settings: RobustnessSettings) -> tuple[str, list[Document]]:
     return f"{source}, {split} split" if split != "all" else source, [d for name in names for d in splits[name]]
 
 
-def attacked_form(documents: Sequence[Document], cell: Cell, source: str) -> list[Document]:
+def attacked_form(documents: Sequence[Document], case: AttackCase, source: str) -> list[Document]:
     """Documents as an attack leaves them.
 
     Raises:
         DataError: If it changes none.
     """
-    attack = find_text_attack(cell.attack)
-    attacked = attack_documents(documents, attack, attack.rate(cell.severity), cell.seed)
+    attack = find_text_attack(case.attack)
+    attacked = attack_documents(documents, attack, attack.rate(case.severity), case.seed)
     if attacked == documents:
         raise DataError(
-            f"{source}: {cell.attack} at severity {cell.severity} changes nothing in {len(documents)} documents: it "
+            f"{source}: {case.attack} at severity {case.severity} changes nothing in {len(documents)} documents: it "
             f"is an attack where {attack.what}; take another"
         )
     return attacked

@@ -1,14 +1,11 @@
 """evaluate_robustness: everything that `symphony eval` does."""
 
 import dataclasses
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.compat import versions
 from symphony_hf.data.datasets import progress_bars
 from symphony_hf.files import check_file_place, write_json
 
@@ -52,19 +49,14 @@ def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
     output = Path(settings.output)
     check_file_place(output / "result.json", "eval")
     task = open_task(settings, Store(output / "cells"))
-    measured = {role: task.measure(role) for role in task.subjects}
+    measured = {role: task.measure(role) for role in task.models_under_test}
     result = {
         "task": settings.task,
-        **summarize(measured, task.scale),
+        **summarize(measured, task.report),
         "settings": dataclasses.asdict(settings),
-        **task.told(measured),
-        "fingerprints": {role: subject.fingerprint for role, subject in task.subjects.items()},
-        "versions": {
-            "symphony_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers_version(),
-            "python": platform.python_version(),
-        },
+        **task.describe(measured),
+        "fingerprints": {role: checkpoint.fingerprint for role, checkpoint in task.models_under_test.items()},
+        "versions": versions(),
         "notes": task.notes,
         "seconds": time.perf_counter() - started,
     }

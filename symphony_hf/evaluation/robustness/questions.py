@@ -21,8 +21,8 @@ from symphony_hf.evaluation.multiple_choice import score_choices
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 
 from .scales import Accuracy
-from .settings import Cell, RobustnessSettings
-from .task import Measured, Store, Task, open_subjects, source_of_text
+from .settings import AttackCase, RobustnessSettings
+from .task import Measured, Store, Task, open_models, source_of_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,50 +36,50 @@ class QuestionTask(Task[Choices]):
     """Questions with right answers.
 
     Attributes:
-        cells: The attacked forms.
+        cases: The attacked forms.
         store: What was measured before.
         source: What was read.
         answers: The numbers of the right answers. Shape: (questions,).
     """
 
-    cells: list[Cell]
+    cases: list[AttackCase]
     store: Store
     source: str
     answers: np.ndarray
 
     @abstractmethod
-    def identity(self, role: str, cell: Cell | None) -> dict[str, Any]:
-        """What decides the answers beside the model's weights, in what JSON can write. The cell is None for clean."""
+    def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
+        """What decides the answers beside the model's weights, in what JSON can write. The case is None for clean."""
 
     @abstractmethod
-    def choose(self, role: str, cell: Cell | None) -> dict[str, np.ndarray]:
+    def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
         """Ask all questions. `chosen`: numbers of the answers, shape (questions,), integer; more is kept with it."""
 
     def measure(self, role: str) -> Measured[Choices]:
         """One model on all forms, from the store where it was measured before."""
         clean = self._choices(role, None)
         # disable=None: no bar where the output is not a terminal, such as a log file.
-        bar = tqdm(self.cells, desc=f"Measuring {role}", unit=" attacked forms", delay=2, disable=None)
-        attacked = {cell: self._choices(role, cell) for cell in bar}
-        self.subjects[role].release()
+        bar = tqdm(self.cases, desc=f"Measuring {role}", unit=" attacked forms", delay=2, disable=None)
+        attacked = {case: self._choices(role, case) for case in bar}
+        self.models_under_test[role].release()
         return Measured(clean, attacked)
 
-    def told(self, measured: Mapping[str, Measured[Choices]]) -> dict[str, Any]:
+    def describe(self, measured: Mapping[str, Measured[Choices]]) -> dict[str, Any]:
         """What was asked."""
         return {"documents": {"source": self.source, "number": len(self.answers), "unit": "questions"}}
 
-    def _choices(self, role: str, cell: Cell | None) -> Choices:
-        subject = self.subjects[role]
+    def _choices(self, role: str, case: AttackCase | None) -> Choices:
+        checkpoint = self.models_under_test[role]
         identity = {
             "format": _FORMAT,
-            "model": subject.fingerprint,
-            "dtype": subject.dtype,
-            **self.identity(role, cell),
+            "model": checkpoint.fingerprint,
+            "dtype": checkpoint.dtype,
+            **self.identity(role, case),
         }
-        label = "clean" if cell is None else str(cell)
+        label = "clean" if case is None else str(case)
         stored = self.store.load(label, identity)
         if stored is None:
-            stored = self.choose(role, cell)
+            stored = self.choose(role, case)
             self.store.save(label, identity, stored)
         return Choices(stored["chosen"][np.newaxis], self.answers)
 
@@ -131,56 +131,56 @@ class ClassificationTask(QuestionTask):
 
     def __init__(self, settings: RobustnessSettings, store: Store) -> None:
         path, name = _data_of(settings)
-        self.subjects = open_subjects(settings, AutoModelForCausalLM)
-        sources = {role: source_of_text(settings, subject) for role, subject in self.subjects.items()}
+        self.models_under_test = open_models(settings, AutoModelForCausalLM)
+        sources = {role: source_of_text(settings, checkpoint) for role, checkpoint in self.models_under_test.items()}
         self.tokenizers = {role: load_tokenizer(*source) for role, source in sources.items()}
-        self.notes, self.store, self.cells = [], store, settings.cells()
+        self.notes, self.store, self.cases = [], store, settings.cases()
         self.batch_size = settings.batch_size
         self.glue, rows = read_glue(path, name, None, self.notes)
         self.source, table, self.names = select_rows(rows, settings)
         self.sentences = [{column: str(row[column]) for column in self.glue.columns} for row in table]
         self.answers = np.array(table["answer"][:])
-        self.scale = Accuracy(self.glue.metrics)
-        self._attacked = {cell: self._attack(cell) for cell in self.cells}
-        for role in self.subjects:
+        self.report = Accuracy(self.glue.metrics)
+        self._attacked = {case: self._attack(case) for case in self.cases}
+        for role in self.models_under_test:
             self._check_lengths(role)
 
-    def told(self, measured: Any) -> dict[str, Any]:
+    def describe(self, measured: Any) -> dict[str, Any]:
         """What was asked, and the attacks' shares."""
-        rates = {cell.attack: list(find_text_attack(cell.attack).rates) for cell in self.cells}
-        return {"rates": rates, **super().told(measured)}
+        rates = {case.attack: list(find_text_attack(case.attack).rates) for case in self.cases}
+        return {"rates": rates, **super().describe(measured)}
 
-    def identity(self, role: str, cell: Cell | None) -> dict[str, Any]:
+    def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
         """The tokens of all questions."""
-        return {"questions": digest_rows([q.prompt, q.choices] for q in self._questions(role, cell))}
+        return {"questions": digest_rows([q.prompt, q.choices] for q in self._questions(role, case))}
 
-    def choose(self, role: str, cell: Cell | None) -> dict[str, np.ndarray]:
+    def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
         """The likeliest answers."""
         scores = score_choices(
-            self.subjects[role].model,
-            self._questions(role, cell),
+            self.models_under_test[role].model,
+            self._questions(role, case),
             batch_size=self.batch_size,
-            progress=f"Asking {role}, {cell or 'clean'}",
+            progress=f"Asking {role}, {case or 'clean'}",
             total=len(self.answers),
         )
         return {"chosen": scores.chosen}
 
-    def _attack(self, cell: Cell) -> list[dict[str, str]]:
-        attack = find_text_attack(cell.attack)
-        rate = attack.rate(cell.severity)
+    def _attack(self, case: AttackCase) -> list[dict[str, str]]:
+        attack = find_text_attack(case.attack)
+        rate = attack.rate(case.severity)
         attacked = [
-            {column: attack(text, rate, seed=cell.seed, name=f"{name} {column}") for column, text in texts.items()}
+            {column: attack(text, rate, seed=case.seed, name=f"{name} {column}") for column, text in texts.items()}
             for name, texts in zip(self.names, self.sentences, strict=True)
         ]
         if attacked == self.sentences:
             raise DataError(
-                f"{self.source}: {cell.attack} at severity {cell.severity} changes nothing in {len(attacked)} "
+                f"{self.source}: {case.attack} at severity {case.severity} changes nothing in {len(attacked)} "
                 f"questions: it is an attack where {attack.what}; take another"
             )
         return attacked
 
-    def _questions(self, role: str, cell: Cell | None) -> list[Question]:
-        forms = self.sentences if cell is None else self._attacked[cell]
+    def _questions(self, role: str, case: AttackCase | None) -> list[Question]:
+        forms = self.sentences if case is None else self._attacked[case]
         answers = self.answers.tolist()
         return [
             make_question(self.glue, sentences, answer, self.tokenizers[role])
@@ -188,16 +188,16 @@ class ClassificationTask(QuestionTask):
         ]
 
     def _check_lengths(self, role: str) -> None:
-        subject = self.subjects[role]
-        most = subject.max_tokens
+        checkpoint = self.models_under_test[role]
+        most = checkpoint.max_tokens
         if most is None:
             return
-        for cell in (None, *self.cells):
-            longest = max(len(q.prompt) + max(map(len, q.choices)) for q in self._questions(role, cell))
+        for case in (None, *self.cases):
+            longest = max(len(q.prompt) + max(map(len, q.choices)) for q in self._questions(role, case))
             if longest > most:
                 raise ConfigError(
-                    f"eval: {cell or 'clean'}: a question has {longest} tokens, and `{subject.source}` takes {most}: "
-                    "take other data, or a model that takes more"
+                    f"eval: {case or 'clean'}: a question has {longest} tokens, and `{checkpoint.source}` takes "
+                    f"{most}: take other data, or a model that takes more"
                 )
 
 

@@ -23,14 +23,14 @@ from symphony_hf.evaluation.perplexity import DocumentScores
 from symphony_hf.evaluation.statistics import Interval
 
 from .documents import TextScores, Unit, pooled
-from .settings import Cell
-from .task import Measured, Scale
+from .settings import AttackCase
+from .task import Measured, MetricReport
 
 SEED = 0
 """Of the bootstrap."""
 
 
-class Perplexity(Scale[TextScores]):
+class Perplexity(MetricReport[TextScores]):
     """Levels are perplexities, changes are ratios of attacked to clean, models are compared by ratios.
 
     `comparison` has the `unit` that two models' likelihoods are divided by: words where they divide text into
@@ -51,10 +51,10 @@ class Perplexity(Scale[TextScores]):
         level = perplexity_interval(scores.per("token", self.names), seed=SEED)
         return {"perplexity": self.as_entry(level), **self._rates(scores)}
 
-    def attacked(self, measured: Measured[TextScores], cells: Sequence[Cell]) -> dict[str, Any]:
+    def attacked(self, measured: Measured[TextScores], cases: Sequence[AttackCase]) -> dict[str, Any]:
         """Likewise, with the ratio to clean text, and all of it on untouched tokens."""
         clean, weights = measured.clean.per("token", self.names), measured.clean.num_words
-        forms = {cell: measured.attacked[cell] for cell in cells}
+        forms = {case: measured.attacked[case] for case in cases}
         scores = pooled(list(forms.values()))
         attacked = scores.per("token", self.names)
         return {
@@ -75,12 +75,12 @@ class Perplexity(Scale[TextScores]):
         return compare_perplexity(*pair, seed=SEED, weights=a.clean.num_words).exp()
 
     def compare_attacked(
-        self, a: Measured[TextScores], b: Measured[TextScores], cells: Sequence[Cell]
+        self, a: Measured[TextScores], b: Measured[TextScores], cases: Sequence[AttackCase]
     ) -> dict[str, Any]:
         """The ratio of perplexities on attacked text, the difference of the attacked/clean ratios, and the former on
         untouched tokens."""
         unit, weights = _unit_of(a, b), a.clean.num_words
-        ours, theirs = (pooled([own.attacked[cell] for cell in cells]) for own in (a, b))
+        ours, theirs = (pooled([own.attacked[case] for case in cases]) for own in (a, b))
         attacked = ours.per(unit, self.names), theirs.per(unit, self.names)
         clean = a.clean.per(unit, self.names), b.clean.per(unit, self.names)
         sturdier = compare_robustness(clean[0], attacked[0], clean[1], attacked[1], seed=SEED, weights=weights)
@@ -103,10 +103,10 @@ class Perplexity(Scale[TextScores]):
             "per_byte": scores.per("byte", self.names).perplexity,
         }
 
-    def _by_seed(self, forms: Mapping[Cell, TextScores]) -> dict[str, float]:
+    def _by_seed(self, forms: Mapping[AttackCase, TextScores]) -> dict[str, float]:
         """Perplexity of each seed, over all severities of the group: how much hangs on the choice of words."""
-        seeds = dict.fromkeys(cell.seed for cell in forms)
-        own = {seed: pooled([form for cell, form in forms.items() if cell.seed == seed]) for seed in seeds}
+        seeds = dict.fromkeys(case.seed for case in forms)
+        own = {seed: pooled([form for case, form in forms.items() if case.seed == seed]) for seed in seeds}
         return {str(seed): form.per("token", self.names).perplexity for seed, form in own.items()}
 
     def _untouched(self, scores: TextScores, weights: np.ndarray) -> dict[str, Any] | None:
@@ -123,11 +123,11 @@ class Perplexity(Scale[TextScores]):
 
 
 def _unit_of(a: Measured[TextScores], b: Measured[TextScores]) -> Unit:
-    pairs = [(a.clean, b.clean), *((a.attacked[cell], b.attacked[cell]) for cell in a.attacked)]
+    pairs = [(a.clean, b.clean), *((a.attacked[case], b.attacked[case]) for case in a.attacked)]
     return "token" if all(np.array_equal(one.num_tokens, other.num_tokens) for one, other in pairs) else "word"
 
 
-class Accuracy(Scale[Choices]):
+class Accuracy(MetricReport[Choices]):
     """Levels are shares of right answers, changes are differences of attacked and clean, so are models' comparisons.
 
     With `also`, rows have the same of other metrics: `also`, by name, with `level` and `difference`.
@@ -147,9 +147,9 @@ class Accuracy(Scale[Choices]):
         also = {name: {"level": level} for name, level in levels.items() if name in self.also}
         return {"accuracy": levels["accuracy"], "also": also}
 
-    def attacked(self, measured: Measured[Choices], cells: Sequence[Cell]) -> dict[str, Any]:
+    def attacked(self, measured: Measured[Choices], cases: Sequence[AttackCase]) -> dict[str, Any]:
         """Likewise, with the difference to clean questions."""
-        attacked = _together(measured, cells)
+        attacked = _together(measured, cases)
         rows = {}
         for name in self._names():
             metric = METRICS[name]
@@ -157,7 +157,7 @@ class Accuracy(Scale[Choices]):
                 "level": self.as_entry(metric_interval(metric, attacked, seed=SEED)),
                 "difference": self.as_entry(compare_choices(metric, attacked, measured.clean, seed=SEED)),
             }
-        return self._row(rows) | {"seeds": self._by_seed(measured, cells)}
+        return self._row(rows) | {"seeds": self._by_seed(measured, cases)}
 
     def comparison(self, a: Measured[Choices], b: Measured[Choices]) -> dict[str, Any]:
         """`also`: the differences of other metrics on clean questions."""
@@ -168,9 +168,11 @@ class Accuracy(Scale[Choices]):
         """The difference of accuracies."""
         return compare_choices(METRICS["accuracy"], a.clean, b.clean, seed=SEED)
 
-    def compare_attacked(self, a: Measured[Choices], b: Measured[Choices], cells: Sequence[Cell]) -> dict[str, Any]:
+    def compare_attacked(
+        self, a: Measured[Choices], b: Measured[Choices], cases: Sequence[AttackCase]
+    ) -> dict[str, Any]:
         """The difference of accuracies on attacked questions, and that of what the attack takes from them."""
-        ours, theirs = _together(a, cells), _together(b, cells)
+        ours, theirs = _together(a, cases), _together(b, cases)
         rows = {}
         for name in self._names():
             metric = METRICS[name]
@@ -188,12 +190,12 @@ class Accuracy(Scale[Choices]):
         first = rows.pop("accuracy")
         return {"accuracy": first["level"], "difference": first["difference"], "also": rows}
 
-    def _by_seed(self, measured: Measured[Choices], cells: Sequence[Cell]) -> dict[str, float]:
+    def _by_seed(self, measured: Measured[Choices], cases: Sequence[AttackCase]) -> dict[str, float]:
         """Accuracy of each seed, over all severities of the group: how much hangs on the attack's chance."""
-        seeds = dict.fromkeys(cell.seed for cell in cells)
-        own = {seed: _together(measured, [cell for cell in cells if cell.seed == seed]) for seed in seeds}
+        seeds = dict.fromkeys(case.seed for case in cases)
+        own = {seed: _together(measured, [case for case in cases if case.seed == seed]) for seed in seeds}
         return {str(seed): METRICS["accuracy"].of(choices) for seed, choices in own.items()}
 
 
-def _together(measured: Measured[Choices], cells: Sequence[Cell]) -> Choices:
-    return pooled_choices([measured.attacked[cell] for cell in cells])
+def _together(measured: Measured[Choices], cases: Sequence[AttackCase]) -> Choices:
+    return pooled_choices([measured.attacked[case] for case in cases])

@@ -1,4 +1,4 @@
-"""What is measured: settings, and the cells that follow from them."""
+"""What is measured: settings, and the cases that follow from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ _OWN = {
 _LEAST = {"documents": 1, "block_size": 2, "batch_size": 1, "max_new_tokens": 1}
 
 
-class Cell(NamedTuple):
+class AttackCase(NamedTuple):
     """One attacked form of all documents."""
 
     attack: str
@@ -149,14 +149,14 @@ class RobustnessSettings:
         if self.answers not in (None, "choose", "free"):
             raise ConfigError(f"{self.command}: `answers` must be choose or free; got {self.answers!r}")
 
-    def cells(self) -> list[Cell]:
+    def cases(self) -> list[AttackCase]:
         """All attacked forms, in the order in which they are measured."""
-        cells = []
+        cases = []
         for attack in self.attacks or ():
             found = KINDS[self.task].attacks[attack]
             seeds = self.seeds if isinstance(found, TextAttack) or found.is_random else self.seeds[:1]
-            cells += [Cell(attack, severity, seed) for severity in self.severities for seed in seeds]
-        return cells
+            cases += [AttackCase(attack, severity, seed) for severity in self.severities for seed in seeds]
+        return cases
 
     def models(self) -> dict[str, tuple[str, str | None]]:
         """The models by the role that they have, each with its revision."""

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .settings import KINDS, Cell
-from .task import Measured, Scale, Scores
+from .settings import KINDS, AttackCase
+from .task import Measured, MetricReport, Scores
 
 _LOSSES = {
     "better": "loses less than",
@@ -156,63 +156,63 @@ class Group(NamedTuple):
     Attributes:
         attack: Its name.
         severity: From 1 to 5; None for all that were measured.
-        cells: The attacked forms.
+        cases: The attacked forms.
     """
 
     attack: str
     severity: int | None
-    cells: list[Cell]
+    cases: list[AttackCase]
 
 
-def groups_of(cells: Sequence[Cell]) -> list[Group]:
+def groups_of(cases: Sequence[AttackCase]) -> list[Group]:
     """The rows of a report: each severity of each attack, and all severities together where there are several."""
     groups = []
-    for attack in dict.fromkeys(cell.attack for cell in cells):
-        own = [cell for cell in cells if cell.attack == attack]
-        severities = list(dict.fromkeys(cell.severity for cell in own))
+    for attack in dict.fromkeys(case.attack for case in cases):
+        own = [case for case in cases if case.attack == attack]
+        severities = list(dict.fromkeys(case.severity for case in own))
         groups += [Group(attack, severity, [c for c in own if c.severity == severity]) for severity in severities]
         if len(severities) > 1:
             groups.append(Group(attack, None, own))
     return groups
 
 
-def summarize(measured: Mapping[str, Measured[Scores]], scale: Scale[Scores]) -> dict[str, Any]:
+def summarize(measured: Mapping[str, Measured[Scores]], report: MetricReport[Scores]) -> dict[str, Any]:
     """Levels, and comparisons where there are two models.
 
     Args:
         measured: By role: `model`, and `against` where there is one.
-        scale: Of the scores.
+        report: Of the scores.
 
     Returns:
-        `measure`: how to read the rest, see `Scale`. `models` by role: `clean`, and `attacks`, a row for each group.
-        For two models also `comparisons`, see `compare_models`.
+        `measure`: how to read the rest, see `MetricReport`. `models` by role: `clean`, and `attacks`, a row for
+        each group. For two models also `comparisons`, see `compare_models`.
     """
     models = {}
     for role, own in measured.items():
         groups = groups_of(list(own.attacked))
-        attacks = [_labels(group) | scale.attacked(own, group.cells) for group in _progress(groups, role)]
-        models[role] = {"clean": scale.clean(own.clean), "attacks": attacks}
-    summary: dict[str, Any] = {"measure": scale.told(), "models": models}
+        attacks = [_labels(group) | report.attacked(own, group.cases) for group in _progress(groups, role)]
+        models[role] = {"clean": report.clean(own.clean), "attacks": attacks}
+    summary: dict[str, Any] = {"measure": report.describe(), "models": models}
     if "against" in measured:
-        summary["comparisons"] = compare_models(measured["model"], measured["against"], scale)
+        summary["comparisons"] = compare_models(measured["model"], measured["against"], report)
     return summary
 
 
-def compare_models(a: Measured[Scores], b: Measured[Scores], scale: Scale[Scores]) -> dict[str, Any]:
+def compare_models(a: Measured[Scores], b: Measured[Scores], report: MetricReport[Scores]) -> dict[str, Any]:
     """One model against another on the same examples.
 
     Args:
         a: The model that verdicts are about.
         b: The other one.
-        scale: Of the scores.
+        report: Of the scores.
 
     Returns:
         `clean`: one level against the other. `attacks`: for each row the same of attacked examples, and of the
-        changes. Each has a verdict. More as the scale has it.
+        changes. Each has a verdict. More as the report has it.
     """
     groups = groups_of(list(a.attacked))
-    rows = [_labels(group) | scale.compare_attacked(a, b, group.cells) for group in _progress(groups, "both")]
-    return {**scale.comparison(a, b), "clean": scale.as_entry(scale.compare_clean(a, b)), "attacks": rows}
+    rows = [_labels(group) | report.compare_attacked(a, b, group.cases) for group in _progress(groups, "both")]
+    return {**report.comparison(a, b), "clean": report.as_entry(report.compare_clean(a, b)), "attacks": rows}
 
 
 def _labels(group: Group) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a task is: examples prepared once, a way to score a model on them, and a scale to tell the scores on."""
+"""What a task is: examples prepared once, a way to score a model on them, and a report to tell the scores on."""
 
 import dataclasses
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from symphony_hf.errors import SymphonyWarning
-from symphony_hf.evaluation.checkpoint import Subject
+from symphony_hf.evaluation.checkpoint import ModelUnderTest
 from symphony_hf.evaluation.statistics import Interval
 from symphony_hf.files import replacing
 
-from .settings import Cell, RobustnessSettings
+from .settings import AttackCase, RobustnessSettings
 
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 """What numpy raises for a file that is none of its own, or ends too early."""
@@ -75,10 +75,10 @@ class Measured(Generic[Scores]):
     """
 
     clean: Scores
-    attacked: dict[Cell, Scores]
+    attacked: dict[AttackCase, Scores]
 
 
-class Scale(ABC, Generic[Scores]):
+class MetricReport(ABC, Generic[Scores]):
     """How scores become numbers with intervals. All are entries of result.json.
 
     Attributes:
@@ -98,7 +98,7 @@ class Scale(ABC, Generic[Scores]):
         """The level on clean examples."""
 
     @abstractmethod
-    def attacked(self, measured: Measured[Scores], cells: Sequence[Cell]) -> dict[str, Any]:
+    def attacked(self, measured: Measured[Scores], cases: Sequence[AttackCase]) -> dict[str, Any]:
         """Level and change of some attacked forms together, and `seeds`: the level of each seed."""
 
     def comparison(self, a: Measured[Scores], b: Measured[Scores]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Scale(ABC, Generic[Scores]):
         """One model's level against the other's on clean examples."""
 
     @abstractmethod
-    def compare_attacked(self, a: Measured[Scores], b: Measured[Scores], cells: Sequence[Cell]) -> dict[str, Any]:
+    def compare_attacked(self, a: Measured[Scores], b: Measured[Scores], cases: Sequence[AttackCase]) -> dict[str, Any]:
         """One model's level and change against the other's, on some attacked forms together."""
 
     def as_entry(self, interval: Interval) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Scale(ABC, Generic[Scores]):
         values = dataclasses.asdict(interval)
         return values if interval.null is None else values | {"verdict": interval.verdict(self.lower_is_better)}
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """How the result is to be read."""
         return {
             "level": self.level,
@@ -138,13 +138,13 @@ class Task(ABC, Generic[Scores]):
         store: What was measured before.
 
     Attributes:
-        subjects: The models, by role.
-        scale: Of what is measured.
+        models_under_test: The models, by role.
+        report: Of what is measured.
         notes: What is to be said of the data.
     """
 
-    subjects: dict[str, Subject]
-    scale: Scale[Scores]
+    models_under_test: dict[str, ModelUnderTest]
+    report: MetricReport[Scores]
     notes: list[str]
 
     @abstractmethod
@@ -159,17 +159,17 @@ class Task(ABC, Generic[Scores]):
         """
 
     @abstractmethod
-    def told(self, measured: Mapping[str, Measured[Scores]]) -> dict[str, Any]:
+    def describe(self, measured: Mapping[str, Measured[Scores]]) -> dict[str, Any]:
         """Entries of the result: `documents`, with their `source`, `number` and `unit`; others as the task has them."""
 
 
-def open_subjects(settings: RobustnessSettings, auto_class: Any) -> dict[str, Subject]:
+def open_models(settings: RobustnessSettings, auto_class: Any) -> dict[str, ModelUnderTest]:
     """The models by role; no weights are read yet."""
-    return {role: Subject(*named, settings.dtype, auto_class) for role, named in settings.models().items()}
+    return {role: ModelUnderTest(*named, settings.dtype, auto_class) for role, named in settings.models().items()}
 
 
-def source_of_text(settings: RobustnessSettings, subject: Subject) -> tuple[str, str | None]:
+def source_of_text(settings: RobustnessSettings, checkpoint: ModelUnderTest) -> tuple[str, str | None]:
     """Where a model's tokenizer or processor is: source and revision."""
     if settings.tokenizer is not None:
         return settings.tokenizer, None
-    return subject.source, subject.revision
+    return checkpoint.source, checkpoint.revision

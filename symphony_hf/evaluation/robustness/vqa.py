@@ -11,13 +11,13 @@ from symphony_hf.data.images.processors import Asked, make_asker
 from symphony_hf.data.images.questions import digest_of, read_visual, visual_examples
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.attacks.image import enlarged, find_image_attack, library_version
-from symphony_hf.evaluation.checkpoint import Subject, fingerprint_of, load_processor
+from symphony_hf.evaluation.checkpoint import ModelUnderTest, fingerprint_of, load_processor
 from symphony_hf.evaluation.generation import answer_freely, choose_answers
 
 from .questions import QuestionTask, check_number, select_rows
 from .scales import Accuracy
-from .settings import Cell, RobustnessSettings
-from .task import Store, open_subjects, source_of_text
+from .settings import AttackCase, RobustnessSettings
+from .task import Store, open_models, source_of_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,11 +33,11 @@ class VisualTask(QuestionTask):
 
     def __init__(self, settings: RobustnessSettings, store: Store) -> None:
         self.version = library_version()
-        self.subjects = open_subjects(settings, AutoModelForImageTextToText)
-        for subject in self.subjects.values():
-            _check_vision(subject)
-        sources = {role: source_of_text(settings, subject) for role, subject in self.subjects.items()}
-        self.notes, self.store, self.cells = [], store, settings.cells()
+        self.models_under_test = open_models(settings, AutoModelForImageTextToText)
+        for checkpoint in self.models_under_test.values():
+            _check_vision(checkpoint)
+        sources = {role: source_of_text(settings, checkpoint) for role, checkpoint in self.models_under_test.items()}
+        self.notes, self.store, self.cases = [], store, settings.cases()
         self.processors = {role: fingerprint_of(*source) for role, source in sources.items()}
         self.askers = {role: make_asker(load_processor(*source), self.notes) for role, source in sources.items()}
         self.notes = list(dict.fromkeys(self.notes))
@@ -50,38 +50,38 @@ class VisualTask(QuestionTask):
         self.choices = self._choices_to_give(settings)
         right = [example.answer for example in self.examples]
         self.answers = np.array([self.choices.index(answer) if self.choices else 1 for answer in right])
-        self.scale = Accuracy()
+        self.report = Accuracy()
 
-    def told(self, measured: Any) -> dict[str, Any]:
+    def describe(self, measured: Any) -> dict[str, Any]:
         """What was asked, and how it was answered."""
         answers = f"choosing among {len(self.choices)}" if self.choices else "in words"
-        entries = super().told(measured)
+        entries = super().describe(measured)
         return {"documents": entries["documents"] | {"answers": answers, "corruptions": self.version}}
 
-    def identity(self, role: str, cell: Cell | None) -> dict[str, Any]:
+    def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
         """The questions, how they are put, and what their images are corrupted by."""
         return {
             "examples": self.digest,
             "processor": self.processors[role],
             "choices": self.choices or self.max_new_tokens,
-            "cell": cell and [*cell, self.version],
+            "cell": case and [*case, self.version],
         }
 
-    def choose(self, role: str, cell: Cell | None) -> dict[str, np.ndarray]:
+    def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
         """The likeliest answers; or, of free ones, 1 where an answer is right, and the answers `given`."""
-        model, asker, asked = self.subjects[role].model, self.askers[role], self._asked(cell)
-        bar: dict[str, Any] = {"progress": f"Asking {role}, {cell or 'clean'}", "total": len(self.examples)}
+        model, asker, asked = self.models_under_test[role].model, self.askers[role], self._asked(case)
+        bar: dict[str, Any] = {"progress": f"Asking {role}, {case or 'clean'}", "total": len(self.examples)}
         if self.choices:
             scores = choose_answers(model, asker, asked, self.choices, batch_size=self.batch_size, **bar)
             return {"chosen": scores.chosen}
         free = answer_freely(model, asker, asked, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, **bar)
         return {"chosen": free.correct.astype(np.int64), "given": np.array(free.given, dtype=np.str_)}
 
-    def _asked(self, cell: Cell | None) -> Iterator[Asked]:
+    def _asked(self, case: AttackCase | None) -> Iterator[Asked]:
         for example in self.examples:
             images = [enlarged(decode(image)) for image in example.images]
-            if cell is not None:
-                images = [_corrupted(image, cell, f"{example.name} {place}") for place, image in enumerate(images)]
+            if case is not None:
+                images = [_corrupted(image, case, f"{example.name} {place}") for place, image in enumerate(images)]
             yield Asked(example, images)
 
     def _choices_to_give(self, settings: RobustnessSettings) -> list[str]:
@@ -96,13 +96,13 @@ class VisualTask(QuestionTask):
         return different
 
 
-def _corrupted(image: "Image", cell: Cell, name: str) -> "Image":
-    return find_image_attack(cell.attack)(image, cell.severity, seed=cell.seed, name=name)
+def _corrupted(image: "Image", case: AttackCase, name: str) -> "Image":
+    return find_image_attack(case.attack)(image, case.severity, seed=case.seed, name=name)
 
 
-def _check_vision(subject: Subject) -> None:
-    if type(subject.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+def _check_vision(checkpoint: ModelUnderTest) -> None:
+    if type(checkpoint.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
-            f"`{subject.source}`: {subject.config.model_type} takes no images, or answers no questions about them: "
+            f"`{checkpoint.source}`: {checkpoint.config.model_type} takes no images, or answers no questions about them: "
             "--task vqa is of vision-language models"
         )

@@ -20,12 +20,12 @@ from symphony_hf.diagnostics.routing_metrics import (
     dead_experts,
     domain_allocation,
     domain_information,
-    kept_by_token,
+    flip_rate,
     load_of_choices,
     normalized_entropy,
     router_saturation,
 )
-from symphony_hf.evaluation.robustness.settings import Cell
+from symphony_hf.evaluation.robustness.settings import AttackCase
 from symphony_hf.evaluation.statistics import paired_bootstrap
 from symphony_hf.routing.graph import count_coselections
 
@@ -119,12 +119,12 @@ Records = Mapping[str, RoutingRecord]
 
 
 def compare_attacked(
-    cell: Cell, form: AttackedForm, clean: Records, attacked: Records, texts: ObservedTexts
+    case: AttackCase, form: AttackedForm, clean: Records, attacked: Records, texts: ObservedTexts
 ) -> dict[str, Any]:
     """The routing of the tokens that an attack left alone, before and after.
 
     Args:
-        cell: The attack.
+        case: The attack.
         form: The attacked text.
         clean: What the routers decided on clean text.
         attacked: Likewise on the attacked.
@@ -139,11 +139,11 @@ def compare_attacked(
     changed = {}
     for name, record in clean.items():
         before_TK, after_TK = record.indices_TK[form.clean], attacked[name].indices_TK[form.attacked]
-        changed[name] = 1.0 - kept_by_token(before_TK, after_TK).numpy()
+        changed[name] = flip_rate(before_TK, after_TK).numpy()
     return {
-        "attack": cell.attack,
-        "severity": cell.severity,
-        "seed": cell.seed,
+        "attack": case.attack,
+        "severity": case.severity,
+        "seed": case.seed,
         "tokens": len(form.clean),
         "change_rate": _interval(np.mean(list(changed.values()), axis=0), form.document, len(form.form.num_tokens)),
         "per_layer": {name: float(values.mean()) for name, values in changed.items()},

@@ -1,7 +1,6 @@
 """observe_routing: everything that `symphony routing` measures."""
 
 import dataclasses
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from symphony_hf.compat import __version__, transformers_version
+from symphony_hf.compat import versions
 from symphony_hf.diagnostics.routing_metrics import coactivation
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.comparison import compare_perplexity
@@ -28,7 +27,7 @@ from .metrics import (
 )
 from .pictures import captioned
 from .records import RoutingRecord, expert_similarities, or_why_not, record_form, score_with_and_without_first
-from .settings import RoutedSubject, RoutingSettings
+from .settings import RoutedModel, RoutingSettings
 from .texts import CLASS_NAMES, DISTANCE_NAMES, ObservedTexts, prepare_observed
 
 RESULT = "result.json"
@@ -54,32 +53,27 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_file_place(output / RESULT, "routing")
-    subject = RoutedSubject(settings.model, settings.revision, settings.dtype)
-    earlier = [RoutedSubject(source, None, settings.dtype) for source in settings.against]
+    checkpoint = RoutedModel(settings.model, settings.revision, settings.dtype)
+    earlier = [RoutedModel(source, None, settings.dtype) for source in settings.against]
     for other in earlier:
-        subject.check_same_routers(other)
-    named = settings.tokenizer or subject.source
-    tokenizer = load_tokenizer(named, None if settings.tokenizer else subject.revision)
-    block_size = settings.block_size or default_block_size([subject, *earlier])
+        checkpoint.check_same_routers(other)
+    named = settings.tokenizer or checkpoint.source
+    tokenizer = load_tokenizer(named, None if settings.tokenizer else checkpoint.revision)
+    block_size = settings.block_size or default_block_size([checkpoint, *earlier])
     texts = prepare_observed(settings, tokenizer, block_size)
     observation = _Observation(settings, texts)
-    observation.observe(subject)
+    observation.observe(checkpoint)
     for number, other in enumerate(earlier):
         observation.observe_earlier(number, other)
-    observation.finish(subject)
+    observation.finish(checkpoint)
     result = observation.result | {
         "documents": _documents(texts),
         "domains": _domain_sizes(texts),
         "distances": list(DISTANCE_NAMES),
         "classes": list(CLASS_NAMES),
         "settings": dataclasses.asdict(settings) | {"block_size": block_size},
-        "fingerprints": {source.source: source.fingerprint for source in (*earlier, subject)},
-        "versions": {
-            "symphony_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers_version(),
-            "python": platform.python_version(),
-        },
+        "fingerprints": {source.source: source.fingerprint for source in (*earlier, checkpoint)},
+        "versions": versions(),
         "seconds": time.perf_counter() - started,
     }
     _clear_earlier(output)
@@ -109,42 +103,42 @@ class _Observation:
         self.graphs: dict[str, Tensor] = {}
         self.learned: dict[str, Tensor] = {}
 
-    def observe(self, subject: RoutedSubject) -> None:
+    def observe(self, checkpoint: RoutedModel) -> None:
         """The model itself: clean, attacked, without first experts, and its experts."""
         settings, texts = self.settings, self.texts
-        self.clean = self._record(subject, "clean")
-        num_experts = {name: subject.routers[name.partition(" (pass")[0]][0] for name in self.clean}
+        self.clean = self._record(checkpoint, "clean")
+        num_experts = {name: checkpoint.routers[name.partition(" (pass")[0]][0] for name in self.clean}
         self.graphs = {name: coselection_graph(record, num_experts[name]) for name, record in self.clean.items()}
         layers = {name: measure_layer(record, num_experts[name], texts) for name, record in self.clean.items()}
         for name, record in self.clean.items():
             self.matrices[f"coselection/{name}"] = self.graphs[name]
             self.matrices[f"coactivation/{name}"] = coactivation(record.indices_TK, num_experts[name]).float()
         self.result["corruption"] = []
-        for cell, form in texts.attacked.items():
-            attacked = record_form(subject.model, form.form, settings.batch_size, f"Routing of {cell}")
-            self.result["corruption"].append(compare_attacked(cell, form, self.clean, attacked, texts))
-        self._leave_out_first(subject)
-        self._compare_experts(subject, layers)
-        self.learned = learned_graphs(subject)
+        for case, form in texts.attacked.items():
+            attacked = record_form(checkpoint.model, form.form, settings.batch_size, f"Routing of {case}")
+            self.result["corruption"].append(compare_attacked(case, form, self.clean, attacked, texts))
+        self._leave_out_first(checkpoint)
+        self._compare_experts(checkpoint, layers)
+        self.learned = learned_graphs(checkpoint)
         for name, layer in layers.items():
             graph = self.learned.get(name.partition(" (pass")[0])
             layer["learned_graph"] = None if graph is None else measure_graph(graph)
         self.matrices |= {f"learned/{name}": graph for name, graph in self.learned.items()}
         self.result["layers"], self.result["overall"] = layers, mean_over_layers(layers)
         self.result["routers"] = list(self.clean)
-        self.result["idle_routers"] = [n for n in subject.routers if n not in self.clean]
-        subject.release()
+        self.result["idle_routers"] = [n for n in checkpoint.routers if n not in self.clean]
+        checkpoint.release()
 
-    def _record(self, subject: RoutedSubject, what: str) -> dict[str, RoutingRecord]:
-        progress = f"Routing of {subject.source}, {what}"
-        return record_form(subject.model, self.texts.clean, self.settings.batch_size, progress)
+    def _record(self, checkpoint: RoutedModel, what: str) -> dict[str, RoutingRecord]:
+        progress = f"Routing of {checkpoint.source}, {what}"
+        return record_form(checkpoint.model, self.texts.clean, self.settings.batch_size, progress)
 
-    def _leave_out_first(self, subject: RoutedSubject) -> None:
+    def _leave_out_first(self, checkpoint: RoutedModel) -> None:
         if not self.settings.drop_first:
             return
         with or_why_not(self.unavailable, "drop_first"):
             form = self.texts.clean
-            whole, without = score_with_and_without_first(subject.model, form, self.settings.batch_size)
+            whole, without = score_with_and_without_first(checkpoint.model, form, self.settings.batch_size)
             difference = compare_perplexity(without, whole)
             self.result["drop_first"] = {
                 "loss": float(whole.nll.sum() / whole.num_tokens.sum()),
@@ -153,31 +147,31 @@ class _Observation:
                 "ratio": dataclasses.asdict(difference.exp()),
             }
 
-    def _compare_experts(self, subject: RoutedSubject, layers: dict[str, dict[str, Any]]) -> None:
+    def _compare_experts(self, checkpoint: RoutedModel, layers: dict[str, dict[str, Any]]) -> None:
         for layer in layers.values():
             layer["similarity"] = None
         if not self.settings.similarity_tokens:
             return
         with or_why_not(self.unavailable, "similarity"):
             tokens, batch_size = self.settings.similarity_tokens, self.settings.batch_size
-            for name, cka_EE in expert_similarities(subject.model, self.texts.clean, tokens, batch_size).items():
+            for name, cka_EE in expert_similarities(checkpoint.model, self.texts.clean, tokens, batch_size).items():
                 self.matrices[f"similarity/{name}"] = cka_EE.float()
                 others = cka_EE[~torch.eye(len(cka_EE), dtype=torch.bool)]
                 layers[name]["similarity"] = {"mean": float(others.mean()), "highest": float(others.max())}
 
-    def observe_earlier(self, number: int, subject: RoutedSubject) -> None:
+    def observe_earlier(self, number: int, checkpoint: RoutedModel) -> None:
         """An earlier checkpoint, on clean text alone."""
-        records = self._record(subject, "clean")
-        own = compare_checkpoint(subject.source, records, self.clean, self.graphs, learned_graphs(subject))
+        records = self._record(checkpoint, "clean")
+        own = compare_checkpoint(checkpoint.source, records, self.clean, self.graphs, learned_graphs(checkpoint))
         self.result["checkpoints"].append(own)
         self._keep_graphs(number, records)
-        subject.release()
+        checkpoint.release()
 
-    def finish(self, subject: RoutedSubject) -> None:
+    def finish(self, checkpoint: RoutedModel) -> None:
         """The model as the last of its checkpoints."""
         if not self.settings.against:
             return
-        own = compare_checkpoint(subject.source, self.clean, self.clean, self.graphs, self.learned)
+        own = compare_checkpoint(checkpoint.source, self.clean, self.clean, self.graphs, self.learned)
         self.result["checkpoints"].append(own)
         self._keep_graphs(len(self.settings.against), self.clean)
 
@@ -187,11 +181,11 @@ class _Observation:
             self.matrices[f"checkpoint/{number}/coselection/{name}"] = graph
 
 
-def learned_graphs(subject: RoutedSubject) -> dict[str, Tensor]:
+def learned_graphs(checkpoint: RoutedModel) -> dict[str, Tensor]:
     """A checkpoint's own graphs, on the CPU, by router; none where it is not symphonized."""
-    if not is_symphonized(subject.model):
+    if not is_symphonized(checkpoint.model):
         return {}
-    return {name: graph.float().cpu() for name, graph in expert_graphs(subject.model).items()}
+    return {name: graph.float().cpu() for name, graph in expert_graphs(checkpoint.model).items()}
 
 
 def _documents(texts: ObservedTexts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from symphony_hf.diagnostics.routing_metrics import choices_kept, cka_matrix, router_margin
+from symphony_hf.diagnostics.routing_metrics import cka_matrix, flip_rate, router_margin
 from symphony_hf.errors import EvaluationError, UnsupportedModelError
 from symphony_hf.evaluation.batching import Windows, evaluating, flatten, padded_batches
 from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
@@ -20,11 +20,9 @@ from .expert_outputs import sampling_experts
 from .hooks import Routed, watching_routers
 from .texts import Form
 
-__all__ = ["RoutingKept", "RoutingRecord", "choices_kept", "record_routing", "routing_kept"]
-
 
 @dataclass(frozen=True, eq=False)
-class RoutingKept:
+class RoutingStability:
     """The share of routing choices that an attack left as they were, on the tokens that it left alone."""
 
     share: float
@@ -135,14 +133,14 @@ def _untouched_tokens(clean: Windows, attacked: Windows) -> tuple[np.ndarray, np
     return np.concatenate(clean_parts), np.concatenate(attacked_parts)
 
 
-def routing_kept(
+def routing_stability(
     model: nn.Module,
     clean_windows: Windows,
     attacked_windows: Windows,
     *,
     batch_size: int = 16,
     progress: str | None = None,
-) -> RoutingKept:
+) -> RoutingStability:
     """Compare the experts that untouched tokens choose in clean documents and in their attacked versions.
 
     The documents are aligned as wholes, so their windows may be cut at different words. A token near a cut then
@@ -174,8 +172,8 @@ def routing_kept(
     clean = record_routing(model, clean_windows, batch_size, progress=bars[0])
     attacked = record_routing(model, attacked_windows, batch_size, progress=bars[1])
     pairs = [(clean[name].indices_TK[clean_T], attacked[name].indices_TK[attacked_T]) for name in clean]
-    per_layer = np.array([choices_kept(clean_TK, attacked_TK) for clean_TK, attacked_TK in pairs])
-    return RoutingKept(float(per_layer.mean()), per_layer, len(clean_T))
+    per_layer = 1.0 - np.array([float(flip_rate(*pair).mean()) for pair in pairs])
+    return RoutingStability(float(per_layer.mean()), per_layer, len(clean_T))
 
 
 def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[str, RoutingRecord]:

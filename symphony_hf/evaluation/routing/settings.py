@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from symphony_hf.checkpoints.model_class import empty_model, model_class_of
 from symphony_hf.errors import ConfigError
-from symphony_hf.evaluation.checkpoint import Subject
+from symphony_hf.evaluation.checkpoint import ModelUnderTest
 from symphony_hf.evaluation.robustness.settings import RobustnessSettings
 
 from .hooks import routers_to_watch
@@ -97,7 +97,7 @@ class _Evaluation(RobustnessSettings):
     command: ClassVar[str] = "routing"
 
 
-class RoutedSubject(Subject):
+class RoutedModel(ModelUnderTest):
     """A mixture of experts, of which the weights are read when they are first asked for.
 
     Args:
@@ -119,13 +119,13 @@ class RoutedSubject(Subject):
         watched = routers_to_watch(empty_model(source, revision))
         self.routers = {name: (router.contract.num_experts, router.contract.top_k) for name, router in watched.items()}
 
-    def check_same_routers(self, other: "RoutedSubject") -> None:
+    def check_same_routers(self, other: "RoutedModel") -> None:
         """Refuse another checkpoint that cannot be compared token by token and expert by expert.
 
         Raises:
             ConfigError: If its routers, experts or vocabulary are others.
         """
-        sizes = [subject.config.get_text_config().vocab_size for subject in (self, other)]
+        sizes = [checkpoint.config.get_text_config().vocab_size for checkpoint in (self, other)]
         if self.routers != other.routers or sizes[0] != sizes[1]:
             raise ConfigError(
                 f"routing: `{other.source}` has {_told(other.routers)} and {sizes[1]} tokens in its vocabulary, "

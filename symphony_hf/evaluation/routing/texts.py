@@ -16,7 +16,7 @@ from symphony_hf.data.documents import SPLIT_NAMES, Document
 from symphony_hf.data.rows import thinned
 from symphony_hf.errors import DataError
 from symphony_hf.evaluation.robustness.documents import FEWEST_WORDS, attacked_form, read_documents
-from symphony_hf.evaluation.robustness.settings import Cell
+from symphony_hf.evaluation.robustness.settings import AttackCase
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 from symphony_hf.evaluation.windows import (
     Tokens,
@@ -102,7 +102,7 @@ class ObservedTexts:
     source: str
     num_words: int
     clean: Form
-    attacked: dict[Cell, AttackedForm]
+    attacked: dict[AttackCase, AttackedForm]
     domains: list[str]
     domain: np.ndarray
     token_class: np.ndarray
@@ -126,12 +126,12 @@ def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerB
     first, clean = first_token(tokenizer), tokenize(documents, tokenizer)
     names = [document.name for document in documents]
     cuts = [clean_cuts(len(tokens.ids), block_size) for tokens in clean]
-    cells = evaluation.cells() if settings.attacks else []
+    cases = evaluation.cases() if settings.attacks else []
     attacked = {}
     # disable=None: no bar where the output is not a terminal, such as a log file.
-    for cell in tqdm(cells, desc="Attacking", unit=" texts", delay=2, disable=None):
-        tokens = tokenize(attacked_form(documents, cell, source), tokenizer)
-        attacked[cell] = _attacked(names, clean, tokens, cuts, first)
+    for case in tqdm(cases, desc="Attacking", unit=" texts", delay=2, disable=None):
+        tokens = tokenize(attacked_form(documents, case, source), tokenizer)
+        attacked[case] = _attacked(names, clean, tokens, cuts, first)
     domains, of_document = _domains(names, [len(tokens.ids) for tokens in clean])
     return ObservedTexts(
         source=source,

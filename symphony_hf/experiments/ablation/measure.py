@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from symphony_hf.diagnostics.routing_metrics import choices_kept, load_of_choices, normalized_entropy
+from symphony_hf.diagnostics.routing_metrics import flip_rate, load_of_choices, normalized_entropy
 from symphony_hf.errors import EvaluationError
 
 from .text import StudyText
@@ -82,7 +82,7 @@ def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[st
     return {
         **values,
         "ratio": values["attacked"] / values["clean"],
-        "routing_kept": choices_kept(clean.chosen[:, reached], attacked.chosen[:, reached]),
+        "routing_kept": 1.0 - float(flip_rate(clean.chosen[:, reached], attacked.chosen[:, reached]).mean()),
         "load_entropy": _load_entropy(clean.chosen, int(model.config.num_experts)),  # type: ignore[union-attr]
         "test_tokens": int(predicted.sum()),
         "attacked_tokens": int((predicted & ~untouched).sum()),

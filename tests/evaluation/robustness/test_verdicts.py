@@ -12,11 +12,11 @@ from scipy import stats
 from symphony_hf.evaluation.metrics import Choices
 from symphony_hf.evaluation.robustness.documents import TextScores, pooled
 from symphony_hf.evaluation.robustness.scales import Accuracy, Perplexity
-from symphony_hf.evaluation.robustness.settings import Cell
+from symphony_hf.evaluation.robustness.settings import AttackCase
 from symphony_hf.evaluation.robustness.tables import compare_models, groups_of
 from symphony_hf.evaluation.robustness.task import Measured
 
-CELLS = [Cell("aaa", 1, 0), Cell("aaa", 1, 1)]
+CELLS = [AttackCase("aaa", 1, 0), AttackCase("aaa", 1, 1)]
 DOCUMENTS = 60
 DRAWS = 200
 MOST = stats.binom.ppf(1 - 1 / 400, DRAWS, 0.05)
@@ -33,13 +33,13 @@ def draw_pair(rng, better=0.0, sturdier=0.0):
     with each way to attack it; `better` and `sturdier` are nats a token by which the first is ahead."""
     tokens = rng.lognormal(6.5, 0.6, DOCUMENTS).astype(np.int64) + 30
     hardness = 3.5 + 0.3 * rng.standard_normal(DOCUMENTS)
-    attack = {cell: 0.25 + 0.05 * rng.standard_normal(DOCUMENTS) for cell in CELLS}
+    attack = {case: 0.25 + 0.05 * rng.standard_normal(DOCUMENTS) for case in CELLS}
     pair = []
     for lead, loss in ((better, sturdier), (0.0, 0.0)):
         own = hardness - lead + 0.03 * rng.standard_normal(DOCUMENTS)
         attacked = {
-            cell: text_scores(own + attack[cell] - loss + 0.02 * rng.standard_normal(DOCUMENTS), tokens)
-            for cell in CELLS
+            case: text_scores(own + attack[case] - loss + 0.02 * rng.standard_normal(DOCUMENTS), tokens)
+            for case in CELLS
         }
         pair.append(Measured(text_scores(own, tokens), attacked))
     return pair
@@ -86,8 +86,8 @@ def draw_answers(rng, right=(0.7, 0.7), losses=(0.3, 0.3)):
     pair = []
     for share, loss in zip(right, losses, strict=True):
         own = np.where(alike, hardness, rng.random(DOCUMENTS)) < share
-        attacked = {cell: own & (rng.random(DOCUMENTS) >= loss) for cell in CELLS}
-        forms = {cell: Choices(np.where(hits, answers, 1 - answers)[None], answers) for cell, hits in attacked.items()}
+        attacked = {case: own & (rng.random(DOCUMENTS) >= loss) for case in CELLS}
+        forms = {case: Choices(np.where(hits, answers, 1 - answers)[None], answers) for case, hits in attacked.items()}
         pair.append(Measured(Choices(np.where(own, answers, 1 - answers)[None], answers), forms))
     return pair
 
@@ -136,8 +136,8 @@ def test_seeds_of_one_document_are_one_draw():
     a, b = draw_pair(rng, sturdier=0.005)
     rows = []
     for seeds in (10, 1):
-        cells = [Cell("aaa", 1, seed) for seed in range(seeds)]
-        pair = [Measured(model.clean, dict.fromkeys(cells, model.attacked[CELLS[0]])) for model in (a, b)]
+        cases = [AttackCase("aaa", 1, seed) for seed in range(seeds)]
+        pair = [Measured(model.clean, dict.fromkeys(cases, model.attacked[CELLS[0]])) for model in (a, b)]
         rows += compare_models(*pair, Perplexity(NAMES))["attacks"]
     repeated, single = rows
     assert repeated["perplexity"]["low"] == pytest.approx(single["perplexity"]["low"])
@@ -152,8 +152,10 @@ def test_pooled_forms_are_sums_by_document():
 
 
 def test_rows_are_each_severity_and_all_of_them_by_attack():
-    cells = [Cell(attack, severity, seed) for attack in ("aaa", "keyboard") for severity in (1, 5) for seed in (0, 1)]
-    rows = [(group.attack, group.severity, len(group.cells)) for group in groups_of(cells)]
+    cases = [
+        AttackCase(attack, severity, seed) for attack in ("aaa", "keyboard") for severity in (1, 5) for seed in (0, 1)
+    ]
+    rows = [(group.attack, group.severity, len(group.cases)) for group in groups_of(cases)]
     assert rows == [
         ("aaa", 1, 2),
         ("aaa", 5, 2),
@@ -162,4 +164,4 @@ def test_rows_are_each_severity_and_all_of_them_by_attack():
         ("keyboard", 5, 2),
         ("keyboard", None, 4),
     ]
-    assert [group.severity for group in groups_of(cells[:2])] == [1]
+    assert [group.severity for group in groups_of(cases[:2])] == [1]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from models import VOCAB, make_llava, make_model
 
-from symphony_hf.diagnostics.routing_metrics import choices_kept
+from symphony_hf.diagnostics.routing_metrics import flip_rate
 from symphony_hf.errors import EvaluationError, UnsupportedModelError
-from symphony_hf.evaluation.routing.records import record_routing, routing_kept
+from symphony_hf.evaluation.routing.records import record_routing, routing_stability
 from symphony_hf.experiments.conformance.naive import watch_choices
 from symphony_hf.experiments.conformance.tiny import tiny_model
 
@@ -100,7 +100,7 @@ def test_margins_are_in_document_order(model, documents):
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_routing_kept_equals_a_loop_over_tokens(model, documents, batch_size):
-    kept = routing_kept(model, windows_of(documents, 0), windows_of(documents, 1), batch_size=batch_size)
+    kept = routing_stability(model, windows_of(documents, 0), windows_of(documents, 1), batch_size=batch_size)
     shares = np.zeros(3)
     for clean, attacked, untouched in documents.values():
         before, after = naive_choices(model, cut(clean)), naive_choices(model, cut(attacked))
@@ -115,7 +115,7 @@ def test_routing_kept_equals_a_loop_over_tokens(model, documents, batch_size):
 
 def test_identical_documents_keep_exactly_everything(model, documents):
     windows = windows_of(documents, 0)
-    kept = routing_kept(model, windows, windows, batch_size=3)
+    kept = routing_stability(model, windows, windows, batch_size=3)
     assert kept.share == 1.0
     assert kept.per_layer.tolist() == [1.0, 1.0, 1.0]
     assert kept.num_tokens == sum(len(window) for parts in windows.values() for window in parts)
@@ -124,7 +124,7 @@ def test_identical_documents_keep_exactly_everything(model, documents):
 def test_documents_are_matched_by_name_not_by_order(model, documents):
     clean, attacked = windows_of(documents, 0), windows_of(documents, 1)
     backwards = {name: attacked[name] for name in reversed(attacked)}
-    assert routing_kept(model, clean, backwards).share == routing_kept(model, clean, attacked).share
+    assert routing_stability(model, clean, backwards).share == routing_stability(model, clean, attacked).share
 
 
 def test_a_nested_language_model_can_be_passed_by_itself(documents):
@@ -189,16 +189,16 @@ def test_documents_in_one_text_only_are_refused(model, documents):
     clean, attacked = windows_of(documents, 0), windows_of(documents, 1)
     attacked["other"] = attacked.pop("b")
     with pytest.raises(EvaluationError, match="'b', 'other'"):
-        routing_kept(model, clean, attacked)
+        routing_stability(model, clean, attacked)
 
 
 def test_texts_without_a_common_token_are_refused(model):
     clean, attacked = {"a": [torch.tensor([1, 2, 3])]}, {"a": [torch.tensor([4, 5])]}
     with pytest.raises(EvaluationError, match="tokenized"):
-        routing_kept(model, clean, attacked)
+        routing_stability(model, clean, attacked)
 
 
-def test_choices_kept_by_hand():
+def test_flip_rate_by_hand():
     clean = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
     attacked = torch.tensor([[1, 0], [3, 8], [0, 1], [6, 7]])
-    assert choices_kept(clean, attacked) == (2 + 1 + 0 + 2) / 8
+    assert 1 - flip_rate(clean, attacked).mean() == (2 + 1 + 0 + 2) / 8
