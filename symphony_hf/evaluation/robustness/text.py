@@ -186,8 +186,8 @@ class TextMeasurer:
         longest = max(len(window) for parts in windows for window in parts)
         if checkpoint.max_tokens is not None and longest > checkpoint.max_tokens:
             raise ConfigError(
-                f"eval: {progress}: a window has {longest} tokens, and `{checkpoint.source}` takes {checkpoint.max_tokens}: "
-                f"set --block_size below {self.block_size}, so that the same words fit under attack"
+                f"eval: {progress}: a window has {longest} tokens, and `{checkpoint.source}` takes "
+                f"{checkpoint.max_tokens}: set --block_size below {self.block_size}, so that the same words fit under attack"
             )
         by_name = dict(zip(self.names, windows, strict=True))
         return list(score_tokens(checkpoint.model, by_name, batch_size=self.batch_size, progress=progress).values())

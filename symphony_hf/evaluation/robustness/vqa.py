@@ -103,6 +103,6 @@ def _corrupted(image: "Image", case: AttackCase, name: str) -> "Image":
 def _check_vision(checkpoint: ModelUnderTest) -> None:
     if type(checkpoint.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
-            f"`{checkpoint.source}`: {checkpoint.config.model_type} takes no images, or answers no questions about them: "
-            "--task vqa is of vision-language models"
+            f"`{checkpoint.source}`: {checkpoint.config.model_type} takes no images, or answers no questions "
+            "about them: --task vqa is of vision-language models"
         )
