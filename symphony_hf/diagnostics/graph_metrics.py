@@ -40,7 +40,7 @@ def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tenso
 
 
 def load(adjacency_EE: Tensor) -> Tensor:
-    """Each expert's share of all choices.
+    """Compute each expert\'s share of all choices.
 
     Args:
         adjacency_EE: A social graph. Shape: (num_experts, num_experts).
@@ -185,7 +185,7 @@ def communities(adjacency_EE: Tensor, seed: int = SEED) -> list[list[int]]:
 
     Args:
         adjacency_EE: A social graph. Shape: (num_experts, num_experts).
-        seed: Of the order in which experts are moved.
+        seed: Seed of the order in which experts are moved.
 
     Returns:
         Every expert is in one; the largest first. An expert that was never chosen with another is alone.

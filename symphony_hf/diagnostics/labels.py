@@ -1,4 +1,4 @@
-"""What layers and models are called in pictures and tables."""
+"""Names of layers and models for pictures and tables."""
 
 from collections.abc import Sequence
 

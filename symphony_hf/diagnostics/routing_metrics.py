@@ -13,11 +13,11 @@ from symphony_hf.errors import EvaluationError
 from symphony_hf.routing.graph import count_coselections
 
 DEAD = 0.1
-"""Of the even load, below which an expert counts as dead."""
+"""Share of the even load below which an expert counts as dead."""
 
 
 def load_of_choices(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """Each expert's share of all choices.
+    """Compute each expert\'s share of all choices.
 
     Args:
         indices_TK: The experts that each token chose. Shape: (tokens, top_k).
@@ -49,13 +49,13 @@ def dead_experts(load_E: Tensor, threshold: float = DEAD) -> list[int]:
 
     Args:
         load_E: Shares that sum to 1. Shape: (num_experts,).
-        threshold: Of the even load.
+        threshold: Share of the even load below which an expert is dead.
     """
     return (load_E < threshold / len(load_E)).nonzero().flatten().tolist()
 
 
 def router_margin(logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-    """By how much each token's choice was won: its K-th highest logit minus the next.
+    """Compute the margin of each token\'s choice: its K-th highest logit minus the next.
 
     In general, the lowest logit that was chosen minus the highest that was not. Where the highest logits choose that is
     the gap between the K-th and the (K + 1)-th. Where a family adds a bias to choose by, or chooses groups first, it is
@@ -92,7 +92,7 @@ def flip_rate(before_TK: Tensor, after_TK: Tensor) -> Tensor:
 
 
 def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
-    """How much of its final routing a checkpoint has: the share of choices that are those of the last checkpoint.
+    """Compute the share of a checkpoint\'s expert choices that match those of the final checkpoint.
 
     Args:
         indices_TK: The experts that a checkpoint chooses for some tokens. Shape: (tokens, top_k).
@@ -107,7 +107,7 @@ def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
 
 
 def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """How often expert j is chosen, too, where i is: N_ij / N_i.
+    """Compute how often expert j is chosen when expert i is: N_ij / N_i.
 
     Args:
         indices_TK: Shape: (tokens, top_k).
@@ -124,7 +124,7 @@ def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> Tensor:
-    """Which experts each domain's tokens go to: the share of its tokens that chose an expert.
+    """Compute the share of each domain\'s tokens that chose each expert.
 
     Args:
         indices_by_domain: Of each domain's tokens. Shape of each: (tokens, top_k).
@@ -144,7 +144,7 @@ def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> 
 
 
 def domain_information(allocation_DE: Tensor) -> float:
-    """How much the choice of an expert tells about the domain: their mutual information over the domains' entropy.
+    """Compute the mutual information of expert and domain over the entropy of the domains.
 
     Each domain counts alike, however many tokens it has: it is the Jensen-Shannon divergence of the domains'
     distributions over experts, over its maximum.

@@ -1,4 +1,4 @@
-"""A few numbers on all graphs of a model, cheap enough for every log of a training run."""
+"""Summary statistics over all graphs of a model, cheap enough for every log of a training run."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from .routing_metrics import DEAD
 
 
 def graph_summary(graphs: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """How a model's graphs stand, as means over its routers.
+    """Summarize a model\'s graphs as means over its routers.
 
     Args:
         graphs: Adjacency by router. Shape of each: (num_experts, num_experts).

@@ -60,9 +60,9 @@ def padded_batches(
 
     Args:
         flat: Token ids, int64. Shape of each: (length,).
-        batch_size: Windows a batch.
+        batch_size: Windows per batch.
         device: Where the batches go.
-        progress: What the progress bar says; no bar when None.
+        progress: Label of the progress bar; no bar when None.
 
     Yields:
         Batches that hold every window once. Padding is on the right, where no token of a causal model sees it.

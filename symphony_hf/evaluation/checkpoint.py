@@ -1,4 +1,4 @@
-"""A model under test: what tells it from others, and its weights when something is to be measured."""
+"""A model under test: its fingerprint, and its weights, loaded on first use."""
 
 import functools
 import hashlib
@@ -22,18 +22,18 @@ _LARGE = 1 << 20
 
 
 class ModelUnderTest:
-    """A checkpoint, of which the weights are read only if something has to be measured.
+    """A checkpoint whose weights are loaded on first use.
 
     Args:
         source: A folder, or a name on the Hub.
-        revision: On the Hub.
-        dtype: Of the weights; auto: as they are stored.
-        auto_class: Of transformers, that loads it.
+        revision: Revision on the Hub.
+        dtype: Dtype of the weights; `auto` keeps the stored one.
+        auto_class: Auto class of transformers that loads the model.
 
     Attributes:
-        source: Likewise.
-        dtype: Likewise.
-        config: Of the model.
+        source: Same as the argument.
+        dtype: Same as the argument.
+        config: Config of the model.
         fingerprint: Tells the checkpoint from any other, and from itself before it was trained further.
 
     Raises:
@@ -55,7 +55,7 @@ class ModelUnderTest:
         """The model, on the accelerator where there is one.
 
         Raises:
-            ConfigError: If its weights are not to be had.
+            ConfigError: If its weights could not be loaded.
         """
         device_map = "auto" if torch.cuda.is_available() else None
         try:
@@ -63,7 +63,7 @@ class ModelUnderTest:
                 self.source, revision=self.revision, dtype=self.dtype, device_map=device_map
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"`{self.source}`: the model is not to be had: {error}") from error
+            raise ConfigError(f"`{self.source}`: the model could not be loaded: {error}") from error
         return model.eval()
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""Which of two models is better, on clean and on attacked documents, and is it more than chance?
+"""Paired comparison of two models on clean and attacked documents.
 
 The intervals answer one question: would the same two checkpoints compare alike on other documents of this kind?
 How two training runs with other seeds would compare is another question, which only more runs answer.
@@ -34,8 +34,8 @@ def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
     and their difference still be clear. Compare models with `compare_perplexity`.
 
     Args:
-        scores: Of one model.
-        seed: Of the bootstrap.
+        scores: Scores of one model.
+        seed: Seed of the bootstrap.
 
     Returns:
         A level, which has no verdict.
@@ -58,7 +58,7 @@ def compare_perplexity(
     Args:
         a: Scores of one model.
         b: Scores of another one, on the same documents.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         weights: See `paired_bootstrap`; each document's tokens when None.
 
     Raises:
@@ -81,7 +81,7 @@ def compare_attacked(
     Args:
         clean: Scores of a model on the clean documents.
         attacked: Its scores on the attacked versions of the same documents, which may have other numbers of tokens.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         weights: See `paired_bootstrap`; each document's tokens when None.
 
     Returns:
@@ -118,7 +118,7 @@ def compare_robustness(
         attacked_a: Its scores on the attacked versions of the same documents.
         clean_b: Scores of another model on the clean documents.
         attacked_b: Its scores on the attacked ones.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         weights: See `paired_bootstrap`; each document's tokens when None.
 
     Raises:

@@ -23,7 +23,7 @@ from .perplexity import next_token_nll
 
 @dataclass(frozen=True, eq=False)
 class AnswerScores:
-    """What a model answered to each question."""
+    """Free answers of a model."""
 
     given: list[str]
     """Its answers."""
@@ -56,16 +56,16 @@ def answer_freely(
     progress: str | None = None,
     total: int | None = None,
 ) -> AnswerScores:
-    """Have a model answer greedily, up to its end of text.
+    """Generate answers greedily, up to the end-of-text token.
 
     Args:
         model: With `generate`. It is left in the mode that it came in.
-        asker: Of the model's processor.
+        asker: Asker made from the model's processor.
         asked: Questions, one batch in memory at a time.
-        max_new_tokens: Of an answer.
-        batch_size: Questions a batch.
-        progress: What the progress bar says; no bar when None.
-        total: How many questions there are, for the bar.
+        max_new_tokens: Maximum number of tokens in an answer.
+        batch_size: Questions per batch.
+        progress: Label of the progress bar; no bar when None.
+        total: Number of questions, for the progress bar.
 
     Raises:
         EvaluationError: If there are no questions.
@@ -106,12 +106,12 @@ def choose_answers(
 
     Args:
         model: Any that takes the processor's inputs. It is left in the mode that it came in.
-        asker: Of the model's processor.
+        asker: Asker made from the model's processor.
         asked: Questions, one in memory at a time; the right answer of each is among `answers`.
         answers: To choose from, the same at each question.
         batch_size: Questions with an answer, a forward.
-        progress: What the progress bar says; no bar when None.
-        total: How many questions there are, for the bar.
+        progress: Label of the progress bar; no bar when None.
+        total: Number of questions, for the progress bar.
 
     Returns:
         The choices, in the order of the questions. Ties go to the first answer.

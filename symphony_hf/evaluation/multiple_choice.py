@@ -19,7 +19,7 @@ from .statistics import Interval, paired_bootstrap
 
 @dataclass(frozen=True, eq=False)
 class ChoiceScores:
-    """What a model chose at each question."""
+    """Answers that a model chose."""
 
     chosen: np.ndarray
     """The number of the likeliest answer. Shape: (questions,), integer."""
@@ -54,9 +54,9 @@ def score_choices(
     Args:
         model: Any causal language model, or one with images. It is left in the mode that it came in.
         questions: From `LabelledQuestions.questions` or `VisualQuestions.choices`, one batch in memory at a time.
-        batch_size: Questions a forward.
-        progress: What the progress bar says; no bar when None.
-        total: How many questions there are, for the bar.
+        batch_size: Questions per forward pass.
+        progress: Label of the progress bar; no bar when None.
+        total: Number of questions, for the progress bar.
 
     Returns:
         The choices, in the order of the questions. Ties go to the first answer. How questions fall into batches moves
@@ -91,8 +91,8 @@ def accuracy_interval(scores: ChoiceScores, *, seed: int = 0) -> Interval:
     """The 95% interval of one model's accuracy. Compare models with `compare_accuracy`.
 
     Args:
-        scores: Of one model.
-        seed: Of the bootstrap.
+        scores: Scores of one model.
+        seed: Seed of the bootstrap.
 
     Returns:
         A level, which has no verdict.
@@ -109,7 +109,7 @@ def compare_accuracy(a: ChoiceScores, b: ChoiceScores, *, seed: int = 0) -> Inte
     Args:
         a: Scores of one model.
         b: Scores of another one, on the same questions.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         EvaluationError: If the questions differ, or are fewer than 10.
@@ -161,7 +161,7 @@ def _rows(questions: Sequence[Question]) -> tuple[list[tuple[list[int], int]], I
 
 
 def _log_prob(logits_TV: Tensor, start: int, choice: Sequence[int]) -> Tensor:
-    """Of a choice whose first token stands at `start`, in nats."""
+    """Compute the log-probability of a choice whose first token is at `start`, in nats."""
     logits_CV = logits_TV[start - 1 : start - 1 + len(choice)].float()
     chosen_C = torch.tensor(choice, device=logits_TV.device)
     return logits_CV.log_softmax(-1).gather(1, chosen_C.unsqueeze(1)).sum()

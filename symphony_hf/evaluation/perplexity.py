@@ -14,7 +14,7 @@ from .batching import Windows, evaluating, flatten, padded_batches
 
 @dataclass(frozen=True, eq=False)
 class DocumentScores:
-    """What a model made of each document."""
+    """Likelihood of each document under one model."""
 
     names: list[str]
     nll: np.ndarray
@@ -29,7 +29,7 @@ class DocumentScores:
 
 
 def next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
-    """Of each token but the first, in nats, float32. Shape: (tokens - 1,)."""
+    """Compute the negative log-likelihood of each token but the first, in nats, float32. Shape: (tokens - 1,)."""
     # float32 one window at a time: a float32 copy of a whole batch of logits would double the peak of memory.
     return F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
 
@@ -43,8 +43,8 @@ def score_documents(
         model: Any causal language model: `model(input_ids=..., attention_mask=...)` returns an output with
             `.logits` of shape (windows, length, vocabulary). It is left in the mode that it came in.
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
-        batch_size: Windows a forward.
-        progress: What the progress bar says; no bar when None.
+        batch_size: Windows per forward pass.
+        progress: Label of the progress bar; no bar when None.
 
     Returns:
         One score a document, in the order of `windows`. How windows fall into batches moves it by rounding only.
@@ -69,12 +69,12 @@ def score_stream(
     """Score one text in windows that overlap, so that what is scored has seen what comes before it.
 
     Args:
-        model: As in `score_documents`.
+        model: Model, as in `score_documents`.
         ids_T: Token ids, int64. Shape: (tokens,).
         block_size: Tokens of a window.
         context: Of them, from the window before: seen, and not scored again. From 1 to `block_size - 1`.
-        batch_size: Windows a forward.
-        progress: What the progress bar says; no bar when None.
+        batch_size: Windows per forward pass.
+        progress: Label of the progress bar; no bar when None.
 
     Returns:
         One score a window, named by its number. Each token but the text's first is in one of them.
@@ -98,10 +98,10 @@ def score_tokens(
     """The next-token negative log-likelihood of every predicted token.
 
     Args:
-        model: As in `score_documents`.
-        windows: Likewise.
-        batch_size: Windows a forward.
-        progress: What the progress bar says; no bar when None.
+        model: Model, as in `score_documents`.
+        windows: Windows, as in `score_documents`.
+        batch_size: Windows per forward pass.
+        progress: Label of the progress bar; no bar when None.
 
     Returns:
         By document name, in nats, in reading order; the first token of each window is not predicted. Shape of each:

@@ -94,11 +94,11 @@ def paired_bootstrap(
     BCa it also takes ties: identical models give a width of exactly 0.
 
     Args:
-        columns: What is known of each document. Shape of each: (documents,).
+        columns: Values of each document. Shape of each: (documents,).
         statistic: Called as `statistic(*columns, axis=axis)` on many resamples at once, documents along `axis`.
-        confidence: Of the interval.
+        confidence: Confidence level of the interval.
         num_resamples: Bootstrap draws.
-        seed: Of the draws.
+        seed: Seed of the draws.
         null: The statistic's value where there is no difference; None for a level.
         weights: How much each document weighs in the statistic, such as its tokens; all alike when None. The more
             uneven they are, the fewer documents count, and the wider the interval is made: on pairs as above, with
@@ -193,7 +193,7 @@ class SeedInterval:
         low: None with one seed, which says nothing of the spread; likewise `high`.
         high: See `low`.
         num_seeds: Runs.
-        confidence: Of the interval.
+        confidence: Confidence level of the interval.
     """
 
     estimate: float

@@ -104,8 +104,8 @@ def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> 
     """Where the windows of the attacked form end: at the same tokens, or as far between untouched ones.
 
     Args:
-        cuts: Of the document, see `clean_cuts`.
-        untouched: Of both forms.
+        cuts: Ends of the windows of the document, see `clean_cuts`.
+        untouched: Untouched tokens of both forms.
         num_attacked: Tokens of the attacked form.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a recipe's run measures at its end, on the test split."""
+"""Final evaluation of a training run on the test split."""
 
 import math
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
         recipe: Its data section says which kind.
         trainer: After training. Every process calls this.
         processor: The model's tokenizer or processor.
-        data: What it was trained on, with the test split.
+        data: Training data, with the test split.
 
     Returns:
         With whole documents: clean and attacked perplexity, see `evaluate_clean_and_attacked`. Otherwise `loss` and

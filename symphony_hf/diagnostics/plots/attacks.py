@@ -1,4 +1,4 @@
-"""What `symphony eval` found, as curves: clean against attacked, with intervals."""
+"""Curves of the results of `symphony eval`: clean against attacked, with intervals."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     """Draw perplexity or accuracy, and what attacks make of it, by severity: a column an attack, a curve a model.
 
     Args:
-        result: Of `robustness.evaluate_robustness`, as in its `result.json`.
-        path: Of the PNG.
+        result: Result of `robustness.evaluate_robustness`, as in its `result.json`.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -112,8 +112,8 @@ def plot_flips(
     Args:
         panels: By what the columns are ("severity"): their names, and, by layer name, the share of choices that changed
             in each; None where there is no token. All have the same layers.
-        title: Of the figure.
-        path: Of the PNG.
+        title: Title of the figure.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -164,9 +164,9 @@ def plot_saturation(
     """Draw how much of its final routing each checkpoint has, one curve a layer.
 
     Args:
-        saturation: By layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
-        moments: What each checkpoint is called.
-        path: Of the PNG.
+        saturation: Saturation by layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
+        moments: Name of each checkpoint.
+        path: Path of the PNG file.
         chance: K / E, what choosing at random would have; not drawn when None.
 
     Returns:

@@ -44,9 +44,9 @@ def plot_curves(
     """Draw the loss by step of several models, training and evaluation in a panel each.
 
     Args:
-        curves: By model, then by `train` or `eval`: pairs of (step, loss in nats a token). Either may be missing
+        curves: Losses by model, then by `train` or `eval`: pairs of (step, loss in nats a token). Either may be missing
             or empty.
-        path: Of the PNG.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -107,9 +107,9 @@ def plot_comparison(
     share: they may overlap where the paired ratio is clearly not 1.
 
     Args:
-        perplexities: By model, then by text ("clean", "attacked"): `evaluation.perplexity_interval`.
-        ratios: By what is compared ("symphony / plain, clean"): `evaluation.compare_perplexity(...).exp()`.
-        path: Of the PNG.
+        perplexities: Perplexities by model, then by text ("clean", "attacked"): `evaluation.perplexity_interval`.
+        ratios: Ratios by what is compared ("symphony / plain, clean"): `evaluation.compare_perplexity(...).exp()`.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -169,7 +169,7 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) 
     """The losses of several models by step.
 
     Args:
-        curves: By model: pairs of (step, loss in nats a token), at least one.
+        curves: Losses by model: pairs of (step, loss in nats a token), at least one.
         name: `train` or `eval`.
 
     Returns:
@@ -188,11 +188,11 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) 
 
 
 def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: bool = False) -> bytes:
-    """What was measured of several models, a line each, with the intervals that are known.
+    """Draw the levels of several models, one line each, with their intervals where known.
 
     Args:
-        levels: By model, then by text (`clean`, `attacked`): value and interval.
-        metric: What they are, as the axis has it.
+        levels: Measured levels by model, then by text (`clean`, `attacked`): value and interval.
+        metric: Name of the metric, for the axis.
         percent: Whether they are shares.
 
     Returns:
@@ -232,10 +232,10 @@ def draw_attack(
     """How several models fare as an attack grows more severe.
 
     Args:
-        curves: By model, then by severity: what was measured. Severity 0 is clean text.
+        curves: Measured values by model, then by severity. Severity 0 is clean text.
         attack: Its name, for the title.
-        metric: What was measured, as the axis has it.
-        limits: Of the axis, so that several attacks can be drawn to one scale.
+        metric: Name of the metric, for the axis.
+        limits: Limits of the axis, so that several attacks can be drawn to one scale.
 
     Returns:
         An SVG.

@@ -1,4 +1,4 @@
-"""What all figures share: the file they go to, which layers they show, and their colours.
+"""Helpers shared by all figures: the file they go to, which layers they show, and their colours.
 
 Figures are made through matplotlib's object API alone, so nothing here opens a window, needs a display, or touches
 a notebook's own figures.

@@ -61,7 +61,7 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
     Args:
         graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers, 16
             evenly spaced ones are drawn.
-        path: Of the PNG.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -105,9 +105,9 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]
     of two different experts.
 
     Args:
-        matrices: By layer name, see `diagnostics.cka_matrix`. Shape of each: (num_experts, num_experts). Of more than
-            16 layers, 16 evenly spaced ones are drawn.
-        path: Of the PNG.
+        matrices: Similarities by layer name, see `diagnostics.cka_matrix`. Shape of each: (num_experts,
+            num_experts). Of more than 16 layers, 16 evenly spaced ones are drawn.
+        path: Path of the PNG file.
 
     Returns:
         The path.

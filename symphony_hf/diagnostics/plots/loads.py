@@ -32,10 +32,10 @@ def plot_load_history(
     Experts are in the order of their last load, the busiest on top.
 
     Args:
-        loads: By layer name, shares that sum to 1. Shape of each: (moments, num_experts). Of more than 16 layers, 16
-            evenly spaced ones are drawn.
-        moments: What each moment is called: a step, a checkpoint.
-        path: Of the PNG.
+        loads: Loads by layer name, shares that sum to 1. Shape of each: (moments, num_experts). Of more than 16 layers,
+            16 evenly spaced ones are drawn.
+        moments: Name of each moment: a step, a checkpoint.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -72,10 +72,10 @@ def plot_allocation(
     """Draw one heat map a layer: which experts the tokens of each domain go to.
 
     Args:
-        allocation: By layer name, then by domain: the share of its tokens that chose each expert, see
+        allocation: Allocation by layer name, then by domain: the share of its tokens that chose each expert, see
             `diagnostics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
-        top_k: By layer name, the experts that a token chooses.
-        path: Of the PNG.
+        top_k: Experts per token, by layer name.
+        path: Path of the PNG file.
 
     Returns:
         The path.

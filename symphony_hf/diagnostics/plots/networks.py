@@ -69,7 +69,7 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
     Args:
         graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers, 16
             evenly spaced ones are drawn.
-        path: Of the PNG.
+        path: Path of the PNG file.
 
     Returns:
         The path.
@@ -98,7 +98,7 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
 
 _MOST_LAYERS, _MOST_MOMENTS = 4, 5
 _SEED = 0
-"""Of the layout."""
+"""Seed of the layout."""
 
 
 def plot_graph_evolution(
@@ -113,8 +113,8 @@ def plot_graph_evolution(
     Args:
         graphs: Of each moment, adjacency by layer name, the same layers each time. Shape of each: (num_experts,
             num_experts). Of more than 4 layers or 5 moments, evenly spaced ones are drawn, the last included.
-        moments: What each moment is called.
-        path: Of the PNG.
+        moments: Name of each moment.
+        path: Path of the PNG file.
 
     Returns:
         The path.

@@ -20,7 +20,7 @@ def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLik
 
     Args:
         curves: `name`, `tokens`, `distance`, one interval each, and where it is known `expected`.
-        path: Of the PNG.
+        path: Path of the PNG file.
     """
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -47,7 +47,7 @@ def plot_shares(shares: Mapping[str, Sequence[Mapping[str, Any]]], path: str | o
 
     Args:
         shares: By routing: intervals, with their `noise`.
-        path: Of the PNG.
+        path: Path of the PNG file.
     """
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -87,7 +87,7 @@ def plot_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str
     Args:
         points: By variant, then by `clean`, `attacked` (ratios) and `routing_kept` (difference of shares):
             `estimate`, and `low` and `high`, which are None where there is one seed.
-        path: Of the PNG.
+        path: Path of the PNG file.
 
     Returns:
         The path.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 _ROWS = (("qwertyuiop", 0.0), ("asdfghjkl", 0.25), ("zxcvbnm", 0.75))
-"""Of a QWERTY keyboard, and how far each row is shifted to the right, in widths of a key."""
+"""Rows of a QWERTY keyboard, and how far each row is shifted to the right, in widths of a key."""
 
 _REACH = 1.3
 """Widths of a key. Nearer than this are the keys to the left and right, and those that touch above and below."""

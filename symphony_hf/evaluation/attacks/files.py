@@ -12,12 +12,12 @@ from .word_swap import word_swap
 
 @dataclass(frozen=True)
 class AttackedFile:
-    """What was written.
+    """Summary of an attacked file.
 
     Attributes:
-        path: Of the attacked text.
+        path: Path of the attacked text.
         rate: Share of the places that the attack can change, as it was asked for.
-        num_lines: Of the file.
+        num_lines: Number of lines in the file.
         num_changed: Lines that differ.
     """
 
@@ -49,7 +49,7 @@ def attack_file(
         severity: From 1 to 5; 1 is the paper's, of `aaa`.
         rate: Share of the places that the attack can change, instead of a severity's.
         minimum: Of `aaa`: words replaced in a line at least; 1 when None, as in the paper.
-        seed: Of the choice of places.
+        seed: Seed of the choice of places.
         overwrite: Whether a file at `output` may be replaced.
 
     Raises:

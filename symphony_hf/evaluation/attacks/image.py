@@ -53,8 +53,8 @@ class ImageAttack:
         Args:
             image: In three colours. Best scaled by `enlarged` before.
             severity: From 1 to 5.
-            seed: Of noise, snow, and where glass breaks.
-            name: Of the image, also a seed; so it does not depend on other images or their order.
+            seed: Seed of noise, snow, and the places where glass breaks.
+            name: Name of the image, also a seed, so that the result does not depend on other images or their order.
 
         Returns:
             An image of the same size.

@@ -22,7 +22,7 @@ class TextAttack:
     """One way to damage a text.
 
     Attributes:
-        name: As commands take it.
+        name: Name on the command line.
         what: It does, in a few words.
         rates: The share of the places that it can change which it does change, at each severity.
     """
@@ -47,8 +47,9 @@ class TextAttack:
         Args:
             text: Any number of lines; there are as many afterwards.
             rate: Share of the places that the attack can change, from 0 to 1.
-            seed: Of the choice of places.
-            name: Of the document, also seeds the choice; so it does not depend on other documents or their order.
+            seed: Seed of the choice of places.
+            name: Name of the document, which also seeds the choice, so that it does not depend on other
+                documents or their order.
 
         Returns:
             The text with at least one change, where there is anything that can be changed.
@@ -108,7 +109,7 @@ def attack_documents(documents: Sequence[Document], attack: TextAttack, rate: fl
         documents: Texts, in any order.
         attack: One of `TEXT_ATTACKS`.
         rate: See `TextAttack`.
-        seed: Of the choice of places.
+        seed: Seed of the choice of places.
 
     Returns:
         Documents of the same names, in the same order.

@@ -50,9 +50,10 @@ def word_swap(
         text: Any number of lines.
         rate: Share of a line's words, from 0 to 1.
         minimum: Words replaced in a line at least, as far as it has them.
-        token: What a word is replaced by, itself one word.
-        seed: Of the choice of words.
-        name: Of the document, also seeds the choice; so it does not depend on other documents or their order.
+        token: Replacement for a word, itself a single word.
+        seed: Seed of the choice of words.
+        name: Name of the document, which also seeds the choice, so that it does not depend on other
+            documents or their order.
 
     Returns:
         The text with words replaced. `rate` 0 with `minimum` 0 changes nothing.
@@ -85,8 +86,8 @@ def attack(
         documents: Texts, in any order.
         rate: Share of a line's words, from 0 to 1.
         minimum: Words replaced in a line at least, as far as it has them.
-        token: What a word is replaced by, itself one word.
-        seed: Of the choice of words.
+        token: Replacement for a word, itself a single word.
+        seed: Seed of the choice of words.
 
     Returns:
         Documents of the same names, in the same order.

@@ -1,4 +1,4 @@
-"""What lies behind the numbers: settings, graphs, routing, cost, and how each run was made."""
+"""Sections of the page on settings, graphs, routing, cost, versions and commands."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +34,7 @@ def differing(runs: Named) -> Section | None:
 
 
 def graphs(runs: Named) -> Section | None:
-    """Which experts are chosen together, in pictures and numbers."""
+    """Show the co-selection graphs as pictures and numbers."""
     from symphony_hf.diagnostics import plots
 
     found = [(name, model, own) for name, run in runs.items() for model, own in run.graphs.items()]
@@ -87,7 +87,7 @@ def _graph_numbers(graph: Tensor) -> Iterator[TableCell]:
 
 
 def routing(runs: Named) -> Section | None:
-    """What routing diagnostics wrote: their pictures and their table."""
+    """Show the pictures and tables of routing diagnostics."""
     found = {name: run for name, run in runs.items() if run.pictures or run.metrics}
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Which of our commands wrote a folder, told by what is in it."""
+"""Detection of the command that wrote a folder, from its contents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -72,5 +72,5 @@ def _render(runs: dict[str, Run]) -> str:
 
 
 def _hash(content: str) -> str:
-    """By which the page's policy knows its own style and script from any other."""
+    """Compute the hash by which the content security policy admits the page\'s own style and script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -85,7 +85,7 @@ def result_table(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """What a quickstart's report says, a sentence each."""
+    """Return the findings of a quickstart, one sentence each."""
     comparisons, checks = report["comparisons"], report["checks"]
     sentences = []
     for text in ("clean", "attacked"):

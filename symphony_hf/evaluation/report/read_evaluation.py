@@ -74,7 +74,7 @@ def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
 
 
 def _labels(settings: Mapping[str, Any], roles: list[str]) -> dict[str, str]:
-    """What the models are called, by role."""
+    """Return the names of the models by role."""
     names = dict(zip(roles, short_names([str(settings[role]) for role in roles]), strict=True))
     if len(set(names.values())) == len(names):
         return names
@@ -82,7 +82,7 @@ def _labels(settings: Mapping[str, Any], roles: list[str]) -> dict[str, str]:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Interval]:
-    """What was measured of one form of the input, `perplexity` say."""
+    """Return the metrics measured on one form of the input, such as `perplexity`."""
     return {name: as_interval(value) for name, value in values.items() if is_interval(value) and name not in _CHANGES}
 
 
@@ -124,7 +124,7 @@ def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iter
 
 
 def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
-    """Of one model alone: what it was, and what an attack makes of it."""
+    """Yield findings for a single model: its levels, clean and under attack."""
     for level in levels:
         shown, low, high = (
             show(value, level.metric) for value in (level.value, level.low, level.high) if value is not None

@@ -1,4 +1,4 @@
-"""What the page knows of a run, whichever command made it. A field that a run has nothing for is empty."""
+"""Data classes for a run on the page, whichever command made it. A field without data is empty."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ class Level:
         model: Which of the run's; empty where it has one.
         metric: `perplexity`, `loss`, `accuracy`, ...
         text: `clean`, `attacked`, or the name of a split.
-        low: Of its interval, None where none was computed.
-        documents: Or questions, that it was measured on.
+        low: Lower end of the interval; None without an interval.
+        documents: Number of documents or questions measured on.
     """
 
     model: str
@@ -77,7 +77,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """What training one model took.
+    """Cost of training one model.
 
     Attributes:
         seconds_per_step: Without evaluations for the quickstart, with them for a training run.
@@ -97,16 +97,16 @@ class Run:
     Attributes:
         folder: Where it is.
         kind: Which command made it.
-        about: What it is, in a phrase.
-        findings: What came out, a sentence each.
-        settings: By dotted name.
-        curves: By model, then `train` or `eval`: (step, loss in nats a token).
-        graphs: By model, then by router: adjacency, (num_experts, num_experts).
-        pictures: By caption, PNGs that the command drew itself.
+        about: Description of the run, in a phrase.
+        findings: Results, one sentence each.
+        settings: Settings by dotted name.
+        curves: Losses by model, then `train` or `eval`: (step, loss in nats a token).
+        graphs: Graphs by model, then by router: adjacency, (num_experts, num_experts).
+        pictures: PNG files drawn by the command itself, by caption.
         metrics: Rows of its own table, by column.
         seconds: The command took in all.
-        parameters: Of the model.
-        versions: Of packages, by name.
+        parameters: Number of parameters of the model.
+        versions: Package versions by name.
         command: That made it.
     """
 

@@ -1,4 +1,4 @@
-"""What was measured, and how training went: the sections of the page with curves and intervals."""
+"""Sections of the page with measured levels, comparisons and training curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ class Section:
     """A part of the page.
 
     Attributes:
-        id: Of its anchor.
+        id: Id of its anchor.
         notes: Sentences below the title.
-        commands: By run, to be run again.
+        commands: Commands by run, to run it again.
     """
 
     id: str

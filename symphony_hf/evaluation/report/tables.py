@@ -1,4 +1,4 @@
-"""Tables that can be sorted: what each cell says, and what it is sorted by."""
+"""Cells and formats of the sortable tables of the page."""
 
 import math
 from collections.abc import Sequence

@@ -28,12 +28,12 @@ _SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class AttackedCorpus:
-    """What is evaluated on.
+    """Clean documents and their attacked forms.
 
     Attributes:
-        source: What was read.
-        documents: As they are.
-        attacked: Their attacked forms.
+        source: Description of the data source.
+        documents: The clean documents.
+        attacked: Attacked form of the documents for each attack case.
     """
 
     source: str
@@ -103,12 +103,12 @@ class TextScores:
 
     Attributes:
         nll: Negative log-likelihood of all tokens of the document, in nats.
-        num_tokens: Its tokens.
-        num_words: Words of the original document, whatever has become of them.
-        num_bytes: Of this form of it, in UTF-8.
-        untouched_nll: That of the tokens which are in the original, too.
-        untouched_clean_nll: That of the same tokens in the original.
-        num_untouched: How many they are.
+        num_tokens: Number of tokens.
+        num_words: Number of words in the original document.
+        num_bytes: Number of bytes of this form, in UTF-8.
+        untouched_nll: The same over the tokens that the attack left alone.
+        untouched_clean_nll: The same over those tokens in the original.
+        num_untouched: Number of untouched tokens.
     """
 
     nll: np.ndarray

@@ -23,7 +23,7 @@ def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
     """The task that the settings name, with its data read.
 
     Raises:
-        SymphonyError: If a model's config, its tokenizer, or the data is not to be had.
+        SymphonyError: If a model's config, its tokenizer, or the data could not be loaded.
     """
     with progress_bars(True):
         return TASKS[settings.task](settings, store)
@@ -43,7 +43,7 @@ def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
         two, see `summarize`. `documents`: what was evaluated on. `settings`, `fingerprints`, `versions`, `notes`.
 
     Raises:
-        SymphonyError: If a model or the data is not to be had, or a number is not finite.
+        SymphonyError: If a model or the data could not be loaded, or a number is not finite.
     """
     started = time.perf_counter()
     output = Path(settings.output)

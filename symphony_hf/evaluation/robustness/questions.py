@@ -37,8 +37,8 @@ class QuestionTask(Task[Choices]):
 
     Attributes:
         cases: The attacked forms.
-        store: What was measured before.
-        source: What was read.
+        store: Earlier measurements.
+        source: Description of the data source.
         answers: The numbers of the right answers. Shape: (questions,).
     """
 
@@ -49,7 +49,7 @@ class QuestionTask(Task[Choices]):
 
     @abstractmethod
     def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
-        """What decides the answers beside the model's weights, in what JSON can write. The case is None for clean."""
+        """Return what determines the answers besides the weights, as JSON values. The case is None for clean."""
 
     @abstractmethod
     def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ class QuestionTask(Task[Choices]):
         return Measured(clean, attacked)
 
     def describe(self, measured: Mapping[str, Measured[Choices]]) -> dict[str, Any]:
-        """What was asked."""
+        """Describe the questions."""
         return {"documents": {"source": self.source, "number": len(self.answers), "unit": "questions"}}
 
     def _choices(self, role: str, case: AttackCase | None) -> Choices:
@@ -146,7 +146,7 @@ class ClassificationTask(QuestionTask):
             self._check_lengths(role)
 
     def describe(self, measured: Any) -> dict[str, Any]:
-        """What was asked, and the attacks' shares."""
+        """Describe the questions and the share of words that each attack changes."""
         rates = {case.attack: list(find_text_attack(case.attack).rates) for case in self.cases}
         return {"rates": rates, **super().describe(measured)}
 

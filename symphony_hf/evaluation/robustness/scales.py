@@ -27,7 +27,7 @@ from .settings import AttackCase
 from .task import Measured, MetricReport
 
 SEED = 0
-"""Of the bootstrap."""
+"""Seed of the bootstrap."""
 
 
 class Perplexity(MetricReport[TextScores]):
@@ -38,7 +38,7 @@ class Perplexity(MetricReport[TextScores]):
     left alone, None where it left none or, of two models, where their tokens differ.
 
     Args:
-        names: Of the documents.
+        names: Names of the documents.
     """
 
     level, change, lower_is_better = "perplexity", "ratio", True

@@ -1,4 +1,4 @@
-"""An evaluation in the terminal."""
+"""Terminal tables, verdicts and summaries of a robustness evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -181,7 +181,7 @@ def summarize(measured: Mapping[str, Measured[Scores]], report: MetricReport[Sco
 
     Args:
         measured: By role: `model`, and `against` where there is one.
-        report: Of the scores.
+        report: Metric report that turns scores into intervals.
 
     Returns:
         `measure`: how to read the rest, see `MetricReport`. `models` by role: `clean`, and `attacks`, a row for
@@ -204,7 +204,7 @@ def compare_models(a: Measured[Scores], b: Measured[Scores], report: MetricRepor
     Args:
         a: The model that verdicts are about.
         b: The other one.
-        report: Of the scores.
+        report: Metric report that turns scores into intervals.
 
     Returns:
         `clean`: one level against the other. `attacks`: for each row the same of attacked examples, and of the

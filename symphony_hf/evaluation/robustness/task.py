@@ -1,4 +1,4 @@
-"""What a task is: examples prepared once, a way to score a model on them, and a report to tell the scores on."""
+"""Base classes of the evaluation tasks, their metric reports, and the store of finished measurements."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ class Store:
         self.folder = folder
 
     def load(self, label: str, identity: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-        """What was measured before; None where nothing was.
+        """Return an earlier measurement, or None.
 
         Warns:
             SymphonyWarning: If the file is damaged, which is then measured again.
@@ -70,8 +70,8 @@ class Measured(Generic[Scores]):
     """One model on all forms of the examples.
 
     Attributes:
-        clean: As they are.
-        attacked: Damaged.
+        clean: Scores on the clean examples.
+        attacked: Scores on each attacked form.
     """
 
     clean: Scores
@@ -79,12 +79,12 @@ class Measured(Generic[Scores]):
 
 
 class MetricReport(ABC, Generic[Scores]):
-    """How scores become numbers with intervals. All are entries of result.json.
+    """Conversion of scores to intervals for result.json.
 
     Attributes:
-        level: What is measured on one form; the entry of that name is its interval.
-        change: What an attack makes of it, attacked against clean; the entry of that name is its interval.
-        lower_is_better: Of the level, and of the two models' difference in it.
+        level: Name of the metric on one form; the entry of that name is its interval.
+        change: Name of the change from clean to attacked; the entry of that name is its interval.
+        lower_is_better: Whether a lower level is better.
         also: Further levels, entries of `also`.
     """
 
@@ -102,7 +102,7 @@ class MetricReport(ABC, Generic[Scores]):
         """Level and change of some attacked forms together, and `seeds`: the level of each seed."""
 
     def comparison(self, a: Measured[Scores], b: Measured[Scores]) -> dict[str, Any]:
-        """What is to be said of all comparisons of two models."""
+        """Return entries that apply to the comparison as a whole."""
         return {}
 
     @abstractmethod
@@ -119,7 +119,7 @@ class MetricReport(ABC, Generic[Scores]):
         return values if interval.null is None else values | {"verdict": interval.verdict(self.lower_is_better)}
 
     def describe(self) -> dict[str, Any]:
-        """How the result is to be read."""
+        """Describe the metric for readers of the result."""
         return {
             "level": self.level,
             "change": self.change,
@@ -135,12 +135,12 @@ class Task(ABC, Generic[Scores]):
 
     Args:
         settings: Which models, data and attacks.
-        store: What was measured before.
+        store: Earlier measurements.
 
     Attributes:
         models_under_test: The models, by role.
-        report: Of what is measured.
-        notes: What is to be said of the data.
+        report: Metric report that turns scores into intervals.
+        notes: Notes on the data, for the reader.
     """
 
     models_under_test: dict[str, ModelUnderTest]
@@ -155,7 +155,7 @@ class Task(ABC, Generic[Scores]):
         """One model on all forms; what is finished is kept if the process ends before the rest.
 
         Raises:
-            SymphonyError: If a number is not to be had.
+            SymphonyError: If a number could not be measured.
         """
 
     @abstractmethod

@@ -70,8 +70,8 @@ class TextMeasurer:
     Args:
         corpus: Documents and their attacked forms.
         block_size: Tokens of a window of clean text.
-        batch_size: Windows a forward.
-        store: What was measured before.
+        batch_size: Windows per forward pass.
+        store: Earlier measurements.
     """
 
     def __init__(self, corpus: AttackedCorpus, block_size: int, batch_size: int, store: Store) -> None:
@@ -187,7 +187,8 @@ class TextMeasurer:
         if checkpoint.max_tokens is not None and longest > checkpoint.max_tokens:
             raise ConfigError(
                 f"eval: {progress}: a window has {longest} tokens, and `{checkpoint.source}` takes "
-                f"{checkpoint.max_tokens}: set --block_size below {self.block_size}, so that the same words fit under attack"
+                f"{checkpoint.max_tokens}: set --block_size below {self.block_size}, so that the same words "
+                "fit under attack"
             )
         by_name = dict(zip(self.names, windows, strict=True))
         return list(score_tokens(checkpoint.model, by_name, batch_size=self.batch_size, progress=progress).values())

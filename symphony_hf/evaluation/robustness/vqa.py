@@ -53,7 +53,7 @@ class VisualTask(QuestionTask):
         self.report = Accuracy()
 
     def describe(self, measured: Any) -> dict[str, Any]:
-        """What was asked, and how it was answered."""
+        """Describe the questions and how they are answered."""
         answers = f"choosing among {len(self.choices)}" if self.choices else "in words"
         entries = super().describe(measured)
         return {"documents": entries["documents"] | {"answers": answers, "corruptions": self.version}}

@@ -77,7 +77,7 @@ class _Dropper(RouterReader):
     def _finish_without(
         self, without_TE: Tensor, first_T1: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What the router's head makes of logits without each token's first expert."""
+        """Compute the router\'s output for logits without each token\'s first expert."""
         result = self._finish(without_TE, args, kwargs)
         biases = self._biases(args, kwargs)
         # Without a logit an expert has no score, but a bias to choose by may be enough. One bias serves all tokens, so
@@ -113,7 +113,7 @@ class _Dropper(RouterReader):
         ]
 
     def _finish(self, logits_TE: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the router's head makes of given logits."""
+        """Compute the router\'s output for given logits."""
         router, contract = self.router, self.contract
         if not args:  # whatever the family calls its hidden states
             kwargs = dict(kwargs)

@@ -1,4 +1,4 @@
-"""What each expert makes of the same tokens: also of those that it is not chosen for."""
+"""Each expert\'s output on the same tokens, including those that it is not chosen for."""
 
 import functools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class ExpertSample:
     """The tokens that came to one layer's experts, and the experts, to be run on them.
 
     Args:
-        name: Of the layer's router.
+        name: Name of the layer's router.
         experts: The module.
         num_experts: E.
 
@@ -50,7 +50,7 @@ class ExpertSample:
         self._weight_type = weights.dtype
 
     def outputs(self) -> Iterator[Tensor]:
-        """What each expert makes of all sampled tokens, in order, with weight 1. Shape of each: (sampled, hidden)."""
+        """Each expert\'s output on all sampled tokens, in order, with weight 1. Shape of each: (sampled, hidden)."""
         assert self.hidden_TD is not None
         num_tokens, device = len(self.hidden_TD), self.hidden_TD.device
         # Another expert beside it, with weight 0: some families cannot do with one.
@@ -74,7 +74,7 @@ def sampling_experts(model: nn.Module, places: Tensor) -> Iterator[list[ExpertSa
     """Keep, in each MoE layer, some tokens of the forward that runs while this is entered.
 
     Args:
-        model: As in `routers_to_watch`.
+        model: Model, as in `routers_to_watch`.
         places: Of the tokens among all of the batch. Shape: (sampled,), int64.
 
     Yields:

@@ -69,7 +69,7 @@ def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     """Note what each router decides while this is entered.
 
     Args:
-        model: As in `routers_to_watch`.
+        model: Model, as in `routers_to_watch`.
 
     Yields:
         By router, one entry a call, in order: a layer that is gone through twice in a forward has two. Padding is in

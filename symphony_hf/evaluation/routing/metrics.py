@@ -36,7 +36,7 @@ _QUANTILES = (0.1, 0.5, 0.9)
 
 
 def coselection_graph(record: RoutingRecord, num_experts: int) -> Tensor:
-    """Which experts a text has chosen together: the social graph of its tokens. Shape: (num_experts, num_experts)."""
+    """Compute the co-selection graph of the tokens of a text. Shape: (num_experts, num_experts)."""
     return count_coselections(record.indices_TK, num_experts) / len(record.indices_TK)
 
 
@@ -44,9 +44,9 @@ def measure_layer(record: RoutingRecord, num_experts: int, texts: ObservedTexts)
     """One router on clean text.
 
     Args:
-        record: What it decided.
+        record: The router's decisions.
         num_experts: E.
-        texts: What it ran on.
+        texts: Texts that it ran on.
 
     Returns:
         `num_experts`, `top_k`; `load` (shares that sum to 1), `load_entropy`, `dead_experts` (numbers), `busiest` (the
@@ -126,9 +126,9 @@ def compare_attacked(
     Args:
         case: The attack.
         form: The attacked text.
-        clean: What the routers decided on clean text.
-        attacked: Likewise on the attacked.
-        texts: Of the tokens' classes.
+        clean: The routers' decisions on clean text.
+        attacked: The routers' decisions on attacked text.
+        texts: Texts with the tokens' classes.
 
     Returns:
         `attack`, `severity`, `seed`, `tokens`; `change_rate`: the share of choices that changed, over all layers, with
@@ -182,8 +182,8 @@ def compare_checkpoint(
 
     Args:
         source: The checkpoint.
-        records: What its routers decided.
-        final: What those of the last one decided.
+        records: Its routers' decisions.
+        final: Decisions of the last checkpoint's routers.
         graphs: Co-selection graph of each router of the last one. Shape of each: (num_experts, num_experts).
         learned: Its own learned graphs; empty where it has none.
 

@@ -49,7 +49,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         `learned/...`, `similarity/...`, each with the router's name, and `checkpoint/<number>/coselection/...`.
 
     Raises:
-        SymphonyError: If a model or the data is not to be had, or the checkpoints are not of one model.
+        SymphonyError: If a model or the data could not be loaded, or the checkpoints are not of one model.
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_file_place(output / RESULT, "routing")
@@ -83,15 +83,15 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
 
 
 class _Observation:
-    """What has been measured so far.
+    """Measurements so far.
 
     Args:
-        settings: Likewise.
-        texts: What models are run on.
+        settings: Settings of the command.
+        texts: Texts that models are run on.
 
     Attributes:
-        result: By the names of the result.
-        matrices: By their names in the file.
+        result: Entries of the result, by name.
+        matrices: Matrices by their name in the file.
     """
 
     def __init__(self, settings: RoutingSettings, texts: ObservedTexts) -> None:

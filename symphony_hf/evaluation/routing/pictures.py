@@ -39,7 +39,7 @@ def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw what `observe_routing` found, into the folder of its result.
 
     Args:
-        result: As in `result.json`.
+        result: Contents of `result.json`.
         folder: Where `matrices.safetensors` is, and the pictures go.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a model's routers choose for a text, and how much of it survives an attack on the text."""
+"""Routing decisions of a model on a text, and their stability when the text is attacked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .texts import Form
 
 @dataclass(frozen=True, eq=False)
 class RoutingStability:
-    """The share of routing choices that an attack left as they were, on the tokens that it left alone."""
+    """Share of expert choices that an attack leaves unchanged, on the tokens that it leaves alone."""
 
     share: float
     """Mean over layers, in [0, 1]. Choosing at random would keep K / E."""
@@ -34,7 +34,7 @@ class RoutingStability:
 
 
 class RoutingRecord(NamedTuple):
-    """What one router decided about every token.
+    """Decisions of one router for every token.
 
     Attributes:
         indices_TK: The experts chosen, sorted within a token. Shape: (tokens, top_k), int16.
@@ -48,7 +48,7 @@ class RoutingRecord(NamedTuple):
 def record_routing(
     model: nn.Module, windows: Windows, batch_size: int = 16, *, progress: str | None = None
 ) -> dict[str, RoutingRecord]:
-    """What every router of a model decides about every token.
+    """Record the decisions of every router of a model for every token.
 
     It is read where it is decided, off what each router returns (`watching.watching_routers`); so it takes no recorded
     router logits, and is right where a family adds a bias to choose by, or chooses groups of experts first.
@@ -57,8 +57,8 @@ def record_routing(
         model: Any that discovery knows, symphonized or not, and that takes `input_ids` and `attention_mask`. One that
             has an encoder and a decoder is given the same text in both.
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
-        batch_size: Windows a forward.
-        progress: What the progress bar says; no bar when None.
+        batch_size: Windows per forward pass.
+        progress: Label of the progress bar; no bar when None.
 
     Returns:
         By router, in the order of the modules, of all tokens of all documents in order. On the CPU: 2 * K + 4 bytes a
@@ -96,7 +96,7 @@ def _run(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
 
 
 def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
-    """What the routers decided in this forward, by the name that a record has; their lists are empty afterwards."""
+    """Take the routers\' decisions of this forward pass by record name, and empty their lists."""
     taken = []
     for name, calls in seen.items():
         taken += [(name if place == 0 else f"{name} (pass {place + 1})", routed) for place, routed in enumerate(calls)]
@@ -147,11 +147,11 @@ def routing_stability(
     has another context in both texts, for every model alike: compare models on the same windows.
 
     Args:
-        model: As in `record_routing`.
+        model: Model, as in `record_routing`.
         clean_windows: Token ids by document name, in windows without overlap.
         attacked_windows: The same of the attacked texts: the same names, the same tokenizer.
-        batch_size: Windows a forward.
-        progress: What the progress bars say, before "clean" and "attacked"; no bars when None.
+        batch_size: Windows per forward pass.
+        progress: Label of the progress bars, before "clean" and "attacked"; no bars when None.
 
     Returns:
         The share of choices kept. Exactly 1 where the documents are identical.
@@ -177,7 +177,7 @@ def routing_stability(
 
 
 def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[str, RoutingRecord]:
-    """What each router decided about the documents' tokens, without those that are given in front of windows."""
+    """Record each router\'s decisions for the documents\' tokens, without the given first token of each window."""
     recorded = record_routing(model, form.windows, batch_size, progress=progress)
     kept = torch.from_numpy(form.kept_rows())
     return {name: RoutingRecord(*(part[kept] for part in record)) for name, record in recorded.items()}
@@ -234,7 +234,7 @@ def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int
 
 @contextmanager
 def or_why_not(unavailable: dict[str, str], name: str) -> Iterator[None]:
-    """Have what a model cannot be measured on noted with its reason, and go on without."""
+    """Record the reason if a measurement is not supported, and continue."""
     try:
         yield
     except UnsupportedModelError as error:

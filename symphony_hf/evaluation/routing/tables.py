@@ -1,4 +1,4 @@
-"""An observation in the terminal."""
+"""Terminal tables of routing diagnostics."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +35,7 @@ def print_observation(result: Mapping[str, Any], console: Console | None = None)
 
 
 def findings(result: Mapping[str, Any]) -> list[str]:
-    """What there is to say beside the tables, a sentence each."""
+    """Return the findings that the tables do not show, one sentence each."""
     sentences = []
     dropped = result["drop_first"]
     if dropped is not None:

@@ -51,8 +51,8 @@ class Form:
     """All documents in one form, as windows.
 
     Attributes:
-        windows: By document name. Shape of each: (2 or more,), int64.
-        num_tokens: Of each document, the given ones not counted.
+        windows: Windows by document name. Shape of each: (2 or more,), int64.
+        num_tokens: Number of tokens of each document, without the given first tokens.
     """
 
     windows: dict[str, list[Tensor]]
@@ -87,13 +87,13 @@ class AttackedForm:
 
 @dataclass(frozen=True)
 class ObservedTexts:
-    """What a model is run on.
+    """Texts that models are run on.
 
     Attributes:
-        source: What was read.
-        num_words: Of all clean documents.
+        source: Description of the data source.
+        num_words: Number of words in all clean documents.
         clean: The documents as they are.
-        attacked: Their attacked forms.
+        attacked: Attacked form of the documents for each attack case.
         domains: Names of the domains.
         domain: The number of each clean token's domain. Shape: (tokens,).
         token_class: The number in `CLASS_NAMES` of each clean token's class. Shape: (tokens,).

@@ -1,4 +1,4 @@
-"""What a trained cell makes of the test text, clean and attacked."""
+"""Perplexity and routing of a trained model on clean and attacked test text."""
 
 import math
 from typing import Any, NamedTuple
