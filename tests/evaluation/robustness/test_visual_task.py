@@ -250,7 +250,7 @@ def test_the_tasks_and_their_attacks_have_the_same_names(untrained, tmp_path):
     settings = make_settings(untrained, tmp_path, attacks=("all-images",), severities=(1, 3))
     assert settings.attacks == tuple(IMAGE_ATTACKS)
     random = sum(attack.is_random for attack in IMAGE_ATTACKS.values())
-    assert len(settings.cells()) == 2 * (2 * random + len(IMAGE_ATTACKS) - random)
+    assert len(settings.cases()) == 2 * (2 * random + len(IMAGE_ATTACKS) - random)
 
 
 def test_what_cannot_be_asked_is_refused(untrained, processor, tmp_path, monkeypatch):
