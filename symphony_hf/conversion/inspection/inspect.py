@@ -110,7 +110,7 @@ def _parts_table(inspection: Inspection) -> Table:
 
 def _types_table(types: list[TypeCount]) -> Table:
     parameters, size = sum(count.parameters for count in types), sum(count.bytes for count in types)
-    rows = [
+    rows: list[list[TableCell | str]] = [
         [
             count.type,
             TableCell(f"{count.parameters:,}", count.parameters),
