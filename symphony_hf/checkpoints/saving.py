@@ -34,6 +34,18 @@ def native_aux_losses(disabled_losses: list[tuple[Any, str, float]]) -> Iterator
             holder.__dict__[name] = 0.0
 
 
+@contextlib.contextmanager
+def without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Take the graph settings out of a model's config and those inside it, while a plain config is written."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    kept = [(config, config.__dict__.pop("symphony")) for config in configs.values() if "symphony" in config.__dict__]
+    try:
+        yield
+    finally:
+        for config, settings in kept:
+            config.symphony = settings
+
+
 def restore_losses(disabled_losses: list[tuple[Any, str, float]]) -> list[tuple[Any, str]]:
     """Give back the weights that are still silent, and say which: one that was set since then is what is wanted."""
     restored = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from symphony_hf.checkpoints.saving import mark_architectures, native_aux_losses
+from symphony_hf.checkpoints.saving import mark_architectures, native_aux_losses, without_settings
 from symphony_hf.errors import UNREADABLE, FoldError, PatchError
 from symphony_hf.files import weight_files_of
 from symphony_hf.patching.families.substitution import linear_of
@@ -107,10 +107,8 @@ def export_folded(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
-    settings = model.config.symphony
     try:
-        del model.config.symphony
-        with native_aux_losses(tracker_of(model).disabled_losses):
+        with without_settings(model), native_aux_losses(tracker_of(model).disabled_losses):
             type(model).save_pretrained(model, unfinished, state_dict=state, max_shard_size=max_shard_size)
         if getattr(model.config, "upcycled", None) is not None and (unfinished / "config.json").exists():
             mark_architectures(unfinished / "config.json")  # its experts are of no family that others know
@@ -118,7 +116,6 @@ def export_folded(
             _save_tokenizer(model, unfinished, tokenizer)
             _replace_checkpoint(directory, unfinished)
     finally:
-        model.config.symphony = settings
         shutil.rmtree(unfinished)
     model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
     return directory
