@@ -303,6 +303,9 @@ def test_save_and_load(case, tmp_path):
     for name in ("symphony", "architectures", "auto_map"):
         ours.pop(name, None)
         stock.pop(name, None)
+    for part in ours.values():
+        if isinstance(part, dict):
+            part.pop("symphony", None)  # so that the language model can be loaded alone, with its graphs
     assert ours == stock  # the weight of the model's own balance loss, too
 
 

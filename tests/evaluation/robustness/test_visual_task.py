@@ -111,10 +111,10 @@ def naive_log_probs(model, processor, text, image, answers):
 @pytest.mark.parametrize("cell", [None, ("contrast", 5, 0), ("shot_noise", 5, 1)])
 def test_chosen_answers_are_those_of_the_processor_by_hand(trained, tmp_path, processor, cell):
     task = open_task(make_settings(trained, tmp_path), Store(tmp_path))
-    found = next(own for own in (None, *task.cells) if own == cell)
+    found = next(own for own in (None, *task.cases) if own == cell)
     chosen = task.choose("model", found)["chosen"]
     assert task.choices == sorted({example.answer for example in task.examples})
-    model = task.subjects["model"].model
+    model = task.models_under_test["model"].model
     for example, number in zip(task.examples, chosen, strict=True):
         scores = naive_log_probs(model, processor, *by_hand(processor, example, cell), task.choices)
         # float32 sums over padded rows, in another order: the chosen one is the best, or as good.
@@ -123,10 +123,10 @@ def test_chosen_answers_are_those_of_the_processor_by_hand(trained, tmp_path, pr
 
 def test_free_answers_are_those_of_generate(trained, tmp_path, processor):
     task = open_task(make_settings(trained, tmp_path, answers="free", max_new_tokens=9), Store(tmp_path))
-    kept = task.choose("model", task.cells[0])
-    model, end = task.subjects["model"].model, processor.tokenizer.eos_token_id
+    kept = task.choose("model", task.cases[0])
+    model, end = task.models_under_test["model"].model, processor.tokenizer.eos_token_id
     for place, example in enumerate(task.examples):
-        text, image = by_hand(processor, example, task.cells[0])
+        text, image = by_hand(processor, example, task.cases[0])
         inputs = processor(text=text, images=image, return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=9, do_sample=False, eos_token_id=end, pad_token_id=end)
         answer = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
