@@ -17,6 +17,7 @@ from symphony_hf.patching.symphonize import is_symphonized
 
 from .callback import SymphonyCallback
 from .launch import Ask, check_launch, strategy_of
+from .router_losses import with_router_losses
 from .trainer import ResumableTrainer, resumable_sft_trainer
 
 _SHOWN = {"loss": "loss", "eval_loss": "validation", "symphony/balance_loss": "balance"}
@@ -83,7 +84,7 @@ def train(
         CheckpointError: If a checkpoint cannot be written, or the one to go on from is of another model.
     """
     is_sft = any(kind.__name__ == "SFTConfig" for kind in type(arguments).__mro__)
-    trainer = (resumable_sft_trainer() if is_sft else ResumableTrainer)(
+    trainer = with_router_losses(resumable_sft_trainer() if is_sft else ResumableTrainer)(
         model,
         arguments,
         train_dataset=train_data,

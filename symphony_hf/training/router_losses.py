@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from transformers import Trainer
 
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import ConfigError, PatchError
 from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.symphonize import is_symphonized
 
@@ -14,22 +14,23 @@ TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])
 
 
 def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
-    """Return a trainer class whose loss starts the balance and z-loss, whatever the loss is computed from.
+    """Return a trainer class that adds the balance and z-loss to the loss from its `compute_loss`.
 
-    A Trainer that lets the model compute the loss from `labels` needs nothing: the losses are tied to it already, and
-    this class leaves it at that. Trainers that make their loss of logits or log-probabilities, as TRL's for DPO, KTO,
-    GRPO and reward models do, and Trainer with `label_smoothing_factor`, do need it:
+    Trainers that let the model compute the loss from `labels` do not need it, and keep their results with it. Trainers
+    that compute a loss from logits or log-probabilities do: TRL's for DPO, KTO, GRPO and reward models, and Trainer
+    with `label_smoothing_factor`.
 
         trainer = with_router_losses(DPOTrainer)(model, args=..., callbacks=[SymphonyCallback()])
 
     Args:
-        trainer_class: A class with the `compute_loss` of transformers' Trainer.
+        trainer_class: Subclass of transformers' Trainer.
 
     Returns:
-        A subclass with the same name. For a model that is not symphonized it behaves like the given class.
+        A subclass with the same name. A model that is not symphonized trains as with the given class.
 
     Raises:
         ConfigError: If the class has no `compute_loss`.
+        PatchError: In the first training step, if the class computes its loss elsewhere.
     """
     if not isinstance(trainer_class, type) or not hasattr(trainer_class, "compute_loss"):
         raise ConfigError(
@@ -39,19 +40,44 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
 
     @functools.wraps(trainer_class.compute_loss)
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self._has_computed_loss = True
         result = trainer_class.compute_loss(self, model, inputs, return_outputs=return_outputs, **kwargs)
-        loss = result[0] if return_outputs else result
-        loss = _record(model, loss)
-        return (loss, *result[1:]) if return_outputs else loss
+        if not (model.training and is_symphonized(model)):
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        tracker = tracker_of(model)
+        if not tracker.state.recorded_in_forward:  # otherwise the model's own loss starts the router losses
+            loss = tracker.record_loss(loss, _share_of_step(self, kwargs.get("num_items_in_batch")))
+        return (loss, *outputs) if return_outputs else loss
 
-    namespace = {"compute_loss": compute_loss, "__module__": trainer_class.__module__, "__doc__": trainer_class.__doc__}
+    @functools.wraps(trainer_class.training_step)
+    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self._has_computed_loss = False
+        loss = trainer_class.training_step(self, model, *args, **kwargs)
+        if not self._has_computed_loss and is_symphonized(model):
+            raise PatchError(
+                f"with_router_losses: {trainer_class.__name__} computes its loss in `training_step`, without "
+                "`compute_loss`: call `symphony_hf.add_router_losses(model, loss)` there before backward, or set "
+                "`balance_loss_weight` and `z_loss_weight` to 0 and use the class as it is"
+            )
+        return loss
+
+    namespace = {
+        "compute_loss": compute_loss,
+        "training_step": training_step,
+        "__module__": trainer_class.__module__,
+        "__doc__": trainer_class.__doc__,
+    }
     return type(trainer_class.__name__, (trainer_class,), namespace)  # type: ignore[return-value]
 
 
-def _record(model: Any, loss: Tensor) -> Tensor:
-    if not is_symphonized(model):
-        return loss
-    tracker = tracker_of(model)
-    # In a forward that recorded its own loss, these losses start there: once more would double them.
-    is_recorded = tracker.state.recorded_in_forward
-    return tracker.record_loss(loss) if model.training and not is_recorded else loss
+def _share_of_step(trainer: Trainer, num_items_in_batch: Any) -> float:
+    """Return this micro-batch's share of the optimizer step if `compute_loss` has applied it to the main loss.
+
+    The conditions are those of `Trainer.training_step`, which otherwise divides all losses by the accumulation steps.
+    """
+    is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # new in transformers 5.19
+    if is_scaled is None:
+        accepts_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        is_scaled = accepts_items or trainer.compute_loss_func is not None
+    return 1 / trainer.current_gradient_accumulation_steps if is_scaled else 1.0

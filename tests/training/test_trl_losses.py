@@ -11,6 +11,8 @@ from models import make_ids, make_model, move_graphs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -19,11 +21,21 @@ from trl import (
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from symphony_hf import ConfigError, PatchError, SymphonyCallback, symphonize, with_router_losses
+from symphony_hf.training.fit import train
 
 WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(str, range(92))])}
 NUMBERS = [str(i) for i in range(16)]
@@ -44,23 +56,42 @@ DATA = {
     "reward": [{"chosen": f"{i} 3 4", "rejected": f"{i} 9"} for i in NUMBERS],
     "sft": [{"text": f"{i} 3 4 5"} for i in NUMBERS],
     "grpo": [{"prompt": f"{i} "} for i in NUMBERS],
+    "gkd": [{"messages": [{"role": "user", "content": i}, {"role": "assistant", "content": "3 4"}]} for i in NUMBERS],
+    "tpo": [{"prompt": f"{i} ", "chosen": f"{i} 3", "rejected": "9", "reference": "4"} for i in NUMBERS],
+    "sdft": [{"prompt": f"{i} ", "privileged_context": "3 4"} for i in NUMBERS],
 }
+DATA |= dict.fromkeys(("rloo", "gmpo", "distillation", "online"), DATA["grpo"]) | dict.fromkeys(
+    ("cpo", "orpo"), DATA["dpo"]
+)
+GENERATES = {"num_generations": 2, "max_completion_length": 4}
 TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig, {}),
     "kto": (KTOTrainer, KTOConfig, {}),
     "reward": (RewardTrainer, RewardConfig, {}),
     "sft": (SFTTrainer, SFTConfig, {"loss_type": "dft"}),
-    "grpo": (GRPOTrainer, GRPOConfig, {"num_generations": 2, "max_completion_length": 4}),
+    "grpo": (GRPOTrainer, GRPOConfig, GENERATES),
+    "rloo": (RLOOTrainer, RLOOConfig, {**GENERATES, "beta": 0.0}),
+    "gmpo": (GMPOTrainer, GMPOConfig, GENERATES),
+    "distillation": (DistillationTrainer, DistillationConfig, {"max_completion_length": 4}),
+    "gkd": (GKDTrainer, GKDConfig, {"max_new_tokens": 4}),
+    "cpo": (CPOTrainer, CPOConfig, {"max_length": 16}),
+    "orpo": (ORPOTrainer, ORPOConfig, {"max_length": 16}),
+    "tpo": (TPOTrainer, TPOConfig, {}),
+    "sdft": (SDFTTrainer, SDFTConfig, {**GENERATES, "teacher_model_kind": "live", "distillation_topk": 8}),
 }
+REWARDED = ("grpo", "rloo", "gmpo", "online")
+TAUGHT = ("distillation", "gkd")
 
 
 @pytest.fixture
 def tokenizer():
     raw = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
 
 
 def model_for(kind, **settings):
@@ -79,10 +110,12 @@ def trained(kind, wrap, tokenizer, tmp_path, **settings):
     model = model_for(kind, **settings)
     arguments = config_class(output_dir=str(tmp_path / "out"), **COMMON, **extra)
     more = {}
-    if kind == "grpo":
+    if kind in REWARDED:
         more["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
     if kind in ("dpo", "kto"):
         more["ref_model"] = model_for(kind, **settings)
+    if kind in TAUGHT:
+        more["teacher_model"] = make_model("olmoe", seed=1, experts="eager")
     trainer = (with_router_losses(trainer_class) if wrap else trainer_class)(
         model,
         args=arguments,
@@ -129,6 +162,41 @@ def test_label_smoothing_gets_them_and_plain_trainer_gets_them_once(tmp_path):
     with pytest.warns(UserWarning, match="with_router_losses"):
         unsmoothed = gate(Trainer, 0.1)
     assert not torch.equal(gate(wrapped, 0.1), unsmoothed)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_that_goes_past_compute_loss_is_refused(tokenizer, tmp_path):
+    TRAINERS["online"] = (OnlineDPOTrainer, OnlineDPOConfig, {"max_new_tokens": 4})
+    with pytest.raises(PatchError, match="OnlineDPOTrainer computes its loss in `training_step`"):
+        trained("online", True, tokenizer, tmp_path)
+
+
+def test_a_recipe_with_label_smoothing_gets_them(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no", disable_tqdm=True,
+        label_smoothing_factor=0.1, dataloader_pin_memory=False, logging_steps=1,
+    )  # fmt: skip
+    trainer = train(symphonize(make_model()), rows, None, arguments)
+    assert "symphony/balance_loss" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_accumulation_does_not_multiply_them(smoothing, tmp_path):
+    """The z-loss is a mean over tokens: four micro-batches of one row are worth one of four."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
+
+    def gate(micro_batch):
+        model = symphonize(make_model(), balance_loss_weight=0.0, z_loss_weight=1.0)
+        arguments = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no", disable_tqdm=True, optim="sgd",
+            label_smoothing_factor=smoothing, dataloader_pin_memory=False, learning_rate=0.1, max_grad_norm=0.0,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=4 // micro_batch,
+        )  # fmt: skip
+        with_router_losses(Trainer)(model, arguments, train_dataset=rows, callbacks=[SymphonyCallback()]).train()
+        return model.model.layers[0].mlp.gate.weight.detach()
+
+    torch.testing.assert_close(gate(1), gate(4))
 
 
 def test_what_is_no_trainer_class_is_refused():
