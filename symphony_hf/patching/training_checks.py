@@ -68,6 +68,10 @@ def num_differing(graphs: Sequence[ExpertGraph], device: torch.device) -> int:
     return int((highest != lowest).sum())
 
 
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 class Stack(Protocol):
     """What the checks read of a decoder stack's counter."""
 
@@ -123,7 +127,7 @@ class TrainingChecks:
             routers = [(names.get(id(router), "router"), router) for c in counters for router in c.routers]
             self.check_optimizers(state, routers, (p for counter in counters for p in counter.owner.parameters()))
         if config.weighs_losses:
-            self._check_losses([router for counter in counters for router in counter.routers], state.loss_recorded)
+            self._check_losses(counters, state.loss_recorded)
 
     def after_commit(self) -> None:
         """Warn about skipped updates, where reading their number does not wait for a device."""
@@ -179,18 +183,24 @@ class TrainingChecks:
                 "which therefore stay as they are: make it after `symphonize`, or freeze them"
             )
 
-    def _check_losses(self, routers: list[Any], loss_recorded: bool) -> None:
-        if not any(parameter.requires_grad for router in routers for parameter in router.parameters()):
-            self.warn_once(
-                "every router is frozen, so the balance and z-loss train only what is below them: train the routers "
-                "(with PEFT: `lora_config(model, router='train')`), or set `balance_loss_weight` and `z_loss_weight` "
-                "to 0"
-            )
+    def _check_losses(self, counters: Sequence[Stack], loss_recorded: bool) -> None:
+        if not any(_is_trained(router) for counter in counters for router in counter.routers):
+            self._check_frozen_routers([counter.owner for counter in counters])
         if not loss_recorded:
             self.warn_once(
                 "this loop computes its own loss, so the balance and z-loss did not reach the routers. Pass the loss "
                 "through `loss = symphony_hf.add_router_losses(model, loss)` before backward, train with "
                 "`symphony_hf.with_router_losses(TrainerClass)`, or set `balance_loss_weight` and `z_loss_weight` to 0"
+            )
+
+    def _check_frozen_routers(self, stacks: list[nn.Module]) -> None:
+        """Warn unless adapters are trained in the stacks: these freeze all base weights, routers too, by design."""
+        is_trained = any(map(_is_trained, stacks))
+        if not is_trained or not any(map(is_adapted, stacks)):
+            effect = "train only what is below them" if is_trained else "have no effect, as all below them is frozen"
+            self.warn_once(
+                f"every router is frozen, so the balance and z-loss {effect}: train the routers (with PEFT: "
+                "`lora_config(model, router='train')`), or set `balance_loss_weight` and `z_loss_weight` to 0"
             )
 
     def check_idle_routers(self, counters: Sequence[Stack], pending: Sequence[Observations]) -> None:

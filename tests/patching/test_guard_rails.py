@@ -65,13 +65,20 @@ def test_frozen_routers_are_named():
     assert step(without)  # nothing to warn about: no loss was meant for them
 
 
-def test_an_adapter_that_leaves_the_routers_frozen_is_named():
+def test_routers_that_an_adapter_freezes_by_design_are_not_named():
     peft = pytest.importorskip("peft")
-    settings = {"target_modules": ["q_proj"], "modules_to_save": ["symphony"]}
-    model = peft.get_peft_model(symphonize(make_model()), peft.LoraConfig(**settings)).train()
-    warned_once(lambda: step(model), "every router is frozen, .* train the routers")
-    model = symphonize(make_model())
-    assert step(peft.get_peft_model(model, lora_config(model, router="train")).train())
+    for router in ("graph", "train"):
+        model = symphonize(make_model())
+        assert step(peft.get_peft_model(model, lora_config(model, router=router)).train())
+    by_hand = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["symphony"])
+    assert step(peft.get_peft_model(symphonize(make_model()), by_hand).train())
+
+
+def test_router_losses_that_train_nothing_are_named():
+    peft = pytest.importorskip("peft")
+    head_alone = peft.LoraConfig(target_modules=["lm_head"], modules_to_save=["symphony"])
+    model = peft.get_peft_model(symphonize(make_model()), head_alone).train()
+    warned_once(lambda: step(model), "every router is frozen, .* have no effect, .* train the routers")
 
 
 def test_an_optimizer_of_a_loop_of_ones_own_without_the_routers_is_named():
