@@ -10,6 +10,9 @@ from symphony_hf.errors import ConfigError, nearest
 MODELING = "symphony_hf.models.wikitext.modeling"
 """Registers the models with transformers' Auto classes. Importing it takes seconds, so the first config does it."""
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the memory in arguments and outputs: since transformers 5.24, and before."""
+
 RouterType = Literal["linear", "cosine", "smooth"]
 
 
@@ -46,7 +49,7 @@ class WikiTextMoeConfig(PreTrainedConfig):
     """
 
     model_type = "wikitext_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     attribute_map = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 267_735

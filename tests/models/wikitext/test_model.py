@@ -1,14 +1,18 @@
 """The WikiText model against loops, in its forms; read in blocks, generated from, saved, and with graphs."""
 
+import logging
+from unittest import mock
+
 import pytest
 import torch
 from naive import forward
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import find_labels
 
 from symphony_hf import ConfigError, expert_graphs, fold, symphonize, update_graphs
 from symphony_hf.models.wikitext import vocabulary
-from symphony_hf.models.wikitext.configuration import WikiTextMoeConfig
+from symphony_hf.models.wikitext.configuration import CACHE_NAMES, WikiTextMoeConfig
 from symphony_hf.models.wikitext.modeling import WikiTextMoeForCausalLM
 
 FORMS = {
@@ -43,6 +47,10 @@ def words(rows=1, length=11, seed=0):
     return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def memory_of(output):
+    return next(output[name] for name in output if name in CACHE_NAMES)
+
+
 def test_the_published_sizes():
     with torch.device("meta"):
         model = WikiTextMoeForCausalLM(WikiTextMoeConfig())
@@ -73,16 +81,16 @@ def test_blocks_with_memory_are_the_whole_stream(form, with_grad):
     with torch.set_grad_enabled(with_grad):
         whole, memory, parts = model(ids, use_cache=False).logits, None, []
         for block in ids.split([8, 5, 11], dim=1):
-            output = model(block, past_key_values=memory, use_cache=True)
-            memory = output.past_key_values
+            output = model(block, cache=memory, use_cache=True)
+            memory = memory_of(output)
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_that_begins_anew_forgets():
     model, first, second = make(), words(rows=2, seed=1), words(rows=2, seed=2)
-    memory = model(first, use_cache=True).past_key_values
-    logits = model(second, past_key_values=memory, continues=torch.tensor([True, False])).logits
+    memory = memory_of(model(first, use_cache=True))
+    logits = model(second, cache=memory, continues=torch.tensor([True, False])).logits
     alone = model(second, use_cache=False).logits
     torch.testing.assert_close(logits[1], alone[1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(logits[0], alone[0], atol=1e-3)
@@ -90,7 +98,7 @@ def test_a_row_that_begins_anew_forgets():
 
 def test_gradients_end_at_the_block():
     model = make().train()
-    memory = model(words(seed=1), use_cache=True).past_key_values
+    memory = memory_of(model(words(seed=1), use_cache=True))
     assert all(not states.requires_grad for states in memory.states)
 
 
@@ -104,15 +112,34 @@ def test_padding_is_nothing():
 
 
 @pytest.mark.parametrize("form", ["SMoE", "XMoE"])
-def test_greedy_generation_is_the_argmax_of_whole_forwards(form):
+def test_generation_computes_the_logits_of_whole_forwards(form):
+    """By the argmax alone, a model that ignores its memory could pass."""
     model, ids = make(form), words(length=5)
-    generated = model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
-    expected = ids
+    settings = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    generated = model.generate(ids, max_new_tokens=9, **settings)
     with torch.no_grad():
-        for _ in range(9):
-            best = model(expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-            expected = torch.cat([expected, best], dim=1)
-    assert torch.equal(generated, expected)
+        whole = model(generated.sequences, use_cache=False).logits[:, 4:-1]
+    torch.testing.assert_close(torch.stack(generated.logits, dim=1), whole, atol=1e-5, rtol=1e-5)
+    assert torch.equal(generated.sequences[:, 5:], whole.argmax(-1))
+
+
+def test_the_memory_has_the_name_that_this_version_of_transformers_gives_it():
+    """Its own outputs and models must not need the other name, which a version with both logs as deprecated."""
+    model, ids = make(), words()
+    with mock.patch.object(logging.getLogger("transformers.utils.generic"), "warning") as warning:
+        output = model(ids, use_cache=True)
+        model.generate(ids, max_new_tokens=2, pad_token_id=0)
+    assert not warning.called
+    assert [name for name in output if name in CACHE_NAMES] == [name for name in ALL_CACHE_NAMES if name in CACHE_NAMES]
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@torch.no_grad()
+def test_the_memory_is_taken_by_either_name(name):
+    model, ids = make(), words(length=9)
+    memory = memory_of(model(ids[:, :6], use_cache=True))
+    logits = model(ids[:, 6:], **{name: memory}).logits
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, 6:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
