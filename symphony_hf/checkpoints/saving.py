@@ -2,18 +2,16 @@
 
 import contextlib
 import copy
-import json
+import functools
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from symphony_hf.files import write_json
 
 from .folder import open_folder
 from .provenance import Origin, hub_name
@@ -21,17 +19,6 @@ from .upload import publish
 
 ARCHITECTURE_PREFIX = "Symphony"
 """Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
-
-
-@contextlib.contextmanager
-def native_aux_losses(disabled_losses: list[tuple[Any, str, float]]) -> Iterator[None]:
-    """Give a model and its config the weights of its own router losses back, while its config is written."""
-    restored = restore_losses(disabled_losses)
-    try:
-        yield
-    finally:
-        for holder, name in restored:
-            holder.__dict__[name] = 0.0
 
 
 @contextlib.contextmanager
@@ -46,32 +33,15 @@ def without_settings(model: PreTrainedModel) -> Iterator[None]:
             config.symphony = settings
 
 
-def restore_losses(disabled_losses: list[tuple[Any, str, float]]) -> list[tuple[Any, str]]:
-    """Give back the weights that are still silent, and say which: one that was set since then is what is wanted."""
-    restored = []
-    for holder, name, weight in disabled_losses:
-        if holder.__dict__.get(name) == 0.0:
-            holder.__dict__[name] = weight
-            restored.append((holder, name))
-    return restored
-
-
 class SymphonySaver:
-    """`save_pretrained` of a Symphony model, or of one inside it: transformers' own, and what is ours in config.json.
+    """`save_pretrained` of a Symphony model, or of a model inside it.
 
     Args:
-        model: Whose.
-        settings: Of the graph, for a model whose own config does not have them (LLaVA's language model, say). None for
-            a model without graphs that is upcycled, which other software does not know either.
-        disabled_losses: (holder, name, weight) of each native router loss; a saved config has it at its weight.
+        model: The model to save.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, settings: dict[str, Any] | None, disabled_losses: list[tuple[Any, str, float]]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.settings = settings
-        self.disabled_losses = disabled_losses
 
     def __call__(
         self,
@@ -85,22 +55,10 @@ class SymphonySaver:
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             # Trainer resumes without the conversion to and from the names on the Hub, and would lose the experts.
             kwargs.setdefault("save_original_format", False)
-        has_settings = self.settings is None or hasattr(self.model.config, "symphony")
-        if not has_settings:
-            self.model.config.symphony = self.settings
-        try:
-            with native_aux_losses(self.disabled_losses):
-                result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
-        finally:
-            if not has_settings:
-                del self.model.config.symphony
+        result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
         # Every rank of a tensor-parallel model calls this as the main process; transformers writes on the first.
-        if not self.model.should_save_on_this_rank(is_main_process):
-            return result
-        if (folder / "config.json").exists():
-            mark_architectures(folder / "config.json")
-        if push_to_hub:
-            # Not by the call above: it would upload config.json before it is marked.
+        if push_to_hub and self.model.should_save_on_this_rank(is_main_process):
+            # Not by the call above, which would upload no model card.
             known = ("token", "commit_message", "private", "create_pr", "revision", "max_shard_size", "tags")
             settings = {name: kwargs[name] for name in known if name in kwargs}
             self.model.push_to_hub(kwargs.get("repo_id", folder.name), **settings)
@@ -108,10 +66,10 @@ class SymphonySaver:
 
 
 def mark_savers(model: Any) -> None:
-    """Have a model whose config records upcycled modules, and those inside it, saved so that others do not load it."""
+    """Give a model whose config records upcycled modules, and the models inside it, a `SymphonySaver`."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module.config, "upcycled", None) is not None:
-            module.save_pretrained = SymphonySaver(module, None, [])  # type: ignore[method-assign]
+            module.save_pretrained = SymphonySaver(module)  # type: ignore[method-assign]
             module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
 
 
@@ -170,14 +128,37 @@ def own_config(model: PreTrainedModel) -> None:
                 holder.config = copies[id(config)]  # type: ignore[union-attr]
 
 
-def mark_architectures(config_file: Path) -> None:
-    """Have a saved config not taken for a stock model's by software that does not know us."""
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    names = config.get("architectures") or []
-    config["architectures"] = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names]
-    # TRL looks into it, by attribute, when it does not know an architecture, and then takes AutoModelForCausalLM.
-    config.setdefault("auto_map", {})
-    write_json(config_file, config)
+def wrap_to_json_file(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the method by which every config is written, so that a Symphony model's is marked, whoever writes it.
+
+    Software that does not know us must not mistake such a config for a stock model's.
+    """
+
+    @functools.wraps(original)
+    def to_json_file(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "symphony", None) is None and getattr(self, "upcycled", None) is None:
+            return original(self, *args, **kwargs)
+        with _marked(self):
+            return original(self, *args, **kwargs)
+
+    to_json_file._symphony_wrap = True  # type: ignore[attr-defined]
+    return to_json_file
+
+
+@contextlib.contextmanager
+def _marked(config: Any) -> Iterator[None]:
+    names = config.architectures
+    config.architectures = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names or ()]
+    # TRL reads it, by attribute, when it does not know an architecture, and then takes AutoModelForCausalLM.
+    has_map = hasattr(config, "auto_map")
+    if not has_map:
+        config.auto_map = {}
+    try:
+        yield
+    finally:
+        config.architectures = names
+        if not has_map:
+            del config.auto_map
 
 
 def unmark_architectures(config: PreTrainedConfig) -> None:

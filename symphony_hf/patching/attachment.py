@@ -1,6 +1,7 @@
 """What surrounds patched routers in their model: hooks on the decoder stacks, the loss function, `save_pretrained`."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,19 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from symphony_hf.checkpoints.saving import SymphonyPusher, SymphonySaver, mark_savers, restore_losses
+from symphony_hf.checkpoints.saving import SymphonyPusher, SymphonySaver, mark_savers
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import ConfigError, PatchError
 from symphony_hf.patching.families.discovery import FoundRouter
 
 from .counting import CoselectionCounter
+from .native_losses import switch_off_native_losses
 from .tracker import Tracker
-
-_OWN_LOSSES = {
-    ("router_aux_loss_coef", "aux_loss_coef"): "balance_loss_weight",
-    ("router_z_loss_coef",): "z_loss_weight",
-}
-"""A model's own weights of losses that ours takes the place of, by the setting of ours."""
 
 
 def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:
@@ -71,19 +67,32 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
 def _attach_to_pretrained(
     model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any], tracker: Tracker
 ) -> None:
-    for names, weight in _OWN_LOSSES.items():
-        if getattr(tracker.config, weight) > 0:
-            _silence_own_loss(model, tracker, names)
+    tracker.handles.extend(switch_off_native_losses(model, tracker.config))
     if getattr(model, "loss_type", None) is not None:
         tracker.own_loss = model.__dict__.get("_loss_function")
         model.loss_function = RecordedLoss(model.loss_function, tracker)
     patched = {id(router.module) for router in found}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
-            module.save_pretrained = SymphonySaver(module, settings, tracker.disabled_losses)  # type: ignore[method-assign]
+            tracker.named_configs.extend(_mark_config(module, settings))
+            module.save_pretrained = SymphonySaver(module)  # type: ignore[method-assign]
             module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
+
+
+def _mark_config(model: PreTrainedModel, settings: dict[str, Any]) -> Iterator[Any]:
+    """Write the settings into a model's config, and the class where none is named, as `save_pretrained` would.
+
+    A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
+
+    Yields:
+        The config, if it named no class.
+    """
+    model.config.symphony = dict(settings)
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
+        yield model.config
 
 
 def detach(module: nn.Module) -> None:
@@ -99,13 +108,13 @@ def detach(module: nn.Module) -> None:
             del part.save_pretrained
             del part.push_to_hub
     mark_savers(module)
-    restore_losses(tracker.disabled_losses)
+    for config in tracker.named_configs:
+        config.architectures = None
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:
             module._loss_function = tracker.own_loss
     tracker.counters.clear()
-    tracker.disabled_losses.clear()
     if isinstance(module, PreTrainedModel):
         strict = module.__dict__["_keep_in_fp32_modules_strict"]
         module.__dict__["_keep_in_fp32_modules_strict"] = strict - {"symphony"}
@@ -141,23 +150,6 @@ def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> No
 def _mask_position(owner: nn.Module) -> int | None:
     names = list(inspect.signature(owner.forward).parameters)
     return names.index("attention_mask") if "attention_mask" in names else None
-
-
-def _silence_own_loss(model: PreTrainedModel, tracker: Tracker, names: tuple[str, ...]) -> None:
-    """The model's own auxiliary loss would be a second one; its value is still computed where it is asked for.
-
-    Most models copy its weight from their config when they are built; some vision-language ones, and TRL, read the
-    config later. The config is this model's alone (`symphonize` sees to that), and is saved with the weight in it.
-    """
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        for holder in (module, module.config, module.config.get_text_config()):
-            for name in names:
-                weight = holder.__dict__.get(name)
-                if isinstance(weight, int | float) and weight != 0:
-                    tracker.disabled_losses.append((holder, name, weight))
-                    holder.__dict__[name] = 0.0
 
 
 class RecordedLoss:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from symphony_hf.checkpoints.saving import mark_architectures, native_aux_losses, without_settings
+from symphony_hf.checkpoints.saving import without_settings
 from symphony_hf.errors import UNREADABLE, FoldError, PatchError
 from symphony_hf.files import weight_files_of
 from symphony_hf.patching.families.substitution import linear_of
 
-from .attachment import tracker_of
 from .expert_graph import active_graph, is_adapted
 from .symphonize import check_whole, symphony_routers, unsymphonize
 
@@ -108,10 +107,8 @@ def export_folded(
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
     try:
-        with without_settings(model), native_aux_losses(tracker_of(model).disabled_losses):
+        with without_settings(model):
             type(model).save_pretrained(model, unfinished, state_dict=state, max_shard_size=max_shard_size)
-        if getattr(model.config, "upcycled", None) is not None and (unfinished / "config.json").exists():
-            mark_architectures(unfinished / "config.json")  # its experts are of no family that others know
         if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
             _save_tokenizer(model, unfinished, tokenizer)
             _replace_checkpoint(directory, unfinished)

@@ -1,20 +1,22 @@
 """Saving and loading: graphs in the safetensors, settings in config.json, and a folded form that needs none of us.
 
-Loading works through transformers' own Auto and concrete classes: two wraps, of `PreTrainedModel.post_init` and
-`PreTrainedModel._initialize_weights`, act when, and only when, a config carries a `symphony` entry. The first makes
-the routers Symphony routers before the weights arrive; the second checks what arrived.
+Loading works through transformers' own Auto and concrete classes. Four methods of theirs are wrapped, and act only on
+Symphony models and checkpoints: `PreTrainedModel.post_init` turns the routers into Symphony routers before the weights
+arrive, `_initialize_weights` checks what arrived, `_adjust_missing_and_unexpected_keys` reports graphs that were left
+out, and `PreTrainedConfig.to_json_file` marks the config that is written.
 """
 
 import functools
+import warnings
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from symphony_hf.checkpoints.saving import unmark_architectures
+from symphony_hf.checkpoints.saving import unmark_architectures, wrap_to_json_file
 from symphony_hf.compat import supported_range, transformers_is_supported
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import GraphError, SymphonyError, UnsupportedModelError
+from symphony_hf.errors import GraphError, SymphonyError, SymphonyWarning, UnsupportedModelError
 from symphony_hf.models.upcycled_moe import UpcycledMoE
 from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.routing.graph import adjacency_problems
@@ -27,7 +29,7 @@ from .upcycle_modules import check_loaded, restore_modules
 
 
 def install_loading_wraps() -> None:
-    """Wrap the two methods, once.
+    """Wrap the methods of transformers, once.
 
     Raises:
         SymphonyError: If the installed transformers is not one that we know.
@@ -37,6 +39,10 @@ def install_loading_wraps() -> None:
     if not hasattr(PreTrainedModel.post_init, "_symphony_wrap"):
         PreTrainedModel.post_init = _wrap_post_init(PreTrainedModel.post_init)  # type: ignore[method-assign]
         PreTrainedModel._initialize_weights = _wrap_initialize_weights(PreTrainedModel._initialize_weights)  # type: ignore[method-assign]
+        PreTrainedModel._adjust_missing_and_unexpected_keys = _wrap_adjust_keys(  # type: ignore[method-assign]
+            PreTrainedModel._adjust_missing_and_unexpected_keys
+        )
+        PreTrainedConfig.to_json_file = wrap_to_json_file(PreTrainedConfig.to_json_file)  # type: ignore[method-assign]
 
 
 def _wrap_post_init(original: Any) -> Any:
@@ -68,6 +74,23 @@ def _wrap_initialize_weights(original: Any) -> Any:
     return _initialize_weights
 
 
+def _wrap_adjust_keys(original: Any) -> Any:
+    @functools.wraps(original)
+    def _adjust_missing_and_unexpected_keys(self: PreTrainedModel, loading_info: Any) -> None:
+        graphs = sorted(key for key in loading_info.unexpected_keys if key.endswith(".symphony.adjacency"))
+        if graphs:
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint has {len(graphs)} expert graphs ({graphs[0]}, ...) that its "
+                "config.json has no `symphony` settings for, so they are left out: write the Symphony model's config "
+                "there with `model.config.save_pretrained`, or call `symphonize(model, graph=PATH)` with its path",
+                SymphonyWarning,
+                stacklevel=2,
+            )
+        original(self, loading_info)
+
+    return _adjust_missing_and_unexpected_keys
+
+
 def _restore_routers(model: PreTrainedModel) -> None:
     """Make a model that was just built from a Symphony config a Symphony model, before its weights are loaded.
 
@@ -76,6 +99,7 @@ def _restore_routers(model: PreTrainedModel) -> None:
     is raised when a checkpoint is loaded into the outermost one, or when that is first run.
     """
     settings = SymphonyConfig.from_stored(model.config.symphony, where="config.json: symphony")
+    unmark_architectures(model.config)
     check_nothing_bypasses(model)
     for module in model.modules():
         detach(module)
@@ -97,7 +121,6 @@ def _restore_routers(model: PreTrainedModel) -> None:
             patch_router(router, settings)
     if found:
         attach(model, found, model.config.symphony)
-    unmark_architectures(model.config)
 
 
 def _refuse(model: PreTrainedModel, args: Any) -> None:

@@ -65,7 +65,6 @@ def symphonize(
     graphs = [patch_router(router, settings) for router in found]
     if isinstance(model, PreTrainedModel):
         own_config(model)
-        _mark_configs(model, settings)
     attach(model, found, settings.to_dict())
     if settings.strength == 0 and settings.counts_selections:
         logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
@@ -89,17 +88,6 @@ def symphonize(
             "and Symphony has no effect",
         )
     return model
-
-
-def _mark_configs(model: PreTrainedModel, settings: SymphonyConfig) -> None:
-    """Write the settings into the model's config, and into those of the models inside it that have routers.
-
-    A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
-    """
-    model.config.symphony = settings.to_dict()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and is_symphonized(module):
-            module.config.symphony = settings.to_dict()
 
 
 def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:

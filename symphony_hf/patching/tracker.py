@@ -47,7 +47,7 @@ class Tracker:
         checks: Warnings about trainings that go wrong.
         counters: One for each decoder stack and number of experts.
         handles: Hooks to remove when the model is restored.
-        disabled_losses: (holder, name, weight) of the model's own router losses.
+        named_configs: Configs that named no model class before.
         own_loss: The model's own loss function, if it was set on the instance.
         log_probs_hook: The hook for TRL's SFTTrainer, while one is training.
     """
@@ -57,7 +57,7 @@ class Tracker:
         self.checks = TrainingChecks()
         self.counters: list[CoselectionCounter] = []
         self.handles: list[Any] = []
-        self.disabled_losses: list[tuple[Any, str, float]] = []
+        self.named_configs: list[Any] = []
         self.own_loss: Any = None
         self.log_probs_hook: Any = None
         _watch_optimizers()

@@ -198,7 +198,6 @@ def test_a_config_object_may_be_used_again():
 @pytest.mark.parametrize("way", ["save", "export", "unsymphonize"])
 def test_a_weight_of_the_models_own_loss_that_was_set_later_is_kept(way, tmp_path):
     model = symphonize(make_model(router_aux_loss_coef=0.5))
-    assert (model.config.router_aux_loss_coef, model.router_aux_loss_coef) == (0.0, 0.0)
     model.config.router_aux_loss_coef = 0.25
     if way == "unsymphonize":
         unsymphonize(model)
@@ -206,7 +205,6 @@ def test_a_weight_of_the_models_own_loss_that_was_set_later_is_kept(way, tmp_pat
         return
     model.save_pretrained(tmp_path) if way == "save" else export_folded(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["router_aux_loss_coef"] == 0.25
-    assert (model.config.router_aux_loss_coef, model.router_aux_loss_coef) == (0.25, 0.0)
 
 
 def test_other_models_are_not_touched_by_the_loading_wraps(tmp_path):

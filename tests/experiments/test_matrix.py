@@ -199,7 +199,7 @@ def forget_a_class(model):
         ("watched", None),
         ("counts", count_wrongly),
         ("gradients", lose_the_losses),
-        ("own loss", lambda model: setattr(model, "router_aux_loss_coef", 0.5)),
+        ("own loss", lambda model: model._forward_pre_hooks.clear()),
         ("bfloat16", None),
         ("save, load", lambda model: change_forward(lambda output: (output[0], output[1] * 1.01, output[2]))(model)),
         ("fold", lambda model: change_forward(lambda output: (output[0], output[1] * 1.01, output[2]))(model)),

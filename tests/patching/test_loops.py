@@ -310,9 +310,10 @@ def test_sft_trainer(trl, tmp_path, variant, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, **VARIANTS[variant]}
     trainer = sft(trl, make(), tmp_path, **recording(), rows=ROWS if "pad" in variant else ROWS * 3, **settings)
     tensors, steps = run_trainer(trainer)
-    # TRL's own loss is not there: the loss is the cross-entropy, no gradient is another's, nothing of it is logged.
+    # TRL's own loss is not there: the loss is the cross-entropy, no gradient is another's, and 0 is logged of it.
     assert_same(tensors, plain_loop(make(), steps))
-    assert not any("aux_loss" in entry for entry in trainer.state.log_history)
+    assert trainer.router_aux_loss_coef == make_model().config.router_aux_loss_coef > 0
+    assert {entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry} == {0.0}
     assert all(entry["symphony/z_loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 

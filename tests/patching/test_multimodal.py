@@ -233,7 +233,10 @@ def test_the_returned_loss_is_the_cross_entropy_alone(case):
     own_is_added = not torch.equal(with_own, plain)
     assert own_is_added or case not in ("ernie4_5_vl_moe", "qwen3_5_moe", "qwen3_vl_moe")
     assert not (own_is_added and "+" in case)  # transformers leaves it out around LLaVA's text model
+    weight = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
     assert torch.equal(train_forward(model, batch | {"output_router_logits": True}).loss, plain)
+    assert getattr(model.config.get_text_config(), "router_aux_loss_coef", None) == weight
+    assert weight != 0
     unsymphonize(model)
     assert torch.equal(train_forward(model, batch | {"output_router_logits": True}).loss, with_own)
 

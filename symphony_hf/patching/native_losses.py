@@ -1,0 +1,67 @@
+"""Router losses of a model's own, switched off where a Symphony loss replaces them."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from symphony_hf.config import SymphonyConfig
+
+_REPLACED = {
+    "balance_loss_weight": (("router_aux_loss_coef", "aux_loss_coef"), "aux_loss"),
+    "z_loss_weight": (("router_z_loss_coef",), "z_loss"),
+}
+"""For each Symphony loss, the names of the native loss's weight in models and configs, and its name in outputs."""
+
+
+class NativeLosses:
+    """Hooks that keep native router losses out of a model's loss.
+
+    Their weights are 0 while the forward runs, and only then: outside it, the model and its config show the user's
+    values, and every way to save the config writes them. In training the output's losses are 0, too, since trainers
+    such as TRL's add them to a loss of their own. In evaluation they are as the model computes them.
+
+    Args:
+        weights: Names of the weights in the model and its config.
+        outputs: Names of the losses in the model's output.
+    """
+
+    def __init__(self, weights: list[str], outputs: list[str]) -> None:
+        self.weights = weights
+        self.outputs = outputs
+        self._switched_off: list[tuple[Any, str, float]] = []
+
+    def switch_off(self, model: PreTrainedModel, args: Any) -> None:
+        """Set the weights to 0: a pre-hook. Some models read them from their config, most from themselves."""
+        for holder in (model, model.config, model.config.get_text_config()):
+            for name in self.weights:
+                weight = holder.__dict__.get(name)
+                if isinstance(weight, int | float) and weight != 0:
+                    self._switched_off.append((holder, name, weight))
+                    setattr(holder, name, 0.0)
+
+    def restore(self, model: PreTrainedModel, args: Any, output: Any) -> None:
+        """Restore the weights, and zero the losses in training: a post-hook that also runs after an exception."""
+        while self._switched_off:
+            holder, name, weight = self._switched_off.pop()
+            setattr(holder, name, weight)
+        for name in self.outputs:
+            loss = getattr(output, name, None)
+            if isinstance(loss, Tensor) and model.training:
+                setattr(output, name, torch.zeros_like(loss))
+
+
+def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> Iterator[Any]:
+    """Register the hooks on every model that computes a loss, the given one or one inside it. Yields their handles."""
+    replaced = [names for weight, names in _REPLACED.items() if getattr(settings, weight) > 0]
+    if not replaced:
+        return
+    weights, outputs = [name for names, _ in replaced for name in names], [output for _, output in replaced]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and "labels" in inspect.signature(module.forward).parameters:
+            hooks = NativeLosses(weights, outputs)
+            yield module.register_forward_pre_hook(hooks.switch_off)
+            yield module.register_forward_hook(hooks.restore, always_call=True)
