@@ -1,7 +1,8 @@
 """What a corpus is: named documents in three splits, and the rule that puts a document into one of them."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from symphony_hf.errors import DataError
@@ -82,16 +83,51 @@ def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, 
     for split in HELD_OUT:
         splits[split] = list(given.get(split, ()))
     missing = [split for split in HELD_OUT if split not in given]
-    for document in given["train"]:
-        split = split_of(key(document))
-        splits[split if split in missing else "train"].append(document)
+    keys = (key(document) if document.text.strip() else None for document in given["train"])
+    for document, split in zip(given["train"], assign_splits(keys, missing), strict=True):
+        splits[split].append(document)
     return splits
+
+
+def assign_splits(keys: Iterable[str | None], missing: Sequence[str]) -> list[str]:
+    """Assign keys to train and to the splits that are missing, by the hash of each key alone.
+
+    A split that the hashes leave empty, as they may with few keys, gets the key of the smallest hash that the others
+    can spare.
+
+    Args:
+        keys: Keys in the order of their rows. Equal keys are in the same split; None, for a row without text, stays in
+            train and fills no split.
+        missing: Splits to cut from train.
+
+    Returns:
+        The split of each key. A split is empty only if there are fewer different keys than splits.
+    """
+    digests = [None if key is None else _digest(key) for key in keys]
+    assigned: dict[bytes, str] = {}
+    for digest in digests:
+        if digest is not None:
+            split = _split_of_digest(digest)
+            assigned[digest] = split if split in missing else "train"
+    for split in ("train", *missing):
+        sizes = Counter(assigned.values())
+        spare = (digest for digest, other in assigned.items() if sizes[other] > 1)
+        if split not in sizes and (smallest := min(spare, default=None)):
+            assigned[smallest] = split
+    return ["train" if digest is None else assigned[digest] for digest in digests]
 
 
 def split_of(key: str) -> str:
     """The split of whatever has this key: 5% each are for validation and for testing."""
+    return _split_of_digest(_digest(key))
+
+
+def _digest(key: str) -> bytes:
     # surrogatepass: a key may be the name of a file, which need not be valid text.
-    digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+
+
+def _split_of_digest(digest: bytes) -> str:
     bucket = int.from_bytes(digest[:8], "big") % _BUCKETS
     return HELD_OUT[bucket] if bucket < len(HELD_OUT) else "train"
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from symphony_hf.errors import DataError
 
 from .blocks import NO_LABEL, PadCollator
-from .chat import ensure_padding
+from .chat_template import ensure_padding
 from .datasets import digest_rows
 from .documents import split_of
 from .embedded import SOURCE, Described, described_names

@@ -1,5 +1,6 @@
 """One way from a recipe's data section to data that can be trained on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,14 @@ _STREAMED = ("text",)
 _PACKED = ("text", "chat")
 
 
-def prepare_data(section: "DataSection", processor: Any, *, seed: int, progress: bool = True) -> PreparedData:
+def prepare_data(
+    section: "DataSection",
+    processor: Any,
+    *,
+    seed: int,
+    train: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> PreparedData:
     """Read, check and tokenize what a recipe names. All that can be wrong with it is found here.
 
     Tokens and checks are kept in the cache of `datasets`. Under a launcher, let one process go first.
@@ -29,6 +37,7 @@ def prepare_data(section: "DataSection", processor: Any, *, seed: int, progress:
         processor: The model's tokenizer; for kind `llava` its LlavaProcessor. A tokenizer without a padding token or
             a chat template is given one where the kind needs it, which the notes say.
         seed: Of the order of streams and of embedded conversations. What is held out does not depend on it.
+        train: Train section of the recipe, whose settings must have an effect on the data; empty when None.
         progress: Whether progress is shown, where there is a terminal.
 
     Returns:
@@ -43,7 +52,7 @@ def prepare_data(section: "DataSection", processor: Any, *, seed: int, progress:
         if section.kind == "text":
             return prepare_text(section, processor, seed)
         if section.kind == "chat":
-            return prepare_chat(section, processor, seed)
+            return prepare_chat(section, processor, seed, train or {})
         if section.kind == "glue":
             return prepare_glue(section, processor)
         return prepare_llava(section, processor)

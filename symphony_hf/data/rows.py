@@ -9,7 +9,7 @@ from symphony_hf.errors import DataError, nearest
 
 from .corpus import hub_name
 from .datasets import TABLE_FORMATS, commit_of, digest_files, load_hub, load_table
-from .documents import HELD_OUT, SPLIT_NAMES, split_of
+from .documents import HELD_OUT, SPLIT_NAMES, assign_splits
 from .files import entries_by_split
 
 if TYPE_CHECKING:
@@ -97,9 +97,8 @@ def cut_held_out(
     if not missing:
         return dict(splits)
     chosen: dict[str, list[int]] = {split: [] for split in ("train", *missing)}
-    for index, row in enumerate(splits["train"]):
-        split = split_of(key(row))
-        chosen[split if split in missing else "train"].append(index)
+    for index, split in enumerate(assign_splits(map(key, splits["train"]), missing)):
+        chosen[split].append(index)
     return {**splits, **{split: splits["train"].select(indices) for split, indices in chosen.items()}}
 
 

@@ -61,7 +61,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         _check_same_settings(settings, checkpoint)
     processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the others find it in the cache
-        data = prepare_data(recipe.data, processor, seed=arguments.seed)
+        data = prepare_data(recipe.data, processor, seed=arguments.seed, train=recipe.train)
     if data.validation is None and arguments.eval_strategy.value != "no":
         raise ConfigError(
             f"train: eval_strategy `{arguments.eval_strategy.value}` needs a validation split, which "

@@ -1,4 +1,4 @@
-"""Conversations in one form, from every form that they are published in."""
+"""Chat data: layouts, checks of rows, splits, and what a tokenizer without a template is given."""
 
 import copy
 import json
@@ -6,8 +6,9 @@ import json
 import datasets
 import pytest
 
-from symphony_hf.data.chat import CHAT_TEMPLATE, to_messages
+from symphony_hf.data.chat_template import CHAT_TEMPLATE
 from symphony_hf.data.embedded import described_names
+from symphony_hf.data.messages import ROLES_WITH_TOOLS, to_messages
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import DataError
 from symphony_hf.recipe import DataSection
@@ -43,26 +44,40 @@ def chats(path, tokenizer, **settings):
 
 
 def all_messages(prepared):
-    return [row["messages"] for split in ("train", "validation", "test") for row in getattr(prepared, split)]
+    return [row["messages"] for row in all_rows(prepared)]
+
+
+def all_rows(prepared):
+    return [row for split in ("train", "validation", "test") for row in getattr(prepared, split)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_messages(tmp_path, own_tokenizer, form, suffix):
+@pytest.mark.parametrize(
+    ("form", "same_as"), [("messages",) * 2, ("sharegpt", "messages"), ("texts",) * 2, ("turns",) * 2]
+)
+def test_every_layout_keeps_its_columns(tmp_path, own_tokenizer, form, same_as, suffix):
     prepared = chats(write(tmp_path / f"rows{suffix}", FORMS[form]), own_tokenizer)
-    assert sorted(all_messages(prepared), key=str) == sorted(MESSAGES, key=str)
-    assert prepared.train.column_names == ["messages"]
+    columns = ["messages"] if same_as == "messages" else ["prompt", "completion"]
+    expected = [{column: row[column] for column in columns} for row in FORMS[same_as]]
+    assert sorted(all_rows(prepared), key=str) == sorted(expected, key=str)
+    assert prepared.train.column_names == columns
     assert prepared.collator is None
     assert len(prepared.train) > 80
     assert 0 < len(prepared.validation) < 20
 
 
-def test_a_conversation_is_in_the_same_split_wherever_it_stands(tmp_path, own_tokenizer):
+def test_a_conversation_is_in_the_same_split_in_every_layout_and_order(tmp_path, own_tokenizer):
     plain = chats(write(tmp_path / "plain.jsonl", FORMS["messages"]), own_tokenizer)
-    turned = chats(write(tmp_path / "turned.jsonl", FORMS["sharegpt"][::-1]), own_tokenizer)
-    for split in ("train", "validation", "test"):
-        both = [sorted((row["messages"] for row in getattr(side, split)), key=str) for side in (plain, turned)]
-        assert both[0] == both[1]
+    for form in ("sharegpt", "texts", "turns"):
+        turned = chats(write(tmp_path / f"{form}.jsonl", FORMS[form][::-1]), own_tokenizer)
+        for split in ("train", "validation", "test"):
+            number = {row["messages"][0]["content"] for row in getattr(plain, split)}
+            assert number == {question_of(row) for row in getattr(turned, split)}
+
+
+def question_of(row):
+    prompt = row["messages"] if "messages" in row else row["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
 
 
 def test_splits_of_a_folder_are_kept(tmp_path, own_tokenizer):
@@ -116,9 +131,18 @@ def test_an_instruction_of_the_system_may_come_first_and_a_question_last():
     assert to_messages(turns) == (turns, "")
 
 
+def test_tools_may_be_called_before_an_answer():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    turns = [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]
+    turns.append({"role": "assistant", "content": "4."})
+    assert to_messages(turns, ROLES_WITH_TOOLS) == (turns, "")
+    assert to_messages(turns[:2], ROLES_WITH_TOOLS) == (turns[:2], "")
+    assert to_messages(turns[:3], ROLES_WITH_TOOLS)[1] == "no answer"
+
+
 def test_bad_rows_are_counted_and_left_out(tmp_path, own_tokenizer):
     rows = copy.deepcopy(FORMS["messages"])
-    rows[3]["messages"][0]["role"] = "tool"
+    rows[3]["messages"][0]["role"] = "narrator"
     rows[50]["messages"][1]["content"] = ""
     rows[70]["messages"][1]["content"] = None
     path = write(tmp_path / "rows.jsonl", rows)
@@ -146,10 +170,14 @@ def test_conversations_that_the_template_refuses_are_counted(tmp_path, own_token
 def test_too_many_bad_rows_are_an_error_that_shows_the_first(tmp_path, own_tokenizer):
     rows = copy.deepcopy(FORMS["messages"])
     for row in rows[5:16]:
-        row["messages"][0]["role"] = "tool"
+        row["messages"][0]["role"] = "narrator"
     with pytest.raises(DataError) as raised:
         chats(write(tmp_path / "rows.jsonl", rows), own_tokenizer)
-    for part in ("11 of 100 rows cannot be used: 11 an unknown role", "row 5 (an unknown role: 'tool')", "At most 10%"):
+    for part in (
+        "11 of 100 rows cannot be used: 11 an unknown role",
+        "row 5 (an unknown role: 'narrator')",
+        "At most 10%",
+    ):
         assert part in str(raised.value)
 
 
@@ -189,9 +217,21 @@ def test_tables_of_one_split_with_other_columns_are_an_error(tmp_path, own_token
         chats(str(tmp_path), own_tokenizer)
 
 
-def test_a_split_without_a_row_is_an_error(tmp_path, own_tokenizer):
-    with pytest.raises(DataError, match="no conversation for the validation split"):
-        chats(write(tmp_path / "rows.jsonl", FORMS["messages"][:2]), own_tokenizer)
+def test_too_few_rows_for_three_splits_are_an_error(tmp_path, own_tokenizer):
+    rows = [FORMS["messages"][0], *[FORMS["messages"][1]] * 20]  # two different ones
+    with pytest.raises(
+        DataError, match="no row for the (validation|test) split; give three different rows or more, or a folder"
+    ):
+        chats(write(tmp_path / "rows.jsonl", rows), own_tokenizer)
+
+
+@pytest.mark.parametrize("first", range(0, 90, 9))
+def test_few_rows_have_one_in_every_split(tmp_path, own_tokenizer, first):
+    rows = FORMS["messages"][first : first + 9]
+    prepared = chats(write(tmp_path / "rows.jsonl", rows * 2), own_tokenizer)
+    parts = [{str(row) for row in getattr(prepared, split)} for split in ("train", "validation", "test")]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 9  # a row and its copy are in the same split
 
 
 def test_a_limit_takes_as_many_of_each_split(tmp_path, own_tokenizer):

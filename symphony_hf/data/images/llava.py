@@ -10,9 +10,10 @@ from jinja2 import TemplateError
 
 from symphony_hf.compat import __version__
 from symphony_hf.data.blocks import NO_LABEL
-from symphony_hf.data.chat import REFUSED, ensure_chat_template, ensure_padding, to_messages
+from symphony_hf.data.chat_template import REFUSED, ensure_chat_template, ensure_padding
 from symphony_hf.data.datasets import digest_files, digest_rows, digest_texts
 from symphony_hf.data.documents import SPLIT_NAMES, split_of
+from symphony_hf.data.messages import to_messages
 from symphony_hf.data.prepared import PreparedData, Step, require
 from symphony_hf.data.rows import PROBLEM, Rows, thin_rows, without_problems
 from symphony_hf.errors import DataError
@@ -126,6 +127,7 @@ def _row(entry: Any, folder: Path) -> dict[str, Any]:
     num_placeholders = sum(message["content"].count(PLACEHOLDER) for message in messages)
     if not problem and num_placeholders != len(names):
         problem = f"another number of images than of {PLACEHOLDER}: {len(names)} and {num_placeholders}"
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
     images = [{"path": str(folder / name), "bytes": None} for name in names]
     return {"messages": messages, "images": images, PROBLEM: problem}
 

@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from symphony_hf.data.blocks import NO_LABEL
-from symphony_hf.data.chat import Message, ensure_chat_template, ensure_padding
+from symphony_hf.data.chat_template import ensure_chat_template, ensure_padding
+from symphony_hf.data.messages import Message
 from symphony_hf.errors import DataError
 
 from .decoding import EncodedImage

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from symphony_hf.data.chat import Message
+from symphony_hf.data.messages import Message
 from symphony_hf.data.datasets import digest_texts
 from symphony_hf.data.prepared import require
 from symphony_hf.data.questions import Question, split_shared

@@ -110,7 +110,7 @@ def sequences_of_data(recipe: Recipe) -> int | None:
     tokenizer_is_here = source is None or Path(source).expanduser().exists()
     if not data_is_here or not tokenizer_is_here or data.streaming:
         return None
-    prepared = prepare_data(data, load_processor(recipe), seed=0)
+    prepared = prepare_data(data, load_processor(recipe), seed=0, train=recipe.train)
     if data.kind == "chat" and data.packing:  # TRL packs when it trains
         return None if prepared.num_tokens is None else -(-prepared.num_tokens // data.block_size)
     return len(prepared.train)
