@@ -220,7 +220,7 @@ def test_tables_of_one_split_with_other_columns_are_an_error(tmp_path, own_token
 def test_too_few_rows_for_three_splits_are_an_error(tmp_path, own_tokenizer):
     rows = [FORMS["messages"][0], *[FORMS["messages"][1]] * 20]  # two different ones
     with pytest.raises(
-        DataError, match="no row for the (validation|test) split; give three different rows or more, or a folder"
+        DataError, match=r"no row for the (validation|test) split; give three different rows or more, or a folder"
     ):
         chats(write(tmp_path / "rows.jsonl", rows), own_tokenizer)
 

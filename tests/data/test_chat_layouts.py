@@ -195,7 +195,7 @@ def test_settings_that_say_what_the_data_section_says_are_allowed(tmp_path, own_
 
 def test_a_template_that_marks_no_answers_is_refused_for_their_loss(tmp_path, own_tokenizer):
     own_tokenizer.chat_template = TOOL_TEMPLATE
-    with pytest.raises(ConfigError, match="needs a chat template with `{% generation %}`"):
+    with pytest.raises(ConfigError, match=r"needs a chat template with `\{% generation %\}`"):
         prepare(write(tmp_path / "rows.jsonl", LAYOUTS["messages"]), own_tokenizer, {"assistant_only_loss": True})
 
 

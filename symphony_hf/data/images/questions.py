@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from symphony_hf.data.messages import Message
 from symphony_hf.data.datasets import digest_texts
+from symphony_hf.data.messages import Message
 from symphony_hf.data.prepared import require
 from symphony_hf.data.questions import Question, split_shared
 from symphony_hf.data.rows import PROBLEM, Rows, without_problems
