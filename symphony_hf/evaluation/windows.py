@@ -16,12 +16,22 @@ from torch import Tensor
 from symphony_hf.data.documents import Document
 from symphony_hf.errors import ConfigError, EvaluationError
 
+from .checkpoint import ModelUnderTest
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 _BATCH = 256
-"""Documents that are tokenized in one call."""
+"""Number of documents tokenized in one call."""
+
+_MAX_BLOCK = 1024
+
+_DEFAULT_BLOCK = 512
+"""Number of tokens in a window if the model's config has no limit."""
+
+_GROWTH = 4
+"""Factor by which attacked text may have more tokens than clean text, at the default window size."""
 
 
 class Tokens(NamedTuple):
@@ -125,6 +135,36 @@ def cut(ids: Sequence[int], cuts: np.ndarray, first: int) -> list[Tensor]:
     starts = [0, *cuts[:-1].tolist()]
     pieces = zip(starts, cuts.tolist(), strict=True)
     return [torch.tensor([first, *ids[start:end]]) for start, end in pieces if end > start]
+
+
+def cut_clean(documents: Sequence[Tokens], block_size: int, first: int) -> list[list[Tensor]]:
+    """Cut documents into windows.
+
+    Args:
+        documents: Clean documents.
+        block_size: Number of tokens in a window, with the given one.
+        first: The given token.
+
+    Returns:
+        The windows of each document. Shape of each: (2 to block_size,), int64.
+    """
+    return [cut(tokens.ids, clean_cuts(len(tokens.ids), block_size), first) for tokens in documents]
+
+
+def cut_attacked(
+    clean: Sequence[Tokens], attacked: Sequence[Tokens], untouched: Sequence[Untouched], block_size: int, first: int
+) -> list[list[Tensor]]:
+    """Cut attacked documents at the same words as `cut_clean` cuts the clean ones. Shape of each: (2 or more,)."""
+    return [
+        cut(after.ids, attacked_cuts(clean_cuts(len(before.ids), block_size), kept, len(after.ids)), first)
+        for before, after, kept in zip(clean, attacked, untouched, strict=True)
+    ]
+
+
+def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
+    """Return a window size for clean text, the same for all models, that leaves room for attacked text."""
+    limits = [checkpoint.max_tokens for checkpoint in models_under_test if checkpoint.max_tokens]
+    return max(2, min([_MAX_BLOCK, *(limit // _GROWTH for limit in limits)])) if limits else _DEFAULT_BLOCK
 
 
 def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:

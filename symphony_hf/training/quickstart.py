@@ -24,6 +24,7 @@ from symphony_hf.data.documents import Corpus
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import DataError, EvaluationError
 from symphony_hf.evaluation.attacks.word_swap import attack, words_changed
+from symphony_hf.evaluation.clean_attacked import clean_and_attacked_windows
 from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
 from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
 from symphony_hf.evaluation.report.quickstart import write_report
@@ -34,7 +35,6 @@ from symphony_hf.patching.folding import export_folded, folded_parameters
 from symphony_hf.patching.symphonize import expert_graphs, symphonize, unsymphonize
 from symphony_hf.recipe import EvalSection, ModelSection, Recipe
 
-from .final_evaluation import clean_and_attacked_windows
 from .fit import train
 from .models import load_model
 from .quickstart_settings import QuickstartSettings

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from symphony_hf.checkpoints.saving import ARCHITECTURE_PREFIX
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.evaluation.checkpoint import ModelUnderTest, load_tokenizer
-from symphony_hf.evaluation.robustness.text import default_block_size
+from symphony_hf.evaluation.windows import default_block_size
 from symphony_hf.patching.families.discovery import FoundRouter, find_routers
 from symphony_hf.patching.families.substitution import linear_of
 from symphony_hf.patching.folding import fold

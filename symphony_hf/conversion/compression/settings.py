@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from symphony_hf.errors import CheckpointError, ConfigError, nearest
-from symphony_hf.evaluation.robustness.settings import DTYPES
+from symphony_hf.evaluation.settings import DTYPES
 from symphony_hf.files import check_file_place, check_folder_of
 
 MERGE_BY = ("graph", "outputs")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from symphony_hf.data.datasets import digest_rows
@@ -16,72 +15,51 @@ from symphony_hf.data.rows import Rows, thinned
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.evaluation.attacks.text import find_text_attack
 from symphony_hf.evaluation.checkpoint import load_tokenizer
+from symphony_hf.evaluation.clean_attacked import Measured
 from symphony_hf.evaluation.metrics import Choices
 from symphony_hf.evaluation.multiple_choice import score_choices
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 
-from .scales import Accuracy
-from .settings import AttackCase, RobustnessSettings
-from .task import Measured, Store, Task, open_models, source_of_text
+from .metric_reports import Accuracy
+from .settings import RobustnessSettings
+from .task import Store, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-_FORMAT = 1
-"""Of an entry of the store. Raise it when the same model and questions should give other answers."""
 
 
 class QuestionTask(Task[Choices]):
     """Questions with right answers.
 
     Attributes:
-        cases: The attacked forms.
-        store: Earlier measurements.
         source: Description of the data source.
         answers: The numbers of the right answers. Shape: (questions,).
     """
 
-    cases: list[AttackCase]
-    store: Store
     source: str
     answers: np.ndarray
 
     @abstractmethod
-    def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
-        """Return what determines the answers besides the weights, as JSON values. The case is None for clean."""
+    def inputs(self, role: str, case: AttackCase | None) -> dict[str, Any]:
+        """Return everything besides the weights that determines the answers, as JSON values."""
 
     @abstractmethod
     def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
-        """Ask all questions. `chosen`: numbers of the answers, shape (questions,), integer; more is kept with it."""
+        """Ask all questions.
 
-    def measure(self, role: str) -> Measured[Choices]:
-        """One model on all forms, from the store where it was measured before."""
-        clean = self._choices(role, None)
-        # disable=None: no bar where the output is not a terminal, such as a log file.
-        bar = tqdm(self.cases, desc=f"Measuring {role}", unit=" attacked forms", delay=2, disable=None)
-        attacked = {case: self._choices(role, case) for case in bar}
-        self.models_under_test[role].release()
-        return Measured(clean, attacked)
+        Returns:
+            `chosen`: numbers of the answers, shape (questions,), integer. Other entries are stored with it.
+        """
+
+    def score(self, role: str, case: AttackCase | None) -> Choices:
+        """Return the answers that a model chooses in one form."""
+        stored = self.stored(role, case, self.inputs(role, case), lambda: self.choose(role, case))
+        return Choices(stored["chosen"][np.newaxis], self.answers)
 
     def describe(self, measured: Mapping[str, Measured[Choices]]) -> dict[str, Any]:
         """Describe the questions."""
         return {"documents": {"source": self.source, "number": len(self.answers), "unit": "questions"}}
-
-    def _choices(self, role: str, case: AttackCase | None) -> Choices:
-        checkpoint = self.models_under_test[role]
-        identity = {
-            "format": _FORMAT,
-            "model": checkpoint.fingerprint,
-            "dtype": checkpoint.dtype,
-            **self.identity(role, case),
-        }
-        label = "clean" if case is None else str(case)
-        stored = self.store.load(label, identity)
-        if stored is None:
-            stored = self.choose(role, case)
-            self.store.save(label, identity, stored)
-        return Choices(stored["chosen"][np.newaxis], self.answers)
 
 
 def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset", list[str]]:
@@ -129,13 +107,12 @@ def check_number(where: str, number: int) -> None:
 class ClassificationTask(QuestionTask):
     """Sentences of a GLUE task, and the same attacked; prompt and answers around them stay as they are."""
 
+    auto_class = AutoModelForCausalLM
+
     def __init__(self, settings: RobustnessSettings, store: Store) -> None:
         path, name = _data_of(settings)
-        self.models_under_test = open_models(settings, AutoModelForCausalLM)
-        sources = {role: source_of_text(settings, checkpoint) for role, checkpoint in self.models_under_test.items()}
-        self.tokenizers = {role: load_tokenizer(*source) for role, source in sources.items()}
-        self.notes, self.store, self.cases = [], store, settings.cases()
-        self.batch_size = settings.batch_size
+        super().__init__(settings, store)
+        self.tokenizers = {role: load_tokenizer(*source) for role, source in self.sources.items()}
         self.glue, rows = read_glue(path, name, None, self.notes)
         self.source, table, self.names = select_rows(rows, settings)
         self.sentences = [{column: str(row[column]) for column in self.glue.columns} for row in table]
@@ -150,12 +127,12 @@ class ClassificationTask(QuestionTask):
         rates = {case.attack: list(find_text_attack(case.attack).rates) for case in self.cases}
         return {"rates": rates, **super().describe(measured)}
 
-    def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
-        """The tokens of all questions."""
+    def inputs(self, role: str, case: AttackCase | None) -> dict[str, Any]:
+        """Return a digest of the tokens of all questions."""
         return {"questions": digest_rows([q.prompt, q.choices] for q in self._questions(role, case))}
 
     def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
-        """The likeliest answers."""
+        """Return the most likely answers."""
         scores = score_choices(
             self.models_under_test[role].model,
             self._questions(role, case),

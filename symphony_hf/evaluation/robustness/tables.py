@@ -7,8 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .settings import KINDS, AttackCase
-from .task import Measured, MetricReport, Scores
+from symphony_hf.evaluation.clean_attacked import Measured, Scores
+from symphony_hf.evaluation.settings import AttackCase
+
+from .settings import KINDS
+from .task import MetricReport
 
 _LOSSES = {
     "better": "loses less than",
@@ -59,7 +62,7 @@ def verdicts(result: Mapping[str, Any]) -> list[str]:
     """A sentence for clean input, and one for each attack over all its severities."""
     comparisons, measure = result["comparisons"], result["measure"]
     a, b = result["settings"]["model"], result["settings"]["against"]
-    what = KINDS[result["task"]].what
+    what = KINDS[result["task"]].name
     lines = [f"On clean {what}, {a} is {_told(comparisons['clean'], b, measure)}."]
     for row in _overall(comparisons["attacks"]):
         loses = _LOSSES[row[measure["change"]]["verdict"]]

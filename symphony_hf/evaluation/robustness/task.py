@@ -1,27 +1,32 @@
 """Base classes of the evaluation tasks, their metric reports, and the store of finished measurements."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic
 
 import numpy as np
 
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.evaluation.checkpoint import ModelUnderTest
+from symphony_hf.evaluation.clean_attacked import Measured, Scores, measure_forms
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.statistics import Interval
 from symphony_hf.files import replacing
 
-from .settings import AttackCase, RobustnessSettings
+from .settings import RobustnessSettings
+
+_FORMAT = 1
+"""Format of a stored measurement. Raise it when the same model and inputs should give other numbers."""
 
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)
-"""What numpy raises for a file that is none of its own, or ends too early."""
+"""Errors of numpy for a file that is truncated or not its own."""
 
 
 class Store:
@@ -56,26 +61,19 @@ class Store:
         with replacing(self._path(label, identity)) as written, written.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
+    def get(
+        self, label: str, identity: Mapping[str, Any], measure: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Return an earlier measurement, or measure and keep it."""
+        stored = self.load(label, identity)
+        if stored is None:
+            stored = measure()
+            self.save(label, identity, stored)
+        return stored
+
     def _path(self, label: str, identity: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{label}-{digest[:20]}.npz"
-
-
-Scores = TypeVar("Scores")
-"""What a model made of each example in one form of them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Measured(Generic[Scores]):
-    """One model on all forms of the examples.
-
-    Attributes:
-        clean: Scores on the clean examples.
-        attacked: Scores on each attacked form.
-    """
-
-    clean: Scores
-    attacked: dict[AttackCase, Scores]
 
 
 class MetricReport(ABC, Generic[Scores]):
@@ -129,47 +127,70 @@ class MetricReport(ABC, Generic[Scores]):
 
 
 class Task(ABC, Generic[Scores]):
-    """Examples, clean and attacked, and how models are measured on them.
+    """Clean and attacked inputs, and how models are scored on them.
 
-    Made, it has read all that can be wrong: configs, tokenizers and data. Only then are weights read.
+    The constructor reads configs, tokenizers and data, so that their errors come before any weights are loaded.
 
     Args:
-        settings: Which models, data and attacks.
+        settings: Models, data and attacks.
         store: Earlier measurements.
 
     Attributes:
+        auto_class: Auto class of transformers that loads the models.
         models_under_test: The models, by role.
+        sources: Source and revision of each model's tokenizer or processor, by role.
+        cases: The attacked forms.
         report: Metric report that turns scores into intervals.
         notes: Notes on the data, for the reader.
     """
 
-    models_under_test: dict[str, ModelUnderTest]
+    auto_class: ClassVar[Any]
     report: MetricReport[Scores]
-    notes: list[str]
 
-    @abstractmethod
-    def __init__(self, settings: RobustnessSettings, store: Store) -> None: ...
+    def __init__(self, settings: RobustnessSettings, store: Store) -> None:
+        self.store, self.cases, self.batch_size = store, settings.cases(), settings.batch_size
+        self.notes: list[str] = []
+        self.models_under_test = {
+            role: ModelUnderTest(*source, settings.dtype, self.auto_class) for role, source in settings.models().items()
+        }
+        self.sources = {
+            role: (model.source, model.revision) if settings.tokenizer is None else (settings.tokenizer, None)
+            for role, model in self.models_under_test.items()
+        }
 
-    @abstractmethod
     def measure(self, role: str) -> Measured[Scores]:
-        """One model on all forms; what is finished is kept if the process ends before the rest.
+        """Score a model on all forms. Finished forms are kept if the process ends before the others.
 
         Raises:
-            SymphonyError: If a number could not be measured.
+            SymphonyError: If a form could not be scored.
         """
+        measured = measure_forms(functools.partial(self.score, role), self.cases, progress=f"Measuring {role}")
+        self.models_under_test[role].release()
+        return measured
+
+    @abstractmethod
+    def score(self, role: str, case: AttackCase | None) -> Scores:
+        """Score a model on one form of the inputs, the clean one if the case is None."""
 
     @abstractmethod
     def describe(self, measured: Mapping[str, Measured[Scores]]) -> dict[str, Any]:
-        """Entries of the result: `documents`, with their `source`, `number` and `unit`; others as the task has them."""
+        """Return entries of the result: `documents`, with `source`, `number` and `unit`, and others of the task."""
 
+    def stored(
+        self,
+        role: str,
+        case: AttackCase | None,
+        inputs: Mapping[str, Any],
+        measure: Callable[[], dict[str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        """Return an earlier measurement of a model on the same inputs, or measure and keep it.
 
-def open_models(settings: RobustnessSettings, auto_class: Any) -> dict[str, ModelUnderTest]:
-    """The models by role; no weights are read yet."""
-    return {role: ModelUnderTest(*named, settings.dtype, auto_class) for role, named in settings.models().items()}
-
-
-def source_of_text(settings: RobustnessSettings, checkpoint: ModelUnderTest) -> tuple[str, str | None]:
-    """Where a model's tokenizer or processor is: source and revision."""
-    if settings.tokenizer is not None:
-        return settings.tokenizer, None
-    return checkpoint.source, checkpoint.revision
+        Args:
+            role: Role of the model.
+            case: Attacked form; None for the clean one.
+            inputs: Everything besides the weights that determines the numbers, as JSON values.
+            measure: Function that measures.
+        """
+        model = self.models_under_test[role]
+        identity = {"format": _FORMAT, "model": model.fingerprint, "dtype": model.dtype, **inputs}
+        return self.store.get("clean" if case is None else str(case), identity, measure)

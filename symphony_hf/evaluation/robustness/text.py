@@ -13,37 +13,29 @@ from transformers import AutoModelForCausalLM
 from symphony_hf.data.documents import Document
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.attacks.text import find_text_attack
-from symphony_hf.evaluation.checkpoint import ModelUnderTest, load_tokenizer
+from symphony_hf.evaluation.checkpoint import load_tokenizer
+from symphony_hf.evaluation.clean_attacked import Measured
+from symphony_hf.evaluation.documents import prepare_corpus
 from symphony_hf.evaluation.perplexity import score_tokens
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.windows import (
     Tokens,
     Untouched,
-    attacked_cuts,
-    clean_cuts,
-    cut,
+    cut_attacked,
+    cut_clean,
+    default_block_size,
     find_untouched,
     first_token,
     tokenize,
 )
 
-from .documents import AttackedCorpus, TextScores, prepare_texts
-from .scales import Perplexity
-from .settings import AttackCase, RobustnessSettings
-from .task import Measured, Store, Task, open_models, source_of_text
+from .metric_reports import Perplexity
+from .settings import RobustnessSettings
+from .task import Store, Task
+from .text_scores import TextScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-_FORMAT = 1
-"""Of an entry of the store. Raise it when the same model and text should give other numbers."""
-
-_LARGEST_BLOCK = 1024
-_USUAL_BLOCK = 512
-"""Tokens of a window, where a model's config does not say how many it takes."""
-
-_GROWTH = 4
-"""How many times longer attacked text may be in tokens, at the default size of a window."""
 
 
 class _Form(NamedTuple):
@@ -54,125 +46,79 @@ class _Form(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each."""
+        """Number of tokens of each document."""
         return np.array([len(tokens.ids) for tokens in self.documents])
 
 
-def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
-    """Tokens of a window that leave room for attacked text, which has more of them: the same for all models."""
-    takes = [checkpoint.max_tokens for checkpoint in models_under_test if checkpoint.max_tokens]
-    return max(2, min([_LARGEST_BLOCK, *(most // _GROWTH for most in takes)])) if takes else _USUAL_BLOCK
+class TextTask(Task[TextScores]):
+    """Documents in windows, and their attacked forms in windows of the same words."""
 
+    auto_class = AutoModelForCausalLM
 
-class TextMeasurer:
-    """Measures models on the same texts.
-
-    Args:
-        corpus: Documents and their attacked forms.
-        block_size: Tokens of a window of clean text.
-        batch_size: Windows per forward pass.
-        store: Earlier measurements.
-    """
-
-    def __init__(self, corpus: AttackedCorpus, block_size: int, batch_size: int, store: Store) -> None:
-        self.corpus, self.block_size, self.batch_size, self.store = corpus, block_size, batch_size, store
-        self.names = [document.name for document in corpus.documents]
+    def __init__(self, settings: RobustnessSettings, store: Store) -> None:
+        super().__init__(settings, store)
+        self.settings = settings
+        self.tokenizers = {role: load_tokenizer(*source) for role, source in self.sources.items()}
+        self.corpus = prepare_corpus(settings)
+        self.names = [document.name for document in self.corpus.documents]
+        self.block_size = settings.block_size or default_block_size(list(self.models_under_test.values()))
+        self.report = Perplexity(self.names)
+        self._clean: dict[str, tuple[_Form, list[np.ndarray]]] = {}
         self._untouched: dict[tuple[str, str], list[Untouched]] = {}  # models mostly share a tokenizer
 
-    def measure(
-        self, checkpoint: ModelUnderTest, tokenizer: "PreTrainedTokenizerBase", role: str
-    ) -> Measured[TextScores]:
-        """One model on all forms; what is finished is kept if the process ends before the rest.
-
-        Args:
-            checkpoint: The model.
-            tokenizer: Its own.
-            role: What progress bars call it.
+    def score(self, role: str, case: AttackCase | None) -> TextScores:
+        """Compute the likelihoods of the documents in one form.
 
         Raises:
-            ConfigError: If windows are longer than the model takes.
+            ConfigError: If windows are longer than the model's context.
             EvaluationError: If a likelihood is not finite.
         """
-        first = first_token(tokenizer)
-        identity = {
-            "format": _FORMAT,
-            "model": checkpoint.fingerprint,
-            "dtype": checkpoint.dtype,
-            "first": first,
-            "block_size": self.block_size,
-        }
-        clean = _form(self.corpus.documents, tokenizer)
-        clean_nll = self._clean_nll(checkpoint, clean, first, identity, role)
-        attacked = {}
-        # disable=None: no bar where the output is not a terminal, such as a log file.
-        for case in tqdm(self.corpus.attacked, desc=f"Measuring {role}", unit=" attacked texts", delay=2, disable=None):
-            form = _form(self.corpus.attacked[case], tokenizer)
-            attacked[case] = self._attacked_scores(checkpoint, case, (clean, form), clean_nll, first, identity)
-        checkpoint.release()
-        return Measured(self._clean_scores(clean, clean_nll), attacked)
-
-    def _clean_nll(
-        self, checkpoint: ModelUnderTest, clean: _Form, first: int, identity: Mapping[str, Any], role: str
-    ) -> list[np.ndarray]:
-        identity = {**identity, "clean": clean.digest}
-        stored = self.store.load("clean", identity)
-        if stored is None:
-            windows = [cut(t.ids, clean_cuts(len(t.ids), self.block_size), first) for t in clean.documents]
-            nll = self._score(checkpoint, windows, f"Scoring {role}, clean")
-            stored = {"nll": np.concatenate(nll)}
-            self.store.save("clean", identity, stored)
-        return np.split(stored["nll"], np.cumsum(clean.lengths)[:-1])
-
-    def _clean_scores(self, clean: _Form, nll: list[np.ndarray]) -> TextScores:
-        """Nothing attacked: all tokens are untouched."""
-        documents, sums = self.corpus.documents, _sums(nll)
+        if case is None:
+            form = _tokenize(self.corpus.documents, self.tokenizers[role])
+            self._clean[role] = form, self._score_clean(role, form)
+        clean, clean_nll = self._clean[role]
+        form = clean if case is None else _tokenize(self.corpus.attacked[case], self.tokenizers[role])
+        sums = _clean_sums(clean, clean_nll) if case is None else self._score_attacked(role, case, form)
         return TextScores(
-            nll=sums,
-            num_tokens=clean.lengths,
-            num_words=_num_words(documents),
-            num_bytes=_num_bytes(documents),
-            untouched_nll=sums,
-            untouched_clean_nll=sums,
-            num_untouched=clean.lengths,
+            num_tokens=form.lengths,
+            num_words=np.array([len(document.text.split()) for document in self.corpus.documents]),
+            num_bytes=_num_bytes(self.corpus.documents if case is None else self.corpus.attacked[case]),
+            **sums,
         )
 
-    def _attacked_scores(
-        self,
-        checkpoint: ModelUnderTest,
-        case: AttackCase,
-        forms: tuple[_Form, _Form],
-        clean_nll: list[np.ndarray],
-        first: int,
-        identity: Mapping[str, Any],
-    ) -> TextScores:
-        clean, attacked = forms
-        identity = {**identity, "clean": clean.digest, "attacked": attacked.digest}
-        stored = self.store.load(str(case), identity)
-        if stored is None:
+    def _score_clean(self, role: str, form: _Form) -> list[np.ndarray]:
+        """Return the negative log-likelihood of each token, by document."""
+
+        def measure() -> dict[str, np.ndarray]:
+            windows = cut_clean(form.documents, self.block_size, self._first(role))
+            return {"nll": np.concatenate(self._score(role, windows, f"Scoring {role}, clean"))}
+
+        stored = self.stored(role, None, self._inputs(role, form), measure)
+        return np.split(stored["nll"], np.cumsum(form.lengths)[:-1])
+
+    def _score_attacked(self, role: str, case: AttackCase, attacked: _Form) -> dict[str, np.ndarray]:
+        """Return the sums over the documents of an attacked form."""
+        clean, clean_nll = self._clean[role]
+
+        def measure() -> dict[str, np.ndarray]:
             untouched = self._find_untouched(clean, attacked, case)
-            windows = [
-                cut(
-                    after.ids,
-                    attacked_cuts(clean_cuts(len(before.ids), self.block_size), places, len(after.ids)),
-                    first,
-                )
-                for before, after, places in zip(clean.documents, attacked.documents, untouched, strict=True)
-            ]
-            nll = self._score(checkpoint, windows, f"Scoring {case}")
+            windows = cut_attacked(clean.documents, attacked.documents, untouched, self.block_size, self._first(role))
+            nll = self._score(role, windows, f"Scoring {case}")
             pairs = list(zip(clean_nll, nll, untouched, strict=True))
-            stored = {
+            return {
                 "nll": _sums(nll),
-                "untouched_nll": _sums([values[places.attacked] for _, values, places in pairs]),
-                "untouched_clean_nll": _sums([values[places.clean] for values, _, places in pairs]),
-                "num_untouched": np.array([len(places.clean) for places in untouched]),
+                "untouched_nll": _sums([values[kept.attacked] for _, values, kept in pairs]),
+                "untouched_clean_nll": _sums([values[kept.clean] for values, _, kept in pairs]),
+                "num_untouched": np.array([len(kept.clean) for kept in untouched]),
             }
-            self.store.save(str(case), identity, stored)
-        return TextScores(
-            num_tokens=attacked.lengths,
-            num_words=_num_words(self.corpus.documents),
-            num_bytes=_num_bytes(self.corpus.attacked[case]),
-            **stored,
-        )
+
+        return self.stored(role, case, {**self._inputs(role, clean), "attacked": attacked.digest}, measure)
+
+    def _inputs(self, role: str, clean: _Form) -> dict[str, Any]:
+        return {"first": self._first(role), "block_size": self.block_size, "clean": clean.digest}
+
+    def _first(self, role: str) -> int:
+        return first_token(self.tokenizers[role])
 
     def _find_untouched(self, clean: _Form, attacked: _Form, case: AttackCase) -> list[Untouched]:
         key = (clean.digest, attacked.digest)
@@ -182,7 +128,8 @@ class TextMeasurer:
             self._untouched[key] = [find_untouched(before, after) for before, after in bar]
         return self._untouched[key]
 
-    def _score(self, checkpoint: ModelUnderTest, windows: list[list[Tensor]], progress: str) -> list[np.ndarray]:
+    def _score(self, role: str, windows: list[list[Tensor]], progress: str) -> list[np.ndarray]:
+        checkpoint = self.models_under_test[role]
         longest = max(len(window) for parts in windows for window in parts)
         if checkpoint.max_tokens is not None and longest > checkpoint.max_tokens:
             raise ConfigError(
@@ -193,52 +140,12 @@ class TextMeasurer:
         by_name = dict(zip(self.names, windows, strict=True))
         return list(score_tokens(checkpoint.model, by_name, batch_size=self.batch_size, progress=progress).values())
 
-
-def _form(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> _Form:
-    tokenized = tokenize(documents, tokenizer)
-    digest = hashlib.sha256()
-    for tokens in tokenized:
-        digest.update(hashlib.sha256(np.array(tokens.ids, dtype=np.int64).tobytes()).digest())
-    return _Form(tokenized, digest.hexdigest())
-
-
-def _sums(nll: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([values.sum(dtype=np.float64) for values in nll])
-
-
-def _num_words(documents: Sequence[Document]) -> np.ndarray:
-    return np.array([len(document.text.split()) for document in documents])
-
-
-def _num_bytes(documents: Sequence[Document]) -> np.ndarray:
-    return np.array([len(document.text.encode(errors="surrogatepass")) for document in documents])
-
-
-class TextTask(Task[TextScores]):
-    """Documents in windows, and their attacked forms in windows of the same words."""
-
-    def __init__(self, settings: RobustnessSettings, store: Store) -> None:
-        self.models_under_test = open_models(settings, AutoModelForCausalLM)
-        sources = {role: source_of_text(settings, checkpoint) for role, checkpoint in self.models_under_test.items()}
-        self.tokenizers = {role: load_tokenizer(*source) for role, source in sources.items()}
-        self.corpus = prepare_texts(settings)
-        self.block_size = settings.block_size or default_block_size(list(self.models_under_test.values()))
-        self.measurer = TextMeasurer(self.corpus, self.block_size, settings.batch_size, store)
-        self.report = Perplexity(self.measurer.names)
-        self.attacks = settings.attacks or ()
-        self.settings = dataclasses.asdict(settings) | {"block_size": self.block_size}
-        self.notes = []
-
-    def measure(self, role: str) -> Measured[TextScores]:
-        """See `TextMeasurer`."""
-        return self.measurer.measure(self.models_under_test[role], self.tokenizers[role], role)
-
     def describe(self, measured: Mapping[str, Measured[TextScores]]) -> dict[str, Any]:
-        """What was evaluated on."""
+        """Describe the documents and the share of words or letters that each attack changes."""
         clean = measured["model"].clean
         return {
-            "settings": self.settings,
-            "rates": {name: list(find_text_attack(name).rates) for name in self.attacks},
+            "settings": dataclasses.asdict(self.settings) | {"block_size": self.block_size},
+            "rates": {name: list(find_text_attack(name).rates) for name in self.settings.attacks or ()},
             "documents": {
                 "source": self.corpus.source,
                 "number": len(self.corpus.documents),
@@ -247,3 +154,25 @@ class TextTask(Task[TextScores]):
                 "bytes": int(clean.num_bytes.sum()),
             },
         }
+
+
+def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> _Form:
+    tokenized = tokenize(documents, tokenizer)
+    digest = hashlib.sha256()
+    for tokens in tokenized:
+        digest.update(hashlib.sha256(np.array(tokens.ids, dtype=np.int64).tobytes()).digest())
+    return _Form(tokenized, digest.hexdigest())
+
+
+def _clean_sums(clean: _Form, nll: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the sums over clean documents, whose tokens are all untouched."""
+    sums = _sums(nll)
+    return {"nll": sums, "untouched_nll": sums, "untouched_clean_nll": sums, "num_untouched": clean.lengths}
+
+
+def _sums(nll: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([values.sum(dtype=np.float64) for values in nll])
+
+
+def _num_bytes(documents: Sequence[Document]) -> np.ndarray:
+    return np.array([len(document.text.encode(errors="surrogatepass")) for document in documents])

@@ -13,11 +13,12 @@ from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.attacks.image import enlarged, find_image_attack, library_version
 from symphony_hf.evaluation.checkpoint import ModelUnderTest, fingerprint_of, load_processor
 from symphony_hf.evaluation.generation import answer_freely, choose_answers
+from symphony_hf.evaluation.settings import AttackCase
 
+from .metric_reports import Accuracy
 from .questions import QuestionTask, check_number, select_rows
-from .scales import Accuracy
-from .settings import AttackCase, RobustnessSettings
-from .task import Store, open_models, source_of_text
+from .settings import RobustnessSettings
+from .task import Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,17 +32,16 @@ _MAX_NEW_TOKENS = 32
 class VisualTask(QuestionTask):
     """The first question of each conversation about images. Clean images are as large as corrupted ones."""
 
+    auto_class = AutoModelForImageTextToText
+
     def __init__(self, settings: RobustnessSettings, store: Store) -> None:
         self.version = library_version()
-        self.models_under_test = open_models(settings, AutoModelForImageTextToText)
+        super().__init__(settings, store)
         for checkpoint in self.models_under_test.values():
             _check_vision(checkpoint)
-        sources = {role: source_of_text(settings, checkpoint) for role, checkpoint in self.models_under_test.items()}
-        self.notes, self.store, self.cases = [], store, settings.cases()
-        self.processors = {role: fingerprint_of(*source) for role, source in sources.items()}
-        self.askers = {role: make_asker(load_processor(*source), self.notes) for role, source in sources.items()}
+        self.processors = {role: fingerprint_of(*source) for role, source in self.sources.items()}
+        self.askers = {role: make_asker(load_processor(*source), self.notes) for role, source in self.sources.items()}
         self.notes = list(dict.fromkeys(self.notes))
-        self.batch_size = settings.batch_size
         self.max_new_tokens = settings.max_new_tokens or _MAX_NEW_TOKENS
         self.source, table, names = select_rows(read_visual(settings.data, settings.images), settings)
         self.examples = visual_examples(table, names, self.source, self.notes)
@@ -58,7 +58,7 @@ class VisualTask(QuestionTask):
         entries = super().describe(measured)
         return {"documents": entries["documents"] | {"answers": answers, "corruptions": self.version}}
 
-    def identity(self, role: str, case: AttackCase | None) -> dict[str, Any]:
+    def inputs(self, role: str, case: AttackCase | None) -> dict[str, Any]:
         """The questions, how they are put, and what their images are corrupted by."""
         return {
             "examples": self.digest,

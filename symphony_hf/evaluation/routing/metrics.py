@@ -25,7 +25,7 @@ from symphony_hf.diagnostics.routing_metrics import (
     normalized_entropy,
     router_saturation,
 )
-from symphony_hf.evaluation.robustness.settings import AttackCase
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.statistics import paired_bootstrap
 from symphony_hf.routing.graph import count_coselections
 

@@ -13,7 +13,7 @@ from symphony_hf.compat import versions
 from symphony_hf.diagnostics.routing_metrics import coactivation
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.comparison import compare_perplexity
-from symphony_hf.evaluation.robustness.text import default_block_size
+from symphony_hf.evaluation.windows import default_block_size
 from symphony_hf.files import check_file_place, replacing, write_json
 from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
 

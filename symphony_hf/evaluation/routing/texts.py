@@ -10,20 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
-from symphony_hf.data.documents import SPLIT_NAMES, Document
-from symphony_hf.data.rows import thinned
-from symphony_hf.errors import DataError
-from symphony_hf.evaluation.robustness.documents import FEWEST_WORDS, attacked_form, read_documents
-from symphony_hf.evaluation.robustness.settings import AttackCase
-from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
+from symphony_hf.data.documents import SPLIT_NAMES
+from symphony_hf.evaluation.documents import prepare_corpus
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.windows import (
     Tokens,
     Untouched,
-    attacked_cuts,
-    clean_cuts,
-    cut,
+    cut_attacked,
+    cut_clean,
     find_untouched,
     first_token,
     tokenize,
@@ -114,29 +109,19 @@ def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerB
     Raises:
         DataError: If there is no such data, it has too few documents for an interval, or an attack changes none.
     """
-    evaluation = settings.as_evaluation()
-    source, found = read_documents(evaluation)
-    usable = [document for document in found if len(document.text.split()) >= FEWEST_WORDS]
-    documents = [_shortened(document, settings.words) for document in thinned(usable, settings.documents)]
-    if len(documents) < MIN_DOCUMENTS:
-        raise DataError(
-            f"{source}: {len(documents)} documents of {FEWEST_WORDS} words or more, of {len(found)} found; intervals "
-            f"need {MIN_DOCUMENTS}: give more text, another --split, or raise --documents"
-        )
+    corpus = prepare_corpus(settings, settings.words)
+    documents = corpus.documents
     first, clean = first_token(tokenizer), tokenize(documents, tokenizer)
     names = [document.name for document in documents]
-    cuts = [clean_cuts(len(tokens.ids), block_size) for tokens in clean]
-    cases = evaluation.cases() if settings.attacks else []
-    attacked = {}
-    # disable=None: no bar where the output is not a terminal, such as a log file.
-    for case in tqdm(cases, desc="Attacking", unit=" texts", delay=2, disable=None):
-        tokens = tokenize(attacked_form(documents, case, source), tokenizer)
-        attacked[case] = _attacked(names, clean, tokens, cuts, first)
+    attacked = {
+        case: _align(names, clean, tokenize(form, tokenizer), block_size, first)
+        for case, form in corpus.attacked.items()
+    }
     domains, of_document = _domains(names, [len(tokens.ids) for tokens in clean])
     return ObservedTexts(
-        source=source,
+        source=corpus.source,
         num_words=sum(len(document.text.split()) for document in documents),
-        clean=_form(names, clean, cuts, first),
+        clean=_form(names, clean, cut_clean(clean, block_size, first)),
         attacked=attacked,
         domains=domains,
         domain=np.repeat(of_document, [len(tokens.ids) for tokens in clean]),
@@ -144,37 +129,20 @@ def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerB
     )
 
 
-def _shortened(document: Document, words: int | None) -> Document:
-    """Its first lines, up to the one in which it has enough words."""
-    if words is None:
-        return document
-    lines, number = [], 0
-    for line in document.text.splitlines(keepends=True):
-        lines.append(line)
-        number += len(line.split())
-        if number >= words:
-            break
-    return Document(document.name, "".join(lines))
-
-
-def _form(names: Sequence[str], tokens: Sequence[Tokens], cuts: Sequence[np.ndarray], first: int) -> Form:
-    windows = [cut(own.ids, ends, first) for own, ends in zip(tokens, cuts, strict=True)]
+def _form(names: Sequence[str], tokens: Sequence[Tokens], windows: Sequence[list[Tensor]]) -> Form:
     return Form(dict(zip(names, windows, strict=True)), [len(own.ids) for own in tokens])
 
 
-def _attacked(
-    names: Sequence[str], clean: Sequence[Tokens], attacked: Sequence[Tokens], cuts: Sequence[np.ndarray], first: int
+def _align(
+    names: Sequence[str], clean: Sequence[Tokens], attacked: Sequence[Tokens], block_size: int, first: int
 ) -> AttackedForm:
     untouched = [find_untouched(before, after) for before, after in zip(clean, attacked, strict=True)]
-    ends = [
-        attacked_cuts(own_cuts, places, len(after.ids))
-        for own_cuts, places, after in zip(cuts, untouched, attacked, strict=True)
-    ]
+    windows = cut_attacked(clean, attacked, untouched, block_size, first)
     starts = [np.cumsum([0, *(len(tokens.ids) for tokens in form[:-1])]) for form in (clean, attacked)]
     shifted = [(places.clean + a, places.attacked + b) for places, a, b in zip(untouched, *starts, strict=True)]
-    distances = [_distances(places, own_ends) for places, own_ends in zip(untouched, ends, strict=True)]
+    distances = [_distances(places, own) for places, own in zip(untouched, windows, strict=True)]
     return AttackedForm(
-        form=_form(names, attacked, ends, first),
+        form=_form(names, attacked, windows),
         clean=np.concatenate([places for places, _ in shifted]),
         attacked=np.concatenate([places for _, places in shifted]),
         document=np.repeat(np.arange(len(untouched)), [len(places.clean) for places in untouched]),
@@ -182,9 +150,10 @@ def _attacked(
     )
 
 
-def _distances(untouched: Untouched, ends: np.ndarray) -> np.ndarray:
-    """How far behind the last edit of its window each untouched token is, as a number in `DISTANCE_NAMES`."""
+def _distances(untouched: Untouched, windows: Sequence[Tensor]) -> np.ndarray:
+    """Return the distance of each untouched token from the last edit of its window, as an index of `DISTANCE_NAMES`."""
     number = len(untouched.clean)
+    ends = np.cumsum([len(window) - 1 for window in windows])  # the first token of a window is given
     window = np.searchsorted(ends, untouched.attacked, side="right")
     # Something was put in, taken out or changed right in front of these, and not in another window.
     is_first = window != np.searchsorted(ends, untouched.attacked - 1, side="right")

@@ -1,6 +1,7 @@
 """The tokenized text of a study, prepared once and read by every run."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from symphony_hf.data.blocks import token_stream
 from symphony_hf.data.corpus import corpus_of
 from symphony_hf.data.documents import Document
+from symphony_hf.data.rows import thinned
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import DataError
-from symphony_hf.evaluation.attacks.word_swap import attack
+from symphony_hf.evaluation.clean_attacked import swap_words
 from symphony_hf.files import replacing
 from symphony_hf.recipe import Recipe
 
@@ -55,13 +57,12 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
     corpus = corpus_of(section)
     tokenizer = cached_tokenizer(corpus, section.vocab_size - 1, kind="words")
     _add_word(tokenizer, ATTACK_TOKEN)
-    test = _some(corpus.test, settings.documents)
-    damaged = attack(test, rate=settings.attack_rate, minimum=settings.attack_minimum, seed=settings.seed)
+    test = thinned(corpus.test, settings.documents)
     streams = {
-        "train": _stream(_some(corpus.train, section.limit), tokenizer),
+        "train": _stream(thinned(corpus.train, section.limit), tokenizer),
         "validation": _stream(corpus.validation, tokenizer)[:VALIDATION_TOKENS],
         "test": _stream(test, tokenizer),
-        "attacked": _stream(damaged, tokenizer),
+        "attacked": _stream(swap_words(test, settings), tokenizer),
     }
     for name, stream in streams.items():
         if len(stream) < section.block_size:
@@ -101,12 +102,5 @@ def _add_word(tokenizer: Any, word: str) -> None:
     tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
 
 
-def _some(documents: list[Document], most: int | None) -> list[Document]:
-    """Return evenly spaced documents."""
-    if most is None or len(documents) <= most:
-        return documents
-    return [documents[index * len(documents) // most] for index in range(most)]
-
-
-def _stream(documents: list[Document], tokenizer: Any) -> np.ndarray:
+def _stream(documents: Sequence[Document], tokenizer: Any) -> np.ndarray:
     return token_stream(documents, tokenizer).numpy()

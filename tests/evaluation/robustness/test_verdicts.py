@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from symphony_hf.evaluation.clean_attacked import Measured
 from symphony_hf.evaluation.metrics import Choices
-from symphony_hf.evaluation.robustness.documents import TextScores, pooled
-from symphony_hf.evaluation.robustness.scales import Accuracy, Perplexity
-from symphony_hf.evaluation.robustness.settings import AttackCase
+from symphony_hf.evaluation.robustness.metric_reports import Accuracy, Perplexity
 from symphony_hf.evaluation.robustness.tables import compare_models, groups_of
-from symphony_hf.evaluation.robustness.task import Measured
+from symphony_hf.evaluation.robustness.text_scores import TextScores, pooled
+from symphony_hf.evaluation.settings import AttackCase
 
 CELLS = [AttackCase("aaa", 1, 0), AttackCase("aaa", 1, 1)]
 DOCUMENTS = 60

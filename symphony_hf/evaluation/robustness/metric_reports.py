@@ -1,10 +1,11 @@
-"""Perplexity with intervals: of one model clean and attacked, and of one against another."""
+"""Intervals of perplexities and accuracies: of one model, clean and attacked, and of one model against another."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from symphony_hf.evaluation.clean_attacked import Measured
 from symphony_hf.evaluation.comparison import (
     compare_attacked,
     compare_perplexity,
@@ -20,11 +21,11 @@ from symphony_hf.evaluation.metrics import (
     pooled_choices,
 )
 from symphony_hf.evaluation.perplexity import DocumentScores
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.statistics import Interval
 
-from .documents import TextScores, Unit, pooled
-from .settings import AttackCase
-from .task import Measured, MetricReport
+from .task import MetricReport
+from .text_scores import TextScores, Unit, pooled
 
 SEED = 0
 """Seed of the bootstrap."""

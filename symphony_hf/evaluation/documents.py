@@ -1,0 +1,108 @@
+"""Documents to evaluate on, and their attacked forms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from symphony_hf.data.corpus import load_corpus
+from symphony_hf.data.documents import Document
+from symphony_hf.data.files import read_file
+from symphony_hf.data.rows import thinned
+from symphony_hf.errors import DataError
+
+from .attacks.text import attack_documents, find_text_attack
+from .settings import AttackCase, EvaluationSettings
+from .statistics import MIN_DOCUMENTS
+
+MIN_WORDS = 5
+"""Minimum number of words of a document. A shorter one is a heading, of which an attack may leave nothing."""
+
+_SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class AttackedCorpus:
+    """Clean documents and their attacked forms.
+
+    Attributes:
+        source: Description of the data source.
+        documents: The clean documents.
+        attacked: Attacked form of the documents for each attack case.
+    """
+
+    source: str
+    documents: list[Document]
+    attacked: dict[AttackCase, list[Document]]
+
+
+def prepare_corpus(settings: EvaluationSettings, words: int | None = None) -> AttackedCorpus:
+    """Read the documents and attack them.
+
+    Args:
+        settings: Data, number of documents and attacks.
+        words: Approximate number of words kept of each document's beginning; None for all.
+
+    Raises:
+        DataError: If the data does not exist, has too few documents for an interval, or an attack changes none of them.
+    """
+    source, found = _read_documents(settings)
+    usable = [document for document in found if len(document.text.split()) >= MIN_WORDS]
+    documents = [_shorten(document, words) for document in thinned(usable, settings.documents)]
+    if len(documents) < MIN_DOCUMENTS:
+        raise DataError(
+            f"{source}: {len(documents)} documents of {MIN_WORDS} words or more to evaluate on, of {len(found)} "
+            f"found; intervals need {MIN_DOCUMENTS}: give more text, another --split, or raise --documents"
+        )
+    # disable=None: no bar where the output is not a terminal, such as a log file.
+    cases = tqdm(settings.cases(), desc="Attacking", unit=" texts", delay=2, disable=None)
+    return AttackedCorpus(source, documents, {case: _attack(documents, case, source) for case in cases})
+
+
+def _shorten(document: Document, words: int | None) -> Document:
+    """Return the first lines of a document, up to the one in which it has enough words."""
+    if words is None:
+        return document
+    lines, number = [], 0
+    for line in document.text.splitlines(keepends=True):
+        lines.append(line)
+        number += len(line.split())
+        if number >= words:
+            break
+    return Document(document.name, "".join(lines))
+
+
+def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
+    """Return a description of the data and all its documents.
+
+    Raises:
+        DataError: If the data or the split does not exist.
+    """
+    path = None if settings.data is None else Path(settings.data).expanduser()
+    if path is not None and path.is_file():
+        # A file has no splits of its own, and someone who gives one to evaluate on means all of it.
+        splits = read_file(path, settings.text_column or "text")
+        source, split = str(settings.data), settings.split or "all"
+    else:
+        corpus = load_corpus(settings.data, text_column=settings.text_column or "text")
+        splits = {name: getattr(corpus, name) for name in _SPLITS}
+        source, split = corpus.source, settings.split or "test"
+    names = _SPLITS if split == "all" else (split,)
+    return f"{source}, {split} split" if split != "all" else source, [d for name in names for d in splits[name]]
+
+
+def _attack(documents: Sequence[Document], case: AttackCase, source: str) -> list[Document]:
+    """Attack all documents.
+
+    Raises:
+        DataError: If the attack changes none of them.
+    """
+    attack = find_text_attack(case.attack)
+    attacked = attack_documents(documents, attack, attack.rate(case.severity), case.seed)
+    if attacked == documents:
+        raise DataError(
+            f"{source}: {case.attack} at severity {case.severity} changes nothing in {len(documents)} documents: it "
+            f"is an attack where {attack.what}; take another"
+        )
+    return attacked

@@ -1,0 +1,154 @@
+"""Settings that `symphony eval` and `symphony routing` share: the checkpoint, its data, and the attacks on the data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+from symphony_hf.errors import ConfigError
+
+from .attacks.image import IMAGE_ATTACKS, ImageAttack, find_image_attack
+from .attacks.text import SEVERITIES, TEXT_ATTACKS, TextAttack, check_severity, find_text_attack
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_MINIMUM = {"documents": 1, "block_size": 2, "batch_size": 1, "max_new_tokens": 1}
+
+
+class InputKind(NamedTuple):
+    """Kind of input that attacks change.
+
+    Attributes:
+        name: Name of the kind in messages.
+        attacks: Attacks by name.
+        default: Attack that is used if none is given.
+    """
+
+    name: Literal["text", "images"]
+    attacks: Mapping[str, TextAttack | ImageAttack]
+    default: str
+
+
+TEXT = InputKind("text", TEXT_ATTACKS, "aaa")
+IMAGES = InputKind("images", IMAGE_ATTACKS, "gaussian_noise")
+
+
+class AttackCase(NamedTuple):
+    """One attacked form of all inputs."""
+
+    attack: str
+    severity: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.attack}-{self.severity}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Settings of every evaluation of a checkpoint on clean and attacked inputs.
+
+    Args:
+        model: Checkpoint to evaluate: a folder, or a name on the Hub.
+        data: Data to evaluate on: a text file, table, folder, or data set on the Hub; by default the sources of the
+            running Python's library.
+        split: Split of the data: train, validation, test or all. By default all of a single file, and otherwise the
+            test split.
+        text_column: Text column of a table.
+        attacks: Names of attacks, or `all`.
+        severities: Severities of the attacks, from 1 to 5.
+        documents: Maximum number of documents, spread evenly over all; None for all.
+        block_size: Number of tokens in a window of clean text; by default a quarter of the model's context length, at
+            most 1024.
+        batch_size: Number of windows in a batch.
+        dtype: Data type of the weights: auto (as stored), float32, bfloat16 or float16.
+        tokenizer: Tokenizer, where the model's folder has none.
+        revision: Branch, tag or commit of the model on the Hub.
+        output: Folder for the results.
+    """
+
+    model: str
+    data: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    attacks: Sequence[str] | None = None
+    severities: Sequence[int] = SEVERITIES
+    documents: int | None = 100
+    block_size: int | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    tokenizer: str | None = None
+    revision: str | None = None
+    output: str
+
+    command: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", self._expand_attacks())
+        for severity in self.severities:
+            check_severity(severity)
+        for name, minimum in _MINIMUM.items():
+            value = getattr(self, name, None)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{self.command}: `{name}` must be at least {minimum}, got {value}")
+        if self.split not in (None, "train", "validation", "test", "all"):
+            raise ConfigError(f"{self.command}: `split` must be train, validation, test or all; got {self.split!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        self._check_distinct("severities")
+
+    @property
+    def kind(self) -> InputKind:
+        """Kind of input that the attacks change."""
+        return TEXT
+
+    @property
+    def attack_seeds(self) -> Sequence[int]:
+        """Seeds of the attacks."""
+        raise NotImplementedError
+
+    def cases(self) -> list[AttackCase]:
+        """Return all attacked forms, in the order in which they are measured."""
+        cases = []
+        for attack in self.attacks or ():
+            found = self.kind.attacks[attack]
+            seeds = self.attack_seeds if isinstance(found, TextAttack) or found.is_random else self.attack_seeds[:1]
+            cases += [AttackCase(attack, severity, seed) for severity in self.severities for seed in seeds]
+        return cases
+
+    def _check_distinct(self, name: str) -> None:
+        values = list(getattr(self, name))
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{self.command}: `{name}` must be one or more, each once; got {values}")
+
+    def _expand_attacks(self) -> tuple[str, ...]:
+        """Return the names of the attacks, with `all` replaced by what it stands for."""
+        kind = self.kind
+        if self.attacks is None:
+            return (kind.default,)
+        names: list[str] = []
+        for name in self.attacks:
+            if name in ("all", f"all-{kind.name}"):
+                names += kind.attacks
+            elif name in kind.attacks:
+                names.append(name)
+            else:
+                self._refuse_attack(name)
+        return tuple(names)
+
+    def _refuse_attack(self, name: str) -> None:
+        kind, other = (TEXT, IMAGES) if self.kind is TEXT else (IMAGES, TEXT)
+        if name in other.attacks or name == f"all-{other.name}":
+            raise ConfigError(
+                f"{self.command}: {name} is an attack on {other.name}, and {self._describe_task()} attacks "
+                f"{kind.name}: take one of {', '.join(kind.attacks)}{self._describe_tasks_of(other)}"
+            )
+        if kind is IMAGES:
+            find_image_attack(name)
+        find_text_attack(name)
+
+    def _describe_task(self) -> str:
+        return f"symphony {self.command}"
+
+    def _describe_tasks_of(self, kind: InputKind) -> str:
+        """Return the end of a message that names other tasks."""
+        return ""
