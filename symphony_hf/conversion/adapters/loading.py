@@ -18,6 +18,7 @@ from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.symphonize import is_symphonized, symphonize, unsymphonize
 from symphony_hf.routing.graph import adjacency_problems
 
+from .base_weights import check_base, sample_weights
 from .record import AdapterRecord, RouterShape, keep_record
 from .targets import base_of, family_of
 from .untrusted import CONFIG_NAME, add_adapter, check_tensors, read_peft_config, refusals, try_config
@@ -64,6 +65,7 @@ def load_adapter(
     made_ready = _make_ready(model, record, folder)
     try:
         try_config(model, config, folder / _WEIGHTS, name)
+        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
     except ConfigError:
         if made_ready:
             unsymphonize(base_of(model))
@@ -95,7 +97,9 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
     from peft import get_peft_model_state_dict
 
     if (Path(folder) / RECORD_NAME).exists():
-        _check_ready(base_of(model), AdapterRecord.read(folder), Path(folder))
+        record = AdapterRecord.read(folder)
+        _check_ready(base_of(model), record, Path(folder))
+        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), Path(folder))
     saved = load_file(Path(folder) / _WEIGHTS)
     # What PEFT would save now: the model's own tensors, under the names in the file.
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

@@ -8,7 +8,7 @@ when it loads such an adapter, be it on a model without graphs.
 import dataclasses
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from symphony_hf.files import read_object, write_json
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.families.contract import RouterContract
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
+
+from .base_weights import sample_weights
 
 FORMAT = 1
 """Of the record. One with a higher number is refused."""
@@ -51,6 +53,7 @@ class AdapterRecord:
         routers: Those of the base model, by name.
         model_type: Of the base model.
         base_model: Its name or path, as far as PEFT knows it.
+        base_weights: A few values of its weights, by parameter name; none in records of earlier versions.
         format: Of the record.
     """
 
@@ -59,6 +62,7 @@ class AdapterRecord:
     routers: dict[str, RouterShape]
     model_type: str | None = None
     base_model: str | None = None
+    base_weights: dict[str, list[float]] = field(default_factory=dict)
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -85,6 +89,7 @@ class AdapterRecord:
             symphony=active_graph(found[0][1].symphony).config.to_dict(),
             routers=shapes,
             model_type=getattr(getattr(model, "config", None), "model_type", None),
+            base_weights=sample_weights(model, list(shapes)),
         )
 
     @classmethod
