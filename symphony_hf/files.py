@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def place_to_write(target: Path) -> Path:
 
 
 def place_of_replaced(target: Path) -> Path:
-    """Where what `target` replaces is, between the two renames."""
+    """Where what `target` replaces is between the two renames."""
     return target.parent / UNFINISHED / f"{target.name}.replaced"
 
 
@@ -34,9 +34,7 @@ def place_of_replaced(target: Path) -> Path:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Write a folder under a temporary name and rename it when the block ends; remove it if the block raises.
 
-    Args:
-        target: Final path of the folder. A checkpoint there is replaced, and other files there are kept. Leftovers of a
-            killed process are removed.
+    A checkpoint at `target` is replaced, other files there are kept, and leftovers of a killed process are removed.
 
     Yields:
         The empty folder to write to.
@@ -46,19 +44,24 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        _keep_others(target, folder)
         finish(target)
     except BaseException:
         clear(target)
         raise
 
 
-def finish(target: Path) -> None:
+def finish(target: Path, recorded: Collection[str] | None = None) -> None:
     """Give a folder that was written in its `place_to_write` its name, in place of what has it.
 
     If the process ends between the two renames, what was replaced is in its `place_of_replaced`.
+
+    Args:
+        target: Final path of the folder. Files there that are not part of the replaced checkpoint are kept.
+        recorded: Names of the replaced checkpoint's files, from its own record. By default, a checkpoint's standard
+            files and the weight files that its index names.
     """
     written = place_to_write(target)
+    _keep_others(target, written, recorded)
     for folder, _, files in os.walk(written):
         for name in files:
             flush(Path(folder) / name)
@@ -76,6 +79,9 @@ _CHECKPOINT_FILES = frozenset(
     {
         *("config.json", "generation_config.json", "added_tokens.json", "chat_template.jinja", "merges.txt"),
         *("special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+        *("preprocessor_config.json", "processor_config.json", "training_args.bin"),
+        *("adapter_config.json", "adapter_model.safetensors", "symphony_config.json"),
+        *("trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"),
     }
 )
 """Names of a checkpoint's files beside its weights."""
@@ -93,21 +99,24 @@ def weight_files_of(folder: Path) -> set[str]:
     return {name for name in named if (folder / name).is_file()}
 
 
-def _keep_others(target: Path, written: Path) -> None:
+def _keep_others(target: Path, written: Path, recorded: Collection[str] | None) -> None:
     """Link or copy into the folder that is about to replace `target` whatever there is not part of a checkpoint."""
-    if not target.is_dir():
-        return
-    ours = _CHECKPOINT_FILES | weight_files_of(target)
-    for entry in target.iterdir():
-        if entry.name in ours or (written / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, written / entry.name, symlinks=True, copy_function=_link_or_copy)
-        else:
-            _link_or_copy(str(entry), str(written / entry.name))
+    ours = _CHECKPOINT_FILES | weight_files_of(target) if recorded is None else recorded
+    for path in foreign_files(target, ours):
+        kept = written / path.relative_to(target)
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(path, kept)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def foreign_files(folder: Path, ours: Collection[str]) -> list[Path]:
+    """Return the files and links in a folder whose names, relative to it, are not in `ours`."""
+    walked = [Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*files, *folders)]
+    found = [path for path in walked if path.is_symlink() or not path.is_dir()]
+    return [path for path in found if path.relative_to(folder).as_posix() not in ours]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # the file system has no hard links
@@ -160,10 +169,6 @@ def replacing(path: Path) -> Iterator[Path]:
 def check_file_place(path: str | Path, command: str) -> None:
     """Refuse a place that no file can be written to, before the work whose result goes there.
 
-    Args:
-        path: Of the file to come; one that is there already is replaced.
-        command: That writes it, for the message.
-
     Raises:
         ConfigError: If it is a folder, or its own folder is not there and cannot be made.
     """
@@ -171,6 +176,45 @@ def check_file_place(path: str | Path, command: str) -> None:
     if path.is_dir():
         raise ConfigError(f"{command}: `{path}` is a folder, and the result is a file: give its name, too")
     check_folder_of(path, command)
+
+
+def check_results(result: Path, others: Iterable[str], command: str) -> None:
+    """Refuse a folder in which a command's results would replace files that no earlier run of it wrote.
+
+    Args:
+        result: JSON file that the command writes. If an earlier run wrote it, the others are that run's.
+        others: Names of the other files that the command writes beside it.
+        command: Name of the command.
+
+    Raises:
+        ConfigError: If a file there is not the command's, or no file can be written there.
+    """
+    check_file_place(result, command)
+    found = ", ".join(f"`{name}`" for name in (result.name, *others) if (result.parent / name).exists())
+    if found and not _is_result(result):
+        raise ConfigError(
+            f"{command}: `{result.parent}` has {found}, which no run of symphony_hf wrote and this one would replace: "
+            "move what is there, or give another folder"
+        )
+
+
+def remove_results(result: Path, others: Iterable[str]) -> None:
+    """Remove the files of an earlier run, so that its numbers never stand beside another model's.
+
+    The result accounts for the others: it is removed last, and nothing is without it.
+    """
+    if _is_result(result):
+        for name in (*others, result.name):
+            (result.parent / name).unlink(missing_ok=True)
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a JSON file says which version of this package wrote it."""
+    try:
+        versions = read_object(file, ConfigError).get("versions")
+    except ConfigError:
+        return False
+    return isinstance(versions, dict) and "symphony_hf" in versions
 
 
 def check_folder_of(path: Path, command: str) -> None:
@@ -198,8 +242,8 @@ def flush(path: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing is in."""
-    with contextlib.suppress(OSError):  # it is not empty, or another process was faster
+    """Remove a folder if it is empty."""
+    with contextlib.suppress(OSError):  # it has files, or another process was faster
         folder.rmdir()
 
 

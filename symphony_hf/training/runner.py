@@ -14,7 +14,7 @@ from symphony_hf.config import SymphonyConfig
 from symphony_hf.data.packing import check_packing
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import ConfigError
-from symphony_hf.files import check_file_place, read_object, write_json
+from symphony_hf.files import check_results, read_object, remove_results, write_json
 from symphony_hf.patching.symphonize import is_symphonized
 from symphony_hf.recipe import Recipe
 
@@ -91,7 +91,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         settings,
     )
     if trainer.is_world_process_zero():
-        _clear_earlier(output)
+        with reporting_failed_save(output / RESULTS):
+            remove_results(output / RESULTS, [REPORT])
     trainer.save_final(output / "final", processor)
     results = describe_run(recipe, trainer, data, command)
     # On every process: where the weights are spread over them, each forward needs them all.
@@ -116,7 +117,7 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
         ConfigError: If a setting is unknown or refused, a package or a device is missing, or another launch runs than
             was asked for.
     """
-    check_file_place(Path(recipe.output.directory) / RESULTS, "train")
+    check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
     arguments = training_arguments(recipe)
     asked = asks(recipe.launch, arguments)
     strategy = strategy_to_come(arguments)
@@ -128,13 +129,6 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
     if strategy == "zero3":
         gather_when_saving(arguments.deepspeed_plugin)
     return arguments, asked
-
-
-def _clear_earlier(output: Path) -> None:
-    """Remove what an earlier run in this folder found, before its model goes: numbers never stand beside another's."""
-    with reporting_failed_save(output / RESULTS):
-        for name in (RESULTS, REPORT):
-            (output / name).unlink(missing_ok=True)
 
 
 def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from symphony_hf.errors import CheckpointError, ConfigError
-from symphony_hf.files import UNFINISHED, finish, place_to_write, remove_if_empty, write_json
+from symphony_hf.files import UNFINISHED, finish, foreign_files, place_to_write, remove_if_empty, write_json
 
 RECORD = "symphony_checkpoint.json"
 """What a checkpoint is whole by: its step, its place among its run's checkpoints, the sizes of its files."""
@@ -37,7 +37,7 @@ def finish_checkpoint(target: Path, step: int, num_processes: int, settings: Map
     if settings is not None:
         record["settings"] = dict(settings)
     write_json(written / RECORD, record)
-    finish(target)
+    finish(target, _recorded(target))
 
 
 def delete_oldest(output: Path, limit: int | None, keep: set[Path]) -> None:
@@ -51,11 +51,29 @@ def delete_oldest(output: Path, limit: int | None, keep: set[Path]) -> None:
     oldest_first = sorted(records, key=lambda folder: records[folder]["order"])
     surplus = len(oldest_first) - max(limit, len(keep & set(oldest_first)))
     for folder in [folder for folder in oldest_first if folder not in keep][: max(0, surplus)]:
-        deleted = place_to_write(folder).with_name(f"{folder.name}.deleted")
-        deleted.parent.mkdir(exist_ok=True)
-        os.replace(folder, deleted)
-        shutil.rmtree(deleted, ignore_errors=True)
+        _delete(folder)
     remove_if_empty(output / UNFINISHED)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint that has a record; the files that its record does not name stay."""
+    recorded = _recorded(folder)
+    assert recorded is not None
+    if foreign_files(folder, recorded):
+        (folder / RECORD).unlink()  # first, so that the rest is not taken for a whole checkpoint
+        for name in recorded - {RECORD}:
+            (folder / name).unlink(missing_ok=True)
+            remove_if_empty((folder / name).parent)
+        return
+    deleted = place_to_write(folder).with_name(f"{folder.name}.deleted")
+    deleted.parent.mkdir(exist_ok=True)
+    os.replace(folder, deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def _recorded(folder: Path) -> set[str] | None:
+    record = read_record(folder)
+    return None if record is None else {RECORD, *record["files"]}
 
 
 def clear_leftovers(output: Path) -> list[str]:

@@ -147,8 +147,8 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
 
     output = tmp_path / "run"
     output.mkdir()
-    for name in ("results.json", "report.md"):
-        (output / name).write_text("of an earlier run")
+    (output / "results.json").write_text('{"versions": {"symphony_hf": "0.1.0"}}')
+    (output / "report.md").write_text("of an earlier run")
     with monkeypatch.context() as patch:
         patch.setattr(runner, "train", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -162,3 +162,12 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
     with pytest.raises(ReportError, match="ended before its results were written"):
         read_runs([output])
     assert open_folder(output / "final").results is None
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.md"])
+def test_files_that_no_run_wrote_are_not_replaced(name, small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text('{"versions": {"numpy": "2.0"}}')
+    with pytest.raises(ConfigError, match=f"has `{name}`, which no run of symphony_hf wrote"):
+        run_recipe(load_recipe(RECIPE, small))
+    assert (tmp_path / "run" / name).exists()

@@ -185,6 +185,35 @@ def test_only_what_is_ours_is_cleared(tmp_path):
     assert checkpoints.clear_leftovers(tmp_path / "nothing") == []
 
 
+def test_a_replaced_or_deleted_checkpoint_leaves_what_is_not_its_own(tmp_path):
+    """Also in subfolders, such as DeepSpeed's, and under names that only look like a checkpoint's."""
+    first, second = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
+    own = ["model.safetensors", "trainer_state.json", "global_step2/zero.pt"]
+    others = ["notes.txt", "model-ema.safetensors", "global_step2/mine.pt"]
+
+    def write(target, files):
+        for name in files:
+            path = checkpoints.place_to_write(target) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"global_step": 2}')
+        checkpoints.finish_checkpoint(target, int(target.name[-1]), 1)
+
+    def names(folder):
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+    write(first, own)
+    for name in others:
+        (first / name).write_text("mine")
+    write(first, own[:2])
+    assert names(first) == {*own[:2], *others, checkpoints.RECORD}
+    assert set(checkpoints.read_record(first)["files"]) == set(own[:2])
+    write(second, own[:2])
+    checkpoints.delete_oldest(tmp_path, 1, {second})
+    assert names(first) == set(others)
+    assert all((first / name).read_text() == "mine" for name in others)
+    assert checkpoints.find_checkpoint(tmp_path, True)[0] == second
+
+
 def test_a_failed_write_is_one_line_that_says_what_is_left(tmp_path):
     target = tmp_path / "checkpoint-4"
     checkpoints.place_to_write(target).mkdir(parents=True)

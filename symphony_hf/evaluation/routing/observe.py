@@ -14,7 +14,7 @@ from symphony_hf.diagnostics.routing_metrics import coactivation
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.comparison import compare_perplexity
 from symphony_hf.evaluation.windows import default_block_size
-from symphony_hf.files import check_file_place, replacing, write_json
+from symphony_hf.files import check_results, remove_results, replacing, write_json
 from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
 
 from .metrics import (
@@ -25,7 +25,7 @@ from .metrics import (
     measure_graph,
     measure_layer,
 )
-from .pictures import captioned
+from .pictures import CAPTIONS, picture_names
 from .records import RoutingRecord, expert_similarities, or_why_not, record_form, score_with_and_without_first
 from .settings import RoutedModel, RoutingSettings
 from .texts import CLASS_NAMES, DISTANCE_NAMES, ObservedTexts, prepare_observed
@@ -52,7 +52,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         SymphonyError: If a model or the data could not be loaded, or the checkpoints are not of one model.
     """
     started, output = time.perf_counter(), Path(settings.output)
-    check_file_place(output / RESULT, "routing")
+    check_results(output / RESULT, [MATRICES, *CAPTIONS], "routing")
     checkpoint = RoutedModel(settings.model, settings.revision, settings.dtype)
     earlier = [RoutedModel(source, None, settings.dtype) for source in settings.against]
     for other in earlier:
@@ -76,7 +76,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         "versions": versions(),
         "seconds": time.perf_counter() - started,
     }
-    _clear_earlier(output)
+    remove_results(output / RESULT, [MATRICES, *picture_names(output / RESULT)])
     _write_matrices(output / MATRICES, observation.matrices)
     write_json(output / RESULT, result)
     return result
@@ -200,12 +200,6 @@ def _documents(texts: ObservedTexts) -> dict[str, Any]:
 
 def _domain_sizes(texts: ObservedTexts) -> dict[str, int]:
     return {name: int((texts.domain == number).sum()) for number, name in enumerate(texts.domains)}
-
-
-def _clear_earlier(output: Path) -> None:
-    """Remove what an earlier observation left in the folder, its result first: nothing then reads as whole."""
-    for path in (output / RESULT, output / MATRICES, *captioned(output).values()):
-        path.unlink(missing_ok=True)
 
 
 def _write_matrices(path: Path, matrices: dict[str, Tensor]) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from symphony_hf.diagnostics.labels import short_names
+from symphony_hf.errors import DataError
+from symphony_hf.files import read_object
 
 CAPTIONS = {
     "graphs.png": "Experts chosen together by this text",
@@ -33,6 +35,14 @@ def captioned(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.glob(name.replace(".png", "-*.png"))):
             found[f"{caption}: {path.stem.partition('-')[2]}"] = path
     return found
+
+
+def picture_names(result: Path) -> list[str]:
+    """Return the names of the pictures that may have been drawn of an earlier result; none without it."""
+    if not result.is_file():
+        return []
+    attacks = {row["attack"] for row in read_object(result, DataError).get("corruption") or []}
+    return [*CAPTIONS, *(f"flips-{attack}.png" for attack in attacks)]
 
 
 def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -224,13 +224,15 @@ def test_the_command(tmp_path, checkpoints, data):
 
 
 def test_a_used_folder_keeps_nothing_of_an_earlier_observation(tmp_path, checkpoints, data, monkeypatch):
-    """And at no moment has it both a result and what is of another one."""
+    """At no moment does it have both a result and another observation's files; what is not its own stays."""
     _, late = checkpoints
-    earlier = ["result.json", "matrices.safetensors", "graphs.png", "learned.png", "flips-keyboard.png", "load.png"]
+    earlier = ["matrices.safetensors", "graphs.png", "learned.png", "flips-keyboard.png", "load.png"]
+    record = {"versions": {"symphony_hf": "0.1.0"}, "corruption": [{"attack": "keyboard"}]}
 
     def fill():
-        for name in (*earlier, "notes.png"):
+        for name in (*earlier, "notes.png", "flips-mine.png"):
             (tmp_path / name).write_text("of before")
+        (tmp_path / "result.json").write_text(json.dumps(record))
 
     def names():
         return {path.name for path in tmp_path.iterdir()}
@@ -241,15 +243,18 @@ def test_a_used_folder_keeps_nothing_of_an_earlier_observation(tmp_path, checkpo
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options)))
         observe_routing(short)
-    assert removed[0] == "result.json"
-    assert names() == {"result.json", "matrices.safetensors", "notes.png"}
+    assert removed[:2] == ["matrices.safetensors", "graphs.png"]
+    assert "result.json" in removed
+    assert names() == {"result.json", "matrices.safetensors", "notes.png", "flips-mine.png"}
     assert "routers" in json.loads((tmp_path / "result.json").read_text())
     fill()
     with monkeypatch.context() as patch:
         patch.setattr(observe, "write_json", lambda path, values: pytest.fail("killed", pytrace=False))
         with pytest.raises(pytest.fail.Exception):
             observe_routing(short)
-    assert names() == {"matrices.safetensors", "notes.png"}
+    assert names() == {"matrices.safetensors", "notes.png", "flips-mine.png"}
+    with pytest.raises(ConfigError, match=r"has `matrices.safetensors`, which no run of symphony_hf wrote"):
+        observe_routing(short)
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, data):
