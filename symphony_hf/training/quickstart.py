@@ -30,31 +30,20 @@ from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
 from symphony_hf.evaluation.report.quickstart import write_report
 from symphony_hf.evaluation.routing.records import RoutingStability, routing_stability
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import check_results, remove_results, write_json
 from symphony_hf.patching.folding import export_folded, folded_parameters
-from symphony_hf.patching.symphonize import expert_graphs, symphonize, unsymphonize
-from symphony_hf.recipe import EvalSection, ModelSection, Recipe
+from symphony_hf.patching.symphonize import expert_graphs, unsymphonize
+from symphony_hf.recipe import EvalSection, Recipe, load_recipe
 
+from .arguments import training_arguments
 from .fit import train
-from .models import load_model
-from .quickstart_settings import QuickstartSettings
+from .models import add_graph, load_model
+from .quickstart_settings import RECIPE, QuickstartSettings
 
 ARMS = ("plain", "symphony")
-TOP_K = 2
-MODEL = {
-    "model_type": "olmoe",
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_experts": 16,
-    "num_experts_per_tok": TOP_K,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 512,
-}
+FINE_TUNE_LEARNING_RATE = 1e-3
 FINE_TUNE_SHARE = 5
-"""Every fifth training document is kept for the fine-tuning."""
+"""One training document in this many is kept for fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     # Bars for what takes milliseconds would bury those for what takes minutes.
     disable_progress_bar()
     output = Path(settings.output)
-    check_file_place(output / "report.json", "quickstart")
+    check_results(output / "report.json", ["report.md"], "quickstart")
     corpus = load_corpus(settings.data)
     tokenizer = cached_tokenizer(corpus, settings.vocab_size)
     base_blocks, tune_blocks, validation_blocks = _blocks(settings, corpus, tokenizer)
@@ -96,8 +85,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
             f"quickstart: {len(windows[0])} held-out documents of {corpus.source} to evaluate on, where intervals need "
             f"{MIN_DOCUMENTS}: raise `documents`, or give more text"
         )
-    for name in ("report.json", "report.md"):  # of an earlier run, whose models go now
-        (output / name).unlink(missing_ok=True)
+    remove_results(output / "report.json", ["report.md"])
     _say(f"Pre-training a small OLMoE-shaped model on {corpus.source}")
     base_curves, base_seconds = _pretrain(settings, tokenizer, base_blocks, validation_blocks, output / "base")
     arms, checks, graphs = {}, {}, {}
@@ -148,26 +136,6 @@ def _blocks(settings: QuickstartSettings, corpus: Corpus, tokenizer: PreTrainedT
     return [pack_blocks(documents, tokenizer, settings.block_size) for documents in (base, tune, corpus.validation)]
 
 
-def _arguments(settings: QuickstartSettings, output: Path, steps: int, learning_rate: float) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(output),
-        report_to="none",
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        weight_decay=0.01,
-        logging_steps=max(1, steps // 30),
-        eval_strategy="steps",
-        eval_steps=max(1, steps // 5),
-        save_strategy="no",
-        seed=settings.seed,
-        dataloader_pin_memory=False,
-    )
-
-
 def _pretrain(
     settings: QuickstartSettings,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,16 +143,16 @@ def _pretrain(
     validation: torch.Tensor,
     output: Path,
 ) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    """Train the recipe's model without a graph, with its family's own balance loss."""
     set_seed(settings.seed)
-    # A stock model, with its family's own balance loss.
-    model = load_model(Recipe(model=ModelSection(config={**MODEL, "output_router_logits": True})), tokenizer)
-    arguments = _arguments(settings, output, settings.pretrain_steps, 3e-3)
-    timer = _StepTimer()
-    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments, [timer])
+    changes = settings.overrides(output, settings.pretrain_steps)
+    recipe = load_recipe(RECIPE, {**changes, "model.config": {**_model_config(), "output_router_logits": True}})
+    model = load_model(recipe, tokenizer)
+    curves, seconds = _train(model, recipe, blocks, validation)
     model.config.output_router_logits = False
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    return _curves(trainer.state.log_history), timer.median()
+    return curves, seconds
 
 
 def _fine_tune(
@@ -192,12 +160,25 @@ def _fine_tune(
 ) -> tuple[PreTrainedModel, dict[str, list[tuple[float, float]]], float]:
     """Same start, same batches, same losses, same budget; only the strength differs."""
     set_seed(settings.seed)
+    changes = settings.overrides(output / name, settings.finetune_steps) | {"learning_rate": FINE_TUNE_LEARNING_RATE}
+    recipe = load_recipe(RECIPE, changes | ({"symphony.strength": 0.0} if name == "plain" else {}))
     model = AutoModelForCausalLM.from_pretrained(output / "base")
-    symphonize(model, strength=0.0 if name == "plain" else 1.0)
-    arguments = _arguments(settings, output / name, settings.finetune_steps, 1e-3)
+    add_graph(model, recipe)
+    return model, *_train(model, recipe, blocks, validation)
+
+
+def _train(
+    model: PreTrainedModel, recipe: Recipe, blocks: torch.Tensor, validation: torch.Tensor
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
     timer = _StepTimer()
-    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), arguments, [timer])
-    return model, _curves(trainer.state.log_history), timer.median()
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), training_arguments(recipe), [timer])
+    return _curves(trainer.state.log_history), timer.median()
+
+
+def _model_config() -> dict[str, Any]:
+    config = load_recipe(RECIPE).model.config
+    assert config is not None
+    return config
 
 
 def _some(blocks: torch.Tensor, most: int = 64) -> torch.Tensor:
@@ -262,7 +243,7 @@ def _check_saved_forms(
 
 
 def _chosen(router_logits_TE: torch.Tensor) -> torch.Tensor:
-    return router_logits_TE.topk(TOP_K).indices.sort().values
+    return router_logits_TE.topk(_model_config()["num_experts_per_tok"]).indices.sort().values
 
 
 def _report(
@@ -285,7 +266,7 @@ def _report(
     return {
         "command": settings.command_line(),
         "settings": dataclasses.asdict(settings),
-        "model": MODEL,
+        "model": _model_config(),
         "corpus": {"source": corpus.source, "pretrain_blocks": base_blocks, "finetune_blocks": tune_blocks},
         "documents": len(plain.clean.names),
         "tokens": int(plain.clean.num_tokens.sum()),

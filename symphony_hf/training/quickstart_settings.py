@@ -3,13 +3,19 @@
 import dataclasses
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from symphony_hf.errors import ConfigError
+
+RECIPE = Path(__file__).with_name("quickstart.yaml")
+_RECIPE = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
-    """Sizes and lengths of the quickstart. The defaults take under six minutes on two CPU cores.
+    """Sizes and lengths of the quickstart, by default its recipe's. They take under six minutes on two CPU cores.
 
     Args:
         output: Folder for checkpoints, report and pictures.
@@ -26,14 +32,14 @@ class QuickstartSettings:
 
     output: str = "symphony-quickstart"
     data: str | None = None
-    seed: int = 0
+    seed: int = _RECIPE["train"]["seed"]
     pretrain_steps: int = 600
-    finetune_steps: int = 300
-    batch_size: int = 16
-    block_size: int = 128
-    vocab_size: int = 2048
-    documents: int = 60
-    attack_rate: float = 0.015
+    finetune_steps: int = _RECIPE["train"]["max_steps"]
+    batch_size: int = _RECIPE["train"]["per_device_train_batch_size"]
+    block_size: int = _RECIPE["data"]["block_size"]
+    vocab_size: int = _RECIPE["data"]["vocab_size"]
+    documents: int = _RECIPE["eval"]["documents"]
+    attack_rate: float = _RECIPE["eval"]["attack_rate"]
 
     def __post_init__(self) -> None:
         for name in ("pretrain_steps", "finetune_steps", "batch_size", "documents"):
@@ -41,6 +47,32 @@ class QuickstartSettings:
                 raise ConfigError(f"quickstart: `{name}` must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"quickstart: `seed` must be between 0 and 2**32 - 1, got {self.seed}")
+
+    def overrides(self, output: Path, steps: int) -> dict[str, object]:
+        """Return what one of the quickstart's trainings changes in its recipe.
+
+        Args:
+            output: Folder for the model.
+            steps: Number of optimizer steps.
+        """
+        return {
+            "data.path": self.data,
+            "data.block_size": self.block_size,
+            "data.vocab_size": self.vocab_size,
+            "eval.documents": self.documents,
+            "eval.attack_rate": self.attack_rate,
+            "eval.seed": self.seed,
+            "output.directory": str(output),
+            "seed": self.seed,
+            "max_steps": steps,
+            "warmup_steps": max(1, steps // 20),
+            "logging_steps": max(1, steps // 30),
+            "eval_strategy": "steps",
+            "eval_steps": max(1, steps // 5),
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.batch_size,
+            "dataloader_pin_memory": False,
+        }
 
     def command_line(self) -> str:
         """Return the command that repeats this run, without the options that are at their defaults."""

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from small_runs import quickstart_settings
+from small_runs import RECIPE, quickstart_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -17,6 +17,7 @@ from symphony_hf.data.corpus import load_corpus
 from symphony_hf.diagnostics import plots
 from symphony_hf.evaluation.attacks.word_swap import attack
 from symphony_hf.evaluation.report.quickstart import print_report, write_report
+from symphony_hf.recipe import load_recipe
 from symphony_hf.training import quickstart as quickstart_module
 from symphony_hf.training.quickstart import QuickstartSettings, run_quickstart
 
@@ -104,13 +105,17 @@ def test_a_quickstart_in_a_used_folder_does_not_keep_the_report_of_other_models(
 
     output = tmp_path / "out"
     (output / "base").mkdir(parents=True)
-    for name in ("report.json", "report.md", "notes.md"):
+    for name in ("report.md", "notes.md"):
         (output / name).write_text("of before")
+    (output / "report.json").write_text('{"versions": {"symphony_hf": "0.1.0"}}')
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(quickstart_module, "_pretrain", killed)
     with pytest.raises(KeyboardInterrupt):
         run_quickstart(dataclasses.replace(quickstart[0], output=str(output)))
     assert {path.name for path in output.iterdir()} == {"base", "notes.md"}
+    (output / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has `report.json`, which no run of symphony_hf wrote"):
+        run_quickstart(dataclasses.replace(quickstart[0], output=str(output)))
 
 
 def test_a_full_disk_leaves_the_page_as_it_was(quickstart, tmp_path, monkeypatch, disk_that_fills):
@@ -131,6 +136,18 @@ def test_the_command_of_the_report_gives_its_settings(quickstart):
     assert " " in settings.data
     assert given["--finetune_steps"] == "4"
     assert "--seed" not in given
+
+
+def test_the_command_runs_the_recipe(tmp_path):
+    """Its defaults are the recipe's, and so are those of the committed report."""
+    recipe, settings = load_recipe(RECIPE), QuickstartSettings()
+    report = json.loads((RECIPE.parent / "report.json").read_text())
+    assert report["settings"] == dataclasses.asdict(settings)
+    assert report["model"] == recipe.model.config
+    run = load_recipe(RECIPE, settings.overrides(tmp_path, settings.finetune_steps))
+    assert (run.model, run.symphony, run.data, run.eval) == (recipe.model, recipe.symphony, recipe.data, recipe.eval)
+    added = {"eval_strategy": "steps", "eval_steps": 60, "dataloader_pin_memory": False}
+    assert run.train == recipe.train | added
 
 
 def test_settings_are_checked():

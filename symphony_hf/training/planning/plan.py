@@ -270,4 +270,4 @@ def _name(dtype: torch.dtype | None) -> str | None:
 
 def accelerate_folder(recipe: str | Path) -> Path:
     """The configurations beside a recipe's folder: `recipes/accelerate` of `recipes/NAME/config.yaml`."""
-    return Path(recipe).resolve().parent.parent / "accelerate"
+    return Path(recipe).absolute().parent.parent / "accelerate"
