@@ -98,7 +98,7 @@ class DataSection:
             `text` and `chat` of the running Python's library, for `llava` scikit-learn's handwritten digits.
         name: The data set's configuration on the Hub; for `glue` the task: qnli, sst2, wnli, ...
         revision: Branch, tag or commit on the Hub.
-        text_column: Of a `text` data set.
+        text_column: Column of text in a data set of kind `text`, or in one of kind `chat` without conversations.
         rows: What its rows are: `documents`, or `lines` of one text, blank ones too, as WikiText has them; such a text
             is cut into documents as a text file is.
         images: Of `llava`: the folder that the image names are in; the JSON's own when None.
@@ -130,6 +130,8 @@ class DataSection:
         _check(self.limit is None or self.limit >= 1, f"`limit` must be at least 1, got {self.limit}")
         lines = self.rows == "lines"
         _check(not lines or (self.kind == "text" and not self.streaming), "`rows: lines` is of unstreamed `text`")
+        reads_text = self.kind in ("text", "chat") or self.text_column == "text"
+        _check(reads_text, f"`text_column` has no effect on data of kind `{self.kind}`, got {self.text_column!r}")
         _check(self.kind != "glue" or self.name is not None, "`glue` needs `name`: qnli, sst2, wnli, ...")
 
 
@@ -216,6 +218,13 @@ class Recipe:
     def __post_init__(self) -> None:
         context, block_size = self.eval.context, self.data.block_size
         _check(context < block_size, f"eval: `context` must leave room in a block of {block_size}, got {context}")
+        for name in () if self.data.kind == "text" else ("documents", "context", "attack_rate", "attack_minimum"):
+            value, default = getattr(self.eval, name), getattr(EvalSection, name)
+            _check(
+                value == default,
+                f"eval: `{name}: {value}` has no effect on data of kind `{self.data.kind}`, whose held-out rows are "
+                "all scored as they are: leave it out, or set `data.limit`",
+            )
 
 
 SECTIONS = {

@@ -14,6 +14,8 @@ from visual import entry, write_llava
 
 from symphony_hf import ConfigError, DataError, SymphonyConfig, expert_graphs, is_symphonized
 from symphony_hf.checkpoints.folder import open_folder
+from symphony_hf.data.documents import Document
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ReportError
 from symphony_hf.evaluation.report.find_runs import read_runs
 from symphony_hf.recipe import load_recipe
@@ -100,6 +102,59 @@ def test_a_plain_recipe_runs(small, tmp_path):
     recipe = load_recipe(RECIPE, small)
     run_recipe(recipe.__class__(**{**recipe.__dict__, "symphony": None}))
     assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
+
+
+CHAT = RECIPE.parents[1] / "olmoe-7b-sft" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([Document("a", "What is it? It is a number, or none.")], 300).save_pretrained(folder)
+    return str(folder)
+
+
+def test_prompts_are_not_learned_or_measured_unless_asked_for(tokenizer_folder, tmp_path):
+    """The prompts are the same in all rows and the completions are not, so their losses differ."""
+    table = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "What is it? " * 3, "completion": f" {n * 7919}"} for n in range(60)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {
+        "model.tokenizer": tokenizer_folder,
+        "data.path": str(table),
+        "data.packing": True,
+        "data.block_size": 64,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    losses, notes = {}, {}
+    for name in (None, False):
+        output = {"output.directory": str(tmp_path / str(name))}
+        given = {} if name is None else {"completion_only_loss": name}
+        results = run_recipe(load_recipe(CHAT, {**shared, **output, **given}))
+        losses[name] = (results["validation"][0]["eval_loss"], results["test"]["loss"])
+        notes[name] = results["data"]["notes"][-1]
+    assert all(learned != everything for learned, everything in zip(losses[None], losses[False], strict=True))
+    assert notes[None].endswith("rows of `prompt` and `completion` (text); loss on completions only")
+    assert notes[False].endswith("loss on all tokens")
+
+
+def test_a_training_argument_without_effect_is_refused_before_weights(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", None)  # calling it would raise another error
+    overrides = {
+        "model.tokenizer": tokenizer_folder,
+        "completion_only_loss": True,
+        "output.directory": str(tmp_path / "run"),
+    }
+    with pytest.raises(ConfigError, match="`completion_only_loss: true` has no effect"):
+        run_recipe(load_recipe(CHAT, overrides))
+    with pytest.raises(ConfigError, match=r"eval: `documents: 5` has no effect on data of kind `chat`"):
+        load_recipe(CHAT, {"eval.documents": 5})
+    with pytest.raises(ConfigError, match=r"data: `text_column` has no effect on data of kind `glue`"):
+        load_recipe(CHAT, {"data.kind": "glue", "data.name": "qnli", "data.text_column": "body"})
 
 
 def test_bad_settings_and_data_are_refused_before_training(small, tmp_path):
