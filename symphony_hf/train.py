@@ -1,4 +1,4 @@
-"""`python -m symphony_hf.train RECIPE.yaml`, and through `accelerate launch -m`: train what a recipe says."""
+"""`python -m symphony_hf.train RECIPE.yaml`, also through `accelerate launch -m`: train a recipe."""
 
 import os
 import shlex
@@ -14,8 +14,8 @@ from .recipe import load_recipe
 
 USAGE = """usage: python -m symphony_hf.train RECIPE.yaml [--NAME VALUE ...]
 
-Train what a recipe says. NAME is a setting of the train section (TrainingArguments' own name), or SECTION.NAME.
-With --dry_run, print what would be done, and touch nothing.
+Train a recipe. NAME is a setting of the train section, named as in TrainingArguments, or SECTION.NAME.
+With --dry_run, print the plan without loading or writing anything.
 
   python -m symphony_hf.train recipes/quickstart/config.yaml --dry_run
   python -m symphony_hf.train recipes/quickstart/config.yaml --max_steps 2 --symphony.strength 0
@@ -26,10 +26,10 @@ With --dry_run, print what would be done, and touch nothing.
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--name value` and `--name=value` pairs, values read as YAML.
+    """Parse `--name value` and `--name=value` pairs, with values in YAML.
 
     Raises:
-        ConfigError: If a name has no value, or a word stands where a name should.
+        ConfigError: If a name has no value, an argument does not begin with `--`, or a value is not valid YAML.
     """
     overrides: dict[str, Any] = {}
     words = list(arguments)
@@ -45,7 +45,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         try:
             overrides[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"`--{name}`: `{value}` is no YAML value") from error
+            raise ConfigError(f"`--{name}`: `{value}` is not valid YAML") from error
     return overrides
 
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--dry_run"]
     try:
         recipe = load_recipe(words[0], parse_overrides(words[1:]))
-        # After the recipe was found to be sound: these imports take seconds.
+        # Only once the recipe is valid: these imports take seconds.
         from symphony_hf.training.launch import launching_words
         from symphony_hf.training.runner import prepare_run, run_recipe
 

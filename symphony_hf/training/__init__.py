@@ -1,4 +1,4 @@
-"""Training a Symphony model: the Trainer callback, and the runner of recipes."""
+"""Training of Symphony models: the Trainer callback and the recipe runner."""
 
 from .callback import SymphonyCallback
 

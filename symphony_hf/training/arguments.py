@@ -1,4 +1,4 @@
-"""A recipe's train section as TrainingArguments, and what it needs that is not there."""
+"""TrainingArguments of a recipe, and checks for missing packages and devices."""
 
 import importlib.util
 import os
@@ -16,19 +16,19 @@ _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """TrainingArguments from a recipe's train section; TRL's SFTConfig for conversations.
+    """Return TrainingArguments for a recipe's train section; TRL's SFTConfig for conversations.
 
     Raises:
-        ConfigError: If a setting is unknown, TrainingArguments refuses a value, a stream is to be read to an end that
-            nobody knows, or a package or device that the recipe needs is missing.
+        ConfigError: If a setting is unknown, TrainingArguments refuses a value, a stream has no `max_steps`, or a
+            package or device that the recipe needs is missing.
     """
     _check_packages(recipe)
     _check_devices(recipe)
-    # Trainer takes true for it, too, which TrainingArguments' type does not say.
+    # Trainer also accepts True for it, which TrainingArguments' type does not.
     settings = {name: value for name, value in recipe.train.items() if name != "resume_from_checkpoint"}
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if settings.get(name) is False:
-            settings[name] = "no"  # what YAML reads `no` as
+            settings[name] = "no"  # YAML reads `no` as False
     fixed: dict[str, Any] = {"output_dir": str(Path(recipe.output.directory)), "report_to": "none"}
     kind: type[TrainingArguments] = TrainingArguments
     if recipe.data.kind == "chat":
@@ -37,20 +37,20 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         kind = SFTConfig
         fixed |= {"max_length": recipe.data.block_size, "packing": recipe.data.packing}
     elif recipe.data.kind == "llava":
-        fixed |= {"remove_unused_columns": False}  # the collator makes what the model uses
+        fixed |= {"remove_unused_columns": False}  # the collator creates the inputs of the model
     if settings.get("eval_strategy", "no") != "no":
         fixed |= {
             "metric_for_best_model": "loss"
-        }  # else Trainer notes no best checkpoint, and deletes it as an old one
+        }  # otherwise Trainer tracks no best checkpoint, and deletes it as an old one
     arguments = parse_settings(kind, settings, "train", **fixed)
     if recipe.data.streaming and arguments.max_steps <= 0:
-        raise ConfigError("train: a stream has no length that is known: set `max_steps`, or leave `data.streaming` out")
+        raise ConfigError("train: a stream has no known length: set `max_steps`, or remove `data.streaming`")
     arguments.resume_from_checkpoint = recipe.train.get("resume_from_checkpoint")
     return arguments
 
 
 def _check_packages(recipe: Recipe) -> None:
-    """Name what must be installed, before anything is loaded: the libraries say it minutes later, at first use."""
+    """Check for missing packages before anything is loaded: the libraries check at first use, minutes later."""
     optimizer, report_to = str(recipe.train.get("optim", "")), recipe.train.get("report_to") or []
     needs = {
         "bitsandbytes": recipe.model.quantization is not None or "8bit" in optimizer or "paged" in optimizer,
@@ -73,28 +73,26 @@ def _asks_for_deepspeed(recipe: Recipe) -> bool:
 
 
 def _check_devices(recipe: Recipe) -> None:
-    """Refuse what only a GPU can do, and more processes than there are GPUs, before weights are loaded."""
+    """Refuse settings that need a GPU on a machine without one, and more processes than GPUs."""
     on_gpu = torch.accelerator.is_available() and not recipe.train.get("use_cpu")
     num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpu and num_here > torch.accelerator.device_count():
         raise ConfigError(
-            f"launch: {num_here} processes were started on a machine with {torch.accelerator.device_count()} GPUs: "
-            "one GPU each; set `--num_processes`"
+            f"launch: {num_here} processes were started on a machine with {torch.accelerator.device_count()} GPUs, and "
+            "each process needs its own: lower `--num_processes`"
         )
     if not on_gpu and not recipe.train.get("use_cpu") and _is_for_a_gpu():
         raise ConfigError(
-            "launch: the launcher's configuration is for a GPU, and there is none: launch with "
+            "launch: the launcher's configuration is for a GPU, and there is none here: launch with "
             "recipes/accelerate/cpu.yaml, or set `use_cpu: true` in the train section"
         )
     if not on_gpu and recipe.train.get("fp16"):
-        raise ConfigError("train: `fp16` runs on a GPU alone: set `fp16: false`, or `bf16: true`")
+        raise ConfigError("train: `fp16` needs a GPU: set `fp16: false`, or `bf16: true`")
     if not on_gpu and "flash" in (recipe.model.attention or ""):
-        raise ConfigError(
-            f"model: attention `{recipe.model.attention}` runs on a GPU alone; use `sdpa`, or leave it out"
-        )
+        raise ConfigError(f"model: attention `{recipe.model.attention}` needs a GPU: use `sdpa`, or leave it out")
 
 
 def _is_for_a_gpu() -> bool:
-    """Whether accelerate started this process by a configuration such as `single_gpu.yaml`; its default is for none."""
+    """Whether accelerate launched this process with a GPU configuration such as `single_gpu.yaml`."""
     use_cpu, precision = (os.environ.get(f"ACCELERATE_{name}", "").lower() for name in ("USE_CPU", "MIXED_PRECISION"))
     return use_cpu == "false" and precision in ("bf16", "fp16", "fp8")

@@ -1,4 +1,4 @@
-"""SymphonyCallback: moves the graphs once per optimizer step of transformers' Trainer, and logs the router losses."""
+"""SymphonyCallback for transformers' Trainer: updates the graphs at each optimizer step and logs the router losses."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from .reference_model import mix_graphs, synced_reference
 
 
 class SymphonyCallback(TrainerCallback):
-    """Give it to any Trainer whose model is symphonized: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
+    """Callback for any Trainer with a symphonized model: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
 
-    Without it the graphs still move once per optimizer step, at the first training forward after it: the last step's is
-    left out.
+    Without it, the graphs are updated at the first training forward after each optimizer step, so the update of the
+    last step is missing.
 
     Raises:
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
-        ConfigError: There, if less runs than the launcher was asked for, as accelerate has it where it cannot do more.
+        ConfigError: At the start of training, if accelerate runs fewer processes or another strategy than requested.
     """
 
     _reference: Any = None
@@ -35,19 +35,19 @@ class SymphonyCallback(TrainerCallback):
         if args.n_gpu > 1:
             raise PatchError(
                 f"SymphonyCallback: {args.n_gpu} GPUs in one process (DataParallel) lose all counts but one replica's: "
-                "start one process a GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one"
+                "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        # TRL's own balance loss is off, as the model's weight of it is 0, unless its arguments have one.
+        # TRL's own balance loss is off, since the model's weight for it is 0, unless TRL's arguments set one.
         if tracker.config.balance_loss_weight > 0 and getattr(args, "router_aux_loss_coef", None):
             raise PatchError(
                 f"SymphonyCallback: router_aux_loss_coef={args.router_aux_loss_coef} would add TRL's balance loss to "
-                "ours: leave it out, or symphonize with balance_loss_weight=0"
+                "this one: leave it out, or symphonize with balance_loss_weight=0"
             )
         check_launch_of_trainer(args)
         self._reference = synced_reference(self, args, model)
         tracker.state.driven = True
-        tracker.remove_log_probs_hook()  # of a training that broke off
-        # SFTTrainer makes its loss of the tokens' log-probabilities; with `dft` it weighs them.
+        tracker.remove_log_probs_hook()  # left by a training that was interrupted
+        # SFTTrainer computes its loss from the tokens' log-probabilities. With `dft` it weights them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
             tracker.log_probs_hook = model.register_forward_hook(record_log_probs)
         groups = getattr(kwargs.get("optimizer"), "param_groups", ())
@@ -75,11 +75,11 @@ class SymphonyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs is None or "loss" not in logs:
-            return  # an evaluation's record, or the summary at the end
+            return  # an evaluation's entry, or the summary at the end
         tracker = tracker_of(model)
         tracker.checks.warn_about_skipped()
         values = {f"symphony/{name}": value for name, value in tracker.state.take_losses().items()}
-        # Trainer made its record of this log before it called us: add to both, so that every callback after us sees it.
+        # Trainer has already recorded this log: add to both, so that the callbacks after this one see the values.
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)

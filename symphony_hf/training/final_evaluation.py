@@ -17,23 +17,23 @@ from .trainer import ResumableTrainer
 if TYPE_CHECKING:
     from symphony_hf.recipe import Recipe
 
-MOST_ANSWERS = 100
-"""Different answers up to which a question about an image is one of choosing."""
+MAX_CHOICES = 100
+"""Number of distinct answers up to which questions about images are scored as multiple choice."""
 
 
 def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: PreparedData) -> dict[str, Any]:
-    """Measure the trained model on the test split, as its kind of data has it.
+    """Evaluate the trained model on the test split. Every process calls this.
 
     Args:
-        recipe: Its data section says which kind.
-        trainer: After training. Every process calls this.
-        processor: The model's tokenizer or processor.
+        recipe: Recipe of the run.
+        trainer: Trainer, after training.
+        processor: Tokenizer or processor of the model.
         data: Training data, with the test split.
 
     Returns:
-        With whole documents: clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss` and
-        `perplexity` of the test split, or of the validation split where there is no other, as `split` says; and
-        `accuracy` where its questions have answers to choose from. Nothing where neither is there.
+        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss` and `perplexity` of
+        the split named by `split` (the validation split if there is no test split), and `accuracy` for multiple-choice
+        questions. Empty without either split.
     """
     if data.documents is not None:
         documents = data.documents[: recipe.eval.documents]
@@ -58,11 +58,11 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
 
 
 def _questions(held_out: Any, data: PreparedData) -> Iterable[Question] | None:
-    """A split as questions with a choice of answers, where it is one."""
+    """Return a split as multiple-choice questions; None if its questions have no choices."""
     if data.kind == "glue":
         return held_out.questions()
     if isinstance(data.collator, VisualCollator):
         questions = VisualQuestions(held_out, data.collator)
         answers = set(questions.answers())
-        return questions.choices(sorted(answers)) if len(answers) <= MOST_ANSWERS else None
+        return questions.choices(sorted(answers)) if len(answers) <= MAX_CHOICES else None
     return None

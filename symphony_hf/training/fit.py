@@ -1,4 +1,4 @@
-"""One Trainer for every recipe: what is around the model while it trains."""
+"""The Trainer of every recipe, with its callbacks and progress bar."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ _SHOWN = {"loss": "loss", "eval_loss": "validation", "symphony/balance_loss": "b
 
 
 class StepProgress(ProgressCallback):
-    """Trainer's own bar, without a printed dictionary at each log and a second bar at each evaluation."""
+    """Trainer's progress bar, without a printed dictionary at each log and a second bar at each evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class StepProgress(ProgressCallback):
         self.training_bar.set_postfix(self._values)
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """No bar: it is over before one could be read."""
+        """Show no bar for evaluations."""
 
 
 def train(
@@ -60,28 +60,26 @@ def train(
     processor: Any = None,
     settings: Mapping[str, Any] | None = None,
 ) -> ResumableTrainer:
-    """Train a model with transformers' Trainer; a Symphony model's graphs move once per optimizer step.
-
-    Progress is one bar that shows the last values, where Trainer would print a dictionary at each.
+    """Train a model with transformers' Trainer, or with TRL's SFTTrainer. Symphony models get `SymphonyCallback`.
 
     Args:
-        model: Symphonized or not, with adapters or without.
-        train_data: Examples; conversations where `arguments` are TRL's.
-        validation_data: Likewise; None for no evaluation while it trains.
-        arguments: TrainingArguments; TRL's SFTConfig has TRL's SFTTrainer train.
-        callbacks: More of them, called before the ones that report.
-        resume_from: A whole checkpoint to go on from.
-        asked: What must run, compared with what the Trainer made of it.
-        collator: Makes a batch of examples; transformers' default when None.
-        processor: The model's tokenizer or processor, for a Trainer that needs it.
-        settings: Of the run, which each checkpoint keeps.
+        model: Model, symphonized or not, with or without adapters.
+        train_data: Training examples; conversations for SFTTrainer.
+        validation_data: Validation examples; None for no evaluation during training.
+        arguments: Training arguments. TRL's SFTConfig selects SFTTrainer.
+        callbacks: Further callbacks, called before the reporting ones.
+        resume_from: Complete checkpoint to resume from.
+        asked: Requested launch, compared with the one that the Trainer runs.
+        collator: Function that makes a batch of examples; transformers' default if None.
+        processor: Tokenizer or processor of the model, for SFTTrainer.
+        settings: Settings of the run to record in each checkpoint.
 
     Returns:
         The Trainer, after training.
 
     Raises:
-        ConfigError: If something else runs than was asked for.
-        CheckpointError: If a checkpoint cannot be written, or the one to go on from is of another model.
+        ConfigError: If another launch runs than was requested.
+        CheckpointError: If a checkpoint cannot be written, or `resume_from` belongs to another model.
     """
     is_sft = any(kind.__name__ == "SFTConfig" for kind in type(arguments).__mro__)
     trainer = with_router_losses(resumable_sft_trainer() if is_sft else ResumableTrainer)(
@@ -98,7 +96,7 @@ def train(
     if not arguments.disable_tqdm:
         trainer.add_callback(StepProgress())
     ours = [SymphonyCallback(), *(callbacks or [])] if is_symphonized(model) else callbacks or []
-    # In front of the reporting callbacks, so that they see what these add to the logs.
+    # Before the reporting callbacks, so that those see what these add to the logs.
     trainer.callback_handler.callbacks[:0] = ours
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer

@@ -1,7 +1,7 @@
-"""What was asked for, and what runs: accelerate turns a launch that it cannot do into a lesser one, in silence.
+"""Comparison of the requested launch with the one that runs: accelerate silently downgrades what it cannot do.
 
-On a CPU, an FSDP configuration runs plain data parallelism; `--cpu --num_processes 2` runs one process; DeepSpeed
-without `use_cpu` runs as many separate trainings as it has processes. Each of them trains, and none as was meant.
+On a CPU, an FSDP configuration runs plain data parallelism, `--cpu --num_processes 2` runs one process, and DeepSpeed
+without `use_cpu` runs a separate training in each process. All of them train, and none as requested.
 """
 
 import os
@@ -15,7 +15,7 @@ from symphony_hf.recipe import LaunchSection
 
 
 class Ask(NamedTuple):
-    """One thing that was asked for."""
+    """One requested property of the launch, and who requested it."""
 
     who: str
     what: str  # processes or strategy
@@ -23,15 +23,15 @@ class Ask(NamedTuple):
 
 
 def check_launch(asked: Sequence[Ask], processes: int, strategy: str) -> None:
-    """Compare what was asked for with what runs, or is about to.
+    """Compare the requested launch with the one that runs, or is about to.
 
     Args:
-        asked: From `asks`.
-        processes: How many train together.
-        strategy: Of `strategy_to_come` or `strategy_of`.
+        asked: Requests, from `asks`.
+        processes: Number of processes that train together.
+        strategy: Strategy, from `strategy_to_come` or `strategy_of`.
 
     Raises:
-        ConfigError: If something else runs.
+        ConfigError: If they differ.
     """
     running = {"processes": processes, "strategy": strategy}
     for who, what, wanted in asked:
@@ -40,19 +40,19 @@ def check_launch(asked: Sequence[Ask], processes: int, strategy: str) -> None:
         if found != wanted and not any_stage:
             raise ConfigError(
                 f"launch: {who} asks for {what} `{wanted}`, but what runs is `{found}` ({processes} processes, "
-                f"strategy `{strategy}`). accelerate downgrades without a word: on a CPU it has no FSDP, and starts "
-                "several processes only for DeepSpeed (torchrun does), which needs `use_cpu: true` in the train "
+                f"strategy `{strategy}`). accelerate downgrades silently: on a CPU it has no FSDP, and starts "
+                "several processes only for DeepSpeed (use torchrun), which needs `use_cpu: true` in the train "
                 "section and no ACCELERATE_USE_CPU"
             )
 
 
 def asks(section: LaunchSection, arguments: TrainingArguments) -> list[Ask]:
-    """What the recipe, the train section and the launcher of this process ask for."""
+    """Return the requests of the recipe, its train section and the launcher of this process."""
     return [*_asks_of_recipe(section), *_asks_of_arguments(arguments), *_asks_of_launcher()]
 
 
 def strategy_to_come(arguments: TrainingArguments) -> str:
-    """How accelerate will spread the training over processes, as far as is known before a Trainer is made."""
+    """Return the strategy that accelerate will use, as far as it is known before a Trainer is created."""
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is not None and not _is_on("ACCELERATE_USE_CPU"):
         return f"zero{plugin.zero_stage}"
@@ -62,7 +62,7 @@ def strategy_to_come(arguments: TrainingArguments) -> str:
 
 
 def strategy_of(state: Any) -> str:
-    """How accelerate's AcceleratorState says that training is spread: `single`, `ddp`, `fsdp`, `zero0` to `zero3`."""
+    """Return the strategy of accelerate's AcceleratorState: `single`, `ddp`, `fsdp`, or `zero0` to `zero3`."""
     from accelerate import DistributedType
 
     if state.distributed_type == DistributedType.DEEPSPEED:
@@ -73,10 +73,10 @@ def strategy_of(state: Any) -> str:
 
 
 def check_launch_of_trainer(arguments: TrainingArguments) -> None:
-    """For a Trainer that no recipe made: compare what its arguments and the launcher ask for with what it made of it.
+    """Compare the launch of a user's own Trainer with what its arguments and the launcher request.
 
     Raises:
-        ConfigError: If something else runs.
+        ConfigError: If they differ.
     """
     from accelerate.state import AcceleratorState
 
@@ -85,10 +85,10 @@ def check_launch_of_trainer(arguments: TrainingArguments) -> None:
 
 
 def launching_words() -> list[str]:
-    """The words that this process's launcher would be started with to do the same again, up to `-m`.
+    """Return the command line, up to `-m`, that launches the same processes again.
 
-    Of accelerate's configuration they spell out what it left in the environment: the number of processes, precision,
-    and DeepSpeed's stage and offloading.
+    It spells out the part of accelerate's configuration that is in the environment: the number of processes, the
+    precision, and DeepSpeed's stage and offloading.
     """
     processes = os.environ.get("WORLD_SIZE")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -129,7 +129,7 @@ def _asks_of_launcher() -> Iterator[Ask]:
     if "WORLD_SIZE" in os.environ:
         yield Ask("the launcher", "processes", int(os.environ["WORLD_SIZE"]))
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        # With a file of DeepSpeed's own, the stage is in that.
+        # With a DeepSpeed config file, the stage is in that file.
         in_file = "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ
         stage = "" if in_file else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         yield Ask("the launcher", "strategy", f"zero{stage}")

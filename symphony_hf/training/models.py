@@ -1,4 +1,4 @@
-"""The model that a recipe means, with its graph."""
+"""Model of a recipe: built or loaded, upcycled, symphonized, adapted, and its trained parameters selected."""
 
 import contextlib
 import dataclasses
@@ -35,15 +35,15 @@ IMAGE_TOKEN = "<image>"
 
 
 def auto_class(recipe: Recipe) -> Any:
-    """The Auto class of the recipe's kind of data."""
+    """Return the Auto class for the recipe's kind of data."""
     return AutoModelForImageTextToText if recipe.data.kind == "llava" else AutoModelForCausalLM
 
 
 def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    """The config that a model section spells out; the vocabulary is the tokenizer's.
+    """Return the config that a model section spells out, with the vocabulary of the tokenizer.
 
     Raises:
-        ConfigError: If transformers knows no such family, or its config refuses a value.
+        ConfigError: If transformers does not know the family, or its config refuses a value.
     """
     fields, of_text = dict(section.config or {}), {}
     if tokenizer is not None:
@@ -67,10 +67,10 @@ def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's model without weights, on the meta device.
+    """Build the recipe's model on the meta device, without weights.
 
     Raises:
-        ConfigError: If its config is not to be had.
+        ConfigError: If its config could not be loaded.
     """
     section = recipe.model
     if section.config is not None:
@@ -84,23 +84,23 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
 
 
 def _stored_config(section: ModelSection) -> PreTrainedConfig:
-    """The checkpoint's config; where a vision tower is put to it, that of both."""
+    """Return the checkpoint's config, combined with the vision tower's if the recipe adds one."""
     try:
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)
         if section.vision is None:
             return config
-        # Any token stands for an image here: the tokenizer is not read, and no size depends on it.
+        # The image token may be any: the tokenizer is not loaded, and no size depends on it.
         return llava_config(config, vision_config_of(section.vision), config.vocab_size - 1)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: the config of `{section.path}` is not to be had: {first}") from error
+        raise ConfigError(f"model: the config of `{section.path}` could not be loaded: {first}") from error
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that a recipe names, or builds with random weights.
+    """Load the model of a recipe, or build it with random weights.
 
     Raises:
-        ConfigError: If the checkpoint is not what the recipe's `config` says.
+        ConfigError: If the checkpoint differs from the recipe's `config`.
     """
     section, auto = recipe.model, auto_class(recipe)
     settings: dict[str, Any] = {"dtype": section.dtype}
@@ -152,7 +152,7 @@ def _load_in_4_bits(
 
 
 def _upcycle(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
-    """Make the recipe's modules mixtures of experts, if it names any; a checkpoint of them has them already."""
+    """Upcycle the modules that the recipe names, if any; a checkpoint may have been upcycled already."""
     settings = section.upcycle_modules
     if settings is None:
         return model
@@ -176,14 +176,14 @@ def _upcycle(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _without_empty_experts_warning() -> Iterator[None]:
-    """Qwen2-MoE has a shared expert, of size 0 where there is none, and torch warns that it has nothing to draw."""
+    """Ignore torch's warning about the shared expert of Qwen2-MoE, which has size 0 if there is none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         yield
 
 
 def _check_config(config: PreTrainedConfig, section: ModelSection) -> None:
-    """A checkpoint of another model than the recipe was made for is refused before its weights are read."""
+    """Refuse a checkpoint of another model than the recipe was made for, before its weights are read."""
     for name, wanted in (section.config or {}).items():
         found = getattr(config, name, None)
         found = found.to_dict() if isinstance(found, PreTrainedConfig) else found
@@ -197,7 +197,7 @@ def _check_config(config: PreTrainedConfig, section: ModelSection) -> None:
 
 
 def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Give the model the recipe's graph settings; a Symphony checkpoint brings its own, which must be the same.
+    """Symphonize the model with the recipe's settings. A Symphony checkpoint must have been saved with the same ones.
 
     Raises:
         ConfigError: If the checkpoint's settings differ from the recipe's.
@@ -212,15 +212,15 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
         differing = [name for name, value in stored.to_dict().items() if wanted.get(name) != value]
         raise ConfigError(
             f"symphony: the checkpoint `{recipe.model.path}` was saved with other settings ({', '.join(differing)}): "
-            "give the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
+            "use the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
         )
 
 
 def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
-    """Freeze all parameters but those whose names match, and what of a vision tower nothing reads.
+    """Freeze all parameters except those that match a pattern, and the unused ones of a vision tower.
 
     Raises:
-        ConfigError: If a pattern matches none.
+        ConfigError: If a pattern matches no parameter.
     """
     for parameter in _unread_parameters(model):
         parameter.requires_grad_(False)
@@ -237,8 +237,8 @@ def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
 
 
 def _unread_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Of LLaVA's vision tower, what comes after the layer whose features are taken: it never has a gradient, for which
-    DistributedDataParallel would wait."""
+    """Yield the parameters of LLaVA's vision tower after the layer whose features are used. They never get a gradient,
+    and DistributedDataParallel would wait for one."""
     layer = getattr(model.config, "vision_feature_layer", None)
     tower = next((module for name, module in model.named_modules() if name.endswith("vision_tower")), None)
     if not isinstance(layer, int) or layer >= 0 or tower is None:
@@ -253,7 +253,7 @@ def _unread_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
 
 
 def add_adapters(model: PreTrainedModel, section: PeftSection | None) -> Any:
-    """The model with LoRA adapters, or as it is without a section."""
+    """Add LoRA adapters to the model, if there is a section for them."""
     if section is None:
         return model
     from peft import get_peft_model

@@ -1,4 +1,4 @@
-"""The graphs while they are learned: numbers in every log and pictures at every checkpoint, in whichever tracker."""
+"""GraphMonitor: metrics of the graphs in every log, and pictures at every checkpoint, for any tracker."""
 
 import itertools
 import statistics
@@ -21,33 +21,34 @@ from symphony_hf.patching.symphonize import expert_graphs
 
 
 class LoadHistory:
-    """Loads by step: at most `MOST` moments, evenly spread. Every second is dropped when there are more.
+    """Expert loads at up to `MAX_STEPS` evenly spaced steps. When there are more, every second one is dropped.
 
     Attributes:
-        steps: Of the moments, increasing.
-        loads: By router, one tensor a moment: shares that sum to 1, float32, on the CPU. Shape of each: (num_experts,).
+        steps: Steps, increasing.
+        loads: For each router, one tensor per step: shares that sum to 1, float32, on the CPU. Shape of each:
+            (num_experts,).
     """
 
-    MOST = 256
+    MAX_STEPS = 256
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.loads: dict[str, list[Tensor]] = {}
 
     def add(self, step: int, graphs: Mapping[str, Tensor]) -> None:
-        """Take the loads of graphs that were learned up to a step, in place of what is there of later ones."""
+        """Add the loads of the graphs at a step, and drop those of later steps."""
         self.cut(step - 1)
         if len(self.steps) > 2 and self.steps[-1] - self.steps[-2] < self._gap():
-            self._keep(slice(-1))  # the last one so far was there as the last one alone
+            self._keep(slice(-1))  # it was kept only as the last one
         self.steps.append(step)
         for name, adjacency_EE in graphs.items():
             load_E = adjacency_EE.diagonal().float()
             self.loads.setdefault(name, []).append((load_E / load_E.sum()).cpu())
-        if len(self.steps) > self.MOST:
-            self._keep(slice((len(self.steps) - 1) % 2, None, 2))  # the last one is among them
+        if len(self.steps) > self.MAX_STEPS:
+            self._keep(slice((len(self.steps) - 1) % 2, None, 2))  # keeps the last one
 
     def _gap(self) -> float:
-        """Between two moments, the last of which may be nearer."""
+        """Return the typical distance between two steps. The last step may be closer."""
         return statistics.median(after - before for before, after in itertools.pairwise(self.steps[:-1]))
 
     def _keep(self, which: slice) -> None:
@@ -55,28 +56,28 @@ class LoadHistory:
         self.loads = {name: rows[which] for name, rows in self.loads.items()}
 
     def cut(self, step: int) -> None:
-        """Forget what came after a step."""
+        """Drop what came after a step."""
         self._keep(slice(sum(own <= step for own in self.steps)))
 
     def write(self, path: Path) -> None:
-        """Write it so that a reader finds the old file or the whole new one."""
+        """Write the history to a file, atomically."""
         tensors = {f"load/{name}": torch.stack(rows) for name, rows in self.loads.items()}
         with replacing(path) as written:
             written.write_bytes(save({"steps": torch.tensor(self.steps), **tensors}))
 
     @classmethod
     def read(cls, path: Path) -> "LoadHistory":
-        """What was written.
+        """Read a history from a file.
 
         Warns:
-            SymphonyWarning: If the file is damaged; it is then empty.
+            SymphonyWarning: If the file is damaged. The history is then empty.
         """
         history = cls()
         try:
             tensors = load(path.read_bytes())
             history.steps = tensors.pop("steps").tolist()
         except (SafetensorError, KeyError) as error:
-            warnings.warn(f"{path}: damaged, so loads are kept from here on ({error})", SymphonyWarning, stacklevel=2)
+            warnings.warn(f"{path}: damaged, so the load history starts anew ({error})", SymphonyWarning, stacklevel=2)
             return cls()
         history.loads = {name.removeprefix("load/"): list(rows) for name, rows in tensors.items()}
         return history
@@ -88,15 +89,15 @@ HISTORY = "load_history.safetensors"
 
 
 class GraphMonitor(TrainerCallback):
-    """Adds numbers on the graphs to Trainer's logs, and draws them: `Trainer(..., callbacks=[..., GraphMonitor()])`.
+    """Callback that logs metrics of the graphs and draws them: `Trainer(..., callbacks=[..., GraphMonitor()])`.
 
-    The numbers, of `diagnostics.graph_summary`, go wherever `report_to` sends the loss, if this callback comes before
-    the reporting ones. The pictures are `graphs.png` and `load.png`, each expert's load over time, in the output
-    directory, and images in TensorBoard, W&B or Trackio where `report_to` names them. The loads of the logs are in
-    `load_history.safetensors` there. A log costs under 2 ms for 16 layers of 64 experts, on one CPU core.
+    The metrics are those of `diagnostics.graph_summary`. They are reported with the loss, if this callback comes before
+    the reporting ones. The pictures are `graphs.png` and `load.png` (each expert's load over time) in the output
+    directory, and images in TensorBoard, W&B or Trackio if `report_to` names them. The loads themselves are in
+    `load_history.safetensors`. A log costs under 2 ms for 16 layers of 64 experts on one CPU core.
 
     Args:
-        pictures: Whether to draw. It takes a second or two, at each checkpoint and at the end.
+        pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
     """
 
     def __init__(self, pictures: bool = True) -> None:
@@ -107,7 +108,7 @@ class GraphMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._logged = expert_graphs(model)  # of a run that goes on: as at its last log, before the checkpoint
+        self._logged = expert_graphs(model)  # in a resumed run, as of its last log before the checkpoint
         self._history, kept = LoadHistory(), Path(args.output_dir) / HISTORY
         if state.global_step and state.is_world_process_zero and kept.is_file():
             self._history = LoadHistory.read(kept)
@@ -123,13 +124,13 @@ class GraphMonitor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs is None or "loss" not in logs:
-            return  # an evaluation's record, or the summary at the end
+            return  # an evaluation's entry, or the summary at the end
         graphs = expert_graphs(model)
         values = {f"symphony/{name}": value for name, value in graph_summary(graphs, self._logged).items()}
         self._logged = graphs
         if state.is_world_process_zero:
             self._history.add(state.global_step, graphs)
-        # Trainer made its record of this log before it called us: add to both.
+        # Trainer has already recorded this log: add to both.
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)

@@ -1,4 +1,4 @@
-"""The tokenizer of the model that a recipe means, or its processor where there are images."""
+"""Tokenizer of a recipe's model, or its processor if there are images."""
 
 from typing import Any
 
@@ -23,12 +23,13 @@ from .models import IMAGE_TOKEN, build_config
 
 
 def load_processor(recipe: Recipe) -> Any:
-    """The checkpoint's tokenizer, or processor where there are images; one made for it where the model is built.
+    """Load the tokenizer of a recipe's checkpoint, or its processor if there are images.
 
-    A tokenizer that is made is trained on the recipe's text (and cached); of a stream, on its first documents.
+    For a model that is built, a tokenizer is trained on the recipe's text, or on the first documents of a stream, and
+    cached.
 
     Raises:
-        ConfigError: If the checkpoint's is not to be had.
+        ConfigError: If the checkpoint's tokenizer could not be loaded.
     """
     if recipe.model.tokenizer is not None or recipe.model.path is not None:
         return _stored_processor(recipe)
@@ -54,11 +55,11 @@ def _stored_processor(recipe: Recipe) -> Any:
     except (OSError, ValueError) as error:
         name = "path" if recipe.model.tokenizer is None else "tokenizer"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"model: {name}: no tokenizer is to be had from `{source}`: {first}") from error
+        raise ConfigError(f"model: {name}: the tokenizer of `{source}` could not be loaded: {first}") from error
 
 
 def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """A processor for a LLaVA that is put together: the images of the vision tower's own, and a token for them."""
+    """Build the processor of a LLaVA made of two checkpoints, with the vision tower's image processor."""
     assert section.vision is not None
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return LlavaProcessor(
@@ -72,7 +73,7 @@ def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase
 
 
 def _build_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """A processor for a LLaVA that is built: images of its vision tower's size, and a token for them."""
+    """Build the processor of a LLaVA with random weights: images of its vision tower's size, and an image token."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     vision = build_config(section, tokenizer).vision_config
     size = {"height": vision.image_size, "width": vision.image_size}

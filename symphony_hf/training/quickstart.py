@@ -1,8 +1,8 @@
-"""`symphony quickstart`: the whole path on real text, in minutes, on a CPU.
+"""`symphony quickstart`: from pre-training to a comparison on real text, in minutes, on a CPU.
 
-A small OLMoE-shaped model is pre-trained on the running Python's library sources. Two copies of it are then
-fine-tuned on the same batches with the same budget: `plain`, whose strength is 0, so that it routes as the base does,
-and `symphony`. Both are evaluated on held-out text, clean and attacked, and what came out is reported as it is.
+The model of `quickstart.yaml` is pre-trained on the running Python's library sources, without a graph. Two copies are
+then fine-tuned on the same batches with the same budget: `plain`, with strength 0, which routes as the base model does,
+and `symphony`. Both are evaluated on held-out text, clean and attacked.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ FINE_TUNE_SHARE = 5
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the two copies, and what was measured of it."""
+    """Measurements of one of the two copies."""
 
     clean: DocumentScores
     attacked: DocumentScores
@@ -58,16 +58,16 @@ class Arm:
 
 
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
-    """Run it all, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
+    """Run the quickstart, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
 
     Returns:
-        The report's values, as in `report.json`.
+        Values of the report, as in `report.json`.
 
     Raises:
-        SymphonyError: If the text is not enough, or a check fails.
+        SymphonyError: If there is too little text, or a check fails.
     """
     started = time.perf_counter()
-    # Bars for what takes milliseconds would bury those for what takes minutes.
+    # Progress bars for milliseconds of work would bury those for minutes of it.
     disable_progress_bar()
     output = Path(settings.output)
     check_results(output / "report.json", ["report.md"], "quickstart")
@@ -82,7 +82,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     )
     if len(windows[0]) < MIN_DOCUMENTS:
         raise DataError(
-            f"quickstart: {len(windows[0])} held-out documents of {corpus.source} to evaluate on, where intervals need "
+            f"quickstart: {corpus.source} has {len(windows[0])} held-out documents to evaluate on, and intervals need "
             f"{MIN_DOCUMENTS}: raise `documents`, or give more text"
         )
     remove_results(output / "report.json", ["report.md"])
@@ -129,7 +129,7 @@ def _say(text: str) -> None:
 
 
 def _blocks(settings: QuickstartSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-    """Tokens of the pre-training documents, of the fine-tuning documents, and of the validation split."""
+    """Return the tokens of the pre-training documents, the fine-tuning documents, and the validation split."""
     tune = corpus.train[::FINE_TUNE_SHARE]
     names = {document.name for document in tune}
     base = [document for document in corpus.train if document.name not in names]
@@ -158,7 +158,7 @@ def _pretrain(
 def _fine_tune(
     settings: QuickstartSettings, name: str, blocks: torch.Tensor, validation: torch.Tensor, output: Path
 ) -> tuple[PreTrainedModel, dict[str, list[tuple[float, float]]], float]:
-    """Same start, same batches, same losses, same budget; only the strength differs."""
+    """Fine-tune a copy. Initial weights, batches, losses and budget are the same; only the strength differs."""
     set_seed(settings.seed)
     changes = settings.overrides(output / name, settings.finetune_steps) | {"learning_rate": FINE_TUNE_LEARNING_RATE}
     recipe = load_recipe(RECIPE, changes | ({"symphony.strength": 0.0} if name == "plain" else {}))
@@ -182,7 +182,7 @@ def _model_config() -> dict[str, Any]:
 
 
 def _some(blocks: torch.Tensor, most: int = 64) -> torch.Tensor:
-    """Evenly spaced validation blocks: enough for a curve."""
+    """Return evenly spaced validation blocks, enough for a curve."""
     return blocks[:: max(1, len(blocks) // most)][:most]
 
 
@@ -194,7 +194,7 @@ def _curves(history: list[dict[str, float]]) -> dict[str, list[tuple[float, floa
 
 
 class _StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, evaluations left out."""
+    """Callback that measures the seconds of each optimizer step, without evaluations."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -214,12 +214,12 @@ class _StepTimer(TrainerCallback):
 def _check_saved_forms(
     model: PreTrainedModel, windows: dict[str, list[torch.Tensor]], output: Path
 ) -> dict[str, float | bool]:
-    """Load what was saved, and fold, and compare the logits of each form with the model's.
+    """Compare the logits of the reloaded and of the folded checkpoint with the model's.
 
     Raises:
-        EvaluationError: If one differs by more than rounding.
+        EvaluationError: If they differ by more than rounding.
     """
-    model.eval().cpu()  # where the loaded ones will be
+    model.eval().cpu()  # where the checkpoints are loaded
     export_folded(model, output / "folded")
     starts = [texts[0] for texts in windows.values()][:16]
     ids = torch.stack([start[: min(map(len, starts))] for start in starts])
@@ -238,7 +238,7 @@ def _check_saved_forms(
     }
     exact = checks["reload_max_difference"] == 0 and checks["folded_max_difference"] <= 1e-5
     if not exact or checks["folded_same_choices"] < 0.999:
-        raise EvaluationError(f"quickstart: a saved form does not compute what the model does: {checks}")
+        raise EvaluationError(f"quickstart: a saved checkpoint does not compute what the model does: {checks}")
     return checks
 
 

@@ -1,4 +1,4 @@
-"""The settings of `symphony quickstart`, apart from the run: the command line reads them without the run's imports."""
+"""Settings of `symphony quickstart`, in a file of their own so that the command line starts without torch."""
 
 import dataclasses
 import shlex

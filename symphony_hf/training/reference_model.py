@@ -1,4 +1,4 @@
-"""A reference model that a trainer of TRL keeps near the policy: its graphs follow as its parameters do."""
+"""Graphs of a reference model that TRL syncs with the policy."""
 
 import gc
 from typing import Any
@@ -12,18 +12,18 @@ from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 
 
 def synced_reference(callback: TrainerCallback, args: TrainingArguments, model: Any) -> Any | None:
-    """Return the reference model that TRL mixes the policy into (`sync_ref_model`); None where it does not.
+    """Return the reference model that TRL mixes the policy into (`sync_ref_model`); None if it does not.
 
-    TRL mixes parameters alone, and a graph is a buffer. transformers tells a callback nothing of its trainer, so the
-    reference is found beside it, in the trainer's list of callbacks.
+    TRL mixes only parameters, and a graph is a buffer. transformers does not give a callback its trainer, so the
+    reference is found through TRL's own callback, in the trainer's list of callbacks.
 
     Args:
-        callback: The callback that asks.
-        args: The trainer's arguments.
+        callback: Callback of the same trainer.
+        args: Arguments of the trainer.
         model: The policy.
 
     Raises:
-        PatchError: If the reference routes otherwise than the policy: it has no graphs, or not as many.
+        PatchError: If the reference has no graphs, or not those of the policy.
     """
     if not getattr(args, "sync_ref_model", False):
         return None
@@ -36,15 +36,15 @@ def synced_reference(callback: TrainerCallback, args: TrainingArguments, model: 
     policy_sizes = [graph.num_experts for graph in graphs_of(model)]
     if not is_symphonized(reference) or [graph.num_experts for graph in graphs_of(reference)] != policy_sizes:
         raise PatchError(
-            "SymphonyCallback: sync_ref_model mixes the policy into a reference model that does not have its graphs: "
-            "symphonize the reference too, with the same settings, and give it as `ref_model`"
+            "SymphonyCallback: sync_ref_model mixes the policy into a reference model without the policy's graphs: "
+            "symphonize the reference too, with the same settings, and pass it as `ref_model`"
         )
     return reference
 
 
 @torch.no_grad()
 def mix_graphs(args: Any, state: TrainerState, model: Any, reference: Any) -> None:
-    """Mix the policy's graphs into the reference's, at the steps and with the share with which TRL mixes parameters."""
+    """Mix the policy's graphs into the reference's, at the steps and with the weight that TRL uses for parameters."""
     if state.global_step % args.ref_model_sync_steps != 0:
         return
     share = args.ref_model_mixup_alpha

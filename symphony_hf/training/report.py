@@ -1,7 +1,6 @@
-"""What a run leaves for people: `report.md`, from the same values as `results.json`."""
+"""The report of a run: `report.md`, from the same values as `results.json`, and the printed plan of a dry run."""
 
 import dataclasses
-import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 from transformers import TrainingArguments
 
-from symphony_hf.compat import __version__
+from symphony_hf.compat import versions
 from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
 from symphony_hf.files import write_text
 from symphony_hf.recipe import Recipe
+from symphony_hf.tables import Table
 
 from .launch import strategy_of, strategy_to_come
 from .models import add_graph, empty_model
@@ -24,15 +22,17 @@ from .monitor import PICTURE
 from .trainer import ResumableTrainer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from symphony_hf.data.prepared import PreparedData
 
 
 REPORT = "report.md"
-_PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "bitsandbytes")
+_PACKAGES = ("accelerate", "peft", "trl", "deepspeed", "datasets", "bitsandbytes")
 
 
 def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData", command: str) -> dict[str, Any]:
-    """What was run and how it went; what was measured at its end comes on top.
+    """Describe a run: settings, versions, sizes and losses. The final evaluation is added later.
 
     Returns:
         Values for `results.json`.
@@ -48,7 +48,7 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
         "processes": trainer.accelerator.num_processes,
         "strategy": strategy_of(trainer.accelerator.state),
         "device": _device(trainer.args.device),
-        "versions": {"symphony_hf": __version__, "python": platform.python_version(), **_versions()},
+        "versions": versions(*_PACKAGES),
         "seeds": _seeds(recipe, trainer),
         "data": {"revision": data.revision, "notes": data.notes, "tokens": data.num_tokens},
         "parameters": {
@@ -64,14 +64,14 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
 
 
 def _seeds(recipe: Recipe, trainer: ResumableTrainer) -> dict[str, int]:
-    """All of them, those that the recipe leaves to their defaults, too."""
+    """Return all seeds, including those that the recipe leaves at their defaults."""
     arguments = trainer.args
     data = arguments.seed if arguments.data_seed is None else arguments.data_seed
     return {"training": arguments.seed, "data": data, "evaluation": recipe.eval.seed}
 
 
 def _size(parameter: torch.Tensor) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # whole, where ZeRO-3 holds a part
+    return getattr(parameter, "ds_numel", parameter.numel())  # the full size under ZeRO-3
 
 
 def _device(device: torch.device) -> str:
@@ -80,25 +80,15 @@ def _device(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()})"
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def write_run_report(results: Mapping[str, Any], output: Path) -> Path:
     """Write `report.md`.
 
     Args:
-        results: As in `results.json`.
-        output: The run's directory.
+        results: Values of `results.json`.
+        output: Output directory of the run.
 
     Returns:
-        The page.
+        Path of the page.
     """
     page = output / REPORT
     write_text(page, "\n".join(_lines(results, output)) + "\n")
@@ -111,10 +101,11 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
     yield ""
     if results["command"]:
         yield from ("```bash", results["command"], "```", "")
-    yield from _table("Result", results["test"])
+    rows = [(name.replace("_", " "), _number(value)) for name, value in results["test"].items()]
+    yield from ("## Result", "", Table("Result", ("", ""), rows).to_markdown(), "")
     if "train_loss" in train:
         loss, seconds = train["train_loss"], results["seconds"]
-        yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds in all."
+        yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds in total."
         yield ""
     yield f"Model: `final/`, after the last step{_best(results)}. To share it: `symphony push {output} NAMESPACE/NAME`."
     parameters = results["parameters"]
@@ -136,56 +127,56 @@ def _best(results: Mapping[str, Any]) -> str:
     return f"; best by validation: `{Path(best).name}/`" if best else ""
 
 
-def _table(title: str, values: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"## {title}", "", "|  |  |", "|---|---|")
-    for name, value in values.items():
-        yield f"| {name.replace('_', ' ')} | {f'{value:.4f}' if isinstance(value, float) else value} |"
-    yield ""
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:
-    """Without tuples and settings that are not there, which YAML would spell out."""
+    """Return a value without tuples and settings that are None, which YAML would spell out."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items() if inner is not None}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def print_dry_run(recipe: Recipe, arguments: TrainingArguments, console: Console | None = None) -> None:
-    """Print the plan of a run: the model, what is trained, on what, how, and where the results would go.
+def print_dry_run(recipe: Recipe, arguments: TrainingArguments, console: "Console | None" = None) -> None:
+    """Print the plan of a run: model, data, training and output.
 
     Args:
-        recipe: From `load_recipe`.
-        arguments: From `prepare_run`, which refuses what cannot run.
-        console: Where to.
+        recipe: Recipe, from `load_recipe`.
+        arguments: Training arguments, from `prepare_run`.
+        console: Console to print to.
 
     Raises:
-        SymphonyError: If the model cannot be built, or not be symphonized.
+        SymphonyError: If the model cannot be built or symphonized.
     """
+    from rich.console import Console
+
     console = console or Console()
     model = empty_model(recipe)
     add_graph(model, recipe)
     print_inspection(inspect_model(model), console)
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     length = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-    table = Table(title="The run", title_justify="left", show_header=False)
-    table.add_row("processes, strategy", f"{arguments.world_size}, {strategy_to_come(arguments)}")
-    table.add_row("device", str(arguments.device))
-    table.add_row("length", length)
-    table.add_row("an optimizer step", f"{per_step} sequences of at most {recipe.data.block_size} tokens")
-    table.add_row("data", _told(recipe.data))
-    table.add_row("graph", "none: a plain model" if recipe.symphony is None else _told(recipe.symphony))
-    table.add_row("adapters", "none: all parameters are trained" if recipe.peft is None else _told(recipe.peft))
-    table.add_row("train", ", ".join(f"{name}: {value}" for name, value in recipe.train.items()))
-    table.add_row("output", recipe.output.directory)
-    console.print(table)
+    rows = {
+        "processes, strategy": f"{arguments.world_size}, {strategy_to_come(arguments)}",
+        "device": str(arguments.device),
+        "length": length,
+        "optimizer step": f"{per_step} sequences of at most {recipe.data.block_size} tokens",
+        "data": _describe(recipe.data),
+        "graph": "none: a plain model" if recipe.symphony is None else _describe(recipe.symphony),
+        "adapters": "none: all parameters are trained" if recipe.peft is None else _describe(recipe.peft),
+        "train": ", ".join(f"{name}: {value}" for name, value in recipe.train.items()),
+        "output": recipe.output.directory,
+    }
+    Table("The run", ("", ""), list(rows.items())).print(console, show_header=False)
     console.print("This was a dry run: nothing was loaded, trained or written.", highlight=False)
 
 
-def _told(section: Any) -> str:
-    """The settings of a section that are not the defaults."""
+def _describe(section: Any) -> str:
+    """Return the settings of a section that differ from their defaults, as text."""
     differing = [
         f"{field.name}: {getattr(section, field.name)}"
         for field in dataclasses.fields(section)
         if getattr(section, field.name) != field.default
     ]
-    return ", ".join(differing) or "the defaults"
+    return ", ".join(differing) or "defaults"

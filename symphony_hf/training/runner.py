@@ -1,4 +1,4 @@
-"""The recipe runner: one path from a recipe to a trained, saved and measured model, for every launcher."""
+"""The recipe runner: trains, saves and evaluates the model of a recipe, under every launcher."""
 
 import json
 import time
@@ -32,26 +32,27 @@ from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_paramet
 
 RESULTS = "results.json"
 
-_TOLD = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-"""Training arguments that a run which goes on must have again."""
+_FIXED = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+"""Training arguments that must be the same when a run is resumed."""
 
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
-    """Train what a recipe says, save it in `final/`, measure it, and report.
+    """Train the model of a recipe, save it to `final/`, evaluate it, and write a report.
 
-    With `resume_from_checkpoint` in the train section, training goes on from there as if it had not been interrupted.
+    With `resume_from_checkpoint` in the train section, training resumes as if it had not been interrupted. Under a
+    launcher, every process calls this.
 
     Args:
-        recipe: From `load_recipe`. Under a launcher every process calls this.
-        command: What the report names as the way to run it again.
+        recipe: Recipe, from `load_recipe`.
+        command: Command that runs it again, for the report.
 
     Returns:
-        The results, as written to `results.json` in the output directory. Beside it is `report.md`, and in `final/` the
+        Results, as written to `results.json` in the output directory. `report.md` is next to it, and `final/` has a
         model card, ready to be pushed.
 
     Raises:
-        SymphonyError: If the recipe, the data, the model or the checkpoint is not usable, before anything is trained;
-            later, if something cannot be written.
+        SymphonyError: Before training, if the recipe, the data, the model or the checkpoint is not usable; later, if a
+            file cannot be written.
     """
     started, output = time.perf_counter(), Path(recipe.output.directory)
     arguments, asked = prepare_run(recipe)
@@ -60,19 +61,19 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     if checkpoint is not None:
         _check_same_settings(settings, checkpoint)
     processor = load_processor(recipe)
-    with arguments.main_process_first(desc="reading the data"):  # the others find it in the cache
+    with arguments.main_process_first(desc="reading the data"):  # the other processes find it in the cache
         data = prepare_data(recipe.data, processor, seed=arguments.seed, train=recipe.train)
     if data.validation is None and arguments.eval_strategy.value != "no":
         raise ConfigError(
-            f"train: eval_strategy `{arguments.eval_strategy.value}` needs a validation split, which "
-            f"`{recipe.data.path}` has not: give the data one, or set `eval_strategy: no`"
+            f"train: eval_strategy `{arguments.eval_strategy.value}` needs a validation split, and "
+            f"`{recipe.data.path}` has none: add one, or set `eval_strategy: no`"
         )
     torch.manual_seed(arguments.seed)
     model = load_model(recipe, getattr(processor, "tokenizer", processor))
     if strategy_to_come(arguments) == "zero3":
         set_aside_empty_parameters(model)
     add_graph(model, recipe)
-    if recipe.data.packing and strategy_to_come(arguments) != "zero3":  # whose weights are in pieces
+    if recipe.data.packing and strategy_to_come(arguments) != "zero3":  # whose weights are partitioned
         check_packing(model)
     if checkpoint is not None:
         _check_same_graphs(model, checkpoint)
@@ -95,7 +96,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             remove_results(output / RESULTS, [REPORT])
     trainer.save_final(output / "final", processor)
     results = describe_run(recipe, trainer, data, command)
-    # On every process: where the weights are spread over them, each forward needs them all.
+    # On every process: with partitioned weights, each forward needs them all.
     results["test"] = measure(recipe, trainer, processor, data)
     results["seconds"] = time.perf_counter() - started
     if trainer.is_world_process_zero():
@@ -108,14 +109,14 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
 
 
 def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
-    """Everything that can be refused before data and weights are touched.
+    """Make the training arguments, and refuse what can be refused before data and weights are loaded.
 
     Returns:
-        The training arguments, and what must run.
+        Training arguments, and the requested launch.
 
     Raises:
-        ConfigError: If a setting is unknown or refused, a package or a device is missing, or another launch runs than
-            was asked for.
+        ConfigError: If a setting is unknown or refused, a package or a device is missing, another launch runs than was
+            requested, or the output directory has files that would be overwritten.
     """
     check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
     arguments = training_arguments(recipe)
@@ -132,37 +133,37 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
 
 
 def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
-    """What decides a run's numbers, but for its length, its batches' parts, and the graphs, by the recipe's names."""
+    """Return the settings that must be the same when a run is resumed, except for those of the graphs."""
     sections = {"data": asdict(recipe.data), "peft": {} if recipe.peft is None else asdict(recipe.peft)}
-    told = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    told |= {name: getattr(arguments, name) for name in _TOLD}
-    return json.loads(json.dumps(told, default=str))
+    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    settings |= {name: getattr(arguments, name) for name in _FIXED}
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
-    """A report that names settings which the first steps did not have would be of no run.
+    """Refuse to resume with other settings than the run began with.
 
     Raises:
-        ConfigError: If the checkpoint's run was told others. One that nobody knows the settings of is taken.
+        ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
     """
     before = (read_record(checkpoint) or {}).get("settings", settings)
     differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
-        told = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)
+        changes = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)
         raise ConfigError(
-            f"train: `{checkpoint}` is of a run with other settings ({told}): resume with the same ones, or start a "
+            f"train: `{checkpoint}` is of a run with other settings ({changes}): resume with the same ones, or start a "
             "new run in another output directory"
         )
 
 
 def _check_same_graphs(model: Any, checkpoint: Path) -> None:
-    """Going on with other settings than a run began with would be neither run.
+    """Refuse to resume with other settings of the graphs than the run began with.
 
     Raises:
-        ConfigError: If the settings of the checkpoint's graphs differ from the model's, or cannot be read.
+        ConfigError: If the checkpoint's settings differ from the model's, or cannot be read.
     """
     if not (checkpoint / "config.json").exists():
-        return  # written in pieces, by FSDP, or of adapters alone
+        return  # sharded by FSDP, or adapters only
     hint = "resume from another checkpoint, or start a new run in another output directory"
     stored = read_object(checkpoint / "config.json", ConfigError, hint=hint).get("symphony")
     own = getattr(model.config, "symphony", None)

@@ -1,4 +1,4 @@
-"""A Trainer whose runs may be killed at any moment: checkpoints are whole, and going on from one changes nothing."""
+"""A Trainer whose runs can be killed at any moment and resumed exactly."""
 
 import contextlib
 import functools
@@ -29,23 +29,23 @@ from .trainer_checkpoints import (
 logger = logging.get_logger(__name__)
 
 PRIVATE = ("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint")
-"""Methods of Trainer that are overridden here though it does not document them: its hooks come after the folder has
-its name, and after an older one was deleted."""
+"""Undocumented methods of Trainer that are overridden here: its callbacks run after a checkpoint has its final name and
+older ones are deleted."""
 
 
 class ResumableTrainer(Trainer):
-    """transformers' Trainer, with checkpoints that have their name only once they are whole.
+    """transformers' Trainer, with checkpoints that get their name only once they are complete.
 
-    Three more differences. A checkpoint keeps the model's own tensor names: Trainer loads it without the conversion
-    from the Hub's, and so loses the experts of Mixtral, OLMoE and others in silence. The losses are logged before each
-    checkpoint, so that no average runs across it. An older checkpoint is deleted only after the newer one is whole.
+    A checkpoint keeps the model's own tensor names: Trainer loads it without the conversion from the Hub's, and so
+    silently loses the experts of Mixtral, OLMoE and others. Losses are logged before each checkpoint, so that no
+    average spans it. An older checkpoint is deleted only after the newer one is complete.
 
     Raises:
-        CheckpointError: In training, if a checkpoint cannot be written, or does not fit the model.
+        CheckpointError: During training, if a checkpoint cannot be written, or does not fit the model.
     """
 
     run_settings: Mapping[str, Any] | None = None
-    """What the run was told, for the record of each checkpoint."""
+    """Settings of the run, for the record of each checkpoint."""
 
     _writing = False
 
@@ -63,7 +63,7 @@ class ResumableTrainer(Trainer):
         with reporting_failed_save(target):
             self._write_checkpoint(model, trial)
             self._note_best(output, target)
-            self.accelerator.wait_for_everyone()  # each process writes files of its own
+            self.accelerator.wait_for_everyone()  # each process writes its own files
             if self.args.should_save:
                 finish_checkpoint(target, self.state.global_step, self.args.world_size, self.run_settings)
                 best = self.state.best_model_checkpoint
@@ -82,7 +82,7 @@ class ResumableTrainer(Trainer):
             self._writing = False
 
     def _note_best(self, output: Path, target: Path) -> None:
-        """Trainer looked for the best checkpoint where this one was written."""
+        """Correct the path of the best checkpoint: Trainer looked for it in the folder that is being written."""
         best = output / f"checkpoint-{self.state.best_global_step}"
         if best == target or best.is_dir():
             self.state.best_model_checkpoint = str(best)
@@ -90,7 +90,7 @@ class ResumableTrainer(Trainer):
             self.state.save_to_json(str(place_to_write(target) / "trainer_state.json"))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._writing:  # it is pushed from the place where it stays
+        if not self._writing:  # it is pushed from its final folder
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -99,8 +99,8 @@ class ResumableTrainer(Trainer):
         try:
             if isinstance(target, PreTrainedModel) and _has_other_names(folder, target):
                 logger.warning(
-                    f"{folder} has the tensor names of the Hub, and Trainer would leave out those that the model names "
-                    "otherwise, such as its experts: it is loaded with from_pretrained"
+                    f"{folder} has the tensor names of the Hub, and Trainer would skip those that the model names "
+                    "differently, such as its experts: loading it with from_pretrained"
                 )
                 _load_converted(folder, target)
             elif (folder / RECORD_NAME).exists():
@@ -114,13 +114,13 @@ class ResumableTrainer(Trainer):
             raise CheckpointError(f"`{folder}` is of another model than the recipe's: {' '.join(first)}") from error
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """No more batches after the last step: Trainer, resumed there within an epoch, would go one step too far."""
+        """Return no batches after the last step: a Trainer that resumes there within an epoch would train one more."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 
     def save_final(self, target: Path, *others: Any) -> None:
-        """Save the trained model, and what else has a `save_pretrained`, in a folder that appears whole.
+        """Save the trained model, and other objects with a `save_pretrained`, to a folder that appears at once.
 
         Raises:
             CheckpointError: If it cannot be written.
@@ -132,15 +132,15 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 for other in others:
                     other.save_pretrained(written)
-                (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, that no loading needs
+                (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that is not needed for loading
                 finish(target)
             self.accelerator.wait_for_everyone()
 
     def mean_loss(self) -> float | None:
-        """The mean of the logged losses over all steps, those before a resume too; None when a step was not logged.
+        """Return the mean loss over all steps, including those before a resume; None if a step was not logged.
 
-        Trainer's own `train_loss` knows only what came after the resume; transformers 5.17 divides even that by the
-        steps of the whole run.
+        Trainer's own `train_loss` covers only the steps after the resume, and transformers 5.17 divides even that by
+        the steps of the whole run.
         """
         total, last = 0.0, 0
         for entry in self.state.log_history:
@@ -152,17 +152,17 @@ class ResumableTrainer(Trainer):
 
 @functools.cache
 def resumable_sft_trainer() -> type[ResumableTrainer]:
-    """TRL's SFTTrainer, between ResumableTrainer and Trainer in the order of methods."""
+    """Return a class with TRL's SFTTrainer between ResumableTrainer and Trainer in its method resolution order."""
     from trl import SFTTrainer
 
     return type("ResumableSFTTrainer", (ResumableTrainer, SFTTrainer), {"__module__": __name__})
 
 
 class ResumableFlow(TrainerCallback):
-    """What a run that goes on from a checkpoint needs of Trainer's flow, before and after.
+    """Callback that makes Trainer's control flow resumable.
 
-    The losses are logged before a checkpoint: the sums of a window that is not over are in none. And a run whose
-    checkpoint is of its last step ends at once.
+    Losses are logged before each checkpoint, since the running sums of Trainer are not saved. A run that resumes from
+    its last step ends at once.
     """
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class ResumableFlow(TrainerCallback):
     ) -> None:
         if not self._stepped and state.global_step >= state.max_steps:
             control.should_training_stop = True
-            control.should_save = control.should_evaluate = control.should_log = False  # all of it was done before
+            control.should_save = control.should_evaluate = control.should_log = False  # already done
         self._log_before_save(args, control)
 
     def _log_before_save(self, args: TrainingArguments, control: TrainerControl) -> None:
@@ -192,29 +192,29 @@ class ResumableFlow(TrainerCallback):
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
-    """Find what `resume_from_checkpoint` asks for, after clearing what a killed save left; and say which it is.
+    """Find and print the checkpoint that `resume_from_checkpoint` means, after clearing leftovers of a killed save.
 
-    Every process calls this, and gets the same.
+    Every process calls this, with the same result.
 
     Raises:
-        ConfigError: If it is neither true nor false nor a path.
-        CheckpointError: If the checkpoint that it names is not whole.
+        ConfigError: If the setting is neither true, false nor a path.
+        CheckpointError: If the checkpoint at the path is not complete.
     """
     output = Path(arguments.output_dir)
     with arguments.main_process_first(local=arguments.save_on_each_node, desc="clearing unfinished checkpoints"):
         removed = clear_leftovers(output) if arguments.should_save else []
     folder, notes = find_checkpoint(output, arguments.resume_from_checkpoint)
     if removed:
-        notes.insert(0, f"removed from `{output}` what an earlier run did not finish: {', '.join(removed)}")
+        notes.insert(0, f"removed unfinished folders of an earlier run from `{output}`: {', '.join(removed)}")
     record = read_record(folder) if folder is not None else None
     if record is not None and record["processes"] != arguments.world_size:
         notes.append(
-            f"it was saved by {record['processes']} processes, not {arguments.world_size}: the batches will be others"
+            f"it was saved by {record['processes']} processes, not {arguments.world_size}: the batches will differ"
         )
     if folder is not None and arguments.device.type == "cpu":
         _restore_numbered_cpus()
     if folder is not None and not any(folder.glob("rng_state*")):
-        notes.append("it has the weights alone (save_only_model): the optimizer and the random numbers start anew")
+        notes.append("it has only weights (save_only_model): the optimizer and the random states start anew")
     if arguments.process_index == 0:
         for note in notes:
             print(f"symphony_hf: {note}", flush=True)
@@ -223,7 +223,7 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
 
 @functools.cache
 def _restore_numbered_cpus() -> None:
-    """Have torch load the optimizer to `cpu:0`, where transformers 5.17 asks for it in runs of several processes."""
+    """Let torch load tensors to `cpu:0`, which transformers 5.17 requests in runs of several processes."""
 
     def restore(storage: Any, location: str) -> Any:
         return storage if location.startswith("cpu:") else None
@@ -233,7 +233,7 @@ def _restore_numbered_cpus() -> None:
 
 @contextlib.contextmanager
 def _own_tensor_names(model: Any) -> Iterator[None]:
-    """Have a model saved in its own tensor names, without the conversion to those of the Hub."""
+    """Save a model under its own tensor names, without the conversion to those of the Hub."""
     if not isinstance(model, PreTrainedModel):
         yield
         return

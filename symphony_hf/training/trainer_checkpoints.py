@@ -1,8 +1,8 @@
-"""Folders that have their name only once they are whole: checkpoints, and the trained model.
+"""Checkpoints of a run that survive a kill at any moment: finishing, finding, and deleting them.
 
-A folder is written in `_symphony_unfinished/`, beside its place. A checkpoint gets a record of its files, all is
-flushed to the disk, and then it is renamed. Whatever kills the process before that leaves the folders that had their
-names as they were. What takes a folder's name away works the same way: rename first, then delete.
+A checkpoint is written in `_symphony_unfinished/` next to its final folder. It gets a record of its files, is flushed
+to disk, and then renamed. A kill before that leaves the other checkpoints as they were. Deletion works the same way:
+rename first, then delete.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from symphony_hf.errors import CheckpointError, ConfigError
 from symphony_hf.files import UNFINISHED, finish, foreign_files, place_to_write, remove_if_empty, write_json
 
 RECORD = "symphony_checkpoint.json"
-"""What a checkpoint is whole by: its step, its place among its run's checkpoints, the sizes of its files."""
+"""Record of a complete checkpoint: its step, its order among the checkpoints of the run, the sizes of its files."""
 
 _STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -29,7 +29,7 @@ _OURS = re.compile(r"(checkpoint-\d+|final)(\.replaced|\.deleted)?")
 
 
 def finish_checkpoint(target: Path, step: int, num_processes: int, settings: Mapping[str, Any] | None = None) -> None:
-    """`finish` for a checkpoint, with the record that it is known to be whole by, and its run's settings."""
+    """Write the record of a checkpoint, with the settings of its run, and give the checkpoint its name."""
     written = place_to_write(target)
     known = [record["order"] for record in _records(target.parent).values()]
     sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files(written)}
@@ -41,9 +41,10 @@ def finish_checkpoint(target: Path, step: int, num_processes: int, settings: Map
 
 
 def delete_oldest(output: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest of our checkpoints in a folder, down to `limit` (none: all stay), but never one of `keep`.
+    """Delete the oldest checkpoints in a folder, down to `limit`, but none in `keep`.
 
-    Called when the newest is whole. Old is what was written first: a folder may hold an earlier run's, of more steps.
+    Called when the newest is complete. Age is the order of writing: a folder may have checkpoints with more steps from
+    an earlier run. Without a limit, and without a record of a checkpoint, nothing is deleted.
     """
     if not limit or limit < 1:
         return
@@ -77,10 +78,10 @@ def _recorded(folder: Path) -> set[str] | None:
 
 
 def clear_leftovers(output: Path) -> list[str]:
-    """Remove what a run that was killed while it saved left unfinished; only what has a name that we give.
+    """Remove unfinished folders that a killed run left, and restore what one of them was about to replace.
 
     Returns:
-        The names of what was removed.
+        Names of the removed folders.
     """
     removed = []
     for folder in sorted((output / UNFINISHED).glob("*")):
@@ -97,24 +98,24 @@ def clear_leftovers(output: Path) -> list[str]:
 
 
 def find_checkpoint(output: Path, wanted: Any) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from.
+    """Find the checkpoint to resume from.
 
     Args:
-        output: The run's folder.
-        wanted: True: the one that was completed last; a path: that one; None or False: none.
+        output: Output directory of the run.
+        wanted: True for the checkpoint that was completed last, or a path. None and False mean none.
 
     Returns:
-        The checkpoint, or None, and what there is to say about the choice.
+        The checkpoint or None, and messages about the choice.
 
     Raises:
         ConfigError: If `wanted` is none of these.
-        CheckpointError: If the checkpoint at the path is not whole.
+        CheckpointError: If the checkpoint at the path is not complete.
     """
     if wanted is None or wanted is False:
         records = _records(output)
         names = ", ".join(sorted((folder.name for folder in records), key=_step))
-        again = f"`{output}` has checkpoints of an earlier run ({names}), and they stay; `resume_from_checkpoint: true`"
-        return None, [f"{again} would go on from the last"] if records else []
+        found = f"`{output}` has checkpoints of an earlier run ({names}), which are kept"
+        return None, [f"{found}; `resume_from_checkpoint: true` would resume from the last"] if records else []
     if wanted is True:
         return _last_whole(output)
     if not isinstance(wanted, str | os.PathLike):
@@ -123,18 +124,18 @@ def find_checkpoint(output: Path, wanted: Any) -> tuple[Path | None, list[str]]:
     problem = problem_of(folder)
     if problem:
         raise CheckpointError(
-            f"train: resume_from_checkpoint: `{folder}` is not a whole checkpoint: {problem}. Give another one, or "
-            "`true` for the last whole one of the output directory"
+            f"train: resume_from_checkpoint: `{folder}` is not a complete checkpoint: {problem}. Give another one, or "
+            "`true` for the last complete one in the output directory"
         )
     return folder, [f"resuming from `{folder}`, {_age(folder)}"]
 
 
 def _last_whole(output: Path) -> tuple[Path | None, list[str]]:
     problems = {folder: problem_of(folder, needs_record=True) for folder in _checkpoints(output)}
-    notes = [f"`{folder}` is passed over: {problem}" for folder, problem in problems.items() if problem]
+    notes = [f"`{folder}` is skipped: {problem}" for folder, problem in problems.items() if problem]
     records = {folder: record for folder, record in _records(output).items() if not problems[folder]}
     if not records:
-        return None, [*notes, f"`{output}` has no whole checkpoint to resume from: starting from the beginning"]
+        return None, [*notes, f"`{output}` has no complete checkpoint to resume from: starting from the beginning"]
     last = max(records, key=lambda folder: records[folder]["order"])
     return last, [*notes, f"resuming from `{last}`, {_age(last)}"]
 
@@ -144,22 +145,22 @@ def _age(folder: Path) -> str:
 
 
 def problem_of(folder: Path, *, needs_record: bool = False) -> str | None:
-    """Why a checkpoint is not whole; None when it is.
+    """Return why a checkpoint is not complete; None if it is.
 
-    One without our record, written by a bare Trainer, counts as whole if Trainer's state, the last file that it
-    writes, can be read; unless `needs_record`.
+    A checkpoint without a record, written by a stock Trainer, counts as complete if Trainer's state, the last file that
+    it writes, can be read, unless `needs_record` is set.
     """
     if not folder.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     try:
         json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except OSError:
         return f"`{_STATE}` is missing"
     except ValueError:
-        return f"`{_STATE}` is cut off"
+        return f"`{_STATE}` is truncated"
     record = read_record(folder)
     if record is None:
-        unknown = f"`{RECORD}` is missing or cut off, so nothing says that it is whole; to use it, give its path"
+        unknown = f"`{RECORD}` is missing or truncated, so it may be incomplete; to use it anyway, give its path"
         return unknown if needs_record or (folder / RECORD).exists() else None
     for name, size in record["files"].items():
         file = folder / name
@@ -171,7 +172,7 @@ def problem_of(folder: Path, *, needs_record: bool = False) -> str | None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """A checkpoint's record; None if it has none that can be read."""
+    """Read the record of a checkpoint; None if there is none, or it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -199,24 +200,24 @@ def _files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def reporting_failed_save(target: Path) -> Iterator[None]:
-    """Make a write that fails, on a full disk say, one line that says what is left; and remove what was written.
+    """Turn a failed write, as on a full disk, into an error of one line, and remove what was written.
 
     Raises:
-        CheckpointError: In place of what the writers raise: OSError, or safetensors' or torch's own.
+        CheckpointError: In place of OSError and of the errors of safetensors and torch.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
         if isinstance(error, RuntimeError) and "torch.serialization" not in frames:
-            raise  # only torch.save raises it for a write that failed, with one text or another
+            raise  # only torch.save raises it for a failed write, with varying texts
         free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
         shutil.rmtree(place_to_write(target), ignore_errors=True)
         remove_if_empty(target.parent / UNFINISHED)
         last, _ = _last_whole(target.parent)
-        remedy = f"resume from `{last}`, which is whole" if last else "start again: there is no earlier checkpoint"
+        remedy = f"resume from `{last}`, which is complete" if last else "start again: there is no earlier checkpoint"
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"`{target}` could not be written; the disk had {free / 2**30:.1f} GiB free. Make room, then {remedy} "
+            f"`{target}` could not be written; the disk had {free / 2**30:.1f} GiB free. Free space, then {remedy} "
             f"({reason})"
         ) from error

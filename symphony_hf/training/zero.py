@@ -1,4 +1,4 @@
-"""What DeepSpeed needs to know before a model is built for it, on machines where it does not find out by itself."""
+"""Preparations for DeepSpeed before a model is built, and work on partitioned parameters."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from torch import nn
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Have DeepSpeed use the processes that met already, and build no kernel for talk between them on a CPU.
+    """Initialize DeepSpeed with the existing process group, and without its shared-memory kernel on a CPU.
 
-    A model that is built under ZeRO-3 is partitioned over the processes while it is built, so they must be known then.
-    On a CPU, DeepSpeed would compile an all-reduce through shared memory first, for minutes; gloo does.
+    Under ZeRO-3 a model is partitioned while it is built, so the process group must exist by then. On a CPU, DeepSpeed
+    would first spend minutes on compiling an all-reduce through shared memory; gloo's works too.
     """
     import deepspeed
 
@@ -25,7 +25,7 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Have parameters whole on every process, where ZeRO-3 partitioned them when the model was built."""
+    """Gather parameters on every process if ZeRO-3 partitioned them when the model was built."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         yield
@@ -37,23 +37,23 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def gather_when_saving(plugin: Any) -> None:
-    """Have ZeRO-3 save whole weights: without this setting a saved model is pieces that nothing else loads."""
+    """Make ZeRO-3 save whole weights: without this setting it saves shards that nothing else loads."""
     plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def set_aside_empty_parameters(model: nn.Module) -> int:
-    """Make parameters without elements buffers: DeepSpeed's ZeRO-3 fails when it gathers one.
+    """Replace parameters without elements by buffers, since ZeRO-3 fails to gather them.
 
-    An upcycled Phi-3 has them: its container, Qwen2-MoE, has a shared expert, of size 0. As buffers they keep their
-    names in a checkpoint.
+    An upcycled Phi-3 has such parameters: Qwen2-MoE, its container, has a shared expert of size 0. As buffers they keep
+    their names in a checkpoint.
 
     Returns:
-        How many there were.
+        Number of replaced parameters.
     """
     count = 0
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned, it has another of its own
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # a partitioned parameter is empty itself
             if 0 in shape:
                 delattr(module, name)
                 module.register_buffer(name, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))

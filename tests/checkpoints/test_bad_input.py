@@ -261,7 +261,7 @@ def test_recipe_overrides_and_null(tmp_path):
     for words, message in (
         (["max_steps", "2"], "expected `--NAME VALUE`"),
         (["--max_steps"], "has no value"),
-        (["--max_steps", "[1"], "is no YAML value"),
+        (["--max_steps", "[1"], "is not valid YAML"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_overrides(words)

@@ -56,10 +56,10 @@ def test_deepspeed_is_needed_under_its_launcher(monkeypatch):
 
 
 GPU_ONLY = {
-    "fp16": ({"fp16": True, "use_cpu": True}, "`fp16` runs on a GPU alone"),
+    "fp16": ({"fp16": True, "use_cpu": True}, "`fp16` needs a GPU"),
     "bf16": ({"bf16": True}, "bf16"),  # in TrainingArguments' words
     "tf32": ({"tf32": True}, "tf32"),
-    "attention": ({"model.attention": "flash_attention_2"}, "attention `flash_attention_2` runs on a GPU alone"),
+    "attention": ({"model.attention": "flash_attention_2"}, "attention `flash_attention_2` needs a GPU"),
 }
 
 

@@ -92,7 +92,7 @@ def test_a_long_history_is_thinned():
     history = LoadHistory()
     for step in range(1, 1001):
         history.add(step, {"gate": torch.eye(2)})
-        assert len(history.steps) == len(history.loads["gate"]) <= LoadHistory.MOST
+        assert len(history.steps) == len(history.loads["gate"]) <= LoadHistory.MAX_STEPS
         assert history.steps[-1] == step
     *gaps, last = torch.tensor(history.steps).diff().tolist()
     assert set(gaps) == {4}

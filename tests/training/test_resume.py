@@ -149,24 +149,24 @@ def test_what_is_not_whole_is_never_picked_up(tmp_path):
     found, notes = checkpoints.find_checkpoint(tmp_path, True)
     assert found == tmp_path / "checkpoint-6"
     assert notes == [
-        f"`{bare}` is passed over: `{RECORD}` is missing or cut off, so nothing says that it is whole; to use it, give "
+        f"`{bare}` is skipped: `{RECORD}` is missing or truncated, so it may be incomplete; to use it anyway, give "
         "its path",
         f"resuming from `{found}`, after 6 steps",
     ]
     assert checkpoints.find_checkpoint(tmp_path, str(bare))[0] == bare
     (bare / "trainer_state.json").write_text('{"global_st')
     damage = {
-        "9": "`trainer_state.json` is cut off",
+        "9": "`trainer_state.json` is truncated",
         "6": "`model.safetensors` has 4 bytes of 10",
         "3": "`model.safetensors` is missing",
-        "12": "there is no such folder",
+        "12": "the folder does not exist",
     }
     (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"0123")
     assert checkpoints.find_checkpoint(tmp_path, True)[0] == tmp_path / "checkpoint-3"
     (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
     assert "starting from the beginning" in checkpoints.find_checkpoint(tmp_path, True)[1][-1]
     for step, problem in damage.items():
-        with pytest.raises(CheckpointError, match=f"checkpoint-{step}` is not a whole checkpoint: {problem}"):
+        with pytest.raises(CheckpointError, match=f"checkpoint-{step}` is not a complete checkpoint: {problem}"):
             checkpoints.find_checkpoint(tmp_path, str(tmp_path / f"checkpoint-{step}"))
     with pytest.raises(ConfigError, match="true, false or a path, got 6"):
         checkpoints.find_checkpoint(tmp_path, 6)
@@ -261,7 +261,7 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
     (last / RECORD).unlink()
     results_again = run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))
     said = capsys.readouterr().out
-    assert f"`{last}` is passed over" in said
+    assert f"`{last}` is skipped" in said
     assert f"resuming from `{earlier}`, after {steps[0]} steps" in said
     assert_equal(outcome(root / "run"), whole)
     assert results_again["test"] == results["test"]
@@ -653,4 +653,4 @@ def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_pa
     expected = trained(Trainer, make_model(family), tmp_path / "whole")
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
     assert_equal(trained(ResumableTrainer, make_model(family, seed=1), tmp_path / "on", checkpoint), expected)
-    assert ["Trainer would leave out" in message for message in said] == [True]
+    assert ["Trainer would skip" in message for message in said] == [True]

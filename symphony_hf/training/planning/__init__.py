@@ -1,8 +1,8 @@
-"""What a recipe needs before it runs: memory by part, the largest micro-batch, tokens, hours. No weights are loaded."""
+"""Requirements of a recipe before it runs: memory by part, largest micro-batch, tokens, hours. Loads no weights."""
 
 from .launches import Launch, read_launches
 from .memory import Memory, States, memory_of, states_of
-from .plan import Machine, Plan, Row, accelerate_folder, plan_recipe
+from .plan import Machine, Plan, PlanRow, accelerate_folder, plan_recipe
 from .step import MetaStep, StepBytes, meta_model
 from .tables import parse_bytes, print_plan
 
@@ -12,7 +12,7 @@ __all__ = [
     "Memory",
     "MetaStep",
     "Plan",
-    "Row",
+    "PlanRow",
     "States",
     "StepBytes",
     "accelerate_folder",

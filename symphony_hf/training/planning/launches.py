@@ -1,4 +1,4 @@
-"""accelerate's configurations as what a plan needs of them."""
+"""Launches to plan for, read from accelerate's configurations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class Launch:
     """One configuration of accelerate.
 
     Attributes:
-        name: Of its file.
-        strategy: How training is spread: `single`, `ddp`, `zero1`, `zero2` or `zero3`.
-        on_gpu: Whether it trains on GPUs; on the CPU otherwise.
-        machines: How many.
-        half: The type of mixed precision where the recipe says none; None without it.
-        optimizer_on_host: Whether gradients and the optimizer are in the memory of the host.
-        weights_on_host: Whether weights are.
+        name: Name of its file, without the suffix.
+        strategy: How training is distributed: `single`, `ddp`, `zero1`, `zero2` or `zero3`.
+        on_gpu: Whether it trains on GPUs; otherwise it trains on the CPU.
+        machines: Number of machines.
+        half: Dtype of mixed precision if the recipe sets none; None for full precision.
+        optimizer_on_host: Whether gradients and optimizer states are offloaded to host memory.
+        weights_on_host: Whether weights are offloaded to host memory.
     """
 
     name: str
@@ -46,20 +46,20 @@ class Launch:
 
 
 def read_launches(path: str | Path) -> list[Launch]:
-    """Read a configuration of accelerate, or all of a folder.
+    """Read one accelerate configuration, or all in a folder.
 
     Raises:
-        ConfigError: If there is none, one cannot be read, or it is of a kind that is not planned.
+        ConfigError: If there is none, or one cannot be read or is of a kind that cannot be planned.
     """
     path = Path(path)
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not files:
-        raise ConfigError(f"plan: no configuration of accelerate in `{path}`: give another folder, or one's file")
+        raise ConfigError(f"plan: no accelerate configuration in `{path}`: give another folder, or a file")
     return sorted((_read(file) for file in files), key=_order)
 
 
 def _order(launch: Launch) -> Any:
-    """From what takes the most memory to what takes the least."""
+    """Sort key, from the launch that needs the most memory per GPU to the one that needs the least."""
     return not launch.on_gpu, launch.machines, not launch.is_single, launch.strategy, launch.optimizer_on_host
 
 
@@ -70,19 +70,19 @@ def _read(path: Path) -> Launch:
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is no YAML: {error}") from error
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(values, Mapping) or "distributed_type" not in values:
-        raise ConfigError(f"{where} is no configuration of accelerate: it has no `distributed_type`")
+        raise ConfigError(f"{where} is not an accelerate configuration: it has no `distributed_type`")
     kind, deepspeed = str(values["distributed_type"]), values.get("deepspeed_config") or {}
     strategies: dict[str, Any] = {"NO": "single", "MULTI_GPU": "ddp", "DEEPSPEED": f"zero{deepspeed.get('zero_stage')}"}
     strategy = strategies.get(kind)
     if strategy not in ("single", "ddp", "zero1", "zero2", "zero3"):
         raise ConfigError(
-            f"{where}: `{kind}` is not planned: NO, MULTI_GPU, and DEEPSPEED with a `zero_stage` of 1 to 3 are"
+            f"{where}: `{kind}` cannot be planned: expected NO, MULTI_GPU, or DEEPSPEED with a `zero_stage` of 1 to 3"
         )
     half = str(values.get("mixed_precision", "no"))
     if half not in _HALVES:
-        raise ConfigError(f"{where}: mixed_precision `{half}` is not planned: no, bf16 and fp16 are")
+        raise ConfigError(f"{where}: mixed_precision `{half}` cannot be planned: expected no, bf16 or fp16")
     return Launch(
         name=path.stem,
         strategy=strategy,

@@ -1,4 +1,4 @@
-"""Where a model's states and a step's tensors are, under each way to spread a training over GPUs."""
+"""Memory of a GPU and of a host by part, under each way to distribute training over GPUs."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,26 +16,26 @@ from .optimizers import Optimizer
 from .step import StepBytes
 
 _BUCKET = 500_000_000
-"""Numbers in DeepSpeed's buffer of gradients to be reduced: its `reduce_bucket_size`, which recipes leave as it is."""
+"""Elements in DeepSpeed's buffer for gradient reduction: the default of its `reduce_bucket_size`."""
 
 _LIVE = 1_000_000_000
-"""Weights that ZeRO-3 holds whole at a time, at most: its `stage3_max_live_parameters`, likewise."""
+"""Maximum number of weights that ZeRO-3 keeps gathered: the default of its `stage3_max_live_parameters`."""
 
 _HOST_ALLOWANCE = 0.5
-"""Of what is offloaded, for buffers: DeepSpeed's own estimate takes 1.5 times the states for the host."""
+"""Share added for buffers to what is offloaded: DeepSpeed's own estimate is 1.5 times the states."""
 
 
 @dataclass(frozen=True)
 class States:
-    """The sizes of a model, whatever they are multiplied with.
+    """Sizes of a model's weights, gradients and graphs.
 
     Attributes:
-        weights: Bytes of the weights and other buffers as the recipe has them: packed, where it packs them.
-        weights_in_half: Likewise with all that is not packed in 16 bits, as DeepSpeed has them.
+        weights: Bytes of the weights and other buffers, in the recipe's dtype, or packed if it quantizes them.
+        weights_in_half: The same with everything that is not packed in 16 bits, as DeepSpeed keeps it.
         total: Number of weights.
-        largest: Of the module that has the most of its own.
-        trained: (shape, bytes of one number) of each trained weight.
-        graph: Bytes of the graphs, which are whole everywhere, and float32.
+        largest: Number of weights of the largest single module, without its submodules.
+        trained: (shape, element size in bytes) of each trained weight.
+        graph: Bytes of the graphs, which are float32 and replicated on every process.
     """
 
     weights: int
@@ -51,7 +51,7 @@ class States:
 
     @property
     def gradients(self) -> int:
-        """Bytes of the gradients, each of its weight's type."""
+        """Bytes of the gradients, each in the dtype of its weight."""
         return sum(math.prod(shape) * size for shape, size in self.trained)
 
 
@@ -59,8 +59,8 @@ def states_of(model: nn.Module, quantized: bool) -> States:
     """Measure a model, which may be on the meta device.
 
     Args:
-        model: Ready to train.
-        quantized: Whether its frozen experts and linear maps will be packed in 4 bits.
+        model: Model, with its trained parameters marked.
+        quantized: Whether its frozen experts and linear layers will be packed in 4 bits.
     """
     anatomy, packed = Anatomy(model), packed_names(model) if quantized else set()
     weights = in_half = graph = 0
@@ -87,9 +87,9 @@ class Memory:
     """Bytes by part.
 
     Attributes:
-        gpu: Of one GPU; empty where none trains.
-        host: Of one machine, while it trains.
-        loading: Of one machine, before: each of its processes reads the whole model.
+        gpu: Bytes on one GPU by part; empty if training runs on the CPU.
+        host: Bytes on one machine by part, during training.
+        loading: Bytes on one machine while the model is loaded: each of its processes reads the whole model.
     """
 
     gpu: dict[str, int] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Memory:
 
     @property
     def host_total(self) -> int:
-        """The most at a time: what is loaded goes to the GPUs, or is what trains."""
+        """Peak bytes on one machine: loading ends before training begins."""
         return max(sum(self.host.values()), self.loading)
 
 
@@ -115,28 +115,29 @@ def memory_of(
     half: torch.dtype | None,
     accumulates: bool,
 ) -> Memory:
-    """Spread states and a step over devices.
+    """Distribute a model's states and a step's tensors over devices.
 
     Args:
-        launch: How.
-        processes: On all machines together; one GPU each.
-        states: Of the model.
-        step: Of one micro-batch, computed as the launch does.
-        optimizer: Of the recipe.
-        half: The type of mixed precision; None without it.
-        accumulates: Whether an optimizer step has several micro-batches: the later ones find all gradients there.
+        launch: Launch to plan for.
+        processes: Number of processes on all machines, with one GPU each.
+        states: Sizes of the model.
+        step: Bytes of one micro-batch, in the precision of the launch.
+        optimizer: The recipe's optimizer.
+        half: Dtype of mixed precision; None for full precision.
+        accumulates: Whether an optimizer step has several micro-batches, of which the later ones run with all
+            gradients allocated.
 
     Returns:
-        The parts are `weights`, `gradients`, `optimizer` (with the float32 weights that DeepSpeed updates),
-        `activations`, `graph` and `buffers`: gradients on their way to other GPUs, weights that ZeRO-3 has gathered,
-        and, where it is more than the activations, what the optimizer's step makes in passing.
+        Memory by part: `weights`, `gradients`, `optimizer` (with the float32 weights that DeepSpeed updates),
+        `activations`, `graph`, and `buffers` (gradients in reduction, weights gathered by ZeRO-3, and temporaries of
+        the optimizer step as far as they exceed the activations).
     """
     local = processes // launch.machines
     if launch.uses_deepspeed:
         return _with_deepspeed(launch, processes, local, states, step, optimizer, half)
-    # What the backward has at once; the gradients are a part of their own, and whole from the second micro-batch on.
+    # Gradients are a part of their own. From the second micro-batch on, all of them exist.
     activations = step.activations if accumulates else step.with_gradients - states.gradients
-    exchanged = states.gradients if processes > 1 else 0  # DistributedDataParallel has them a second time, in buckets
+    exchanged = states.gradients if processes > 1 else 0  # DistributedDataParallel holds them a second time, in buckets
     parts = {
         "weights": states.weights,
         "gradients": states.gradients,
@@ -159,17 +160,17 @@ def _with_deepspeed(
     optimizer: Optimizer,
     half: torch.dtype | None,
 ) -> Memory:
-    """ZeRO: what its stage says is cut into as many pieces as there are processes.
+    """Memory under DeepSpeed's ZeRO, whose stage says what is partitioned over the processes.
 
     Source: DeepSpeed's `estimate_zero2_model_states_mem_needs` and `estimate_zero3_model_states_mem_needs`, for Adam in
     mixed precision: 2 bytes for a weight; 2 (ZeRO-2) and 4 for its gradient in 16 bits and in 32; 4 for its float32
-    copy; 8 for the moments. Deviation: frozen weights have the first alone; the optimizer's bytes are the recipe's;
-    gathered weights are counted up to what ZeRO-3 may hold, not by the largest layer.
+    copy; 8 for the moments. Deviation: frozen weights need only the first; optimizer states are those of the recipe's
+    optimizer; gathered weights are counted up to ZeRO-3's limit, not by the largest layer.
     """
     size = 4 if half is None else 2
     trained = states.num_trained
     weights = states.weights if half is None else states.weights_in_half
-    flat = [((trained,), 4)]  # DeepSpeed gives the optimizer one vector
+    flat = [((trained,), 4)]  # DeepSpeed flattens the weights into one vector
     in_half = {"zero1": size * trained, "zero2": size * trained / processes, "zero3": 0}[launch.strategy]
     sharded = {
         "gradients": 4 * trained / processes,

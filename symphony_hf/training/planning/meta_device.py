@@ -1,4 +1,4 @@
-"""What a forward on the meta device needs to go through as it would on a GPU: answers, kernels and types."""
+"""Stand-ins that let a model run on the meta device as it would on a GPU, and sizes of 4-bit weights."""
 
 from typing import Any
 
@@ -21,26 +21,26 @@ _IN_16_BITS = {
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
 }
-"""What autocast computes in 16 bits, of what models of transformers call. Norms and losses they cast themselves."""
+"""Functions that autocast runs in 16 bits and that transformers models call. Norms and losses cast by themselves."""
 
 
 class MetaStandIns(TorchFunctionMode):
-    """Stands in for what the meta device lacks.
+    """Function mode that replaces operations which the meta device lacks.
 
-    - A question about numbers is answered yes: models ask whether a check holds, or whether nothing is masked.
-    - Every number that a mask picks out of others is picked: sequences are full, and all their tokens are predicted.
+    - Conditions on values are True: models ask whether a check holds, or whether nothing is masked.
+    - Boolean masks select every element: sequences are full, and all their tokens are predicted.
     - Tokens choose their experts evenly.
-    - Attention keeps what a fused kernel keeps: queries, keys, values, outputs, and one number a row. The meta device
-      would take the unfused form, and its squares of scores.
-    - Grouped products are the meta device's own in bfloat16 alone; in another type each token meets the first expert,
-      at the same cost.
-    - Autocast does not know the device: the products that it computes in 16 bits are cast here, and each trained weight
-      once, as it does.
+    - Attention saves what a fused kernel saves: queries, keys, values, outputs, and one number per row. The meta device
+      would take the unfused form, which materializes the scores.
+    - Grouped products exist on the meta device in bfloat16 only. In other dtypes each token is multiplied with the
+      first expert, at the same cost.
+    - Autocast does not support the device: inputs of its 16-bit functions are cast here, each trained weight once, as
+      autocast does.
 
-    It does not reach into the backward pass: give it to checkpointing as the context of the recomputation.
+    The mode is not active in the backward pass: pass it to checkpointing as the context of the recomputation.
 
     Args:
-        autocast: The type that autocast computes in; None without it.
+        autocast: Dtype of autocast; None without autocast.
     """
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
@@ -96,24 +96,24 @@ def _fused_attention(
 
 
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
-"""Of TRL's tiles: `TOKEN_CHUNK_SIZE` of `trl.kernels.chunked_logprob`, `_CHUNKED_LOGPROB_CHUNK_SIZE` of
+"""Sizes of TRL's tiles: `TOKEN_CHUNK_SIZE` in `trl.kernels.chunked_logprob` and `_CHUNKED_LOGPROB_CHUNK_SIZE` in
 `trl.trainer.utils`."""
 
 
 def head_is_tiled() -> bool:
-    """Whether the installed TRL has such a head; older ones make all logits, as the model's own loss does."""
+    """Return whether the installed TRL computes its loss in tiles. Older ones materialize all logits."""
     import trl.trainer.utils
 
     return hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 
 def tiled_loss(hidden_BTD: Tensor, weight_VD: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """A loss that takes the products and the memory of TRL's, on the meta device.
+    """Compute a stand-in for TRL's tiled loss, with the same products and memory.
 
     Args:
-        hidden_BTD: What the head is given.
-        weight_VD: Of the head.
-        compute_dtype: Of the tiles.
+        hidden_BTD: Inputs of the LM head.
+        weight_VD: Weight of the LM head.
+        compute_dtype: Dtype of the tiles.
 
     Returns:
         A float32 scalar.
@@ -123,7 +123,7 @@ def tiled_loss(hidden_BTD: Tensor, weight_VD: Tensor, compute_dtype: torch.dtype
 
 
 class _TiledHead(torch.autograd.Function):
-    """Logits are in one tile, and are made again in the backward pass; gradients are summed up in float32."""
+    """LM head with one tile of logits, recomputed in the backward pass, and gradients accumulated in float32."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,7 +140,7 @@ class _TiledHead(torch.autograd.Function):
         hidden_ND, weight_VD = ctx.saved_tensors
         inputs = zip((hidden_ND, weight_VD), ctx.needs_input_grad, strict=False)
         sums = [torch.empty_like(value, dtype=torch.float32) if needed else None for value, needed in inputs]
-        # A sum's own memory takes the products: the meta device adds none of another type.
+        # Products are written into the memory of the sums: the meta device cannot accumulate across dtypes.
         of_hidden, of_weight = (None if s is None else s.view(ctx.dtype)[:, : s.shape[1]] for s in sums)
         tile = _new_tile(hidden_ND, weight_VD, ctx.dtype)
         for row in range(0, len(hidden_ND), TILE_TOKENS):
@@ -163,11 +163,11 @@ def _new_tile(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tenso
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 _TABLES = 16 * 4 + 256 * 4 + 4
-"""Bytes of the two code books and of the scales' mean."""
+"""Bytes of the two codebooks and of the mean of the scales."""
 
 
 def packed_bytes(numel: int) -> int:
-    """Bytes of a weight in NF4 with its scales in 8 bits: one scale for 64 numbers, one of the scales for 256 of those.
+    """Return the bytes of a weight in NF4 with 8-bit scales: one scale per 64 elements, one scale of scales per 256.
 
     Source: QLoRA, arXiv 2305.14314, double quantization. Deviation: none.
     """
@@ -176,8 +176,8 @@ def packed_bytes(numel: int) -> int:
 
 
 def packed_names(model: Any) -> set[str]:
-    """The names of the weights that a recipe with `quantization` packs: experts and linear maps, but for those of
-    routers, and the head."""
+    """Return the names of the weights that a recipe with `quantization` packs: experts and linear layers, without
+    routers and the LM head."""
     anatomy = Anatomy(model)
     head = model.get_output_embeddings()
     linears = {
@@ -195,7 +195,7 @@ def packed_names(model: Any) -> set[str]:
 
 
 class _Unpack(nn.Module):
-    """A packed weight as what it stands for, anew at each use."""
+    """Parametrization that unpacks a packed weight at each use."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class _Unpack(nn.Module):
 
 
 def pack_experts(model: nn.Module) -> None:
-    """Have each use of stacked experts make them in 16 bits: autograd keeps those, which no other weight's does."""
+    """Pack stacked experts, and unpack them to 16 bits at each use: autograd saves the unpacked experts."""
     for held in [held for held in held_tensors(model) if len(held.shape) == 3]:
         path, _, name = held.name.rpartition(".")
         module, weight = model.get_submodule(path), held.tensor

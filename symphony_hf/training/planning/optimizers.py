@@ -1,4 +1,4 @@
-"""What an optimizer keeps for each weight, and what a step of it makes in passing."""
+"""Bytes of an optimizer's states, and of the temporaries of its step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from symphony_hf.errors import ConfigError, nearest
 
 Shapes = Iterable[tuple[Sequence[int], int]]
-"""(shape, bytes of one number) of each trained weight."""
+"""(shape, element size in bytes) of each trained weight."""
 
 _SMALL, _BLOCK = 4096, 256
-"""bitsandbytes keeps weights of fewer numbers in float32, and one float32 scale for so many 8-bit numbers."""
+"""bitsandbytes keeps states with fewer elements in float32, and one float32 scale per block of 8-bit elements."""
 
 
 def _moments(count: int) -> Callable[[Sequence[int], int], int]:
-    """As many numbers as the weight's for each moment, in its type, as torch's optimizers make them."""
+    """States of `count` moments in the dtype of the weight, as in torch's optimizers."""
     return lambda shape, size: count * size * math.prod(shape)
 
 
@@ -31,7 +31,7 @@ def _eight_bit(count: int) -> Callable[[Sequence[int], int], int]:
 
 
 def _factored(shape: Sequence[int], _: int) -> int:
-    """Of each matrix the sums of its rows and of its columns; a vector whole."""
+    """States of row and column sums of each matrix; vectors are not factored."""
     if len(shape) < 2:
         return 4 * math.prod(shape)
     return 4 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
@@ -39,12 +39,14 @@ def _factored(shape: Sequence[int], _: int) -> int:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One optimizer.
+    """Memory of one optimizer.
 
     Attributes:
-        state: Bytes that it keeps for a weight, by shape and bytes of one number.
-        passing_of_all: Copies of all weights that a step makes at once, as torch's `foreach` forms do on a GPU.
-        passing_of_largest: Copies of one weight after another, of which the largest counts.
+        state: Function of a weight's shape and element size that returns the bytes of its states.
+        passing_of_all: Number of copies of all weights that a step makes at once, as torch's `foreach` forms do on a
+            GPU.
+        passing_of_largest: Function of the element size that returns the temporary bytes per element of one weight,
+            for optimizers that update one weight after another.
     """
 
     state: Callable[[Sequence[int], int], int]
@@ -72,24 +74,24 @@ _OPTIMIZERS = {
     "paged_lion_8bit": _LION8,
     "lion_32bit": Optimizer(_float32(1)),
     "paged_lion_32bit": Optimizer(_float32(1)),
-    # Two numbers in float32 for each of the weight at hand; of one in 16 bits also it and its gradient.
+    # Two float32 elements per element of the weight; for a 16-bit weight also float32 copies of it and its gradient.
     "adafactor": Optimizer(_factored, passing_of_largest=lambda size: 8 if size == 4 else 16),
     "sgd": Optimizer(_moments(0)),
     "adagrad": Optimizer(_moments(1), passing_of_all=2),
     "rmsprop": Optimizer(_moments(1), passing_of_all=1),
 }
-"""By TrainingArguments' names, as Trainer makes them: SGD without momentum, Adafactor without a first moment. What is
-paged is counted as on the GPU, where it is whenever there is room."""
+"""Optimizers by their names in TrainingArguments, as Trainer creates them: SGD without momentum, Adafactor without a
+first moment. Paged states are counted as GPU memory, where they stay as long as there is room."""
 
 
 def optimizer_of(name: str) -> Optimizer:
-    """An optimizer by TrainingArguments' name.
+    """Return the optimizer with a name of TrainingArguments.
 
     Raises:
-        ConfigError: If what it keeps is not known.
+        ConfigError: If its memory is not known.
     """
     if name not in _OPTIMIZERS:
         raise ConfigError(
-            f"train: what `optim: {name}` keeps is not known, so it cannot be planned; {nearest(name, _OPTIMIZERS)}"
+            f"train: the memory of `optim: {name}` is not known, so it cannot be planned; {nearest(name, _OPTIMIZERS)}"
         )
     return _OPTIMIZERS[name]

@@ -1,4 +1,4 @@
-"""plan_recipe: what a recipe needs under each launch, before there are weights, data or GPUs."""
+"""Plans of recipes: memory, micro-batch size and hours under each launch, without weights, data or GPUs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,20 +19,20 @@ from .settings import TrainSettings, read_settings, sequences_of_data, sequences
 from .step import MetaStep, StepBytes, meta_model
 
 USABLE = 0.95
-"""Of a GPU's memory: the rest goes to CUDA's and NCCL's own, and to fragments."""
+"""Usable share of a GPU's memory. The rest is for CUDA, NCCL and fragmentation."""
 
-MOST_SEQUENCES = 1024
-"""Of a micro-batch, beyond which none is looked for."""
+MAX_MICRO_BATCH_SIZE = 1024
+"""Largest micro-batch size that is tried."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is planned for.
+    """The GPUs to plan for.
 
     Args:
-        gpu_memory: Bytes of one GPU.
-        gpu_flops: Its peak, in FLOPs a second, in the type that the recipe computes in.
-        utilization: The share of that peak that training reaches, what checkpointing computes again counted.
+        gpu_memory: Memory of one GPU, in bytes.
+        gpu_flops: Peak FLOP/s of one GPU, in the recipe's compute dtype.
+        utilization: Share of the peak that training reaches, with recomputation counted as work.
     """
 
     gpu_memory: int
@@ -48,38 +48,38 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """A recipe under one launch.
 
     Attributes:
-        launch: Of accelerate's configurations.
-        processes: On all machines.
-        memory: With the recipe's own micro-batch.
-        most_sequences: The largest micro-batch that fits a GPU; 0 where none does; None where no GPU trains.
-        sequences: That the whole run trains on; None where the data is not known.
-        hours: Of the whole run; None where that, or the device's peak, is not known.
+        launch: The launch.
+        processes: Number of processes on all machines.
+        memory: Memory at the recipe's own micro-batch size.
+        max_micro_batch_size: Largest micro-batch size that fits on a GPU; 0 if none fits, None on the CPU.
+        sequences: Number of sequences that the run trains on; None if the size of the data is unknown.
+        hours: Duration of the run; None on the CPU, or if `sequences` is None.
     """
 
     launch: Launch
     processes: int
     memory: Memory
-    most_sequences: int | None
+    max_micro_batch_size: int | None
     sequences: int | None
     hours: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's plan.
+    """The plan of a recipe.
 
     Attributes:
-        settings: Of its train section.
-        block_size: Tokens of a sequence.
-        machine: What it was made for.
-        states: Of its model.
-        flops_per_sequence: Of training on one.
-        rows: One for each launch and number of GPUs.
-        left_out: Launches under which the recipe does not run, and why.
+        settings: The recipe's training settings.
+        block_size: Number of tokens in a sequence.
+        machine: GPUs that it was made for.
+        states: Sizes of the model.
+        flops_per_sequence: FLOPs of training on one sequence.
+        rows: One row per launch and number of GPUs.
+        left_out: Launches under which the recipe does not run, with the reason.
     """
 
     settings: TrainSettings
@@ -87,11 +87,11 @@ class Plan:
     machine: Machine
     states: States
     flops_per_sequence: int
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
     left_out: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for a JSON file; bytes as they are."""
+        """Return the plan as values for a JSON file, with sizes in bytes."""
         settings = dataclasses.asdict(self.settings) | {"half": _name(self.settings.half)}
         return {
             "settings": settings,
@@ -104,7 +104,7 @@ class Plan:
             "left_out": self.left_out,
         }
 
-    def _row(self, row: Row) -> dict[str, Any]:
+    def _row(self, row: PlanRow) -> dict[str, Any]:
         return {
             "launch": row.launch.name,
             "strategy": row.launch.strategy,
@@ -112,7 +112,7 @@ class Plan:
             "processes": row.processes,
             "gpu_bytes": {**row.memory.gpu, "total": row.memory.gpu_total},
             "host_bytes": {**row.memory.host, "loading": row.memory.loading, "total": row.memory.host_total},
-            "most_sequences": row.most_sequences,
+            "most_sequences": row.max_micro_batch_size,
             "sequences": row.sequences,
             "tokens": None if row.sequences is None else row.sequences * self.block_size,
             "hours": row.hours,
@@ -122,19 +122,19 @@ class Plan:
 def plan_recipe(
     recipe: Recipe, launches: Sequence[Launch], gpus: Sequence[int], machine: Machine, sequences: int | None = None
 ) -> Plan:
-    """Plan a recipe under each launch with each number of GPUs. No weights are loaded, and none are made.
+    """Plan a recipe under each launch with each number of GPUs, without loading or creating weights.
 
     Args:
-        recipe: From `load_recipe`.
-        launches: From `read_launches`.
-        gpus: Numbers of GPUs of one machine.
-        machine: What each GPU is.
-        sequences: Of one epoch, where the recipe's data is not here to be counted.
+        recipe: Recipe, from `load_recipe`.
+        launches: Launches, from `read_launches`.
+        gpus: Numbers of GPUs in one machine.
+        machine: The GPUs.
+        sequences: Number of sequences in one epoch, if the recipe's data is not available locally.
 
     Raises:
-        ConfigError: If a number is not above 0, a setting is unknown or cannot be planned, or the model's config is
-            not to be had.
-        UnsupportedModelError: If a step of the model depends on numbers.
+        ConfigError: If a number is not above 0, a setting is unknown or cannot be planned, or the model's config
+            could not be loaded.
+        UnsupportedModelError: If the model's forward depends on the values of tensors.
     """
     for number in [*gpus, *([] if sequences is None else [sequences])]:
         if number < 1:
@@ -143,7 +143,7 @@ def plan_recipe(
     optimizer = optimizer_of(settings.optimizer)
     states = states_of(meta_model(recipe), recipe.model.quantization is not None)
     if not states.trained:
-        raise ConfigError("model: nothing is trained: neither `trainable` nor `peft` leaves a parameter to learn")
+        raise ConfigError("model: nothing is trained: `trainable` and `peft` freeze every parameter")
     left_out = {launch.name: why for launch in launches if (why := _why_not(recipe, launch)) is not None}
     launches = [launch for launch in launches if launch.name not in left_out]
     if not launches:
@@ -161,7 +161,7 @@ def plan_recipe(
 
 
 def _why_not(recipe: Recipe, launch: Launch) -> str | None:
-    """What the runner would refuse."""
+    """Return why the runner would refuse a launch; None if it would not."""
     if recipe.model.quantization is not None and launch.strategy == "zero3":
         return "4-bit weights cannot be partitioned over processes"
     if recipe.launch.strategy not in (None, launch.strategy):
@@ -174,7 +174,7 @@ def _counts(launch: Launch, gpus: Sequence[int]) -> list[int]:
 
 
 class _Steps:
-    """The steps of a recipe by precision and micro-batch, each counted once."""
+    """Steps of a recipe by precision and micro-batch size, each measured once."""
 
     def __init__(self, recipe: Recipe, settings: TrainSettings, bar: Any) -> None:
         self._recipe, self._settings, self._bar = recipe, settings, bar
@@ -182,7 +182,7 @@ class _Steps:
         self._counted: dict[Any, StepBytes] = {}
 
     def half(self, launch: Launch) -> torch.dtype | None:
-        """What the recipe asks for goes before what the launcher does."""
+        """Return the dtype of mixed precision; the recipe's takes precedence over the launcher's."""
         return self._settings.half or launch.half
 
     def flops(self, launch: Launch) -> int:
@@ -214,7 +214,7 @@ class _Planner:
     flops: int
     sequences: int | None
 
-    def row(self, launch: Launch, processes: int) -> Row:
+    def row(self, launch: Launch, processes: int) -> PlanRow:
         def memory(step: StepBytes) -> Memory:
             accumulates = self.settings.accumulation > 1
             half = self.steps.half(launch)
@@ -224,33 +224,33 @@ class _Planner:
         most = hours = None
         if launch.on_gpu:
             limit = USABLE * self.machine.gpu_memory
-            most = most_sequences(
+            most = find_max_micro_batch_size(
                 lambda count: self.steps.bytes(launch, count), lambda step: memory(step).gpu_total <= limit
             )
         if launch.on_gpu and sequences is not None:
             speed = processes * self.machine.gpu_flops * self.machine.utilization
             hours = sequences * self.flops / speed / 3600
         own = memory(self.steps.bytes(launch, self.settings.micro_batch))
-        return Row(launch, processes, own, most, sequences, hours)
+        return PlanRow(launch, processes, own, most, sequences, hours)
 
 
-def most_sequences(count: Callable[[int], StepBytes], fits: Callable[[StepBytes], bool]) -> int:
-    """The largest micro-batch that fits, MOST_SEQUENCES at most; 0 where not even one sequence does.
+def find_max_micro_batch_size(count: Callable[[int], StepBytes], fits: Callable[[StepBytes], bool]) -> int:
+    """Return the largest micro-batch size that fits, up to MAX_MICRO_BATCH_SIZE; 0 if not even one sequence fits.
 
-    Steps are counted for powers of two. Between two of them a straight line is above what a step needs, which is the
-    largest of several moments' needs, each of which grows evenly.
+    Steps are measured at powers of two and interpolated linearly in between. Interpolation never underestimates,
+    since the peak is a maximum of functions that grow linearly, and therefore convex.
 
     Args:
-        count: A step's bytes, by its sequences.
-        fits: Whether such a step does.
+        count: Function that returns the bytes of a step by its micro-batch size.
+        fits: Function that returns whether a step fits.
     """
     if not fits(count(1)):
         return 0
     lower = 1
-    while lower < MOST_SEQUENCES and fits(count(2 * lower)):
+    while lower < MAX_MICRO_BATCH_SIZE and fits(count(2 * lower)):
         lower *= 2
-    if lower >= MOST_SEQUENCES:
-        return MOST_SEQUENCES
+    if lower >= MAX_MICRO_BATCH_SIZE:
+        return MAX_MICRO_BATCH_SIZE
     below, above = count(lower), count(2 * lower)
     return max(lower + more for more in range(lower) if fits(_between(below, above, more / lower)))
 
@@ -269,5 +269,5 @@ def _name(dtype: torch.dtype | None) -> str | None:
 
 
 def accelerate_folder(recipe: str | Path) -> Path:
-    """The configurations beside a recipe's folder: `recipes/accelerate` of `recipes/NAME/config.yaml`."""
+    """Return the folder of launches next to a recipe's own: `recipes/accelerate` for `recipes/NAME/config.yaml`."""
     return Path(recipe).absolute().parent.parent / "accelerate"

@@ -1,4 +1,4 @@
-"""What a plan needs of a recipe's train section, with the defaults of the library that will train."""
+"""Training settings and sequence counts of a recipe, with the defaults of TrainingArguments or TRL's SFTConfig."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from symphony_hf.training.processors import load_processor
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Of the train section.
+    """Settings of a recipe's train section that a plan depends on.
 
     Attributes:
-        micro_batch: Sequences of one forward on one device.
-        accumulation: Forwards of one optimizer step.
-        checkpointing: Whether activations are computed again in the backward pass.
-        optimizer: TrainingArguments' name of it.
-        half: The type of mixed precision; None without it.
-        max_steps: Optimizer steps; as many as `epochs` make where not positive.
-        epochs: Over the data.
+        micro_batch: Number of sequences in one forward on one device.
+        accumulation: Number of forwards per optimizer step.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        optimizer: Name of the optimizer in TrainingArguments.
+        half: Dtype of mixed precision; None for full precision.
+        max_steps: Number of optimizer steps; if not positive, `epochs` decides.
+        epochs: Number of passes over the data.
     """
 
     micro_batch: int
@@ -38,10 +38,10 @@ class TrainSettings:
 
 
 def read_settings(recipe: Recipe) -> TrainSettings:
-    """Read a recipe's train section, without the devices and packages that the training itself needs.
+    """Read a recipe's train section, without the devices and packages that training itself needs.
 
     Raises:
-        ConfigError: If a setting is unknown, or no number where it must be one.
+        ConfigError: If a setting is unknown, or is not a number where it must be one.
     """
     kind: Any = TrainingArguments
     if recipe.data.kind == "chat":
@@ -77,7 +77,7 @@ def _sft_config() -> type:
 def _positive(values: dict[str, Any], name: str) -> int:
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"train: `{name}` must be a whole number from 1 on, got {value!r}")
+        raise ConfigError(f"train: `{name}` must be an integer of at least 1, got {value!r}")
     return value
 
 
@@ -91,16 +91,14 @@ GLUE_EXAMPLES = {
     "sst2": 67_349,
     "wnli": 635,
 }
-"""Of the training splits, as GLUE publishes them."""
+"""Sizes of the training splits, as published by GLUE."""
 
 
 def sequences_of_data(recipe: Recipe) -> int | None:
-    """Sequences of one epoch; None where only the data itself, from the Hub, would tell.
-
-    Data that is on every machine, or in files here, is read and counted, if the tokenizer is here, too.
+    """Count the sequences of one epoch. Returns None if the data or the tokenizer is not available locally.
 
     Raises:
-        DataError: If data that is here is not as the recipe's kind needs it.
+        DataError: If local data does not have the format of the recipe's kind.
     """
     data, source = recipe.data, recipe.model.tokenizer or recipe.model.path
     if data.kind == "glue" and data.path is None and data.name in GLUE_EXAMPLES:
@@ -111,13 +109,13 @@ def sequences_of_data(recipe: Recipe) -> int | None:
     if not data_is_here or not tokenizer_is_here or data.streaming:
         return None
     prepared = prepare_data(data, load_processor(recipe), seed=0, train=recipe.train)
-    if data.kind == "chat" and data.packing:  # TRL packs when it trains
+    if data.kind == "chat" and data.packing:  # TRL packs during training
         return None if prepared.num_tokens is None else -(-prepared.num_tokens // data.block_size)
     return len(prepared.train)
 
 
 def sequences_of_run(settings: TrainSettings, processes: int, of_data: int | None) -> int | None:
-    """Sequences of a whole run, over all epochs and devices; None where the data's are needed, and not known."""
+    """Count the sequences of a run over all epochs and devices; None if it depends on data of unknown size."""
     if settings.max_steps > 0:
         return settings.max_steps * settings.micro_batch * settings.accumulation * processes
     return None if of_data is None else round(settings.epochs * of_data)

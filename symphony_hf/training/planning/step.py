@@ -1,4 +1,4 @@
-"""A training step of a recipe on the meta device, where it has every size and no numbers: its memory and its FLOPs."""
+"""Memory and FLOPs of a recipe's training step, measured on the meta device."""
 
 import contextlib
 import math
@@ -24,19 +24,19 @@ from .settings import TrainSettings
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are made while it is entered, each once, until nothing refers to it any more.
+    """Dispatch mode that counts the bytes of the storages created in it while they are alive, each once.
 
-    It counts what an allocator would be asked for, in forward, backward and recomputation alike; of meta tensors, whose
-    storages have a size and no memory, too. What a kernel allocates inside and frees again is not seen.
+    It counts what an allocator would be asked for, in forward, backward and recomputation alike, on the meta device
+    too, where storages have a size and no memory. Workspaces inside a kernel are not seen.
 
     Args:
-        outside: Tensors that are there before: neither they nor views of them are counted.
+        outside: Tensors that exist before. Neither they nor views of them are counted.
 
     Attributes:
-        current: Bytes held now, without gradients.
-        gradients: Bytes of gradients that are finished, see `finish_gradient`.
-        peak: The most that `current` was.
-        peak_with_gradients: The most that both together were.
+        current: Bytes alive now, without finished gradients.
+        gradients: Bytes of finished gradients, see `finish_gradient`.
+        peak: Maximum of `current`.
+        peak_with_gradients: Maximum of `current` and `gradients` together.
     """
 
     def __init__(self, outside: Iterable[Tensor]) -> None:
@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def finish_gradient(self, parameter: Tensor) -> None:
-        """Count a parameter's gradient, which is there to stay, as one. For `register_post_accumulate_grad_hook`."""
+        """Count a parameter's accumulated gradient as a gradient. For `register_post_accumulate_grad_hook`."""
         assert parameter.grad is not None
         key = id(parameter.grad.untyped_storage())
         if key not in self._finished and self._sizes.get(key):
@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = id(storage)  # torch keeps the same object for a storage as long as that lives
+        key = id(storage)  # torch returns the same object for a storage as long as it lives
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
@@ -84,11 +84,11 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What one micro-batch's forward and backward hold beside weights, optimizer and the gradients of earlier ones.
+    """Peak bytes of one micro-batch's forward and backward, without weights and optimizer states.
 
     Attributes:
-        activations: What autograd keeps, and what is passing, such as the logits' gradient; at its peak.
-        with_gradients: Likewise with the gradients that the backward has finished by then; at its own peak.
+        activations: Peak of saved activations and temporaries, such as the gradient of the logits.
+        with_gradients: Peak of the same together with the gradients that are finished by then.
     """
 
     activations: int
@@ -96,32 +96,31 @@ class StepBytes:
 
 
 def meta_model(recipe: Recipe) -> nn.Module:
-    """What a recipe trains, without weights: symphonized, adapted, and with what is trained marked.
+    """Return the recipe's model on the meta device: symphonized, with adapters, and its trained parameters marked.
 
     Raises:
-        ConfigError: If the model's config is not to be had.
+        ConfigError: If the model's config could not be loaded.
     """
     model = empty_model(recipe)
     add_graph(model, recipe)
     choose_trained(model, recipe.model.trainable)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*deprecated", FutureWarning)  # PEFT asks by it
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*deprecated", FutureWarning)  # in PEFT
         adapted = add_adapters(model, recipe.peft)
-    return adapted.to("meta")  # type: ignore[no-any-return]  # PEFT makes adapters where there is memory
+    return adapted.to("meta")  # type: ignore[no-any-return]  # PEFT creates adapters on a real device
 
 
 class MetaStep:
-    """One micro-batch of a recipe, forward and backward, on the meta device.
+    """Forward and backward of one micro-batch of a recipe, on the meta device.
 
-    Nothing of it is a formula: the model's own code runs, with its experts, its loss and its checkpointing, and each
-    tensor is counted while it lives. Sequences are taken to be as long as the recipe allows, and experts to be chosen
-    evenly.
+    No formula is involved: the model's own code runs, with its experts, loss and checkpointing, and each tensor is
+    counted while it is alive. Sequences have the recipe's maximum length, and experts are chosen evenly.
 
     Args:
-        recipe: From `load_recipe`.
-        settings: Of its train section.
-        half: The type of mixed precision; None without it.
-        cast_whole: Whether the model is cast to it, as DeepSpeed's engine does; otherwise autocast casts products.
+        recipe: Recipe, from `load_recipe`.
+        settings: The recipe's training settings.
+        half: Dtype of mixed precision; None for full precision.
+        cast_whole: Whether the model itself is cast to `half`, as DeepSpeed's engine does, instead of using autocast.
     """
 
     def __init__(
@@ -140,16 +139,16 @@ class MetaStep:
         if is_symphonized(self._model):
             for _, router in symphony_routers(self._model):
                 assert router.stack is not None
-                router.stack.state.scale = torch.zeros((), device="meta")  # as a device with memory gets one
+                router.stack.state.scale = torch.zeros((), device="meta")  # created only on real devices otherwise
 
     def bytes(self, micro_batch: int) -> StepBytes:
-        """Count a step's memory.
+        """Measure the memory of a step.
 
         Args:
-            micro_batch: Sequences.
+            micro_batch: Number of sequences.
 
         Raises:
-            UnsupportedModelError: If the model's forward depends on numbers.
+            UnsupportedModelError: If the model's forward depends on the values of tensors.
         """
         batch = self._batch(micro_batch)
         tensors = [value for value in batch.values() if isinstance(value, Tensor)]
@@ -164,12 +163,12 @@ class MetaStep:
         return StepBytes(live.peak, live.peak_with_gradients)
 
     def flops(self) -> int:
-        """Count the FLOPs of one sequence: forward, backward, and what checkpointing computes again.
+        """Count the FLOPs of one sequence: forward, backward and recomputation.
 
-        A product with a weight is 2 FLOPs for a weight and a token, of attention the half that causality leaves.
+        A product with a weight is 2 FLOPs per weight and token. Causal attention counts as half of full attention.
 
         Raises:
-            UnsupportedModelError: If the model's forward depends on numbers.
+            UnsupportedModelError: If the model's forward depends on the values of tensors.
         """
         counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         self._run(self._batch(1), counter)
@@ -182,7 +181,7 @@ class MetaStep:
         except (NotImplementedError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(
-                f"plan: a step of {type(self._model).__name__} cannot be counted without numbers: {first}"
+                f"plan: a step of {type(self._model).__name__} cannot be measured on the meta device: {first}"
             ) from error
         finally:
             self._model.zero_grad()
@@ -195,7 +194,7 @@ class MetaStep:
                 return tiled_loss(hidden, model.get_output_embeddings().weight, self._autocast or hidden.dtype)
             outputs = self._model(**batch, use_cache=False)
             if self._autocast is not None and outputs.get("logits") is not None:
-                outputs.logits = outputs.logits.float()  # as accelerate does of all outputs
+                outputs.logits = outputs.logits.float()  # as accelerate does with all outputs
         return outputs.loss  # type: ignore[no-any-return]
 
     def _batch(self, rows: int) -> dict[str, Any]:
@@ -212,38 +211,38 @@ class MetaStep:
             return contextlib.nullcontext(), MetaStandIns(self._autocast)
 
         model = _bare(self._model)
-        # The old name is the oldest transformers' only one.
+        # The oldest supported transformers has only the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def _bare(model: Any) -> Any:
-    """The model below PEFT's wrapper."""
+    """Return the model inside PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _attention_flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], dropout: float = 0.0, causal: bool = False, **_: Any
 ) -> int:
-    """Two products of queries by keys by head size."""
+    """Count two products of size queries x keys x head size."""
     flops = 2 * math.prod(query) * (key[-2] + value[-2])
     return flops // 2 if causal else flops
 
 
 def _attention_backward_flops(gradient: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Five products for the forward's two: the scores are computed again."""
+    """Count five products for the two of the forward: scores are recomputed."""
     query, key, value = args[:3]
     dropout, causal = args[5:7]
     return _attention_flops(query, key, value, dropout, causal) * 5 // 2
 
 
 def _grouped_flops(left: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
-    """Each row with one expert's weight; or, for the weights' gradients, each column."""
+    """Count each row with the weight of one expert; for gradients of weights, each column."""
     return 2 * math.prod(left) * right[-1]
 
 
 def _product_flops(_: Sequence[int], left: Sequence[int], right: Sequence[int], **__: Any) -> int:
-    """A product that is added to what is there."""
+    """Count a product that is accumulated in place."""
     return 2 * math.prod(left) * right[-1]
 
 
@@ -253,4 +252,4 @@ _FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten._grouped_mm: _grouped_flops,
 }
-"""Of the operators that `torch.utils.flop_counter` has no formula for."""
+"""Formulas of operators that `torch.utils.flop_counter` does not know."""

@@ -149,7 +149,9 @@ def test_optimizers_of_bitsandbytes_keep_what_is_said(name):
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ConfigError, match=r"`optim: adamw_trch` keeps is not known.*did you mean `adamw_torch`"):
+    with pytest.raises(
+        ConfigError, match=r"the memory of `optim: adamw_trch` is not known.*did you mean `adamw_torch`"
+    ):
         optimizer_of("adamw_trch")
 
 

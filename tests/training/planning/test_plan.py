@@ -17,11 +17,11 @@ from symphony_hf.recipe import load_recipe
 from symphony_hf.training.planning.launches import Launch, read_launches
 from symphony_hf.training.planning.meta_device import TILE_TOKENS, TILE_VOCABULARY, head_is_tiled
 from symphony_hf.training.planning.plan import (
-    MOST_SEQUENCES,
+    MAX_MICRO_BATCH_SIZE,
     USABLE,
     Machine,
     accelerate_folder,
-    most_sequences,
+    find_max_micro_batch_size,
     plan_recipe,
 )
 from symphony_hf.training.planning.settings import GLUE_EXAMPLES, read_settings, sequences_of_data, sequences_of_run
@@ -123,8 +123,8 @@ def test_the_largest_micro_batch(per_sequence, room, expected):
         counted.append(sequences)
         return StepBytes(per_sequence * sequences, 0)
 
-    found = most_sequences(count, lambda step: step.activations <= room)
-    assert found == (MOST_SEQUENCES if expected is None else expected)
+    found = find_max_micro_batch_size(count, lambda step: step.activations <= room)
+    assert found == (MAX_MICRO_BATCH_SIZE if expected is None else expected)
     assert all(sequences.bit_count() == 1 for sequences in counted)
 
 
@@ -139,9 +139,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     def total(sequences):
         return states + step.bytes(sequences).with_gradients - gradients
 
-    assert total(row.most_sequences) <= USABLE * machine.gpu_memory
+    assert total(row.max_micro_batch_size) <= USABLE * machine.gpu_memory
     # A straight line between powers of two may be a little too careful.
-    assert total(row.most_sequences + 2) > USABLE * machine.gpu_memory
+    assert total(row.max_micro_batch_size + 2) > USABLE * machine.gpu_memory
 
 
 def test_tokens_and_hours():
@@ -178,7 +178,7 @@ def test_every_launch_of_the_recipes_is_planned():
     assert found == expected
     on_cpu = next(row for row in plan.rows if row.launch.name == "cpu")
     assert on_cpu.memory.gpu == {}
-    assert on_cpu.most_sequences is on_cpu.hours is None
+    assert on_cpu.max_micro_batch_size is on_cpu.hours is None
 
 
 def test_what_the_runner_would_refuse_is_left_out():
@@ -216,17 +216,17 @@ def test_the_command_prints_tables_and_writes_a_json(tmp_path):
 BAD = {
     "no GPU": ((QUICKSTART, "--gpus", "0"), "`0` is no number of GPUs"),
     "no number": ((QUICKSTART, "--gpus", "1,many"), "`many` is no number of GPUs"),
-    "no size": ((QUICKSTART, "--gpu_memory", "lots"), "`lots` is no size"),
-    "no unit": ((QUICKSTART, "--gpu_memory", "80"), "`80` is no size"),
+    "no size": ((QUICKSTART, "--gpu_memory", "lots"), "`lots` is not a size"),
+    "no unit": ((QUICKSTART, "--gpu_memory", "80"), "`80` is not a size"),
     "too good": ((QUICKSTART, "--utilization", "1.5"), "`utilization` must be above 0 and at most 1"),
     "no peak": ((QUICKSTART, "--gpu_flops", "0"), "`gpu_flops` must be above 0"),
     "no sequence": ((QUICKSTART, "--sequences", "0"), "must be at least 1, got 0"),
     "no recipe": (("nowhere.yaml",), "recipe `nowhere.yaml`: No such file"),
     "no setting": ((QUICKSTART, "--per_device_train_batchsize", "4"), "did you mean `per_device_train_batch_size`"),
-    "no batch": ((QUICKSTART, "--per_device_train_batch_size", "0"), "must be a whole number from 1 on, got 0"),
-    "no config": ((QUICKSTART, "--model.path", "nobody/nothing", "--model.config", "null"), "is not to be had"),
+    "no batch": ((QUICKSTART, "--per_device_train_batch_size", "0"), "must be an integer of at least 1, got 0"),
+    "no config": ((QUICKSTART, "--model.path", "nobody/nothing", "--model.config", "null"), "could not be loaded"),
     "a folder for the JSON": ((QUICKSTART, "--json", RECIPES), "is a folder, and the result is a file"),
-    "no launches": ((QUICKSTART, "--accelerate", RECIPES / "evidence"), "no configuration of accelerate"),
+    "no launches": ((QUICKSTART, "--accelerate", RECIPES / "evidence"), "no accelerate configuration"),
     "no launch": ((QUICKSTART, "--accelerate", QUICKSTART), "it has no `distributed_type`"),
 }
 
@@ -242,10 +242,10 @@ def test_bad_input_is_refused(name):
 def test_other_launches_are_refused(tmp_path):
     path = tmp_path / "fsdp.yaml"
     path.write_text("distributed_type: FSDP\nmixed_precision: bf16\n")
-    with pytest.raises(ConfigError, match="`FSDP` is not planned"):
+    with pytest.raises(ConfigError, match="`FSDP` cannot be planned"):
         read_launches(path)
     path.write_text("distributed_type: MULTI_GPU\nmixed_precision: fp8\n")
-    with pytest.raises(ConfigError, match="mixed_precision `fp8` is not planned"):
+    with pytest.raises(ConfigError, match="mixed_precision `fp8` cannot be planned"):
         read_launches(path)
 
 
@@ -253,7 +253,7 @@ def test_a_model_whose_step_depends_on_numbers_is_refused():
     recipe = make_recipe()
     step = MetaStep(recipe, read_settings(recipe), None)
     step._model.set_experts_implementation("eager")  # which looks for the experts that were chosen
-    with pytest.raises(UnsupportedModelError, match="a step of OlmoeForCausalLM cannot be counted without numbers"):
+    with pytest.raises(UnsupportedModelError, match="a step of OlmoeForCausalLM cannot be measured on the meta device"):
         step.bytes(1)
 
 
@@ -285,4 +285,4 @@ def test_the_recipes_are_planned_at_their_true_size(name):
     plan = plan_recipe(
         load_recipe(path), read_launches(accelerate_folder(path)), [8], Machine(80 * 10**9), sequences=1000
     )
-    assert all(row.most_sequences for row in plan.rows if row.launch.on_gpu)
+    assert all(row.max_micro_batch_size for row in plan.rows if row.launch.on_gpu)
