@@ -8,14 +8,28 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, SymphonyError
 
+CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+
+_PARTS = {
+    CONFIG: {CONFIG, "generation_config.json"},
+    ADAPTER_CONFIG: {ADAPTER_CONFIG, "adapter_model.safetensors", "symphony_config.json"},
+    "trainer_state.json": {"trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"},
+}
+"""Files that prove a checkpoint's kind -> files that its loader reads with them."""
+
+_TOKENIZER_FILES = {
+    *("added_tokens.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+}
+"""Files that transformers reads beside any `tokenizer_config.json`, whatever class it names."""
 UNFINISHED = "_symphony_unfinished"
 """The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
 
@@ -57,8 +71,7 @@ def finish(target: Path, recorded: Collection[str] | None = None) -> None:
 
     Args:
         target: Final path of the folder. Files there that are not part of the replaced checkpoint are kept.
-        recorded: Names of the replaced checkpoint's files, from its own record. By default, a checkpoint's standard
-            files and the weight files that its index names.
+        recorded: Names of the replaced checkpoint's files, from its own record. By default, see `stale_files`.
     """
     written = place_to_write(target)
     _keep_others(target, written, recorded)
@@ -75,34 +88,53 @@ def finish(target: Path, recorded: Collection[str] | None = None) -> None:
     remove_if_empty(written.parent)
 
 
-_CHECKPOINT_FILES = frozenset(
-    {
-        *("config.json", "generation_config.json", "added_tokens.json", "chat_template.jinja", "merges.txt"),
-        *("special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
-        *("preprocessor_config.json", "processor_config.json", "training_args.bin"),
-        *("adapter_config.json", "adapter_model.safetensors", "symphony_config.json"),
-        *("trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"),
-    }
-)
-"""Names of a checkpoint's files beside its weights."""
+def stale_files(there: Collection[str], written: Collection[str], read: Callable[[str], Path]) -> set[str]:
+    """Return the names of an old checkpoint's files that loaders would take for parts of the one that replaces it.
 
+    A file counts only if it is proven to be part of the old checkpoint, never by what its name looks like: users keep
+    EMA weights, backups and notes beside a model. The index proves the shards that it names, and each file in `_PARTS`
+    those that belong to it. A `tokenizer_config.json` proves the files that transformers reads with it; they are stale
+    only if the new checkpoint has a tokenizer of its own: the one that is there may have been saved for it.
 
-def weight_files_of(folder: Path) -> set[str]:
-    """Return the names of a checkpoint's weight files: the standard ones, and the shards that its index names.
-
-    No other file counts, whatever its name looks like: users keep EMA weights or backups beside a model.
+    Args:
+        there: Names of the files in the folder.
+        written: Names of the files of the new checkpoint. Without a model's or an adapter's config, it replaces none.
+        read: Maps a name in `there` to a file that can be read.
     """
-    shards: set[str] = set()
-    with contextlib.suppress(ConfigError):  # a broken or missing index proves nothing about any file
-        shards = set(read_weight_map(folder / WEIGHTS_INDEX, ConfigError).values())
-    named = {WEIGHTS, WEIGHTS_INDEX} | {name for name in shards if name.endswith(".safetensors")}
-    return {name for name in named if (folder / name).is_file()}
+    parts: set[str] = set()
+    if CONFIG in written or ADAPTER_CONFIG in written:
+        parts = {WEIGHTS, WEIGHTS_INDEX} | _shards(there, read)
+        parts.update(*(files for proof, files in _PARTS.items() if proof in there))
+    if TOKENIZER_CONFIG in written and TOKENIZER_CONFIG in there:
+        parts |= _TOKENIZER_FILES | _vocabulary_files(read(TOKENIZER_CONFIG))
+    return (parts & set(there)) - set(written)
+
+
+def _shards(there: Collection[str], read: Callable[[str], Path]) -> set[str]:
+    if WEIGHTS_INDEX not in there:
+        return set()
+    try:
+        named = read_weight_map(read(WEIGHTS_INDEX), ConfigError).values()
+    except ConfigError:
+        return set()  # a broken index proves nothing about any file
+    return {name for name in named if name.endswith(".safetensors")}
+
+
+def _vocabulary_files(tokenizer_config: Path) -> set[str]:
+    import transformers  # here: it takes seconds
+
+    with contextlib.suppress(ConfigError):
+        name = str(read_object(tokenizer_config, ConfigError, max_bytes=MAX_CONFIG_BYTES).get("tokenizer_class"))
+        return set(getattr(getattr(transformers, name, None), "vocab_files_names", {}).values())
+    return set()
 
 
 def _keep_others(target: Path, written: Path, recorded: Collection[str] | None) -> None:
     """Link or copy into the folder that is about to replace `target` whatever there is not part of a checkpoint."""
-    ours = _CHECKPOINT_FILES | weight_files_of(target) if recorded is None else recorded
-    for path in foreign_files(target, ours):
+    if recorded is None and target.is_dir():
+        there, new = ({entry.name for entry in folder.iterdir()} for folder in (target, written))
+        recorded = stale_files(there, new, target.joinpath)
+    for path in foreign_files(target, recorded or ()):
         kept = written / path.relative_to(target)
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)

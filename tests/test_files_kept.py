@@ -4,19 +4,19 @@ import json
 
 import pytest
 
-from symphony_hf.files import replacing_folder, weight_files_of
+from symphony_hf.files import replacing_folder, stale_files
 
 OTHERS = ["model-ema.safetensors", "model_best.safetensors", "model.safetensors.bak", "notes.txt"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    for name in [*OTHERS, *shards, "config.json", "tokenizer.model"]:
+    for name in [*OTHERS, *SHARDS, "config.json", "tokenizer.model"]:
         (folder / name).write_text(name)
-    index = {"weight_map": {"a": shards[0], "b": shards[1], "c": "notes.txt"}}
+    index = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": "notes.txt"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "plots").mkdir()
     (folder / "plots" / "loss.png").write_text("png")
@@ -24,18 +24,60 @@ def folder(tmp_path):
     return folder
 
 
+def stale(folder, *written):
+    return stale_files([path.name for path in folder.iterdir()], written, folder.joinpath)
+
+
 def test_shards_are_known_by_their_index_alone(folder):
-    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-    assert weight_files_of(folder) == {*shards, "model.safetensors.index.json"}
+    assert stale(folder, "config.json", "model.safetensors") == {*SHARDS, "model.safetensors.index.json"}
     (folder / "model.safetensors.index.json").write_text("{")
-    assert weight_files_of(folder) == {"model.safetensors.index.json"}
+    assert stale(folder, "config.json", "model.safetensors") == {"model.safetensors.index.json"}
+
+
+def test_a_folder_without_a_checkpoint_replaces_none(folder):
+    assert stale(folder, "notes.md", "text.txt") == set()
+
+
+def test_an_adapter_and_a_model_replace_each_other(folder):
+    """Loaders prefer the adapter, whose base is another model."""
+    weights = stale(folder, "config.json")
+    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    assert stale(folder, *adapter) == weights | {"config.json"}
+    (folder / adapter[1]).write_text("weights")
+    assert stale(folder, "config.json") == weights  # of nothing that could be loaded
+    (folder / adapter[0]).write_text("{}")
+    assert stale(folder, "config.json") == weights | set(adapter)
+
+
+def test_tokenizer_files_are_known_by_the_tokenizers_config(folder):
+    """And they are stale only where another tokenizer would be read with them."""
+    names = ["tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "special_tokens_map.json"]
+    for name in names:
+        (folder / name).write_text(name)
+    tokenizer = ("tokenizer.json", "tokenizer_config.json")
+    weights = stale(folder, "config.json")
+    assert stale(folder, "config.json", *tokenizer) == weights  # no tokenizer_config.json in the folder: no proof
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SomebodysTokenizer"}))
+    assert stale(folder, "config.json") == weights
+    always = {"chat_template.jinja", "special_tokens_map.json"}
+    assert stale(folder, "config.json", *tokenizer) == weights | always
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    assert stale(folder, "config.json", *tokenizer) == weights | always | {"vocab.json", "merges.txt"}
+
+
+def test_a_generation_config_is_stale_beside_another_model(folder):
+    (folder / "generation_config.json").write_text("{}")
+    assert "generation_config.json" in stale(folder, "config.json")
+    assert "generation_config.json" not in stale(folder, "config.json", "generation_config.json")
+    (folder / "config.json").unlink()
+    assert "generation_config.json" not in stale(folder, "config.json")
 
 
 def test_a_replaced_folder_keeps_files_that_are_not_of_the_checkpoint(folder):
     with replacing_folder(folder) as written:
         (written / "model.safetensors").write_text("new")
         (written / "config.json").write_text("new")
-    expected = {*OTHERS, "plots", "link", "model.safetensors", "config.json"}
+    expected = {*OTHERS, "plots", "link", "model.safetensors", "config.json", "tokenizer.model"}
     assert {path.name for path in folder.iterdir()} == expected
     assert all((folder / name).read_text() == name for name in OTHERS)
     assert (folder / "plots" / "loss.png").read_text() == "png"

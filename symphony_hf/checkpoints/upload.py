@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from symphony_hf.compat import __version__
 from symphony_hf.errors import PushError
-from symphony_hf.files import write_text
+from symphony_hf.files import stale_files, write_text
 
 from .folder import ModelFolder, open_folder
 from .model_card import PICTURE, is_template, merge_cards, model_card
@@ -30,7 +30,6 @@ from .results import read_results
 
 logger = logging.getLogger(__name__)
 _README = "README.md"
-_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _AGAIN = "run the same again, what has arrived is not sent a second time"
 
 
@@ -49,8 +48,8 @@ def publish(
 ) -> CommitInfo:
     """Upload a folder's model with its card, in one commit: whoever loads it meanwhile gets the old one, whole.
 
-    Broken off, it can be called again: large files that have arrived are not sent a second time. Weights of an
-    earlier push that are no longer the model's are deleted in the same commit.
+    Broken off, it can be called again: large files that have arrived are not sent a second time. Files of an earlier
+    push that the model would be read with are deleted in the same commit, see `stale_files`.
 
     Args:
         folder: From `open_folder`.
@@ -80,9 +79,13 @@ def publish(
         files = {name: file for name, file in folder.files.items() if name != _README}
         if folder.graphs:
             files[PICTURE] = _draw(folder, Path(scratch) / PICTURE)
-        remote = _remote_readme(api, repo_id, revision) if _README in there else None
+
+        def read(name: str) -> Path:
+            return Path(hf_hub_download(repo_id, name, revision=revision, token=api.token, endpoint=api.endpoint))
+
+        remote = read(_README).read_text(encoding="utf-8") if _README in there else None
         readme = _readme(card, folder, remote, origin)
-        stale = sorted(path for path in there - set(files) if _WEIGHTS.fullmatch(path))
+        stale = stale_files(there, files, read)
         for name, reason in folder.left_out.items():
             logger.warning("left out: %s (%s)", name, reason)
         return api.create_commit(
@@ -90,7 +93,7 @@ def publish(
             [
                 CommitOperationAdd(_README, readme.encode()),
                 *(CommitOperationAdd(name, file) for name, file in files.items()),
-                *(CommitOperationDelete(path) for path in stale),
+                *(CommitOperationDelete(path) for path in sorted(stale)),
             ],
             commit_message=commit_message or "Upload model with symphony_hf",
             commit_description=commit_description,
@@ -143,11 +146,6 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | Non
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
-
-
-def _remote_readme(api: HfApi, repo_id: str, revision: str | None) -> str:
-    file = hf_hub_download(repo_id, _README, revision=revision, token=api.token, endpoint=api.endpoint)
-    return Path(file).read_text(encoding="utf-8")
 
 
 def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Origin | None) -> str:

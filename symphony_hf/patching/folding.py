@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from symphony_hf.checkpoints.saving import without_settings
 from symphony_hf.errors import UNREADABLE, FoldError, PatchError
-from symphony_hf.files import weight_files_of
+from symphony_hf.files import ADAPTER_CONFIG, stale_files
 from symphony_hf.patching.families.substitution import linear_of
 
 from .expert_graph import active_graph, is_adapted
@@ -85,7 +85,8 @@ def export_folded(
 
     Args:
         model: A Symphony model, not wrapped.
-        directory: Output folder. A checkpoint there is replaced once the new one is written; other files are kept.
+        directory: Output folder. A checkpoint there is replaced once the new one is written; other files are kept,
+            and so is a tokenizer if none is written.
         max_shard_size: Maximum size of one weights file, in bytes or as in `"5GB"`.
         tokenizer: Tokenizer or processor to write. If None, the one of the checkpoint that the model was loaded from,
             locally or in the Hub's cache; nothing is downloaded. False: none.
@@ -95,7 +96,7 @@ def export_folded(
 
     Raises:
         PatchError: If the model is not symphonized, or is a part of one that is.
-        FoldError: If a graph cannot be folded exactly.
+        FoldError: If a graph cannot be folded exactly, or an adapter is in the folder.
     """
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"export_folded: expected a transformers model, got {type(model).__name__}: unwrap it first")
@@ -104,6 +105,10 @@ def export_folded(
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(graphs)}
     state.update(folded)
     directory = Path(directory)
+    if (directory / ADAPTER_CONFIG).exists():
+        raise FoldError(
+            f"export_folded: `{directory}` holds an adapter, which would be loaded instead: give another folder"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
     try:
@@ -119,11 +124,12 @@ def export_folded(
 
 
 def _replace_checkpoint(directory: Path, unfinished: Path) -> None:
-    written, before = {file.name for file in unfinished.iterdir()}, weight_files_of(directory)
+    there, written = ({file.name for file in folder.iterdir() if file.is_file()} for folder in (directory, unfinished))
+    stale = stale_files(there, written, directory.joinpath)
     for name in written:
         os.replace(unfinished / name, directory / name)
-    for stale in before - written:
-        (directory / stale).unlink()  # loaders would read the previous checkpoint's shards instead
+    for name in stale:
+        (directory / name).unlink()
 
 
 def _save_tokenizer(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:

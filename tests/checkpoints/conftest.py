@@ -49,7 +49,7 @@ def _quick_picture(request, monkeypatch):
         return path
 
     if "real_picture" not in request.fixturenames:
-        monkeypatch.setattr("symphony_hf.diagnostics.plots.plot_graphs", write)
+        monkeypatch.setattr("symphony_hf.diagnostics.plots.heat_maps.plot_graphs", write)
 
 
 @pytest.fixture

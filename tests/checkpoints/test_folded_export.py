@@ -9,7 +9,7 @@ from models import make_ids, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from symphony_hf import ConfigError, export_folded, is_symphonized, symphonize
+from symphony_hf import ConfigError, FoldError, export_folded, is_symphonized, symphonize
 from symphony_hf.cli import app
 from symphony_hf.data.tokenizer import train_tokenizer
 
@@ -30,6 +30,13 @@ def test_files_of_the_user_are_kept(tmp_path):
     assert all((tmp_path / name).read_text() == "precious" for name in others)
     assert not list(tmp_path.glob("model-0*"))
     assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_an_adapters_folder_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FoldError, match="holds an adapter"):
+        export_folded(symphonize(make_model()), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
 def test_shards_have_the_size_that_was_asked_for(tmp_path):

@@ -11,11 +11,21 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import TOKEN, Cut
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from models import make_ids, make_model, move_graphs
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from symphony_hf import FoldError, PushError, is_symphonized, load_checkpoint, push, symphonize, unsymphonize
+from symphony_hf import (
+    FoldError,
+    PushError,
+    is_symphonized,
+    load_checkpoint,
+    lora_config,
+    push,
+    symphonize,
+    unsymphonize,
+)
 from symphony_hf.models.wikitext.configuration import WikiTextMoeConfig
 from symphony_hf.models.wikitext.modeling import WikiTextMoeForCausalLM
 
@@ -124,6 +134,28 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, model, 
     push(tmp_path / "other", "me/it")
     assert [name for name in hub.files("me/it") if name.endswith("safetensors")] == ["model.safetensors"]
     assert torch.equal(load()(ids).logits, other(ids).logits)
+
+
+def test_files_of_others_stay_in_the_repository(hub, model, checkpoint, tmp_path):
+    """Also such as look like shards: the index names the model's own."""
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    push(tmp_path / "sharded", "me/it")
+    others = {"model-00009-of-00099.safetensors": b"", "model-ema.safetensors": b"", "notes.txt": b"precious"}
+    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+    api.create_commit("me/it", [CommitOperationAdd(name, data) for name, data in others.items()], commit_message="more")
+    push(checkpoint, "me/it")
+    assert others.keys() <= set(hub.files("me/it"))
+    assert "model-00001-of-" not in "".join(sorted(hub.files("me/it")))
+
+
+def test_a_model_in_place_of_an_adapter_is_what_is_loaded(hub, model, tmp_path):
+    adapted = get_peft_model(model, lora_config(model))
+    adapted.save_pretrained(tmp_path / "adapter")
+    push(tmp_path / "adapter", "me/it")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    push(tmp_path / "merged", "me/it")
+    assert not any(name.startswith("adapter") for name in hub.files("me/it"))
+    assert is_symphonized(load())
 
 
 def test_a_push_of_what_is_there_already_sends_nothing(hub, checkpoint):
