@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,21 @@ def _of_wrong_type(cls: type, name: str, settings: Mapping[str, Any]) -> str:
         return f"`{name}` is {got!r}; {nearest(str(got), words)}"
     names = ("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     return f"`{name}` must be {' or '.join(names)}, got {got!r}"
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """Return the fields of a settings dataclass that are not at their defaults, by name."""
+    values = ((field, getattr(settings, field.name)) for field in dataclasses.fields(settings))
+    return {field.name: value for field, value in values if value != field.default}
+
+
+def command_line(command: str, *arguments: str, **options: Any) -> str:
+    """Return a `symphony` command, quoted for a shell. The values of a sequence are separated by commas."""
+    words = ["symphony", command, *arguments]
+    for name, value in options.items():
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", text]
+    return shlex.join(words)
 
 
 FORMAT = 1

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from symphony_hf.conversion.compression.settings import MergeSettings, PruneSettings, TopKSettings
+from symphony_hf.conversion.push import fold_checkpoint
+from symphony_hf.conversion.push import push as push_folder
 from symphony_hf.conversion.upcycling.upcycle import UpcycleResult, print_result
 from symphony_hf.conversion.upcycling.upcycle import upcycle as upcycle_checkpoint
 from symphony_hf.errors import ConfigError
@@ -34,7 +36,7 @@ def bench_upcycle(
     rounds: Annotated[int, typer.Option(help="Number of alternating upcycling and copying rounds.")] = 2,
     output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-upcycle.json",
 ) -> None:
-    """Measure upcycling at Phi-3-mini's shapes: memory, and and seconds next to a plain copy of the same size."""
+    """Measure upcycling at Phi-3-mini's shapes: memory and seconds next to a plain copy of the same size."""
     from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_bench_upcycle
 
     print_bench_upcycle(run_bench_upcycle(folder, shrink=shrink, rounds=rounds, output=output))
@@ -110,15 +112,10 @@ def _model_of_recipe(path: str) -> Any:
 
 
 @app.command(epilog="Example: symphony fold runs/my-run/final my-model-plain")
-def fold(
-    directory: Annotated[str, typer.Argument(help="Folder of a Symphony checkpoint.")],
-    output: Annotated[str, typer.Argument(help="Folder to write.")],
-    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Maximum size of one weights file.")] = "50GB",
-) -> None:
+@command_from(fold_checkpoint, arguments=("directory", "output"))
+def fold(written: Path) -> None:
     """Write a plain checkpoint with the graphs folded into the routers, for servers that do not know Symphony."""
-    from symphony_hf.conversion.push import fold_checkpoint
-
-    typer.echo(f"Written to {fold_checkpoint(directory, output, max_shard_size=max_shard_size)}")
+    typer.echo(f"Written to {written}")
 
 
 @app.command(epilog="Example: symphony push runs/my-run me/my-model --folded --private")
@@ -140,8 +137,6 @@ def push(
     data: Annotated[str | None, typer.Option(help="Data set on the Hub, or a description, for the card.")] = None,
 ) -> None:
     """Push a model to the Hub with a card: safetensors only. The token is that of `hf auth login`, or HF_TOKEN."""
-    from symphony_hf.conversion.push import push as push_folder
-
     commit = push_folder(
         directory,
         repository,

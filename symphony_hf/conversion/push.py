@@ -92,8 +92,9 @@ def fold_checkpoint(directory: str | Path, output: str | Path, *, max_shard_size
     if directory.resolve() == output.resolve():
         raise ConfigError(f"fold: `{output}` is the checkpoint to fold, and would lose its graphs: give another folder")
     check_folder_of(output, "fold")
-    if output.is_file():
-        raise ConfigError(f"fold: `{output}` is a file: give a folder")
+    for path in (directory, output):
+        if path.is_file() or (path == directory and not path.exists()):
+            raise ConfigError(f"fold: `{path}` is not a folder: give the folder of a checkpoint, and one to write")
     if getattr(read_config(directory), "symphony", None) is None:
         raise ConfigError(f"fold: `{directory}` is not a Symphony checkpoint: its config.json has no `symphony` entry")
     return export_folded(_load(directory, "fold"), output, max_shard_size=max_shard_size)

@@ -1,12 +1,11 @@
 """Settings of `symphony quickstart`, in a file of their own so that the command line starts without torch."""
 
-import dataclasses
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from symphony_hf.config import changed_settings, command_line
 from symphony_hf.errors import ConfigError
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
@@ -76,8 +75,4 @@ class QuickstartSettings:
 
     def command_line(self) -> str:
         """Return the command that repeats this run, without the options that are at their defaults."""
-        changed = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {name: value for name, value in changed.items() if value != getattr(type(self), name)}
-        return shlex.join(
-            ["symphony", "quickstart", *(word for name, value in changed.items() for word in (f"--{name}", str(value)))]
-        )
+        return command_line("quickstart", **changed_settings(self))

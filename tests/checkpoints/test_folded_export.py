@@ -79,7 +79,12 @@ def test_the_command(loaded, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(plain(make_ids()).logits, loaded(make_ids()).logits)
     assert (tmp_path / "plain" / "tokenizer.json").exists()
-    for source, output, message in (("symphony", "symphony", "another folder"), ("plain", "x", "not a Symphony")):
+    refusals = [
+        ("symphony", "symphony", "another folder"),
+        ("plain", "x", "not a Symphony"),
+        ("no", "x", "not a folder"),
+    ]
+    for source, output, message in refusals:
         refused = CliRunner().invoke(app, ["fold", str(tmp_path / source), str(tmp_path / output)])
         assert isinstance(refused.exception, ConfigError)
         assert message in str(refused.exception)

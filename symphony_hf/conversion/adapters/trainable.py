@@ -1,13 +1,13 @@
-"""Which parameters are trained, by their role: the table to look at before training."""
+"""Trainable parameters by role: the table to read before training."""
 
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from symphony_hf.conversion.inspection.counts import count_parts
 from symphony_hf.conversion.inspection.parts import Part
+from symphony_hf.tables import Table, TableCell
 
 _ROLES = {
     Part.ROUTERS: "routers",
@@ -20,12 +20,12 @@ _OTHERS = "others"
 
 @dataclass(frozen=True)
 class TrainableCount:
-    """The parameters of one role.
+    """Numbers of parameters of one role.
 
     Attributes:
-        role: routers, graphs, experts, attention or others.
-        trainable: Those that an optimizer would train.
-        total: All, with adapters. A quantized weight counts as what it stands for.
+        role: `routers`, `graphs`, `experts`, `attention` or `others`.
+        trainable: Number of parameters that an optimizer would train.
+        total: Number of all parameters, adapters included. Quantized weights count by their unpacked shape.
     """
 
     role: str
@@ -34,12 +34,12 @@ class TrainableCount:
 
 
 def trainable_parameters(model: nn.Module) -> list[TrainableCount]:
-    """Count what is trained, by role, adapters with what they adapt.
+    """Count trainable parameters by role, and adapters with the role that they adapt.
 
-    Graphs that move by counting are not trained by the optimizer, so they have none here.
+    Graphs that follow co-selections are not trained by the optimizer, so none of their parameters are trainable.
 
     Args:
-        model: Any MoE model of transformers, with adapters or without; also under ZeRO-3.
+        model: MoE model of transformers, with adapters or without, also under ZeRO-3.
     """
     sums = dict.fromkeys((*_ROLES.values(), _OTHERS), (0, 0))
     for count in count_parts(model):
@@ -53,15 +53,16 @@ def print_trainable_parameters(model: nn.Module, console: Console | None = None)
     """Print `trainable_parameters` as a table."""
     counts = trainable_parameters(model)
     trainable, total = sum(count.trainable for count in counts), sum(count.total for count in counts)
-    table = Table(title="Trainable parameters", title_justify="left", show_footer=True)
-    table.add_column("role", footer="all")
-    table.add_column("trainable", footer=f"{trainable:,}", justify="right")
-    table.add_column("share of trainable", justify="right")
-    table.add_column("total", footer=f"{total:,}", justify="right")
-    table.add_column("share trained", footer=f"{trainable / total:.3%}", justify="right")
-    for count in counts:
-        share = f"{count.trainable / trainable:.2%}" if trainable else ""
-        table.add_row(
-            count.role, f"{count.trainable:,}", share, f"{count.total:,}", f"{count.trainable / count.total:.3%}"
+    header = ("role", "trainable", "share of trainable", "total", "share trained")
+    rows = [
+        (
+            count.role,
+            TableCell(f"{count.trainable:,}", count.trainable),
+            TableCell(f"{count.trainable / trainable:.2%}" if trainable else "", count.trainable),
+            TableCell(f"{count.total:,}", count.total),
+            TableCell(f"{count.trainable / count.total:.3%}", count.trainable / count.total),
         )
-    (console or Console()).print(table)
+        for count in counts
+    ]
+    footer = ("all", f"{trainable:,}", "", f"{total:,}", f"{trainable / total:.3%}")
+    Table("Trainable parameters", header, rows, footer=footer).print(console)

@@ -1,10 +1,10 @@
 """What the three commands are told: one class each, checked before anything is read."""
 
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from symphony_hf.config import changed_settings, command_line
 from symphony_hf.errors import CheckpointError, ConfigError, nearest
 from symphony_hf.evaluation.settings import DTYPES
 from symphony_hf.files import check_file_place, check_folder_of
@@ -87,14 +87,9 @@ class TextSettings:
         return folder / file.relative_to(target) if file.is_relative_to(target) else file
 
     def command_line(self) -> str:
-        """The command that does this, without what is left at its default."""
-        words = ["symphony", self.command, self.model, *([self.output] if self.output else [])]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("model", "output") and value != field.default:
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                words += [f"--{field.name}", text]
-        return shlex.join(words)
+        """Return the command that does this, without the options that are at their defaults."""
+        options = changed_settings(self)
+        return command_line(self.command, options.pop("model"), *filter(None, [options.pop("output", None)]), **options)
 
 
 @dataclass(frozen=True, kw_only=True)

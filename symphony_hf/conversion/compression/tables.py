@@ -1,11 +1,12 @@
-"""What was measured, as rows, in the terminal and in a README."""
+"""Tables of what merging, pruning and a smaller top-k cost, for the terminal and for a README."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from symphony_hf.tables import Table
 
 from .shrink import compare_results
 
@@ -13,7 +14,7 @@ _BY_GRAPH = ("graph", "centrality")
 
 
 def compression_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Results of merging and pruning as rows, header first."""
+    """Return the results of merging and pruning as rows, header first."""
     rows = [
         ["model", "command", "experts", "parameters", "active", "perplexity [95%]", "after / before [95%]", "verdict"]
     ]
@@ -33,7 +34,7 @@ def compression_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def sweep_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Results of sweeps of the top-k as rows, header first."""
+    """Return the results of top-k sweeps as rows, header first."""
     rows = [["model", "top-k", "active parameters", "perplexity [95%]", "ratio to its own [95%]", "verdict"]]
     for result in results:
         for row in result["rows"]:
@@ -45,9 +46,9 @@ def sweep_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each result that a graph decided: how it does beside the baseline with as many experts.
+    """Return one sentence for each result with a graph criterion: its perplexity against a baseline's.
 
-    Both are of the same model. Of other numbers of experts the larger model would win, whatever decided.
+    Only results of the same model with the same number of experts are compared: otherwise the larger model would win.
     """
     sentences = []
     for result in results:
@@ -65,7 +66,7 @@ def findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def print_compression(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what merging or pruning did."""
+    """Print the result of merging or pruning."""
     console = console or Console()
     rows = [["", "experts", "parameters", "active", "perplexity [95%]"]]
     for when in ("before", "after"):
@@ -76,23 +77,17 @@ def print_compression(result: Mapping[str, Any], console: Console | None = None)
     console.print(f"- Perplexity after against before: {_percent(compared)}: {compared['verdict']}", highlight=False)
     lost = 1 - sum(result["load_kept"]) / len(result["load_kept"])
     if lost > 0:
-        console.print(f"- {lost:.1%} of the calibration text's choices were of experts that are gone", highlight=False)
+        console.print(f"- {lost:.1%} of the calibration text's selections were of removed experts", highlight=False)
 
 
 def print_sweep(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a sweep of the top-k."""
+    """Print the result of a top-k sweep."""
     rows = [row[1:] for row in sweep_table([result])]
     _print(console or Console(), rows, f"fewer experts a token: {result['settings']['model']}", result)
 
 
 def _print(console: Console, rows: list[list[str]], title: str, result: Mapping[str, Any]) -> None:
-    header, *rest = rows
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rest:
-        table.add_row(*row)
-    console.print(table)
+    Table(title, rows[0], rows[1:]).print(console)
     text = result["text"]
     console.print(f"- On {text['documents']} documents of {text['source']}, test split", highlight=False)
     if result["settings"]["output"] is not None:

@@ -1,10 +1,10 @@
 """The reader of what `symphony eval` wrote."""
 
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from symphony_hf.config import command_line
 from symphony_hf.diagnostics.labels import short_names
 from symphony_hf.evaluation.robustness.tables import verdicts
 from symphony_hf.evaluation.routing.pictures import captioned
@@ -18,22 +18,17 @@ _OPTIONS = {"attacks": "attack", "severities": "severity"}
 """Settings whose option has another name."""
 
 
-def command_line(command: str, settings: Mapping[str, Any]) -> str:
-    """The command with the options of these settings, but for those that are not there, quoted for a shell."""
-    words = ["symphony", command, str(settings["model"])]
-    for name, value in settings.items():
-        option = f"--{_OPTIONS.get(name, name)}"
-        if name == "model" or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(option if value else f"--no_{name}")
-        elif isinstance(value, list) and name == "against":
-            words += [word for one in value for word in (option, str(one))]
-        elif name == "attacks" and not value:
-            words += [option, "none"]  # without the option there would be the usual one
-        elif value != []:
-            words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return shlex.join(words)
+def _command_of(command: str, settings: Mapping[str, Any]) -> str:
+    """Return the command line with these settings, without those that are not set."""
+    against = [word for model in settings.get("against") or () for word in ("--against", str(model))]
+    options = {
+        _OPTIONS.get(name, name): value
+        for name, value in settings.items()
+        if name not in ("model", "against") and value is not None and value != []
+    }
+    if settings.get("attacks") == []:
+        options["attack"] = "none"  # without the option the default attack would run
+    return command_line(command, str(settings["model"]), *against, **options)
 
 
 _WHAT = {
@@ -69,7 +64,7 @@ def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
         comparisons=[] if compared is None else list(_comparisons(compared, labels)),
         seconds=float(result["seconds"]),
         versions=result["versions"],
-        command=command_line("eval", result["settings"]),
+        command=_command_of("eval", result["settings"]),
     )
 
 
@@ -153,5 +148,5 @@ def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
         metrics=layer_rows(result),
         seconds=float(result["seconds"]),
         versions=result["versions"],
-        command=command_line("routing", settings),
+        command=_command_of("routing", settings),
     )

@@ -136,7 +136,7 @@ def test_a_counted_graph_serves_plain_models(plain, data_folder, tmp_path):
     assert [row[2] for row in table[1:]] == ["8", "4", "4"]
     console = Console(record=True, width=200)
     print_compression(pruned, console)
-    assert "choices were of experts that are gone" in console.export_text()
+    assert "selections were of removed experts" in console.export_text()
 
 
 def test_a_result_in_the_output_stays_there(plain, data_folder, tmp_path):
