@@ -1,5 +1,1 @@
-"""Training of Symphony models: the Trainer callback and the recipe runner."""
-
-from .callback import SymphonyCallback
-
-__all__ = ["SymphonyCallback"]
+"""Training of Symphony models: the Trainer callback, the recipe runner, resuming, and plans."""

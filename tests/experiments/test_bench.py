@@ -1,4 +1,4 @@
-"""The bench compares forms that compute the same, and reports what it measured. No test asserts a time."""
+"""The benchmarks compare forms that compute the same, and report their measurements. No test asserts a time."""
 
 import json
 
@@ -140,6 +140,6 @@ def test_bench_experts_has_a_row_for_every_form(tmp_path, monkeypatch):
     ],
     ids=["bench", "bench-commit", "bench-experts"],
 )
-def test_a_folder_is_no_place_for_the_result(run, tmp_path):
+def test_a_folder_as_the_result_file_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"^bench.*: `.*` is a folder, and the result is a file"):
         run(tmp_path)

@@ -1,4 +1,4 @@
-"""The GPU benchmark, tiny and on the CPU: what it builds, counts, times and writes. No test asserts a time."""
+"""The GPU benchmark with tiny models on the CPU: forms, FLOPs, timing and results. No test asserts a time."""
 
 import itertools
 import json
@@ -20,13 +20,13 @@ from symphony_hf.experiments.bench.gpu import case as case_module
 from symphony_hf.experiments.bench.gpu import flops, forms, memory, shapes
 from symphony_hf.experiments.bench.gpu import measure as script
 from symphony_hf.experiments.bench.gpu import record as record_module
-from symphony_hf.experiments.bench.gpu.case import Case, DoesNotFitError, Place
-from symphony_hf.experiments.bench.gpu.record import Measurement, Record, header, line_of
+from symphony_hf.experiments.bench.gpu.case import Case, Device, DoesNotFitError
+from symphony_hf.experiments.bench.gpu.record import FormMeasurement, Record, header, line_of
 from symphony_hf.experiments.bench.gpu.shapes import Inputs, build, config_of, random_batch
 from symphony_hf.experiments.bench.timing import Limits, TimeIsUpError, Timings
 
 ROOT = Path(__file__).parents[2]
-CPU = Place("cpu", torch.device("cpu"), torch.float32, None, None)
+CPU = Device("cpu", torch.device("cpu"), torch.float32, None, None)
 NO_LIMIT = Limits(rounds=2, seconds=60.0, end=float("inf"))
 ABSENT = (
     *("datasets", "deepspeed", "scipy", "sklearn", "matplotlib"),
@@ -43,7 +43,7 @@ PathFinder.find_spec = staticmethod(
 
 @pytest.fixture(autouse=True)
 def _without_bitsandbytes(monkeypatch):
-    """One optimizer for full training, wherever the tests run; its import also takes seconds."""
+    """The same optimizer for full training on every machine. Importing bitsandbytes also takes seconds."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
 
 
@@ -59,7 +59,7 @@ def row(**changes):
     values = dict.fromkeys(("peak_gib", "utilization", "ratio", "low", "high"))
     values |= {"model": "7.4b", "mode": "lora", "text_tokens": 16, "tokens": 16, "micro_batch": 4, "form": "stock"}
     values |= {"optimizer": "AdamW", "rounds": 5, "milliseconds": 250.0, "tokens_per_second": 256.0}
-    return Measurement(**{**values, "estimated_gib": 1.0, "teraflops": 0.5, **changes})
+    return FormMeasurement(**{**values, "estimated_gib": 1.0, "teraflops": 0.5, **changes})
 
 
 # The models.
@@ -94,7 +94,7 @@ def test_weights_are_seeded_and_initialized(name):
         assert 0.01 < weight.std() < 0.04  # N(0, 0.02), of 64 or 128 draws
 
 
-def test_an_image_comes_before_the_text_and_is_not_predicted():
+def test_images_precede_the_text_and_are_not_predicted():
     batch = random_batch(tiny_model("4.2b"), Inputs(micro_batch=3, text_tokens=7))
     image_token = shapes.TINY["vocab_size"] - 1
     assert batch["input_ids"].shape == (3, 4 + 7)
@@ -189,7 +189,7 @@ def test_optimizers(monkeypatch):
 
 
 def test_flops_by_hand():
-    """Phi-3-mini's maps: 4 of 3072 x 3072 and 3 of 3072 x 8192 a layer; the head 3072 x 32064."""
+    """Phi-3-mini has 4 matrices of 3072 x 3072 and 3 of 3072 x 8192 per layer, and an LM head of 3072 x 32064."""
     tokens = 2048
     dense = 16 * (4 * 3072**2 + 3 * 3072 * 8192)
     sparse = 16 * (4 * 3072**2 + 2 * 3 * 3072 * 8192 + 4 * 3072 + 3072)
@@ -204,7 +204,7 @@ def test_flops_by_hand():
 
 
 def test_flops_of_an_image_by_hand():
-    """CLIP-L: 23 of 24 layers are used; 576 patches and a class token; the projector's chosen 2 of 4 experts."""
+    """CLIP-L uses 23 of 24 layers, 576 patches and a class token. The projector uses 2 of 4 experts."""
     text = flops.model_flops(config_of("4.2b"), "full", 512) - 6 * 1088 * (
         32 * (4 * 3072**2 + 3 * 3072 * 8192) + 3072 * 32064
     )
@@ -257,18 +257,18 @@ def test_device_peaks():
 
 def test_the_estimate_counts_what_training_holds():
     config, inputs = config_of("7.4b"), Inputs(1, 512)
-    parameters = memory.count_parameters(config)
+    shapes = memory.parameter_shapes(config)
 
     def gib(mode, optimizer):
-        needed = memory.estimate(config, parameters, mode, optimizer, torch.bfloat16, inputs)
+        needed = memory.estimate(config, shapes, mode, optimizer, torch.bfloat16, inputs)
         return [round(value / 2**30, 1) for value in (needed.weights, needed.gradients, needed.optimizer)]
 
-    assert gib("full", "AdamW8bit") == [13.9, 13.9, 13.9]
+    assert gib("full", "AdamW8bit") == [13.9, 13.9, 14.1]
     assert gib("full", "Adafactor") == [13.9, 13.9, 0.0]
     assert gib("lora", "AdamW") == [13.9, 0.0, 0.1]
     assert gib("inference", None) == [13.9, 0.0, 0.0]
-    text = str(memory.estimate(config, parameters, "full", "AdamW8bit", torch.bfloat16, inputs))
-    assert text.startswith("42.2 GiB (weights 13.9, gradients 13.9, optimizer 13.9, activations 0.6)")
+    text = str(memory.estimate(config, shapes, "full", "AdamW8bit", torch.bfloat16, inputs))
+    assert text.startswith("42.4 GiB (weights 13.9, gradients 13.9, optimizer 14.1, activations 0.6)")
 
 
 def test_the_micro_batch_is_the_largest_that_fits():
@@ -283,14 +283,16 @@ def test_the_micro_batch_is_the_largest_that_fits():
 def test_what_does_not_fit_is_not_built(monkeypatch):
     monkeypatch.setattr(case_module, "_measure", lambda *_: pytest.fail("built"))
     small = replace(CPU, free_bytes=16 * 2**30)
-    with pytest.raises(DoesNotFitError, match=r"by the estimate, one sequence does not fit: about .* of 16\.0 GiB"):
+    with pytest.raises(
+        DoesNotFitError, match=r"by the estimate, one sequence does not fit: .*, and 16\.0 GiB were free"
+    ):
         case_module.measure(Case("7.4b", "full", 512), small, 8192, NO_LIMIT)
 
 
 def test_out_of_memory_halves_the_micro_batch(monkeypatch):
     tried = []
 
-    def _measure(case, place, micro_batch, needed, limits):
+    def _measure(case, device, micro_batch, needed, limits):
         tried.append(micro_batch)
         if micro_batch > 2:
             raise torch.OutOfMemoryError("no more")
@@ -307,7 +309,7 @@ def test_out_of_memory_halves_the_micro_batch(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves by what a step says it takes."""
+    """A clock that advances by the given time of each step."""
 
     class Clock:
         now = 0.0
@@ -334,7 +336,7 @@ def test_ratios_are_of_the_same_round(clock):
     assert timings.peak_bytes == {}
 
 
-def test_every_form_comes_at_every_place(clock):
+def test_every_form_runs_in_every_position(clock):
     log = []
     names = ("stock", "symphony", "noise")
     steps = {name: clock.step(0.1, log, name) for name in names}
@@ -376,8 +378,8 @@ def test_rows_are_made_of_what_was_timed():
         {"stock": 2 * 2**30, "symphony": 3 * 2**30, "noise": 2 * 2**30},
     )
     case = Case("7.4b", "lora", 16, tiny=True)
-    place = replace(CPU, peak_tflops=2.0)
-    stock, symphony, noise = case_module.rows_of(case, place, 4, memory.Estimate(2**30, 0, 0, 0), timings)
+    device = replace(CPU, peak_tflops=2.0)
+    stock, symphony, noise = case_module.rows_of(case, device, 4, memory.Estimate(2**30, 0, 0, 0), timings)
     assert (stock.milliseconds, stock.tokens_per_second, stock.peak_gib, stock.rounds) == (200.0, 4 * 16 / 0.2, 2.0, 3)
     assert (stock.ratio, stock.low, stock.high) == (None, None, None)
     assert symphony.milliseconds == 300.0
@@ -399,12 +401,12 @@ def test_a_line_has_the_rows_numbers_and_no_other():
     assert len(header()) == len(line_of(full))
 
 
-def test_a_row_of_no_number_is_refused():
-    with pytest.raises(ValueError, match="lora, stock: milliseconds, tokens_per_second is no finite number"):
+def test_a_measurement_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="lora, stock: milliseconds, tokens_per_second is not finite"):
         row(milliseconds=float("nan"), tokens_per_second=float("inf"))
 
 
-def test_a_record_goes_on_only_on_the_same_machine(tmp_path):
+def test_a_result_file_continues_only_on_the_same_machine(tmp_path):
     path = tmp_path / "gpu.json"
     first = Record(path, {"device": "A", "peak_tflops": 989.5})
     first.note_model("7.4b", 10, 5)
@@ -416,13 +418,13 @@ def test_a_record_goes_on_only_on_the_same_machine(tmp_path):
     assert second.has("7.4b", "lora", 16)
     assert not second.has("7.4b", "lora", 32)
     assert json.loads(path.read_text())["not_measured"] == []
-    with pytest.raises(ConfigError, match=r"has rows of .*'A'.* and this is .*'B'"):
+    with pytest.raises(ConfigError, match=r"has measurements of .*'A'.*, not .*'B'"):
         Record(path, {"device": "B"})
     for content in ("{", "[]", '{"measured_on": {}, "models": {}, "rows": [{"model": 1}]}'):
         path.write_text(content)
-        with pytest.raises(ConfigError, match="no record of this script's"):
+        with pytest.raises(ConfigError, match="is not a result of this benchmark"):
             Record(path, {"device": "A"})
-    with pytest.raises(ConfigError, match="no record"):
+    with pytest.raises(ConfigError, match="not a result"):
         Record(tmp_path, {"device": "A"})
 
 
@@ -433,7 +435,7 @@ def run_script(path, *options):
     return script.main(["--tiny", "--steps", "2", "--max_tokens", "32", "--output", str(path), *options])
 
 
-def test_a_killed_run_keeps_its_rows_and_the_next_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_killed_run_keeps_its_rows_and_the_next_continues(tmp_path, monkeypatch, capsys):
     path, seen = tmp_path / "gpu.json", []
     write = record_module.write_json
 
@@ -457,7 +459,7 @@ def test_a_killed_run_keeps_its_rows_and_the_next_goes_on(tmp_path, monkeypatch,
     assert sorted(set(seen)) == [0, 2, 4]
     printed = capsys.readouterr().out
     assert printed.splitlines()[1:] == [
-        line_of(Measurement(**values)) for values in json.loads(path.read_text())["rows"]
+        line_of(FormMeasurement(**values)) for values in json.loads(path.read_text())["rows"]
     ]
     first, measured[:] = list(measured), []
     assert run_script(path, *options) == 0
@@ -470,7 +472,7 @@ def test_a_killed_run_keeps_its_rows_and_the_next_goes_on(tmp_path, monkeypatch,
     assert len(json.loads(path.read_text())["rows"]) == 8
 
 
-def test_time_that_is_up_is_said_of_each_case(tmp_path, capsys):
+def test_cases_without_time_are_reported(tmp_path, capsys):
     assert run_script(tmp_path / "gpu.json", "--minutes", "1e-9", "--model", "7.4b", "--mode", "full") == 1
     values = json.loads((tmp_path / "gpu.json").read_text())
     assert values["rows"] == []
@@ -481,9 +483,9 @@ def test_time_that_is_up_is_said_of_each_case(tmp_path, capsys):
     assert "not measured: 7.4b full, 16 tokens of text: the time was up" in capsys.readouterr().out
 
 
-def test_times_of_what_is_not_finite_are_refused(tmp_path, monkeypatch, capsys):
+def test_outputs_that_are_not_finite_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(case_module, "make_steps", lambda *_: {"stock": lambda: torch.tensor(float("nan"))})
-    with pytest.raises(EvaluationError, match="lora, 16 tokens of text: the stock form's last step gave nan"):
+    with pytest.raises(EvaluationError, match="lora, 16 tokens of text: the last step of the stock form returned nan"):
         case_module.measure(Case("7.4b", "lora", 16, tiny=True), CPU, 32, NO_LIMIT)
     assert run_script(tmp_path / "gpu.json", "--model", "7.4b", "--mode", "lora") == 1
     assert "measure.py: 7.4b lora, 16 tokens" in capsys.readouterr().err
@@ -509,7 +511,7 @@ def test_bad_options(options, message, capsys, monkeypatch):
 
 
 def test_every_case_runs_from_a_bare_copy_with_few_libraries(tmp_path):
-    """The README's command in a process of its own, where the libraries that it must not need are not there."""
+    """The README's command in a new process without the libraries that it must not need."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     path = tmp_path / "gpu.json"
     options = ["--tiny", "--steps", "2", "--max_tokens", "32", "--peak_tflops", "1", "--output", str(path)]
@@ -525,7 +527,7 @@ def test_every_case_runs_from_a_bare_copy_with_few_libraries(tmp_path):
     assert result.returncode == 0, result.stderr
     values = json.loads(path.read_text())
     assert values["not_measured"] == []
-    rows = [Measurement(**row) for row in values["rows"]]
+    rows = [FormMeasurement(**row) for row in values["rows"]]
     expected = [
         (model, mode, length, form)
         for model in shapes.NAMES

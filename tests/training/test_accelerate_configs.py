@@ -1,4 +1,4 @@
-"""accelerate's configurations of the recipes: each loads, and is what its name says."""
+"""The recipes' accelerate configurations load and match their names."""
 
 from pathlib import Path
 

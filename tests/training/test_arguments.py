@@ -1,4 +1,4 @@
-"""What a recipe needs and this machine has not is said in one line, before data or weights are touched."""
+"""Missing packages and devices are reported in one line, before data or weights are loaded."""
 
 import importlib.util
 from pathlib import Path
@@ -65,7 +65,7 @@ GPU_ONLY = {
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", GPU_ONLY)
-def test_what_only_a_gpu_does_is_refused_on_a_cpu(name):
+def test_gpu_settings_are_refused_on_a_cpu(name):
     overrides, message = GPU_ONLY[name]
     with pytest.raises(ConfigError, match=message):
         training_arguments(load_recipe(QUICKSTART, overrides))
@@ -73,7 +73,7 @@ def test_what_only_a_gpu_does_is_refused_on_a_cpu(name):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_a_launch_for_a_gpu_is_refused_on_a_cpu(monkeypatch):
-    """By `single_gpu.yaml`, which accelerate would run on the CPU; its own default is for both."""
+    """With `single_gpu.yaml`, which accelerate would run on the CPU. Its default configuration allows both."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     training_arguments(load_recipe(QUICKSTART))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -92,7 +92,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
 def test_partitioned_4_bit_weights_are_refused(strategy, monkeypatch):
-    """Whoever asks for it: the recipe or the launcher."""
+    """Whether the recipe or the launcher requests partitioning."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: object())
     monkeypatch.setattr(runner, "strategy_to_come", lambda arguments: strategy)
     path = RECIPES / "mixtral-8x7b-qlora" / "config.yaml"
@@ -100,7 +100,7 @@ def test_partitioned_4_bit_weights_are_refused(strategy, monkeypatch):
         runner.prepare_run(load_recipe(path, {"use_cpu": True, "bf16": False}))
 
 
-def test_a_stream_needs_a_number_of_steps():
+def test_a_stream_needs_max_steps():
     recipe = load_recipe(QUICKSTART, {"max_steps": -1, "data.path": "owner/name", "data.streaming": True})
     with pytest.raises(ConfigError, match="set `max_steps`"):
         training_arguments(recipe)

@@ -1,4 +1,4 @@
-"""`--dry_run` resolves a whole recipe, also one whose weights, data and GPUs are elsewhere, and leaves no trace."""
+"""`--dry_run` resolves a recipe, even if its weights, data and GPUs are not available, and writes nothing."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NAMES = ["quickstart/config", "phi3-smoe-7.4b-glue/lora", "olmoe-7b-sft/full", "
 
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
-    """An empty working directory, and no way to weights or data."""
+    """An empty working directory, without access to weights or data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
 

@@ -1,4 +1,4 @@
-"""What accelerate makes of a launch is compared with what was asked for, before anything is loaded."""
+"""The launch that accelerate runs is compared with the requested one, before anything is loaded."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def plugin(stage):
     return SimpleNamespace(zero_stage=stage)
 
 
-def test_what_is_asked_for_is_collected(monkeypatch):
+def test_requests_are_collected(monkeypatch):
     assert asks(LaunchSection(), arguments()) == []
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -69,7 +69,7 @@ def test_each_downgrade_is_refused(wanted, processes, strategy):
         check_launch([wanted], processes, strategy)
 
 
-def test_what_is_to_come(monkeypatch):
+def test_the_strategy_is_predicted(monkeypatch):
     gpu = torch.device("cuda")
     assert strategy_to_come(arguments()) == "single"
     assert strategy_to_come(arguments(world_size=2)) == "ddp"
@@ -108,15 +108,15 @@ def test_a_report_has_the_launcher_in_its_command(environment, words, monkeypatc
     assert launching_words() == words.split()
 
 
-def test_a_recipe_says_it_in_known_words():
+def test_a_recipe_names_known_strategies():
     with pytest.raises(ConfigError, match="did you mean `zero3`"):
         parse_settings(LaunchSection, {"strategy": "zero-3"}, "launch")
     with pytest.raises(ConfigError, match="at least 1"):
         LaunchSection(processes=0)
 
 
-def test_the_callback_notices_it_too(tmp_path, monkeypatch):
-    """In a Trainer that no recipe made; on a CPU accelerate drops FSDP."""
+def test_the_callback_refuses_a_downgrade_too(tmp_path, monkeypatch):
+    """In a user's own Trainer. On a CPU, accelerate drops FSDP."""
     rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
     settings = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     trainer = Trainer(symphonize(make_model()), settings, train_dataset=rows, callbacks=[SymphonyCallback()])
@@ -168,7 +168,7 @@ def launch(tmp_path, launcher, *overrides, **environment):
         ),
     ],
 )
-def test_a_real_launch_that_became_less_is_refused(launcher, environment, asked, tmp_path):
+def test_a_downgraded_launch_is_refused(launcher, environment, asked, tmp_path):
     if "deepspeed" in launcher:
         pytest.importorskip("deepspeed")
     result = launch(tmp_path, launcher, "--launch.processes", "2", **environment)
@@ -179,8 +179,8 @@ def test_a_real_launch_that_became_less_is_refused(launcher, environment, asked,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_a_real_launch_that_runs_as_asked(strategy, tmp_path):
-    """ZeRO-3 partitions a model that is built from a config, too."""
+def test_a_launch_that_runs_as_requested(strategy, tmp_path):
+    """ZeRO-3 also partitions a model that is built from a config."""
     launcher = TORCHRUN
     if strategy != "ddp":
         pytest.importorskip("deepspeed")

@@ -1,4 +1,4 @@
-"""The graphs while they are learned: numbers in the logs, pictures in the output directory and in the trackers."""
+"""GraphMonitor: metrics in the logs, pictures in the output directory and in the trackers."""
 
 import math
 
@@ -14,7 +14,7 @@ from symphony_hf.training.monitor import GraphMonitor, LoadHistory
 
 
 def test_the_summary_of_two_graphs_by_hand():
-    """Loads 3/4, 1/4, 0 and 1/3 each; off the diagonal 2 of 6, and nothing."""
+    """Loads are 3/4, 1/4, 0 in one graph and 1/3 each in the other; off the diagonal are 2 of 6, and 0."""
     uneven = torch.tensor([[3.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     even = torch.eye(3)
     entropy = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(3)
@@ -52,7 +52,7 @@ def train(folder, *, steps=4, **settings):
     return trainer
 
 
-def test_numbers_are_in_every_log(tmp_path):
+def test_metrics_are_in_every_log(tmp_path):
     trainer = train(tmp_path, report_to="none")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 4
@@ -71,7 +71,7 @@ def test_the_loads_of_every_log_are_kept_and_drawn(tmp_path):
     assert (tmp_path / "load.png").stat().st_size > 10_000
 
 
-def test_a_run_that_goes_on_has_the_loads_of_before(tmp_path):
+def test_a_resumed_run_keeps_earlier_loads(tmp_path):
     train(tmp_path, report_to="none")
     path = tmp_path / "load_history.safetensors"
     model, monitor = move_graphs(symphonize(make_model())), GraphMonitor(pictures=False)
@@ -115,7 +115,7 @@ def test_tensorboard_has_numbers_and_pictures(tmp_path):
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_other_trackers_are_sent_the_picture(tracker, tmp_path, monkeypatch):
-    """Up to the tracker's own log: what it does with it takes a server of its own."""
+    """Up to the call of the tracker's own logging function: what follows needs its server."""
     module, sent = pytest.importorskip(tracker), []
     monkeypatch.setattr(module, "run", object(), raising=False)
     monkeypatch.setattr(module, "log", sent.append)

@@ -1,4 +1,4 @@
-"""One bar for a run, with its last values; and bars of `datasets` only where a terminal shows them."""
+"""A run has one progress bar, with the last values. `datasets` shows bars only in a terminal."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The quickstart at a size of seconds: everything that it promises is there, and its numbers are the models'."""
+"""The quickstart, scaled down to seconds: its files exist, and its numbers are those of the saved models."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_the_models_are_what_the_report_says(quickstart):
 
 @pytest.mark.parametrize("kind", ["clean", "attacked"])
 def test_perplexities_are_those_of_the_saved_models(quickstart, kind):
-    """Recomputed naively: one window at a time, from the checkpoints and the corpus."""
+    """Recomputed naively from the checkpoints and the corpus, one window at a time."""
     settings, report, output = quickstart
     documents = load_corpus(settings.data).test[: settings.documents]
     if kind == "attacked":
@@ -139,7 +139,7 @@ def test_the_command_of_the_report_gives_its_settings(quickstart):
 
 
 def test_the_command_runs_the_recipe(tmp_path):
-    """Its defaults are the recipe's, and so are those of the committed report."""
+    """Its defaults are those of the recipe and of the committed report."""
     recipe, settings = load_recipe(RECIPE), QuickstartSettings()
     report = json.loads((RECIPE.parent / "report.json").read_text())
     assert report["settings"] == dataclasses.asdict(settings)

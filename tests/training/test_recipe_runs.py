@@ -1,4 +1,4 @@
-"""A recipe trains, saves and measures, in one process and in two."""
+"""A recipe trains, saves and evaluates, in one process and in two."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from symphony_hf.training.runner import run_recipe
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Overrides that make the recipe a matter of seconds."""
+    """Overrides that scale the recipe down to seconds."""
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
     return recipe_overrides(tmp_path)
 
@@ -51,7 +51,7 @@ def test_a_recipe_runs(small, tmp_path):
 
 
 def test_the_best_and_the_last_checkpoint_stay(small, tmp_path):
-    """With a learning rate that makes the first one the best, and room for two."""
+    """The learning rate makes the first checkpoint the best, and the limit is two."""
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     results = run_recipe(load_recipe(RECIPE, {**small, **every, "save_total_limit": 2, "learning_rate": 10.0}), "again")
     output = tmp_path / "run"
@@ -78,7 +78,7 @@ def test_the_report_says_what_a_reader_needs_to_run_it_again(small, tmp_path):
     assert all(f"{name} {version}" in page for name, version in results["versions"].items())
 
 
-def test_a_validation_that_is_not_there_is_refused_before_weights(tmp_path, monkeypatch):
+def test_a_missing_validation_split_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(runner, "load_model", None)  # calling it would raise another error
     smoke = RECIPE.parents[1] / "llava-smoe-4.2b" / "smoke.yaml"
@@ -89,7 +89,7 @@ def test_a_validation_that_is_not_there_is_refused_before_weights(tmp_path, monk
 
 
 def test_a_stream_trains_its_own_tokenizer(small, tmp_path):
-    """On its first documents: for that, too, it is not read whole."""
+    """On its first documents, without reading all of it."""
     table = tmp_path / "rows.jsonl"
     table.write_text("".join(json.dumps({"text": f"row {n} of {n * 7919} numbers"}) + "\n" for n in range(400)))
     streamed = {**small, "data.path": str(table), "data.streaming": True}
@@ -179,7 +179,7 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "world_size"), [("accelerate", 1), ("torchrun", 2)])
 def test_launchers(launcher, world_size, small, tmp_path):
-    """accelerate's own launcher starts one process on a CPU, whatever it is asked for; torchrun starts two."""
+    """accelerate's launcher starts a single process on a CPU; torchrun starts two."""
     overrides = [word for name, value in small.items() for word in (f"--{name}", json.dumps(value))]
     result = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "symphony_hf.train", str(RECIPE), *overrides],
@@ -195,7 +195,7 @@ def test_launchers(launcher, world_size, small, tmp_path):
 
 
 def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small, tmp_path, monkeypatch):
-    """Killed after its model is saved, before it is measured."""
+    """The run is killed after its model is saved, before it is evaluated."""
 
     def killed(*arguments):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Every recipe: it loads, its baseline differs by the strength alone, and its smoke form runs."""
+"""Every recipe loads, its baseline differs only in strength, and its smoke recipe runs."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def name_of(path):
 
 
 def on_this_machine(path):
-    """A recipe's training settings less what only its GPUs and their libraries have."""
+    """A recipe's training settings without those that need GPUs and their libraries."""
     gpu_only = {"bf16": False, "use_cpu": True, "optim": "adamw_torch", "launch.strategy": None}
     return load_recipe(path, {**gpu_only, "model.quantization": None})
 
@@ -57,7 +57,7 @@ def test_every_recipe_loads(path):
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
-def test_every_recipe_has_a_page_and_a_smoke_form(folder):
+def test_every_recipe_has_a_page_and_a_smoke_recipe(folder):
     page = (folder / "README.md").read_text()
     assert f"recipes/{folder.name}/config.yaml" in page
     assert "--symphony.strength 0" in page
@@ -65,15 +65,15 @@ def test_every_recipe_has_a_page_and_a_smoke_form(folder):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_models_are_of_their_size(name):
-    """Counted on the meta device; OLMoE's and Mixtral's are the published counts."""
+def test_models_have_their_size(name):
+    """Parameters are counted on the meta device. OLMoE's and Mixtral's counts are published."""
     model = empty_model(load_recipe(RECIPES / name / "config.yaml"))
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("path", SMOKE, ids=name_of)
-def test_smoke_forms_differ_in_size_alone(path):
-    """What a smoke form shows of its recipe is worth nothing where it is another one."""
+def test_smoke_recipes_differ_only_in_size(path):
+    """Otherwise a smoke recipe says nothing about its recipe."""
     smoke, whole = load_recipe(path), load_recipe(path.parent / "config.yaml")
     assert smoke.symphony == whole.symphony
     assert smoke.peft == whole.peft
@@ -87,7 +87,7 @@ def small(path, folder):
 
 
 @pytest.mark.parametrize("path", SMOKE, ids=name_of)
-def test_a_smoke_form_runs(path, tmp_path, monkeypatch):
+def test_a_smoke_recipe_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
     results = run_recipe(load_recipe(path, small(path, tmp_path)), "a command")
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -118,7 +118,7 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", LAUNCHERS)
 @pytest.mark.parametrize("path", SMOKE, ids=name_of)
-def test_a_smoke_form_runs_in_two_processes(path, strategy, tmp_path):
+def test_a_smoke_recipe_runs_in_two_processes(path, strategy, tmp_path):
     if strategy != "ddp":
         pytest.importorskip("deepspeed")
     overrides = {**small(path, tmp_path), "launch.strategy": strategy, "launch.processes": 2}

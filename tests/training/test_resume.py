@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on, from its last whole checkpoint, as if nothing had happened."""
+"""A run that is killed at any moment resumes exactly from its last complete checkpoint."""
 
 import contextlib
 import inspect
@@ -37,7 +37,7 @@ TESTS = Path(__file__).parents[1] / "helpers"
 
 
 def assert_equal(found, expected, where="run"):
-    """Equal to the bit, wherever tensors are nested."""
+    """Compare nested values, with tensors bit for bit."""
     if isinstance(expected, dict):
         assert set(found) == set(expected), where
         for name, value in expected.items():
@@ -60,11 +60,11 @@ def steps_of(folder):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
+    """Stands for a kill of the process: nothing catches it."""
 
 
 def write_checkpoint(output, step):
-    """As the Trainer does it: whole in its place to write, then finished, then the oldest deleted."""
+    """Save a checkpoint as the Trainer does: write it, finish it, and delete the oldest."""
     target = output / f"checkpoint-{step}"
     written = checkpoints.place_to_write(target)
     (written / "inner").mkdir(parents=True)
@@ -76,7 +76,7 @@ def write_checkpoint(output, step):
 
 @contextlib.contextmanager
 def killed_at(monkeypatch, number):
-    """End the process, so to say, before its number-th change to the file system."""
+    """Simulate a kill before the given change to the file system."""
     changes = []
     with monkeypatch.context() as patch:
         for name in ("replace", "mkdir", "rmdir", "unlink", "fsync"):
@@ -94,8 +94,8 @@ def killed_at(monkeypatch, number):
 
 
 @pytest.mark.parametrize("steps", [(2, 4), (4, 4), (9, 4)], ids=["newer", "again", "of a run that began anew"])
-def test_a_save_that_is_killed_leaves_a_whole_checkpoint(steps, monkeypatch, tmp_path):
-    """At each change that it makes; the limit is one checkpoint, so the older one is deleted by the same save."""
+def test_a_killed_save_leaves_a_complete_checkpoint(steps, monkeypatch, tmp_path):
+    """At each change to the file system. The limit is one checkpoint, so the save also deletes the older one."""
     number, finished = 0, False
     while not finished:
         number += 1
@@ -136,7 +136,7 @@ def steps_of_ours(output):
     return sorted(int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-[0-9]*"))
 
 
-def test_what_is_not_whole_is_never_picked_up(tmp_path):
+def test_incomplete_checkpoints_are_never_used(tmp_path):
     assert checkpoints.find_checkpoint(tmp_path / "nothing", True)[0] is None
     for step in (3, 6):
         target = tmp_path / f"checkpoint-{step}"
@@ -175,7 +175,7 @@ def test_what_is_not_whole_is_never_picked_up(tmp_path):
     assert "has checkpoints of an earlier run (checkpoint-3, checkpoint-6)" in notes[0]
 
 
-def test_only_what_is_ours_is_cleared(tmp_path):
+def test_only_own_leftovers_are_cleared(tmp_path):
     unfinished = tmp_path / UNFINISHED
     for name in ("checkpoint-4", "checkpoint-2.deleted", "final.replaced", "final", "notes"):
         (unfinished / name).mkdir(parents=True)
@@ -186,7 +186,7 @@ def test_only_what_is_ours_is_cleared(tmp_path):
 
 
 def test_a_replaced_or_deleted_checkpoint_leaves_what_is_not_its_own(tmp_path):
-    """Also in subfolders, such as DeepSpeed's, and under names that only look like a checkpoint's."""
+    """Also in subfolders, such as DeepSpeed's, and under names that resemble those of a checkpoint."""
     first, second = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
     own = ["model.safetensors", "trainer_state.json", "global_step2/zero.pt"]
     others = ["notes.txt", "model-ema.safetensors", "global_step2/mine.pt"]
@@ -214,7 +214,7 @@ def test_a_replaced_or_deleted_checkpoint_leaves_what_is_not_its_own(tmp_path):
     assert checkpoints.find_checkpoint(tmp_path, True)[0] == second
 
 
-def test_a_failed_write_is_one_line_that_says_what_is_left(tmp_path):
+def test_a_failed_write_is_reported_in_one_line(tmp_path):
     target = tmp_path / "checkpoint-4"
     checkpoints.place_to_write(target).mkdir(parents=True)
     with pytest.raises(CheckpointError) as caught, checkpoints.reporting_failed_save(target):
@@ -227,7 +227,7 @@ def test_a_failed_write_is_one_line_that_says_what_is_left(tmp_path):
         raise RuntimeError("another failure than a write's")
 
 
-def test_the_private_methods_of_trainer_are_there():
+def test_private_methods_of_trainer_exist():
     for name in PRIVATE:
         ours, theirs = inspect.signature(getattr(ResumableTrainer, name)), inspect.signature(getattr(Trainer, name))
         assert list(ours.parameters) == list(theirs.parameters), name
@@ -252,7 +252,7 @@ def root(tmp_path, monkeypatch):
     ids=["steps", "epochs"],
 )
 def test_a_run_resumes(strategy, every, steps, root, capsys):
-    """In one process, without a kill: the last checkpoint and the end are taken away."""
+    """In one process, without a kill: the last checkpoint and the results are removed."""
     values = settings(root, "run", **dict.fromkeys(("save_strategy", "eval_strategy"), strategy), **every)
     results = run_recipe(load_recipe(RECIPE, values))
     whole = outcome(root / "run")
@@ -267,8 +267,8 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
     assert results_again["test"] == results["test"]
     with pytest.raises(ConfigError, match=r"saved with other settings \(decay\)"):
         run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, "symphony.decay": 0.5}))
-    for other, told in (({"seed": 5}, "seed 0, now 5"), ({"data.block_size": 8}, "data.block_size 16, now 8")):
-        with pytest.raises(ConfigError, match=rf"a run with other settings \({told}\)"):
+    for other, changed in (({"seed": 5}, "seed 0, now 5"), ({"data.block_size": 8}, "data.block_size 16, now 8")):
+        with pytest.raises(ConfigError, match=rf"a run with other settings \({changed}\)"):
             run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True, **other}))
     run_recipe(load_recipe(RECIPE, {**values, "resume_from_checkpoint": True}))  # it is over, but for what comes after
     assert_equal(outcome(root / "run"), whole)
@@ -283,19 +283,19 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "told"),
+    ("before", "now", "changed"),
     [
         ({"seed": 0}, {"seed": 1}, "seed 0, now 1"),
         ({"seed": 0}, {"seed": 0, "peft.r": 8}, "peft.r None, now 8"),
         ({"seed": 0, "peft.r": 8}, {"seed": 0}, "peft.r 8, now None"),
     ],
 )
-def test_what_only_one_of_the_runs_was_told_differs_too(before, now, told, tmp_path):
+def test_settings_of_only_one_run_differ_too(before, now, changed, tmp_path):
     target = tmp_path / "checkpoint-3"
     checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
     checkpoints.finish_checkpoint(target, 3, num_processes=1, settings=before)
     runner._check_same_settings(before, target)
-    with pytest.raises(ConfigError, match=rf"a run with other settings \({told}\)"):
+    with pytest.raises(ConfigError, match=rf"a run with other settings \({changed}\)"):
         runner._check_same_settings(now, target)
 
 
@@ -303,7 +303,7 @@ def test_what_only_one_of_the_runs_was_told_differs_too(before, now, told, tmp_p
 
 
 class Runs:
-    """Starts runs below one folder."""
+    """Runs of recipes in subfolders of one folder."""
 
     def __init__(self, root):
         self.root = root
@@ -319,7 +319,7 @@ class Runs:
         return process
 
     def finish(self, values, log="log", code=0, **how):
-        """Returns what it printed."""
+        """Run a recipe, and return what it printed."""
         process = self.start(values, log, **how)
         process.join(120)
         text = (self.root / log).read_text()
@@ -327,7 +327,7 @@ class Runs:
         return text
 
     def whole(self, name, family="olmoe", **how):
-        """An uninterrupted run: its settings, what it left, its file operations and its seconds."""
+        """Run without interruption. Returns its settings, outcome, number of file operations and seconds."""
         values = settings(self.root, name, family)
         started = time.monotonic()
         self.finish(values, f"{name}.log", kill_at=0, **how)
@@ -349,7 +349,7 @@ class Runs:
 
 
 def check_whole(folder):
-    """What has its name is whole, by what reads it, not by our record."""
+    """Check that named folders are complete, by loading them instead of by the record."""
     for checkpoint in folder.glob("checkpoint-*"):
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         assert f"checkpoint-{state['global_step']}" == checkpoint.name
@@ -382,7 +382,7 @@ def whole(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_any_moment(seed, runs, whole):
-    """Eight at a random time, twelve before a random file operation: a fifth of a run's time, most of its dangers."""
+    """Eight kills at a random time, and twelve before a random file operation, where most failures could occur."""
     _, expected, operations, seconds = whole
     values = settings(runs.root, f"killed-{seed}")
     moment = random.Random(seed)
@@ -403,7 +403,7 @@ def test_killed_at_any_moment(seed, runs, whole):
 
 @pytest.mark.slow
 def test_killed_again_and_again(runs, whole):
-    """Each resumed run is killed too, until one comes through."""
+    """Each resumed run is killed too, until one finishes."""
     _, expected, operations, _ = whole
     values, moment = settings(runs.root, "again"), random.Random(0)
     for _ in range(6):
@@ -418,7 +418,7 @@ def test_killed_again_and_again(runs, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_other_families_from_a_checkpoint(family, runs):
-    """Fine-tuned from a saved model, whose weights are memory-mapped."""
+    """Fine-tuning of a saved model, whose weights are memory-mapped."""
     runs.finish(settings(runs.root, f"{family}-base", family, max_steps=2))
     saved = {"model.path": str(runs.root / f"{family}-base" / "final"), "model.config": None}
     values = settings(runs.root, f"{family}-whole", family, **saved)
@@ -432,7 +432,7 @@ def test_other_families_from_a_checkpoint(family, runs):
 
 @pytest.mark.slow
 def test_a_plain_model_keeps_its_experts(runs):
-    """Trainer alone would resume an OLMoE without its experts, in silence."""
+    """A stock Trainer would silently resume an OLMoE without its experts."""
     recipe = runs.root / "plain.yaml"
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(RECIPE.read_text()), "symphony": None}))
 
@@ -451,7 +451,7 @@ def test_a_plain_model_keeps_its_experts(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["model.safetensors", "optimizer.pt"])
 def test_a_full_disk_leaves_the_previous_checkpoint(full_at, runs, whole):
-    """No file may grow to the size of the one that does not fit."""
+    """A limit on file size stands for the full disk."""
     _, expected, operations, _ = whole
     values = settings(runs.root, f"full-{full_at}")
     folder = Path(values["output.directory"])
@@ -470,7 +470,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(full_at, runs, whole):
 
 
 class Ranks(Runs):
-    """The same, with two processes for each run."""
+    """The same with two processes per run."""
 
     def start(self, values, log="log", kill_at=None, **how):
         with socket.socket() as free:
@@ -497,7 +497,7 @@ class Ranks(Runs):
 @pytest.mark.slow
 @pytest.mark.enable_socket
 def test_two_processes(runs):
-    """A sum of two ranks' gradients is the same in either order, so they are equal to the bit too."""
+    """The sum of two ranks' gradients does not depend on their order, so runs are equal bit for bit here too."""
     ranks = Ranks(runs.root)
     _, expected, operations, _ = ranks.whole("ranks")
     moment = random.Random(0)
@@ -521,7 +521,7 @@ def launch(values, cache, how="--cpu --num_processes 1"):
 
 
 def kill_launch(process):
-    """With all of its processes, which DeepSpeed's launcher puts into sessions of their own."""
+    """Kill a launch with all of its processes, which DeepSpeed's launcher puts into sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -529,7 +529,7 @@ def kill_launch(process):
 
 
 def launch_and_kill(values, cache, within_save, how="--cpu --num_processes 1"):
-    """After the first checkpoint, or while the third is written."""
+    """Wait until the first checkpoint is complete, or the third is being written."""
     folder = Path(values["output.directory"])
     awaited = [folder / "checkpoint-3"]
     if within_save:
@@ -564,7 +564,7 @@ def test_accelerate_launch(within_save, runs, whole):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_of_zero(stage, runs):
-    """DeepSpeed writes the optimizer and, under ZeRO-3, the weights by rank: a checkpoint is whole with all of them."""
+    """Each rank writes its optimizer states and, under ZeRO-3, its weights: a checkpoint needs all of them."""
     pytest.importorskip("deepspeed")
     how = f"--use_deepspeed --zero_stage {stage} --num_processes 2"
 
@@ -588,7 +588,7 @@ def test_two_ranks_of_zero(stage, runs):
 @pytest.mark.once
 @pytest.mark.timeout(1200)
 def test_twenty_kills_of_one_launch(runs):
-    """Each at a seeded moment after a seeded number of saves, so that a slow machine's run goes on, too."""
+    """Each after a seeded number of saves plus a seeded delay, so that a run advances on a slow machine too."""
     values = settings(runs.root, "launched-whole", max_steps=120)
     runs.finish(values, "launched-whole.log")
     expected = outcome(runs.root / "launched-whole")
@@ -623,7 +623,7 @@ def test_twenty_kills_of_one_launch(runs):
 
 
 def trained(trainer_class, model, folder, resume=None, **more):
-    """What was logged, and the weights and graphs, after eight steps."""
+    """Return the logs, weights and graphs after eight steps."""
     data = [{"input_ids": row, "labels": row} for row in make_ids(40, 12)]
     how = {"max_steps": 8, "save_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
     quiet = {"disable_tqdm": True, "report_to": "none", "dataloader_pin_memory": False}
@@ -635,7 +635,7 @@ def trained(trainer_class, model, folder, resume=None, **more):
 
 @pytest.mark.parametrize("graph", ["ema", "learned"])
 def test_a_bare_trainer_resumes_too(graph, tmp_path):
-    """Without our runner: a symphonized model and the callback are enough, if its checkpoint was not cut off."""
+    """Without the runner: a symphonized model and the callback suffice if the checkpoint is complete."""
 
     def model():
         return symphonize(make_model(attention_dropout=0.1), decay=0.9, graph=graph)
@@ -647,7 +647,7 @@ def test_a_bare_trainer_resumes_too(graph, tmp_path):
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_path, monkeypatch):
-    """It has the Hub's tensor names, and a bare Trainer goes on from it without the experts. Ours says so."""
+    """It has the Hub's tensor names, and a stock Trainer would resume from it without the experts."""
     said = []
     monkeypatch.setattr(trainer_module.logger, "warning", said.append)
     expected = trained(Trainer, make_model(family), tmp_path / "whole")

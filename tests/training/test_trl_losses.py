@@ -1,4 +1,4 @@
-"""Trainers that compute their own loss: the router losses reach the routers in one line, and references keep up."""
+"""Trainers that compute their own loss: `with_router_losses` adds the router losses, and references are synced."""
 
 import copy
 import subprocess
@@ -105,7 +105,7 @@ def model_for(kind, **settings):
 
 
 def trained(kind, wrap, tokenizer, tmp_path, **settings):
-    """Train one step. Returns (weight of the first router, what was logged)."""
+    """Train one step. Returns the weight of the first router and the names of the logged losses."""
     trainer_class, config_class, extra = TRAINERS[kind]
     model = model_for(kind, **settings)
     arguments = config_class(output_dir=str(tmp_path / "out"), **COMMON, **extra)
@@ -131,8 +131,8 @@ def trained(kind, wrap, tokenizer, tmp_path, **settings):
 
 @pytest.mark.parametrize("kind", sorted(TRAINERS))
 @pytest.mark.filterwarnings("ignore")
-def test_one_line_brings_the_router_losses(kind, tokenizer, tmp_path):
-    """With it the balance loss moves the routers otherwise than without; and only then it is logged."""
+def test_with_router_losses_adds_the_router_losses(kind, tokenizer, tmp_path):
+    """With it the balance loss changes the update of the routers, and only then is it logged."""
     weights = {"balance_loss_weight": 50.0, "z_loss_weight": 0.0}
     without, unlogged = trained(kind, False, tokenizer, tmp_path, **weights)
     with_losses, logged = trained(kind, True, tokenizer, tmp_path, **weights)
@@ -144,8 +144,8 @@ def test_one_line_brings_the_router_losses(kind, tokenizer, tmp_path):
     torch.testing.assert_close(off, without)
 
 
-def test_label_smoothing_gets_them_and_plain_trainer_gets_them_once(tmp_path):
-    """Trainer takes the labels away from the model to smooth them."""
+def test_label_smoothing_gets_router_losses_and_a_plain_trainer_gets_them_once(tmp_path):
+    """For label smoothing, Trainer does not pass the labels to the model."""
     rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
 
     def gate(trainer_class, smoothing):
@@ -165,13 +165,13 @@ def test_label_smoothing_gets_them_and_plain_trainer_gets_them_once(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_that_goes_past_compute_loss_is_refused(tokenizer, tmp_path):
+def test_a_trainer_that_bypasses_compute_loss_is_refused(tokenizer, tmp_path):
     TRAINERS["online"] = (OnlineDPOTrainer, OnlineDPOConfig, {"max_new_tokens": 4})
     with pytest.raises(PatchError, match="OnlineDPOTrainer computes its loss in `training_step`"):
         trained("online", True, tokenizer, tmp_path)
 
 
-def test_a_recipe_with_label_smoothing_gets_them(tmp_path):
+def test_a_recipe_with_label_smoothing_gets_router_losses(tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
     arguments = TrainingArguments(
         str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no", disable_tqdm=True,
@@ -182,8 +182,8 @@ def test_a_recipe_with_label_smoothing_gets_them(tmp_path):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_accumulation_does_not_multiply_them(smoothing, tmp_path):
-    """The z-loss is a mean over tokens: four micro-batches of one row are worth one of four."""
+def test_accumulation_does_not_multiply_router_losses(smoothing, tmp_path):
+    """The z-loss is a mean over tokens, so four micro-batches of one row equal one micro-batch of four."""
     rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(4, 8)]
 
     def gate(micro_batch):
@@ -199,7 +199,7 @@ def test_accumulation_does_not_multiply_them(smoothing, tmp_path):
     torch.testing.assert_close(gate(1), gate(4))
 
 
-def test_what_is_no_trainer_class_is_refused():
+def test_only_trainer_classes_are_accepted():
     for wrong in (make_model(), "DPOTrainer", dict):
         with pytest.raises(ConfigError, match="expected a trainer class"):
             with_router_losses(wrong)

@@ -1,4 +1,4 @@
-"""So that the tests here can `import planned`."""
+"""Makes `planned` importable for the tests in this folder."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Recipes to plan, and one step of each for real, whose memory torch's profiler measures."""
+"""Recipes to plan, and the memory of one real step of each, measured by torch's profiler."""
 
 import gc
 import json
@@ -60,7 +60,7 @@ def make_recipe(family="olmoe", size="tiny", *, lora=False, symphony=True, quant
 
 
 def measured_peak(recipe, path, *, checkpointing=False, autocast=False, accumulation=1):
-    """The most bytes that torch's CPU allocator gave out at a time, from the model's making to its second step."""
+    """Return the peak bytes of torch's CPU allocator, from the creation of the model to its second step."""
     gc.collect()  # else what an earlier model left would be freed, and subtracted, in between
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:

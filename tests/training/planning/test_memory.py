@@ -1,4 +1,4 @@
-"""Bytes of states: against numbers worked out by hand, the optimizers and the packing themselves, and DeepSpeed."""
+"""Bytes of states, compared with hand calculations, real optimizers and packed weights, and DeepSpeed."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def model_states(parts):
 
 
 @pytest.mark.parametrize("processes", [1, 4, 8])
-def test_zero_states_are_deepspeeds_own_formula(processes):
+def test_zero_states_match_deepspeeds_formula(processes):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as stage3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as stage2
@@ -53,7 +53,7 @@ def test_zero_states_are_deepspeeds_own_formula(processes):
         assert sum(memory.host.values()) == host  # with its factor of 1.5 for buffers
 
 
-def test_two_machines_share_what_deepspeed_says_they_do():
+def test_two_machines_match_deepspeeds_formula():
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as stage3
 
@@ -87,7 +87,7 @@ def test_frozen_weights_have_neither_gradient_nor_optimizer():
     assert (memory.gpu["gradients"], memory.gpu["optimizer"]) == (6000, 12000)
 
 
-def test_a_passing_copy_counts_where_it_is_more_than_the_activations():
+def test_temporaries_of_the_optimizer_count_beyond_the_activations():
     optimizer = optimizer_of("adamw_torch")
     assert spread(Launch("a", "single"), 1, optimizer=optimizer).gpu["buffers"] == 2 * TOTAL
     step = StepBytes(3 * TOTAL, 3 * TOTAL)
@@ -113,7 +113,7 @@ def weights_with_gradients(dtype):
 
 
 def state_tensors(optimizer, weights):
-    """Without counters and tables, which do not grow with a weight."""
+    """Bytes without counters and tables, which do not grow with a weight."""
     return [
         value
         for weight in weights
@@ -124,7 +124,7 @@ def state_tensors(optimizer, weights):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_keep_and_pass_what_is_said(name, dtype):
+def test_optimizers_use_the_planned_bytes(name, dtype):
     weights, shapes = weights_with_gradients(dtype)
     optimizer = OPTIMIZERS[name](weights)
     optimizer.step()
@@ -139,7 +139,7 @@ def test_optimizers_keep_and_pass_what_is_said(name, dtype):
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes, of pages on a CPU
-def test_optimizers_of_bitsandbytes_keep_what_is_said(name):
+def test_bitsandbytes_optimizers_use_the_planned_bytes(name):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     weights, shapes = weights_with_gradients(torch.float32)
     optimizer = getattr(bitsandbytes.optim, EIGHT_BIT[name])(weights, lr=1e-3)

@@ -1,4 +1,4 @@
-"""The plan of a step against what torch's CPU allocator gives out when that step is run."""
+"""The planned memory of a step, compared with torch's CPU allocator in a real one."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_a_plain_model(tmp_path):
     assert planned_peak(recipe) == pytest.approx(measured_peak(recipe, tmp_path / "trace.json"), rel=TOLERANCE)
 
 
-def test_what_is_used_of_torch_without_being_documented_is_there():
+def test_undocumented_torch_functions_exist():
     assert callable(torch.utils._python_dispatch.TorchDispatchMode.__torch_dispatch__)
     assert torch.utils._pytree.tree_leaves([1, {"a": (2,)}]) == [1, 2]
     assert callable(torch._grouped_mm)

@@ -1,4 +1,4 @@
-"""symphony plan: FLOPs, tokens, hours, the largest micro-batch, the command and its errors."""
+"""`symphony plan`: FLOPs, tokens, hours, largest micro-batch, the command and its errors."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ SMALL = Machine(5 * 10**7)  # so that few steps are counted
 
 
 def multiplied_weights(recipe):
-    """Active weights that a token is multiplied with: all but the embedding table, and the norms."""
+    """Return the active weights that a token is multiplied with: all except the embedding table and the norms."""
     model = meta_model(recipe)
     active = sum(part.active for part in count_parts(model) if part.part not in (Part.NORMS, Part.GRAPHS))
     return active - model.get_input_embeddings().weight.numel()
@@ -77,7 +77,7 @@ def test_deepspeed_casts_the_model_and_autocast_does_not():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_grows_ever_faster_with_its_sequences(checkpointing):
+def test_memory_is_convex_in_the_micro_batch_size(checkpointing):
     recipe = make_recipe("olmoe", "middle", gradient_checkpointing=checkpointing)
     step = MetaStep(recipe, read_settings(recipe), None)
     one, two, four = (step.bytes(sequences) for sequences in (1, 2, 4))
@@ -156,12 +156,12 @@ def test_tokens_and_hours():
 
 
 @pytest.mark.slow
-def test_data_that_is_here_is_counted():
+def test_local_data_is_counted():
     smoke = load_recipe(RECIPES / "phi3-smoe-7.4b-glue" / "smoke.yaml", {"max_steps": -1})
     assert sequences_of_data(smoke) == 16  # the recipe's limit
 
 
-def test_data_that_is_not_here_is_asked_for():
+def test_remote_data_needs_sequences():
     recipe = load_recipe(QUICKSTART, {"max_steps": -1, "num_train_epochs": 2, "data.path": "nobody/nothing"})
     assert sequences_of_data(recipe) is None
     settings = read_settings(recipe)
@@ -181,7 +181,7 @@ def test_every_launch_of_the_recipes_is_planned():
     assert on_cpu.max_micro_batch_size is on_cpu.hours is None
 
 
-def test_what_the_runner_would_refuse_is_left_out():
+def test_launches_that_the_runner_refuses_are_left_out():
     launches = read_launches(accelerate_folder(QUICKSTART))
     recipe = load_recipe(QUICKSTART, {"launch.strategy": "zero2"})
     plan = plan_recipe(recipe, launches, [2], SMALL)
@@ -249,7 +249,7 @@ def test_other_launches_are_refused(tmp_path):
         read_launches(path)
 
 
-def test_a_model_whose_step_depends_on_numbers_is_refused():
+def test_a_model_whose_step_depends_on_values_is_refused():
     recipe = make_recipe()
     step = MetaStep(recipe, read_settings(recipe), None)
     step._model.set_experts_implementation("eager")  # which looks for the experts that were chosen

@@ -1,4 +1,4 @@
-"""The plan of the paper's WikiText-103 model, whose loss never has all logits."""
+"""The plan of the paper's WikiText-103 model, whose loss never materializes all logits."""
 
 from pathlib import Path
 

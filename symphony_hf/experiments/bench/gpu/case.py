@@ -1,4 +1,4 @@
-"""One case, a model in a mode at a length: its forms are built, warmed up, and timed in alternation."""
+"""Measurement of one case (a model in a mode at a length): its forms are warmed up and timed in alternation."""
 
 import gc
 import math
@@ -15,19 +15,19 @@ from symphony_hf.experiments.bench.timing import WARM_UP, Limits, Step, Timings,
 
 from .flops import model_flops
 from .forms import inference_forms, make_optimizer, optimizer_name, prefill_step, training_forms, training_step
-from .memory import GIB, Estimate, count_parameters, estimate, fitting_micro_batch
-from .record import Measurement
+from .memory import GIB, Estimate, estimate, fitting_micro_batch, parameter_shapes
+from .record import FormMeasurement
 from .shapes import Inputs, build, config_of, image_tokens, random_batch
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """A model in a mode at a length.
 
     Attributes:
         model: One of `shapes.NAMES`.
         mode: One of `flops.MODES`.
-        text_tokens: Of a sequence; an image's come on top.
+        text_tokens: Number of text tokens in a sequence, without those of an image.
         tiny: Whether the model is a tiny one of the same kind.
     """
 
@@ -41,15 +41,15 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where it is measured.
+class Device:
+    """The device to measure on.
 
     Attributes:
-        name: Of the device.
+        name: Name of the device.
         device: One GPU, or the CPU.
-        dtype: Of the weights.
-        free_bytes: That the device had at the start; None where there is no bound.
-        peak_tflops: Of the device; None where it is not known.
+        dtype: Dtype of the weights.
+        free_bytes: Free memory at the start; None for no bound.
+        peak_tflops: Peak TFLOP/s; None if unknown.
     """
 
     name: str
@@ -60,61 +60,61 @@ class Place:
 
 
 class DoesNotFitError(Exception):
-    """The device has too little memory for a case."""
+    """A case needs more memory than the device has."""
 
 
-def measure(case: Case, place: Place, max_tokens: int, limits: Limits) -> list[Measurement]:
-    """Measure a case, with the largest micro-batch that fits.
+def measure(case: Case, device: Device, max_tokens: int, limits: Limits) -> list[FormMeasurement]:
+    """Measure a case with the largest micro-batch that fits.
 
     Args:
-        case: What.
-        place: Where.
-        max_tokens: Of a step.
-        limits: When to stop.
+        case: Case to measure.
+        device: Device to measure on.
+        max_tokens: Maximum number of tokens in a step.
+        limits: Limits on rounds and time.
 
     Returns:
-        A row of each form.
+        One row per form.
 
     Raises:
         DoesNotFitError: If not even one sequence fits.
-        TimeIsUpError: If the run's time ends before there are enough rounds.
+        TimeIsUpError: If the time of the run ends before there are enough rounds.
         EvaluationError: If a step's output is not finite.
     """
     limits.check()
     config = config_of(case.model, case.tiny)
-    parameters, optimizer = count_parameters(config), optimizer_name(case.mode)
+    shapes, optimizer = parameter_shapes(config), optimizer_name(case.mode)
 
     def needs(sequences: int) -> Estimate:
         inputs = Inputs(sequences, case.text_tokens)
-        return estimate(config, parameters, case.mode, optimizer, place.dtype, inputs)
+        return estimate(config, shapes, case.mode, optimizer, device.dtype, inputs)
 
-    most = max_tokens // (case.text_tokens + image_tokens(config))
-    micro_batch = fitting_micro_batch(lambda sequences: needs(sequences).total, most, place.free_bytes)
+    limit = max_tokens // (case.text_tokens + image_tokens(config))
+    micro_batch = fitting_micro_batch(lambda sequences: needs(sequences).total, limit, device.free_bytes)
     found = "" if micro_batch else "by the estimate, "
     while micro_batch > 0:
         try:
-            return _measure(case, place, micro_batch, needs(micro_batch), limits)
+            return _measure(case, device, micro_batch, needs(micro_batch), limits)
         except torch.OutOfMemoryError:
             micro_batch //= 2
-        # Here, not above: until then the exception holds what was under way.
+        # Not in the handler, where the exception still references the tensors.
         gc.collect()
         torch.cuda.empty_cache()
-    free = (place.free_bytes or 0) / GIB
-    raise DoesNotFitError(f"{found}one sequence does not fit: about {needs(1)} of {free:.1f} GiB that were free")
+    free = (device.free_bytes or 0) / GIB
+    raise DoesNotFitError(f"{found}one sequence does not fit: it needs about {needs(1)}, and {free:.1f} GiB were free")
 
 
-def _measure(case: Case, place: Place, micro_batch: int, needed: Estimate, limits: Limits) -> list[Measurement]:
-    model = build(config_of(case.model, case.tiny), place.device, place.dtype)
+def _measure(case: Case, device: Device, micro_batch: int, needed: Estimate, limits: Limits) -> list[FormMeasurement]:
+    model = build(config_of(case.model, case.tiny), device.device, device.dtype)
     steps = make_steps(model, case.mode, Inputs(micro_batch, case.text_tokens))
     with tqdm(total=(WARM_UP + limits.rounds) * len(steps), desc=str(case), leave=False, disable=None) as bar:
         warm_up(steps, limits, bar.update)
-        timings = run_rounds(steps, place.device, limits, bar.update)
+        timings = run_rounds(steps, device.device, limits, bar.update)
     _check_outputs(case, timings)
-    return rows_of(case, place, micro_batch, needed, timings)
+    return rows_of(case, device, micro_batch, needed, timings)
 
 
 def make_steps(model: PreTrainedModel, mode: str, inputs: Inputs) -> dict[str, Step]:
-    """What is timed, by form: `stock`, `symphony`, in inference `folded`, and `noise`, which is stock again."""
+    """Return the step of each form: `stock`, `symphony`, in inference `folded`, and `noise`, which is stock again."""
     batch, steps = random_batch(model, inputs), {}
     name = optimizer_name(mode)
     if name is None:
@@ -132,12 +132,12 @@ def _check_outputs(case: Case, timings: Timings) -> None:
     for form, output in timings.outputs.items():
         if not math.isfinite(float(output)):
             raise EvaluationError(
-                f"{case}: the {form} form's last step gave {float(output)}: times of what is not finite say nothing"
+                f"{case}: the last step of the {form} form returned {float(output)}, so its times are meaningless"
             )
 
 
-def rows_of(case: Case, place: Place, micro_batch: int, needed: Estimate, timings: Timings) -> list[Measurement]:
-    """What was timed, as rows."""
+def rows_of(case: Case, device: Device, micro_batch: int, needed: Estimate, timings: Timings) -> list[FormMeasurement]:
+    """Return the measurements of a case, one per form."""
     config = config_of(case.model, case.tiny)
     tokens = case.text_tokens + image_tokens(config)
     teraflops = micro_batch * model_flops(config, case.mode, case.text_tokens) / 1e12
@@ -147,7 +147,7 @@ def rows_of(case: Case, place: Place, micro_batch: int, needed: Estimate, timing
         ratios = None if form == "stock" else quartiles(timings.ratios(form, "stock"))
         low, median, high = ratios or (None, None, None)
         rows.append(
-            Measurement(
+            FormMeasurement(
                 model=case.model,
                 mode=case.mode,
                 text_tokens=case.text_tokens,
@@ -161,7 +161,7 @@ def rows_of(case: Case, place: Place, micro_batch: int, needed: Estimate, timing
                 peak_gib=None if peak is None else peak / GIB,
                 estimated_gib=needed.total / GIB,
                 teraflops=teraflops,
-                utilization=place.peak_tflops and teraflops / seconds / place.peak_tflops,
+                utilization=device.peak_tflops and teraflops / seconds / device.peak_tflops,
                 ratio=median,
                 low=low,
                 high=high,

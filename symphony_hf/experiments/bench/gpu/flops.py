@@ -1,9 +1,9 @@
-"""Model FLOPs: what the mathematics of a step needs, whatever is computed a second time or left idle.
+"""Model FLOPs of a step, by formula, for model FLOPs utilization (MFU).
 
-A weight that a token is multiplied with costs 2 FLOPs forward, 2 for the gradient of its input and 2 for its own: the
-6 N T of full training, of which a frozen weight needs 4, or 2 where no gradient goes below it. Of the experts, N has
-the chosen ones; it has no embedding table, which is looked up. Causal attention is counted by what a token may look
-at, half of the square.
+Recomputation does not count, unlike in `symphony plan`, which counts executed FLOPs. A weight costs 2 FLOPs per token
+in the forward, 2 for the gradient of its input and 2 for its own: the 6 N T of full training. A frozen weight costs 4,
+or 2 if no gradient flows below it. N includes the chosen experts only, and no embedding table. Causal attention counts
+half of the square.
 """
 
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ PEAK_TFLOPS = (
     ("H100", 989.5),
     ("A100", 312.0),
 )
-"""Dense bfloat16 of the devices' data sheets, by what is in the device's name; the first that is there."""
+"""Dense bfloat16 peaks from data sheets, by a part of the device name. The first match counts."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Weights that the same tokens go through.
+class ModelPart:
+    """A group of weights that the same tokens pass through.
 
     Attributes:
-        weights: How many a token is multiplied with.
-        trained: How many of them get a gradient.
-        tokens: Of one sequence.
-        attention: FLOPs of its attention's own two products, forward, of one sequence.
-        passes_gradient: Whether a gradient goes through to what is below.
+        weights: Number of weights that each token is multiplied with.
+        trained: Number of them that get a gradient.
+        tokens: Number of tokens in one sequence.
+        attention: Forward FLOPs of the attention products, for one sequence.
+        passes_gradient: Whether a gradient flows through to the parts below.
     """
 
     weights: int
@@ -47,37 +47,37 @@ class Part:
 
     @property
     def flops(self) -> int:
-        """Of one sequence: forward, and backward where something is trained."""
+        """FLOPs for one sequence, forward and backward."""
         product = 2 * self.weights * self.tokens
         backward = product + 2 * self.attention if self.passes_gradient else 0
         return product + self.attention + backward + 2 * self.trained * self.tokens
 
 
 def model_flops(config: PreTrainedConfig, mode: str, text_tokens: int) -> int:
-    """FLOPs of one sequence's part in a step.
+    """Return the model FLOPs of a step per sequence.
 
     Args:
-        config: What `config_of` returns.
+        config: Config of the model, from `config_of`.
         mode: One of MODES.
-        text_tokens: Of the sequence, without its image.
+        text_tokens: Number of text tokens in the sequence.
     """
     return sum(part.flops for part in parts_of(config, mode, text_tokens))
 
 
-def parts_of(config: PreTrainedConfig, mode: str, text_tokens: int) -> list[Part]:
-    """The parts of a model, as they take part in a mode."""
+def parts_of(config: PreTrainedConfig, mode: str, text_tokens: int) -> list[ModelPart]:
+    """Return the parts of a model in a mode."""
     text, tokens = config.get_text_config(), text_tokens + image_tokens(config)
     head = text.vocab_size * text.hidden_size
     parts = [
         _text_part(text, mode, tokens),
-        # The last token's logits alone are what a prefill needs.
-        Part(head, head if mode == "full" else 0, 1 if mode == "inference" else tokens, 0, mode != "inference"),
+        # Prefill computes only the logits of the last token.
+        ModelPart(head, head if mode == "full" else 0, 1 if mode == "inference" else tokens, 0, mode != "inference"),
     ]
     return parts if vision_of(config) is None else parts + _vision_parts(config, mode)
 
 
 def idle_parameters(config: PreTrainedConfig) -> int:
-    """How many parameters a token does not use: those of the experts that it does not choose."""
+    """Return the number of parameters that a token does not use: those of the experts that it does not choose."""
     text = config.get_text_config()
     experts = _sparse_layers(text) * _mlp_weights(text)
     if vision_of(config) is not None:
@@ -91,45 +91,45 @@ def _sparse_layers(text: PreTrainedConfig) -> int:
 
 
 def _mlp_weights(text: PreTrainedConfig) -> int:
-    """Of a dense MLP, and of an expert, which is as large."""
+    """Return the number of weights of a dense MLP, or of an expert of the same size."""
     return 3 * text.hidden_size * text.intermediate_size
 
 
-def _text_part(text: PreTrainedConfig, mode: str, tokens: int) -> Part:
+def _text_part(text: PreTrainedConfig, mode: str, tokens: int) -> ModelPart:
     width, layers, sparse = text.hidden_size, text.num_hidden_layers, _sparse_layers(text)
-    attention_maps = 4 * width * width  # as many heads for keys as for queries
+    attention_maps = 4 * width * width  # all heads have their own keys and values
     base = layers * attention_maps + (layers - sparse + sparse * TOP_K) * _mlp_weights(text)
     routers = sparse * NUM_EXPERTS * width
-    gates = sparse * width  # of the shared experts, which have no size
+    gates = sparse * width  # of the shared experts, which have size 0
     adapters = lora_weights(text) if mode == "lora" else 0
     weights = base + routers + gates + adapters
     trained = {"full": weights, "lora": adapters + routers, "inference": 0}[mode]
-    return Part(weights, trained, tokens, layers * 2 * width * tokens**2, mode != "inference")
+    return ModelPart(weights, trained, tokens, layers * 2 * width * tokens**2, mode != "inference")
 
 
 def lora_weights(text: PreTrainedConfig) -> int:
-    """The weights of the adapters on a text model's attention."""
+    """Return the number of LoRA weights on a text model's attention."""
     width, maps = text.hidden_size, LORA_TARGETS[text.model_type]
     outputs = {"qkv_proj": 3 * width}
     return text.num_hidden_layers * LORA_RANK * sum(width + outputs.get(name, width) for name in maps)
 
 
-def _vision_parts(config: PreTrainedConfig, mode: str) -> list[Part]:
+def _vision_parts(config: PreTrainedConfig, mode: str) -> list[ModelPart]:
     vision, patches, full = config.vision_config, image_tokens(config), mode == "full"
     width, tokens = vision.hidden_size, patches + 1  # the class token
-    used = range(vision.num_hidden_layers + 1)[config.vision_feature_layer]  # what lies above is not needed
+    used = range(vision.num_hidden_layers + 1)[config.vision_feature_layer]  # the layers above are not used
     embedding = vision.num_channels * vision.patch_size**2 * width
     tower = used * (4 * width**2 + 2 * width * vision.intermediate_size)
     text_width = config.text_config.hidden_size
     router = NUM_EXPERTS * width
     projector = TOP_K * text_width * (width + text_width) + router
     return [
-        Part(embedding, embedding if full else 0, patches),
-        Part(tower, tower if full else 0, tokens, used * 4 * width * tokens**2, full),
-        Part(projector, {"full": projector, "lora": router, "inference": 0}[mode], patches, 0, full),
+        ModelPart(embedding, embedding if full else 0, patches),
+        ModelPart(tower, tower if full else 0, tokens, used * 4 * width * tokens**2, full),
+        ModelPart(projector, {"full": projector, "lora": router, "inference": 0}[mode], patches, 0, full),
     ]
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """The data sheet's dense bfloat16 TFLOP/s; None for a device that is not known."""
+    """Return the dense bfloat16 TFLOP/s of a device; None if it is unknown."""
     return next((peak for part, peak in PEAK_TFLOPS if part in device_name), None)

@@ -1,4 +1,4 @@
-"""A model in its forms, stock, symphonized and folded, all on one set of weights; and the steps that are timed."""
+"""The forms of a model (stock, symphonized, folded) with shared weights, and the steps that are timed."""
 
 import copy
 from collections.abc import Collection
@@ -16,18 +16,18 @@ from symphony_hf.patching.symphonize import expert_graphs, symphonize
 from .flops import LORA_RANK, LORA_TARGETS
 
 DECAY = 0.999999
-"""Of the graphs that train: they move at every step, at their full cost, but so little that the routing, and with it
-the experts' work, stays the same as in the stock form."""
+"""Decay of the graphs in training. They are updated at every step, at their full cost, but change so little that the
+routing, and with it the work of the experts, stays that of the stock form."""
 
 LEARNING_RATE = 1e-5
 
 
 def training_forms(model: PreTrainedModel, mode: str) -> dict[str, nn.Module]:
-    """The stock and the symphonized form of a model, ready to train the same weights.
+    """Return the stock and the symphonized form of a model, ready to train shared weights.
 
     Args:
-        model: Fresh. It becomes the symphonized form.
-        mode: `lora`: adapters on the attention of the text model, and the routers, train. `full`: everything.
+        model: New model. It becomes the symphonized form.
+        mode: `lora` trains adapters on the text model's attention, and the routers. `full` trains everything.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forms: dict[str, Any] = {"stock": _share_weights(model), "symphony": symphonize(model, decay=DECAY)}
@@ -37,12 +37,12 @@ def training_forms(model: PreTrainedModel, mode: str) -> dict[str, nn.Module]:
 
 
 def inference_forms(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The symphonized form with graphs as training leaves them, its folded form, and a stock one with the same routers.
+    """Return the symphonized form, with graphs as after training, its folded form, and a stock one with folded routers.
 
-    The three compute the same, and share all weights but the routers'.
+    The three compute the same, and share all weights except the routers'.
 
     Args:
-        model: Fresh. It becomes the symphonized form.
+        model: New model. It becomes the symphonized form.
     """
     symphonize(model)
     _move_graphs(model)
@@ -54,12 +54,12 @@ def inference_forms(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _share_weights(model: PreTrainedModel, own: Collection[int] = ()) -> PreTrainedModel:
-    """A copy of a model's modules around the same parameters, but for those with an id in `own`."""
+    """Copy a model's modules, but share its parameters, except those with an id in `own`."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
 def _move_graphs(model: nn.Module) -> None:
-    """Give each graph neighbours, few beside its diagonal, as a learned one has."""
+    """Add small off-diagonal entries to each graph, as training does."""
     generator = torch.Generator().manual_seed(0)
     for name in expert_graphs(model):
         router: Any = model.get_submodule(name)
@@ -70,7 +70,7 @@ def _move_graphs(model: nn.Module) -> None:
 
 
 def _adapt(forms: dict[str, Any], targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Put one set of adapters around both forms. A router in `modules_to_save` trains, and keeps its graph."""
+    """Add one shared set of adapters to both forms. Routers in `modules_to_save` train, and keep their graphs."""
     routers = list(expert_graphs(forms["symphony"]))
     config = LoraConfig(
         r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(targets), modules_to_save=routers, lora_dropout=0.0
@@ -84,7 +84,7 @@ def _adapt(forms: dict[str, Any], targets: tuple[str, ...]) -> dict[str, nn.Modu
 
 
 def optimizer_name(mode: str) -> str | None:
-    """AdamW for adapters; for everything bitsandbytes' 8-bit AdamW, or, without it, torch's Adafactor."""
+    """Return AdamW for adapters; for full training bitsandbytes' 8-bit AdamW, or Adafactor without bitsandbytes."""
     if mode != "full":
         return "AdamW" if mode == "lora" else None
     try:
@@ -95,13 +95,13 @@ def optimizer_name(mode: str) -> str | None:
 
 
 def make_optimizer(name: str, forms: dict[str, nn.Module]) -> torch.optim.Optimizer:
-    """One optimizer of the weights that the forms share."""
-    # Those of the shared experts of size 0 have no entries, which optimizers divide by.
+    """Create the optimizer of the weights that the forms share."""
+    # Shared experts of size 0 have empty parameters, and optimizers divide by the number of elements.
     trained = [p for p in forms["stock"].parameters() if p.requires_grad and p.numel() > 0]
     if name == "AdamW":
         return torch.optim.AdamW(trained, lr=LEARNING_RATE)
     if name == "Adafactor":
-        # One tensor at a time: all at once hold a second set of gradients.
+        # One tensor at a time: `foreach` would hold a second set of gradients.
         return torch.optim.Adafactor(trained, lr=LEARNING_RATE, foreach=False)
     import bitsandbytes
 
@@ -111,7 +111,7 @@ def make_optimizer(name: str, forms: dict[str, nn.Module]) -> torch.optim.Optimi
 def training_step(
     model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, has_graphs: bool
 ) -> Tensor:
-    """Forward, backward, optimizer step, and, where there are graphs, theirs. Returns the loss."""
+    """Run forward, backward and optimizer step, and update the graphs if there are any. Returns the loss."""
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     optimizer.step()
@@ -123,6 +123,6 @@ def training_step(
 
 @torch.inference_mode()
 def prefill_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Read the prompt: fill the cache, and give the last token's logits. Returns their mean."""
+    """Run prefill: fill the cache and compute the logits of the last token. Returns their mean."""
     prompt = {name: value for name, value in batch.items() if name != "labels"}
     return model(**prompt, use_cache=True, logits_to_keep=1).logits.float().mean()

@@ -1,7 +1,6 @@
-"""What the graph costs on a GPU: whole models at their true shapes, stock against symphonized, in alternation.
+"""Benchmark of the graph's cost on a GPU: full-size models, stock and symphonized, timed in alternation.
 
-Run `python -m symphony_hf.experiments.bench.gpu.measure`; README.md of the bench says what it measures and how to
-read it.
+Run `python -m symphony_hf.experiments.bench.gpu.measure`. The README.md of the bench explains the results.
 """
 
 import argparse
@@ -22,19 +21,19 @@ from symphony_hf.compat import versions
 from symphony_hf.errors import SymphonyError
 from symphony_hf.experiments.bench.timing import Limits, TimeIsUpError
 
-from .case import Case, DoesNotFitError, Place, measure
+from .case import Case, Device, DoesNotFitError, measure
 from .flops import MODES, idle_parameters, peak_tflops
-from .memory import count_parameters
+from .memory import parameter_shapes
 from .record import Record, header, line_of
 from .shapes import NAMES, config_of, image_tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the options ask for. Returns the exit code: 1 where nothing could be measured."""
+    """Run the benchmark. Returns the exit code: 1 if nothing could be measured."""
     options = parse(arguments)
     end = time.perf_counter() + 60 * options.minutes
     transformers.logging.set_verbosity_error()
-    # The old name is the oldest transformers' only one.
+    # The oldest supported transformers has only the old name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:
         return run(options, end)
@@ -44,19 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; a bad one ends the program."""
+    """Parse the options. An invalid one ends the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", choices=NAMES, nargs="+", default=NAMES, help="both by default")
     add("--mode", choices=MODES, nargs="+", default=MODES, help="all by default")
-    add("--text_tokens", type=int, nargs="+", help="of a sequence, an image's on top; 512 and 2048 by default")
-    add("--max_tokens", type=int, default=8192, help="of a step; its micro-batch is the largest that fits in them")
-    add("--steps", type=int, default=20, help="of each form, after warm-up")
-    add("--seconds", type=float, default=90.0, help="for the steps of a case; five are taken in any case")
-    add("--minutes", type=float, default=8.0, help="for everything; the next run goes on from there")
-    add("--peak_tflops", type=float, help="of the device, dense bfloat16; known of A100, H100 and H200")
-    add("--output", type=Path, default=Path("gpu.json"), help="its rows are kept, and not measured again")
-    add("--tiny", action="store_true", help="tiny models on the CPU, to see that the script runs")
+    add(
+        "--text_tokens",
+        type=int,
+        nargs="+",
+        help="text tokens in a sequence; 512 and 2048 by default",
+    )
+    add("--max_tokens", type=int, default=8192, help="maximum number of tokens in a step")
+    add("--steps", type=int, default=20, help="steps of each form, after warm-up")
+    add("--seconds", type=float, default=90.0, help="time for the steps of a case; at least five are run")
+    add("--minutes", type=float, default=8.0, help="time for the whole run; the next run continues from there")
+    add("--peak_tflops", type=float, help="dense bfloat16 peak of the device; known for A100, H100 and H200")
+    add("--output", type=Path, default=Path("gpu.json"), help="result file; cases in it are not measured again")
+    add("--tiny", action="store_true", help="tiny models on the CPU, to test the script")
     options = parser.parse_args(arguments)
     for name in ("max_tokens", "steps", "seconds", "minutes", "peak_tflops"):
         value = getattr(options, name)
@@ -73,12 +77,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, end: float) -> int:
-    """Measure the cases that are not in the file yet, one after the other, until the time is up."""
-    place = find_place(options)
-    record = Record(options.output, measured_on(options, place))
+    """Measure the cases that are not in the file yet, until the time is up."""
+    device = find_device(options)
+    record = Record(options.output, measured_on(options, device))
     for name in options.model:
         config = config_of(name, options.tiny)
-        parameters = count_parameters(config)
+        parameters = sum(map(math.prod, parameter_shapes(config)))
         record.note_model(name, parameters, parameters - idle_parameters(config))
     tqdm.write("\n".join([header(), *map(line_of, record.rows)]))
     limits = Limits(options.steps, options.seconds, end)
@@ -87,14 +91,14 @@ def run(options: argparse.Namespace, end: float) -> int:
         if record.has(*which):
             continue
         try:
-            rows = measure(Case(*which, options.tiny), place, options.max_tokens, limits)
+            rows = measure(Case(*which, options.tiny), device, options.max_tokens, limits)
         except (DoesNotFitError, TimeIsUpError) as reason:
             record.leave_out(*which, str(reason))
         else:
             record.add(rows)
             tqdm.write("\n".join(map(line_of, rows)))
-        gc.collect()  # a model and its graphs refer to each other
-        if place.device.type == "cuda":
+        gc.collect()  # a model and its graphs are a reference cycle
+        if device.device.type == "cuda":
             torch.cuda.empty_cache()
     for line in record.left_out():
         tqdm.write(line)
@@ -102,20 +106,20 @@ def run(options: argparse.Namespace, end: float) -> int:
     return 0 if record.rows else 1
 
 
-def find_place(options: argparse.Namespace) -> Place:
-    """The CPU for tiny models, in float32; else the GPU, in bfloat16."""
+def find_device(options: argparse.Namespace) -> Device:
+    """Return the CPU, in float32, for tiny models; otherwise the GPU, in bfloat16."""
     if options.tiny:
-        return Place("cpu", torch.device("cpu"), torch.float32, None, options.peak_tflops)
+        return Device("cpu", torch.device("cpu"), torch.float32, None, options.peak_tflops)
     name, free_bytes = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
-    return Place(name, torch.device("cuda"), torch.bfloat16, free_bytes, options.peak_tflops or peak_tflops(name))
+    return Device(name, torch.device("cuda"), torch.bfloat16, free_bytes, options.peak_tflops or peak_tflops(name))
 
 
-def measured_on(options: argparse.Namespace, place: Place) -> dict[str, Any]:
-    """What the numbers depend on beside the case."""
+def measured_on(options: argparse.Namespace, device: Device) -> dict[str, Any]:
+    """Return what the measurements depend on besides the case."""
     return {
-        "device": place.name,
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "peak_tflops": place.peak_tflops,
+        "device": device.name,
+        "dtype": str(device.dtype).removeprefix("torch."),
+        "peak_tflops": device.peak_tflops,
         "max_tokens": options.max_tokens,
         "tiny": options.tiny,
         "versions": versions("peft"),

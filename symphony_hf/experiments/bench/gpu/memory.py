@@ -1,19 +1,22 @@
-"""An estimate of a step's memory: what cannot fit is not tried, and what can is tried at a fitting size."""
+"""Estimates of a step's memory, so that the micro-batch size starts near the largest that fits."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
+from symphony_hf.training.planning.optimizers import optimizer_of
+
 from .flops import lora_weights
 from .shapes import TOP_K, Inputs, build, image_tokens
 
-OPTIMIZER_BYTES = {"AdamW": 8.0, "AdamW8bit": 2.0, "Adafactor": 0.0}
-"""Of state, for a trained weight: two moments in float32, in 8 bits, and factored into a row and a column."""
+OPTIMIZERS = {"AdamW": "adamw_torch", "AdamW8bit": "adamw_bnb_8bit", "Adafactor": "adafactor"}
+"""Names in TrainingArguments, by which `symphony plan` knows the optimizers' states."""
 
 USABLE = 0.92
-"""Of the free memory: the rest goes to fragments and workspaces."""
+"""Usable share of the free memory. The rest is for fragmentation and workspaces."""
 
 GIB = 2**30
 
@@ -36,56 +39,65 @@ class Estimate:
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
-def count_parameters(config: PreTrainedConfig) -> int:
-    """All parameters of the model, which is built without storage."""
-    return sum(p.numel() for p in build(config, torch.device("meta"), torch.bfloat16).parameters())
+def parameter_shapes(config: PreTrainedConfig) -> list[tuple[int, ...]]:
+    """Return the shapes of a model's parameters, without allocating them."""
+    return [tuple(p.shape) for p in build(config, torch.device("meta"), torch.bfloat16).parameters()]
 
 
 def estimate(
-    config: PreTrainedConfig, parameters: int, mode: str, optimizer: str | None, dtype: torch.dtype, inputs: Inputs
+    config: PreTrainedConfig,
+    shapes: Sequence[tuple[int, ...]],
+    mode: str,
+    optimizer: str | None,
+    dtype: torch.dtype,
+    inputs: Inputs,
 ) -> Estimate:
-    """Estimate the memory of a step, with gradient checkpointing where it trains.
+    """Estimate the memory of a step. Training uses gradient checkpointing.
 
     Args:
-        config: What `config_of` returns.
-        parameters: Of the model.
+        config: Config of the model, from `config_of`.
+        shapes: Shapes of the model's parameters.
         mode: One of `flops.MODES`.
-        optimizer: A key of OPTIMIZER_BYTES; None in inference.
-        dtype: Of the weights.
-        inputs: Of the step.
+        optimizer: A key of OPTIMIZERS; None in inference.
+        dtype: Dtype of the weights.
+        inputs: Size of the step.
     """
     size, text = dtype.itemsize, config.get_text_config()
     adapters = lora_weights(text) if mode == "lora" else 0
-    trained = {"full": parameters, "lora": adapters, "inference": 0}[mode]
+    trained: list[tuple[tuple[int, ...], int]] = []
+    if mode == "full":
+        trained = [(shape, size) for shape in shapes]
+    elif mode == "lora":
+        trained = [((adapters,), 4)]  # PEFT keeps adapters in float32
     tokens = inputs.micro_batch * (inputs.text_tokens + image_tokens(config))
     return Estimate(
-        weights=parameters * size + adapters * 4,  # PEFT keeps adapters in float32
-        gradients=trained * (4 if mode == "lora" else size),
-        optimizer=trained * OPTIMIZER_BYTES[optimizer] if optimizer else 0.0,
+        weights=sum(map(math.prod, shapes)) * size + adapters * 4,
+        gradients=sum(math.prod(shape) * element for shape, element in trained),
+        optimizer=optimizer_of(OPTIMIZERS[optimizer]).state_bytes(trained) if optimizer else 0.0,
         activations=tokens * _activation_bytes(text, mode, size),
     )
 
 
 def _activation_bytes(text: PreTrainedConfig, mode: str, size: int) -> float:
-    """Of one token: those of the layer under way, and what is kept of the others."""
+    """Estimate the bytes of one token: those of the layer that runs, and what the other layers keep."""
     layer = 10 * text.hidden_size + TOP_K * (5 * text.intermediate_size + 3 * text.hidden_size)
     if mode == "inference":
         cache = 2 * text.num_hidden_layers * text.hidden_size
         return size * (layer + cache)
-    kept = text.num_hidden_layers * text.hidden_size  # each layer's input
-    logits = text.vocab_size * (2 * size + 3 * 4)  # them and their gradient; in float32, their softmax and gradient
+    kept = text.num_hidden_layers * text.hidden_size  # the input of each layer
+    logits = text.vocab_size * (2 * size + 3 * 4)  # logits and gradient; in float32, logits, softmax and gradient
     return size * (2 * layer + kept) + logits
 
 
-def fitting_micro_batch(needs: Callable[[int], float], most: int, free_bytes: float | None) -> int:
-    """The largest power of two of sequences that fits; 0 where not even one does.
+def fitting_micro_batch(needs: Callable[[int], float], limit: int, free_bytes: float | None) -> int:
+    """Return the largest micro-batch size that fits, a power of two; 0 if not even one sequence fits.
 
     Args:
-        needs: The bytes of a step with so many sequences.
-        most: Sequences, whatever would fit; one is tried in any case.
-        free_bytes: The device's; None where there is no bound.
+        needs: Function that returns the bytes of a step by its micro-batch size.
+        limit: Maximum micro-batch size. One sequence is always tried.
+        free_bytes: Free memory of the device; None for no bound.
     """
-    sequences = 1 << max(most, 1).bit_length() - 1
+    sequences = 1 << max(limit, 1).bit_length() - 1
     while sequences > 0 and free_bytes is not None and needs(sequences) > USABLE * free_bytes:
         sequences //= 2
     return sequences

@@ -1,4 +1,4 @@
-"""The rows: as JSON, written whole after every measurement, and as lines of text."""
+"""Measurements of the GPU benchmark, as a JSON file that is written after each case, and as lines of text."""
 
 import json
 import math
@@ -12,27 +12,27 @@ from symphony_hf.files import write_json
 
 
 @dataclass(frozen=True)
-class Measurement:
+class FormMeasurement:
     """One form of one model in one mode, at one length.
 
     Attributes:
         model: `7.4b` or `4.2b`.
         mode: `lora`, `full` or `inference` (prefill).
-        text_tokens: Of a sequence, without its image.
-        tokens: Of a sequence, with it.
-        micro_batch: Sequences of a step.
-        optimizer: None in inference.
-        form: `stock`; `symphony`: with graphs; `folded`: without, but in the routers' weights; `noise`: stock again.
-        rounds: How many times each form was timed.
-        milliseconds: Median over rounds of its step.
-        tokens_per_second: By that median.
-        peak_gib: The most memory that was held in its steps; None on a CPU.
-        estimated_gib: What was expected before.
-        teraflops: Of a step, by what the mathematics needs.
-        utilization: Of the device's peak; None where that is not known.
-        ratio: Median over rounds of its time over stock's in the same round; None of stock itself.
-        low: Their 25th percentile.
-        high: Their 75th percentile.
+        text_tokens: Number of tokens in a sequence, without its image.
+        tokens: Number of tokens in a sequence, with its image.
+        micro_batch: Number of sequences in a step.
+        optimizer: Name of the optimizer; None in inference.
+        form: `stock`, `symphony` (with graphs), `folded` (graphs folded into the routers), or `noise` (stock again).
+        rounds: Number of rounds.
+        milliseconds: Median time of a step over rounds.
+        tokens_per_second: Throughput at the median time.
+        peak_gib: Peak memory of the steps; None on a CPU.
+        estimated_gib: Memory estimate from before the run.
+        teraflops: Model FLOPs of a step, in units of 1e12.
+        utilization: Share of the device's peak; None if the peak is unknown.
+        ratio: Median over rounds of the time over stock's in the same round; None for stock.
+        low: 25th percentile of these ratios.
+        high: 75th percentile of these ratios.
     """
 
     model: str
@@ -57,18 +57,18 @@ class Measurement:
         numbers = {name: value for name, value in asdict(self).items() if isinstance(value, float)}
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
-            raise ValueError(f"{self.model}, {self.mode}, {self.form}: {', '.join(bad)} is no finite number")
+            raise ValueError(f"{self.model}, {self.mode}, {self.form}: {', '.join(bad)} is not finite")
 
 
 class Record:
-    """What was measured so far, in a file. What is in the file already, from the same machine, is kept.
+    """Measurements in a JSON file. Those that the file already has are kept.
 
     Args:
-        path: The JSON file.
-        measured_on: The device and the versions; rows of others do not go into the same file.
+        path: Path of the JSON file.
+        measured_on: Device, versions and settings, which must be the same for all rows of a file.
 
     Raises:
-        ConfigError: If the file is there, and is of another machine, of other versions, or no record.
+        ConfigError: If the file is from another device or from other versions, or is not a record.
     """
 
     def __init__(self, path: Path, measured_on: dict[str, Any]) -> None:
@@ -78,37 +78,37 @@ class Record:
             found = _read(path)
             if found["measured_on"] != measured_on:
                 raise ConfigError(
-                    f"{path} has rows of {found['measured_on']}, and this is {measured_on}: give another --output"
+                    f"{path} has measurements of {found['measured_on']}, not {measured_on}: give another --output"
                 )
             self.values |= {name: found[name] for name in ("models", "rows")}
         self.write()
 
     @property
-    def rows(self) -> list[Measurement]:
-        return [Measurement(**row) for row in self.values["rows"]]
+    def rows(self) -> list[FormMeasurement]:
+        return [FormMeasurement(**row) for row in self.values["rows"]]
 
     def has(self, model: str, mode: str, text_tokens: int) -> bool:
-        """Whether a measurement is there."""
+        """Whether a case has been measured."""
         return any((row.model, row.mode, row.text_tokens) == (model, mode, text_tokens) for row in self.rows)
 
-    def add(self, rows: Sequence[Measurement]) -> None:
-        """Keep the rows of one measurement."""
+    def add(self, rows: Sequence[FormMeasurement]) -> None:
+        """Add the measurements of a case, and write the file."""
         self.values["rows"] += [asdict(row) for row in rows]
         self.write()
 
     def note_model(self, name: str, parameters: int, active: int) -> None:
-        """Keep how large a model is."""
+        """Record the size of a model."""
         self.values["models"][name] = {"parameters": parameters, "active_parameters": active}
         self.write()
 
     def leave_out(self, model: str, mode: str, text_tokens: int, reason: str) -> None:
-        """Keep why a measurement is not there."""
+        """Record why a case was not measured."""
         left_out = {"model": model, "mode": mode, "text_tokens": text_tokens, "reason": reason}
         self.values["not_measured"].append(left_out)
         self.write()
 
     def left_out(self) -> list[str]:
-        """A line of text on each measurement that is not there."""
+        """Return one line of text for each case that was not measured."""
         line = "not measured: {model} {mode}, {text_tokens} tokens of text: {reason}"
         return [line.format(**left_out) for left_out in self.values["not_measured"]]
 
@@ -117,18 +117,18 @@ class Record:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    names = {field.name for field in fields(Measurement)}
+    names = {field.name for field in fields(FormMeasurement)}
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         whole = {"measured_on", "models", "rows"} <= set(values) and all(set(row) == names for row in values["rows"])
     except (OSError, ValueError, TypeError):
         whole = False
     if not whole:
-        raise ConfigError(f"{path} is there, and is no record of this script's: give another --output")
+        raise ConfigError(f"{path} is not a result of this benchmark: give another --output")
     return values
 
 
-_COLUMNS = {  # and their widths; negative ones are set to the left
+_COLUMNS = {  # widths; negative for left-aligned columns
     "model": -5,
     "mode": -9,
     "optimizer": -10,
@@ -145,12 +145,12 @@ _COLUMNS = {  # and their widths; negative ones are set to the left
 
 
 def header() -> str:
-    """The names of the columns."""
+    """Return the line of column names."""
     return _line(list(_COLUMNS))
 
 
-def line_of(row: Measurement) -> str:
-    """One row as text; `-` where there is no number."""
+def line_of(row: FormMeasurement) -> str:
+    """Return a measurement as a line of text, with `-` for missing numbers."""
     return _line(
         [
             row.model,

@@ -1,4 +1,4 @@
-"""The 7.4B and the 4.2B model at their true shapes, and tiny ones of the same kind. Weights are random, and seeded."""
+"""The 7.4B and the 4.2B model at full size, and tiny ones of the same kind, with seeded random weights."""
 
 import warnings
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ CLIP_L_336: dict[str, Any] = {
     "patch_size": 14,
 }
 NUM_EXPERTS, TOP_K = 4, 2
-# What makes a Qwen2-MoE compute what Phi-3 with upcycled MLPs does.
+# Settings with which Qwen2-MoE computes what Phi-3 with upcycled MLPs does.
 UPCYCLED: dict[str, Any] = {
     "model_type": "qwen2_moe",
     "num_experts": NUM_EXPERTS,
@@ -73,11 +73,11 @@ NAMES = ("7.4b", "4.2b")
 
 @dataclass(frozen=True)
 class Inputs:
-    """How much goes into one step.
+    """Size of one step.
 
     Attributes:
-        micro_batch: Sequences.
-        text_tokens: Of each; an image's come on top of them.
+        micro_batch: Number of sequences.
+        text_tokens: Number of text tokens in each, without those of an image.
     """
 
     micro_batch: int
@@ -85,27 +85,27 @@ class Inputs:
 
 
 def config_of(name: str, tiny: bool = False) -> PreTrainedConfig:
-    """The config of a model of NAMES."""
+    """Return the config of a model in NAMES."""
     text = {**PHI3_MINI, **(TINY if tiny else {})}
     if name == "7.4b":
         return AutoConfig.for_model(**text, **UPCYCLED, moe_intermediate_size=text["intermediate_size"])
     return LlavaConfig(
         text_config={**text, "model_type": "phi3"},
         vision_config={**CLIP_L_336, **(TINY_VISION if tiny else {})},
-        image_token_index=text["vocab_size"] - 1,  # which the random text leaves out
+        image_token_index=text["vocab_size"] - 1,  # never in the random text
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
 
 
 def build(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, made on the device and in the type that it will run in.
+    """Build a model with random weights on a device.
 
     Args:
-        config: What `config_of` returns.
-        device: `meta` gives the shapes alone.
-        dtype: Of the weights.
-        seed: Of the weights.
+        config: Config of the model, from `config_of`.
+        device: Device; `meta` for shapes only.
+        dtype: Dtype of the weights.
+        seed: Seed of the weights.
     """
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if vision_of(config) is None else AutoModelForImageTextToText
@@ -118,18 +118,18 @@ def build(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, se
 
 
 def vision_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """The config of the model's vision tower; None where it reads text alone."""
+    """Return the config of the model's vision tower; None for a text model."""
     return getattr(config, "vision_config", None)
 
 
 def image_tokens(config: PreTrainedConfig) -> int:
-    """How many tokens a sequence's image becomes."""
+    """Return the number of tokens of a sequence's image."""
     vision = vision_of(config)
     return 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
 
 
 def random_batch(model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
-    """Random tokens without padding, after an image where the model sees, and their labels."""
+    """Return random tokens without padding, after an image for a vision-language model, and their labels."""
     config, device = model.config, model.device
     generator = torch.Generator(device).manual_seed(seed)
     shape = inputs.micro_batch, inputs.text_tokens
