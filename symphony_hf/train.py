@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(words[0], parse_overrides(words[1:]))
         # Only once the recipe is valid: these imports take seconds.
-        from symphony_hf.training.launch import launching_words
+        from symphony_hf.training.launch import launch_command
         from symphony_hf.training.runner import prepare_run, run_recipe
 
-        command = shlex.join([*launching_words(), "-m", "symphony_hf.train", *words])
+        command = shlex.join([*launch_command(), "-m", "symphony_hf.train", *words])
 
         if dry_run:
             from symphony_hf.training.report import print_dry_run

@@ -16,7 +16,7 @@ from transformers import (
 from symphony_hf.patching.symphonize import is_symphonized
 
 from .callback import SymphonyCallback
-from .launch import Ask, check_launch, strategy_of
+from .launch import Request, check_launch, strategy_of
 from .router_losses import with_router_losses
 from .trainer import ResumableTrainer, resumable_sft_trainer
 
@@ -55,7 +55,7 @@ def train(
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback] | None = None,
     resume_from: Path | None = None,
-    asked: Sequence[Ask] = (),
+    requested: Sequence[Request] = (),
     collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     processor: Any = None,
     settings: Mapping[str, Any] | None = None,
@@ -69,7 +69,7 @@ def train(
         arguments: Training arguments. TRL's SFTConfig selects SFTTrainer.
         callbacks: Further callbacks, called before the reporting ones.
         resume_from: Complete checkpoint to resume from.
-        asked: Requested launch, compared with the one that the Trainer runs.
+        requested: Requested launch, compared with the one that the Trainer runs.
         collator: Function that makes a batch of examples; transformers' default if None.
         processor: Tokenizer or processor of the model, for SFTTrainer.
         settings: Settings of the run to record in each checkpoint.
@@ -91,7 +91,7 @@ def train(
         processing_class=processor if is_sft else None,
     )
     trainer.run_settings = settings
-    check_launch(asked, trainer.accelerator.num_processes, strategy_of(trainer.accelerator.state))
+    check_launch(requested, trainer.accelerator.num_processes, strategy_of(trainer.accelerator.state))
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(StepProgress())

@@ -14,7 +14,7 @@ from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import LaunchSection
 
 
-class Ask(NamedTuple):
+class Request(NamedTuple):
     """One requested property of the launch, and who requested it."""
 
     who: str
@@ -22,19 +22,19 @@ class Ask(NamedTuple):
     wanted: Any
 
 
-def check_launch(asked: Sequence[Ask], processes: int, strategy: str) -> None:
+def check_launch(requested: Sequence[Request], processes: int, strategy: str) -> None:
     """Compare the requested launch with the one that runs, or is about to.
 
     Args:
-        asked: Requests, from `asks`.
+        requested: Requests, from `requests_of`.
         processes: Number of processes that train together.
-        strategy: Strategy, from `strategy_to_come` or `strategy_of`.
+        strategy: Strategy, from `expected_strategy` or `strategy_of`.
 
     Raises:
         ConfigError: If they differ.
     """
     running = {"processes": processes, "strategy": strategy}
-    for who, what, wanted in asked:
+    for who, what, wanted in requested:
         found = running[what]
         any_stage = wanted == "zero" and strategy.startswith("zero")
         if found != wanted and not any_stage:
@@ -46,12 +46,12 @@ def check_launch(asked: Sequence[Ask], processes: int, strategy: str) -> None:
             )
 
 
-def asks(section: LaunchSection, arguments: TrainingArguments) -> list[Ask]:
+def requests_of(section: LaunchSection, arguments: TrainingArguments) -> list[Request]:
     """Return the requests of the recipe, its train section and the launcher of this process."""
-    return [*_asks_of_recipe(section), *_asks_of_arguments(arguments), *_asks_of_launcher()]
+    return [*_requests_of_recipe(section), *_requests_of_arguments(arguments), *_requests_of_launcher()]
 
 
-def strategy_to_come(arguments: TrainingArguments) -> str:
+def expected_strategy(arguments: TrainingArguments) -> str:
     """Return the strategy that accelerate will use, as far as it is known before a Trainer is created."""
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is not None and not _is_on("ACCELERATE_USE_CPU"):
@@ -81,10 +81,12 @@ def check_launch_of_trainer(arguments: TrainingArguments) -> None:
     from accelerate.state import AcceleratorState
 
     state = AcceleratorState()
-    check_launch([*_asks_of_arguments(arguments), *_asks_of_launcher()], state.num_processes, strategy_of(state))
+    check_launch(
+        [*_requests_of_arguments(arguments), *_requests_of_launcher()], state.num_processes, strategy_of(state)
+    )
 
 
-def launching_words() -> list[str]:
+def launch_command() -> list[str]:
     """Return the command line, up to `-m`, that launches the same processes again.
 
     It spells out the part of accelerate's configuration that is in the environment: the number of processes, the
@@ -112,29 +114,29 @@ def launching_words() -> list[str]:
     return words
 
 
-def _asks_of_recipe(section: LaunchSection) -> Iterator[Ask]:
+def _requests_of_recipe(section: LaunchSection) -> Iterator[Request]:
     for what in ("processes", "strategy"):
         if getattr(section, what) is not None:
-            yield Ask("the recipe", what, getattr(section, what))
+            yield Request("the recipe", what, getattr(section, what))
 
 
-def _asks_of_arguments(arguments: TrainingArguments) -> Iterator[Ask]:
+def _requests_of_arguments(arguments: TrainingArguments) -> Iterator[Request]:
     if arguments.deepspeed:
-        yield Ask("the train section", "strategy", "zero")
+        yield Request("the train section", "strategy", "zero")
     if arguments.fsdp:
-        yield Ask("the train section", "strategy", "fsdp")
+        yield Request("the train section", "strategy", "fsdp")
 
 
-def _asks_of_launcher() -> Iterator[Ask]:
+def _requests_of_launcher() -> Iterator[Request]:
     if "WORLD_SIZE" in os.environ:
-        yield Ask("the launcher", "processes", int(os.environ["WORLD_SIZE"]))
+        yield Request("the launcher", "processes", int(os.environ["WORLD_SIZE"]))
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         # With a DeepSpeed config file, the stage is in that file.
         in_file = "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ
         stage = "" if in_file else os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        yield Ask("the launcher", "strategy", f"zero{stage}")
+        yield Request("the launcher", "strategy", f"zero{stage}")
     if _is_on("ACCELERATE_USE_FSDP"):
-        yield Ask("the launcher", "strategy", "fsdp")
+        yield Request("the launcher", "strategy", "fsdp")
 
 
 def _is_on(name: str) -> bool:

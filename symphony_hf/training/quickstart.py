@@ -171,7 +171,7 @@ def _train(
     model: PreTrainedModel, recipe: Recipe, blocks: torch.Tensor, validation: torch.Tensor
 ) -> tuple[dict[str, list[tuple[float, float]]], float]:
     timer = _StepTimer()
-    trainer = train(model, BlockDataset(blocks), BlockDataset(_some(validation)), training_arguments(recipe), [timer])
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_sample(validation)), training_arguments(recipe), [timer])
     return _curves(trainer.state.log_history), timer.median()
 
 
@@ -181,7 +181,7 @@ def _model_config() -> dict[str, Any]:
     return config
 
 
-def _some(blocks: torch.Tensor, most: int = 64) -> torch.Tensor:
+def _sample(blocks: torch.Tensor, most: int = 64) -> torch.Tensor:
     """Return evenly spaced validation blocks, enough for a curve."""
     return blocks[:: max(1, len(blocks) // most)][:most]
 

@@ -16,7 +16,7 @@ from symphony_hf.files import write_text
 from symphony_hf.recipe import Recipe
 from symphony_hf.tables import Table
 
-from .launch import strategy_of, strategy_to_come
+from .launch import expected_strategy, strategy_of
 from .models import add_graph, empty_model
 from .monitor import PICTURE
 from .trainer import ResumableTrainer
@@ -158,7 +158,7 @@ def print_dry_run(recipe: Recipe, arguments: TrainingArguments, console: "Consol
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     length = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
     rows = {
-        "processes, strategy": f"{arguments.world_size}, {strategy_to_come(arguments)}",
+        "processes, strategy": f"{arguments.world_size}, {expected_strategy(arguments)}",
         "device": str(arguments.device),
         "length": length,
         "optimizer step": f"{per_step} sequences of at most {recipe.data.block_size} tokens",

@@ -21,7 +21,7 @@ from symphony_hf.recipe import Recipe
 from .arguments import training_arguments
 from .final_evaluation import measure
 from .fit import train
-from .launch import Ask, asks, check_launch, strategy_to_come
+from .launch import Request, check_launch, expected_strategy, requests_of
 from .models import add_adapters, add_graph, choose_trained, load_model
 from .monitor import GraphMonitor
 from .processors import load_processor
@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             file cannot be written.
     """
     started, output = time.perf_counter(), Path(recipe.output.directory)
-    arguments, asked = prepare_run(recipe)
+    arguments, requested = prepare_run(recipe)
     settings = _settings(recipe, arguments)
     checkpoint = checkpoint_to_resume(arguments)
     if checkpoint is not None:
@@ -70,10 +70,10 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         )
     torch.manual_seed(arguments.seed)
     model = load_model(recipe, getattr(processor, "tokenizer", processor))
-    if strategy_to_come(arguments) == "zero3":
+    if expected_strategy(arguments) == "zero3":
         set_aside_empty_parameters(model)
     add_graph(model, recipe)
-    if recipe.data.packing and strategy_to_come(arguments) != "zero3":  # whose weights are partitioned
+    if recipe.data.packing and expected_strategy(arguments) != "zero3":  # whose weights are partitioned
         check_packing(model)
     if checkpoint is not None:
         _check_same_graphs(model, checkpoint)
@@ -86,7 +86,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         arguments,
         [GraphMonitor()] if is_symphonized(model) else None,
         checkpoint,
-        asked,
+        requested,
         data.collator,
         processor,
         settings,
@@ -108,7 +108,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     return results
 
 
-def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
+def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
     """Make the training arguments, and refuse what can be refused before data and weights are loaded.
 
     Returns:
@@ -120,16 +120,16 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Ask]]:
     """
     check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
     arguments = training_arguments(recipe)
-    asked = asks(recipe.launch, arguments)
-    strategy = strategy_to_come(arguments)
+    requested = requests_of(recipe.launch, arguments)
+    strategy = expected_strategy(arguments)
     if recipe.model.quantization is not None and strategy in ("zero3", "fsdp"):
         raise ConfigError("model: 4-bit weights cannot be partitioned over processes: use `ddp` or `zero2`")
-    check_launch(asked, arguments.world_size, strategy)
+    check_launch(requested, arguments.world_size, strategy)
     if strategy.startswith("zero"):
         prepare_deepspeed(arguments.device)
     if strategy == "zero3":
         gather_when_saving(arguments.deepspeed_plugin)
-    return arguments, asked
+    return arguments, requested
 
 
 def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:

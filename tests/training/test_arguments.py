@@ -94,7 +94,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_partitioned_4_bit_weights_are_refused(strategy, monkeypatch):
     """Whether the recipe or the launcher requests partitioning."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: object())
-    monkeypatch.setattr(runner, "strategy_to_come", lambda arguments: strategy)
+    monkeypatch.setattr(runner, "expected_strategy", lambda arguments: strategy)
     path = RECIPES / "mixtral-8x7b-qlora" / "config.yaml"
     with pytest.raises(ConfigError, match="4-bit weights cannot be partitioned"):
         runner.prepare_run(load_recipe(path, {"use_cpu": True, "bf16": False}))

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from symphony_hf import ConfigError, SymphonyCallback, symphonize
 from symphony_hf.config import parse_settings
 from symphony_hf.recipe import LaunchSection
-from symphony_hf.training.launch import Ask, asks, check_launch, launching_words, strategy_to_come
+from symphony_hf.training.launch import Request, check_launch, expected_strategy, launch_command, requests_of
 
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU")
 
@@ -36,32 +36,32 @@ def plugin(stage):
 
 
 def test_requests_are_collected(monkeypatch):
-    assert asks(LaunchSection(), arguments()) == []
+    assert requests_of(LaunchSection(), arguments()) == []
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    asked = asks(LaunchSection(processes=4, strategy="zero3"), arguments(deepspeed="ds.json"))
-    assert asked == [
-        Ask("the recipe", "processes", 4),
-        Ask("the recipe", "strategy", "zero3"),
-        Ask("the train section", "strategy", "zero"),
-        Ask("the launcher", "processes", 4),
-        Ask("the launcher", "strategy", "zero3"),
+    requested = requests_of(LaunchSection(processes=4, strategy="zero3"), arguments(deepspeed="ds.json"))
+    assert requested == [
+        Request("the recipe", "processes", 4),
+        Request("the recipe", "strategy", "zero3"),
+        Request("the train section", "strategy", "zero"),
+        Request("the launcher", "processes", 4),
+        Request("the launcher", "strategy", "zero3"),
     ]
-    check_launch(asked, 4, "zero3")
+    check_launch(requested, 4, "zero3")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")  # which says the stage
-    check_launch(asks(LaunchSection(), arguments()), 4, "zero1")
+    check_launch(requests_of(LaunchSection(), arguments()), 4, "zero1")
 
 
 @pytest.mark.parametrize(
     ("wanted", "processes", "strategy"),
     [
-        (Ask("the recipe", "processes", 2), 1, "single"),
-        (Ask("the recipe", "strategy", "zero3"), 2, "zero2"),
-        (Ask("the recipe", "strategy", "single"), 2, "ddp"),
-        (Ask("the launcher", "strategy", "fsdp"), 2, "ddp"),
-        (Ask("the launcher", "strategy", "zero"), 2, "ddp"),
-        (Ask("the launcher", "strategy", "zero2"), 2, "ddp"),
+        (Request("the recipe", "processes", 2), 1, "single"),
+        (Request("the recipe", "strategy", "zero3"), 2, "zero2"),
+        (Request("the recipe", "strategy", "single"), 2, "ddp"),
+        (Request("the launcher", "strategy", "fsdp"), 2, "ddp"),
+        (Request("the launcher", "strategy", "zero"), 2, "ddp"),
+        (Request("the launcher", "strategy", "zero2"), 2, "ddp"),
     ],
 )
 def test_each_downgrade_is_refused(wanted, processes, strategy):
@@ -71,13 +71,13 @@ def test_each_downgrade_is_refused(wanted, processes, strategy):
 
 def test_the_strategy_is_predicted(monkeypatch):
     gpu = torch.device("cuda")
-    assert strategy_to_come(arguments()) == "single"
-    assert strategy_to_come(arguments(world_size=2)) == "ddp"
-    assert strategy_to_come(arguments(world_size=2, fsdp="full_shard")) == "ddp"
-    assert strategy_to_come(arguments(world_size=2, fsdp="full_shard", device=gpu)) == "fsdp"
-    assert strategy_to_come(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "zero2"
+    assert expected_strategy(arguments()) == "single"
+    assert expected_strategy(arguments(world_size=2)) == "ddp"
+    assert expected_strategy(arguments(world_size=2, fsdp="full_shard")) == "ddp"
+    assert expected_strategy(arguments(world_size=2, fsdp="full_shard", device=gpu)) == "fsdp"
+    assert expected_strategy(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "zero2"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert strategy_to_come(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "ddp"
+    assert expected_strategy(arguments(world_size=2, deepspeed_plugin=plugin(2))) == "ddp"
 
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -105,7 +105,7 @@ def test_a_report_has_the_launcher_in_its_command(environment, words, monkeypatc
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert launching_words() == words.split()
+    assert launch_command() == words.split()
 
 
 def test_a_recipe_names_known_strategies():
@@ -157,7 +157,7 @@ def launch(tmp_path, launcher, *overrides, **environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "environment", "asked"),
+    ("launcher", "environment", "message"),
     [
         (f"{ACCELERATE} --cpu --num_processes 2", {}, "the recipe asks for processes `2`"),
         (f"{TORCHRUN}", {"ACCELERATE_USE_FSDP": "true"}, "the launcher asks for strategy `fsdp`"),
@@ -168,12 +168,12 @@ def launch(tmp_path, launcher, *overrides, **environment):
         ),
     ],
 )
-def test_a_downgraded_launch_is_refused(launcher, environment, asked, tmp_path):
+def test_a_downgraded_launch_is_refused(launcher, environment, message, tmp_path):
     if "deepspeed" in launcher:
         pytest.importorskip("deepspeed")
     result = launch(tmp_path, launcher, "--launch.processes", "2", **environment)
     assert result.returncode != 0
-    assert asked in result.stderr, result.stderr[-3000:]
+    assert message in result.stderr, result.stderr[-3000:]
     assert not (tmp_path / "run").exists()
 
 

@@ -144,7 +144,7 @@ def memory_of(
         "optimizer": optimizer.state_bytes(states.trained),
         "activations": activations,
         "graph": states.graph,
-        "buffers": exchanged + max(0, optimizer.passing_bytes(states.trained) - activations),
+        "buffers": exchanged + max(0, optimizer.temporary_bytes(states.trained) - activations),
     }
     if not launch.on_gpu:
         return Memory(host=parts)

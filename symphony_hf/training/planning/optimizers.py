@@ -43,28 +43,28 @@ class Optimizer:
 
     Attributes:
         state: Function of a weight's shape and element size that returns the bytes of its states.
-        passing_of_all: Number of copies of all weights that a step makes at once, as torch's `foreach` forms do on a
+        copies_of_all: Number of copies of all weights that a step makes at once, as torch's `foreach` forms do on a
             GPU.
-        passing_of_largest: Function of the element size that returns the temporary bytes per element of one weight,
+        temporary_of_largest: Function of the element size that returns the temporary bytes per element of one weight,
             for optimizers that update one weight after another.
     """
 
     state: Callable[[Sequence[int], int], int]
-    passing_of_all: int = 0
-    passing_of_largest: Callable[[int], int] = lambda size: 0
+    copies_of_all: int = 0
+    temporary_of_largest: Callable[[int], int] = lambda size: 0
 
     def state_bytes(self, weights: Shapes) -> int:
         return sum(self.state(shape, size) for shape, size in weights)
 
-    def passing_bytes(self, weights: Shapes) -> int:
+    def temporary_bytes(self, weights: Shapes) -> int:
         sizes = [(math.prod(shape), size) for shape, size in weights]
-        largest = max((self.passing_of_largest(size) * numel for numel, size in sizes), default=0)
-        return self.passing_of_all * sum(numel * size for numel, size in sizes) + largest
+        largest = max((self.temporary_of_largest(size) * numel for numel, size in sizes), default=0)
+        return self.copies_of_all * sum(numel * size for numel, size in sizes) + largest
 
 
 _ADAM8, _LION8 = Optimizer(_eight_bit(2)), Optimizer(_eight_bit(1))
 _OPTIMIZERS = {
-    "adamw_torch": Optimizer(_moments(2), passing_of_all=1),
+    "adamw_torch": Optimizer(_moments(2), copies_of_all=1),
     "adamw_torch_fused": Optimizer(_moments(2)),
     "adamw_bnb_8bit": _ADAM8,
     "adamw_8bit": _ADAM8,
@@ -75,10 +75,10 @@ _OPTIMIZERS = {
     "lion_32bit": Optimizer(_float32(1)),
     "paged_lion_32bit": Optimizer(_float32(1)),
     # Two float32 elements per element of the weight; for a 16-bit weight also float32 copies of it and its gradient.
-    "adafactor": Optimizer(_factored, passing_of_largest=lambda size: 8 if size == 4 else 16),
+    "adafactor": Optimizer(_factored, temporary_of_largest=lambda size: 8 if size == 4 else 16),
     "sgd": Optimizer(_moments(0)),
-    "adagrad": Optimizer(_moments(1), passing_of_all=2),
-    "rmsprop": Optimizer(_moments(1), passing_of_all=1),
+    "adagrad": Optimizer(_moments(1), copies_of_all=2),
+    "rmsprop": Optimizer(_moments(1), copies_of_all=1),
 }
 """Optimizers by their names in TrainingArguments, as Trainer creates them: SGD without momentum, Adafactor without a
 first moment. Paged states are counted as GPU memory, where they stay as long as there is room."""

@@ -134,7 +134,7 @@ def test_optimizers_use_the_planned_bytes(name, dtype):
     with live:
         optimizer.step()
     # Rows and columns of Adafactor, and counters, are the rest.
-    assert optimizer_of(name).passing_bytes(shapes) == pytest.approx(live.peak, rel=0.02, abs=64)
+    assert optimizer_of(name).temporary_bytes(shapes) == pytest.approx(live.peak, rel=0.02, abs=64)
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
