@@ -79,7 +79,7 @@ def match_graphs(graphs: Mapping[str, Tensor], routers: Sequence[tuple[str, int]
         where: The path, for error messages.
 
     Raises:
-        GraphError: If a router has none, or it is not a social graph of that many experts.
+        GraphError: If a router has none, or it is not a co-selection graph of that many experts.
     """
     on_disk = _names_on_disk(graphs, [name for name, _ in routers])
     missing = [name for name, _ in routers if name not in on_disk]

@@ -105,7 +105,7 @@ def _from_report(folder: ModelFolder, report: Mapping[str, Any]) -> Results:
     for text in ("clean", "attacked"):
         value, *interval = (float(arm[text][name]) for name in ("estimate", "low", "high", "confidence"))
         scores.append(Score("perplexity", value, text, *interval))
-    others = {**_ratio(scores), "routing choices kept under attack": f"{arm['routing_kept']:.2%}"}
+    others = {**_ratio(scores), "routing stability under attack": f"{arm['routing_kept']:.2%}"}
     return Results(scores, _of_documents(report["documents"]), report["corpus"]["source"], others=others)
 
 

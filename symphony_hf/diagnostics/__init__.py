@@ -6,6 +6,7 @@ from .graph_metrics import (
     communities,
     coselection_lift,
     drift,
+    graph_summary,
     load,
     load_entropy,
     modularity,
@@ -24,7 +25,6 @@ from .routing_metrics import (
     router_margin,
     router_saturation,
 )
-from .summary import graph_summary
 
 __all__ = [
     "centrality",

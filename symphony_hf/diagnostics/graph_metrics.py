@@ -1,10 +1,10 @@
-"""Numbers that describe one social graph of experts.
+"""Numbers that describe the co-selection graphs of experts.
 
-Every function takes one adjacency of shape (num_experts, num_experts): symmetric and non-negative, the moving
+Functions take one adjacency of shape (num_experts, num_experts): symmetric and non-negative, the moving
 average of the share of tokens that chose a pair of experts together, with each expert's load on the diagonal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from symphony_hf.errors import GraphError
 from symphony_hf.routing.graph import adjacency_problems, transition_matrix
 
-from .routing_metrics import normalized_entropy
+from .routing_metrics import DEAD, normalized_entropy
 
 
 def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tenso
         num_experts: Of the graph that is wanted; its own when None.
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
     """
     if adjacency_EE.dim() != 2 or len(adjacency_EE) < 2:
         raise GraphError(f"an adjacency of at least 2 experts was expected, got shape {tuple(adjacency_EE.shape)}")
@@ -35,7 +35,9 @@ def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tenso
     if not problems and not adjacency_EE.diagonal().sum() > 0:
         problems.append("no load on the diagonal")
     if problems:
-        raise GraphError(f"not a social graph: {'; '.join(problems)}. Pass the adjacency, not the transition matrix")
+        raise GraphError(
+            f"not a co-selection graph: {'; '.join(problems)}. Pass the adjacency, not the transition matrix"
+        )
     return adjacency_EE.detach().to(device="cpu", dtype=torch.float64)
 
 
@@ -49,7 +51,7 @@ def load(adjacency_EE: Tensor) -> Tensor:
         Shares that sum to 1, float64. Shape: (num_experts,).
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
     """
     load_E = checked_graph(adjacency_EE).diagonal()
     return load_E / load_E.sum()
@@ -62,7 +64,7 @@ def load_entropy(adjacency_EE: Tensor) -> float:
         adjacency_EE: A social graph. Shape: (num_experts, num_experts).
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
     """
     return normalized_entropy(load(adjacency_EE))
 
@@ -77,7 +79,7 @@ def off_diagonal_mass(adjacency_EE: Tensor) -> float:
         adjacency_EE: A social graph. Shape: (num_experts, num_experts).
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
     """
     adjacency_EE = checked_graph(adjacency_EE)
     return 1.0 - float(adjacency_EE.trace() / adjacency_EE.sum())
@@ -95,7 +97,7 @@ def spectral_gap(adjacency_EE: Tensor) -> float:
         were repeated, would blur the experts into one.
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
 
     Source: Chung, Spectral Graph Theory (1997), chapter 1. D^-1 A has the eigenvalues of the symmetric
     D^-1/2 A D^-1/2, to which it is similar.
@@ -121,7 +123,7 @@ def coselection_lift(adjacency_EE: Tensor, num_iterations: int = 200) -> Tensor:
         expert was never chosen with another. float64. Shape: (num_experts, num_experts).
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
 
     Source: Goodman, "The Analysis of Cross-Classified Data: Independence, Quasi-Independence, and Interactions in
     Contingency Tables with or without Missing Entries" (1968).
@@ -150,7 +152,7 @@ def cluster_order(adjacency_EE: Tensor) -> list[int]:
         The numbers of the experts, each once.
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
 
     Source: Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering" (2001).
     """
@@ -191,7 +193,7 @@ def communities(adjacency_EE: Tensor, seed: int = SEED) -> list[list[int]]:
         Every expert is in one; the largest first. An expert that was never chosen with another is alone.
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
 
     Source: Blondel et al., "Fast unfolding of communities in large networks" (2008), by networkx.
     """
@@ -217,7 +219,7 @@ def modularity(adjacency_EE: Tensor, groups: Sequence[Sequence[int]] | None = No
         meet itself, so unrelated experts score a little below 0, and the best groups of them above.
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
 
     Source: Newman, "Modularity and community structure in networks" (2006), by networkx.
     """
@@ -240,7 +242,7 @@ def centrality(adjacency_EE: Tensor, damping: float = 0.85) -> Tensor:
         Shares that sum to 1, float64. Shape: (num_experts,).
 
     Raises:
-        GraphError: If it is no social graph.
+        GraphError: If it is no co-selection graph.
 
     Source: Brin and Page, "The Anatomy of a Large-Scale Hypertextual Web Search Engine" (1998), by networkx.
     """
@@ -261,3 +263,32 @@ def drift(before_EE: Tensor, after_EE: Tensor) -> float:
     """
     before_EE, after_EE = checked_graph(before_EE, len(after_EE)), checked_graph(after_EE)
     return float((after_EE - before_EE).norm() / after_EE.norm())
+
+
+def graph_summary(graphs: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """Summarize a model\'s graphs as means over its routers.
+
+    Args:
+        graphs: Adjacency by router. Shape of each: (num_experts, num_experts).
+        before: The same at an earlier time, for `drift`.
+
+    Returns:
+        `load_entropy`: over its maximum, log E; 1 when even. `dead_experts`: the share of experts with less than a
+        tenth of the even load. `busiest`: the highest load over the even one. `neighbours`: the share of the graph's
+        mass between different experts; it starts at 0 and tends to (K - 1) / K. `drift`: how far the graphs moved since
+        `before`, relative to their size (Frobenius); 0 without `before`.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    for name, adjacency_EE in graphs.items():
+        adjacency_EE = adjacency_EE.double()
+        load_E = adjacency_EE.diagonal() / adjacency_EE.diagonal().sum()
+        num_experts = len(load_E)
+        entropy = torch.special.entr(load_E).sum() / torch.tensor(float(num_experts)).log()
+        dead = (load_E < DEAD / num_experts).double().mean()
+        busiest = load_E.max() * num_experts
+        neighbours = 1 - adjacency_EE.diagonal().sum() / adjacency_EE.sum()
+        moved = torch.zeros(()) if before is None else (adjacency_EE - before[name].to(adjacency_EE)).norm()
+        values = torch.stack([entropy, dead, busiest, neighbours, moved / adjacency_EE.norm()])
+        sums += values.to(sums.device)
+    names = ("load_entropy", "dead_experts", "busiest", "neighbours", "drift")
+    return dict(zip(names, (sums / len(graphs)).tolist(), strict=True))

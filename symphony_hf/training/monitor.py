@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from symphony_hf.diagnostics.summary import graph_summary
+from symphony_hf.diagnostics.graph_metrics import graph_summary
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.files import replacing
 from symphony_hf.patching.symphonize import expert_graphs

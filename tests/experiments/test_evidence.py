@@ -225,7 +225,7 @@ def test_what_did_not_help_is_said(verdict):
     ablation["rows"][1]["against_shuffled"] = against
     wanted = (
         "**Control**: `smoe, graph` against itself with its experts shuffled: clean perplexity 0.5000 [0.4000, "
-        f"0.6000], {verdict}; routing kept under attack +50.00 [40.00, 60.00] points, {verdict}."
+        f"0.6000], {verdict}; routing stability under attack +50.00 [40.00, 60.00] points, {verdict}."
     )
     page = evidence_page({"paper": paper, "ablation": ablation})
     assert wanted in page

@@ -8,7 +8,7 @@ from models import make_ids, make_model, move_graphs
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from symphony_hf import SymphonyCallback, expert_graphs, symphonize
-from symphony_hf.diagnostics.summary import graph_summary
+from symphony_hf.diagnostics.graph_metrics import graph_summary
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.training.monitor import GraphMonitor, LoadHistory
 

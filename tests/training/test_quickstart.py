@@ -88,7 +88,7 @@ def test_the_table_says_where_the_results_are(quickstart, capsys):
     printed = capsys.readouterr().out
     assert str(output) in printed.replace("\n", "")
     assert "seconds per step" in printed
-    assert "routing choices kept" in printed
+    assert "routing stability" in printed
 
 
 def test_too_few_documents_are_refused_before_the_training(quickstart, tmp_path):

@@ -41,7 +41,7 @@ def centrality(adjacency_EE: Tensor) -> Tensor:
     """Eigenvector centrality: an expert counts as much as those that it is chosen with, weighted by how often.
 
     Args:
-        adjacency_EE: A social graph; its diagonal is left out. Shape: (num_experts, num_experts).
+        adjacency_EE: A co-selection graph; its diagonal is left out. Shape: (num_experts, num_experts).
 
     Returns:
         The leading eigenvector, of length 1, not negative, float64; 0 for experts outside the heaviest part of a graph
@@ -58,7 +58,7 @@ def graph_distance(adjacency_EE: Tensor) -> Tensor:
     """How far apart two experts are: 1 / (1 + lift), the lift being how much more than by their loads alone they meet.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: A co-selection graph. Shape: (num_experts, num_experts).
 
     Returns:
         0 on the diagonal; 1/2 for experts that meet by chance, 1 for some that never do. Same shape, float64.

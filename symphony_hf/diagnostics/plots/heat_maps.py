@@ -67,7 +67,7 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
         The path.
 
     Raises:
-        GraphError: If there is none, or one is no social graph.
+        GraphError: If there is none, or one is no co-selection graph.
     """
     shown, left_out = shown_layers(graphs)
     loads = [load(adjacency_EE).numpy() for adjacency_EE in shown.values()]

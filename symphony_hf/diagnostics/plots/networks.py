@@ -75,7 +75,7 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
         The path.
 
     Raises:
-        GraphError: If there is none, or one is no social graph.
+        GraphError: If there is none, or one is no co-selection graph.
     """
     shown, left_out = shown_layers(graphs)
     edges = [strongest_edges(adjacency_EE) for adjacency_EE in shown.values()]
@@ -120,7 +120,7 @@ def plot_graph_evolution(
         The path.
 
     Raises:
-        GraphError: If there are none, one is no social graph, or the layers differ.
+        GraphError: If there are none, one is no co-selection graph, or the layers differ.
     """
     if not graphs or len(graphs) != len(moments) or any(one.keys() != graphs[0].keys() for one in graphs):
         raise GraphError("an evolution needs the graphs of one moment or more, and the same layers at each")

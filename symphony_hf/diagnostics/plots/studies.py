@@ -76,7 +76,7 @@ def _finish(figure: Figure, axes: Any, path: str | os.PathLike[str]) -> Path:
 _PANELS = (
     ("clean", "clean perplexity\nover no graph's", 1.0, 1.0),
     ("attacked", "attacked perplexity\nover no graph's", 1.0, 1.0),
-    ("routing_kept", "routing kept,\npoints more than no graph", 0.0, 100.0),
+    ("routing_kept", "routing stability,\npoints more than no graph", 0.0, 100.0),
 )
 """Measure, title, where the two are alike, scale."""
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from symphony_hf.evaluation.statistics import Interval
 from symphony_hf.files import write_text
+from symphony_hf.tables import Table, TableCell
 
 from .read_training import read_run_graphs
 from .runs import Comparison, Cost, Level, Run, as_interval, flat
@@ -50,13 +50,7 @@ def write_report(
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
     """The table at the end of the quickstart, and where everything is."""
     console = console or Console()
-    table = Table(title="Fine-tuned on the same batches with the same budget", title_justify="left")
-    header, *rows = result_table(report)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    result_table(report).print(console)
     for sentence in findings(report):
         console.print(f"- {sentence}", highlight=False)
     output = Path(report["settings"]["output"]).resolve()
@@ -69,19 +63,22 @@ def _interval(comparison: Mapping[str, Any]) -> Interval:
     return Interval(**{name: value for name, value in comparison.items() if name != "verdict"})
 
 
-def result_table(report: Mapping[str, Any]) -> list[list[str]]:
-    """The table of a quickstart's report, header first."""
+def result_table(report: Mapping[str, Any]) -> Table:
+    """Return the table of a quickstart's report."""
     arms = report["arms"]
-    rows = [["", *(f"{name} (strength {strength})" for name, strength in zip(arms, (0, 1), strict=True))]]
+    header = ["", *(f"{name} (strength {strength})" for name, strength in zip(arms, (0, 1), strict=True))]
+    rows = []
     for text in ("clean", "attacked"):
-        cells = [
-            f"{arm[text]['estimate']:.2f} [{arm[text]['low']:.2f}, {arm[text]['high']:.2f}]" for arm in arms.values()
-        ]
-        rows.append([f"perplexity, {text} [95%]", *cells])
-    rows.append(["attacked / clean", *(f"{arm['ratio']:.4f}" for arm in arms.values())])
-    rows.append(["routing choices kept", *(f"{arm['routing_kept']:.2%}" for arm in arms.values())])
-    rows.append(["seconds per step (median)", *(f"{arm['seconds_per_step']:.3f}" for arm in arms.values())])
-    return rows
+        intervals = [arm[text] for arm in arms.values()]
+        cells = [TableCell(f"{i['estimate']:.2f} [{i['low']:.2f}, {i['high']:.2f}]", i["estimate"]) for i in intervals]
+        rows.append([TableCell(f"perplexity, {text} [95%]"), *cells])
+    for title, name, form in (
+        ("attacked / clean", "ratio", ".4f"),
+        ("routing stability", "routing_kept", ".2%"),
+        ("seconds per step (median)", "seconds_per_step", ".3f"),
+    ):
+        rows.append([TableCell(title), *(TableCell(format(arm[name], form), arm[name]) for arm in arms.values())])
+    return Table("Fine-tuned on the same batches with the same budget", header, rows)
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
@@ -116,8 +113,6 @@ def findings(report: Mapping[str, Any]) -> list[str]:
 
 
 def _page(report: Mapping[str, Any]) -> str:
-    header, *rows = result_table(report)
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     model = ", ".join(f"{name} {value}" for name, value in report["model"].items())
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
@@ -129,7 +124,7 @@ def _page(report: Mapping[str, Any]) -> str:
         "bit) and `symphony` (strength 1). Both were evaluated on held-out documents, as they are and with words "
         "replaced by AAA.",
         "",
-        *("| " + " | ".join(row) + " |" for row in table),
+        result_table(report).to_markdown(),
         "",
         *(f"- {sentence}" for sentence in findings(report)),
         "",
@@ -186,7 +181,7 @@ def _levels(report: Mapping[str, Any]) -> Iterator[Level]:
             interval = as_interval(arm[text])
             ends = interval.low, interval.high
             yield Level(model, "perplexity", text, interval.estimate, *ends, interval.num_documents)
-        yield Level(model, "routing choices kept", "attacked", float(arm["routing_kept"]))
+        yield Level(model, "routing stability", "attacked", float(arm["routing_kept"]))
 
 
 def _comparisons(report: Mapping[str, Any]) -> Iterator[Comparison]:

@@ -144,7 +144,7 @@ def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
         about=f"how tokens go through {model}",
         findings=[told, *findings(result)],
         settings=flat({name: value for name, value in settings.items() if name != "output"}),
-        pictures=captioned(folder),
+        pictures=captioned(folder, result),
         metrics=layer_rows(result),
         seconds=float(result["seconds"]),
         versions=result["versions"],

@@ -10,7 +10,7 @@ from symphony_hf.tables import Table, TableCell
 from .runs import Level
 
 MISSING = "–"
-_PERCENT = ("accuracy", "routing choices kept")
+_PERCENT = ("accuracy", "routing stability")
 _TONES = {"better": "better", "worse": "worse", "not distinguishable": "level"}
 
 

@@ -11,7 +11,7 @@ from symphony_hf.files import check_file_place, write_json
 
 from .questions import ClassificationTask
 from .settings import RobustnessSettings
-from .tables import summarize
+from .summary import summarize
 from .task import Store, Task
 from .text import TextTask
 from .vqa import VisualTask

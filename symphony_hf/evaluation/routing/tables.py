@@ -5,18 +5,18 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from symphony_hf.diagnostics.labels import layer_titles, short_names
+from symphony_hf.tables import Table, TableCell
 
 _LAYER_COLUMNS = ("layer", "experts", "entropy", "busiest", "dead", "margin", "gap", "mod.", "dom.", "CKA")
 
 _NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-"""So that ten columns fit a terminal of 80."""
+"""Style with which ten columns fit a terminal of 80 characters."""
 
 
 def print_observation(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what `observe_routing` found: by layer, under attack, by checkpoint, and in sentences."""
+    """Print the result of `observe_routing`: by layer, under attack, by checkpoint, and in sentences."""
     console = console or Console()
     documents = result["documents"]
     console.print(
@@ -25,11 +25,11 @@ def print_observation(result: Mapping[str, Any], console: Console | None = None)
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_layer_table(result))
+    _layer_table(result).print(console, **_NARROW)
     if result["corruption"]:
-        console.print(_corruption_table(result))
+        _corruption_table(result).print(console)
     if result["checkpoints"]:
-        console.print(_checkpoint_table(result))
+        _checkpoint_table(result).print(console)
     for sentence in findings(result):
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
 
@@ -41,18 +41,20 @@ def findings(result: Mapping[str, Any]) -> list[str]:
     if dropped is not None:
         interval = dropped["difference"]
         sentences.append(
-            f"Without each token's first expert, the next in its place: loss {dropped['loss']:.3f} -> "
+            f"Without each token's first expert, with the next in its place: loss {dropped['loss']:.3f} -> "
             f"{dropped['loss_without']:.3f} nats per token ({interval['estimate']:+.3f} [{interval['low']:+.3f}, "
             f"{interval['high']:+.3f}])."
         )
     dead = [f"{name}: {', '.join(map(str, layer['dead_experts']))}" for name, layer in _layers(result)]
-    dead = [told for told in dead if not told.endswith(": ")]
+    dead = [line for line in dead if not line.endswith(": ")]
     if dead:
         sentences.append(f"Experts with less than a tenth of the even load: {'; '.join(dead)}.")
     by_bias = [layer["margin"]["not_by_logits"] for _, layer in _layers(result) if layer["margin"]]
     if max(by_bias, default=0) > 0:
         share = sum(by_bias) / len(by_bias)
-        sentences.append(f"{share:.1%} of choices are not those of the highest logits: a bias, or groups, chose.")
+        sentences.append(
+            f"{share:.1%} of selections are not the highest logits, because of a bias or of expert groups."
+        )
     if result["idle_routers"]:
         sentences.append(f"Routers that do not run on text: {', '.join(result['idle_routers'])}.")
     sentences += [f"Not measured: {name}: {reason}" for name, reason in result["unavailable"].items()]
@@ -60,7 +62,7 @@ def findings(result: Mapping[str, Any]) -> list[str]:
 
 
 def layer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of each layer by name, those that were measured."""
+    """Return the measured numbers of each layer by column."""
     rows = []
     for name, layer in _layers(result):
         row = {
@@ -84,62 +86,68 @@ def _layers(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _layer_table(result: Mapping[str, Any]) -> Table:
     caption = (
-        "entropy of the load, 1 when even; busiest: the highest load over the even one; margin: median gap behind the "
-        "last expert chosen, in nats; gap: spectral, and mod.: modularity, of the graph of experts chosen together; "
-        "dom.: what an expert tells about the domain, from 0 to 1; CKA: mean similarity of two experts' outputs"
+        "entropy: normalized entropy of the load, 1 for an even load; busiest: highest load over the even load; "
+        "margin: median gap behind the last selected expert, in nats; gap: spectral gap, and mod.: modularity, of the "
+        "co-selection graph; dom.: information of an expert about the domain, from 0 to 1; CKA: mean similarity of two "
+        "experts' outputs"
     )
-    title = str(result["settings"]["model"])
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", **_NARROW)
-    for column in _LAYER_COLUMNS:
-        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    rows = []
     for name, layer in _layers(result):
         graph, similarity = layer["graph"], layer["similarity"]
-        table.add_row(
-            name,
-            f"{layer['top_k']}/{layer['num_experts']}",
-            f"{layer['load_entropy']:.3f}",
-            f"{layer['busiest']:.2f}",
-            str(len(layer["dead_experts"])),
-            f"{layer['margin']['p50']:.3f}" if layer["margin"] else "",
-            f"{graph['spectral_gap']:.3f}",
-            f"{graph['modularity']:.3f}",
-            f"{layer['domain_information']:.3f}",
-            "" if similarity is None else f"{similarity['mean']:.3f}",
+        rows.append(
+            [
+                TableCell(name),
+                TableCell(f"{layer['top_k']}/{layer['num_experts']}", layer["num_experts"]),
+                _number(layer["load_entropy"], ".3f"),
+                _number(layer["busiest"], ".2f"),
+                _number(len(layer["dead_experts"]), "d"),
+                _number(layer["margin"].get("p50"), ".3f"),
+                _number(graph["spectral_gap"], ".3f"),
+                _number(graph["modularity"], ".3f"),
+                _number(layer["domain_information"], ".3f"),
+                _number((similarity or {}).get("mean"), ".3f"),
+            ]
         )
-    return table
+    return Table(str(result["settings"]["model"]), _LAYER_COLUMNS, rows, caption=caption)
+
+
+def _number(value: float | None, form: str) -> TableCell:
+    return TableCell("") if value is None else TableCell(format(value, form), value)
 
 
 def _corruption_table(result: Mapping[str, Any]) -> Table:
-    caption = "choices that changed, over all layers, in the first and in the last; tokens that changed any"
-    title = "under attack, on the tokens that it left alone"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("attack")
-    for column in ("severity", "choices changed", "first", "last", "tokens"):
-        table.add_column(column, justify="right")
     first, last = result["routers"][0], result["routers"][-1]
+    rows = []
     for row in result["corruption"]:
         rate, flips = row["change_rate"], list(row["flips_per_layer"].values())
-        table.add_row(
-            row["attack"],
-            str(row["severity"]),
-            f"{rate['estimate']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]",
-            f"{row['per_layer'][first]:.1%}",
-            f"{row['per_layer'][last]:.1%}",
-            f"{sum(flips) / len(flips):.1%}",
+        rows.append(
+            [
+                TableCell(row["attack"]),
+                _number(row["severity"], "d"),
+                TableCell(f"{rate['estimate']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]", rate["estimate"]),
+                _number(row["per_layer"][first], ".1%"),
+                _number(row["per_layer"][last], ".1%"),
+                _number(sum(flips) / len(flips), ".1%"),
+            ]
         )
-    return table
+    return Table(
+        "under attack, on the tokens that it leaves alone",
+        ("attack", "severity", "flip rate", "first", "last", "tokens"),
+        rows,
+        caption="flip rate: share of selections that change, over all layers, in the first and in the last layer; "
+        "tokens: share of tokens with a changed selection",
+    )
 
 
 def _checkpoint_table(result: Mapping[str, Any]) -> Table:
-    table = Table(title="by checkpoint, against the last", title_justify="left")
-    table.add_column("checkpoint")
-    for column in ("saturation", "changed", "load entropy", "drift of graph"):
-        table.add_column(column, justify="right")
     names = short_names([checkpoint["source"] for checkpoint in result["checkpoints"]])
+    rows = []
     for name, checkpoint in zip(names, result["checkpoints"], strict=True):
         saturation, entropy, drift = (
             sum(checkpoint[measure].values()) / len(checkpoint[measure])
             for measure in ("saturation", "load_entropy", "drift")
         )
-        table.add_row(name, f"{saturation:.1%}", f"{1 - saturation:.1%}", f"{entropy:.3f}", f"{drift:.3f}")
-    return table
+        values = ((saturation, ".1%"), (1 - saturation, ".1%"), (entropy, ".3f"), (drift, ".3f"))
+        rows.append([TableCell(name), *(_number(value, form) for value, form in values)])
+    header = ("checkpoint", "saturation", "flip rate", "load entropy", "drift of graph")
+    return Table("by checkpoint, against the last", header, rows)

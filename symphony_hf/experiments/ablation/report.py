@@ -33,17 +33,17 @@ KEPT = (
 )
 """Values of a run that the report lists."""
 
-ROUTING_KEPT = (
-    "Routing kept: the share of their experts that words still choose under attack, over words that are not attacked "
+ROUTING_STABILITY = (
+    "Routing stability: the share of their experts that words keep under attack, over words that are not attacked "
     "themselves and have an attacked word before them in their row. Load entropy: the normalized entropy of the "
-    "experts' load, 1 for an even load. A router that uses few experts keeps its choices more easily, so read the two "
+    "experts' load, 1 for an even load. A router that uses few experts is stable more easily, so read the two "
     "together."
 )
 """Explanation of these columns."""
 
 HEADER = (
-    *("point", "seeds", "clean", "attacked", "attacked / clean", "routing kept", "load entropy"),
-    *("clean against no graph", "attacked against no graph", "routing kept against no graph"),
+    *("point", "seeds", "clean", "attacked", "attacked / clean", "routing stability", "load entropy"),
+    *("clean against no graph", "attacked against no graph", "routing stability against no graph"),
 )
 
 
@@ -153,9 +153,9 @@ def _verdict(name: str, interval: SeedInterval) -> str:
     return "better" if is_higher == (name == "routing_kept") else "worse"
 
 
-def table_of(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows as text, header first."""
-    table = [list(HEADER)]
+def table_of(report: Mapping[str, Any]) -> Table:
+    """Return the table of a study's points."""
+    rows = []
     for row in report["rows"]:
         cells = [row["label"], str(len(row["seeds"]))]
         cells += [interval_text(row[name], digits) for name, digits in (("clean", 2), ("attacked", 2), ("ratio", 4))]
@@ -164,8 +164,8 @@ def table_of(report: Mapping[str, Any]) -> list[list[str]]:
         against = row.get("against_plain")
         for name in ("clean", "attacked", "routing_kept"):
             cells.append(f"{difference_text(against[name], name)}, {against[name]['verdict']}" if against else "")
-        table.append(cells)
-    return table
+        rows.append(cells)
+    return Table("", HEADER, rows)
 
 
 def difference_text(values: Mapping[str, Any], measure: str) -> str:
@@ -173,11 +173,6 @@ def difference_text(values: Mapping[str, Any], measure: str) -> str:
     if measure == "routing_kept":
         return f"{interval_text(values, 2, 100, '+')} points"
     return interval_text(values, 4, sign="+" if measure == "load_entropy" else "")
-
-
-def split_header(table: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Split a table of text into its header and its rows."""
-    return table[0], table[1:]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -191,9 +186,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "by seed; below 1 is better. Verdicts are not corrected for multiple comparisons: expect one in twenty to be "
         "chance.",
         "",
-        ROUTING_KEPT,
+        ROUTING_STABILITY,
         "",
-        Table("", *split_header(table_of(report))).to_markdown(),
+        table_of(report).to_markdown(),
     ]
     failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
     for title, problems in (("Missing", report["missing"]), ("Failed", failed), ("Left out", report["left_out"])):
@@ -231,7 +226,7 @@ def print_ablation(report: Mapping[str, Any], console: Console | None = None) ->
         for line in report["plan"]:
             console.print(line, highlight=False)
         return
-    Table("", *split_header(table_of(report))).print(console)
+    table_of(report).print(console)
     for cell, words in report["failed"].items():
         console.print(f"failed: {cell}: {words}", style="red", highlight=False, soft_wrap=True)
     console.print(f"Written to {(Path(report['output']) / 'report.md').resolve()}", highlight=False, soft_wrap=True)

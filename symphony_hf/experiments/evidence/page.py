@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from symphony_hf.experiments.ablation.report import ROUTING_KEPT, difference_text, split_header, table_of
-from symphony_hf.experiments.theory.report import convergence_table, share_table, theory_findings
+from symphony_hf.experiments.ablation.report import ROUTING_STABILITY, table_of
+from symphony_hf.experiments.theory.report import convergence_table, share_table
 from symphony_hf.tables import Table
 
-_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
+from .claims import SYSTEM_NAMES, find_row, summarize
+
 _ABSENT = "not known"
 
 
@@ -29,127 +30,22 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "the same initial weights, batches and budget; below 1, the graph has the lower perplexity. Verdicts are not "
         "corrected for multiple comparisons: expect one in twenty to be chance.",
         "",
-        *_section("Summary", _summary(paper, pairs, ablation, theory)),
+        *_section("Summary", summarize(paper, pairs, ablation, theory)),
     ]
     if pairs is not None:
         missing = _missing(pairs) if pairs is not ablation else []
-        lines += _section("The three pairs", [*_how(pairs), "", _markdown(_pairs(paper, pairs)), *missing])
+        lines += _section("The three pairs", [*_how(pairs), "", _pairs(paper, pairs).to_markdown(), *missing])
     if ablation is not None:
         how = [*_how(ablation), ""] if ablation is not pairs else []
-        table = [_markdown(_axes(ablation)), *_starts_left(ablation), *_missing(ablation)]
+        table = [_axes(ablation).to_markdown(), *_starts_left(ablation), *_missing(ablation)]
         lines += _section("The axes, one change at a time", [*how, *table])
     if theory is not None:
         lines += _section("The theory, on planted communities", _theory(theory))
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    return Table("", *split_header(table)).to_markdown()
-
-
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *lines, ""] if lines else []
-
-
-def _summary(
-    paper: Mapping[str, Any],
-    pairs: Mapping[str, Any] | None,
-    ablation: Mapping[str, Any] | None,
-    theory: Mapping[str, Any] | None,
-) -> list[str]:
-    """Return the claims confirmed, refuted and not tested."""
-    lines = []
-    if pairs is not None:
-        for measure, claim in (
-            ("clean", "lower clean perplexity"),
-            ("attacked", "lower attacked perplexity"),
-            ("ratio", "a lower ratio of attacked to clean"),
-            ("routing_kept", "more of the routing kept under attack"),
-        ):
-            lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(pairs, measure)}.")
-        lines.append(f"- **The experts' load with the graph**, by its entropy: {_outcome(pairs, 'load_entropy')}.")
-    if ablation is not None:
-        lines.append(f"- **Other forms of the graph**, against no graph: {_variants(ablation)}.")
-        lines += _control(ablation)
-        lines.append(f"- **Defaults of `SymphonyConfig`**: {_defaults(pairs or ablation, ablation)}.")
-    if theory is not None:
-        lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
-    lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
-    return lines
-
-
-def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
-    """Return each system's verdict on one claim."""
-    words = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed", "one seed": "open"}
-    if measure == "load_entropy":
-        words = {"higher": "more even", "lower": "less even", "not distinguishable": "not distinguishable"}
-    found = []
-    for system, name in _NAMES.items():
-        row = _row(ablation, system, graph=True)
-        if row is None or "against_plain" not in row:
-            found.append(f"{name} not run")
-            continue
-        values = row["against_plain"][measure]
-        found.append(f"{name} {words.get(values['verdict'], 'open')} ({_difference(values, measure)})")
-    return "; ".join(found)
-
-
-def _variants(ablation: Mapping[str, Any]) -> str:
-    """Return the number of other graph forms, and those that differ from no graph."""
-    at_base = [_row(ablation, row["point"]["system"], graph=True) for row in ablation["rows"]]
-    variants = [row for row in ablation["rows"] if "against_plain" in row and row not in at_base]
-    if not variants:
-        return "not run"
-    found = []
-    for name, measure in (("clean", "clean perplexity"), ("routing_kept", "routing kept under attack")):
-        for verdict in ("better", "worse"):
-            found.append(f"{measure} {verdict} with {_told_apart(variants, name, verdict) or 'none'}")
-    return f"of {len(variants)}, {'; '.join(found)}"
-
-
-def _told_apart(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -> str:
-    return ", ".join(f"`{row['label']}`" for row in rows if row["against_plain"][measure]["verdict"] == verdict)
-
-
-def _control(ablation: Mapping[str, Any]) -> list[str]:
-    """Compare the graph with itself under shuffled experts: does it matter which experts it connects?"""
-    lines = []
-    for row in ablation["rows"]:
-        if "against_shuffled" in row:
-            found = [
-                f"{name} {_difference(row['against_shuffled'][measure], measure)}, "
-                f"{row['against_shuffled'][measure]['verdict']}"
-                for name, measure in (("clean perplexity", "clean"), ("routing kept under attack", "routing_kept"))
-            ]
-            lines.append(
-                f"- **Control**: `{row['label']}` against itself with its experts shuffled: {'; '.join(found)}."
-            )
-    return lines
-
-
-def _defaults(pairs: Mapping[str, Any], ablation: Mapping[str, Any]) -> str:
-    """Return what the evidence says about the defaults, their own harm first."""
-    compared = [row for row in ablation["rows"] if "against_plain" in row]
-    better = _told_apart(compared, "clean", "better")
-    if better:
-        return f"clean perplexity is better than without a graph with {better}; the defaults should follow"
-    kept = "our reading of the paper's form, which is not published in full"
-    rows = [_row(pairs, system, graph=True) for system in _NAMES]
-    worse = _told_apart([row for row in rows if row is not None and "against_plain" in row], "clean", "worse")
-    harm = f", although clean perplexity is worse than without a graph with {worse}" if worse else ""
-    return f"{kept}{harm}. None of {len(compared)} forms is better than no graph, so none replaces the defaults"
-
-
-def _row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, Any] | None:
-    """Return a system's row without a graph, or at the base point."""
-    base = ablation["settings"]["base"]
-    for row in ablation["rows"]:
-        point = row["point"]
-        is_plain = point["graph"] == "identity"
-        at_base = all(point[name] == value for name, value in base.items() if name != "system")
-        if point["system"] == system and (at_base if graph else is_plain):
-            return row
-    return None
 
 
 def _how(ablation: Mapping[str, Any]) -> list[str]:
@@ -170,7 +66,7 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
         f"second, on one core of a CPU ({'; '.join(machines)}). Perplexities do not compare with the paper's, "
         "which has other sizes, text and vocabulary; ratios do.",
         "",
-        f"{ROUTING_KEPT} Such words: {settings['reached_tokens']:,}.",
+        f"{ROUTING_STABILITY} Such words: {settings['reached_tokens']:,}.",
     ]
 
 
@@ -179,11 +75,13 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return f"{machine['machine']}, {versions}"
 
 
-def _pairs(paper: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[list[str]]:
-    by_label = dict(zip((row["label"] for row in ablation["rows"]), table_of(ablation)[1:], strict=True))
-    header = table_of(ablation)[0]
-    table = [["system", "paper: clean, attacked, ratio", "paper: graph over none, clean, attacked", *header[1:]]]
-    others = {row["point"]["system"]: None for row in ablation["rows"]}.keys() - _NAMES.keys()
+def _pairs(paper: Mapping[str, Any], ablation: Mapping[str, Any]) -> Table:
+    """Return the systems with and without the graph, next to the paper's numbers."""
+    found = table_of(ablation)
+    by_label = dict(zip((row["label"] for row in ablation["rows"]), found.rows, strict=True))
+    header = ["system", "paper: clean, attacked, ratio", "paper: graph over none, clean, attacked", *found.header[1:]]
+    table = []
+    others = {row["point"]["system"]: None for row in ablation["rows"]}.keys() - SYSTEM_NAMES.keys()
     unknown = {"clean": None, "attacked": None, "ratio": None}
     rows = paper["rows"] + [
         {"system": system, "graph": graph, "name": f"{system}, {'graph' if graph else 'no graph'}", **unknown}
@@ -191,32 +89,30 @@ def _pairs(paper: Mapping[str, Any], ablation: Mapping[str, Any]) -> list[list[s
         for graph in (False, True)
     ]
     for known in rows:
-        row = _row(ablation, known["system"], known["graph"])
+        row = find_row(ablation, known["system"], known["graph"])
         ratios = paper["graph_over_plain"].get(known["system"], unknown) if known["graph"] else {}
         levels = ", ".join(_known(known[name], 3 if name == "ratio" else 2) for name in ("clean", "attacked", "ratio"))
         over = ", ".join(_known(ratios[name], 4) for name in ("clean", "attacked")) if ratios else ""
-        cells = by_label[row["label"]][1:] if row is not None else ["not run", *[""] * (len(header) - 2)]
+        cells = by_label[row["label"]][1:] if row is not None else ["not run", *[""] * (len(found.header) - 2)]
         table.append([known["name"], levels, over, *cells])
-    return table
+    return Table("", header, table)
 
 
 def _known(value: float | None, digits: int) -> str:
     return _ABSENT if value is None else f"{value:.{digits}f}"
 
 
-def _axes(ablation: Mapping[str, Any]) -> list[list[str]]:
+def _axes(ablation: Mapping[str, Any]) -> Table:
     """Return the rows that the table of pairs does not have, and the base system's own."""
-    header, *rows = table_of(ablation)
+    table = table_of(ablation)
     system = ablation["settings"]["base"]["system"]
-    of_pairs = [_row(ablation, row["point"]["system"], graph) for row in ablation["rows"] for graph in (False, True)]
-    return [
-        header,
-        *(
-            cells
-            for cells, row in zip(rows, ablation["rows"], strict=True)
-            if row["point"]["system"] == system or row not in of_pairs
-        ),
+    pairs = [find_row(ablation, row["point"]["system"], graph) for row in ablation["rows"] for graph in (False, True)]
+    rows = [
+        cells
+        for cells, row in zip(table.rows, ablation["rows"], strict=True)
+        if row["point"]["system"] == system or row not in pairs
     ]
+    return Table("", table.header, rows)
 
 
 def _starts_left(ablation: Mapping[str, Any]) -> list[str]:
@@ -248,13 +144,9 @@ def _theory(theory: Mapping[str, Any]) -> list[str]:
         "",
         "Relative distance (Frobenius norm) of the learned graph to the planted co-selection probabilities:",
         "",
-        _markdown(convergence_table(theory)),
+        convergence_table(theory).to_markdown(),
         "",
         "Share of correct experts that are chosen, and the distance of the graph that Symphony has learned:",
         "",
-        _markdown(share_table(theory)),
+        share_table(theory).to_markdown(),
     ]
-
-
-def _difference(values: Mapping[str, Any], measure: str) -> str:
-    return difference_text(values, measure) + (", one seed" if values["low"] is None else "")

@@ -10,37 +10,31 @@ from symphony_hf.experiments.intervals import interval_text
 from symphony_hf.tables import Table
 
 
-def share_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the share of correct experts by noise and routing, header first."""
+def share_table(result: Mapping[str, Any]) -> Table:
+    """Return the share of correct experts by noise and routing."""
     names = list(result["shares"])
-    table = [["noise", *names, "symphony less smoe", "distance of its graph"]]
+    rows = []
     for index, gain in enumerate(result["gains"]):
-        cells = [f"{100 * result['shares'][name][index]['estimate']:.2f}%" for name in names]
-        table.append(
-            [
-                f"{gain['noise']:g}",
-                *cells,
-                interval_text(gain, 2, 100, "+"),
-                interval_text(result["distance_under_noise"][index], 3),
-            ]
-        )
-    return table
+        shares = [f"{100 * result['shares'][name][index]['estimate']:.2f}%" for name in names]
+        distance = interval_text(result["distance_under_noise"][index], 3)
+        rows.append([f"{gain['noise']:g}", *shares, interval_text(gain, 2, 100, "+"), distance])
+    return Table("", ["noise", *names, "symphony less smoe", "distance of its graph"], rows)
 
 
-def convergence_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the distance to the planted graph by tokens and decay, header first."""
+def convergence_table(result: Mapping[str, Any]) -> Table:
+    """Return the distance to the planted graph by tokens and decay."""
     curves = result["convergence"]
     header = ["tokens"]
     for curve in curves:
         header += [curve["name"], *(["in closed form"] if "expected" in curve else [])]
-    table = [header]
+    rows = []
     for index, tokens in enumerate(curves[0]["tokens"]):
         cells = [f"{tokens:,}"]
         for curve in curves:
             cells.append(interval_text(curve["distance"][index], 4))
             cells += [f"{curve['expected'][index]:.4f}"] if "expected" in curve else []
-        table.append(cells)
-    return table
+        rows.append(cells)
+    return Table("", header, rows)
 
 
 def theory_findings(result: Mapping[str, Any]) -> list[str]:
@@ -70,8 +64,8 @@ def theory_findings(result: Mapping[str, Any]) -> list[str]:
 def print_theory(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the tables, the findings and the path of the files."""
     console = console or Console()
-    for header, *rows in (convergence_table(result), share_table(result)):
-        Table("", header, rows).print(console)
+    for table in (convergence_table(result), share_table(result)):
+        table.print(console)
     for sentence in theory_findings(result):
         console.print(sentence, highlight=False)
     console.print(f"Written to {Path(result['output']).resolve()}", highlight=False, soft_wrap=True)

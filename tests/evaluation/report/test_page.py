@@ -46,7 +46,7 @@ def test_levels_are_those_of_the_files(parsed, quickstart, trained):
             value, low, high, documents = (value for _, value in values["out", model, "perplexity", form])
             assert value == arm[form]["estimate"]
             assert (low, high, documents) == (arm[form]["low"], arm[form]["high"], arm[form]["num_documents"])
-        assert values["out", model, "routing choices kept", "attacked"][0][0] == f"{arm['routing_kept']:.2%}"
+        assert values["out", model, "routing stability", "attacked"][0][0] == f"{arm['routing_kept']:.2%}"
     test = json.loads((trained / "results.json").read_text())["test"]
     assert values["run", "–", "perplexity", "clean"][0][1] == test["clean"]
     assert values["run", "–", "perplexity", "attacked"][0][1] == test["attacked"]

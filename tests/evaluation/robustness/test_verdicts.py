@@ -12,7 +12,7 @@ from scipy import stats
 from symphony_hf.evaluation.clean_attacked import Measured
 from symphony_hf.evaluation.metrics import Choices
 from symphony_hf.evaluation.robustness.metric_reports import Accuracy, Perplexity
-from symphony_hf.evaluation.robustness.tables import compare_models, groups_of
+from symphony_hf.evaluation.robustness.summary import compare_models, groups_of
 from symphony_hf.evaluation.robustness.text_scores import TextScores, pooled
 from symphony_hf.evaluation.settings import AttackCase
 

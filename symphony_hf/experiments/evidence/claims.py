@@ -1,0 +1,114 @@
+"""Claims of the evidence page: what the results confirm of the paper, and what they say about the defaults."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from symphony_hf.experiments.ablation.report import difference_text
+from symphony_hf.experiments.theory.report import theory_findings
+
+SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
+
+
+def summarize(
+    paper: Mapping[str, Any],
+    pairs: Mapping[str, Any] | None,
+    ablation: Mapping[str, Any] | None,
+    theory: Mapping[str, Any] | None,
+) -> list[str]:
+    """Return the claims confirmed, refuted and not tested."""
+    lines = []
+    if pairs is not None:
+        for measure, claim in (
+            ("clean", "lower clean perplexity"),
+            ("attacked", "lower attacked perplexity"),
+            ("ratio", "a lower ratio of attacked to clean"),
+            ("routing_kept", "higher routing stability under attack"),
+        ):
+            lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(pairs, measure)}.")
+        lines.append(f"- **The experts' load with the graph**, by its entropy: {_outcome(pairs, 'load_entropy')}.")
+    if ablation is not None:
+        lines.append(f"- **Other forms of the graph**, against no graph: {_variants(ablation)}.")
+        lines += _control(ablation)
+        lines.append(f"- **Defaults of `SymphonyConfig`**: {_defaults(pairs or ablation, ablation)}.")
+    if theory is not None:
+        lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
+    lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
+    return lines
+
+
+def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
+    """Return each system's verdict on one claim."""
+    words = {"better": "confirmed", "worse": "refuted", "not distinguishable": "not confirmed", "one seed": "open"}
+    if measure == "load_entropy":
+        words = {"higher": "more even", "lower": "less even", "not distinguishable": "not distinguishable"}
+    found = []
+    for system, name in SYSTEM_NAMES.items():
+        row = find_row(ablation, system, graph=True)
+        if row is None or "against_plain" not in row:
+            found.append(f"{name} not run")
+            continue
+        values = row["against_plain"][measure]
+        found.append(f"{name} {words.get(values['verdict'], 'open')} ({_difference(values, measure)})")
+    return "; ".join(found)
+
+
+def _variants(ablation: Mapping[str, Any]) -> str:
+    """Return the number of other graph forms, and those that differ from no graph."""
+    at_base = [find_row(ablation, row["point"]["system"], graph=True) for row in ablation["rows"]]
+    variants = [row for row in ablation["rows"] if "against_plain" in row and row not in at_base]
+    if not variants:
+        return "not run"
+    found = []
+    for name, measure in (("clean", "clean perplexity"), ("routing_kept", "routing stability under attack")):
+        for verdict in ("better", "worse"):
+            found.append(f"{measure} {verdict} with {_labels_of(variants, name, verdict) or 'none'}")
+    return f"of {len(variants)}, {'; '.join(found)}"
+
+
+def _labels_of(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -> str:
+    return ", ".join(f"`{row['label']}`" for row in rows if row["against_plain"][measure]["verdict"] == verdict)
+
+
+def _control(ablation: Mapping[str, Any]) -> list[str]:
+    """Compare the graph with itself under shuffled experts: does it matter which experts it connects?"""
+    lines = []
+    for row in ablation["rows"]:
+        if "against_shuffled" in row:
+            found = [
+                f"{name} {_difference(row['against_shuffled'][measure], measure)}, "
+                f"{row['against_shuffled'][measure]['verdict']}"
+                for name, measure in (("clean perplexity", "clean"), ("routing stability under attack", "routing_kept"))
+            ]
+            lines.append(
+                f"- **Control**: `{row['label']}` against itself with its experts shuffled: {'; '.join(found)}."
+            )
+    return lines
+
+
+def _defaults(pairs: Mapping[str, Any], ablation: Mapping[str, Any]) -> str:
+    """Return what the evidence says about the defaults, their own harm first."""
+    compared = [row for row in ablation["rows"] if "against_plain" in row]
+    better = _labels_of(compared, "clean", "better")
+    if better:
+        return f"clean perplexity is better than without a graph with {better}; the defaults should follow"
+    kept = "our reading of the paper's form, which is not published in full"
+    rows = [find_row(pairs, system, graph=True) for system in SYSTEM_NAMES]
+    worse = _labels_of([row for row in rows if row is not None and "against_plain" in row], "clean", "worse")
+    harm = f", although clean perplexity is worse than without a graph with {worse}" if worse else ""
+    return f"{kept}{harm}. None of {len(compared)} forms is better than no graph, so none replaces the defaults"
+
+
+def find_row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, Any] | None:
+    """Return a system's row without a graph, or at the base point."""
+    base = ablation["settings"]["base"]
+    for row in ablation["rows"]:
+        point = row["point"]
+        is_plain = point["graph"] == "identity"
+        at_base = all(point[name] == value for name, value in base.items() if name != "system")
+        if point["system"] == system and (at_base if graph else is_plain):
+            return row
+    return None
+
+
+def _difference(values: Mapping[str, Any], measure: str) -> str:
+    return difference_text(values, measure) + (", one seed" if values["low"] is None else "")
