@@ -1,4 +1,4 @@
-"""The pictures of an observation, from its `result.json` and `matrices.safetensors` alone."""
+"""Pictures of routing diagnostics, drawn from `result.json` and `matrices.safetensors`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,47 +13,48 @@ from symphony_hf.errors import DataError
 from symphony_hf.files import read_object
 
 CAPTIONS = {
-    "graphs.png": "Experts chosen together by this text",
-    "learned.png": "The graphs that the model has learned",
-    "network.png": "The pairs of experts that are chosen together beyond what their loads explain",
-    "similarity.png": "How alike experts are in what they make of the same tokens",
-    "allocation.png": "Which experts the tokens of each domain go to",
+    "graphs.png": "Experts selected together on this text",
+    "learned.png": "The co-selection graphs that the model has learned",
+    "network.png": "Pairs of experts that are selected together more often than their loads explain",
+    "similarity.png": "Similarity of the experts' outputs on the same tokens",
+    "allocation.png": "Experts that the tokens of each domain go to",
     "flips.png": "Where routing changes under attack",
-    "load.png": "Each expert's load, checkpoint by checkpoint",
-    "evolution.png": "The graphs of experts, checkpoint by checkpoint",
-    "saturation.png": "How much of its final routing each checkpoint has",
+    "load.png": "Each expert's load by checkpoint",
+    "evolution.png": "The co-selection graphs by checkpoint",
+    "saturation.png": "Share of the final routing that each checkpoint has",
 }
-"""Of every picture that there may be, in the order of a report; flips-ATTACK.png where there are several attacks."""
+"""Captions of all pictures, in report order; flips-ATTACK.png if there are several attacks."""
 
 
-def captioned(folder: Path) -> dict[str, Path]:
-    """The pictures in an observation's folder by what they show, in the order of a report."""
-    found = {}
-    for name, caption in CAPTIONS.items():
-        if (folder / name).is_file():
-            found[caption] = folder / name
-        for path in sorted(folder.glob(name.replace(".png", "-*.png"))):
-            found[f"{caption}: {path.stem.partition('-')[2]}"] = path
-    return found
+def captioned(folder: Path, result: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the pictures of a result in its folder by caption, in report order."""
+    return {caption: folder / name for name, caption in _captions_of(result).items() if (folder / name).is_file()}
 
 
 def picture_names(result: Path) -> list[str]:
     """Return the names of the pictures that may have been drawn of an earlier result; none without it."""
-    if not result.is_file():
-        return []
-    attacks = {row["attack"] for row in read_object(result, DataError).get("corruption") or []}
-    return [*CAPTIONS, *(f"flips-{attack}.png" for attack in attacks)]
+    return list(_captions_of(read_object(result, DataError))) if result.is_file() else []
+
+
+def _captions_of(result: Mapping[str, Any]) -> dict[str, str]:
+    attacks = dict.fromkeys(row["attack"] for row in result.get("corruption") or [])
+    captions = {}
+    for name, caption in CAPTIONS.items():
+        captions[name] = caption
+        if name == "flips.png":
+            captions |= {f"flips-{attack}.png": f"{caption}: {attack}" for attack in attacks}
+    return captions
 
 
 def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what `observe_routing` found, into the folder of its result.
+    """Draw the result of `observe_routing`.
 
     Args:
         result: Contents of `result.json`.
-        folder: Where `matrices.safetensors` is, and the pictures go.
+        folder: Folder of `matrices.safetensors`, and of the pictures.
 
     Returns:
-        Their paths.
+        The paths of the pictures.
     """
     # disable=None: no bar where the output is not a terminal, such as a log file.
     return list(tqdm(_draw(result, folder), desc="Drawing", unit=" pictures", delay=2, disable=None))
@@ -81,7 +82,7 @@ def _draw(result: Mapping[str, Any], folder: Path) -> Iterator[Path]:
 
 
 def _allocation(result: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """By layer and domain: the largest domain first, the rest last."""
+    """Return the allocation by layer and domain: the largest domain first, `other` last."""
     domains = sorted(result["domains"], key=lambda name: (name == "other", -result["domains"][name]))
     layers = {name: result["layers"][name]["allocation"] for name in result["routers"]}
     return {name: {domain: allocation[domain] for domain in domains} for name, allocation in layers.items()}
@@ -92,7 +93,7 @@ def _matrices_of(matrices: Mapping[str, Tensor], prefix: str, routers: list[str]
 
 
 def _draw_flips(plots: Any, result: Mapping[str, Any], folder: Path) -> Iterator[Path]:
-    """One plan an attack."""
+    """Draw one picture per attack."""
     routers = result["routers"]
     attacks = list(dict.fromkeys(row["attack"] for row in result["corruption"]))
     for attack in attacks:
