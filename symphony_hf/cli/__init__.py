@@ -1,4 +1,4 @@
-"""The command `symphony`, one file a theme."""
+"""The command `symphony`, one file per theme."""
 
 import importlib
 import os
@@ -10,22 +10,22 @@ from .app import app
 
 __all__ = ["app", "main"]
 
-for _theme in ("train", "convert", "evaluate", "experiments"):
+for _theme in ("train", "convert", "evaluate", "bench", "experiments"):
     importlib.import_module(f".{_theme}", __name__)
 
-# Large blocks are kept instead of handed back to the system at every step; on CPU this is a large part of a step.
+# Keep large blocks instead of returning them to the system at every step, which takes a large part of a step on CPU.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 def _restart_with_allocator_settings() -> None:
-    """glibc reads its settings when a process starts, so start this command once more with them."""
+    """Start this command again with glibc's settings, which are read only when a process starts."""
     if sys.platform != "linux" or any(name in os.environ for name in _ALLOCATOR):
         return
     os.execve(sys.executable, [sys.executable, "-m", "symphony_hf.cli", *sys.argv[1:]], {**os.environ, **_ALLOCATOR})
 
 
 def main() -> None:
-    """The console script: errors of ours are one line, not a traceback."""
+    """Run the console script. Errors of this package are printed in one line, without a traceback."""
     if not {"-h", "--help"} & set(sys.argv):
         _restart_with_allocator_settings()
     try:

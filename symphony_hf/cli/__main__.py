@@ -1,4 +1,4 @@
-"""`python -m symphony_hf.cli`, which `symphony` is."""
+"""Entry point of `python -m symphony_hf.cli`, the same as `symphony`."""
 
 from . import main
 

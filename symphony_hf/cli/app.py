@@ -1,4 +1,4 @@
-"""The typer app of all commands, and the options of a command built from what the command calls."""
+"""The typer app of all commands, and command options built from the function or class that a command calls."""
 
 import inspect
 import re
@@ -30,6 +30,7 @@ def command_from(
     names: Mapping[str, str] | None = None,
     flags: Mapping[str, str] | None = None,
     repeated: Collection[str] = (),
+    left_out: Collection[str] = (),
     parsers: Mapping[str, Callable[[str], Any]] | None = None,
 ) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
     """Give a command one option for each parameter of `target`, and call it with what `target` returns.
@@ -44,6 +45,7 @@ def command_from(
         names: Option names that differ from the names of their parameters.
         flags: Declarations of switches, such as `--check/--no_check`.
         repeated: Sequences whose option is given once for each value.
+        left_out: Parameters without an option, which keep their defaults.
         parsers: Functions that read the values of options whose type does not say how.
     """
     names, flags, parsers = names or {}, flags or {}, parsers or {}
@@ -52,6 +54,8 @@ def command_from(
     options: dict[str, str] = {}
     parameters = []
     for parameter in inspect.signature(target).parameters.values():
+        if parameter.name in left_out:
+            continue
         name = names.get(parameter.name, parameter.name)
         options[name] = parameter.name
         kind, default = _without_none(hints[parameter.name]), parameter.default

@@ -1,4 +1,4 @@
-"""`symphony upcycle`, `merge`, `prune`, `topk`, `inspect`, `push` and `bench-upcycle`."""
+"""`symphony upcycle`, `merge`, `prune`, `topk`, `inspect`, `fold` and `push`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,19 +27,6 @@ from .app import app, command_from
 def upcycle(result: UpcycleResult) -> None:
     """Turn a dense checkpoint into a MoE checkpoint on disk: each expert begins as a copy of the MLP."""
     print_result(result)
-
-
-@app.command("bench-upcycle", epilog="Example: symphony bench-upcycle --output upcycle.json")
-def bench_upcycle(
-    folder: Annotated[str, typer.Option(help="Folder for temporary checkpoints: 40 GB.")] = ".",
-    shrink: Annotated[int, typer.Option(help="Divisor of Phi-3-mini's widths, for a quick trial.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Number of alternating upcycling and copying rounds.")] = 2,
-    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-upcycle.json",
-) -> None:
-    """Measure upcycling at Phi-3-mini's shapes: memory and seconds next to a plain copy of the same size."""
-    from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_bench_upcycle
-
-    print_bench_upcycle(run_bench_upcycle(folder, shrink=shrink, rounds=rounds, output=output))
 
 
 @app.command(epilog="Example: symphony merge symphony-quickstart/symphony merged --experts 8 --by graph")

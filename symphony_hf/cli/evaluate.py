@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from symphony_hf.evaluation.attacks.files import AttackedFile, attack_file
 from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS
 from symphony_hf.evaluation.robustness.settings import RobustnessSettings
 from symphony_hf.evaluation.routing.settings import RoutingSettings
@@ -36,32 +37,14 @@ def eval_(settings: RobustnessSettings) -> None:
 
 
 @app.command(epilog="Example: symphony attack wiki.test.txt --attack aaa --seed 0 --output wiki.test.attacked.txt")
-def attack(
-    file: Annotated[str, typer.Argument(help="A text file, UTF-8.")],
-    output: Annotated[str, typer.Option(help="File for the attacked text.")],
-    attack: Annotated[
-        str,
-        typer.Option(help="aaa, keyboard, char_delete, char_insert, char_swap, homoglyph, word_drop or word_shuffle."),
-    ] = "aaa",
-    severity: Annotated[int, typer.Option(help="Severity from 1 to 5; 1 is the paper's setting for aaa.")] = 1,
-    rate: Annotated[
-        float | None, typer.Option(help="Share of words or letters to change, instead of a severity.")
-    ] = None,
-    minimum: Annotated[
-        int | None, typer.Option(help="Minimum number of words replaced per line, 1 by default; for aaa.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
-) -> None:
+@command_from(
+    attack_file, arguments=("source",), names={"source": "file"}, flags={"overwrite": "--overwrite/--no-overwrite"}
+)
+def attack(written: AttackedFile) -> None:
     """Write the attacked form of a text file: the same for the same file, seed and attack, on any machine."""
-    from symphony_hf.evaluation.attacks.files import attack_file
-
-    written = attack_file(
-        file, output, attack, severity=severity, rate=rate, minimum=minimum, seed=seed, overwrite=overwrite
-    )
     typer.echo(
-        f"{attack} at rate {written.rate:g}, seed {seed}: {written.num_changed:,} of {written.num_lines:,} lines "
-        f"changed. Written to {written.path.resolve()}"
+        f"{written.attack} at rate {written.rate:g}, seed {written.seed}: {written.num_changed:,} of "
+        f"{written.num_lines:,} lines changed. Written to {written.path.resolve()}"
     )
 
 

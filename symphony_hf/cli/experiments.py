@@ -1,4 +1,4 @@
-"""Benchmarks, ablations, checks and evidence: the commands for experiments."""
+"""`symphony ablate`, `check`, `evidence`, `families` and `theory`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,52 +7,11 @@ import typer
 import yaml
 
 from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.full_size import print_full_size, run_full_size
+from symphony_hf.experiments.fuzzing.campaign import Outcome, print_outcomes
+from symphony_hf.experiments.fuzzing.campaign import fuzz as run_campaign
 
-from .app import app
-
-
-@app.command(epilog="Example: symphony bench --models olmoe-1b-7b --tokens 1024 --output bench.json")
-def bench(
-    models: Annotated[
-        list[str] | None,
-        typer.Option(help="mixtral-8x7b, olmoe-1b-7b or qwen3-30b-a3b; several times for several; all by default."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Number of tokens in one forward pass.")] = 1024,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the accelerator where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; float32 on CPU, else bfloat16.")] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds per measurement, after warm-up.")] = 60.0,
-    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench.json",
-) -> None:
-    """Measure what the graph costs: a Symphony block against the stock one, in alternation, at true layer shapes."""
-    from symphony_hf.experiments.bench.layer import print_bench, run_bench
-
-    print_bench(run_bench(models or None, tokens=tokens, device=device, dtype=dtype, seconds=seconds, output=output))
-
-
-@app.command("bench-commit", epilog="Example: symphony bench-commit --output commit.json")
-def bench_commit(
-    seconds: Annotated[
-        float, typer.Option(help="Seconds to measure the training step that commits are compared with.")
-    ] = 20.0,
-    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-commit.json",
-) -> None:
-    """Measure what moving the graphs costs with 1, 2 and 4 processes: one all-reduce an optimizer step."""
-    from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
-
-    print_bench_commit(run_bench_commit(output, seconds))
-
-
-@app.command("bench-experts", epilog="Example: symphony bench-experts --images 4 --output experts.json")
-def bench_experts(
-    images: Annotated[int, typer.Option(help="Number of images in one step.")] = 4,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the accelerator where there is one.")] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds per measurement, after warm-up.")] = 30.0,
-    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-bench-experts.json",
-) -> None:
-    """Measure UpcycledMoE against a loop over experts, at the shapes of LLaVA's projector and CLIP's MLP."""
-    from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts
-
-    print_bench_experts(run_bench_experts(output, images=images, device=device, seconds=seconds))
+from .app import app, command_from
 
 
 @app.command(
@@ -73,11 +32,11 @@ def ablate(
 ) -> None:
     """Run a grid of small training runs around a base point, and report it with intervals over seeds.
 
-    Each cell is a process and a file of its own: stopped in any way, the same command goes on.
+    Each run is a process and a file of its own: an interrupted study resumes with the same command.
     """
     import os
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each cell; torch reads it when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the runs; torch reads it when it is imported
 
     from symphony_hf.experiments.ablation.report import print_ablation
     from symphony_hf.experiments.ablation.run import run_ablation
@@ -91,21 +50,19 @@ def ablate(
 
 
 def _changes(texts: list[str]) -> dict[str, Any]:
-    from symphony_hf.errors import ConfigError
-
     for text in texts:
         if "=" not in text:
             raise ConfigError(f"symphony ablate: --set takes NAME=VALUE, got {text!r}")
     return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts)}
 
 
-check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes, and print what they found.")
+check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes.")
 app.add_typer(check_app, name="check")
 
 
 @check_app.callback()
 def check() -> None:
-    """Checks that take minutes, and print what they found."""
+    """Checks that take minutes."""
 
 
 @check_app.command(epilog="Example: symphony check distributed")
@@ -129,30 +86,16 @@ def distributed(
 
 
 @check_app.command("full-size", epilog="Example: symphony check full-size --model 7.4b --folder /data")
-def full_size(
-    model: Annotated[str, typer.Option(help="7.4b or 4.2b.")] = "7.4b",
-    folder: Annotated[str, typer.Option(help="Folder for temporary files: 30 GB, or 18 GB for 4.2b.")] = ".",
-    tokens: Annotated[int, typer.Option(help="Number of text tokens; an image adds 576.")] = 32,
-    output: Annotated[str, typer.Option(help="JSON file to write.")] = "symphony-full-size.json",
-) -> None:
+@command_from(run_full_size, arguments=(), left_out=("shrink",))
+def full_size(result: dict[str, Any]) -> None:
     """Make, load, symphonize, run, save and load again one of the recipes' models at its true size."""
-    from symphony_hf.experiments.full_size import print_full_size, run_full_size
-
-    print_full_size(run_full_size(model, folder, tokens=tokens, output=output))
+    print_full_size(result)
 
 
 @check_app.command(epilog="Example: symphony check fuzz --cases 1000")
-def fuzz(
-    cases: Annotated[int, typer.Option(help="Number of files to tamper with.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Random seed; it gives the same cases on every machine.")] = 0,
-) -> None:
+@command_from(run_campaign)
+def fuzz(outcomes: list[Outcome]) -> None:
     """Tamper with checkpoints and adapters: each must load with valid graphs, or raise a clear error."""
-    from symphony_hf.experiments.fuzzing.campaign import fuzz as try_cases
-    from symphony_hf.experiments.fuzzing.campaign import print_outcomes
-
-    if cases < 1:
-        raise ConfigError(f"symphony check fuzz: --cases must be at least 1, got {cases}")
-    outcomes = try_cases(cases, seed)
     print_outcomes(outcomes)
     raise typer.Exit(1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0)
 

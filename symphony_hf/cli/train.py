@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from symphony_hf.data.splits import PreparedSplit, prepare_split
 from symphony_hf.errors import ConfigError
 from symphony_hf.training.quickstart_settings import QuickstartSettings
 
@@ -92,19 +93,9 @@ def _count(text: str) -> int:
     epilog="Examples: symphony prepare brown.zip --output text --split train --strip_tags / --- "
     "symphony prepare wiki.test.tokens --output text --split test",
 )
-def prepare(
-    source: Annotated[str, typer.Argument(help="A text file, a folder of them, or a .zip of one; UTF-8.")],
-    output: Annotated[str, typer.Option(help="Corpus folder, for a recipe's data.path.")],
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    strip_tags: Annotated[
-        str | None,
-        typer.Option("--strip_tags", help="Character at whose last occurrence each word is cut: / for word/tag."),
-    ] = None,
-) -> None:
+@command_from(prepare_split, arguments=("source",))
+def prepare(written: PreparedSplit) -> None:
     """Write text into a split of a corpus, one file per document, optionally without part-of-speech tags."""
-    from symphony_hf.data.splits import prepare_split
-
-    written = prepare_split(source, output, split=split, strip_tags=strip_tags)
     typer.echo(
         f"{written.num_documents:,} documents of {written.num_words:,} words. Written to {written.folder.resolve()}"
     )

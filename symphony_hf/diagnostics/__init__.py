@@ -1,4 +1,4 @@
-"""Diagnostics: routing, experts and their graph in numbers. In pictures: `symphony_hf.diagnostics.plots`."""
+"""Metrics of routing, experts and co-selection graphs. `symphony_hf.diagnostics.plots` has the pictures."""
 
 from .graph_metrics import (
     centrality,

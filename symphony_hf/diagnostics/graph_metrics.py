@@ -1,7 +1,7 @@
 """Numbers that describe the co-selection graphs of experts.
 
 Functions take one adjacency of shape (num_experts, num_experts): symmetric and non-negative, the moving
-average of the share of tokens that chose a pair of experts together, with each expert's load on the diagonal.
+average of the share of tokens that select a pair of experts together, with each expert's load on the diagonal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from .routing_metrics import DEAD, normalized_entropy
 
 
 def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tensor:
-    """The graph in float64 on the CPU.
+    """Check an adjacency, and return it in float64 on the CPU.
 
     Args:
         adjacency_EE: Any tensor.
-        num_experts: Of the graph that is wanted; its own when None.
+        num_experts: Expected number of experts; any number if None.
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
     """
     if adjacency_EE.dim() != 2 or len(adjacency_EE) < 2:
         raise GraphError(f"an adjacency of at least 2 experts was expected, got shape {tuple(adjacency_EE.shape)}")
@@ -42,62 +42,62 @@ def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tenso
 
 
 def load(adjacency_EE: Tensor) -> Tensor:
-    """Compute each expert\'s share of all choices.
+    """Compute each expert's share of all selections.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
 
     Returns:
         Shares that sum to 1, float64. Shape: (num_experts,).
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
     """
     load_E = checked_graph(adjacency_EE).diagonal()
     return load_E / load_E.sum()
 
 
 def load_entropy(adjacency_EE: Tensor) -> float:
-    """Entropy of the load over its maximum, log E: 1 when even, 0 when one expert takes every token.
+    """Compute the entropy of the load over its maximum, log E: 1 for an even load, 0 if one expert takes every token.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
     """
     return normalized_entropy(load(adjacency_EE))
 
 
 def off_diagonal_mass(adjacency_EE: Tensor) -> float:
-    """The share of the graph's mass that is between different experts: what smoothing takes from neighbours.
+    """Compute the share of the graph's mass between different experts, which is what smoothing takes from neighbours.
 
-    It starts at 0 and tends to (K - 1) / K, since a token that chose K experts adds K * K pairs, K of them an
-    expert with itself: the distance tells how far the moving average has come.
+    It starts at 0 and tends to (K - 1) / K, since a token with K experts adds K * K pairs, K of them of an expert with
+    itself. The distance from that limit tells how far the moving average has come.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
     """
     adjacency_EE = checked_graph(adjacency_EE)
     return 1.0 - float(adjacency_EE.trace() / adjacency_EE.sum())
 
 
 def spectral_gap(adjacency_EE: Tensor) -> float:
-    """1 minus the second largest eigenvalue of the row-stochastic transition matrix D^-1 A.
+    """Compute 1 minus the second largest eigenvalue of the row-stochastic transition matrix D^-1 A.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
 
     Returns:
-        0 for a graph in two or more parts (an expert never chosen with another is a part of its own). Where top-K
-        choices are unrelated and even it is (K - 1) / K * E / (E - 1). The larger, the faster smoothing, if it
-        were repeated, would blur the experts into one.
+        0 for a graph in two or more parts (an expert never selected with another is a part of its own). For uniform
+        random top-K selections it is (K - 1) / K * E / (E - 1). The larger it is, the faster repeated smoothing would
+        blur the experts into one.
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
 
     Source: Chung, Spectral Graph Theory (1997), chapter 1. D^-1 A has the eigenvalues of the symmetric
     D^-1/2 A D^-1/2, to which it is similar.
@@ -107,23 +107,23 @@ def spectral_gap(adjacency_EE: Tensor) -> float:
 
 
 def coselection_lift(adjacency_EE: Tensor, num_iterations: int = 200) -> Tensor:
-    """How much more often two experts are chosen together than their loads alone would give.
+    """Compute how much more often two experts are selected together than their loads explain.
 
-    A token's experts are distinct, so "loads alone" is not load_j * load_k, by which even unrelated experts
-    would seem to avoid each other. It is the model of quasi-independence: expected_jk = u_j u_k off the
-    diagonal, nothing on it, with u such that every expert has as many pairs as in the graph.
+    A token's experts are distinct, so the expectation is not load_j * load_k, by which even unrelated experts would
+    seem to avoid each other. It is quasi-independence: expected_jk = u_j u_k off the diagonal and 0 on it, with u such
+    that every expert has as many pairs as in the graph.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
-        num_iterations: Of iterative proportional fitting, which needs far fewer unless one expert is in
-            nearly every pair.
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
+        num_iterations: Number of iterations of iterative proportional fitting, which needs far fewer unless one expert
+            is in nearly every pair.
 
     Returns:
-        adjacency_jk / expected_jk: 1 is what the loads alone would give, and it is 1 on the diagonal and where an
-        expert was never chosen with another. float64. Shape: (num_experts, num_experts).
+        adjacency_jk / expected_jk, float64. It is 1 where the loads explain a pair, on the diagonal, and for an expert
+        that was never selected with another. Shape: (num_experts, num_experts).
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
 
     Source: Goodman, "The Analysis of Cross-Classified Data: Independence, Quasi-Independence, and Interactions in
     Contingency Tables with or without Missing Entries" (1968).
@@ -140,19 +140,19 @@ def coselection_lift(adjacency_EE: Tensor, num_iterations: int = 200) -> Tensor:
 
 
 def cluster_order(adjacency_EE: Tensor) -> list[int]:
-    """An order of the experts that puts those chosen together next to each other, for heat maps.
+    """Order experts so that those selected together are next to each other, for heat maps.
 
-    Average linkage on the distance 1 / (1 + lift), then the leaf order with the closest neighbours. Lift, because
-    similarities that grow with load (cosine, Ochiai) order experts by popularity where communities are weak.
+    Average linkage on the distance 1 / (1 + lift), then the leaf order with the closest neighbours. It uses lift,
+    because similarities that grow with load (cosine, Ochiai) order experts by popularity where communities are weak.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
 
     Returns:
-        The numbers of the experts, each once.
+        A permutation of the experts' indices.
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
 
     Source: Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering" (2001).
     """
@@ -160,40 +160,40 @@ def cluster_order(adjacency_EE: Tensor) -> list[int]:
 
 
 def leaf_order(distance_EE: np.ndarray) -> list[int]:
-    """An order of experts that puts near ones next to each other: leaves of average linkage, closest neighbours.
+    """Order experts so that close ones are next to each other: optimal leaf order of average linkage.
 
     Args:
-        distance_EE: Symmetric but for rounding. Shape: (num_experts, num_experts).
+        distance_EE: Distances, symmetric up to rounding. Shape: (num_experts, num_experts).
     """
     distance_EE = distance_EE.copy()
     np.fill_diagonal(distance_EE, 0.0)
-    # Symmetric to rounding only, which `squareform` would refuse: it reads the upper triangle.
+    # Unchecked, because rounding breaks the symmetry that `squareform` checks; it reads the upper triangle.
     condensed = squareform(distance_EE, checks=False)
     return hierarchy.leaves_list(hierarchy.linkage(condensed, "average", optimal_ordering=True)).tolist()
 
 
 SEED = 0
-"""Of the order in which communities are tried."""
+"""Default seed of the community search."""
 
 
 def _as_network(adjacency_EE: Tensor) -> nx.Graph:
-    """Without loops: an expert's load is no acquaintance."""
+    """Return the network without self-loops, which are loads."""
     weights_EE = checked_graph(adjacency_EE).clone().fill_diagonal_(0.0)
     return nx.from_numpy_array(weights_EE.numpy())
 
 
 def communities(adjacency_EE: Tensor, seed: int = SEED) -> list[list[int]]:
-    """Groups of experts that are chosen with one another more than with the rest.
+    """Find groups of experts that are selected with one another more than with the rest.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
         seed: Seed of the order in which experts are moved.
 
     Returns:
-        Every expert is in one; the largest first. An expert that was never chosen with another is alone.
+        A partition of the experts, the largest group first. An expert never selected with another is a group.
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
 
     Source: Blondel et al., "Fast unfolding of communities in large networks" (2008), by networkx.
     """
@@ -205,21 +205,21 @@ def communities(adjacency_EE: Tensor, seed: int = SEED) -> list[list[int]]:
 
 
 def modularity(adjacency_EE: Tensor, groups: Sequence[Sequence[int]] | None = None) -> float:
-    """How much of the graph's weight is within groups, less what would be there by chance.
+    """Compute the share of the graph's weight within groups, minus its expectation by chance.
 
     Q = sum over groups of w_in / w - (degree / 2w)^2, with w the weight of all edges between different experts, w_in of
     those within the group, and degree the sum of its experts' edges.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
-        groups: Of experts, each in one; `communities` when None.
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
+        groups: Partition of the experts; `communities` if None.
 
     Returns:
-        Below 1; 0 for one group of all, and for a graph without edges. The expectation takes an expert to be able to
-        meet itself, so unrelated experts score a little below 0, and the best groups of them above.
+        Value below 1; 0 for a single group, and for a graph without edges. The expectation includes pairs of an expert
+        with itself, so unrelated experts score slightly below 0, and the best groups of them above.
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
 
     Source: Newman, "Modularity and community structure in networks" (2006), by networkx.
     """
@@ -230,19 +230,19 @@ def modularity(adjacency_EE: Tensor, groups: Sequence[Sequence[int]] | None = No
 
 
 def centrality(adjacency_EE: Tensor, damping: float = 0.85) -> Tensor:
-    """Who is well connected to the well connected: the share of time that a walk along the graph is at each expert.
+    """Compute the PageRank of each expert: the share of time that a random walk on the graph spends there.
 
-    PageRank, which unlike the leading eigenvector is there in graphs of several parts, too.
+    Unlike the leading eigenvector, it is also defined for graphs of several parts.
 
     Args:
-        adjacency_EE: A social graph. Shape: (num_experts, num_experts).
-        damping: The share of steps along the graph; the others go anywhere.
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
+        damping: Share of steps along the graph; the others jump anywhere.
 
     Returns:
         Shares that sum to 1, float64. Shape: (num_experts,).
 
     Raises:
-        GraphError: If it is no co-selection graph.
+        GraphError: If it is not a co-selection graph.
 
     Source: Brin and Page, "The Anatomy of a Large-Scale Hypertextual Web Search Engine" (1998), by networkx.
     """
@@ -252,31 +252,31 @@ def centrality(adjacency_EE: Tensor, damping: float = 0.85) -> Tensor:
 
 
 def drift(before_EE: Tensor, after_EE: Tensor) -> float:
-    """How far a graph moved, relative to its size: |after - before| / |after|, by Frobenius' norm.
+    """Compute the relative change of a graph, |after - before| / |after|, in the Frobenius norm.
 
     Args:
-        before_EE: A social graph. Shape: (num_experts, num_experts).
+        before_EE: Co-selection graph. Shape: (num_experts, num_experts).
         after_EE: The same graph later. Same shape.
 
     Raises:
-        GraphError: If one is no social graph, or they have different numbers of experts.
+        GraphError: If one is not a co-selection graph, or their numbers of experts differ.
     """
     before_EE, after_EE = checked_graph(before_EE, len(after_EE)), checked_graph(after_EE)
     return float((after_EE - before_EE).norm() / after_EE.norm())
 
 
 def graph_summary(graphs: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Summarize a model\'s graphs as means over its routers.
+    """Summarize a model's graphs as means over its routers.
 
     Args:
         graphs: Adjacency by router. Shape of each: (num_experts, num_experts).
-        before: The same at an earlier time, for `drift`.
+        before: The graphs at an earlier time, for `drift`.
 
     Returns:
-        `load_entropy`: over its maximum, log E; 1 when even. `dead_experts`: the share of experts with less than a
-        tenth of the even load. `busiest`: the highest load over the even one. `neighbours`: the share of the graph's
-        mass between different experts; it starts at 0 and tends to (K - 1) / K. `drift`: how far the graphs moved since
-        `before`, relative to their size (Frobenius); 0 without `before`.
+        `load_entropy`: normalized entropy of the load, 1 for an even load. `dead_experts`: share of experts with less
+        than a tenth of the even load. `busiest`: highest load over the even load. `neighbours`: share of the graph's
+        mass between different experts, which starts at 0 and tends to (K - 1) / K. `drift`: relative change of the
+        graphs since `before` in the Frobenius norm, 0 without `before`.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     for name, adjacency_EE in graphs.items():

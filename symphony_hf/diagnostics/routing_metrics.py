@@ -1,6 +1,6 @@
-"""Numbers that describe how tokens were routed: by the experts that they chose, and the logits that chose.
+"""Numbers that describe how tokens are routed: by their selected experts, and by the logits that select them.
 
-Shapes: T tokens, E experts, K experts per token. Choices are indices of distinct experts, integer, in any order.
+Shapes: T tokens, E experts, K experts per token. Selections are indices of distinct experts, integer, in any order.
 """
 
 import math
@@ -17,17 +17,17 @@ DEAD = 0.1
 
 
 def load_of_choices(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """Compute each expert\'s share of all choices.
+    """Compute each expert's share of all selections.
 
     Args:
-        indices_TK: The experts that each token chose. Shape: (tokens, top_k).
-        num_experts: E.
+        indices_TK: Selected experts of each token. Shape: (tokens, top_k).
+        num_experts: Number of experts, E.
 
     Returns:
         Shares that sum to 1, float64. Shape: (num_experts,).
 
     Raises:
-        EvaluationError: If there is no token.
+        EvaluationError: If there are no tokens.
     """
     if not indices_TK.numel():
         raise EvaluationError("no tokens, so no load")
@@ -36,7 +36,7 @@ def load_of_choices(indices_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def normalized_entropy(load_E: Tensor) -> float:
-    """Entropy of a load over its maximum, log E: 1 when even, 0 when one expert takes every token.
+    """Compute the entropy of a load over its maximum, log E: 1 for an even load, 0 if one expert takes every token.
 
     Args:
         load_E: Shares that sum to 1. Shape: (num_experts,).
@@ -45,7 +45,7 @@ def normalized_entropy(load_E: Tensor) -> float:
 
 
 def dead_experts(load_E: Tensor, threshold: float = DEAD) -> list[int]:
-    """The experts that get less than a tenth of the even load, 1 / E.
+    """Return the experts with less than a tenth of the even load, 1 / E.
 
     Args:
         load_E: Shares that sum to 1. Shape: (num_experts,).
@@ -55,20 +55,19 @@ def dead_experts(load_E: Tensor, threshold: float = DEAD) -> list[int]:
 
 
 def router_margin(logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-    """Compute the margin of each token\'s choice: its K-th highest logit minus the next.
+    """Compute the margin of each token's selection: the lowest selected logit minus the highest other logit.
 
-    In general, the lowest logit that was chosen minus the highest that was not. Where the highest logits choose that is
-    the gap between the K-th and the (K + 1)-th. Where a family adds a bias to choose by, or chooses groups first, it is
-    negative for the tokens whose choice the logits alone would not have made.
+    For plain top-K selection it is the gap between the K-th and the (K + 1)-th highest logit. For families that select
+    with a bias or in groups, it is negative where the selection is not that of the highest logits.
 
     Args:
         logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
-        indices_TK: The experts chosen. Shape: (tokens, top_k).
+        indices_TK: Selected experts. Shape: (tokens, top_k).
 
     Returns:
-        In nats, float32; infinite where all experts are chosen. Shape: (tokens,).
+        Margins in nats, float32; infinite where all experts are selected. Shape: (tokens,).
 
-    Source: ours; the margin of a classifier, between the last that is in and the first that is out.
+    Source: the margin of a classifier, applied to top-K selection.
     """
     logits_TE, indices_TK = logits_TE.float(), indices_TK.long()
     lowest_T = logits_TE.gather(1, indices_TK).amin(1)
@@ -82,8 +81,8 @@ def flip_rate(before_TK: Tensor, after_TK: Tensor) -> Tensor:
     The mean over tokens is the flip rate of the routing; 1 minus that mean is what tables call routing stability.
 
     Args:
-        before_TK: Chosen experts, in any order. Shape: (..., tokens, top_k).
-        after_TK: Experts that the same tokens choose after the text or the model has changed. Same shape.
+        before_TK: Selected experts, in any order. Shape: (..., tokens, top_k).
+        after_TK: Selected experts of the same tokens after a change of the text or the model. Same shape.
 
     Returns:
         Values from 0 to 1, float64. Shape: (..., tokens).
@@ -92,14 +91,14 @@ def flip_rate(before_TK: Tensor, after_TK: Tensor) -> Tensor:
 
 
 def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
-    """Compute the share of a checkpoint\'s expert choices that match those of the final checkpoint.
+    """Compute the share of a checkpoint's selections that match those of the final checkpoint.
 
     Args:
-        indices_TK: The experts that a checkpoint chooses for some tokens. Shape: (tokens, top_k).
-        final_TK: Those that the final checkpoint chooses for the same tokens. Same shape.
+        indices_TK: Selected experts of some tokens in a checkpoint. Shape: (tokens, top_k).
+        final_TK: Selected experts of the same tokens in the final checkpoint. Same shape.
 
     Returns:
-        From 0 to 1; K / E by chance.
+        Value from 0 to 1; K / E by chance.
 
     Source: Muennighoff et al., "OLMoE" (arXiv 2409.02060), router saturation: 1/N sum_i |E_i(t) & E_i(T)| / k.
     """
@@ -107,15 +106,15 @@ def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
 
 
 def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """Compute how often expert j is chosen when expert i is: N_ij / N_i.
+    """Compute how often expert j is selected when expert i is: N_ij / N_i.
 
     Args:
-        indices_TK: Shape: (tokens, top_k).
-        num_experts: E.
+        indices_TK: Selected experts. Shape: (tokens, top_k).
+        num_experts: Number of experts, E.
 
     Returns:
-        From 0 to 1, 1 on the diagonal, and 0 in the row of an expert that was never chosen. Not symmetric. float64.
-        Shape: (num_experts, num_experts).
+        Values from 0 to 1, float64: 1 on the diagonal, 0 in the row of an expert that was never selected. Not
+        symmetric. Shape: (num_experts, num_experts).
 
     Source: OLMoE (arXiv 2409.02060), expert co-activation.
     """
@@ -124,18 +123,17 @@ def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> Tensor:
-    """Compute the share of each domain\'s tokens that chose each expert.
+    """Compute the share of each domain's tokens that select each expert.
 
     Args:
-        indices_by_domain: Of each domain's tokens. Shape of each: (tokens, top_k).
-        num_experts: E.
+        indices_by_domain: Selected experts of each domain's tokens. Shape of each: (tokens, top_k).
+        num_experts: Number of experts, E.
 
     Returns:
-        Rows that sum to K; K / E is what an expert would get of a domain without preferences. float64. Shape:
-        (domains, num_experts).
+        Rows that sum to K, float64; K / E in a domain without preferences. Shape: (domains, num_experts).
 
     Raises:
-        EvaluationError: If a domain has no token.
+        EvaluationError: If a domain has no tokens.
 
     Source: OLMoE (arXiv 2409.02060), domain specialization: N_i(k, D) / N_D.
     """
@@ -146,14 +144,14 @@ def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> 
 def domain_information(allocation_DE: Tensor) -> float:
     """Compute the mutual information of expert and domain over the entropy of the domains.
 
-    Each domain counts alike, however many tokens it has: it is the Jensen-Shannon divergence of the domains'
-    distributions over experts, over its maximum.
+    It is the Jensen-Shannon divergence of the domains' distributions over experts, over its maximum. Each domain counts
+    alike, whatever its number of tokens.
 
     Args:
-        allocation_DE: From `domain_allocation`. Shape: (domains, num_experts).
+        allocation_DE: Result of `domain_allocation`. Shape: (domains, num_experts).
 
     Returns:
-        0 where all domains use the experts alike, 1 where no two share one; 0 for a single domain. A little above 0 by
+        0 if all domains use the experts alike, 1 if no two share an expert; 0 for a single domain. Slightly above 0 by
         chance.
 
     Source: Lin, "Divergence Measures Based on the Shannon Entropy" (1991), with equal weights.
@@ -167,26 +165,26 @@ def domain_information(allocation_DE: Tensor) -> float:
 
 
 def cka_matrix(outputs: Iterable[Tensor], unbiased: bool = True) -> Tensor:
-    """Linear centered kernel alignment of every pair of experts: of what they make of the same tokens.
+    """Compute the linear centered kernel alignment (CKA) of every pair of experts' outputs on the same tokens.
 
-    It is 1 for outputs that differ by a rotation, a shift and a scale, and 0 for uncorrelated ones.
+    It is 1 for outputs that differ by a rotation, a shift and a scale, and 0 for uncorrelated outputs.
 
-    The plain estimate is no use where tokens are fewer than features, as they are in large models: there unrelated
-    outputs have a CKA near 1. Without bias, theirs is 0 on average, and a little below 0 as often as above.
+    The biased estimate is useless with fewer tokens than features, as in large models, where it is near 1 for unrelated
+    outputs. The unbiased one is then 0 on average.
 
     Args:
-        outputs: What each expert makes of the same tokens, one after the other: only their products of tokens with
-            tokens are kept. Shape of each: (tokens, features).
-        unbiased: Whether to estimate each HSIC without bias.
+        outputs: Each expert's output on the same tokens. Only one of them and the Gram matrices are kept in memory.
+            Shape of each: (tokens, features).
+        unbiased: Whether to use the unbiased estimate of HSIC.
 
     Returns:
-        Symmetric, 1 on the diagonal; 0 where an expert's outputs do not vary. float64. Shape: (experts, experts).
+        Symmetric matrix, float64: 1 on the diagonal, 0 if an expert's output is constant. Shape: (experts, experts).
 
     Raises:
-        EvaluationError: If there are fewer than 4 tokens, or not the same number everywhere.
+        EvaluationError: If there are fewer than 4 tokens, or their numbers differ.
 
-    Source: Kornblith et al. (arXiv 1905.00414): ||Y'X||^2 / (||X'X|| ||Y'Y||), with centered columns. Deviation, where
-    `unbiased`: the estimate of HSIC is that of Song et al., "Feature Selection via Dependence Maximization" (2012), as
+    Source: Kornblith et al. (arXiv 1905.00414): ||Y'X||^2 / (||X'X|| ||Y'Y||), with centered columns. Deviation, if
+    `unbiased`: HSIC is estimated as in Song et al., "Feature Selection via Dependence Maximization" (2012) and
     in Nguyen et al. (arXiv 2010.15327).
     """
     grams = [_gram(output_TD) for output_TD in outputs]
@@ -211,7 +209,7 @@ def cka_matrix(outputs: Iterable[Tensor], unbiased: bool = True) -> Tensor:
 
 
 def _gram(output_TD: Tensor) -> Tensor:
-    """Products of tokens with tokens, of outputs whose mean is taken off first, lest it drown what varies."""
+    """Compute the Gram matrix of centered outputs; the mean would otherwise dominate."""
     output_TD = output_TD.detach().to(device="cpu", dtype=torch.float64)
     output_TD = output_TD - output_TD.mean(0)
     return output_TD @ output_TD.T

@@ -1,4 +1,4 @@
-"""Evaluation: perplexity by document, accuracy of answers, routing under attack, and intervals for what is compared."""
+"""Evaluation: perplexity by document, accuracy, routing under attack, and confidence intervals of comparisons."""
 
 from symphony_hf.diagnostics.routing_metrics import flip_rate
 from symphony_hf.evaluation.routing.records import RoutingRecord, RoutingStability, record_routing, routing_stability

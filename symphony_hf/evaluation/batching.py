@@ -1,4 +1,4 @@
-"""Documents as padded batches of token windows, and a model held in eval mode while they run.
+"""Padded batches of token windows, and a context manager for eval mode.
 
 A document is cut into windows, each at most as long as the model's block, in reading order and without overlap.
 """
@@ -14,14 +14,14 @@ from tqdm import tqdm
 from symphony_hf.errors import EvaluationError
 
 Windows = Mapping[str, Sequence[Tensor]]
-"""By document name, the document's windows: token ids, int64. Shape of each: (2 to block_size,)."""
+"""Windows of token ids by document name, int64. Shape of each: (2 to block_size,)."""
 
 
 class Batch(NamedTuple):
-    """Some windows of about the same length, padded on the right."""
+    """Windows of similar length, padded on the right."""
 
     indices: list[int]
-    """Where each row stands in the flat list of windows."""
+    """Index of each row in the flat list of windows."""
     input_ids: Tensor
     """Shape: (windows, longest), int64."""
     attention_mask: Tensor
@@ -29,10 +29,10 @@ class Batch(NamedTuple):
 
 
 def flatten(windows: Windows) -> tuple[list[Tensor], list[int]]:
-    """All windows of all documents in one list, and the number of the document that each belongs to.
+    """Return all windows of all documents in one list, and the index of each window's document.
 
     Raises:
-        EvaluationError: If there is no document, a document has no window, or a window is not a 1-D tensor of at
+        EvaluationError: If there are no documents, a document has no windows, or a window is not a 1-D tensor of at
             least two integer tokens (one to read, one to predict).
     """
     if not windows:
@@ -56,16 +56,16 @@ def flatten(windows: Windows) -> tuple[list[Tensor], list[int]]:
 def padded_batches(
     flat: Sequence[Tensor], batch_size: int, device: torch.device, progress: str | None
 ) -> Iterator[Batch]:
-    """Cut a list of windows into batches, longest first, so that little is padded and memory peaks at once.
+    """Group windows into batches, longest first, so that padding is small and memory peaks in the first batch.
 
     Args:
         flat: Token ids, int64. Shape of each: (length,).
-        batch_size: Windows per batch.
-        device: Where the batches go.
+        batch_size: Number of windows in a batch.
+        device: Device of the batches.
         progress: Label of the progress bar; no bar when None.
 
     Yields:
-        Batches that hold every window once. Padding is on the right, where no token of a causal model sees it.
+        Batches that contain every window once. Padding is on the right, where causal models do not see it.
 
     Raises:
         EvaluationError: If `batch_size` is not positive.
@@ -77,7 +77,7 @@ def padded_batches(
     # disable=None: no bar where the output is not a terminal, such as a log file.
     for start in tqdm(starts, desc=progress, unit=" batches", delay=2, disable=True if progress is None else None):
         indices = order[start : start + batch_size]
-        # Padded with token 0: any id of the vocabulary serves, since the mask and causality both hide it.
+        # Any token id serves as padding, since the mask and causality both hide it.
         input_ids = nn.utils.rnn.pad_sequence([flat[index] for index in indices], batch_first=True)
         lengths = torch.tensor([len(flat[index]) for index in indices])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
@@ -86,10 +86,10 @@ def padded_batches(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Hold a model in eval mode without gradients, and give every module its own mode back afterwards.
+    """Put a model into eval mode without gradients, and restore the mode of each module afterwards.
 
     Yields:
-        The device of the model's first parameter, which is where its token ids belong.
+        The device of the model's first parameter, for its token ids.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -18,7 +18,7 @@ _WEIGHTS = (".safetensors", ".bin", ".json")
 _HINT = "name a folder or model that has it: --tokenizer"
 
 _LARGE = 1 << 20
-"""Bytes. A larger file is told by its size and the time of its last change, a smaller one by its contents."""
+"""Size in bytes above which a file is identified by its size and modification time instead of its contents."""
 
 
 class ModelUnderTest:
@@ -34,10 +34,10 @@ class ModelUnderTest:
         source: Same as the argument.
         dtype: Same as the argument.
         config: Config of the model.
-        fingerprint: Tells the checkpoint from any other, and from itself before it was trained further.
+        fingerprint: Identifier of the checkpoint's contents; see `fingerprint_of`.
 
     Raises:
-        ConfigError: If it is no model that transformers knows, or an adapter.
+        ConfigError: If transformers does not know the model, or it is an adapter.
     """
 
     def __init__(self, source: str, revision: str | None, dtype: str, auto_class: Any = AutoModelForCausalLM) -> None:
@@ -47,15 +47,15 @@ class ModelUnderTest:
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that the model takes at once; None where its config does not say."""
+        """Context length of the model; None if its config does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        """The model, on the accelerator where there is one.
+        """The model, on the accelerator if there is one.
 
         Raises:
-            ConfigError: If its weights could not be loaded.
+            ConfigError: If the weights could not be loaded.
         """
         device_map = "auto" if torch.cuda.is_available() else None
         try:
@@ -67,32 +67,32 @@ class ModelUnderTest:
         return model.eval()
 
     def release(self) -> None:
-        """Let go of the weights, so that the next model has their memory."""
+        """Free the weights for the next model."""
         self.__dict__.pop("model", None)
 
 
 def load_tokenizer(source: str, revision: str | None) -> Any:
-    """A checkpoint's tokenizer.
+    """Load a checkpoint's tokenizer.
 
     Raises:
-        ConfigError: If it has none.
+        ConfigError: If it has no tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"`{source}`: no tokenizer ({first}); {_HINT}") from error
-    # Where there are no files, transformers makes one that knows nothing, of the class that the model mostly has.
+    # Without files, transformers builds an empty tokenizer of the model's usual class.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-        raise ConfigError(f"`{source}`: no tokenizer (none of its files is there); {_HINT}")
+        raise ConfigError(f"`{source}`: no tokenizer (its files are missing); {_HINT}")
     return tokenizer
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """A vision-language checkpoint's processor.
+    """Load a vision-language checkpoint's processor.
 
     Raises:
-        ConfigError: If it has none, or one that takes no images.
+        ConfigError: If it has no processor, or one that takes no images.
     """
     try:
         processor = AutoProcessor.from_pretrained(source, revision=revision)
@@ -105,10 +105,10 @@ def load_processor(source: str, revision: str | None) -> Any:
 
 
 def fingerprint_of(source: str, revision: str | None) -> str:
-    """Tells a checkpoint from any other: the commit on the Hub, or a digest of what decides what it computes."""
+    """Return an identifier of a checkpoint's contents: its commit on the Hub, or a digest of its files."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        # The Hub's cache keeps each commit in a folder of its name.
+        # The Hub's cache keeps each commit in a folder named after it.
         return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

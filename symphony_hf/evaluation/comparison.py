@@ -1,7 +1,7 @@
 """Paired comparison of two models on clean and attacked documents.
 
-The intervals answer one question: would the same two checkpoints compare alike on other documents of this kind?
-How two training runs with other seeds would compare is another question, which only more runs answer.
+The intervals are over documents: they tell whether the same two checkpoints would compare alike on other documents of
+this kind. How other training seeds would compare takes more training runs.
 """
 
 import numpy as np
@@ -17,28 +17,28 @@ def _paired_tokens(a: DocumentScores, b: DocumentScores) -> np.ndarray:
         raise EvaluationError("the two models were scored on different documents: score both on the same ones")
     if not np.array_equal(a.num_tokens, b.num_tokens):
         raise EvaluationError(
-            "the two models' documents have different numbers of tokens: nats a token compare only within one tokenizer"
+            "the two models' documents have different numbers of tokens: nats per token compare only with one tokenizer"
         )
     return a.num_tokens
 
 
 def _check_versions(clean: DocumentScores, attacked: DocumentScores) -> None:
     if clean.names != attacked.names:
-        raise EvaluationError("the clean and the attacked documents differ by name: score versions of the same ones")
+        raise EvaluationError("clean and attacked documents have different names: score versions of the same documents")
 
 
 def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
-    """The 95% interval of one model's perplexity.
+    """Compute the 95% interval of one model's perplexity.
 
-    Much of it is how documents differ in difficulty, alike for every model: intervals of two models may overlap
-    and their difference still be clear. Compare models with `compare_perplexity`.
+    Most of its width is the varying difficulty of documents, which models share: intervals of two models may overlap
+    although their difference is clear. Compare models with `compare_perplexity`.
 
     Args:
         scores: Scores of one model.
         seed: Seed of the bootstrap.
 
     Returns:
-        A level, which has no verdict.
+        The interval of a level, which has no verdict.
 
     Raises:
         EvaluationError: If there are fewer than 10 documents, or a score is not finite.
@@ -53,16 +53,19 @@ def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
 def compare_perplexity(
     a: DocumentScores, b: DocumentScores, *, seed: int = 0, weights: np.ndarray | None = None
 ) -> Interval:
-    """The 95% interval of log-perplexity of `a` minus that of `b`, in nats a token; `.exp()` is their ratio.
+    """Compute the 95% interval of the log-perplexity of `a` minus that of `b`, in nats per token.
 
     Args:
         a: Scores of one model.
-        b: Scores of another one, on the same documents.
+        b: Scores of another model on the same documents.
         seed: Seed of the bootstrap.
         weights: See `paired_bootstrap`; each document's tokens when None.
 
+    Returns:
+        The interval, in nats; `.exp()` is that of the ratio of perplexities.
+
     Raises:
-        EvaluationError: If the documents or their tokens differ, or are fewer than 10.
+        EvaluationError: If the documents or their tokens differ, or there are fewer than 10 documents.
     """
 
     def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
@@ -76,7 +79,7 @@ def compare_perplexity(
 def compare_attacked(
     clean: DocumentScores, attacked: DocumentScores, *, seed: int = 0, weights: np.ndarray | None = None
 ) -> Interval:
-    """The 95% interval of one model's log-perplexity on attacked documents minus that on clean ones.
+    """Compute the 95% interval of one model's log-perplexity on attacked documents minus that on clean ones.
 
     Args:
         clean: Scores of a model on the clean documents.
@@ -85,10 +88,10 @@ def compare_attacked(
         weights: See `paired_bootstrap`; each document's tokens when None.
 
     Returns:
-        In nats; `.exp()` is the attacked/clean ratio.
+        The interval, in nats; `.exp()` is that of the attacked/clean ratio.
 
     Raises:
-        EvaluationError: If the documents differ, or are fewer than 10.
+        EvaluationError: If the documents differ, or there are fewer than 10.
     """
     _check_versions(clean, attacked)
 
@@ -109,20 +112,20 @@ def compare_robustness(
     seed: int = 0,
     weights: np.ndarray | None = None,
 ) -> Interval:
-    """The 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
+    """Compute the 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
 
-    A better model is better under attack, too. This tells whether it is so by more than it was on clean text.
+    A model that is better on clean text is mostly better under attack too. This tells whether it also loses less.
 
     Args:
         clean_a: Scores of one model on the clean documents.
         attacked_a: Its scores on the attacked versions of the same documents.
         clean_b: Scores of another model on the clean documents.
-        attacked_b: Its scores on the attacked ones.
+        attacked_b: Its scores on the attacked versions.
         seed: Seed of the bootstrap.
         weights: See `paired_bootstrap`; each document's tokens when None.
 
     Raises:
-        EvaluationError: If the documents or their tokens differ, or are fewer than 10.
+        EvaluationError: If the documents or their tokens differ, or there are fewer than 10 documents.
     """
     clean_tokens = _paired_tokens(clean_a, clean_b)
     attacked_tokens = _paired_tokens(attacked_a, attacked_b)

@@ -81,7 +81,7 @@ def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
     """
     path = None if settings.data is None else Path(settings.data).expanduser()
     if path is not None and path.is_file():
-        # A file has no splits of its own, and someone who gives one to evaluate on means all of it.
+        # A file has no splits, so it is evaluated as a whole.
         splits = read_file(path, settings.text_column or "text")
         source, split = str(settings.data), settings.split or "all"
     else:
@@ -102,7 +102,7 @@ def _attack(documents: Sequence[Document], case: AttackCase, source: str) -> lis
     attacked = attack_documents(documents, attack, attack.rate(case.severity), case.seed)
     if attacked == documents:
         raise DataError(
-            f"{source}: {case.attack} at severity {case.severity} changes nothing in {len(documents)} documents: it "
-            f"is an attack where {attack.what}; take another"
+            f"{source}: {case.attack} at severity {case.severity} changes nothing in {len(documents)} documents: in "
+            f"this attack, {attack.what}; use another attack"
         )
     return attacked

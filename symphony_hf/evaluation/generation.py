@@ -1,4 +1,4 @@
-"""Answers of any vision-language model to questions about images, put to it through its own processor."""
+"""Answers of a vision-language model to questions about images, asked through its own processor."""
 
 import inspect
 import string
@@ -26,19 +26,19 @@ class AnswerScores:
     """Free answers of a model."""
 
     given: list[str]
-    """Its answers."""
+    """Answers of the model."""
     answers: list[str]
-    """The right ones."""
+    """Correct answers."""
 
     @property
     def correct(self) -> np.ndarray:
-        """1 where both agree but for case, and spaces and punctuation at the ends; else 0. Shape: (questions,)."""
+        """1 where both agree up to case, and spaces and punctuation at the ends, else 0. Shape: (questions,)."""
         pairs = zip(self.given, self.answers, strict=True)
         return np.array([float(_plain(given) == _plain(answer)) for given, answer in pairs])
 
     @property
     def accuracy(self) -> float:
-        """Share of the questions that were answered right."""
+        """Share of correct answers."""
         return float(self.correct.mean())
 
 
@@ -59,11 +59,11 @@ def answer_freely(
     """Generate answers greedily, up to the end-of-text token.
 
     Args:
-        model: With `generate`. It is left in the mode that it came in.
+        model: A model with `generate`. Its mode is restored.
         asker: Asker made from the model's processor.
-        asked: Questions, one batch in memory at a time.
+        asked: Questions, of which one batch is in memory at a time.
         max_new_tokens: Maximum number of tokens in an answer.
-        batch_size: Questions per batch.
+        batch_size: Number of questions in a batch.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
 
@@ -102,14 +102,14 @@ def choose_answers(
     progress: str | None = None,
     total: int | None = None,
 ) -> ChoiceScores:
-    """Choose, at each question, the answer whose tokens are likeliest after it.
+    """Choose for each question the answer whose tokens are most likely.
 
     Args:
-        model: Any that takes the processor's inputs. It is left in the mode that it came in.
+        model: A model that takes the processor's inputs. Its mode is restored.
         asker: Asker made from the model's processor.
-        asked: Questions, one in memory at a time; the right answer of each is among `answers`.
-        answers: To choose from, the same at each question.
-        batch_size: Questions with an answer, a forward.
+        asked: Questions, of which one is in memory at a time; the correct answer of each is among `answers`.
+        answers: Answers to choose from, the same for each question.
+        batch_size: Number of question-answer pairs per forward pass.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
 
@@ -144,7 +144,7 @@ def choose_answers(
 
 
 def _token_scores(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[list[int], np.ndarray]]:
-    """Of each row, its token ids without padding, and the log-probability of each but the first."""
+    """Return each row's token ids without padding, and the log-probability of each token but the first."""
     logits_BTV = model(**inputs).logits
     lengths = inputs["attention_mask"].sum(-1).tolist()
     rows = []
@@ -155,7 +155,7 @@ def _token_scores(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[list[i
 
 
 def _on(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """On the model's device and, of images, in its dtype; without what tokenizers make and the model does not take."""
+    """Move inputs to the model's device, images also to its dtype, and drop those that the model does not take."""
     taken = inspect.signature(model.forward).parameters
     dtype = next(model.parameters()).dtype
     moved = {name: value.to(device) for name, value in inputs.items() if name in taken}
@@ -163,7 +163,7 @@ def _on(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> di
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: of chat models, often another one than that of a text."""
+    """Return the tokens that end an answer; chat models often have another one than the end-of-text token."""
     config = getattr(model, "generation_config", None)
     own = getattr(config, "eos_token_id", None)
     known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]

@@ -1,6 +1,6 @@
-"""Accuracy and GLUE's other metrics of a model's choices, with intervals by question.
+"""Accuracy and GLUE's other metrics of a model's choices, with intervals over questions.
 
-A metric is a function of sums over questions: so it can be taken of any resample of them at once, and of several
+A metric is a function of sums over questions, so that it can be computed for many resamples at once, and for several
 attacked forms of each question together.
 """
 
@@ -16,11 +16,11 @@ from .statistics import Interval, paired_bootstrap
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """What was chosen at each question, in one form of it or several.
+    """Chosen answers to questions in one or several forms.
 
     Attributes:
-        chosen: Numbers of answers. Shape: (forms, questions), integer.
-        answers: Those of the right ones. Shape: (questions,), integer.
+        chosen: Indices of the chosen answers. Shape: (forms, questions), integer.
+        answers: Indices of the correct answers. Shape: (questions,), integer.
     """
 
     chosen: np.ndarray
@@ -29,12 +29,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Metric:
-    """How good choices are.
+    """A metric of choices.
 
     Attributes:
-        name: As reports call it.
-        counts: Of choices and right answers, what is counted of each. Shape: (counts, ...), as the choices.
-        value: Of the sums of those, the metric.
+        name: Name in reports.
+        counts: Function from choices and correct answers to counts of each question. Shape: (counts, ...), with the
+            shape of the choices.
+        value: Function from the sums of the counts to the metric.
     """
 
     name: str
@@ -42,16 +43,16 @@ class Metric:
     value: Callable[..., np.ndarray]
 
     def columns(self, choices: Choices) -> list[np.ndarray]:
-        """What is counted of each question, as a mean over its forms. Shape of each: (questions,)."""
+        """Return the counts of each question, as means over its forms. Shape of each: (questions,)."""
         return list(self.counts(choices.chosen, choices.answers).astype(np.float64).mean(axis=1))
 
     def of(self, choices: Choices) -> float:
-        """The metric of all questions."""
+        """Compute the metric over all questions."""
         return float(self.value(*(column.sum() for column in self.columns(choices))))
 
 
 def pooled_choices(forms: list[Choices]) -> Choices:
-    """Several attacked forms of the same questions as one: a question stays one draw, whatever was done to it."""
+    """Combine attacked forms of the same questions. A question stays one draw, however many forms it has."""
     return Choices(np.concatenate([form.chosen for form in forms]), forms[0].answers)
 
 
@@ -79,7 +80,7 @@ def _matthews(hits: np.ndarray, chosen: np.ndarray, right: np.ndarray, number: n
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """0 where nothing was chosen, or only one answer: as scikit-learn has it."""
+    """Divide, with 0 where the divisor is 0, as in scikit-learn."""
     return np.divide(above, below, out=np.zeros(np.shape(below)), where=np.asarray(below) > 1e-9)
 
 
@@ -91,11 +92,11 @@ METRICS = {
         Metric("matthews", _positives, _matthews),
     )
 }
-"""By name. `f1` is that of the answer number 1, and `matthews` is Matthews' correlation, both of two answers."""
+"""Metrics by name. `f1` is that of answer 1, and `matthews` is Matthews' correlation; both are for two answers."""
 
 
 def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Interval:
-    """The 95% interval of one model's metric: a level, which has no verdict.
+    """Compute the 95% interval of one model's metric, a level without a verdict.
 
     Raises:
         EvaluationError: If there are fewer than 10 questions.
@@ -108,10 +109,10 @@ def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Inter
 
 
 def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) -> Interval:
-    """The 95% interval of the metric of `a` minus that of `b`: of two models, or of attacked and clean questions.
+    """Compute the 95% interval of the metric of `a` minus that of `b`: two models, or attacked and clean questions.
 
     Raises:
-        EvaluationError: If the questions differ, or are fewer than 10.
+        EvaluationError: If the questions differ, or there are fewer than 10.
     """
     _check_pairs(a, b)
     first, second = metric.columns(a), metric.columns(b)
@@ -128,12 +129,12 @@ def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) ->
 def compare_changes(
     metric: Metric, clean_a: Choices, attacked_a: Choices, clean_b: Choices, attacked_b: Choices, *, seed: int = 0
 ) -> Interval:
-    """The 95% interval of what an attack takes from the metric of `a`, attacked minus clean, minus that of `b`.
+    """Compute the 95% interval of the change of `a`'s metric under attack, attacked minus clean, minus that of `b`.
 
-    A better model is better under attack, too. This tells whether it is so by more than it was on clean questions.
+    A model that is better on clean questions is mostly better under attack too. This tells whether it also loses less.
 
     Raises:
-        EvaluationError: If the questions differ, or are fewer than 10.
+        EvaluationError: If the questions differ, or there are fewer than 10.
     """
     for other in (attacked_a, clean_b, attacked_b):
         _check_pairs(clean_a, other)
@@ -152,4 +153,4 @@ def compare_changes(
 
 def _check_pairs(a: Choices, b: Choices) -> None:
     if not np.array_equal(a.answers, b.answers):
-        raise EvaluationError("the choices are of different questions: score both on the same ones")
+        raise EvaluationError("the choices are of different questions: score both on the same questions")

@@ -1,4 +1,4 @@
-"""Accuracy of a model that answers by the likeliest of given answers."""
+"""Accuracy of the most likely of given answers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from .statistics import Interval, paired_bootstrap
 
 @dataclass(frozen=True, eq=False)
 class ChoiceScores:
-    """Answers that a model chose."""
+    """Answers that a model chooses."""
 
     chosen: np.ndarray
-    """The number of the likeliest answer. Shape: (questions,), integer."""
+    """Index of the most likely answer. Shape: (questions,), integer."""
     answers: np.ndarray
-    """That of the right one. Same shape."""
+    """Index of the correct answer. Same shape."""
     log_probs: list[np.ndarray]
-    """Of each question's answers, summed over their tokens, in nats. Shape of each: (choices,)."""
+    """Log-probability of each answer, summed over its tokens, in nats. Shape of each: (choices,)."""
 
     @property
     def correct(self) -> np.ndarray:
-        """1 where the right answer was chosen, 0 elsewhere. Shape: (questions,)."""
+        """1 where the correct answer is chosen, 0 elsewhere. Shape: (questions,)."""
         return (self.chosen == self.answers).astype(np.float64)
 
     @property
     def accuracy(self) -> float:
-        """Share of the questions whose right answer was chosen."""
+        """Share of correct answers."""
         return float(self.correct.mean())
 
 
@@ -47,20 +47,20 @@ def score_choices(
     progress: str | None = None,
     total: int | None = None,
 ) -> ChoiceScores:
-    """Choose the answer whose tokens are likeliest after the prompt.
+    """Choose the answer whose tokens are most likely after the prompt.
 
-    Answers of one token each are all read off one forward of the prompt; a longer one is a row of its own.
+    One forward pass of the prompt scores all answers of one token; longer answers take rows of their own.
 
     Args:
-        model: Any causal language model, or one with images. It is left in the mode that it came in.
-        questions: From `LabelledQuestions.questions` or `VisualQuestions.choices`, one batch in memory at a time.
-        batch_size: Questions per forward pass.
+        model: A causal language model, or one with images. Its mode is restored.
+        questions: Questions, of which one batch is in memory at a time.
+        batch_size: Number of questions per forward pass.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
 
     Returns:
-        The choices, in the order of the questions. Ties go to the first answer. How questions fall into batches moves
-        log-probabilities by rounding only.
+        The choices, in the order of the questions. Ties go to the first answer. Batching changes log-probabilities by
+        rounding only.
 
     Raises:
         EvaluationError: If there are no questions, or a log-probability is not finite.
@@ -88,14 +88,14 @@ def score_choices(
 
 
 def accuracy_interval(scores: ChoiceScores, *, seed: int = 0) -> Interval:
-    """The 95% interval of one model's accuracy. Compare models with `compare_accuracy`.
+    """Compute the 95% interval of one model's accuracy. Compare models with `compare_accuracy`.
 
     Args:
         scores: Scores of one model.
         seed: Seed of the bootstrap.
 
     Returns:
-        A level, which has no verdict.
+        The interval of a level, which has no verdict.
 
     Raises:
         EvaluationError: If there are fewer than 10 questions.
@@ -104,18 +104,18 @@ def accuracy_interval(scores: ChoiceScores, *, seed: int = 0) -> Interval:
 
 
 def compare_accuracy(a: ChoiceScores, b: ChoiceScores, *, seed: int = 0) -> Interval:
-    """The 95% interval of the accuracy of `a` minus that of `b`; `verdict(lower_is_better=False)` says which is better.
+    """Compute the 95% interval of the accuracy of `a` minus that of `b`. Use `verdict(lower_is_better=False)`.
 
     Args:
         a: Scores of one model.
-        b: Scores of another one, on the same questions.
+        b: Scores of another model on the same questions.
         seed: Seed of the bootstrap.
 
     Raises:
-        EvaluationError: If the questions differ, or are fewer than 10.
+        EvaluationError: If the questions differ, or there are fewer than 10.
     """
     if not np.array_equal(a.answers, b.answers):
-        raise EvaluationError("the two models answered different questions: score both on the same ones")
+        raise EvaluationError("the two models answered different questions: score both on the same questions")
 
     def statistic(correct_a: np.ndarray, correct_b: np.ndarray, axis: int) -> np.ndarray:
         return correct_a.mean(axis) - correct_b.mean(axis)
@@ -127,7 +127,7 @@ def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.
     rows, places = _rows(questions)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row, _ in rows])
-    # Padded on the right, where no token of a causal model sees it; so no position moves.
+    # Padded on the right, where causal models do not see it, so that positions do not move.
     inputs: dict[str, Any] = {"attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
     pixels = [questions[number].pixel_values for _, number in rows]
     if any(images is not None for images in pixels):
@@ -143,9 +143,9 @@ def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.
 
 
 def _rows(questions: Sequence[Question]) -> tuple[list[tuple[list[int], int]], Iterator[tuple[int, int, int]]]:
-    """The rows of a batch, each with the number of its question; and where each choice is: (question, choice, row).
+    """Return the rows of a batch with the index of their question, and (question, choice, row) of each choice.
 
-    The last token of a choice is predicted, not read. So choices that differ in their last token alone share a row.
+    The last token of a choice is predicted, not read, so choices that differ only in their last token share a row.
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     rows: list[tuple[list[int], int]] = []

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model, kept by document so that models can be compared in pairs."""
+"""Perplexity of a causal language model by document, for paired comparisons of models."""
 
 from dataclasses import dataclass
 
@@ -20,17 +20,17 @@ class DocumentScores:
     nll: np.ndarray
     """Negative log-likelihood summed over the document's predicted tokens, in nats. Shape: (documents,)."""
     num_tokens: np.ndarray
-    """Predicted tokens: all but the first of each window. Shape: (documents,), integer."""
+    """Number of predicted tokens, all but the first of each window. Shape: (documents,), integer."""
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean NLL a token over all documents, so a long document weighs more than a short one."""
+        """Exponential of the mean NLL per token over all documents, in which long documents weigh more."""
         return float(np.exp(self.nll.sum() / self.num_tokens.sum()))
 
 
 def next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
     """Compute the negative log-likelihood of each token but the first, in nats, float32. Shape: (tokens - 1,)."""
-    # float32 one window at a time: a float32 copy of a whole batch of logits would double the peak of memory.
+    # float32 one window at a time: a float32 copy of a whole batch of logits would double the peak memory.
     return F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="none")
 
 
@@ -40,17 +40,17 @@ def score_documents(
     """Sum the next-token negative log-likelihood over the windows of each document.
 
     Args:
-        model: Any causal language model: `model(input_ids=..., attention_mask=...)` returns an output with
-            `.logits` of shape (windows, length, vocabulary). It is left in the mode that it came in.
+        model: A causal language model: `model(input_ids=..., attention_mask=...)` returns an output with `.logits` of
+            shape (windows, length, vocabulary). Its mode is restored.
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
-        batch_size: Windows per forward pass.
+        batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
 
     Returns:
-        One score a document, in the order of `windows`. How windows fall into batches moves it by rounding only.
+        One score per document, in the order of `windows`. Batching changes it by rounding only.
 
     Raises:
-        EvaluationError: If a document has no usable window, or its NLL is not finite.
+        EvaluationError: If a document has no valid window, or its NLL is not finite.
     """
     nll = score_tokens(model, windows, batch_size=batch_size, progress=progress)
     sums = np.array([values.sum(dtype=np.float64) for values in nll.values()])
@@ -66,18 +66,19 @@ def score_stream(
     batch_size: int = 16,
     progress: str | None = None,
 ) -> DocumentScores:
-    """Score one text in windows that overlap, so that what is scored has seen what comes before it.
+    """Score one text in overlapping windows, so that every scored token has context.
 
     Args:
         model: Model, as in `score_documents`.
         ids_T: Token ids, int64. Shape: (tokens,).
-        block_size: Tokens of a window.
-        context: Of them, from the window before: seen, and not scored again. From 1 to `block_size - 1`.
-        batch_size: Windows per forward pass.
+        block_size: Number of tokens in a window.
+        context: Number of these that are context from the window before and not scored again, from 1 to
+            `block_size - 1`.
+        batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
 
     Returns:
-        One score a window, named by its number. Each token but the text's first is in one of them.
+        One score per window, named by its index. Each token but the first of the text is scored once.
 
     Raises:
         EvaluationError: If there are fewer than two tokens, or a value is not finite.
@@ -86,7 +87,7 @@ def score_stream(
     starts = range(0, max(len(ids_T) - context, 1), step)
     windows = {str(number): [ids_T[start : start + block_size]] for number, start in enumerate(starts)}
     nll = score_tokens(model, windows, batch_size=batch_size, progress=progress)
-    # A window predicts all its tokens but the first.
+    # A window predicts all of its tokens but the first.
     new = [values if name == "0" else values[context - 1 :] for name, values in nll.items()]
     sums = np.array([values.sum(dtype=np.float64) for values in new])
     return DocumentScores(list(nll), sums, np.array([len(values) for values in new]))
@@ -95,20 +96,20 @@ def score_stream(
 def score_tokens(
     model: nn.Module, windows: Windows, *, batch_size: int = 16, progress: str | None = None
 ) -> dict[str, np.ndarray]:
-    """The next-token negative log-likelihood of every predicted token.
+    """Compute the negative log-likelihood of every predicted token.
 
     Args:
         model: Model, as in `score_documents`.
         windows: Windows, as in `score_documents`.
-        batch_size: Windows per forward pass.
+        batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
 
     Returns:
-        By document name, in nats, in reading order; the first token of each window is not predicted. Shape of each:
-        (predicted tokens,), float32.
+        Values in nats by document name, in reading order; the first token of each window is not predicted. Shape of
+        each: (predicted tokens,), float32.
 
     Raises:
-        EvaluationError: If a document has no usable window, or a value is not finite.
+        EvaluationError: If a document has no valid window, or a value is not finite.
     """
     flat, owners = flatten(windows)
     names = list(windows)
@@ -118,7 +119,7 @@ def score_tokens(
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             lengths = [len(flat[index]) for index in indices]
             nll = [next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
-            # One wait for the device a batch, not one a window.
+            # Synchronize with the device once per batch, not once per window.
             values = torch.cat(nll).cpu().numpy()
             pieces = np.split(values, np.cumsum([length - 1 for length in lengths])[:-1])
             for index, piece in zip(indices, pieces, strict=True):

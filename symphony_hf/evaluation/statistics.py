@@ -25,22 +25,22 @@ class Interval:
     num_documents: int
     seed: int
     null: float | None = 0.0
-    """The value that means "no difference"; None for a level, which is compared with nothing."""
+    """Value that means "no difference"; None for a level, which is not a comparison."""
     p_value: float | None = None
-    """Of the exchange test, see `paired_bootstrap`; None where nothing can be exchanged."""
+    """p-value of the exchange test, see `paired_bootstrap`; None without such a test."""
 
     def verdict(self, lower_is_better: bool = True) -> Verdict:
-        """Whether the first of the two that were compared is better, at this confidence.
+        """Return the verdict on the first of the two compared models, at this confidence.
 
         Args:
             lower_is_better: True for a loss, False for a score.
 
         Returns:
-            `better` or `worse` where the interval lies on one side of `null`, ends not included, and the exchange
-            test, if there was one, finds a difference too.
+            `better` or `worse` if the interval excludes `null`, and the exchange test, if there is one, also finds a
+            difference; otherwise `not distinguishable`.
 
         Raises:
-            EvaluationError: If the interval is of a level.
+            EvaluationError: If this is the interval of a level.
         """
         if self.null is None:
             raise EvaluationError("this is the interval of one model, not of a comparison: it has no verdict")
@@ -50,9 +50,9 @@ class Interval:
         return "better" if (self.high < self.null) == lower_is_better else "worse"
 
     def exp(self) -> "Interval":
-        """The interval of exp(estimate): of a perplexity ratio, from a difference in nats a token.
+        """Return the interval of exp(estimate), such as a perplexity ratio from a difference in nats per token.
 
-        exp is increasing, so it carries the ends of a percentile interval, and with them the verdict, over.
+        exp is increasing, so it maps the ends of a percentile interval and keeps the verdict.
         """
         estimate, low, high = (float(np.exp(value)) for value in (self.estimate, self.low, self.high))
         null = None if self.null is None else float(np.exp(self.null))
@@ -60,15 +60,15 @@ class Interval:
 
 
 def _effective(weights: np.ndarray) -> float:
-    """How many documents of equal weight would vary as little as these do. Source: Kish, "Survey Sampling" (1965)."""
+    """Compute the effective number of documents. Source: Kish, "Survey Sampling" (1965)."""
     weights = weights.astype(np.float64)
     return float(weights.sum() ** 2 / np.square(weights).sum())
 
 
 def _expanded(confidence: float, num_documents: float) -> float:
-    """The level to ask a percentile bootstrap for, so that with few documents it covers at `confidence`.
+    """Compute the level at which a percentile bootstrap of few documents has the coverage `confidence`.
 
-    The bootstrap's spread is too small by sqrt((n - 1) / n) and its tails are normal where Student's are due.
+    The bootstrap's spread is too small by sqrt((n - 1) / n), and its tails are normal instead of Student's t.
     Source: Hesterberg, "What Teachers Should Know about the Bootstrap", arXiv 1411.5279, expanded percentile.
     """
     tail = stats.t.ppf((1 - confidence) / 2, num_documents - 1) * np.sqrt(num_documents / (num_documents - 1))
@@ -86,29 +86,30 @@ def paired_bootstrap(
     weights: np.ndarray | None = None,
     swapped: Sequence[tuple[int, int]] = (),
 ) -> Interval:
-    """A percentile interval of a statistic of documents, resampled whole: all columns of a document together.
+    """Compute a percentile interval of a statistic by resampling whole documents, with all columns of each.
 
-    It is expanded for few documents, by Hesterberg's rule (`_expanded`). On simulated pairs of models with equal
+    It is expanded for few documents by Hesterberg's rule (`_expanded`). On simulated pairs of models with equal
     means and documents of very different lengths it excluded the truth in 5.8%, 6.1% and 6.0% of 1,000 draws at 10,
     20 and 60 documents, where the plain one did in 11.8%, 8.8% and 6.7%, and BCa in 14.7%, 11.2% and 8.8%. Unlike
-    BCa it also takes ties: identical models give a width of exactly 0.
+    BCa it handles ties: identical models give a width of exactly 0.
 
     Args:
-        columns: Values of each document. Shape of each: (documents,).
-        statistic: Called as `statistic(*columns, axis=axis)` on many resamples at once, documents along `axis`.
+        columns: Columns of values by document. Shape of each: (documents,).
+        statistic: Function called as `statistic(*columns, axis=axis)` on many resamples at once, with documents along
+            `axis`.
         confidence: Confidence level of the interval.
-        num_resamples: Bootstrap draws.
-        seed: Seed of the draws.
-        null: The statistic's value where there is no difference; None for a level.
-        weights: How much each document weighs in the statistic, such as its tokens; all alike when None. The more
-            uneven they are, the fewer documents count, and the wider the interval is made: on pairs as above, with
-            lengths that spread over a factor of ten, it excluded the truth in 4.5%, 4.0% and 4.0% of 600 draws at 12,
-            20 and 40 documents, and in 8.5%, 9.3% and 6.3% without them. Shape: (documents,).
-        swapped: Pairs of columns, by number, that trade places when the two that are compared do. With them a verdict
-            also needs the exchange test's consent, see `_exchange_test`.
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples.
+        null: Value of the statistic without a difference; None for a level.
+        weights: Weight of each document in the statistic, such as its number of tokens; equal weights when None. Uneven
+            weights lower the effective number of documents and widen the interval: on pairs as above, with lengths that
+            spread over a factor of ten, it excluded the truth in 4.5%, 4.0% and 4.0% of 600 draws at 12, 20 and 40
+            documents, and in 8.5%, 9.3% and 6.3% without weights. Shape: (documents,).
+        swapped: Pairs of columns, by index, that are exchanged when the two models are. With them a verdict also
+            requires the exchange test, see `_exchange_test`.
 
     Returns:
-        The statistic of the documents as they are, with its interval, in the statistic's own units.
+        The statistic of the documents with its interval, in the statistic's units.
 
     Raises:
         EvaluationError: If there are too few documents, or a number is not finite.
@@ -145,18 +146,18 @@ def _exchange_test(
     num_resamples: int,
     seed: int,
 ) -> float:
-    """How often a statistic is as far from none if, document by document, a coin says which of the two is which.
+    """Compute the p-value of a permutation test that exchanges the two models at random, document by document.
 
-    Where both are alike, so that neither name belongs to one of them, this is below 0.05 in 5% of draws at most, for
-    any number of documents and any statistic; a bootstrap promises that for many documents only. Few of them matter
-    most for accuracies: if two models differ at four questions alone, and one is right at all four, which is so by
-    chance in one of eight times, the bootstrap's interval is on one side of zero.
+    If the models are exchangeable, it is below 0.05 in at most 5% of draws, for any number of documents and any
+    statistic, which a bootstrap guarantees only for many documents. This matters most for accuracies: if two models
+    differ at four questions, and one is right at all four, which happens by chance one time in eight, the bootstrap's
+    interval excludes zero.
 
-    What it costs: of simulated models with equal means, as in `paired_bootstrap` with weights, it and the interval both
-    found a difference in 3.8%, 4.9% and 5.1% of 1,000 draws at 12, 20 and 60 documents, where the interval alone did in
-    4.1%, 5.7% and 6.3%; of real differences they found 63%, 54% and 59%, the interval alone 65%, 57% and 61%. Of
-    accuracies at 40 and 100 questions, false alarms went from 3.8% and 4.3% to 1.1% and 2.0%, and real differences from
-    83% and 84% to 61% and 78%: few of those questions tell two models apart.
+    Its cost in power: for simulated models with equal means, as in `paired_bootstrap` with weights, the test and the
+    interval together found a difference in 3.8%, 4.9% and 5.1% of 1,000 draws at 12, 20 and 60 documents, the interval
+    alone in 4.1%, 5.7% and 6.3%. Of real differences they found 63%, 54% and 59%, the interval alone 65%, 57% and 61%.
+    For accuracies at 40 and 100 questions, false alarms fell from 3.8% and 4.3% to 1.1% and 2.0%, and found differences
+    from 83% and 84% to 61% and 78%, because few of those questions distinguish two models.
 
     Source: Fisher's permutation test for pairs; Noreen, "Computer-Intensive Methods for Testing Hypotheses" (1989),
     approximate randomization; for accuracies it is McNemar's exact test.
@@ -165,7 +166,7 @@ def _exchange_test(
     partners = list(range(len(columns)))
     for one, other in swapped:
         partners[one], partners[other] = other, one
-    # Entry i of a column is the document's own, entry i + num_documents what it would be with both exchanged.
+    # Entry i of a column is the document's value, entry i + num_documents its value with both models exchanged.
     both = [np.concatenate([column, columns[partner]]) for column, partner in zip(columns, partners, strict=True)]
 
     def exchanged(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
@@ -177,7 +178,7 @@ def _exchange_test(
         exchanged,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=num_resamples - 1,  # and the one that is there
+        n_resamples=num_resamples - 1,  # besides the observed one
         batch=max(1, 2**20 // num_documents),
         rng=np.random.default_rng(seed),
     )
@@ -186,13 +187,13 @@ def _exchange_test(
 
 @dataclass(frozen=True)
 class SeedInterval:
-    """A mean over seeds, with the t-interval of it.
+    """A mean over seeds with its t-interval.
 
     Attributes:
-        estimate: The mean.
-        low: None with one seed, which says nothing of the spread; likewise `high`.
-        high: See `low`.
-        num_seeds: Runs.
+        estimate: Mean.
+        low: Lower end; None with one seed, which has no spread.
+        high: Upper end; None with one seed.
+        num_seeds: Number of seeds.
         confidence: Confidence level of the interval.
     """
 
@@ -203,28 +204,28 @@ class SeedInterval:
     confidence: float
 
     def exp(self) -> "SeedInterval":
-        """Of exp(estimate): a ratio, from a difference of logarithms."""
+        """Return the interval of exp(estimate), such as a ratio from a difference of logarithms."""
         low, high = (None if end is None else math.exp(end) for end in (self.low, self.high))
         return SeedInterval(math.exp(self.estimate), low, high, self.num_seeds, self.confidence)
 
     def excludes(self, value: float) -> bool:
-        """Whether a value lies outside of the interval; with one seed none does."""
+        """Whether a value lies outside the interval. With one seed, none does."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """The mean of one value a seed, and its t-interval.
+    """Compute the mean of one value per seed, and its t-interval.
 
     Args:
-        values: Independent but for what they share by design: give differences, where runs are paired by seed.
-        confidence: Above 0 and below 1.
+        values: Independent values; for runs that are paired by seed, their differences.
+        confidence: Confidence level, above 0 and below 1.
 
     Raises:
-        EvaluationError: If there is no value, or one is not finite.
+        EvaluationError: If there are no values, or one is not finite.
     """
     array = np.asarray(values, dtype=np.float64)
     if not len(array) or not np.isfinite(array).all():
-        raise EvaluationError(f"an interval over seeds needs one finite value a seed, got {list(values)}")
+        raise EvaluationError(f"an interval over seeds needs one finite value per seed, got {list(values)}")
     mean = float(array.mean())
     if len(array) == 1:
         return SeedInterval(mean, None, None, 1, confidence)
@@ -233,12 +234,12 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterva
 
 
 def paired_ratio(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """The geometric mean of values over others, paired by seed.
+    """Compute the geometric mean of the ratios of values to others, paired by seed.
 
     Args:
-        values: Positive, one a seed.
-        others: Of the same seeds, in the same order.
-        confidence: Above 0 and below 1.
+        values: Positive values, one per seed.
+        others: Positive values of the same seeds, in the same order.
+        confidence: Confidence level, above 0 and below 1.
 
     Raises:
         EvaluationError: If there are no pairs, or a value is not positive.

@@ -1,8 +1,8 @@
 """Documents and their attacked forms in windows that begin and end at the same words.
 
-A window begins with a token that is given, not predicted; so each token of a document is predicted once, and the
-likelihood of a document can be divided by its words or bytes. A token has the same text in front of it in both forms,
-but for the attack: with windows of a fixed length it would be other text, since attacked text has more tokens.
+A window begins with a given token that is not predicted, so each token of a document is predicted once, and the
+likelihood of a document can be divided by its words or bytes. A token has the same context in both forms, except for
+the attack. With windows of a fixed length it would not, since attacked text has more tokens.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         ids: Token ids, without special tokens.
-        lines: The line that each token begins in. Shape: (tokens,), int64, never decreasing.
+        lines: Line in which each token begins. Shape: (tokens,), int64, non-decreasing.
     """
 
     ids: list[int]
@@ -47,11 +47,11 @@ class Tokens(NamedTuple):
 
 
 class Untouched(NamedTuple):
-    """Where the tokens are that an attack left alone. Shape of each: (untouched,), int64.
+    """Positions of the tokens that an attack leaves alone. Shape of each: (untouched,), int64.
 
     Attributes:
-        clean: Their positions in the document.
-        attacked: Those in its attacked form.
+        clean: Positions in the document.
+        attacked: Positions in its attacked form.
     """
 
     clean: np.ndarray
@@ -59,10 +59,10 @@ class Untouched(NamedTuple):
 
 
 def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[Tokens]:
-    """The tokens of each document.
+    """Tokenize documents.
 
-    A tokenizer that does not tell where in the text its tokens are has all of them in one line, which only makes it
-    take longer, and less sure, to find the ones that an attack left alone.
+    A tokenizer without offsets has all tokens in one line, which only makes the search for untouched tokens slower and
+    less reliable.
 
     Raises:
         EvaluationError: If a document has no tokens.
@@ -91,7 +91,7 @@ def _lines(text: str, places: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that a window begins with: the beginning of text, or the end of the text before.
+    """Return the token that a window begins with: the beginning-of-text token, or else the end-of-text token.
 
     Raises:
         ConfigError: If the tokenizer has neither.
@@ -99,29 +99,28 @@ def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise ConfigError(
-            f"{type(tokenizer).__name__} has neither a token for the beginning of a text nor one for its end: set its "
-            "`bos_token`"
+            f"{type(tokenizer).__name__} has neither a beginning-of-text nor an end-of-text token: set its `bos_token`"
         )
     return token
 
 
 def clean_cuts(num_tokens: int, block_size: int) -> np.ndarray:
-    """Where the windows of a document end, each of `block_size` tokens with the one that is given."""
+    """Return the ends of a document's windows, each of `block_size` tokens including the given one."""
     return np.append(np.arange(block_size - 1, num_tokens, block_size - 1), num_tokens)
 
 
 def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> np.ndarray:
-    """Where the windows of the attacked form end: at the same tokens, or as far between untouched ones.
+    """Return the ends of the attacked form's windows: at the same tokens, or in proportion between untouched ones.
 
     Args:
-        cuts: Ends of the windows of the document, see `clean_cuts`.
+        cuts: Ends of the document's windows, see `clean_cuts`.
         untouched: Untouched tokens of both forms.
-        num_attacked: Tokens of the attacked form.
+        num_attacked: Number of tokens in the attacked form.
 
     Returns:
-        As many ends, increasing, though two may be the same where much was dropped.
+        The same number of ends, non-decreasing; two are equal where much is dropped.
     """
-    # Each end is between two untouched tokens: right behind the one, and at the latest in front of the other.
+    # Each end is between two untouched tokens: at the earliest right after the one, at the latest before the other.
     after_one = [np.append(0, places + 1) for places in untouched]
     at_other = [np.append(untouched.clean, cuts[-1]), np.append(untouched.attacked, num_attacked)]
     number = np.searchsorted(untouched.clean, cuts)
@@ -131,7 +130,7 @@ def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> 
 
 
 def cut(ids: Sequence[int], cuts: np.ndarray, first: int) -> list[Tensor]:
-    """The windows of a document, each with the given token in front. Shape of each: (2 or more,), int64."""
+    """Cut a document into windows, each after the given token. Shape of each: (2 or more,), int64."""
     starts = [0, *cuts[:-1].tolist()]
     pieces = zip(starts, cuts.tolist(), strict=True)
     return [torch.tensor([first, *ids[start:end]]) for start, end in pieces if end > start]
@@ -168,7 +167,7 @@ def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
 
 
 def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
-    """The tokens that both forms of a document have in common, in order and line by line: no attack moves lines."""
+    """Find the tokens that both forms of a document share, in order and line by line, since no attack moves lines."""
     clean_places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     attacked_places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for line in np.intersect1d(clean.lines, attacked.lines):
@@ -181,8 +180,8 @@ def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
 
 
 SPAN = 2048
-"""Tokens aligned at once. `SequenceMatcher` takes time quadratic in it; a document of any length then costs time
-linear in its length (20 ms for 2,000 tokens, of which a fifth replaced)."""
+"""Number of tokens aligned at once. `SequenceMatcher` takes quadratic time, so spans keep the time linear in the length
+of a document (20 ms for 2,000 tokens, of which a fifth are replaced)."""
 
 
 def aligned_positions(clean_ids: Sequence[int], attacked_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -190,23 +189,23 @@ def aligned_positions(clean_ids: Sequence[int], attacked_ids: Sequence[int]) -> 
 
     Args:
         clean_ids: Token ids of the clean document.
-        attacked_ids: Token ids of the attacked one, from the same tokenizer.
+        attacked_ids: Token ids of the attacked document, from the same tokenizer.
 
     Returns:
-        Positions in the clean and in the attacked document: both strictly increasing, of one length, and the
-        token at a position of the first is the token at the same entry of the second. Integer.
+        Positions of equal tokens in the clean and in the attacked document. Both are strictly increasing integers of
+        the same length.
     """
     clean_positions: list[int] = []
     attacked_positions: list[int] = []
     i, j = 0, 0
     while i < len(clean_ids) and j < len(attacked_ids):
-        # autojunk would ignore frequent tokens, which are just the stop words that attacks leave alone.
+        # autojunk would ignore frequent tokens, which are the stop words that attacks leave alone.
         matcher = SequenceMatcher(None, clean_ids[i : i + SPAN], attacked_ids[j : j + SPAN], autojunk=False)
         *blocks, _ = matcher.get_matching_blocks()
         for block in blocks:
             clean_positions.extend(range(i + block.a, i + block.a + block.size))
             attacked_positions.extend(range(j + block.b, j + block.b + block.size))
-        # Go on behind the last match: the two spans do not end at the same word. Without one, skip both.
+        # Continue after the last match, since the two spans end at different words. Without a match, skip both.
         i += blocks[-1].a + blocks[-1].size if blocks else SPAN
         j += blocks[-1].b + blocks[-1].size if blocks else SPAN
     return np.array(clean_positions, dtype=np.int64), np.array(attacked_positions, dtype=np.int64)

@@ -54,8 +54,8 @@ _MODEL, _SAVED, _LOGITS = "model", "saved", "logits.safetensors"
 
 
 def run_full_size(
-    model: str,
-    folder: str | Path,
+    model: str = "7.4b",
+    folder: str | Path = ".",
     *,
     tokens: int = 32,
     shrink: int = 1,

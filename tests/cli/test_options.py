@@ -70,6 +70,7 @@ class Example(Base):
         layers: Layers, or `all`.
         check: Whether to check.
         folder: Output folder.
+        scale: Scale for tests.
 
     Raises:
         ConfigError: Never.
@@ -80,6 +81,7 @@ class Example(Base):
     layers: str | Sequence[int] = "all"
     check: bool = True
     folder: str | None = None
+    scale: int = 1
 
 
 def run(*words):
@@ -94,6 +96,7 @@ def run(*words):
         names={"names": "name", "others": "against"},
         flags={"check": "--check/--no_check"},
         repeated=("others",),
+        left_out=("scale",),
     )
     def show(settings: Example) -> None:
         """Show them."""
@@ -127,6 +130,13 @@ def test_what_is_required_is_asked_for():
     assert result.exit_code == 2
     assert "--folder" in result.output
     assert not seen
+
+
+def test_parameters_without_an_option_keep_their_defaults():
+    result, seen = run("m", "--folder", "f", "--scale", "2")
+    assert result.exit_code == 2
+    assert not seen
+    assert run("m", "--folder", "f")[1][0].scale == 1
 
 
 def test_numbers_that_are_none_are_refused():

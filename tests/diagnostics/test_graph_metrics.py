@@ -1,4 +1,4 @@
-"""Each number of a social graph on graphs small enough to compute by hand."""
+"""Each metric of a co-selection graph, on graphs small enough to compute by hand."""
 
 import math
 

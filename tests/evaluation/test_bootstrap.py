@@ -152,5 +152,5 @@ def test_unpaired_scores_are_refused(rng):
         compare_perplexity(scores, renamed)
     with pytest.raises(EvaluationError, match="one tokenizer"):
         compare_perplexity(scores, make_scores(hardness, tokens + 1))
-    with pytest.raises(EvaluationError, match="differ by name"):
+    with pytest.raises(EvaluationError, match="have different names"):
         compare_robustness(scores, renamed, scores, renamed)

@@ -75,7 +75,7 @@ def llava_inputs(rows=2, *, seed=0):
 
 
 def move_graphs(model, *, seed=0):
-    """Put a random social graph into every router, as long training would leave one."""
+    """Put a random co-selection graph into every router, as long training would leave one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():

@@ -1,6 +1,6 @@
-"""Figures as PNG files, and SVGs for pages, readable in print and by the colour-blind.
+"""Figures as PNG files, and SVGs for HTML pages, readable in print and by the colour-blind.
 
-Nothing else in the package imports matplotlib.
+No other module of the package imports matplotlib.
 """
 
 from .attacks import plot_flips, plot_robustness, plot_saturation

@@ -1,4 +1,4 @@
-"""Curves of the results of `symphony eval`: clean against attacked, with intervals."""
+"""Figures of robustness and routing under attack, and of router saturation."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,21 +19,21 @@ from .figure import COLORS, save_png, shown_names
 
 _MOST_COLUMNS = 4
 _CHANGES = {"ratio": ("attacked / clean", 1), "difference": ("attacked - clean", 0)}
-"""What an attack makes of a level: in words, and its value where it makes nothing of it."""
+"""Label of each change of a level, and its value without a change."""
 
 
 def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw perplexity or accuracy, and what attacks make of it, by severity: a column an attack, a curve a model.
+    """Draw perplexity or accuracy, and its change under attack, by severity: a column per attack, a curve per model.
 
     Args:
-        result: Result of `robustness.evaluate_robustness`, as in its `result.json`.
+        result: Result of `evaluate_robustness`, as in `result.json`.
         path: Path of the PNG file.
 
     Returns:
         The path.
 
     Raises:
-        EvaluationError: If it has no attacks.
+        EvaluationError: If the result has no attacks.
     """
     models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
     attacks = list(dict.fromkeys(row["attack"] for row in models["model"]["attacks"]))
@@ -66,7 +66,7 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9, frameon=False)
     confidence, documents = models["model"]["clean"][level]["confidence"], result["documents"]
-    note = f"bars: {confidence:.0%} intervals over {documents['number']} {documents['unit']}, which models share"
+    note = f"bars: {confidence:.0%} intervals over {documents['number']} {documents['unit']}, shared by the models"
     figure.supxlabel(note, fontsize=8)
     return save_png(figure, path)
 
@@ -79,7 +79,7 @@ def _draw(
     points |= {row["severity"]: row[measure] for row in own}
     estimate, low, high = np.array([[p["estimate"], p["low"], p["high"]] for p in points.values()]).T
     places = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
-    # Of an interval without width, rounding may put an end past the estimate.
+    # Rounding may put an end of an interval without width past the estimate.
     lengths = np.maximum([estimate - low, high - estimate], 0)
     style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
     axes.errorbar(places, estimate, lengths, label=name, capsize=3, markersize=4, linewidth=1.3, **style)
@@ -90,7 +90,7 @@ def _draw(
 
 
 def _share_scales(axes: np.ndarray, num_attacks: int, columns: int) -> None:
-    """One scale for each measure, so that attacks can be compared."""
+    """Use one scale for each measure, so that attacks can be compared."""
     for row in range(2):
         own = [axes[2 * (place // columns) + row, place % columns] for place in range(num_attacks)]
         limits = np.array([panel.get_ylim() for panel in own])
@@ -99,7 +99,7 @@ def _share_scales(axes: np.ndarray, num_attacks: int, columns: int) -> None:
 
 
 _MOST_WRITTEN = 16
-"""Layers up to which each cell has its number in it."""
+"""Maximum number of layers with a number in each cell."""
 
 
 def plot_flips(
@@ -107,11 +107,11 @@ def plot_flips(
     title: str,
     path: str | os.PathLike[str],
 ) -> Path:
-    """Draw a plan of where routing flips: layers by severity, by the distance from the attack, by kind of token.
+    """Draw the flip rate of each layer by severity, by distance from the attack, and by kind of token.
 
     Args:
-        panels: By what the columns are ("severity"): their names, and, by layer name, the share of choices that changed
-            in each; None where there is no token. All have the same layers.
+        panels: Column names, and flip rates by layer name, for each kind of columns (such as "severity"). A rate is
+            None where there are no tokens. All panels have the same layers.
         title: Title of the figure.
         path: Path of the PNG file.
 
@@ -119,11 +119,11 @@ def plot_flips(
         The path.
 
     Raises:
-        EvaluationError: If there is no panel, or none with a number.
+        EvaluationError: If there are no panels, or none has a number.
     """
     values = [v for _, rows in panels.values() for row in rows.values() for v in row if v is not None]
     if not values:
-        raise EvaluationError("no changes to draw: nothing was attacked")
+        raise EvaluationError("no flip rates to draw: nothing was attacked")
     layers = list(next(iter(panels.values()))[1])
     titles, left_out = shown_names(layers, most=48)
     widths = [max(len(names), 2) for names, _ in panels.values()]
@@ -138,7 +138,7 @@ def plot_flips(
         axes[place].set_yticks(range(len(titles)), list(titles) if place == 0 else [""] * len(titles), fontsize=8)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, format=lambda value, _: f"{100 * value:g}%")
     bar.ax.tick_params(labelsize=8)
-    bar.set_label("share of choices that changed", fontsize=9)
+    bar.set_label("flip rate", fontsize=9)
     return save_png(figure, path)
 
 
@@ -161,22 +161,24 @@ def plot_saturation(
     path: str | os.PathLike[str],
     chance: float | None = None,
 ) -> Path:
-    """Draw how much of its final routing each checkpoint has, one curve a layer.
+    """Draw the share of the final routing that each checkpoint has, with one curve per layer.
 
     Args:
         saturation: Saturation by layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
         moments: Name of each checkpoint.
         path: Path of the PNG file.
-        chance: K / E, what choosing at random would have; not drawn when None.
+        chance: Saturation of random selection, K / E; not drawn if None.
 
     Returns:
         The path.
 
     Raises:
-        EvaluationError: If there are fewer than two checkpoints, or a layer has others.
+        EvaluationError: If there are fewer than two checkpoints, or a layer lacks one.
     """
     if len(moments) < 2 or not saturation or any(len(row) != len(moments) for row in saturation.values()):
-        raise EvaluationError("a curve of saturation needs two checkpoints or more, and each layer's value at all")
+        raise EvaluationError(
+            "a saturation curve needs at least two checkpoints, and a value of each layer at every one"
+        )
     titles, left_out = shown_names(list(saturation))
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -192,7 +194,7 @@ def plot_saturation(
         {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if longest * len(moments) > 60 else {}
     )
     axes.set_xticks(range(len(moments)), moments, fontsize=8, **turned)
-    axes.set(ylim=(0, 1.03), ylabel="choices that are the last one's")
+    axes.set(ylim=(0, 1.03), ylabel="selections that match the last checkpoint")
     axes.set_title(f"Router saturation{left_out}", fontsize=11)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""How runs went and ended: their losses by step, and their perplexities, clean against attacked."""
+"""Figures of losses by step, of levels with intervals, and of metrics by severity of an attack."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ LINES = ("-", "--", "-.", ":")
 
 
 class HasInterval(Protocol):
-    """What is drawn of an `evaluation.Interval`, which lives on the same level and is not imported."""
+    """The drawn part of an `evaluation.Interval`, which this room must not import."""
 
     @property
     def estimate(self) -> float: ...
@@ -41,11 +41,11 @@ class HasInterval(Protocol):
 def plot_curves(
     curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | os.PathLike[str]
 ) -> Path:
-    """Draw the loss by step of several models, training and evaluation in a panel each.
+    """Draw the loss by step of several models, with a panel for training and one for evaluation.
 
     Args:
-        curves: Losses by model, then by `train` or `eval`: pairs of (step, loss in nats a token). Either may be missing
-            or empty.
+        curves: Losses by model, then by `train` or `eval`: pairs of (step, loss in nats per token). Either may be
+            missing or empty.
         path: Path of the PNG file.
 
     Returns:
@@ -69,7 +69,7 @@ def plot_curves(
 
 
 def draw_curve(axes: Axes, number: int, model: str, name: str, points: Sequence[tuple[float, float]]) -> None:
-    """One model's losses, in the style of its number; with markers for an evaluation's, which are few."""
+    """Draw the losses of one model, with markers for evaluation losses, which are few."""
     steps, losses = zip(*points, strict=True)
     style: dict[str, Any] = {"color": COLORS[number % 6], "linestyle": LINES[number % 4], "linewidth": 1.5}
     marker = MARKERS[number % 6] if name == "eval" else None
@@ -77,7 +77,7 @@ def draw_curve(axes: Axes, number: int, model: str, name: str, points: Sequence[
 
 
 def finish_curves(axes: Axes, name: str) -> None:
-    """Axes, grid and legend of a panel of curves."""
+    """Set the axes, grid and legend of a panel of curves."""
     axes.set(xlabel="step", ylabel=f"{CURVES[name]} (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(alpha=0.3)
@@ -91,7 +91,7 @@ def _draw_intervals(
 ) -> None:
     estimate, low, high = np.array([[interval.estimate, interval.low, interval.high] for interval in intervals]).T
     style: dict[str, Any] = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": "", "capsize": 4}
-    # Of an interval without width, rounding may put an end past the estimate.
+    # Rounding may put an end of an interval without width past the estimate.
     lengths = np.maximum([estimate - low, high - estimate], 0)
     axes.errorbar(places, estimate, lengths, label=label, **style)
 
@@ -101,10 +101,10 @@ def plot_comparison(
     ratios: Mapping[str, HasInterval],
     path: str | os.PathLike[str],
 ) -> Path:
-    """Draw the perplexity of each model on each text, and how the models compare in pairs, with their intervals.
+    """Draw the perplexity of each model on each text, and paired ratios of models, with their intervals.
 
-    The two panels belong together. Intervals of a perplexity are mostly the documents' own variety, which models
-    share: they may overlap where the paired ratio is clearly not 1.
+    Most of a perplexity's interval is the variety of the documents, which the models share: intervals may overlap where
+    the paired ratio is clearly not 1.
 
     Args:
         perplexities: Perplexities by model, then by text ("clean", "attacked"): `evaluation.perplexity_interval`.
@@ -115,7 +115,7 @@ def plot_comparison(
         The path.
 
     Raises:
-        EvaluationError: If there is no model or no ratio.
+        EvaluationError: If there are no models or no ratios.
     """
     if not perplexities or not ratios:
         raise EvaluationError("a comparison needs the perplexities of at least one model, and at least one ratio")
@@ -132,7 +132,9 @@ def plot_comparison(
     right.set_xticks(range(len(ratios)), [label.replace(", ", "\n") for label in ratios])
     right.axhline(1, color="black", linewidth=0.8, linestyle="--")
     left.set(title="each model", ylabel="perplexity", xlim=(-0.5, len(texts) - 0.5))
-    right.set(title="models in pairs (dashed: alike)", ylabel="ratio of perplexities", xlim=(-0.5, len(ratios) - 0.5))
+    right.set(
+        title="models in pairs (dashed: no difference)", ylabel="ratio of perplexities", xlim=(-0.5, len(ratios) - 0.5)
+    )
     for axes in (left, right):
         axes.title.set_fontsize(10)
         axes.grid(axis="y", alpha=0.3)
@@ -144,7 +146,7 @@ def plot_comparison(
 
 
 Ends = tuple[float, float | None, float | None]
-"""A value, and the ends of its interval where it has one."""
+"""A value, and the ends of its interval, if known."""
 
 
 def _panel(height: float = 3.4) -> tuple[Figure, Axes]:
@@ -155,28 +157,28 @@ def _panel(height: float = 3.4) -> tuple[Figure, Axes]:
 
 
 def _lengths(values: Sequence[Ends]) -> list[list[float]]:
-    """Below and above each value; 0 where no interval is known, and where rounding put an end past the value."""
+    """Return the lengths below and above each value; 0 without an interval or where rounding makes it negative."""
     known = [(value, value if low is None else low, value if high is None else high) for value, low, high in values]
     return [[max(value - low, 0.0) for value, low, _ in known], [max(high - value, 0.0) for value, _, high in known]]
 
 
 def _spread_wide(values: Sequence[float]) -> bool:
-    """Whether only a logarithmic axis shows the small ones apart."""
+    """Whether only a logarithmic axis separates the small values."""
     return min(values) > 0 and max(values) > 20 * min(values)
 
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) -> bytes:
-    """The losses of several models by step.
+    """Draw the losses of several models by step.
 
     Args:
-        curves: Losses by model: pairs of (step, loss in nats a token), at least one.
+        curves: Losses by model: pairs of (step, loss in nats per token), at least one.
         name: `train` or `eval`.
 
     Returns:
         An SVG.
 
     Raises:
-        EvaluationError: If the name is another.
+        EvaluationError: If the name is unknown.
     """
     if name not in CURVES:
         raise EvaluationError(f"unknown curve `{name}`; {nearest(name, CURVES)}")
@@ -188,12 +190,12 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) 
 
 
 def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: bool = False) -> bytes:
-    """Draw the levels of several models, one line each, with their intervals where known.
+    """Draw the levels of several models, one line each, with their intervals if known.
 
     Args:
         levels: Measured levels by model, then by text (`clean`, `attacked`): value and interval.
         metric: Name of the metric, for the axis.
-        percent: Whether they are shares.
+        percent: Whether the levels are shares.
 
     Returns:
         An SVG.
@@ -229,11 +231,11 @@ def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: 
 def draw_attack(
     curves: Mapping[str, Mapping[int, Ends]], attack: str, metric: str, limits: tuple[float, float]
 ) -> bytes:
-    """How several models fare as an attack grows more severe.
+    """Draw a metric of several models by the severity of an attack.
 
     Args:
         curves: Measured values by model, then by severity. Severity 0 is clean text.
-        attack: Its name, for the title.
+        attack: Name of the attack, for the title.
         metric: Name of the metric, for the axis.
         limits: Limits of the axis, so that several attacks can be drawn to one scale.
 

@@ -1,7 +1,7 @@
-"""Helpers shared by all figures: the file they go to, which layers they show, and their colours.
+"""Helpers of all figures: files, shown layers, and colours.
 
-Figures are made through matplotlib's object API alone, so nothing here opens a window, needs a display, or touches
-a notebook's own figures.
+Figures use matplotlib's object API only, so nothing here opens a window, needs a display, or changes a notebook's own
+figures.
 """
 
 import io
@@ -20,14 +20,14 @@ from symphony_hf.errors import GraphError
 from symphony_hf.files import replacing
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 _DPI = 150
 _MAX_LAYERS = 16
 
 
 def save_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG beside its place and move it there, so that no reader ever sees half a file."""
+    """Write a PNG atomically."""
     path = Path(path)
     with replacing(path) as written:
         figure.savefig(written, format="png", dpi=_DPI)
@@ -35,7 +35,7 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def as_svg(figure: Figure) -> bytes:
-    """The figure as an SVG for a page: letters as shapes, no background, the same bytes for the same figure."""
+    """Return the figure as an SVG for a page: letters as shapes, no background, and deterministic bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "symphony_hf"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -43,7 +43,7 @@ def as_svg(figure: Figure) -> bytes:
 
 
 def plain_label(text: str, longest: int = 40) -> str:
-    """A name as matplotlib will draw it letter by letter: no formula between dollars, no hiding underscore in front.
+    """Escape a name so that matplotlib draws it literally: no formulas between dollars, no hidden leading underscore.
 
     Names that are too long for a legend lose their middle.
     """
@@ -54,7 +54,7 @@ def plain_label(text: str, longest: int = 40) -> str:
 
 
 def shown_names(names: Sequence[str], most: int = _MAX_LAYERS) -> tuple[dict[str, str], str]:
-    """At most 16 layers' names by title, evenly spaced, and a word on how many they are of."""
+    """Return the names of at most `most` evenly spaced layers by title, and a note on how many are left out."""
     shown = list(names)
     if len(shown) > most:
         shown = [shown[round(place)] for place in np.linspace(0, len(shown) - 1, most)]
@@ -63,7 +63,7 @@ def shown_names(names: Sequence[str], most: int = _MAX_LAYERS) -> tuple[dict[str
 
 
 def shown_layers(graphs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The graphs of at most 16 layers by title, evenly spaced, and a word on how many they are of."""
+    """Return the graphs of at most 16 evenly spaced layers by title, and a note on how many are left out."""
     if not graphs:
         raise GraphError("no graphs to plot: the model has no Symphony router")
     titles, left_out = shown_names(list(graphs))
@@ -71,6 +71,6 @@ def shown_layers(graphs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 
 
 def grid(num_panels: int) -> tuple[int, int]:
-    """Rows and columns of a grid that is never taller than wide."""
+    """Return rows and columns of a grid that is not taller than wide."""
     columns = math.ceil(math.sqrt(num_panels))
     return math.ceil(num_panels / columns), columns

@@ -1,4 +1,4 @@
-"""The graphs of experts as heat maps: with whom is each expert chosen?"""
+"""Co-selection graphs and expert similarities as heat maps."""
 
 import os
 from collections.abc import Mapping
@@ -46,41 +46,41 @@ def _draw_neighbours(axes: Axes, shares_EE: np.ndarray, order: list[int], top: f
 
 
 def _neighbour_shares(adjacency_EE: Tensor) -> np.ndarray:
-    """How an expert's partners divide, row by row; the expert itself is NaN, which is drawn grey."""
+    """Return each expert's distribution over its partners, by row. The diagonal is NaN, which is drawn grey."""
     shares_EE = transition_matrix(adjacency_EE.detach().float().cpu(), self_loops=False).numpy()
     np.fill_diagonal(shares_EE, np.nan)
     return shares_EE
 
 
 def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Draw one heat map a layer: with whom each expert is chosen, below the experts' loads.
+    """Draw one heat map of co-selections per layer, below the experts' loads.
 
-    Experts are in the order of `cluster_order`, so that communities show as blocks; beyond 32 they go unnumbered.
-    One colour scale serves all layers; it ends at the 99th percentile, lest one pair leave all others pale.
+    Experts are in the order of `cluster_order`, so that communities show as blocks; more than 32 are not numbered. All
+    layers share one colour scale, which ends at the 99th percentile, so that one pair does not leave all others pale.
 
     Args:
-        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers, 16
-            evenly spaced ones are drawn.
+        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers,
+            16 evenly spaced ones are drawn.
         path: Path of the PNG file.
 
     Returns:
         The path.
 
     Raises:
-        GraphError: If there is none, or one is no co-selection graph.
+        GraphError: If there are no graphs, or one is not a co-selection graph.
     """
     shown, left_out = shown_layers(graphs)
     loads = [load(adjacency_EE).numpy() for adjacency_EE in shown.values()]
     shares = [_neighbour_shares(adjacency_EE) for adjacency_EE in shown.values()]
     highest = 1.1 * max(load_E.max() for load_E in loads)
     all_shares = np.concatenate([shares_EE.ravel() for shares_EE in shares])
-    # 1 where no expert has a partner yet: a colour scale needs a length.
+    # 1 if no expert has a partner yet: a colour scale needs a length.
     top = float(np.nanpercentile(all_shares, 99)) or 1.0
     rows, columns = grid(len(shown))
     figure = Figure(
         figsize=(2.7 * columns + 1.4, 3.1 * rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.03, hspace=0)
     )
-    figure.suptitle(f"Experts chosen together{left_out}", fontsize=11)
+    figure.suptitle(f"Experts selected together{left_out}", fontsize=11)
     cells = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.06])
     for number, (title, adjacency_EE) in enumerate(shown.items()):
         halves = cells[number // columns, number % columns].subgridspec(2, 1, height_ratios=(1, 5))
@@ -99,10 +99,10 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
 
 
 def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Draw one heat map a layer: how alike two experts are in what they make of the same tokens.
+    """Draw one heat map per layer of the similarity of experts' outputs on the same tokens.
 
-    Like ones are next to each other; beyond 32 experts go unnumbered. The colour scale ends at the highest similarity
-    of two different experts.
+    Similar experts are next to each other; more than 32 are not numbered. The colour scale ends at the highest
+    similarity of two different experts.
 
     Args:
         matrices: Similarities by layer name, see `diagnostics.cka_matrix`. Shape of each: (num_experts,
@@ -113,7 +113,7 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]
         The path.
 
     Raises:
-        EvaluationError: If there is none.
+        EvaluationError: If there are no similarities.
     """
     if not matrices:
         raise EvaluationError("no similarities to draw")
@@ -124,7 +124,7 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]
     top = max(0.05, *(float(np.nanmax(array)) for array in arrays.values()))
     rows, columns = grid(len(arrays))
     figure = Figure(figsize=(2.5 * columns + 1.2, 2.6 * rows + 0.7), layout="constrained")
-    figure.suptitle(f"Experts that make the same of the same tokens (CKA){left_out}", fontsize=11)
+    figure.suptitle(f"Similarity of experts' outputs on the same tokens (CKA){left_out}", fontsize=11)
     axes = np.array(figure.subplots(rows, columns, squeeze=False))
     colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.8")
     for panel, (title, array) in zip(axes.flat, arrays.items(), strict=False):

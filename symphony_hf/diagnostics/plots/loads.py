@@ -1,4 +1,4 @@
-"""Who gets the tokens: by time, and by domain. Both over the even load, on one scale of colours."""
+"""Loads of experts over time and by domain, relative to the even load."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from symphony_hf.errors import EvaluationError
 from .figure import grid, save_png, shown_names
 
 _LIMIT = 2.0
-"""Of the colour scale: four times the even load, and a quarter of it, by the logarithm to base 2."""
+"""Limit of the colour scale, as a logarithm to base 2: four times and a quarter of the even load."""
 
 _TICKS = {-2: "1/4", -1: "1/2", 0: "even", 1: "2 x", 2: "4 x"}
 _MOST_NUMBERED = 32
@@ -27,24 +27,24 @@ _MOST_MOMENTS = 6
 def plot_load_history(
     loads: Mapping[str, Sequence[Sequence[float]]], moments: Sequence[str], path: str | os.PathLike[str]
 ) -> Path:
-    """Draw one heat map a layer: each expert's load over time.
+    """Draw one heat map per layer of each expert's load over time.
 
     Experts are in the order of their last load, the busiest on top.
 
     Args:
         loads: Loads by layer name, shares that sum to 1. Shape of each: (moments, num_experts). Of more than 16 layers,
             16 evenly spaced ones are drawn.
-        moments: Name of each moment: a step, a checkpoint.
+        moments: Name of each moment, such as a step or a checkpoint.
         path: Path of the PNG file.
 
     Returns:
         The path.
 
     Raises:
-        EvaluationError: If there is no layer or no moment, or a layer has other moments.
+        EvaluationError: If there are no layers or moments, or a layer lacks a moment.
     """
     if not loads or not moments or any(len(rows) != len(moments) for rows in loads.values()):
-        raise EvaluationError("a history of loads needs layers, and each of them the load of every moment")
+        raise EvaluationError("a history of loads needs layers, and the load of each layer at every moment")
     titles, left_out = shown_names(list(loads))
     arrays = {title: np.array(loads[name], dtype=float).T for title, name in titles.items()}
     rows, columns = grid(len(arrays))
@@ -69,10 +69,10 @@ def plot_load_history(
 def plot_allocation(
     allocation: Mapping[str, Mapping[str, Sequence[float]]], top_k: Mapping[str, int], path: str | os.PathLike[str]
 ) -> Path:
-    """Draw one heat map a layer: which experts the tokens of each domain go to.
+    """Draw one heat map per layer of the experts that the tokens of each domain go to.
 
     Args:
-        allocation: Allocation by layer name, then by domain: the share of its tokens that chose each expert, see
+        allocation: Share of the tokens that select each expert, by layer name, then by domain; see
             `diagnostics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
         top_k: Experts per token, by layer name.
         path: Path of the PNG file.
@@ -81,10 +81,10 @@ def plot_allocation(
         The path.
 
     Raises:
-        EvaluationError: If there is no layer.
+        EvaluationError: If there are no layers.
     """
     if not allocation:
-        raise EvaluationError("no layers, so no allocation to draw")
+        raise EvaluationError("no allocation to draw: there are no layers")
     titles, left_out = shown_names(list(allocation))
     num_domains = max(map(len, allocation.values()))
     rows, columns = _flat_grid(len(titles))
@@ -106,13 +106,13 @@ def plot_allocation(
 
 
 def _flat_grid(num_panels: int) -> tuple[int, int]:
-    """Rows and columns for panels that are wide: two beside each other at most."""
+    """Return rows and columns for wide panels, at most two next to each other."""
     columns = 1 if num_panels == 1 else 2
     return -(-num_panels // columns), columns
 
 
 def _draw(axes: Axes, ratio: np.ndarray) -> AxesImage:
-    """Over the even load; nothing at all is as dark as the scale goes."""
+    """Draw ratios to the even load. A ratio of 0 is at the end of the scale."""
     logarithm = np.log2(np.maximum(ratio, 2.0 ** -(_LIMIT + 1)))
     axes.tick_params(length=0, pad=2)
     colors = matplotlib.colormaps["PuOr_r"]

@@ -1,4 +1,4 @@
-"""The graphs of experts as networks: which experts seek each other?"""
+"""Co-selection graphs as networks."""
 
 import math
 import os
@@ -20,13 +20,13 @@ from symphony_hf.errors import GraphError
 from .figure import COLORS, grid, save_png, shown_layers, shown_names
 
 MIN_LIFT = 1.25
-"""Pairs chosen together more than this many times as often as their loads would give are worth a line."""
+"""Minimum lift of a pair that is drawn."""
 
 
 def strongest_edges(adjacency_EE: Tensor) -> list[tuple[int, int, float]]:
-    """The 2 E pairs (j, k, lift) that are chosen together most above what their loads give, and clearly above it.
+    """Return the 2 E pairs (j, k, lift) with the highest co-selection above what their loads explain.
 
-    Ranked by the excess over the expected, not by lift: the lift of two rare experts is mostly chance.
+    They are ranked by the excess over the expectation, because the lift of two rare experts is mostly chance.
     """
     lift_EE = coselection_lift(adjacency_EE)
     adjacency_EE = adjacency_EE.detach().double().cpu()
@@ -45,7 +45,7 @@ def edge_style(lift: float, top: float, scale: float = 1.0) -> dict[str, Any]:
 def _draw_network(axes: Axes, adjacency_EE: Tensor, edges: list[tuple[int, int, float]], top: float) -> None:
     num_experts = len(adjacency_EE)
     angle_E = np.empty(num_experts)
-    # Clockwise from the top, neighbours on the circle being neighbours in the clustering.
+    # Clockwise from the top, in the order of the clustering.
     angle_E[cluster_order(adjacency_EE)] = np.pi / 2 - 2 * np.pi * np.arange(num_experts) / num_experts
     x_E, y_E = np.cos(angle_E), np.sin(angle_E)
     for j, k, lift in edges:
@@ -61,30 +61,30 @@ def _draw_network(axes: Axes, adjacency_EE: Tensor, edges: list[tuple[int, int, 
 
 
 def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Draw one circle of experts a layer, joined where they are chosen together more than their loads would give.
+    """Draw one circle of experts per layer, with edges where experts are selected together more than loads explain.
 
     A node's area is the expert's load; an edge's width and opacity its lift (`coselection_lift`), on one scale for
-    all layers. Of each layer at most 2 E edges are drawn, so a missing edge is no sign of avoidance.
+    all layers. At most 2 E edges are drawn per layer, so a missing edge is no sign of avoidance.
 
     Args:
-        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers, 16
-            evenly spaced ones are drawn.
+        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers,
+            16 evenly spaced ones are drawn.
         path: Path of the PNG file.
 
     Returns:
         The path.
 
     Raises:
-        GraphError: If there is none, or one is no co-selection graph.
+        GraphError: If there are no graphs, or one is not a co-selection graph.
     """
     shown, left_out = shown_layers(graphs)
     edges = [strongest_edges(adjacency_EE) for adjacency_EE in shown.values()]
-    # At least 2, so that a graph with nothing but faint preferences looks faint.
+    # At least 2, so that a graph with faint preferences looks faint.
     top = max([2.0, *(lift for layer in edges for _, _, lift in layer)])
     rows, columns = grid(len(shown))
     side = np.interp(max(map(len, shown.values())), [16, 64], [2.6, 3.8])
     figure = Figure(figsize=(max(5.6, side * columns), (side + 0.3) * rows + 0.8), layout="constrained")
-    figure.suptitle(f"Experts chosen together beyond their loads{left_out}", fontsize=11)
+    figure.suptitle(f"Experts selected together beyond their loads{left_out}", fontsize=11)
     for number, (title, adjacency_EE) in enumerate(shown.items()):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.set_title(title, fontsize=9)
@@ -104,15 +104,14 @@ _SEED = 0
 def plot_graph_evolution(
     graphs: Sequence[Mapping[str, Tensor]], moments: Sequence[str], path: str | os.PathLike[str]
 ) -> Path:
-    """Draw each layer's network of experts at several moments, a row a layer, in one layout.
+    """Draw each layer's network of experts at several moments, with one row and one layout per layer.
 
-    Experts are placed, and coloured by community, as the last moment's graph has them: so one sees how early its
-    communities were there. A node's area is the expert's load, an edge's width and opacity its lift over what loads
-    would give. Below each network is its modularity.
+    Positions and the colours of communities are those of the last graph, which shows how early its communities formed.
+    A node's area is the expert's load, an edge's width and opacity its lift. The modularity is below each network.
 
     Args:
-        graphs: Of each moment, adjacency by layer name, the same layers each time. Shape of each: (num_experts,
-            num_experts). Of more than 4 layers or 5 moments, evenly spaced ones are drawn, the last included.
+        graphs: Adjacency by layer name at each moment, with the same layers. Shape of each: (num_experts, num_experts).
+            Of more than 4 layers or 5 moments, evenly spaced ones are drawn, including the last.
         moments: Name of each moment.
         path: Path of the PNG file.
 
@@ -120,17 +119,17 @@ def plot_graph_evolution(
         The path.
 
     Raises:
-        GraphError: If there are none, one is no co-selection graph, or the layers differ.
+        GraphError: If there are no graphs, one is not a co-selection graph, or the layers differ.
     """
     if not graphs or len(graphs) != len(moments) or any(one.keys() != graphs[0].keys() for one in graphs):
-        raise GraphError("an evolution needs the graphs of one moment or more, and the same layers at each")
+        raise GraphError("an evolution needs the graphs of at least one moment, and the same layers at each")
     places = np.unique(np.linspace(0, len(graphs) - 1, min(len(graphs), _MOST_MOMENTS)).round().astype(int))
     titles, left_out = shown_names(list(graphs[0]), most=_MOST_LAYERS)
     edges = {(t, n): strongest_edges(graphs[t][n]) for t in places for n in titles.values()}
-    # One pair that is nearly always together would leave all others faint.
+    # A quantile, because one pair that is nearly always together would leave all others faint.
     top = max(2.0, float(np.quantile([lift for found in edges.values() for _, _, lift in found] or [2.0], 0.9)))
     figure = Figure(figsize=(2.15 * len(places) + 0.5, 2.25 * len(titles) + 0.9), layout="constrained")
-    figure.suptitle(f"Experts chosen together, over time{left_out}", fontsize=11)
+    figure.suptitle(f"Experts selected together, over time{left_out}", fontsize=11)
     axes = figure.subplots(len(titles), len(places), squeeze=False)
     for row, (title, name) in enumerate(titles.items()):
         last = graphs[-1][name]
@@ -153,10 +152,10 @@ def plot_graph_evolution(
 
 
 def _layout(adjacency_EE: Tensor) -> np.ndarray:
-    """Positions within the unit square, by springs along the edges that are worth a line. Shape: (num_experts, 2)."""
+    """Compute a spring layout of the drawn edges within the unit square. Shape: (num_experts, 2)."""
     network = nx.Graph()
     network.add_nodes_from(range(len(adjacency_EE)))
-    # Without their weights: those of a close community would pull it into one dot.
+    # Without weights, which would pull a close community into one dot.
     network.add_edges_from((j, k) for j, k, _ in strongest_edges(adjacency_EE))
     found = nx.spring_layout(network, k=3.0 / np.sqrt(len(adjacency_EE)), iterations=300, seed=_SEED)
     places = np.array([found[expert] for expert in range(len(adjacency_EE))])
@@ -165,7 +164,7 @@ def _layout(adjacency_EE: Tensor) -> np.ndarray:
 
 
 def _colors(adjacency_EE: Tensor) -> list[str]:
-    """By community, the largest six in colours of their own, the others grey."""
+    """Return a colour for each expert: one per community for the six largest, grey for the others."""
     colors = ["0.55"] * len(adjacency_EE)
     for number, group in enumerate(communities(adjacency_EE)[: len(COLORS)]):
         for expert in group:

@@ -1,4 +1,4 @@
-"""The planted benchmark: how near a learned graph comes to the truth, and what routing by it gains."""
+"""Figures of the theory benchmark and of ablation studies."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from .figure import COLORS, save_png
 
 
 def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
-    """Draw the distance to the planted graph by tokens, both on logarithmic scales, beside tokens^-1/2.
+    """Draw the distance to the planted graph by tokens, on logarithmic scales, next to tokens^-1/2.
 
     Args:
-        curves: `name`, `tokens`, `distance`, one interval each, and where it is known `expected`.
+        curves: Curves with `name`, `tokens`, `distance` (an interval per number of tokens) and optionally `expected`.
         path: Path of the PNG file.
     """
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
@@ -43,17 +43,17 @@ def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLik
 
 
 def plot_shares(shares: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
-    """Draw the share of right experts that each routing chooses, by noise.
+    """Draw the share of correct experts that each routing selects, by noise.
 
     Args:
-        shares: By routing: intervals, with their `noise`.
+        shares: Intervals with their `noise`, by routing.
         path: Path of the PNG file.
     """
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for number, (name, points) in enumerate(shares.items()):
         _draw_band(axes, [point["noise"] for point in points], points, number, name)
-    axes.set(xlabel="noise of the logits (the right ones stand out by 1)", ylabel="share of right experts chosen")
+    axes.set(xlabel="noise of the logits (correct logits are higher by 1)", ylabel="share of correct experts selected")
     return _finish(figure, axes, path)
 
 
@@ -78,25 +78,27 @@ _PANELS = (
     ("attacked", "attacked perplexity\nover no graph's", 1.0, 1.0),
     ("routing_kept", "routing stability,\npoints more than no graph", 0.0, 100.0),
 )
-"""Measure, title, where the two are alike, scale."""
+"""Measure, title, value without a difference, and scale of each panel."""
 
 
 def plot_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
-    """Draw each variant's comparisons, one row a variant and one panel a measure.
+    """Draw each variant's comparisons, with one row per variant and one panel per measure.
 
     Args:
-        points: By variant, then by `clean`, `attacked` (ratios) and `routing_kept` (difference of shares):
-            `estimate`, and `low` and `high`, which are None where there is one seed.
+        points: Comparisons by variant, then by `clean`, `attacked` (ratios) and `routing_kept` (difference of shares),
+            each with `estimate`, `low` and `high`; the latter two are None with one seed.
         path: Path of the PNG file.
 
     Returns:
         The path.
 
     Raises:
-        EvaluationError: If there is no variant.
+        EvaluationError: If there are no variants.
     """
     if not points:
-        raise EvaluationError("no variants to plot: a study needs at least one point beside its plain system")
+        raise EvaluationError(
+            "no variants to plot: a study needs at least one point besides the system without a graph"
+        )
     figure = Figure(figsize=(10, 1.3 + 0.32 * len(points)), layout="constrained")
     panels = figure.subplots(1, len(_PANELS), sharey=True)
     for number, (axes, (measure, title, alike, scale)) in enumerate(zip(panels, _PANELS, strict=True)):
@@ -106,7 +108,7 @@ def plot_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str
         axes.xaxis.set_major_locator(MaxNLocator(5))
     panels[0].set_yticks(range(len(points)), list(points), fontsize=8)
     panels[0].invert_yaxis()
-    figure.supxlabel("bars: 95% t-intervals over seeds; dashed: alike", fontsize=9)
+    figure.supxlabel("bars: 95% t-intervals over seeds; dashed: no difference", fontsize=9)
     return save_png(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Attacks on what a model reads: text damaged by letters and words, images by ImageNet-C's corruptions."""
+"""Attacks on a model's inputs: changed letters and words in text, and ImageNet-C's corruptions of images."""
 
 from .files import AttackedFile, attack_file
 from .image import IMAGE_ATTACKS, ImageAttack, enlarged, find_image_attack, library_version

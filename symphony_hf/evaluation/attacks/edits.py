@@ -1,7 +1,7 @@
 """Changes to a share of a text's letters or words. None adds or removes a line.
 
-Each draws its places in an order that does not depend on the share: a larger share changes what a smaller one does, and
-more. At least one place is changed where the text has any.
+Positions are drawn in an order that does not depend on the share, so a larger share includes the changes of a smaller
+one. At least one position is changed if the text has any.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 _ROWS = (("qwertyuiop", 0.0), ("asdfghjkl", 0.25), ("zxcvbnm", 0.75))
-"""Rows of a QWERTY keyboard, and how far each row is shifted to the right, in widths of a key."""
+"""Rows of a QWERTY keyboard, and the shift of each row to the right, in key widths."""
 
 _REACH = 1.3
-"""Widths of a key. Nearer than this are the keys to the left and right, and those that touch above and below."""
+"""Distance in key widths within which two keys are neighbours."""
 
 
 def _neighbours() -> dict[str, str]:
@@ -31,21 +31,21 @@ def _neighbours() -> dict[str, str]:
 
 
 KEYBOARD = _neighbours()
-"""Lower-case letter -> the letters whose keys touch its own."""
+"""Neighbouring keys by lower-case letter."""
 
 HOMOGLYPHS = str.maketrans(
     "aceijopsxyhdlqwvABCEHIJKMOPSTX",
     "асеіјорѕхуһԁӏԛԝѵАВСЕНІЈКМОРЅТХ",
 )
-"""Latin letter -> the Cyrillic one that looks the same, by code point. Source: Unicode's confusables.txt (UTS 39)."""
+"""Cyrillic look-alikes by code point of the Latin letter. Source: Unicode's confusables.txt (UTS 39)."""
 
 
 def typo_of(letter: str, draw: int) -> str:
-    """The key that was hit instead of a letter's, in the letter's case.
+    """Return a neighbouring key in the letter's case.
 
     Args:
-        letter: Of a to z, in either case.
-        draw: A random number that chooses among the neighbours.
+        letter: A letter from a to z, in either case.
+        draw: Random number that chooses the neighbour.
     """
     near = KEYBOARD[letter.lower()]
     hit = near[draw % len(near)]
@@ -55,12 +55,12 @@ def typo_of(letter: str, draw: int) -> str:
 _WORD = re.compile(r"\S+")
 _DRAWS = 1 << 30
 _RUN = 3
-"""Words that are put in another order together."""
+"""Number of words that are reordered together."""
 
 
 def num_changed(rate: float, num_candidates: int) -> int:
-    """How many of the places that could be changed are: the share, rounded half up, and one at least."""
-    share = Fraction(str(float(rate)))  # as written: 0.35 * 90 is a half, which its float falls short of
+    """Return the number of changed candidates: the share, rounded half up, and at least one."""
+    share = Fraction(str(float(rate)))  # exact decimal: 0.35 * 90 is 31.5, but less in floating point
     return min(num_candidates, max(1, math.floor(share * num_candidates + Fraction(1, 2))))
 
 
@@ -70,24 +70,24 @@ def mistype(text: str, rate: float, rng: random.Random) -> str:
 
 
 def delete_letters(text: str, rate: float, rng: random.Random) -> str:
-    """Leave letters out."""
+    """Delete letters."""
     return _edit_letters(text, rate, rng, str.isalpha, lambda letter, draw: "")
 
 
 def insert_letters(text: str, rate: float, rng: random.Random) -> str:
-    """Put any letter from a to z behind letters."""
+    """Insert random letters from a to z after letters."""
     letters = string.ascii_lowercase
     return _edit_letters(text, rate, rng, str.isalpha, lambda letter, draw: letter + letters[draw % len(letters)])
 
 
 def replace_by_homoglyphs(text: str, rate: float, rng: random.Random) -> str:
-    """Replace letters by Cyrillic ones that look the same."""
+    """Replace letters by Cyrillic look-alikes."""
     can = frozenset(map(chr, HOMOGLYPHS))
     return _edit_letters(text, rate, rng, can.__contains__, lambda letter, draw: letter.translate(HOMOGLYPHS))
 
 
 def swap_letters(text: str, rate: float, rng: random.Random) -> str:
-    """Let letters trade places with the one behind them, each letter once at most."""
+    """Swap letters with the next one, each letter at most once."""
     letters = list(text)
     pairs = itertools.pairwise(text)
     candidates = [place for place, (a, b) in enumerate(pairs) if a.isalpha() and b.isalpha() and a != b]
@@ -102,14 +102,14 @@ def swap_letters(text: str, rate: float, rng: random.Random) -> str:
 
 
 def drop_words(text: str, rate: float, rng: random.Random) -> str:
-    """Leave words out, each with the space in front of it; a line keeps its indentation."""
+    """Drop words together with the space before them. Lines keep their indentation."""
     dropped = set(_chosen(range(len(_WORD.findall(text))), rate, rng))
     numbers = itertools.count()
     return "\n".join(_without(line, dropped, numbers) for line in text.split("\n"))
 
 
 def shuffle_words(text: str, rate: float, rng: random.Random) -> str:
-    """Turn runs of three words of a line (of two where no third is left) round, so that no word keeps its place."""
+    """Rotate runs of three words of a line, or of two at its end, so that no word keeps its position."""
     runs = _runs(text)
     pieces = list(text)
     for number in _chosen(range(len(runs)), rate, rng):
@@ -139,7 +139,7 @@ def _chosen(candidates: Sequence[int], rate: float, rng: random.Random) -> list[
 
 
 def _without(line: str, dropped: set[int], numbers: "itertools.count[int]") -> str:
-    """A line without the words whose numbers, in the text, are dropped."""
+    """Return a line without the dropped words, which are given by their index in the text."""
     words, gaps = _WORD.findall(line), _WORD.split(line)
     kept = [place for place in range(len(words)) if next(numbers) not in dropped]
     if len(kept) == len(words):
@@ -151,7 +151,7 @@ def _without(line: str, dropped: set[int], numbers: "itertools.count[int]") -> s
 
 
 def _runs(text: str) -> list[list["re.Match[str]"]]:
-    """The words of each line in runs of three, without those of one or of equal words, which have no other order."""
+    """Return the words of each line in runs of three, except for runs that have no other order."""
     runs = []
     start = 0
     for line in text.split("\n"):
@@ -162,14 +162,15 @@ def _runs(text: str) -> list[list["re.Match[str]"]]:
 
 
 def seed_of(attack: str, seed: int, name: str) -> int:
-    """A seed of 256 bits.
+    """Return a seed of 256 bits.
+
+    The severity is not part of it, so that a higher severity includes the changes of a lower one.
 
     Args:
-        attack: Its name, so that two attacks do not hit the same places.
-        seed: The user's.
-        name: Of the document or image. The severity is left out: what a lower one changes, a higher one changes too;
-            but for aaa, which draws the places of a line together.
+        attack: Name of the attack, so that two attacks change different positions.
+        seed: Seed of the user.
+        name: Name of the document or image.
     """
-    # surrogatepass: a name may be that of a file, which need not be valid text.
+    # surrogatepass: file names need not be valid text.
     digest = hashlib.sha256(f"{attack} {seed} {name}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest, "big")

@@ -1,4 +1,4 @@
-"""A text file attacked: the way to a fixed test set that other software can read."""
+"""Attacked text files, for fixed test sets that other software can read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,17 @@ class AttackedFile:
 
     Attributes:
         path: Path of the attacked text.
-        rate: Share of the places that the attack can change, as it was asked for.
+        attack: Name of the attack.
+        rate: Requested share of words or letters to change.
+        seed: Seed of the attack.
         num_lines: Number of lines in the file.
-        num_changed: Lines that differ.
+        num_changed: Number of lines that differ.
     """
 
     path: Path
+    attack: str
     rate: float
+    seed: int
     num_lines: int
     num_changed: int
 
@@ -30,7 +34,7 @@ class AttackedFile:
 def attack_file(
     source: str | Path,
     output: str | Path,
-    attack: str,
+    attack: str = "aaa",
     *,
     severity: int = 1,
     rate: float | None = None,
@@ -38,23 +42,23 @@ def attack_file(
     seed: int = 0,
     overwrite: bool = False,
 ) -> AttackedFile:
-    """Write the attacked form of a text file, line by line the same but for the attack.
+    """Write the attacked form of a text file, with the same lines.
 
-    The name of the file, without its folder, seeds the attack too: the same file gives the same text anywhere.
+    The name of the file, without its folder, also seeds the attack: the same file gives the same text anywhere.
 
     Args:
         source: A text file, UTF-8.
-        output: Where the attacked text goes; there is the whole of it or none.
-        attack: The name of one of `TEXT_ATTACKS`.
-        severity: From 1 to 5; 1 is the paper's, of `aaa`.
-        rate: Share of the places that the attack can change, instead of a severity's.
-        minimum: Of `aaa`: words replaced in a line at least; 1 when None, as in the paper.
-        seed: Seed of the choice of places.
-        overwrite: Whether a file at `output` may be replaced.
+        output: File for the attacked text.
+        attack: aaa, keyboard, char_delete, char_insert, char_swap, homoglyph, word_drop or word_shuffle.
+        severity: Severity from 1 to 5; 1 is the paper's setting for aaa.
+        rate: Share of words or letters to change, instead of a severity.
+        minimum: Minimum number of words replaced per line, 1 by default; for aaa.
+        seed: Random seed.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        ConfigError: If there is no such attack or severity, the rate is out of range, or `minimum` is not for it.
-        DataError: If the file is not there or is not UTF-8, nothing in it can be changed, or `output` is taken.
+        ConfigError: If the attack or severity is unknown, the rate is out of range, or the attack has no `minimum`.
+        DataError: If the file does not exist or is not UTF-8, nothing in it can be changed, or `output` exists.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     chosen = find_text_attack(attack)
@@ -70,24 +74,26 @@ def attack_file(
     pairs = list(zip(text.split("\n"), attacked.split("\n"), strict=True))
     changed = sum(before != after for before, after in pairs)
     if not changed:
-        raise DataError(f"{source}: {attack} at rate {rate} changes nothing in it: raise the rate, or take another")
+        raise DataError(
+            f"{source}: {attack} at rate {rate} changes nothing in it: raise the rate, or use another attack"
+        )
     with replacing(output) as written:
-        written.write_bytes(attacked.encode())  # as text, the ends of lines would change
-    return AttackedFile(output, rate, len(pairs) - text.endswith("\n"), changed)
+        written.write_bytes(attacked.encode())  # as text, line endings would change
+    return AttackedFile(output, attack, rate, seed, len(pairs) - text.endswith("\n"), changed)
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     if not source.is_file():
-        raise DataError(f"{source}: no such text file")
+        raise DataError(f"{source}: the text file does not exist")
     if output.exists() and output.samefile(source):
-        raise DataError(f"{output}: this is the file that is attacked; give another name for what is written")
+        raise DataError(f"{output}: the output would replace the input; give another name")
     if output.is_dir() or (output.exists() and not overwrite):
-        raise DataError(f"{output}: something is there already; give another name, or --overwrite to replace a file")
+        raise DataError(f"{output}: already exists; give another name, or --overwrite to replace a file")
 
 
 def _read(path: Path) -> str:
     try:
-        # Bytes, because reading as text would change the ends of lines. -sig: without the mark some editors put first.
+        # Bytes, because reading as text would change line endings. -sig: without the byte order mark of some editors.
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert the file") from error

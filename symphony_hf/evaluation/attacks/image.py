@@ -1,7 +1,7 @@
-"""ImageNet-C's 15 common corruptions at five severities, by the library `imagecorruptions`.
+"""ImageNet-C's 15 common corruptions at five severities, from the library `imagecorruptions`.
 
 Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations",
-arXiv 1903.12261. Deviation: an image keeps its own size, where the paper crops all to 224 x 224 pixels.
+arXiv 1903.12261. Deviation: images keep their sizes, whereas the paper crops them to 224 x 224 pixels.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SIDE = 224
-"""Pixels. What the severities are made for: the reach of a blur, the size of a snowflake."""
+"""Side in pixels for which the severities are defined, such as the radius of a blur."""
 
 _FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
-"""Leave nothing to chance."""
+"""Corruptions without randomness."""
 
 _OWN_SEED = ("impulse_noise", "glass_blur")
-"""Take a seed; the others draw from numpy's global generator."""
+"""Corruptions that take a seed; the others draw from numpy's global generator."""
 
 
 @dataclass(frozen=True)
 class ImageAttack:
-    """One corruption.
+    """One corruption of images.
 
     Attributes:
-        name: As commands and the library take it.
+        name: Name for commands and the library.
         kind: noise, blur, weather or digital.
     """
 
@@ -44,23 +44,24 @@ class ImageAttack:
 
     @property
     def is_random(self) -> bool:
-        """Whether another seed gives another image."""
+        """Whether the result depends on the seed."""
         return self.name not in _FIXED
 
     def __call__(self, image: "Image", severity: int, *, seed: int = 0, name: str = "") -> "Image":
         """Corrupt one image.
 
         Args:
-            image: In three colours. Best scaled by `enlarged` before.
-            severity: From 1 to 5.
-            seed: Seed of noise, snow, and the places where glass breaks.
-            name: Name of the image, also a seed, so that the result does not depend on other images or their order.
+            image: An RGB image, scaled by `enlarged`.
+            severity: Severity from 1 to 5.
+            seed: Seed of the randomness.
+            name: Name of the image, which also seeds it, so that the result is independent of other images and their
+                order.
 
         Returns:
             An image of the same size.
 
         Raises:
-            ConfigError: If there is no such severity, or a side has fewer than 32 pixels.
+            ConfigError: If the severity is out of range, or a side has fewer than 32 pixels.
             DataError: If the library is not installed.
         """
         import PIL.Image
@@ -68,7 +69,7 @@ class ImageAttack:
         check_severity(severity)
         if min(image.size) < 32:
             raise ConfigError(
-                f"attack {self.name}: an image of {image.width} x {image.height} pixels, where each side must have 32: "
+                f"attack {self.name}: an image has {image.width} x {image.height} pixels, and each side needs 32: "
                 "enlarge it first"
             )
         corrupt = _library().corrupt
@@ -87,14 +88,14 @@ _BY_KIND = {
 }
 
 IMAGE_ATTACKS = {name: ImageAttack(name, kind) for kind, names in _BY_KIND.items() for name in names}
-"""By name."""
+"""Corruptions by name."""
 
 
 def find_image_attack(name: str) -> ImageAttack:
-    """The attack of a name.
+    """Return the corruption with a name.
 
     Raises:
-        ConfigError: If there is none, with the nearest name.
+        ConfigError: If it is unknown, with the nearest name.
     """
     if name not in IMAGE_ATTACKS:
         raise ConfigError(f"attack: no attack on images is named {name!r}; {nearest(name, IMAGE_ATTACKS)}")
@@ -102,9 +103,9 @@ def find_image_attack(name: str) -> ImageAttack:
 
 
 def enlarged(image: "Image") -> "Image":
-    """An image whose shorter side has 224 pixels at least, which the severities are made for; a larger one as it is.
+    """Enlarge an image so that its shorter side has at least 224 pixels, for which the severities are defined.
 
-    The clean form is enlarged likewise, so that it differs from the corrupted one in nothing else.
+    The clean form is enlarged too, so that the corruption is the only difference.
     """
     import PIL.Image
 
@@ -116,7 +117,7 @@ def enlarged(image: "Image") -> "Image":
 
 
 def library_version() -> str:
-    """Of the corruptions, which results depend on.
+    """Return the version of the corruptions, on which results depend.
 
     Raises:
         DataError: If the library is not installed.
@@ -136,7 +137,7 @@ def _library() -> Any:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """The library takes no generator, so numpy's global one is set, and put back as it was."""
+    """Seed numpy's global generator for the library, which takes none of its own, and restore it afterwards."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

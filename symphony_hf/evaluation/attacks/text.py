@@ -19,12 +19,12 @@ _OF_WORDS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 @dataclass(frozen=True)
 class TextAttack:
-    """One way to damage a text.
+    """One attack on text.
 
     Attributes:
         name: Name on the command line.
-        what: It does, in a few words.
-        rates: The share of the places that it can change which it does change, at each severity.
+        what: Description of its effect.
+        rates: Share of the changeable words or letters that are changed, by severity.
     """
 
     name: str
@@ -33,26 +33,26 @@ class TextAttack:
     _edit: Callable[[str, float, random.Random], str] | None = None
 
     def rate(self, severity: int) -> float:
-        """The share at a severity from 1 to 5.
+        """Return the share at a severity from 1 to 5.
 
         Raises:
-            ConfigError: If there is no such severity.
+            ConfigError: If the severity is out of range.
         """
         check_severity(severity)
         return self.rates[severity - 1]
 
     def __call__(self, text: str, rate: float, *, seed: int = 0, name: str = "") -> str:
-        """Damage one text.
+        """Attack one text.
 
         Args:
-            text: Any number of lines; there are as many afterwards.
-            rate: Share of the places that the attack can change, from 0 to 1.
-            seed: Seed of the choice of places.
-            name: Name of the document, which also seeds the choice, so that it does not depend on other
-                documents or their order.
+            text: Any number of lines, which is kept.
+            rate: Share of the words or letters to change, from 0 to 1.
+            seed: Seed of the choice.
+            name: Name of the document, which also seeds the choice, so that it is independent of other documents and
+                their order.
 
         Returns:
-            The text with at least one change, where there is anything that can be changed.
+            The text with at least one change, if anything in it can be changed.
 
         Raises:
             ConfigError: If `rate` is out of range.
@@ -67,25 +67,25 @@ class TextAttack:
 TEXT_ATTACKS = {
     attack.name: attack
     for attack in (
-        # The first is the paper's own: 1.5% of a line's words, one at least.
+        # The first is the paper's: 1.5% of a line's words, at least one.
         TextAttack("aaa", "words become AAA, stop words left alone", (0.015, 0.05, 0.1, 0.2, 0.4)),
         TextAttack("keyboard", "letters become their neighbours on the keyboard", _OF_LETTERS, edits.mistype),
         TextAttack("char_delete", "letters are missing", _OF_LETTERS, edits.delete_letters),
-        TextAttack("char_insert", "letters too many", _OF_LETTERS, edits.insert_letters),
+        TextAttack("char_insert", "letters are inserted", _OF_LETTERS, edits.insert_letters),
         TextAttack("char_swap", "neighbouring letters trade places", _OF_LETTERS, edits.swap_letters),
         TextAttack("homoglyph", "letters become look-alikes", _OF_LETTERS, edits.replace_by_homoglyphs),
         TextAttack("word_drop", "words are missing", _OF_WORDS, edits.drop_words),
         TextAttack("word_shuffle", "runs of three words change their order", _OF_WORDS, edits.shuffle_words),
     )
 }
-"""By name."""
+"""Attacks by name."""
 
 
 def find_text_attack(name: str) -> TextAttack:
-    """The attack of a name.
+    """Return the attack with a name.
 
     Raises:
-        ConfigError: If there is none, with the nearest name.
+        ConfigError: If it is unknown, with the nearest name.
     """
     if name not in TEXT_ATTACKS:
         raise ConfigError(f"attack: no attack on text is named {name!r}; {nearest(name, TEXT_ATTACKS)}")
@@ -93,10 +93,10 @@ def find_text_attack(name: str) -> TextAttack:
 
 
 def check_severity(severity: int) -> None:
-    """Refuse what is no severity.
+    """Check a severity.
 
     Raises:
-        ConfigError: If it is not from 1 to 5.
+        ConfigError: If it is not an integer from 1 to 5.
     """
     if severity not in SEVERITIES:
         raise ConfigError(f"attack: severity must be 1, 2, 3, 4 or 5; got {severity!r}")
@@ -106,10 +106,10 @@ def attack_documents(documents: Sequence[Document], attack: TextAttack, rate: fl
     """Attack each document, seeded by its name.
 
     Args:
-        documents: Texts, in any order.
+        documents: Documents, in any order.
         attack: One of `TEXT_ATTACKS`.
-        rate: See `TextAttack`.
-        seed: Seed of the choice of places.
+        rate: Share of the words or letters to change.
+        seed: Seed of the choice.
 
     Returns:
         Documents of the same names, in the same order.

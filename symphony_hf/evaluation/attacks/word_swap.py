@@ -1,4 +1,4 @@
-"""The word-swap attack: a few words of every line become a generic token."""
+"""The word-swap attack: some words of every line are replaced by a generic token."""
 
 import hashlib
 import math
@@ -28,7 +28,7 @@ ain aren couldn didn doesn don hadn hasn haven isn mightn mustn needn shan shoul
 """
 
 STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
-"""Function words of English, which the attack leaves alone. The last lines: what tokenized text leaves of "didn't"."""
+"""English function words, which the attack leaves alone. The last lines are fragments such as of "didn't"."""
 
 
 def word_swap(
@@ -42,18 +42,18 @@ def word_swap(
 ) -> str:
     """Replace some words of each line by a generic token.
 
-    A word is what whitespace separates, if it has a letter or digit. Of a line with n words, max(minimum, rate * n
-    rounded half up) are replaced, punctuation attached to them included, chosen without replacement among those that
-    are no stop words; all of these, if they are fewer. Whitespace and lines stay exactly as they are.
+    Words are separated by whitespace and have a letter or digit. In a line with n words, max(minimum, rate * n rounded
+    half up) words are replaced, including attached punctuation. They are drawn without replacement from the words that
+    are not stop words; if these are fewer, all are replaced. Whitespace and lines do not change.
 
     Args:
         text: Any number of lines.
         rate: Share of a line's words, from 0 to 1.
-        minimum: Words replaced in a line at least, as far as it has them.
-        token: Replacement for a word, itself a single word.
+        minimum: Minimum number of words replaced per line, as far as it has them.
+        token: Replacement, a single word.
         seed: Seed of the choice of words.
-        name: Name of the document, which also seeds the choice, so that it does not depend on other
-            documents or their order.
+        name: Name of the document, which also seeds the choice, so that it is independent of other documents and
+            their order.
 
     Returns:
         The text with words replaced. `rate` 0 with `minimum` 0 changes nothing.
@@ -65,8 +65,8 @@ def word_swap(
         rate * n, and keeps the punctuation that is attached to a replaced word.
     """
     _check(rate, minimum, token)
-    share = Fraction(str(float(rate)))  # as written: 0.35 * 90 is a half, which its float falls short of
-    # surrogatepass: a name may be that of a file, which need not be valid text.
+    share = Fraction(str(float(rate)))  # exact decimal: 0.35 * 90 is 31.5, but less in floating point
+    # surrogatepass: file names need not be valid text.
     seed_bytes = hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
     rng = random.Random(int.from_bytes(seed_bytes, "big"))
     return "\n".join(_swap_line(line, share, minimum, token, rng) for line in text.split("\n"))
@@ -83,10 +83,10 @@ def attack(
     """Apply `word_swap` to each document, seeded by its name.
 
     Args:
-        documents: Texts, in any order.
+        documents: Documents, in any order.
         rate: Share of a line's words, from 0 to 1.
-        minimum: Words replaced in a line at least, as far as it has them.
-        token: Replacement for a word, itself a single word.
+        minimum: Minimum number of words replaced per line, as far as it has them.
+        token: Replacement, a single word.
         seed: Seed of the choice of words.
 
     Returns:
@@ -112,10 +112,10 @@ def words_changed(original: str, attacked: str) -> int:
         attacked: The text after.
 
     Returns:
-        The number of positions at which the words differ.
+        Number of positions at which the words differ.
 
     Raises:
-        DataError: If the texts do not have the same number of words, so that one is not the other attacked.
+        DataError: If the texts have different numbers of words.
     """
     before, after = original.split(), attacked.split()
     if len(before) != len(after):

@@ -122,7 +122,7 @@ def run_bench(
         ConfigError: If a model, the device or the dtype is unknown.
     """
     check_file_place(output, "bench")
-    names = list(SHAPES) if models is None else list(models)
+    names = list(models or SHAPES)
     for name in names:
         if name not in SHAPES:
             raise ConfigError(f"bench: unknown model `{name}`; {nearest(name, SHAPES)}")

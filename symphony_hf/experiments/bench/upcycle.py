@@ -36,7 +36,7 @@ _REASON = "reason"
 
 
 def run_bench_upcycle(
-    folder: str | Path, *, shrink: int = 1, rounds: int = 2, output: str | Path = "symphony-bench-upcycle.json"
+    folder: str | Path = ".", *, shrink: int = 1, rounds: int = 2, output: str | Path = "symphony-bench-upcycle.json"
 ) -> dict[str, Any]:
     """Measure upcycling and copying, and write the result as JSON.
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.conversion.adapters.loading import load_adapter
-from symphony_hf.errors import SymphonyError
+from symphony_hf.errors import ConfigError, SymphonyError
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.routing.graph import adjacency_problems
 from symphony_hf.tables import Table, TableCell
@@ -174,16 +174,21 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fuzz(cases: int, seed: int = 0) -> list[Outcome]:
+def fuzz(cases: int = 10_000, seed: int = 0) -> list[Outcome]:
     """Run cases in a child process, which is restarted when a case ends it.
 
     Args:
-        cases: Number of cases.
-        seed: Seed of the campaign.
+        cases: Number of files to tamper with.
+        seed: Random seed; it gives the same cases on every machine.
 
     Returns:
         The outcomes, in order.
+
+    Raises:
+        ConfigError: If `cases` is below 1.
     """
+    if cases < 1:
+        raise ConfigError(f"check fuzz: `cases` must be at least 1, got {cases}")
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=cases, desc="Fuzzing", unit=" cases", delay=2) as bar:
         make_specimens(Path(scratch))

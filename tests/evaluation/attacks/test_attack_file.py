@@ -96,7 +96,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(source, tmp_path)
     binary.write_bytes(b"\xff\xfe\x00")
     for arguments, kind, message in [
         ((source, output, "aa"), ConfigError, r"'aa'; did you mean `aaa`"),
-        ((tmp_path / "none", output, "aaa"), DataError, r"none: no such text file"),
+        ((tmp_path / "none", output, "aaa"), DataError, r"none: the text file does not exist"),
         ((source, source, "aaa"), DataError, r"the file that is attacked"),
         ((numbers, output, "keyboard"), DataError, r"keyboard at rate 0.01 changes nothing"),
         ((binary, output, "aaa"), DataError, r"not UTF-8 text"),

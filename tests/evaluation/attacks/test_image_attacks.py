@@ -66,7 +66,7 @@ def test_small_images_are_enlarged_to_what_the_severities_are_made_for(image):
 def test_what_cannot_be_corrupted_is_refused(image, monkeypatch):
     with pytest.raises(ConfigError, match="did you mean `gaussian_noise`"):
         find_image_attack("gausian_noise")
-    with pytest.raises(ConfigError, match="31 x 40 pixels, where each side must have 32: enlarge it"):
+    with pytest.raises(ConfigError, match="an image has 31 x 40 pixels, and each side needs 32: enlarge it"):
         IMAGE_ATTACKS["fog"](image.resize((31, 40)), 1)
     with pytest.raises(ConfigError, match="severity must be"):
         IMAGE_ATTACKS["fog"](image, len(SEVERITIES) + 1)

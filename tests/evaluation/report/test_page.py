@@ -109,7 +109,7 @@ def test_routing_has_a_row_a_layer(parsed, routed):
     entropy = [result["layers"][router]["load_entropy"] for router in result["routers"]]
     assert [row[names.index("load entropy")][1] for row in rows] == pytest.approx(entropy)
     assert "experts' similarity" not in names  # was not measured
-    assert "routed: Experts chosen together by this text" in parsed.words
+    assert "routed: Experts selected together on this text" in parsed.words
     assert "routed: Where routing changes under attack: aaa" in parsed.words
 
 
