@@ -15,7 +15,7 @@ from .tables import MISSING, make_table, number, text
 
 
 def differing(runs: Named) -> Section | None:
-    """Settings that are not the same in all runs of a kind."""
+    """Settings that differ between runs of a kind."""
     notes, tables = [], []
     for kind in dict.fromkeys(run.kind for run in runs.values()):
         own = {name: run.settings for name, run in runs.items() if run.kind == kind}
@@ -25,9 +25,9 @@ def differing(runs: Named) -> Section | None:
         differ = [name for name in names if len({repr(settings.get(name)) for settings in own.values()}) > 1]
         same = len(names) - len(differ)
         if not differ:
-            notes.append(f"The {len(own)} runs of the kind {kind} have the same {same} settings.")
+            notes.append(f"All {same} settings of the {len(own)} runs of kind {kind} are the same.")
             continue
-        notes.append(f"Of {len(own)} runs of the kind {kind}, settings that differ: {len(differ)}; the same: {same}.")
+        notes.append(f"{len(own)} runs of kind {kind}: {len(differ)} settings differ, {same} are the same.")
         rows = [[text(name, code=True), *(text(settings.get(name)) for settings in own.values())] for name in differ]
         tables.append(Table(f"Settings that differ: {kind}", ("setting", *own), rows))
     return Section("settings", "Settings that differ", notes, tables=tables) if notes else None
@@ -48,13 +48,13 @@ def graphs(runs: Named) -> Section | None:
             of_graphs(
                 plots.plot_graphs,
                 own,
-                f"Heat maps of {whose}, {of}: with whom each expert is chosen, below the experts' loads",
-                f"{whose}: which experts are chosen together",
+                f"Heat maps of {whose}, {of}: co-selections of each expert, below the experts' loads",
+                f"{whose}: experts selected together",
             ),
             of_graphs(
                 plots.plot_expert_network,
                 own,
-                f"Networks of {whose}, {of}: pairs that are chosen together more often than their loads explain",
+                f"Networks of {whose}, {of}: pairs that are selected together more often than their loads explain",
                 f"{whose}: pairs beyond what their loads explain",
             ),
         )
@@ -65,13 +65,13 @@ def graphs(runs: Named) -> Section | None:
     ]
     header = ("run", "model", "router", "experts", "load entropy", "highest load", "dead", "neighbours", "spectral gap")
     note = (
-        "Load entropy is 1 where experts are chosen evenly, 0 where one takes every token. Highest load is in even "
-        f"shares. Dead: experts with less than {DEAD:.0%} of the even load. Neighbours: the share of the graph between "
-        "different experts, what smoothing takes from others. Spectral gap: 0 where the graph falls apart into groups; "
-        "the larger, the more smoothing blurs experts into one."
+        "Load entropy: 1 for an even load, 0 if one expert takes every token. Highest load: relative to the even load. "
+        f"Dead: experts with less than {DEAD:.0%} of the even load. Neighbours: share of the graph between different "
+        "experts, which smoothing takes from neighbours. Spectral gap: 0 for a graph of separate groups; the larger it "
+        "is, the more smoothing blurs experts into one."
     )
     return Section(
-        "graphs", "The graphs of experts", [note], pictures, [make_table("Graphs by layer", header, rows, len(runs))]
+        "graphs", "Co-selection graphs", [note], pictures, [make_table("Graphs by layer", header, rows, len(runs))]
     )
 
 
@@ -106,7 +106,7 @@ def routing(runs: Named) -> Section | None:
 
 
 def cost(runs: Named) -> Section | None:
-    """Time and memory."""
+    """Show time and memory."""
     memory = list(dict.fromkeys(name for run in runs.values() for part in run.costs for name in part.memory))
     rows: list[list[TableCell]] = []
     for name, run in runs.items():
@@ -121,11 +121,10 @@ def cost(runs: Named) -> Section | None:
             rows.append([text(name), *none, number(run.seconds, ",.0f")])
     if not rows:
         return None
-    header = ("run", "model", "parameters", "steps", "seconds a step", *(f"{peak}, GiB" for peak in memory))
+    header = ("run", "model", "parameters", "steps", "seconds per step", *(f"{peak}, GiB" for peak in memory))
     note = (
-        "Of a training run, seconds a step are those of training divided by its steps, evaluations included; of a "
-        "quickstart, the median step. In all: the whole command. Times of different machines, or of a machine that did "
-        "something else beside, do not compare."
+        "Seconds per step: for a training run, the training time including evaluations over the number of steps; for a "
+        "quickstart, the median step. Seconds in all: the whole command. Compare times only on the same idle machine."
     )
     return Section("cost", "Cost", [note], tables=[make_table("Cost", (*header, "seconds in all"), rows, len(runs))])
 
@@ -135,7 +134,7 @@ def _gib(size: float | None) -> float | None:
 
 
 def made(runs: Named) -> Section:
-    """Commands and versions."""
+    """Show commands and versions."""
     packages = list(dict.fromkeys(package for run in runs.values() for package in run.versions))
     rows = [[text(name, code=True), *_versions(runs, name)] for name in packages]
     tables = [Table("Versions", ("package", *runs), rows)] if rows else []

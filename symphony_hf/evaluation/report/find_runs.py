@@ -14,7 +14,7 @@ from .runs import Run
 
 
 class _Reader(NamedTuple):
-    """A kind of folder: its file, the key that tells it from others, and what reads it."""
+    """A kind of output folder: its file, the key that identifies it, and its reader."""
 
     file: str
     key: str
@@ -33,20 +33,20 @@ _KINDS = (
     "`symphony routing` (result.json)"
 )
 _BEGUN = {
-    UNFINISHED: "a training run that has not ended: go on with --resume_from_checkpoint true",
-    "checkpoint-*": "a training run that has not ended: go on with --resume_from_checkpoint true",
-    "final": "a training run that ended before its results were written: go on with --resume_from_checkpoint true",
-    "cells/*.npz": "an evaluation that has not ended: the same `symphony eval` goes on where it was",
-    "base/config.json": "a quickstart that has not ended: run it again",
+    UNFINISHED: "an unfinished training run: continue it with --resume_from_checkpoint true",
+    "checkpoint-*": "an unfinished training run: continue it with --resume_from_checkpoint true",
+    "final": "a training run without results: continue it with --resume_from_checkpoint true",
+    "cells/*.npz": "an unfinished evaluation: the same `symphony eval` continues it",
+    "base/config.json": "an unfinished quickstart: run it again",
 }
-"""What is there -> what it then is, without a file of results."""
+"""Description of a folder without results, by a pattern of its files."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read folders that our commands wrote.
+    """Read output folders of commands.
 
     Raises:
-        ReportError: If there is none, or one is none of ours, or not whole.
+        ReportError: If there are none, or one is not an output folder of a command, or is incomplete.
         GraphError: If a run's graphs cannot be read.
     """
     if not folders:
@@ -58,33 +58,33 @@ def _read(folder: Path) -> Run:
     files = _files_of(folder)
     if len(files) > 1:
         names = " and ".join(file.name for file in files)
-        raise ReportError(f"report: `{folder}` holds {names}, of two commands: give each an output folder of its own")
+        raise ReportError(f"report: `{folder}` has {names}, results of two commands: use an output folder for each")
     values = read_object(files[0], ReportError, hint="run its command again")
     for reader in _READERS:
         if reader.file == files[0].name and reader.key in values:
             try:
                 return reader.read(folder, values)
-            except SymphonyError:  # it names the file that is to blame
+            except SymphonyError:  # it names the file
                 raise
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 raise ReportError(
-                    f"report: `{files[0]}` has not what this version of symphony_hf writes ({error!r}): "
+                    f"report: `{files[0]}` does not have what this version of symphony_hf writes ({error!r}): "
                     "run its command again"
                 ) from error
     keys = " or ".join(f"`{reader.key}`" for reader in _READERS if reader.file == files[0].name)
-    raise ReportError(f"report: `{files[0]}` is none of ours: it has no {keys}. Expected {_KINDS}")
+    raise ReportError(f"report: `{files[0]}` is not a result of symphony_hf: it has no {keys}. Expected {_KINDS}")
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files of results in a folder.
+    """Return the result files in a folder.
 
     Raises:
-        ReportError: If there is none.
+        ReportError: If there are none.
     """
     if not folder.exists():
         raise ReportError(f"report: `{folder}` does not exist: expected {_KINDS}")
     if not folder.is_dir():
-        hint = f"give `{folder.parent}`, its folder" if folder.name in _FILES else f"expected {_KINDS}"
+        hint = f"give its folder, `{folder.parent}`" if folder.name in _FILES else f"expected {_KINDS}"
         raise ReportError(f"report: `{folder}` is a file: {hint}")
     files = [folder / name for name in _FILES if (folder / name).is_file()]
     if files:
@@ -94,5 +94,5 @@ def _files_of(folder: Path) -> list[Path]:
             raise ReportError(f"report: `{folder}` is {what}")
     parent = folder.resolve().parent
     if any((parent / name).is_file() for name in _FILES):
-        raise ReportError(f"report: `{folder}` is a part of a run: give `{parent}`, the whole")
-    raise ReportError(f"report: `{folder}` is no run of ours: expected {_KINDS}")
+        raise ReportError(f"report: `{folder}` is part of a run: give its folder, `{parent}`")
+    raise ReportError(f"report: `{folder}` is not a run of symphony_hf: expected {_KINDS}")

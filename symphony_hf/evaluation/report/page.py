@@ -1,4 +1,4 @@
-"""The page itself: one HTML file with its pictures, style and script inside."""
+"""The HTML page: one file with its pictures, style and script inside."""
 
 import base64
 import hashlib
@@ -22,24 +22,23 @@ _SECTIONS = (measured, compared, attacked, trained, differing, graphs, routing, 
 
 
 def write_page(runs: Sequence[Run], output: Path) -> Path:
-    """Write the page that compares runs.
+    """Write a page that compares runs.
 
-    Whatever a run's files say is text on it, never markup; and the page forbids a browser to fetch anything or to run
-    any script but its own.
+    Contents of runs' files are escaped, and the page forbids the browser to fetch anything or to run any other script.
 
     Args:
-        runs: One or more, from `read_runs`.
-        output: An `.html` file; it is replaced where there is one.
+        runs: One or more runs from `read_runs`.
+        output: An `.html` file; an existing one is replaced.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ReportError: If it cannot be written, or a picture of a run is none.
-        GraphError: If a run's graph is none.
+        ReportError: If the file cannot be written, or a run's picture is invalid.
+        GraphError: If a run's graph is invalid.
     """
     if output.suffix.lower() not in (".html", ".htm"):
-        raise ReportError(f"report: --output `{output}`: the page is HTML: give a name that ends in .html")
+        raise ReportError(f"report: --output `{output}`: the page is HTML, so its name must end in .html")
     page = _render(dict(zip(names_of(runs), runs, strict=True)))
     try:
         write_text(output, page)
@@ -72,5 +71,5 @@ def _render(runs: dict[str, Run]) -> str:
 
 
 def _hash(content: str) -> str:
-    """Compute the hash by which the content security policy admits the page\'s own style and script."""
+    """Compute the hash by which the content security policy admits the page's style and script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

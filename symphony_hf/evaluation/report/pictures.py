@@ -1,4 +1,4 @@
-"""Pictures that are part of the page: nothing is fetched when it opens."""
+"""Pictures embedded in the page."""
 
 import base64
 import tempfile
@@ -16,13 +16,13 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its words.
+    """A picture with its texts.
 
     Attributes:
-        source: The whole of it, as a data URI.
-        alt: What it shows, for who cannot see it.
-        caption: Below it.
-        wide: Whether it has many small parts, so that it must not shrink with the window.
+        source: Contents as a data URI.
+        alt: Description for readers who cannot see it.
+        caption: Caption below it.
+        wide: Whether its details are too small to shrink with the window.
     """
 
     source: str
@@ -32,26 +32,26 @@ class Picture:
 
 
 def from_svg(content: bytes, alt: str, caption: str) -> Picture:
-    """A picture that was drawn for the page."""
+    """Return a picture drawn for the page."""
     return Picture(_uri("svg+xml", content), alt, caption)
 
 
 def from_png(path: Path, alt: str, caption: str) -> Picture:
-    """A picture that a run drew.
+    """Return a picture drawn by a run.
 
     Raises:
-        ReportError: If the file is no PNG.
+        ReportError: If the file is not a PNG.
     """
     content = path.read_bytes()
     if not content.startswith(_PNG):
-        raise ReportError(f"report: `{path}` is no PNG: run its command again, or move it away")
+        raise ReportError(f"report: `{path}` is not a PNG: run its command again, or move the file away")
     return Picture(_uri("png", content), alt, caption, wide=True)
 
 
 def of_graphs(
     plot: Callable[[Mapping[str, Tensor], Any], Path], graphs: Mapping[str, Tensor], alt: str, caption: str
 ) -> Picture:
-    """A picture of graphs by one of `diagnostics.plots`, which write files."""
+    """Draw graphs by a function of `diagnostics.plots` that writes a file."""
     with tempfile.TemporaryDirectory() as folder:
         return from_png(plot(graphs, Path(folder) / "graphs.png"), alt, caption)
 

@@ -1,4 +1,4 @@
-"""The quickstart's report as a person reads it: a page, pictures, and a table in the terminal."""
+"""The quickstart's report: Markdown page, pictures, terminal table, and its reader."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +18,8 @@ Curves = dict[str, list[tuple[float, float]]]
 _PICTURES = {
     "comparison.png": "Perplexity of both copies, clean and attacked, and their paired ratio",
     "curves.png": "Loss while pre-training and fine-tuning",
-    "graphs.png": "The learned expert graphs: how often two experts are chosen together",
-    "network.png": "The same as networks: the pairs that are chosen together more than their loads explain",
+    "graphs.png": "The learned co-selection graphs: how often two experts are selected together",
+    "network.png": "The same as networks: pairs that are selected together more often than their loads explain",
 }
 
 
@@ -30,9 +30,9 @@ def write_report(
 
     Args:
         report: The quickstart's values, as in `report.json`.
-        graphs: The symphony copy's, by router.
+        graphs: Graphs of the symphony copy, by router.
         curves: Losses by step of each model.
-        output: The folder.
+        output: Output folder.
     """
     from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
@@ -48,7 +48,7 @@ def write_report(
 
 
 def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """The table at the end of the quickstart, and where everything is."""
+    """Print the table, the findings, and the path of the results."""
     console = console or Console()
     result_table(report).print(console)
     for sentence in findings(report):
@@ -95,12 +95,12 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         f"{interval['high']:+.4f}]: {interval['verdict']}."
     )
     sentences.append(
-        f"Intervals: paired bootstrap over {report['documents']} documents, one training seed: they say nothing of how "
-        "other seeds would come out."
+        f"Intervals: paired bootstrap over {report['documents']} documents, one training seed. Other seeds may give "
+        "other verdicts."
     )
     sentences.append(
-        "Both copies count selections and add the router losses, so their steps take the same time but for noise; "
-        f"one of the stock base model took {report['stock_seconds_per_step']:.3f} seconds. The cost is measured by "
+        "Both copies count selections and add the router losses, so their steps take the same time up to noise; a "
+        f"step of the stock base model took {report['stock_seconds_per_step']:.3f} seconds. The cost is measured by "
         "`symphony bench`."
     )
     sentences.append(f"The attack changed {report['words_changed']:.1%} of the words: at least one in every line.")
@@ -146,11 +146,11 @@ _COMPARED = {
     "attacked": ("attacked", "ratio of perplexities"),
     "attacked_to_clean": ("attacked", "difference of attacked / clean"),
 }
-"""Of the report's comparisons: on which text, and what."""
+"""Text and quantity of the report's comparisons."""
 
 
 def read_quickstart(folder: Path, report: Mapping[str, Any]) -> Run:
-    """A folder with `report.json`, and the symphonized model in `symphony/`."""
+    """Read a folder with `report.json`, and the symphonized model in `symphony/`."""
     settings = {name: value for name, value in report["settings"].items() if name != "output"}
     return Run(
         folder=folder,
@@ -162,7 +162,7 @@ def read_quickstart(folder: Path, report: Mapping[str, Any]) -> Run:
         comparisons=list(_comparisons(report)),
         curves={
             model: {name: [(float(x), float(y)) for x, y in points] for name, points in by_name.items()}
-            for model, by_name in report.get("curves", {}).items()  # of an older version there are none
+            for model, by_name in report.get("curves", {}).items()  # older versions have none
         },
         graphs={"symphony": graphs} if (graphs := read_run_graphs(folder / "symphony")) else {},
         costs=[

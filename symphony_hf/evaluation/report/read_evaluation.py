@@ -1,4 +1,4 @@
-"""The reader of what `symphony eval` wrote."""
+"""Readers of the results of `symphony eval` and `symphony routing`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from .runs import AttackRow, Comparison, Level, Run, as_interval, flat, is_inter
 from .tables import show, show_interval
 
 _OPTIONS = {"attacks": "attack", "severities": "severity"}
-"""Settings whose option has another name."""
+"""Option names that differ from their settings' names."""
 
 
 def _command_of(command: str, settings: Mapping[str, Any]) -> str:
@@ -39,13 +39,13 @@ _WHAT = {
     "untouched": "ratio on untouched tokens",
 }
 _CHANGES = ("ratio", "difference")
-"""Entries of a row that compare attacked with clean input; what else is an interval was measured of one of them."""
+"""Entries of a row that compare attacked with clean inputs; its other intervals are levels."""
 _NO_DIFFERENCE = frozenset({"model", "against", "output", "batch_size"})
-"""Settings that say nothing on what was measured, or that the page shows elsewhere."""
+"""Settings that do not affect the result, or that the page shows elsewhere."""
 
 
 def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
-    """A folder with `result.json` that has `models`."""
+    """Read a folder whose `result.json` has `models`."""
     models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
     labels = _labels(result["settings"], list(models))
     levels = [level for role, model in models.items() for level in _levels(labels[role], model["clean"])]
@@ -57,7 +57,7 @@ def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
         folder=folder,
         kind="evaluation",
         about=f"{' against '.join(labels.values())}, {documents['number']} documents of {documents['source']}",
-        findings=verdicts(named) if compared else list(_told(levels, attacks)),
+        findings=verdicts(named) if compared else list(_describe(levels, attacks)),
         settings=flat({k: v for k, v in result["settings"].items() if k not in _NO_DIFFERENCE} | {"on": documents}),
         levels=levels,
         attacks=attacks,
@@ -108,17 +108,17 @@ def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iter
     clean = compared["clean"]
     level = "accuracy" if clean["null"] == 0 else "perplexity"  # a difference, or a ratio
     yield Comparison(first, second, "clean", _WHAT[level], as_interval(clean), clean["verdict"], headline=True)
-    overall = {row["attack"]: row for row in compared["attacks"]}  # the last: all severities together
+    overall = {row["attack"]: row for row in compared["attacks"]}  # the last row: all severities together
     for row in compared["attacks"]:
         severity = "all severities" if row["severity"] is None else f"severity {row['severity']}"
         for name, value in row.items():
             if is_interval(value) and "verdict" in value:
-                text, told = f"{row['attack']}, {severity}", row is overall[row["attack"]] and name != "untouched"
+                text, headline = f"{row['attack']}, {severity}", row is overall[row["attack"]] and name != "untouched"
                 what = _WHAT.get(name, name)
-                yield Comparison(first, second, text, what, as_interval(value), value["verdict"], headline=told)
+                yield Comparison(first, second, text, what, as_interval(value), value["verdict"], headline=headline)
 
 
-def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
+def _describe(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
     """Yield findings for a single model: its levels, clean and under attack."""
     for level in levels:
         shown, low, high = (
@@ -131,18 +131,18 @@ def _told(levels: list[Level], attacks: list[AttackRow]) -> Iterator[str]:
 
 
 def read_routing(folder: Path, result: Mapping[str, Any]) -> Run:
-    """A folder with `result.json` that has `layers`, and PNGs."""
+    """Read a folder whose `result.json` has `layers`, with its pictures."""
     settings, overall = result["settings"], result["overall"]
-    told = (
-        f"{overall['load_entropy']:.3f} of the load's highest entropy, {overall['dead_experts']:.1%} of experts dead, "
-        f"as means over {len(result['routers'])} layers."
+    summary = (
+        f"Normalized load entropy {overall['load_entropy']:.3f}, dead experts {overall['dead_experts']:.1%}, as means "
+        f"over {len(result['routers'])} layers."
     )
     (model,) = short_names([str(settings["model"])])
     return Run(
         folder=folder,
         kind="routing diagnostics",
-        about=f"how tokens go through {model}",
-        findings=[told, *findings(result)],
+        about=f"routing of {model}",
+        findings=[summary, *findings(result)],
         settings=flat({name: value for name, value in settings.items() if name != "output"}),
         pictures=captioned(folder, result),
         metrics=layer_rows(result),

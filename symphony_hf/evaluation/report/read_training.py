@@ -1,4 +1,4 @@
-"""The reader of what `symphony train` wrote."""
+"""Reader of the results of `symphony train`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ from .tables import show
 
 
 def read_run_graphs(model: Path) -> dict[str, Tensor]:
-    """Those of a checkpoint or an adapter, by router; empty where the model has none, as of a run without graphs.
+    """Read the graphs of a checkpoint or an adapter by router; empty if it has none.
 
     Raises:
-        GraphError: If a file is not whole, or what it has is no graph.
+        GraphError: If a file is truncated, or a graph is invalid.
     """
     adapter = model / "adapter_model.safetensors"
     if not model.exists():
@@ -40,18 +40,18 @@ Points = list[tuple[float, float]]
 
 
 def read_training_run(folder: Path, results: Mapping[str, Any]) -> Run:
-    """A folder with `results.json`, and the model in `final/`."""
+    """Read a folder with `results.json`, and the model in `final/`."""
     recipe = results["recipe"]
     levels = list(_levels(results["test"]))
     curves = _curves(folder, results)
-    settings = flat({name: recipe[name] for name in recipe if name != "output"})  # where it went makes no difference
+    settings = flat({name: recipe[name] for name in recipe if name != "output"})  # the folder makes no difference
     for name in ("processes", "strategy", "device"):
         settings[name] = results[name]
     return Run(
         folder=folder,
         kind="training run",
         about=_about(results),
-        findings=[*_told_levels(levels, results["test"]), *_told_losses(curves, int(results["steps"]))],
+        findings=[*_describe_levels(levels, results["test"]), *_describe_losses(curves, int(results["steps"]))],
         settings=settings,
         levels=levels,
         curves={"": curves},
@@ -88,7 +88,7 @@ def _level(test: Mapping[str, Any], key: str, metric: str, text: str, documents:
     return Level("", metric, text, float(test[key]), low, high, documents)
 
 
-def _told_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
+def _describe_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
     if "clean" in test:
         clean, attacked = levels
         return [
@@ -96,21 +96,21 @@ def _told_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
             f"replaced by AAA, {attacked.value / clean.value:.2f} times as high."
         ]
     if not levels:
-        return ["Nothing was held out to measure on."]
+        return ["There was no held-out data to measure on."]
     values = ", ".join(f"{level.metric} {show(level.value, level.metric)}" for level in levels)
     return [f"On the {test['split']} split: {values}."]
 
 
-def _told_losses(curves: Mapping[str, Points], steps: int) -> list[str]:
+def _describe_losses(curves: Mapping[str, Points], steps: int) -> list[str]:
     train = curves.get("train")
     if not train or len(train) < 2:
         return []
     first, last = train[0][1], train[-1][1]
-    return [f"Training loss went from {first:.3f} to {last:.3f} nats a token in {steps} steps."]
+    return [f"Training loss went from {first:.3f} to {last:.3f} nats per token in {steps} steps."]
 
 
 def _curves(folder: Path, results: Mapping[str, Any]) -> dict[str, Points]:
-    """By `train` and `eval`; of a run that did not write its losses, from its newest checkpoint."""
+    """Return the `train` and `eval` losses; if the results have none, those of the newest checkpoint."""
     losses = results.get("losses")
     if losses is None:
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
@@ -125,7 +125,7 @@ def _curves(folder: Path, results: Mapping[str, Any]) -> dict[str, Points]:
 def _cost(results: Mapping[str, Any]) -> Cost:
     train, steps = results["train"], int(results["steps"])
     seconds = train.get("train_runtime")
-    # Of a run that was resumed, the runtime is that of the steps since.
+    # The runtime of a resumed run is that of its last part.
     resumed = results["recipe"]["train"].get("resume_from_checkpoint")
     memory = {
         name.removeprefix("train_").replace("_", " "): float(value)

@@ -1,4 +1,4 @@
-"""Data classes for a run on the page, whichever command made it. A field without data is empty."""
+"""Data classes of a run on the page, whichever command wrote it. Fields without data are empty."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ Kind = Literal["training run", "quickstart", "evaluation", "routing diagnostics"
 
 @dataclass(frozen=True)
 class Level:
-    """A number that was measured of one model.
+    """A measured value of one model.
 
     Attributes:
-        model: Which of the run's; empty where it has one.
+        model: Name of the model within the run; empty if the run has one model.
         metric: `perplexity`, `loss`, `accuracy`, ...
         text: `clean`, `attacked`, or the name of a split.
         low: Lower end of the interval; None without an interval.
@@ -39,9 +39,9 @@ class AttackRow:
     """A model under one attack.
 
     Attributes:
-        severity: From 1 to 5; None for all that were measured together.
-        change: Attacked / clean of a perplexity, attacked - clean of an accuracy.
-        untouched: The same on the tokens that the attack left alone.
+        severity: Severity from 1 to 5; None for all together.
+        change: Attacked / clean for perplexity, attacked - clean for accuracy.
+        untouched: The change on the tokens that the attack leaves alone.
     """
 
     model: str
@@ -55,15 +55,15 @@ class AttackRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model against another, on the same documents.
+    """A comparison of two models on the same documents.
 
     Attributes:
-        first: The model that the verdict is about.
-        second: The other one.
+        first: Model that the verdict is about.
+        second: Model that it is compared with.
         text: `clean`, or an attack with its severity.
-        what: The number that is compared, such as `ratio of perplexities`.
+        what: The compared quantity, such as `ratio of perplexities`.
         verdict: `better`, `worse` or `not distinguishable`.
-        headline: Whether it belongs to the summary.
+        headline: Whether the summary shows it.
     """
 
     first: str
@@ -80,8 +80,8 @@ class Cost:
     """Cost of training one model.
 
     Attributes:
-        seconds_per_step: Without evaluations for the quickstart, with them for a training run.
-        memory: Peaks in bytes, by what was measured.
+        seconds_per_step: Seconds per step, including evaluations for a training run only.
+        memory: Peak memory in bytes, by measurement.
     """
 
     model: str = ""
@@ -92,22 +92,22 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that one of our commands wrote.
+    """An output folder of a command.
 
     Attributes:
-        folder: Where it is.
-        kind: Which command made it.
+        folder: The folder.
+        kind: Kind of run.
         about: Description of the run, in a phrase.
         findings: Results, one sentence each.
         settings: Settings by dotted name.
-        curves: Losses by model, then `train` or `eval`: (step, loss in nats a token).
+        curves: Losses by model, then `train` or `eval`: (step, loss in nats per token).
         graphs: Graphs by model, then by router: adjacency, (num_experts, num_experts).
         pictures: PNG files drawn by the command itself, by caption.
-        metrics: Rows of its own table, by column.
-        seconds: The command took in all.
+        metrics: Rows of the run's own table, by column.
+        seconds: Duration of the command.
         parameters: Number of parameters of the model.
         versions: Package versions by name.
-        command: That made it.
+        command: Command line of the run.
     """
 
     folder: Path
@@ -130,7 +130,7 @@ class Run:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, those that are None left out."""
+    """Flatten nested settings to dotted names, without those that are None."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -141,7 +141,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its folder's, with as many of the folders above as it takes to tell them apart.
+    """Return a distinct name for each run: its folder's name, with parent folders if needed.
 
     Raises:
         ReportError: If a folder is given twice.
@@ -162,16 +162,16 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def is_interval(value: Any) -> bool:
-    """Whether a value of a file is an interval."""
+    """Whether a value from a file is an interval."""
     return isinstance(value, Mapping) and {"estimate", "low", "high"} <= value.keys()
 
 
 def as_interval(value: Mapping[str, Any]) -> Interval:
-    """An interval from a file.
+    """Read an interval from a file.
 
     Raises:
-        KeyError: If a part of it is missing.
-        ValueError: If an end is no number.
+        KeyError: If an entry is missing.
+        ValueError: If an entry is not a number.
     """
     null, p_value = value.get("null"), value.get("p_value")
     return Interval(

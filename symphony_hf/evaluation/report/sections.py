@@ -10,17 +10,17 @@ from .runs import Level, Run
 from .tables import interval, is_share, level, make_table, number, show, text, verdict
 
 Named = Mapping[str, Run]
-"""Runs by the name that the page gives them."""
+"""Runs by their name on the page."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A section of the page.
 
     Attributes:
-        id: Id of its anchor.
+        id: Id of the anchor.
         notes: Sentences below the title.
-        commands: Commands by run, to run it again.
+        commands: Command lines by run.
     """
 
     id: str
@@ -32,12 +32,12 @@ class Section:
 
 
 def label(runs: Named, name: str, model: str) -> str:
-    """A model as pictures and tables call it: by its run where there are several, by its own name where it has one."""
+    """Return a model's name in pictures and tables: its run's name if there are several runs, and its own name."""
     return ": ".join(part for part in (name if len(runs) > 1 or not model else "", model) if part)
 
 
 def measured(runs: Named) -> Section | None:
-    """Levels of each model with their intervals."""
+    """Show the levels of each model with their intervals."""
     from symphony_hf.diagnostics import plots
 
     found = [(name, level_) for name, run in runs.items() for level_ in run.levels]
@@ -61,9 +61,9 @@ def measured(runs: Named) -> Section | None:
         pictures.append(from_svg(plots.draw_levels(levels, metric, is_share(metric)), alt, _capital(metric)))
     header = ("run", "model", "measure", "on", "value", "low", "high", "documents")
     notes = [
-        "Intervals are 95%, over documents, and of each model alone: mostly the documents' own variety, which models "
-        "share. Two models whose intervals overlap may still differ; only a paired comparison tells. Runs that were "
-        "measured on other text, or in other tokens, do not compare at all."
+        "Intervals are 95% intervals over documents, of each model alone. Most of their width is the variety of the "
+        "documents, which the models share, so two models whose intervals overlap may still differ: use a paired "
+        "comparison. Runs measured on different text or with different tokenizers do not compare."
     ]
     if not any(run.comparisons for run in runs.values()):
         notes.append("For a paired comparison with a verdict: symphony eval ONE/final --against OTHER/final.")
@@ -71,7 +71,7 @@ def measured(runs: Named) -> Section | None:
 
 
 def compared(runs: Named) -> Section | None:
-    """Models against each other, with verdicts."""
+    """Show comparisons of models with verdicts."""
     found = [(name, value) for name, run in runs.items() for value in run.comparisons]
     if not found:
         return None
@@ -88,11 +88,10 @@ def compared(runs: Named) -> Section | None:
         for name, value in found
     ]
     note = (
-        "Paired over documents: the verdict is about the first of the two. Better or worse takes both: the 95% "
-        "interval leaves out what equal models would give (1 for a ratio, 0 for a difference), and the two models "
-        "exchanged by chance, document by document, differ as much in 5% of draws at most (p). All else is not "
-        "distinguishable. Of models that are equal, one comparison in twenty would come out better or worse by "
-        f"chance; there are {len(rows)}. One training seed says nothing of how others would come out."
+        "Paired over documents; the verdict is about the first model. Better or worse requires two things: the 95% "
+        "interval excludes the value of equal models (1 for a ratio, 0 for a difference), and two models exchanged at "
+        "random, document by document, differ as much in 5% of draws at most (p). Of equal models, one comparison in "
+        f"twenty would be better or worse by chance; there are {len(rows)}. Other training seeds may give others."
     )
     header = ("run", "models", "on", "what", "value [95%]", "p", "verdict")
     return Section(
@@ -101,7 +100,7 @@ def compared(runs: Named) -> Section | None:
 
 
 def attacked(runs: Named) -> Section | None:
-    """How models fare as attacks grow more severe."""
+    """Show metrics by severity of the attacks."""
     found = [(name, row) for name, run in runs.items() for row in run.attacks]
     if not found:
         return None
@@ -120,8 +119,8 @@ def attacked(runs: Named) -> Section | None:
     ]
     header = ("run", "model", "attack", "severity", "measure", "value [95%]", "against clean", "on untouched tokens")
     note = (
-        "Against clean: attacked / clean of a perplexity, attacked - clean of an accuracy. On untouched tokens it "
-        "is taken over the words that the attack left alone, which a change of tokens cannot confound."
+        "Against clean: attacked / clean for perplexity, attacked - clean for accuracy. On untouched tokens: the same "
+        "over the tokens that the attack leaves alone, so that a changed number of tokens does not affect it."
     )
     table = make_table("Attacks by severity", header, rows, len(runs))
     return Section("attacked", "Under attack", [note], list(_attack_pictures(runs)), [table])
@@ -152,11 +151,12 @@ def _attack_pictures(runs: Named) -> Iterator[Picture]:
                     curve[0] = (start.value, start.low, start.high)
                 curve[row.severity or 0] = (row.value.estimate, row.value.low, row.value.high)
             content = plots.draw_attack(curves, attack, metric, (min(ends), max(ends)))
-            told = "; ".join(
+            described = "; ".join(
                 f"{model} from {curve[min(curve)][0]:.4g} to {curve[max(curve)][0]:.4g}"
                 for model, curve in curves.items()
             )
-            yield from_svg(content, f"{metric} by severity of {attack}: {told}", f"{_capital(metric)} under {attack}")
+            alt = f"{metric} by severity of {attack}: {described}"
+            yield from_svg(content, alt, f"{_capital(metric)} under {attack}")
 
 
 def _ends(value: Level) -> tuple[float, float]:
@@ -167,7 +167,7 @@ def _ends(value: Level) -> tuple[float, float]:
 
 
 def trained(runs: Named) -> Section | None:
-    """Losses by step."""
+    """Show losses by step."""
     from symphony_hf.diagnostics import plots
 
     found = [
@@ -182,10 +182,10 @@ def trained(runs: Named) -> Section | None:
     for kind, caption in captions.items():
         curves = {label(runs, name, model): by[kind] for name, model, by in found if by.get(kind)}
         if curves:
-            told = "; ".join(
+            described = "; ".join(
                 f"{model} from {points[0][1]:.3f} to {points[-1][1]:.3f}" for model, points in curves.items()
             )
-            pictures.append(from_svg(plots.draw_losses(curves, kind), f"{caption} by step: {told}", caption))
+            pictures.append(from_svg(plots.draw_losses(curves, kind), f"{caption} by step: {described}", caption))
     rows = []
     for name, model, by_name in found:
         train, held_out = by_name.get("train") or [], by_name.get("eval") or []
@@ -201,7 +201,7 @@ def trained(runs: Named) -> Section | None:
             ]
         )
     header = ("run", "model", "last step", "first loss", "last loss", "last evaluation", "lowest evaluation")
-    note = "Losses in nats a token, as they were logged: a point is the mean since the point before it."
+    note = "Losses in nats per token as logged: each point is the mean since the previous point."
     return Section("trained", "Training", [note], pictures, [make_table("Losses", header, rows, len(runs))])
 
 

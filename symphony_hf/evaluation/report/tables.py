@@ -15,7 +15,7 @@ _TONES = {"better": "better", "worse": "worse", "not distinguishable": "level"}
 
 
 def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[TableCell]], num_runs: int) -> Table:
-    """A table without the columns that say nothing: which run, where there is one, and those with no entry at all."""
+    """Make a table without empty columns, and without the column of runs if there is one run."""
     kept = [
         place
         for place, name in enumerate(header)
@@ -25,7 +25,7 @@ def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Tabl
 
 
 def text(value: Any, *, code: bool = False) -> TableCell:
-    """A word, a name, a setting."""
+    """Return a cell with a word, a name or a setting."""
     if value is None or value == "":
         return TableCell(MISSING)
     if isinstance(value, bool):
@@ -38,7 +38,7 @@ def text(value: Any, *, code: bool = False) -> TableCell:
 
 
 def number(value: float | None, form: str | None = None) -> TableCell:
-    """A number; whole ones with commas, others to four digits unless a format says otherwise."""
+    """Return a cell with a number: integers with commas, others to four digits unless a format is given."""
     if value is None:
         return TableCell(MISSING)
     if form is None:
@@ -47,41 +47,41 @@ def number(value: float | None, form: str | None = None) -> TableCell:
 
 
 def interval(value: Interval | None, metric: str = "") -> TableCell:
-    """An estimate with its ends, sorted by the estimate."""
+    """Return a cell with an estimate and its ends, sorted by the estimate."""
     if value is None:
         return TableCell(MISSING)
     return TableCell(show_interval(value, metric), value.estimate)
 
 
 def show_interval(value: Interval, metric: str = "") -> str:
-    """An estimate with its ends, all to the same digit."""
+    """Format an estimate with its ends, all to the same digit."""
     form = level_format(metric, value.estimate, value.low, value.high)
     return f"{value.estimate:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def show(value: float, metric: str = "") -> str:
-    """A value as its metric is written."""
+    """Format a value of a metric."""
     return format(value, level_format(metric, value))
 
 
 def level(value: Level) -> tuple[TableCell, TableCell, TableCell]:
-    """A level and the ends of its interval."""
+    """Return cells with a level and the ends of its interval."""
     form = level_format(value.metric, value.value)
     return number(value.value, form), number(value.low, form), number(value.high, form)
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is written in percent."""
+    """Whether a metric is shown in percent."""
     return metric in _PERCENT
 
 
 def level_format(metric: str, *values: float) -> str:
-    """How a metric's values are written: shares in percent, others to four digits of the largest."""
+    """Return the format of a metric's values: shares in percent, others to four digits of the largest value."""
     return ".2%" if is_share(metric) else four_digits(*values)
 
 
 def four_digits(*values: float) -> str:
-    """The format in which the largest of some values has four digits; whole numbers keep all of theirs."""
+    """Return the format with which the largest value has four digits, or all of its integer digits."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     if largest == 0:
         return ".3f"
@@ -89,5 +89,5 @@ def four_digits(*values: float) -> str:
 
 
 def verdict(value: str) -> TableCell:
-    """A verdict, as a word and a colour."""
+    """Return a cell with a verdict and its colour."""
     return TableCell(value, tone=_TONES.get(value, ""))

@@ -1,4 +1,4 @@
-"""How a model holds up when its input is damaged, alone or against another one."""
+"""Robustness of a model to attacks on its inputs, alone or against another model."""
 
 from .evaluate import evaluate_robustness
 from .settings import RobustnessSettings

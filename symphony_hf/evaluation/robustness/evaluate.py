@@ -1,4 +1,4 @@
-"""evaluate_robustness: everything that `symphony eval` does."""
+"""The evaluation that `symphony eval` runs."""
 
 import dataclasses
 import time
@@ -20,7 +20,7 @@ TASKS: dict[str, type[Task[Any]]] = {"text": TextTask, "classification": Classif
 
 
 def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
-    """The task that the settings name, with its data read.
+    """Return the task of the settings, with its data read.
 
     Raises:
         SymphonyError: If a model's config, its tokenizer, or the data could not be loaded.
@@ -30,17 +30,18 @@ def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
 
 
 def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
-    """Measure one or two models on examples and on their attacked forms, and say what is more than chance.
+    """Measure one or two models on clean and attacked inputs, with confidence intervals and verdicts.
 
-    The same call again takes what was measured before from `output/cells`, and goes on from there.
+    Finished measurements are kept in `output/cells`, so an interrupted call resumes.
 
     Args:
-        settings: Which models, which task and data, which attacks.
+        settings: Models, task, data and attacks.
 
     Returns:
-        As in `output/result.json`, which has one shape for all tasks. `measure` says which entry of a row is the level
-        and which the change under attack, and what is better. `models` by role, and `comparisons` where there are
-        two, see `summarize`. `documents`: what was evaluated on. `settings`, `fingerprints`, `versions`, `notes`.
+        The contents of `output/result.json`, whose structure is the same for all tasks. `measure` names the entries of
+        a row that are the level and the change under attack, and which is better. `models` by role, and `comparisons`
+        of two models, see `summarize`. `documents` describes the data. Also `settings`, `fingerprints`, `versions` and
+        `notes`.
 
     Raises:
         SymphonyError: If a model or the data could not be loaded, or a number is not finite.

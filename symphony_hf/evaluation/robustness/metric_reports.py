@@ -32,11 +32,11 @@ SEED = 0
 
 
 class Perplexity(MetricReport[TextScores]):
-    """Levels are perplexities, changes are ratios of attacked to clean, models are compared by ratios.
+    """Report of perplexities, in which changes are ratios of attacked to clean, and models are compared by ratios.
 
-    `comparison` has the `unit` that two models' likelihoods are divided by: words where they divide text into
-    different tokens. Rows also have `per_word` and `per_byte`, and `untouched`: the same on the tokens that the attack
-    left alone, None where it left none or, of two models, where their tokens differ.
+    `comparison` has the `unit` that two models' likelihoods are divided by, which is words if their tokens differ. Rows
+    also have `per_word` and `per_byte`, and `untouched`: the metrics on the tokens that the attack leaves alone, None
+    if there are none or if two models' tokens differ.
 
     Args:
         names: Names of the documents.
@@ -48,12 +48,12 @@ class Perplexity(MetricReport[TextScores]):
         self.names = names
 
     def clean(self, scores: TextScores) -> dict[str, Any]:
-        """Perplexity by token, by original word and by byte."""
+        """Return the perplexity per token, per original word and per byte."""
         level = perplexity_interval(scores.per("token", self.names), seed=SEED)
         return {"perplexity": self.as_entry(level), **self._rates(scores)}
 
     def attacked(self, measured: Measured[TextScores], cases: Sequence[AttackCase]) -> dict[str, Any]:
-        """Likewise, with the ratio to clean text, and all of it on untouched tokens."""
+        """Return the same with the ratio to clean text, also on untouched tokens."""
         clean, weights = measured.clean.per("token", self.names), measured.clean.num_words
         forms = {case: measured.attacked[case] for case in cases}
         scores = pooled(list(forms.values()))
@@ -67,19 +67,19 @@ class Perplexity(MetricReport[TextScores]):
         }
 
     def comparison(self, a: Measured[TextScores], b: Measured[TextScores]) -> dict[str, Any]:
-        """The unit."""
+        """Return the unit."""
         return {"unit": _unit_of(a, b)}
 
     def compare_clean(self, a: Measured[TextScores], b: Measured[TextScores]) -> Interval:
-        """The ratio of perplexities."""
+        """Return the ratio of perplexities."""
         pair = [measured.clean.per(_unit_of(a, b), self.names) for measured in (a, b)]
         return compare_perplexity(*pair, seed=SEED, weights=a.clean.num_words).exp()
 
     def compare_attacked(
         self, a: Measured[TextScores], b: Measured[TextScores], cases: Sequence[AttackCase]
     ) -> dict[str, Any]:
-        """The ratio of perplexities on attacked text, the difference of the attacked/clean ratios, and the former on
-        untouched tokens."""
+        """Return the ratio of perplexities on attacked text and on its untouched tokens, and the difference of the
+        attacked/clean ratios."""
         unit, weights = _unit_of(a, b), a.clean.num_words
         ours, theirs = (pooled([own.attacked[case] for case in cases]) for own in (a, b))
         attacked = ours.per(unit, self.names), theirs.per(unit, self.names)
@@ -105,13 +105,13 @@ class Perplexity(MetricReport[TextScores]):
         }
 
     def _by_seed(self, forms: Mapping[AttackCase, TextScores]) -> dict[str, float]:
-        """Perplexity of each seed, over all severities of the group: how much hangs on the choice of words."""
+        """Return the perplexity of each seed over all severities of the group."""
         seeds = dict.fromkeys(case.seed for case in forms)
         own = {seed: pooled([form for case, form in forms.items() if case.seed == seed]) for seed in seeds}
         return {str(seed): form.per("token", self.names).perplexity for seed, form in own.items()}
 
     def _untouched(self, scores: TextScores, weights: np.ndarray) -> dict[str, Any] | None:
-        """None where the attack left no token alone."""
+        """Return the metrics on untouched tokens; None if there are none."""
         if not scores.num_untouched.sum():
             return None
         clean, attacked = scores.untouched(self.names)
@@ -129,12 +129,12 @@ def _unit_of(a: Measured[TextScores], b: Measured[TextScores]) -> Unit:
 
 
 class Accuracy(MetricReport[Choices]):
-    """Levels are shares of right answers, changes are differences of attacked and clean, so are models' comparisons.
+    """Report of accuracies, in which changes and comparisons of models are differences.
 
-    With `also`, rows have the same of other metrics: `also`, by name, with `level` and `difference`.
+    Rows have other metrics in `also`, by name, each with `level` and `difference`.
 
     Args:
-        also: Names of `evaluation.METRICS`.
+        also: Names of further metrics of `evaluation.METRICS`.
     """
 
     level, change, lower_is_better = "accuracy", "difference", False
@@ -143,13 +143,13 @@ class Accuracy(MetricReport[Choices]):
         self.also = tuple(also)
 
     def clean(self, scores: Choices) -> dict[str, Any]:
-        """Accuracy, and other metrics."""
+        """Return accuracy and other metrics."""
         levels = {name: self.as_entry(metric_interval(METRICS[name], scores, seed=SEED)) for name in self._names()}
         also = {name: {"level": level} for name, level in levels.items() if name in self.also}
         return {"accuracy": levels["accuracy"], "also": also}
 
     def attacked(self, measured: Measured[Choices], cases: Sequence[AttackCase]) -> dict[str, Any]:
-        """Likewise, with the difference to clean questions."""
+        """Return the same with the difference to clean questions."""
         attacked = _together(measured, cases)
         rows = {}
         for name in self._names():
@@ -161,18 +161,18 @@ class Accuracy(MetricReport[Choices]):
         return self._row(rows) | {"seeds": self._by_seed(measured, cases)}
 
     def comparison(self, a: Measured[Choices], b: Measured[Choices]) -> dict[str, Any]:
-        """`also`: the differences of other metrics on clean questions."""
+        """Return `also`: the differences of other metrics on clean questions."""
         compared = {name: compare_choices(METRICS[name], a.clean, b.clean, seed=SEED) for name in self.also}
         return {"also": {name: self.as_entry(interval) for name, interval in compared.items()}}
 
     def compare_clean(self, a: Measured[Choices], b: Measured[Choices]) -> Interval:
-        """The difference of accuracies."""
+        """Return the difference of accuracies."""
         return compare_choices(METRICS["accuracy"], a.clean, b.clean, seed=SEED)
 
     def compare_attacked(
         self, a: Measured[Choices], b: Measured[Choices], cases: Sequence[AttackCase]
     ) -> dict[str, Any]:
-        """The difference of accuracies on attacked questions, and that of what the attack takes from them."""
+        """Return the differences of accuracies on attacked questions, and of their changes under attack."""
         ours, theirs = _together(a, cases), _together(b, cases)
         rows = {}
         for name in self._names():
@@ -192,7 +192,7 @@ class Accuracy(MetricReport[Choices]):
         return {"accuracy": first["level"], "difference": first["difference"], "also": rows}
 
     def _by_seed(self, measured: Measured[Choices], cases: Sequence[AttackCase]) -> dict[str, float]:
-        """Accuracy of each seed, over all severities of the group: how much hangs on the attack's chance."""
+        """Return the accuracy of each seed over all severities of the group."""
         seeds = dict.fromkeys(case.seed for case in cases)
         own = {seed: _together(measured, [case for case in cases if case.seed == seed]) for seed in seeds}
         return {str(seed): METRICS["accuracy"].of(choices) for seed, choices in own.items()}

@@ -1,4 +1,4 @@
-"""What the tasks with right answers share: which rows are asked, and what is kept of each attacked form of them."""
+"""The tasks of questions with correct answers, and the task `classification`."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class QuestionTask(Task[Choices]):
-    """Questions with right answers.
+    """Questions with correct answers.
 
     Attributes:
         source: Description of the data source.
-        answers: The numbers of the right answers. Shape: (questions,).
+        answers: Indices of the correct answers. Shape: (questions,).
     """
 
     source: str
@@ -49,7 +49,7 @@ class QuestionTask(Task[Choices]):
         """Ask all questions.
 
         Returns:
-            `chosen`: numbers of the answers, shape (questions,), integer. Other entries are stored with it.
+            `chosen`: indices of the answers, shape (questions,), integer. Other entries are stored with it.
         """
 
     def score(self, role: str, case: AttackCase | None) -> Choices:
@@ -63,17 +63,17 @@ class QuestionTask(Task[Choices]):
 
 
 def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset", list[str]]:
-    """The rows that are asked.
+    """Select the rows to ask.
 
     Args:
-        rows: By split.
-        settings: Which split, and how many.
+        rows: Rows by split.
+        settings: Split and number of rows.
 
     Returns:
-        What they are, the rows, and a name for each: its split and place there.
+        A description, the rows, and the name of each, which is its split and index.
 
     Raises:
-        DataError: If there is no such split, or it has too few rows for an interval.
+        DataError: If the split does not exist, or has too few rows for an interval.
     """
     import datasets
 
@@ -92,10 +92,10 @@ def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset
 
 
 def check_number(where: str, number: int) -> None:
-    """Refuse too few questions.
+    """Check the number of questions.
 
     Raises:
-        DataError: If no interval can be given.
+        DataError: If there are too few for an interval.
     """
     if number < MIN_DOCUMENTS:
         raise DataError(
@@ -105,7 +105,7 @@ def check_number(where: str, number: int) -> None:
 
 
 class ClassificationTask(QuestionTask):
-    """Sentences of a GLUE task, and the same attacked; prompt and answers around them stay as they are."""
+    """A GLUE task, whose sentences are attacked within an unchanged prompt."""
 
     auto_class = AutoModelForCausalLM
 
@@ -152,7 +152,7 @@ class ClassificationTask(QuestionTask):
         if attacked == self.sentences:
             raise DataError(
                 f"{self.source}: {case.attack} at severity {case.severity} changes nothing in {len(attacked)} "
-                f"questions: it is an attack where {attack.what}; take another"
+                f"questions: in this attack, {attack.what}; use another attack"
             )
         return attacked
 
@@ -174,12 +174,12 @@ class ClassificationTask(QuestionTask):
             if longest > most:
                 raise ConfigError(
                     f"eval: {case or 'clean'}: a question has {longest} tokens, and `{checkpoint.source}` takes "
-                    f"{most}: take other data, or a model that takes more"
+                    f"{most}: use other data, or a model with a longer context"
                 )
 
 
 def _data_of(settings: RobustnessSettings) -> tuple[str | None, str]:
-    """Path and name of the GLUE task."""
+    """Return path and name of the GLUE task."""
     if settings.name is not None and settings.data != EMBEDDED:
         return settings.data, settings.name
     if settings.data not in (None, EMBEDDED):

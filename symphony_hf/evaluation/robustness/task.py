@@ -30,10 +30,10 @@ _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 
 
 class Store:
-    """A folder of measurements, each under what decides its numbers: another model, text or setting is another entry.
+    """A folder of measurements, one for each combination of model, inputs and settings.
 
     Args:
-        folder: Made when something is written.
+        folder: The folder, created on the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Store:
         """Return an earlier measurement, or None.
 
         Warns:
-            SymphonyWarning: If the file is damaged, which is then measured again.
+            SymphonyWarning: If the file is damaged; it is measured again.
         """
         path = self._path(label, identity)
         if not path.is_file():
@@ -56,8 +56,8 @@ class Store:
             return None
 
     def save(self, label: str, identity: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep a measurement: the whole of it is there, or nothing."""
-        # An open file: given a name, numpy would add its suffix.
+        """Write a measurement atomically."""
+        # An open file, because numpy adds a suffix to names.
         with replacing(self._path(label, identity)) as written, written.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -77,13 +77,13 @@ class Store:
 
 
 class MetricReport(ABC, Generic[Scores]):
-    """Conversion of scores to intervals for result.json.
+    """Converts scores to intervals for result.json.
 
     Attributes:
-        level: Name of the metric on one form; the entry of that name is its interval.
-        change: Name of the change from clean to attacked; the entry of that name is its interval.
+        level: Name of the metric on one form, and of the entry with its interval.
+        change: Name of the change from clean to attacked, and of the entry with its interval.
         lower_is_better: Whether a lower level is better.
-        also: Further levels, entries of `also`.
+        also: Names of further levels, which are entries of `also`.
     """
 
     level: str
@@ -93,11 +93,11 @@ class MetricReport(ABC, Generic[Scores]):
 
     @abstractmethod
     def clean(self, scores: Scores) -> dict[str, Any]:
-        """The level on clean examples."""
+        """Return the level on clean examples."""
 
     @abstractmethod
     def attacked(self, measured: Measured[Scores], cases: Sequence[AttackCase]) -> dict[str, Any]:
-        """Level and change of some attacked forms together, and `seeds`: the level of each seed."""
+        """Return level and change of some attacked forms together, and `seeds`: the level of each seed."""
 
     def comparison(self, a: Measured[Scores], b: Measured[Scores]) -> dict[str, Any]:
         """Return entries that apply to the comparison as a whole."""
@@ -105,14 +105,14 @@ class MetricReport(ABC, Generic[Scores]):
 
     @abstractmethod
     def compare_clean(self, a: Measured[Scores], b: Measured[Scores]) -> Interval:
-        """One model's level against the other's on clean examples."""
+        """Compare the levels of two models on clean examples."""
 
     @abstractmethod
     def compare_attacked(self, a: Measured[Scores], b: Measured[Scores], cases: Sequence[AttackCase]) -> dict[str, Any]:
-        """One model's level and change against the other's, on some attacked forms together."""
+        """Compare level and change of two models on some attacked forms together."""
 
     def as_entry(self, interval: Interval) -> dict[str, Any]:
-        """An interval as result.json has it: with a verdict if it is of a comparison."""
+        """Return an interval as an entry of result.json, with a verdict if it is a comparison."""
         values = dataclasses.asdict(interval)
         return values if interval.null is None else values | {"verdict": interval.verdict(self.lower_is_better)}
 

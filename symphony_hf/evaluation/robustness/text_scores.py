@@ -14,15 +14,15 @@ Unit = Literal["token", "word", "byte"]
 
 @dataclass(frozen=True, eq=False)
 class TextScores:
-    """One model on one form of all documents. Shape of each array: (documents,).
+    """Scores of one model on one form of all documents. Shape of each array: (documents,).
 
     Attributes:
         nll: Negative log-likelihood of all tokens of the document, in nats.
         num_tokens: Number of tokens.
         num_words: Number of words in the original document.
         num_bytes: Number of bytes of this form, in UTF-8.
-        untouched_nll: The same over the tokens that the attack left alone.
-        untouched_clean_nll: The same over those tokens in the original.
+        untouched_nll: Negative log-likelihood of the tokens that the attack leaves alone.
+        untouched_clean_nll: Negative log-likelihood of these tokens in the original.
         num_untouched: Number of untouched tokens.
     """
 
@@ -35,12 +35,12 @@ class TextScores:
     num_untouched: np.ndarray
 
     def per(self, unit: Unit, names: list[str]) -> DocumentScores:
-        """The likelihood of the text, to be divided by its tokens, words or bytes."""
+        """Return the likelihood of the text with the number of its tokens, words or bytes."""
         divisor = {"token": self.num_tokens, "word": self.num_words, "byte": self.num_bytes}[unit]
         return DocumentScores(names, self.nll, divisor)
 
     def untouched(self, names: list[str]) -> tuple[DocumentScores, DocumentScores]:
-        """The likelihood of the untouched tokens alone: in the original, and in this form."""
+        """Return the likelihoods of the untouched tokens in the original and in this form."""
         return (
             DocumentScores(names, self.untouched_clean_nll, self.num_untouched),
             DocumentScores(names, self.untouched_nll, self.num_untouched),
@@ -48,9 +48,9 @@ class TextScores:
 
 
 def pooled(forms: Sequence[TextScores]) -> TextScores:
-    """Several attacked forms of the same documents as one: a document stays one draw, whatever was done to it.
+    """Add up attacked forms of the same documents.
 
-    So the interval over documents does not shrink because the same document was attacked with several seeds.
+    A document stays one draw, so the interval over documents does not shrink with the number of attack seeds.
     """
     columns = [field.name for field in dataclasses.fields(TextScores)]
     return TextScores(*(np.sum([getattr(form, column) for form in forms], axis=0) for column in columns))

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_ANSWERS = 100
-"""Different answers up to which a question is one of choosing, if it is not said."""
+"""Maximum number of different answers among which models choose by default."""
 
 _MAX_NEW_TOKENS = 32
 
 
 class VisualTask(QuestionTask):
-    """The first question of each conversation about images. Clean images are as large as corrupted ones."""
+    """The first question of each conversation about images. Clean images have the size of corrupted ones."""
 
     auto_class = AutoModelForImageTextToText
 
@@ -59,7 +59,7 @@ class VisualTask(QuestionTask):
         return {"documents": entries["documents"] | {"answers": answers, "corruptions": self.version}}
 
     def inputs(self, role: str, case: AttackCase | None) -> dict[str, Any]:
-        """The questions, how they are put, and what their images are corrupted by."""
+        """Return the questions, how they are asked, and the corruption of their images."""
         return {
             "examples": self.digest,
             "processor": self.processors[role],
@@ -68,7 +68,7 @@ class VisualTask(QuestionTask):
         }
 
     def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
-        """The likeliest answers; or, of free ones, 1 where an answer is right, and the answers `given`."""
+        """Return the most likely answers; or, for free answers, 1 where they are correct, and the answers `given`."""
         model, asker, asked = self.models_under_test[role].model, self.askers[role], self._asked(case)
         bar: dict[str, Any] = {"progress": f"Asking {role}, {case or 'clean'}", "total": len(self.examples)}
         if self.choices:
@@ -85,7 +85,7 @@ class VisualTask(QuestionTask):
             yield Asked(example, images)
 
     def _choices_to_give(self, settings: RobustnessSettings) -> list[str]:
-        """The answers to choose from; none for free ones."""
+        """Return the answers to choose from; none for free answers."""
         different = sorted({example.answer for example in self.examples})
         if settings.answers == "free" or (settings.answers is None and len(different) > MOST_ANSWERS):
             return []
@@ -104,5 +104,5 @@ def _check_vision(checkpoint: ModelUnderTest) -> None:
     if type(checkpoint.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
             f"`{checkpoint.source}`: {checkpoint.config.model_type} takes no images, or answers no questions "
-            "about them: --task vqa is of vision-language models"
+            "about them: --task vqa is for vision-language models"
         )

@@ -1,4 +1,4 @@
-"""How a model routes real text: everything that `symphony routing` measures and draws."""
+"""Routing diagnostics on real text, which `symphony routing` measures and draws."""
 
 from .drop_first_expert import first_expert_dropped
 from .expert_outputs import ExpertSample, sampling_experts

@@ -1,4 +1,4 @@
-"""Run a model as if each token's first expert were not there."""
+"""Run a model without each token's first expert."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +15,23 @@ from symphony_hf.patching.router import SymphonyRouter
 from .hooks import RouterReader, WatchedRouter, routers_to_watch
 
 _NEVER = -1e4
-"""A logit that no softmax or sigmoid leaves anything of, or a bias to choose by, and that float16 can hold."""
+"""A logit or selection bias that excludes an expert, within the range of float16."""
 
 
 @contextmanager
 def first_expert_dropped(model: nn.Module) -> Iterator[None]:
-    """While this is entered, every token goes without its first expert: the next one takes its place.
+    """Drop each token's first expert while this context is active; the next one takes its place.
 
-    The first expert is the chosen one with the highest logit, and so the greatest weight. Its logit is put out of
-    reach, and so is the bias that it is chosen by, where there is one; the router's own head chooses and weighs again:
-    in all layers at once, so that later layers choose for what earlier ones have made of it.
+    The first expert is the selected one with the highest logit, and so the largest weight. Its logit is set to a very
+    low value, and so is its selection bias, if there is one. Then the router's own head selects and weights again. This
+    happens in all layers at once, so later layers route the changed hidden states.
 
     Args:
-        model: As in `routers_to_watch`, in eval mode.
+        model: Model, as in `routers_to_watch`, in eval mode.
 
     Raises:
-        UnsupportedModelError: On entry or at the first forward, if a router's head cannot be run on logits alone; at
-            any, if it chooses a token's first expert again.
+        UnsupportedModelError: On entry or in the first forward pass, if a router's head cannot run on logits alone; in
+            any forward pass, if it selects a token's first expert again.
 
     Source: Dai et al., "DeepSeekMoE" (arXiv 2401.06066), section 4.5, which masks a share of the top routed experts
     and selects from the remaining ones.
@@ -47,13 +47,13 @@ def first_expert_dropped(model: nn.Module) -> Iterator[None]:
 
 
 class _Dropper(RouterReader):
-    """Puts what a router would have returned in the place of what it did."""
+    """Replaces the output of one router."""
 
     def __init__(self, name: str, router: WatchedRouter) -> None:
         self.name, self.is_checked = name, False
         linear: Any = linear_of(router.module, router.contract.linear)
         if full_shape(linear.weight)[0] != router.contract.num_experts:
-            raise _refusal(name, router.module, "its logits are not all of experts that compete")
+            raise _refusal(name, router.module, "not all of its logits are of experts that compete")
         super().__init__(router)
         self.handles.append(self.router.register_forward_hook(self._replace, with_kwargs=True))
 
@@ -64,7 +64,7 @@ class _Dropper(RouterReader):
         first_T1 = indices_TK.gather(1, logits_TE.gather(1, indices_TK).argmax(1, keepdim=True))
         without_TE = logits_TE.scatter(1, first_T1, _NEVER)
         parts = as_tuple(output)
-        if contract.carrier == contract.logits:  # its block chooses, by what it returns
+        if contract.carrier == contract.logits:  # its block selects the experts
             without = without_TE.view_as(parts[contract.carrier])
             return (*parts[: contract.carrier], without, *parts[contract.carrier + 1 :]) if parts is output else without
         if not self.is_checked:
@@ -77,32 +77,32 @@ class _Dropper(RouterReader):
     def _finish_without(
         self, without_TE: Tensor, first_T1: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Compute the router\'s output for logits without each token\'s first expert."""
+        """Compute the router's output for logits without each token's first expert."""
         result = self._finish(without_TE, args, kwargs)
         biases = self._biases(args, kwargs)
-        # Without a logit an expert has no score, but a bias to choose by may be enough. One bias serves all tokens, so
-        # those of each first expert are chosen for on their own.
+        # A selection bias alone may select an expert without a score. It is shared by all tokens, so the tokens of each
+        # first expert are handled separately.
         for expert in first_T1.unique().tolist() if biases else ():
             with _out_of_reach(biases, expert):
                 own = self._finish(without_TE, args, kwargs)
             pairs = zip(as_tuple(result), as_tuple(own), strict=True)
             result = tuple(self._in_rows(first_T1[:, 0] == expert, new, old) for old, new in pairs)
         if (self.contract.chosen_experts(as_tuple(result), without_TE) == first_T1).any():
-            raise _refusal(self.name, self.router, "its head chooses it again without a score")
+            raise _refusal(self.name, self.router, "its head selects it again without a score")
         return result
 
     def _in_rows(self, rows_T: Tensor, new: Any, old: Any) -> Any:
-        """One part of what a head returned: the new one's values for some tokens, the old one's for all others."""
+        """Merge one part of a head's output: new values for some tokens, old values for the others."""
         if not isinstance(old, Tensor):
             return old
         if old.shape[:1] == rows_T.shape:
             return torch.where(rows_T.view(-1, *[1] * (old.dim() - 1)), new, old)
         if not torch.equal(new, old):
-            raise _refusal(self.name, self.router, "a bias chooses, and what its head returns is not by token")
+            raise _refusal(self.name, self.router, "it selects with a bias, and its head's output is not by token")
         return old
 
     def _biases(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """All that has a number for each expert, beside the linear map: in the router, or given to it by its block."""
+        """Return the tensors with one number per expert besides the linear map, in the router or passed to it."""
         linear: Any = linear_of(self.router, self.contract.linear)
         own = {id(linear.weight), id(getattr(linear, "bias", None))}
         given = [value for value in (*args, *kwargs.values())[1:] if isinstance(value, Tensor)]
@@ -113,9 +113,9 @@ class _Dropper(RouterReader):
         ]
 
     def _finish(self, logits_TE: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the router\'s output for given logits."""
+        """Compute the router's output for given logits."""
         router, contract = self.router, self.contract
-        if not args:  # whatever the family calls its hidden states
+        if not args:  # families name their hidden states differently
             kwargs = dict(kwargs)
             args = (kwargs.pop(next(iter(kwargs))),)
         base_class = router.base_class if isinstance(router, SymphonyRouter) else type(router)
@@ -128,7 +128,7 @@ class _Dropper(RouterReader):
 
 @contextmanager
 def _out_of_reach(biases: list[Tensor], expert: int) -> Iterator[None]:
-    """Have no bias choose an expert. In place, since families keep theirs in many places."""
+    """Exclude an expert from all biases, in place, since families keep them in different places."""
     kept = [bias.detach().view(-1)[expert].clone() for bias in biases]
     try:
         for bias in biases:

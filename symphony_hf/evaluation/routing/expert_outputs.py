@@ -1,4 +1,4 @@
-"""Each expert\'s output on the same tokens, including those that it is not chosen for."""
+"""Each expert's output on the same tokens, including those that it is not chosen for."""
 
 import functools
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from .hooks import routers_to_watch
 
 
 class ExpertSample:
-    """The tokens that came to one layer's experts, and the experts, to be run on them.
+    """Sampled input tokens of one layer's experts, and the experts.
 
     Args:
         name: Name of the layer's router.
-        experts: The module.
-        num_experts: E.
+        experts: Module that holds all experts.
+        num_experts: Number of experts, E.
 
     Attributes:
-        name: Likewise.
-        num_experts: Likewise.
-        hidden_TD: The sampled tokens, as the experts get them; None before a forward. Shape: (sampled, hidden_size).
+        name: Same as the argument.
+        num_experts: Same as the argument.
+        hidden_TD: Sampled hidden states; None before a forward pass. Shape: (sampled, hidden_size).
     """
 
     def __init__(self, name: str, experts: nn.Module, num_experts: int) -> None:
@@ -34,26 +34,26 @@ class ExpertSample:
         self._weight_type = torch.float32
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], places: Tensor) -> None:
-        """Keep the tokens at some places of one call of the experts.
+        """Keep the tokens at some positions of one call of the experts.
 
         Raises:
-            UnsupportedModelError: If they are not called with hidden states, indices and weights.
+            UnsupportedModelError: If the experts are not called with hidden states, indices and weights.
         """
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(tensors) != len(args) + len(kwargs) or not _are_arguments(tensors):
             raise UnsupportedModelError(
                 f"{type(self._experts).__name__} of `{self.name}`: its experts cannot be run one by one: they do not "
-                "take hidden states, the experts chosen, and their weights"
+                "take hidden states, indices of experts, and weights"
             )
         hidden, _, weights = tensors
         self.hidden_TD = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)].detach()
         self._weight_type = weights.dtype
 
     def outputs(self) -> Iterator[Tensor]:
-        """Each expert\'s output on all sampled tokens, in order, with weight 1. Shape of each: (sampled, hidden)."""
+        """Each expert's output on all sampled tokens, in order, with weight 1. Shape of each: (sampled, hidden)."""
         assert self.hidden_TD is not None
         num_tokens, device = len(self.hidden_TD), self.hidden_TD.device
-        # Another expert beside it, with weight 0: some families cannot do with one.
+        # With a second expert of weight 0, since some families need at least two.
         weights_T2 = torch.tensor([1.0, 0.0], device=device).to(self._weight_type).repeat(num_tokens, 1)
         for expert in range(self.num_experts):
             pair = torch.tensor([expert, (expert + 1) % self.num_experts], device=device)
@@ -71,18 +71,18 @@ def _are_arguments(tensors: list[Tensor]) -> bool:
 
 @contextmanager
 def sampling_experts(model: nn.Module, places: Tensor) -> Iterator[list[ExpertSample]]:
-    """Keep, in each MoE layer, some tokens of the forward that runs while this is entered.
+    """Sample input tokens of each MoE layer's experts in the forward pass that runs within this context.
 
     Args:
         model: Model, as in `routers_to_watch`.
-        places: Of the tokens among all of the batch. Shape: (sampled,), int64.
+        places: Positions of the sampled tokens in the flattened batch. Shape: (sampled,), int64.
 
     Yields:
-        One sample a layer. Where a layer did not run, it stays empty.
+        One sample per layer, empty for a layer that did not run.
 
     Raises:
-        UnsupportedModelError: On entry, if a router has no module `experts` beside it, or at the forward, if that takes
-            something else than hidden states, indices and weights.
+        UnsupportedModelError: On entry, if a router has no module `experts` next to it; in the forward pass, if that
+            module takes other arguments than hidden states, indices and weights.
     """
     samples, handles = [], []
     try:

@@ -1,7 +1,7 @@
-"""What routers choose, read where it is decided: off what they return, by their contract.
+"""Hooks that read routers' selections from their outputs, by their contracts.
 
-Recorded router logits are no substitute. Where a family adds a selection bias or chooses groups first, the highest
-logits are not the choice; and many models do not record them at all.
+Recorded router logits are no substitute: in families that select with a bias or in groups, the highest logits are not
+the selection, and many models do not record logits at all.
 """
 
 from collections.abc import Iterator
@@ -22,19 +22,19 @@ from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 
 
 class WatchedRouter(NamedTuple):
-    """A router and how to read what it returns."""
+    """A router and the contract for reading its output."""
 
     module: nn.Module
     contract: RouterContract
 
 
 class Routed(NamedTuple):
-    """What one call of a router decided.
+    """The decisions of one call of a router.
 
     Attributes:
-        logits_TE: The logits that its head was given: smoothed ones, where there is a graph. Shape:
-            (tokens, num_experts), in the router's own type.
-        indices_TK: The experts that each token goes to, distinct, in no certain order. Shape: (tokens, top_k), integer.
+        logits_TE: Input logits of its head, smoothed if there is a graph. Shape: (tokens, num_experts), in the router's
+            dtype.
+        indices_TK: Distinct selected experts of each token, in any order. Shape: (tokens, top_k), integer.
     """
 
     logits_TE: Tensor
@@ -42,13 +42,13 @@ class Routed(NamedTuple):
 
 
 def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
-    """All routers of a model by module name, in the order of its modules.
+    """Return all routers of a model by module name, in module order.
 
     Args:
-        model: Any model that discovery knows, or a symphonized one with gates that its user named.
+        model: A model that discovery supports, or a symphonized model with routers that its user named.
 
     Raises:
-        UnsupportedModelError: If there is none, or one of a kind that is not known.
+        UnsupportedModelError: If it has no router, or one of an unknown kind.
     """
     found: dict[str, WatchedRouter] = {}
     if is_symphonized(model):
@@ -58,7 +58,7 @@ def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
     except UnsupportedModelError:
         if not found:
             raise
-        others = []  # a model of its own kind, whose user named its gates
+        others = []  # an unknown model whose user named its routers
     aside = put_aside(model)
     found |= {r.name: WatchedRouter(r.module, r.contract) for r in others if id(r.module) not in aside}
     return {name: found[name] for name, _ in model.named_modules() if name in found}
@@ -66,14 +66,14 @@ def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
 
 @contextmanager
 def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
-    """Note what each router decides while this is entered.
+    """Record the decisions of each router within this context.
 
     Args:
         model: Model, as in `routers_to_watch`.
 
     Yields:
-        By router, one entry a call, in order: a layer that is gone through twice in a forward has two. Padding is in
-        it. Empty a list when it is read, or it grows. The tensors stay on the model's device and keep their gradient.
+        Decisions by router, one entry per call, including padding; a layer that runs twice in a forward pass has two
+        entries. Callers empty the lists. The tensors stay on the model's device and keep their gradient.
 
     Raises:
         UnsupportedModelError: As `routers_to_watch`.
@@ -87,19 +87,19 @@ def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
 
 
 class RouterReader:
-    """Reads what one router decided off a call of it.
+    """Reads the decisions of one router from its calls.
 
     Args:
-        router: Any.
+        router: The router.
 
     Attributes:
-        handles: Of hooks that it needs inside the router.
+        handles: Handles of its hooks.
     """
 
     def __init__(self, router: WatchedRouter) -> None:
         self.router, self.contract = router
         self.handles: list[Any] = []
-        self._logits: Tensor | None = None  # of the call under way, where they are not in what the router returns
+        self._logits: Tensor | None = None  # of the current call, if the router does not return them
         if self.contract.logits is not None:
             return
         if isinstance(self.router, SymphonyRouter):
@@ -112,7 +112,7 @@ class RouterReader:
         self._logits = logits
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Routed:
-        """What a call decided, by its arguments and what it returned."""
+        """Return the decisions of a call from its arguments and output."""
         parts = as_tuple(output)
         logits = self._find_logits(parts, args, kwargs)
         logits_TE = logits.reshape(-1, logits.shape[-1])[:, : self.contract.num_experts]
@@ -129,7 +129,7 @@ class RouterReader:
         return F.linear(hidden.float(), weight.float())
 
     def remove(self) -> None:
-        """Take its hooks away."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         if isinstance(self.router, SymphonyRouter):
@@ -139,7 +139,7 @@ class RouterReader:
 
 
 class _Watch(RouterReader):
-    """The hooks that fill one router's list."""
+    """Hooks that fill the list of one router."""
 
     def __init__(self, router: WatchedRouter) -> None:
         super().__init__(router)

@@ -1,4 +1,4 @@
-"""The numbers of one model on clean text, layer by layer."""
+"""Routing metrics of each layer, on clean and attacked text and by checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -41,17 +41,17 @@ def coselection_graph(record: RoutingRecord, num_experts: int) -> Tensor:
 
 
 def measure_layer(record: RoutingRecord, num_experts: int, texts: ObservedTexts) -> dict[str, Any]:
-    """One router on clean text.
+    """Measure one router on clean text.
 
     Args:
-        record: The router's decisions.
-        num_experts: E.
-        texts: Texts that it ran on.
+        record: Decisions of the router.
+        num_experts: Number of experts, E.
+        texts: Texts of the decisions.
 
     Returns:
-        `num_experts`, `top_k`; `load` (shares that sum to 1), `load_entropy`, `dead_experts` (numbers), `busiest` (the
-        highest load over the even one); `margin` in nats (`mean`, `p10`, `p50`, `p90`, `not_by_logits`: the share of
-        tokens whose choice the logits alone would not have made); `allocation` by domain, `domain_information`;
+        `num_experts`, `top_k`; `load` (shares that sum to 1), `load_entropy`, `dead_experts` (indices), `busiest`
+        (highest load over the even load); `margin` in nats (`mean`, `p10`, `p50`, `p90`, `not_by_logits`: the share of
+        tokens whose selection is not the highest logits); `allocation` by domain, `domain_information`;
         `margin_by_class`; `graph`: see `measure_graph`.
     """
     load_E = load_of_choices(record.indices_TK, num_experts)
@@ -73,7 +73,7 @@ def measure_layer(record: RoutingRecord, num_experts: int, texts: ObservedTexts)
 
 
 def measure_graph(adjacency_EE: Tensor) -> dict[str, Any]:
-    """`neighbours`, `spectral_gap`, `modularity`, `communities` and `centrality` of one graph."""
+    """Return `neighbours`, `spectral_gap`, `modularity`, `communities` and `centrality` of one graph."""
     groups = communities(adjacency_EE)
     return {
         "neighbours": off_diagonal_mass(adjacency_EE),
@@ -102,7 +102,7 @@ def _by_class(margin_T: Tensor, token_class: np.ndarray) -> dict[str, float | No
 
 
 def mean_over_layers(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers that a table shows of a whole model."""
+    """Return means over the layers of a model."""
     own = list(layers.values())
     means = {name: float(np.mean([layer[name] for layer in own])) for name in _MEANS}
     graphs = {name: float(np.mean([layer["graph"][name] for layer in own])) for name in _GRAPH_MEANS}
@@ -121,20 +121,20 @@ Records = Mapping[str, RoutingRecord]
 def compare_attacked(
     case: AttackCase, form: AttackedForm, clean: Records, attacked: Records, texts: ObservedTexts
 ) -> dict[str, Any]:
-    """The routing of the tokens that an attack left alone, before and after.
+    """Compare the routing of untouched tokens on clean and attacked text.
 
     Args:
         case: The attack.
         form: The attacked text.
-        clean: The routers' decisions on clean text.
-        attacked: The routers' decisions on attacked text.
+        clean: Decisions of the routers on clean text.
+        attacked: Decisions of the routers on attacked text.
         texts: Texts with the tokens' classes.
 
     Returns:
-        `attack`, `severity`, `seed`, `tokens`; `change_rate`: the share of choices that changed, over all layers, with
-        its interval over documents; `per_layer`, `flips_per_layer` (tokens whose set of experts changed at all), by
-        router; `by_distance` and `by_class`: by router, the change rate behind the last edit, and by kind of token,
-        None where there is none.
+        `attack`, `severity`, `seed`, `tokens`; `change_rate`: the flip rate over all layers, with its interval over
+        documents; `per_layer`: the flip rate by router; `flips_per_layer`: the share of tokens with any changed expert,
+        by router; `by_distance` and `by_class`: the flip rate by router and distance from the last edit, or class of
+        token, None where there are no tokens.
     """
     changed = {}
     for name, record in clean.items():
@@ -154,7 +154,7 @@ def compare_attacked(
 
 
 def _interval(change_T: np.ndarray, document: np.ndarray, num_documents: int) -> dict[str, Any]:
-    """Of the mean over tokens, resampled by document. One of which nothing was left alone has no say."""
+    """Return the interval of the mean over tokens, resampled by document. Documents without tokens are left out."""
     number = np.bincount(document, minlength=num_documents)
     total = np.bincount(document, weights=change_T, minlength=num_documents)
     kept = number > 0
@@ -178,18 +178,18 @@ def _means(changed: Mapping[str, np.ndarray], kind: np.ndarray, names: Sequence[
 def compare_checkpoint(
     source: str, records: Records, final: Records, graphs: Mapping[str, Tensor], learned: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """One checkpoint beside the last one, on the same text.
+    """Compare a checkpoint with the last one on the same text.
 
     Args:
         source: The checkpoint.
-        records: Its routers' decisions.
+        records: Decisions of its routers.
         final: Decisions of the last checkpoint's routers.
-        graphs: Co-selection graph of each router of the last one. Shape of each: (num_experts, num_experts).
-        learned: Its own learned graphs; empty where it has none.
+        graphs: Co-selection graph of each router of the last checkpoint. Shape of each: (num_experts, num_experts).
+        learned: Learned graphs of the checkpoint; empty if it has none.
 
     Returns:
-        `source`; by router: `saturation` (the share of choices that are the last one's), `load`, `load_entropy`,
-        `drift` of the co-selection graph to the last one's; `symphonized`.
+        `source`, `symphonized`, and by router: `saturation` (share of selections that match the last checkpoint's),
+        `load`, `load_entropy`, and `drift` of the co-selection graph to that of the last checkpoint.
     """
     own = {name: coselection_graph(record, len(graphs[name])) for name, record in records.items()}
     loads = {name: load_of_choices(record.indices_TK, len(graphs[name])) for name, record in records.items()}

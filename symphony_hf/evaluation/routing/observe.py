@@ -1,4 +1,4 @@
-"""observe_routing: everything that `symphony routing` measures."""
+"""The measurements of `symphony routing`."""
 
 import dataclasses
 import time
@@ -35,18 +35,18 @@ MATRICES = "matrices.safetensors"
 
 
 def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
-    """Run a model, and its earlier checkpoints, over text, and measure how they route it.
+    """Run a model and its earlier checkpoints on text, and measure their routing.
 
     Args:
-        settings: Which models, which text, which attacks.
+        settings: Models, text and attacks.
 
     Returns:
-        As in `output/result.json`: `routers`, those that ran, in order; `layers` by router (see `measure_layer`; with
-        `learned_graph` and `similarity`),
-        `overall`, `corruption` (see `compare_attacked`), `checkpoints` (see `compare_checkpoint`; the last is the model
-        itself), `drop_first`, `unavailable` (what could not be measured, and why), `domains`, `documents`, `settings`,
-        `versions`. Matrices are in `output/matrices.safetensors`: `coselection/...`, `coactivation/...`,
-        `learned/...`, `similarity/...`, each with the router's name, and `checkpoint/<number>/coselection/...`.
+        The contents of `output/result.json`: `routers` (those that ran, in order), `layers` by router (see
+        `measure_layer`; with `learned_graph` and `similarity`), `overall`, `corruption` (see `compare_attacked`),
+        `checkpoints` (see `compare_checkpoint`; the last is the model itself), `drop_first`, `unavailable` (unsupported
+        measurements with their reasons), `domains`, `documents`, `settings`, `versions`. Matrices are in
+        `output/matrices.safetensors`: `coselection/...`, `coactivation/...`, `learned/...`, `similarity/...`, each with
+        the router's name, and `checkpoint/<number>/coselection/...`.
 
     Raises:
         SymphonyError: If a model or the data could not be loaded, or the checkpoints are not of one model.
@@ -87,11 +87,11 @@ class _Observation:
 
     Args:
         settings: Settings of the command.
-        texts: Texts that models are run on.
+        texts: Texts that models run on.
 
     Attributes:
         result: Entries of the result, by name.
-        matrices: Matrices by their name in the file.
+        matrices: Matrices by name in the file.
     """
 
     def __init__(self, settings: RoutingSettings, texts: ObservedTexts) -> None:
@@ -104,7 +104,7 @@ class _Observation:
         self.learned: dict[str, Tensor] = {}
 
     def observe(self, checkpoint: RoutedModel) -> None:
-        """The model itself: clean, attacked, without first experts, and its experts."""
+        """Observe the model: clean, attacked, without first experts, and its experts' similarity."""
         settings, texts = self.settings, self.texts
         self.clean = self._record(checkpoint, "clean")
         num_experts = {name: checkpoint.routers[name.partition(" (pass")[0]][0] for name in self.clean}
@@ -160,7 +160,7 @@ class _Observation:
                 layers[name]["similarity"] = {"mean": float(others.mean()), "highest": float(others.max())}
 
     def observe_earlier(self, number: int, checkpoint: RoutedModel) -> None:
-        """An earlier checkpoint, on clean text alone."""
+        """Observe an earlier checkpoint on clean text."""
         records = self._record(checkpoint, "clean")
         own = compare_checkpoint(checkpoint.source, records, self.clean, self.graphs, learned_graphs(checkpoint))
         self.result["checkpoints"].append(own)
@@ -168,7 +168,7 @@ class _Observation:
         checkpoint.release()
 
     def finish(self, checkpoint: RoutedModel) -> None:
-        """The model as the last of its checkpoints."""
+        """Add the model as the last of its checkpoints."""
         if not self.settings.against:
             return
         own = compare_checkpoint(checkpoint.source, self.clean, self.clean, self.graphs, self.learned)
@@ -182,7 +182,7 @@ class _Observation:
 
 
 def learned_graphs(checkpoint: RoutedModel) -> dict[str, Tensor]:
-    """A checkpoint's own graphs, on the CPU, by router; none where it is not symphonized."""
+    """Return a checkpoint's learned graphs by router, on the CPU; empty if it is not symphonized."""
     if not is_symphonized(checkpoint.model):
         return {}
     return {name: graph.float().cpu() for name, graph in expert_graphs(checkpoint.model).items()}

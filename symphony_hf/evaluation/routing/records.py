@@ -23,22 +23,22 @@ from .texts import Form
 
 @dataclass(frozen=True, eq=False)
 class RoutingStability:
-    """Share of expert choices that an attack leaves unchanged, on the tokens that it leaves alone."""
+    """Share of selections that an attack leaves unchanged, over the tokens that it leaves alone."""
 
     share: float
-    """Mean over layers, in [0, 1]. Choosing at random would keep K / E."""
+    """Mean over layers, in [0, 1]; K / E for random selection."""
     per_layer: np.ndarray
-    """The same of each MoE layer. Shape: (layers,)."""
+    """Share of each MoE layer. Shape: (layers,)."""
     num_tokens: int
-    """Untouched tokens that were compared."""
+    """Number of compared tokens."""
 
 
 class RoutingRecord(NamedTuple):
     """Decisions of one router for every token.
 
     Attributes:
-        indices_TK: The experts chosen, sorted within a token. Shape: (tokens, top_k), int16.
-        margin_T: See `diagnostics.router_margin`. In nats. Shape: (tokens,), float32.
+        indices_TK: Selected experts, sorted within a token. Shape: (tokens, top_k), int16.
+        margin_T: Margins in nats, see `diagnostics.router_margin`. Shape: (tokens,), float32.
     """
 
     indices_TK: Tensor
@@ -50,24 +50,24 @@ def record_routing(
 ) -> dict[str, RoutingRecord]:
     """Record the decisions of every router of a model for every token.
 
-    It is read where it is decided, off what each router returns (`watching.watching_routers`); so it takes no recorded
-    router logits, and is right where a family adds a bias to choose by, or chooses groups of experts first.
+    Decisions are read from each router's output (`hooks.watching_routers`), so they do not depend on recorded router
+    logits, and are correct for families that select with a bias or in groups.
 
     Args:
-        model: Any that discovery knows, symphonized or not, and that takes `input_ids` and `attention_mask`. One that
-            has an encoder and a decoder is given the same text in both.
+        model: A model that discovery supports, symphonized or not, that takes `input_ids` and `attention_mask`. An
+            encoder-decoder gets the same text in both.
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
-        batch_size: Windows per forward pass.
+        batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
 
     Returns:
-        By router, in the order of the modules, of all tokens of all documents in order. On the CPU: 2 * K + 4 bytes a
-        token and layer. Routers that did not run, such as those for images, are left out; a layer that is gone through
-        more than once has an entry for each time.
+        Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take
+        2 * K + 4 bytes per token and layer. Routers that did not run, such as those for images, are left out; a layer
+        that runs more than once has an entry for each pass.
 
     Raises:
         EvaluationError: If no router ran, or one did not see every token once.
-        UnsupportedModelError: If there are no routers that are known.
+        UnsupportedModelError: If none of its routers is known.
     """
     flat, _ = flatten(windows)
     by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
@@ -96,7 +96,7 @@ def _run(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
 
 
 def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
-    """Take the routers\' decisions of this forward pass by record name, and empty their lists."""
+    """Take the routers' decisions of this forward pass by record name, and empty their lists."""
     taken = []
     for name, calls in seen.items():
         taken += [(name if place == 0 else f"{name} (pass {place + 1})", routed) for place, routed in enumerate(calls)]
@@ -105,7 +105,7 @@ def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
 
 
 def _recorded(name: str, routed: Routed, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Choices, shape (windows, length, top_k), and margins, shape (windows, length), on the CPU."""
+    """Return selections, shape (windows, length, top_k), and margins, shape (windows, length), on the CPU."""
     logits_TE, indices_TK = routed
     if len(indices_TK) != input_ids.numel():
         raise EvaluationError(
@@ -119,7 +119,7 @@ def _recorded(name: str, routed: Routed, input_ids: Tensor) -> tuple[Tensor, Ten
 
 
 def _untouched_tokens(clean: Windows, attacked: Windows) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the untouched tokens among all tokens of the clean and of the attacked documents."""
+    """Return the positions of untouched tokens among all tokens of the clean and of the attacked documents."""
     positions: list[tuple[np.ndarray, np.ndarray]] = []
     clean_start, attacked_start = 0, 0
     for name in clean:
@@ -141,30 +141,30 @@ def routing_stability(
     batch_size: int = 16,
     progress: str | None = None,
 ) -> RoutingStability:
-    """Compare the experts that untouched tokens choose in clean documents and in their attacked versions.
+    """Compare the experts of untouched tokens in clean documents and in their attacked versions.
 
-    The documents are aligned as wholes, so their windows may be cut at different words. A token near a cut then
-    has another context in both texts, for every model alike: compare models on the same windows.
+    Whole documents are aligned, so their windows may be cut at different words. Tokens near a cut then have another
+    context, alike for every model, so compare models on the same windows.
 
     Args:
         model: Model, as in `record_routing`.
         clean_windows: Token ids by document name, in windows without overlap.
-        attacked_windows: The same of the attacked texts: the same names, the same tokenizer.
-        batch_size: Windows per forward pass.
+        attacked_windows: Windows of the attacked documents, with the same names and tokenizer.
+        batch_size: Number of windows per forward pass.
         progress: Label of the progress bars, before "clean" and "attacked"; no bars when None.
 
     Returns:
-        The share of choices kept. Exactly 1 where the documents are identical.
+        The routing stability, exactly 1 for identical documents.
 
     Raises:
         EvaluationError: If the documents differ by name or have no token in common.
     """
     if clean_windows.keys() != attacked_windows.keys():
         differing = sorted(clean_windows.keys() ^ attacked_windows.keys())
-        raise EvaluationError(f"documents that are only clean or only attacked: {differing[:3]}; each needs both")
+        raise EvaluationError(f"documents that are only clean or only attacked: {differing[:3]}; each needs both forms")
     attacked_windows = {name: attacked_windows[name] for name in clean_windows}
     for windows in (clean_windows, attacked_windows):
-        flatten(windows)  # refuses unusable ones, before any work
+        flatten(windows)  # raises on invalid windows before any work
     clean_T, attacked_T = _untouched_tokens(clean_windows, attacked_windows)
     if not len(clean_T):
         raise EvaluationError("no token is the same in clean and attacked documents: were they tokenized alike?")
@@ -177,17 +177,17 @@ def routing_stability(
 
 
 def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[str, RoutingRecord]:
-    """Record each router\'s decisions for the documents\' tokens, without the given first token of each window."""
+    """Record each router's decisions for the documents\' tokens, without the given first token of each window."""
     recorded = record_routing(model, form.windows, batch_size, progress=progress)
     kept = torch.from_numpy(form.kept_rows())
     return {name: RoutingRecord(*(part[kept] for part in record)) for name, record in recorded.items()}
 
 
 def score_with_and_without_first(model: Any, form: Form, batch_size: int) -> tuple[DocumentScores, DocumentScores]:
-    """Likelihoods of the documents, and those without each token's first expert.
+    """Score the documents with and without each token's first expert.
 
     Raises:
-        UnsupportedModelError: If the model does not predict the next token, or a router cannot do without.
+        UnsupportedModelError: If the model does not predict the next token, or a router does not support it.
     """
     _check_predicts(model)
     with first_expert_dropped(model):
@@ -200,15 +200,15 @@ def _check_predicts(model: Any) -> None:
     head = model.get_output_embeddings()
     if model.config.is_encoder_decoder or head is None or head.weight.shape[0] < vocabulary:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not predict the next token, so there is no loss to compare"
+            f"{type(model).__name__} does not predict the next token, so it has no loss to compare"
         )
 
 
 def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int) -> dict[str, Tensor]:
-    """How alike the experts of each layer are, on some tokens spread over the text.
+    """Compute the similarity of the experts of each layer on tokens spread over the text.
 
     Returns:
-        By router, the linear CKA of each pair of experts, without bias. Shape of each: (num_experts, num_experts).
+        Unbiased linear CKA of each pair of experts, by router. Shape of each: (num_experts, num_experts).
 
     Raises:
         UnsupportedModelError: If the experts of a layer cannot be run one by one.

@@ -1,6 +1,6 @@
-"""The text that a model is observed on: documents and their attacked forms, in windows, and what is said of each token.
+"""Texts of routing diagnostics: documents and their attacked forms in windows, with labels of each token.
 
-As in `symphony eval`, windows of both forms begin and end at the same words, each behind one token that is given.
+As in `symphony eval`, windows of both forms begin and end at the same words, each after one given token.
 """
 
 from collections import Counter
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 MOST_DOMAINS = 8
 LEAST_SHARE = 0.02
-"""Of all tokens. A domain with less is one of the others."""
+"""Minimum share of all tokens of a domain of its own."""
 
 OTHERS = "other"
 DISTANCES = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, None))
-"""Tokens from the last edit in front, both ends included: 1 is right behind it."""
+"""Ranges of the distance in tokens from the last edit before a token, inclusive; 1 is right after it."""
 
 DISTANCE_NAMES = ("1", "2-3", "4-7", "8-15", "16-31", "32 or more", "none before")
 CLASS_NAMES = ("word start", "word inside", "number", "punctuation", "space")
@@ -54,7 +54,7 @@ class Form:
     num_tokens: list[int]
 
     def kept_rows(self) -> np.ndarray:
-        """Which of the rows of all windows are of a document's own token. Shape: (rows,), bool."""
+        """Return which positions of all windows are tokens of a document. Shape: (rows,), bool."""
         lengths = [len(window) for parts in self.windows.values() for window in parts]
         kept = np.ones(sum(lengths), dtype=bool)
         kept[np.cumsum([0, *lengths[:-1]])] = False
@@ -66,11 +66,11 @@ class AttackedForm:
     """An attacked form, and the tokens that it shares with the clean one. Shape of each array: (untouched,).
 
     Attributes:
-        form: Its windows.
+        form: Windows of the attacked form.
         clean: Positions of the shared tokens among all tokens of all clean documents.
-        attacked: Those among all of the attacked ones.
-        document: The number of the document that each is in.
-        distance: The number in `DISTANCE_NAMES` of how far behind an edit of its window it is.
+        attacked: Positions of the shared tokens among all tokens of all attacked documents.
+        document: Index of the document of each shared token.
+        distance: Index in `DISTANCE_NAMES` of each shared token's distance from an edit of its window.
     """
 
     form: Form
@@ -82,7 +82,7 @@ class AttackedForm:
 
 @dataclass(frozen=True)
 class ObservedTexts:
-    """Texts that models are run on.
+    """Texts that models run on.
 
     Attributes:
         source: Description of the data source.
@@ -90,8 +90,8 @@ class ObservedTexts:
         clean: The documents as they are.
         attacked: Attacked form of the documents for each attack case.
         domains: Names of the domains.
-        domain: The number of each clean token's domain. Shape: (tokens,).
-        token_class: The number in `CLASS_NAMES` of each clean token's class. Shape: (tokens,).
+        domain: Index of each clean token's domain. Shape: (tokens,).
+        token_class: Index in `CLASS_NAMES` of each clean token's class. Shape: (tokens,).
     """
 
     source: str
@@ -107,7 +107,7 @@ def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerB
     """Read the documents, attack them, and cut both into windows.
 
     Raises:
-        DataError: If there is no such data, it has too few documents for an interval, or an attack changes none.
+        DataError: If the data does not exist, has too few documents for an interval, or an attack changes none.
     """
     corpus = prepare_corpus(settings, settings.words)
     documents = corpus.documents
@@ -155,7 +155,7 @@ def _distances(untouched: Untouched, windows: Sequence[Tensor]) -> np.ndarray:
     number = len(untouched.clean)
     ends = np.cumsum([len(window) - 1 for window in windows])  # the first token of a window is given
     window = np.searchsorted(ends, untouched.attacked, side="right")
-    # Something was put in, taken out or changed right in front of these, and not in another window.
+    # Tokens with an edit right before them in the same window.
     is_first = window != np.searchsorted(ends, untouched.attacked - 1, side="right")
     before = [np.append(-1, places[:-1]) for places in untouched]
     is_behind = (untouched.clean - before[0] != 1) | (untouched.attacked - before[1] != 1)
@@ -171,7 +171,7 @@ def _distances(untouched: Untouched, windows: Sequence[Tensor]) -> np.ndarray:
 
 
 def _domains(names: Sequence[str], num_tokens: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Domains by the first folder of a document's name, and the number of each document's."""
+    """Return the domains by the first folder of documents' names, and the index of each document's domain."""
     folders = [_folder_of(name) for name in names]
     sizes: Counter[str] = Counter()
     for folder, size in zip(folders, num_tokens, strict=True):
@@ -184,7 +184,7 @@ def _domains(names: Sequence[str], num_tokens: Sequence[int]) -> tuple[list[str]
 
 
 def _folder_of(name: str) -> str:
-    """The first folder in a document's name, but for that of its split."""
+    """Return the first folder in a document's name, except that of its split."""
     parts = name.split("/")
     if parts[0].lower() in SPLIT_NAMES:
         parts = parts[1:]
@@ -202,7 +202,7 @@ def _class_of(token: int, tokenizer: "PreTrainedTokenizerBase") -> str:
     if not bare:
         return "space"
     if any(letter.isalpha() for letter in bare) or bare == "_":
-        # As byte-level and SentencePiece tokenizers write the space in front, or as WordPiece writes its absence.
+        # Byte-level and SentencePiece tokenizers mark a leading space, WordPiece marks its absence.
         starts = piece[0] in "Ġ▁" or text[0].isspace()
         return "word start" if starts else "word inside"
     return "number" if any(letter.isdigit() for letter in bare) else "punctuation"

@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(source, tmp_path)
     for arguments, kind, message in [
         ((source, output, "aa"), ConfigError, r"'aa'; did you mean `aaa`"),
         ((tmp_path / "none", output, "aaa"), DataError, r"none: the text file does not exist"),
-        ((source, source, "aaa"), DataError, r"the file that is attacked"),
+        ((source, source, "aaa"), DataError, r"the output would replace the input"),
         ((numbers, output, "keyboard"), DataError, r"keyboard at rate 0.01 changes nothing"),
         ((binary, output, "aaa"), DataError, r"not UTF-8 text"),
     ]:

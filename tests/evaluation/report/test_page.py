@@ -195,7 +195,7 @@ def test_the_command_writes_the_page(trained, tmp_path, quick_pictures):
 
 def test_only_a_page_is_written(trained, tmp_path, quick_pictures):
     results = trained / "results.json"
-    with pytest.raises(ReportError, match=r"ends in \.html"):
+    with pytest.raises(ReportError, match=r"must end in \.html"):
         write_page(read_runs([trained]), results)
     (tmp_path / "file").write_text("")
     with pytest.raises(ReportError, match="could not be written"):

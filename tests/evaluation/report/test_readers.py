@@ -218,14 +218,14 @@ def make_two(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_empty, "is no run of ours: expected the output folder of `symphony train`"),
-        (make_weights, "a quickstart that has not ended: run it again"),
-        (make_cells, "an evaluation that has not ended: the same `symphony eval` goes on"),
-        (make_checkpoint, "a training run that has not ended: go on with --resume_from_checkpoint"),
+        (make_empty, "is not a run of symphony_hf: expected the output folder of `symphony train`"),
+        (make_weights, "an unfinished quickstart: run it again"),
+        (make_cells, "an unfinished evaluation: the same `symphony eval` continues it"),
+        (make_checkpoint, "an unfinished training run: continue it with --resume_from_checkpoint"),
         (make_half, "results.json` is no JSON, or half of one"),
-        (make_other, "results.json` is none of ours: it has no `recipe`"),
+        (make_other, "results.json` is not a result of symphony_hf: it has no `recipe`"),
         (make_list, "report.json`: expected an object, got list"),
-        (make_two, "holds results.json and report.json, of two commands"),
+        (make_two, "has results.json and report.json, results of two commands"),
         (lambda folder: None, "does not exist"),
         (lambda folder: folder.write_text(""), "is a file: expected"),
     ],
@@ -240,7 +240,7 @@ def test_what_is_no_run_is_refused(tmp_path, make, message):
 
 def test_a_part_of_a_run_is_refused_with_the_whole(trained):
     for part in (trained / "final", trained / "results.json"):
-        with pytest.raises(ReportError, match=f"give `{trained}`"):
+        with pytest.raises(ReportError, match=f"give its folder, `{trained}`"):
             read_runs([part])
     with pytest.raises(ReportError, match="no run was given"):
         read_runs([])
@@ -257,7 +257,7 @@ def test_a_key_that_is_missing_is_named(trained, copy, key):
 def test_values_of_another_kind_are_refused(evaluated, copy):
     folder = copy(evaluated)
     rewrite(folder / "result.json", lambda r: r["models"]["model"]["clean"]["perplexity"].update(low="much"))
-    with pytest.raises(ReportError, match="has not what this version of symphony_hf writes"):
+    with pytest.raises(ReportError, match="does not have what this version of symphony_hf writes"):
         read_runs([folder])
 
 
@@ -266,6 +266,6 @@ def test_a_picture_that_is_none_is_refused(routed, copy, tmp_path):
 
     folder = copy(routed)
     (folder / "graphs.png").write_text("<svg onload=alert(1)>")
-    with pytest.raises(ReportError, match=r"graphs\.png` is no PNG"):
+    with pytest.raises(ReportError, match=r"graphs\.png` is not a PNG"):
         write_page(read_runs([folder]), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

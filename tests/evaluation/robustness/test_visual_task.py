@@ -265,7 +265,7 @@ def test_what_cannot_be_asked_is_refused(untrained, processor, tmp_path, monkeyp
         make_settings(untrained, output, answers="both")
     text = make_text_model("olmoe")
     text.save_pretrained(tmp_path / "text")
-    with pytest.raises(ConfigError, match=r"olmoe takes no images, .* --task vqa is of vision-language models"):
+    with pytest.raises(ConfigError, match=r"olmoe takes no images, .* --task vqa is for vision-language models"):
         evaluate_robustness(make_settings(tmp_path / "text", output))
     make_model(processor).save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match=r"bare`: .*no processor.* --tokenizer"):
