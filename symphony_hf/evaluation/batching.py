@@ -3,15 +3,18 @@
 A document is cut into windows, each at most as long as the model's block, in reading order and without overlap.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from symphony_hf.errors import EvaluationError
+
+Item = TypeVar("Item")
 
 Windows = Mapping[str, Sequence[Tensor]]
 """Windows of token ids by document name, int64. Shape of each: (2 to block_size,)."""
@@ -99,3 +102,21 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def chunked(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Yield items in lists of `batch_size`, the last one shorter.
+
+    Raises:
+        EvaluationError: If `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
+    remaining = iter(items)
+    while batch := list(islice(remaining, batch_size)):
+        yield batch
+
+
+def question_bar(progress: str | None, total: int | None) -> "tqdm[Any]":
+    """Return a progress bar of questions; a hidden one if the label is None."""
+    return tqdm(total=total, desc=progress, unit=" questions", delay=2, disable=True if progress is None else None)

@@ -2,21 +2,19 @@
 
 import inspect
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from symphony_hf.data.images.processors import Asked, Asker
 from symphony_hf.data.questions import split_shared
 from symphony_hf.errors import EvaluationError
 
-from .batching import evaluating
+from .batching import chunked, evaluating, question_bar
 from .multiple_choice import ChoiceScores
 from .perplexity import next_token_nll
 
@@ -73,8 +71,8 @@ def answer_freely(
     tokenizer = asker.processor.tokenizer
     given: list[str] = []
     answers: list[str] = []
-    with evaluating(model) as device, _bar(progress, total) as bar:
-        for batch in _batches(asked, batch_size):
+    with evaluating(model) as device, question_bar(progress, total) as bar:
+        for batch in chunked(asked, batch_size):
             inputs = _on(model, asker.prompts(batch), device)
             tokens = model.generate(  # type: ignore[operator]
                 **inputs,
@@ -122,10 +120,10 @@ def choose_answers(
     """
     log_probs: list[np.ndarray] = []
     right: list[int] = []
-    with evaluating(model) as device, _bar(progress, total) as bar:
+    with evaluating(model) as device, question_bar(progress, total) as bar:
         for one in asked:
             rows: list[tuple[list[int], np.ndarray]] = []
-            for batch in _batches(answers, batch_size):
+            for batch in chunked(answers, batch_size):
                 inputs = _on(model, asker.answered([one] * len(batch), batch), device)
                 rows += _token_scores(model, inputs)
             shared, _ = split_shared([ids for ids, _ in rows], answers)
@@ -168,15 +166,3 @@ def _ends(model: nn.Module, tokenizer: Any) -> list[int]:
     own = getattr(config, "eos_token_id", None)
     known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return list(dict.fromkeys(token for token in known if token is not None))
-
-
-def _bar(progress: str | None, total: int | None) -> "tqdm[Any]":
-    return tqdm(total=total, desc=progress, unit=" questions", delay=2, disable=True if progress is None else None)
-
-
-def _batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
-    if batch_size < 1:
-        raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
-    remaining = iter(items)
-    while batch := list(islice(remaining, batch_size)):
-        yield batch

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from symphony_hf.data.questions import Question
 from symphony_hf.errors import EvaluationError
 
-from .batching import evaluating
-from .statistics import Interval, paired_bootstrap
+from .batching import chunked, evaluating, question_bar
+from .metrics import Choices
+
+MAX_ANSWERS = 100
+"""Maximum number of different answers to questions about images among which models choose by default."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +31,14 @@ class ChoiceScores:
     """Log-probability of each answer, summed over its tokens, in nats. Shape of each: (choices,)."""
 
     @property
-    def correct(self) -> np.ndarray:
-        """1 where the correct answer is chosen, 0 elsewhere. Shape: (questions,)."""
-        return (self.chosen == self.answers).astype(np.float64)
+    def choices(self) -> Choices:
+        """The choices, for `metrics`."""
+        return Choices(self.chosen[np.newaxis], self.answers)
 
     @property
     def accuracy(self) -> float:
         """Share of correct answers."""
-        return float(self.correct.mean())
+        return float((self.chosen == self.answers).mean())
 
 
 def score_choices(
@@ -65,14 +67,10 @@ def score_choices(
     Raises:
         EvaluationError: If there are no questions, or a log-probability is not finite.
     """
-    if batch_size < 1:
-        raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
     log_probs: list[np.ndarray] = []
     answers: list[int] = []
-    remaining = iter(questions)
-    bar = tqdm(total=total, desc=progress, unit=" questions", delay=2, disable=True if progress is None else None)
-    with evaluating(model) as device, bar:
-        while batch := list(islice(remaining, batch_size)):
+    with evaluating(model) as device, question_bar(progress, total) as bar:
+        for batch in chunked(questions, batch_size):
             for question, scores in zip(batch, _score_batch(model, batch, device), strict=True):
                 if not np.isfinite(scores).all():
                     raise EvaluationError(
@@ -85,42 +83,6 @@ def score_choices(
     if not answers:
         raise EvaluationError("no questions: an accuracy needs at least one")
     return ChoiceScores(np.array([scores.argmax() for scores in log_probs]), np.array(answers), log_probs)
-
-
-def accuracy_interval(scores: ChoiceScores, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of one model's accuracy. Compare models with `compare_accuracy`.
-
-    Args:
-        scores: Scores of one model.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The interval of a level, which has no verdict.
-
-    Raises:
-        EvaluationError: If there are fewer than 10 questions.
-    """
-    return paired_bootstrap((scores.correct,), lambda correct, axis: correct.mean(axis), seed=seed, null=None)
-
-
-def compare_accuracy(a: ChoiceScores, b: ChoiceScores, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of the accuracy of `a` minus that of `b`. Use `verdict(lower_is_better=False)`.
-
-    Args:
-        a: Scores of one model.
-        b: Scores of another model on the same questions.
-        seed: Seed of the bootstrap.
-
-    Raises:
-        EvaluationError: If the questions differ, or there are fewer than 10.
-    """
-    if not np.array_equal(a.answers, b.answers):
-        raise EvaluationError("the two models answered different questions: score both on the same questions")
-
-    def statistic(correct_a: np.ndarray, correct_b: np.ndarray, axis: int) -> np.ndarray:
-        return correct_a.mean(axis) - correct_b.mean(axis)
-
-    return paired_bootstrap((a.correct, b.correct), statistic, seed=seed, swapped=[(0, 1)])
 
 
 def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.device) -> list[np.ndarray]:

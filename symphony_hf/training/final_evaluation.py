@@ -9,17 +9,14 @@ from symphony_hf.data.images.questions import VisualQuestions
 from symphony_hf.data.prepared import PreparedData
 from symphony_hf.data.questions import Question
 from symphony_hf.evaluation.clean_attacked import evaluate_documents
-from symphony_hf.evaluation.multiple_choice import accuracy_interval, score_choices
+from symphony_hf.evaluation.metrics import METRICS, metric_interval
+from symphony_hf.evaluation.multiple_choice import MAX_ANSWERS, score_choices
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 
 from .trainer import ResumableTrainer
 
 if TYPE_CHECKING:
     from symphony_hf.recipe import Recipe
-
-MAX_CHOICES = 100
-"""Number of distinct answers up to which questions about images are scored as multiple choice."""
-
 
 def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: PreparedData) -> dict[str, Any]:
     """Evaluate the trained model on the test split. Every process calls this.
@@ -52,7 +49,7 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
         scores = score_choices(trainer.model, questions, batch_size=batch_size, progress="Answering", total=total)
         values |= {"accuracy": scores.accuracy, "questions": len(scores.answers)}
         if len(scores.answers) >= MIN_DOCUMENTS:
-            interval = accuracy_interval(scores, seed=recipe.eval.seed)
+            interval = metric_interval(METRICS["accuracy"], scores.choices, seed=recipe.eval.seed)
             values |= {"accuracy_low": interval.low, "accuracy_high": interval.high}
     return values
 
@@ -64,5 +61,5 @@ def _questions(held_out: Any, data: PreparedData) -> Iterable[Question] | None:
     if isinstance(data.collator, VisualCollator):
         questions = VisualQuestions(held_out, data.collator)
         answers = set(questions.answers())
-        return questions.choices(sorted(answers)) if len(answers) <= MAX_CHOICES else None
+        return questions.choices(sorted(answers)) if len(answers) <= MAX_ANSWERS else None
     return None

@@ -1,4 +1,4 @@
-"""Accuracy by the likeliest answer, against one forward an answer."""
+"""Accuracy of the most likely answer, against one forward pass per answer."""
 
 import copy
 
@@ -12,13 +12,11 @@ from symphony_hf.data.prepare import prepare_data
 from symphony_hf.data.questions import Question
 from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation.multiple_choice import (
-    ChoiceScores,
-    accuracy_interval,
-    compare_accuracy,
-    score_choices,
-)
+from symphony_hf.evaluation.metrics import METRICS, compare_choices, metric_interval
+from symphony_hf.evaluation.multiple_choice import ChoiceScores, score_choices
 from symphony_hf.recipe import DataSection
+
+ACCURACY = METRICS["accuracy"]
 
 
 def questions(number=13, *, longest=3, choices=3, seed=0):
@@ -116,17 +114,18 @@ def test_training_on_questions_teaches_their_answers():
 
 def scores_of(correct):
     correct = np.array(correct)
-    return ChoiceScores(np.where(correct, 1, 0), np.ones(len(correct), dtype=int), [np.zeros(2)] * len(correct))
+    scores = ChoiceScores(np.where(correct, 1, 0), np.ones(len(correct), dtype=int), [np.zeros(2)] * len(correct))
+    return scores.choices
 
 
 def test_intervals_are_paired_by_question():
     better = scores_of([True] * 45 + [False] * 5)
     worse = scores_of([True] * 25 + [False] * 25)
-    assert accuracy_interval(better).estimate == 0.9
-    interval = compare_accuracy(better, worse)
+    assert metric_interval(ACCURACY, better).estimate == 0.9
+    interval = compare_choices(ACCURACY, better, worse)
     assert interval.estimate == pytest.approx(0.4)
     assert interval.verdict(lower_is_better=False) == "better"
-    same = compare_accuracy(better, better)
+    same = compare_choices(ACCURACY, better, better)
     assert (same.low, same.estimate, same.high) == (0, 0, 0)
 
 
@@ -140,5 +139,5 @@ def test_what_cannot_be_scored_is_refused():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(EvaluationError, match=r"question 0: the log-probabilities of its answers are .*not finite"):
         score_choices(model, questions())
-    with pytest.raises(EvaluationError, match="answered different questions"):
-        compare_accuracy(scores_of([True] * 12), scores_of([True] * 13))
+    with pytest.raises(EvaluationError, match="different questions"):
+        compare_choices(ACCURACY, scores_of([True] * 12), scores_of([True] * 13))

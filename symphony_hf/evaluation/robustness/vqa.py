@@ -13,6 +13,7 @@ from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.attacks.image import enlarged, find_image_attack, library_version
 from symphony_hf.evaluation.checkpoint import ModelUnderTest, fingerprint_of, load_processor
 from symphony_hf.evaluation.generation import answer_freely, choose_answers
+from symphony_hf.evaluation.multiple_choice import MAX_ANSWERS
 from symphony_hf.evaluation.settings import AttackCase
 
 from .metric_reports import Accuracy
@@ -22,9 +23,6 @@ from .task import Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MOST_ANSWERS = 100
-"""Maximum number of different answers among which models choose by default."""
 
 _MAX_NEW_TOKENS = 32
 
@@ -87,7 +85,7 @@ class VisualTask(QuestionTask):
     def _choices_to_give(self, settings: RobustnessSettings) -> list[str]:
         """Return the answers to choose from; none for free answers."""
         different = sorted({example.answer for example in self.examples})
-        if settings.answers == "free" or (settings.answers is None and len(different) > MOST_ANSWERS):
+        if settings.answers == "free" or (settings.answers is None and len(different) > MAX_ANSWERS):
             return []
         if len(different) < 2:
             raise ConfigError(

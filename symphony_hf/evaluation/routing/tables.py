@@ -1,7 +1,7 @@
 """Terminal tables of routing diagnostics."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -9,7 +9,27 @@ from rich.console import Console
 from symphony_hf.diagnostics.labels import layer_titles, short_names
 from symphony_hf.tables import Table, TableCell
 
-_LAYER_COLUMNS = ("layer", "experts", "entropy", "busiest", "dead", "margin", "gap", "mod.", "dom.", "CKA")
+
+class _Column(NamedTuple):
+    """A number of a layer: its names in the report and in the terminal, its format, and how it is read."""
+
+    name: str
+    short: str
+    form: str
+    value: Callable[[Mapping[str, Any]], float | None]
+
+
+_COLUMNS = (
+    _Column("load entropy", "entropy", ".3f", lambda layer: layer["load_entropy"]),
+    _Column("busiest / even", "busiest", ".2f", lambda layer: layer["busiest"]),
+    _Column("dead experts", "dead", "d", lambda layer: len(layer["dead_experts"])),
+    _Column("median margin, nats", "margin", ".3f", lambda layer: layer["margin"].get("p50")),
+    _Column("neighbours", "", ".3f", lambda layer: layer["graph"]["neighbours"]),
+    _Column("spectral gap", "gap", ".3f", lambda layer: layer["graph"]["spectral_gap"]),
+    _Column("modularity", "mod.", ".3f", lambda layer: layer["graph"]["modularity"]),
+    _Column("domain information", "dom.", ".3f", lambda layer: layer["domain_information"]),
+    _Column("experts' similarity", "CKA", ".3f", lambda layer: (layer["similarity"] or {}).get("mean")),
+)
 
 _NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 """Style with which ten columns fit a terminal of 80 characters."""
@@ -65,17 +85,8 @@ def layer_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the measured numbers of each layer by column."""
     rows = []
     for name, layer in _layers(result):
-        row = {
-            "layer": name,
-            "load entropy": layer["load_entropy"],
-            "busiest / even": layer["busiest"],
-            "dead experts": len(layer["dead_experts"]),
-            "median margin, nats": layer["margin"].get("p50"),
-            **{name.replace("_", " "): layer["graph"][name] for name in ("neighbours", "spectral_gap", "modularity")},
-            "tells the domain": layer["domain_information"],
-            "experts' similarity": (layer["similarity"] or {}).get("mean"),
-        }
-        rows.append({column: value for column, value in row.items() if value is not None})
+        values = {column.name: column.value(layer) for column in _COLUMNS}
+        rows.append({"layer": name, **{column: value for column, value in values.items() if value is not None}})
     return rows
 
 
@@ -91,24 +102,17 @@ def _layer_table(result: Mapping[str, Any]) -> Table:
         "co-selection graph; dom.: information of an expert about the domain, from 0 to 1; CKA: mean similarity of two "
         "experts' outputs"
     )
-    rows = []
-    for name, layer in _layers(result):
-        graph, similarity = layer["graph"], layer["similarity"]
-        rows.append(
-            [
-                TableCell(name),
-                TableCell(f"{layer['top_k']}/{layer['num_experts']}", layer["num_experts"]),
-                _number(layer["load_entropy"], ".3f"),
-                _number(layer["busiest"], ".2f"),
-                _number(len(layer["dead_experts"]), "d"),
-                _number(layer["margin"].get("p50"), ".3f"),
-                _number(graph["spectral_gap"], ".3f"),
-                _number(graph["modularity"], ".3f"),
-                _number(layer["domain_information"], ".3f"),
-                _number((similarity or {}).get("mean"), ".3f"),
-            ]
-        )
-    return Table(str(result["settings"]["model"]), _LAYER_COLUMNS, rows, caption=caption)
+    columns = [column for column in _COLUMNS if column.short]
+    rows = [
+        [
+            TableCell(name),
+            TableCell(f"{layer['top_k']}/{layer['num_experts']}", layer["num_experts"]),
+            *(_number(column.value(layer), column.form) for column in columns),
+        ]
+        for name, layer in _layers(result)
+    ]
+    header = ["layer", "experts", *(column.short for column in columns)]
+    return Table(str(result["settings"]["model"]), header, rows, caption=caption)
 
 
 def _number(value: float | None, form: str) -> TableCell:
