@@ -122,7 +122,7 @@ def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) ->
         sums = [column.sum(axis) for column in columns]
         return metric.value(*sums[:number]) - metric.value(*sums[number:])
 
-    swapped = [(place, number + place) for place in range(number)]
+    swapped = [(position, number + position) for position in range(number)]
     return paired_bootstrap([*first, *second], statistic, seed=seed, swapped=swapped)
 
 
@@ -146,7 +146,7 @@ def compare_changes(
         values = [metric.value(*sums[start : start + number]) for start in range(0, 4 * number, number)]
         return (values[0] - values[1]) - (values[2] - values[3])
 
-    swapped = [(place, 2 * number + place) for place in range(2 * number)]
+    swapped = [(position, 2 * number + position) for position in range(2 * number)]
     columns = [column for group in groups for column in group]
     return paired_bootstrap(columns, statistic, seed=seed, swapped=swapped)
 

@@ -86,7 +86,7 @@ def score_choices(
 
 
 def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.device) -> list[np.ndarray]:
-    rows, places = _rows(questions)
+    rows, positions = _rows(questions)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row, _ in rows])
     # Padded on the right, where causal models do not see it, so that positions do not move.
@@ -98,7 +98,7 @@ def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.
     logits_BTV = model(input_ids=ids.to(device), **inputs).logits
     scores = [
         _log_prob(logits_BTV[row], len(questions[number].prompt), questions[number].choices[choice])
-        for number, choice, row in places
+        for number, choice, row in positions
     ]
     values = iter(torch.stack(scores).tolist())
     return [np.array(list(islice(values, len(question.choices)))) for question in questions]
@@ -111,15 +111,15 @@ def _rows(questions: Sequence[Question]) -> tuple[list[tuple[list[int], int]], I
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     rows: list[tuple[list[int], int]] = []
-    places = []
+    positions = []
     for number, question in enumerate(questions):
         for choice, ids in enumerate(question.choices):
             key = (number, tuple(ids[:-1]))
             if key not in numbers:
                 numbers[key] = len(rows)
                 rows.append((question.prompt + ids[:-1], number))
-            places.append((number, choice, numbers[key]))
-    return rows, iter(places)
+            positions.append((number, choice, numbers[key]))
+    return rows, iter(positions)
 
 
 def _log_prob(logits_TV: Tensor, start: int, choice: Sequence[int]) -> Tensor:

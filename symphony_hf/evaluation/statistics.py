@@ -172,9 +172,9 @@ def _exchange_test(
     def exchanged(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
         return statistic(*(column[first] for column in both), axis=axis)
 
-    places = np.arange(num_documents)
+    positions = np.arange(num_documents)
     test = stats.permutation_test(
-        (places, places + num_documents),
+        (positions, positions + num_documents),
         exchanged,
         permutation_type="samples",
         vectorized=True,

@@ -77,17 +77,19 @@ def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
             return_offsets_mapping=tokenizer.is_fast,
             verbose=False,
         )
-        places = batch["offset_mapping"] if tokenizer.is_fast else [[(0, 0)] * len(ids) for ids in batch["input_ids"]]
-        found += [Tokens(*parts) for parts in zip(batch["input_ids"], map(_lines, texts, places), strict=True)]
+        positions = (
+            batch["offset_mapping"] if tokenizer.is_fast else [[(0, 0)] * len(ids) for ids in batch["input_ids"]]
+        )
+        found += [Tokens(*parts) for parts in zip(batch["input_ids"], map(_lines, texts, positions), strict=True)]
     for document, tokens in zip(documents, found, strict=True):
         if not tokens.ids:
             raise EvaluationError(f"document {document.name!r} has no tokens: leave it out")
     return found
 
 
-def _lines(text: str, places: Sequence[tuple[int, int]]) -> np.ndarray:
-    ends = [place for place, letter in enumerate(text) if letter == "\n"]
-    return np.searchsorted(ends, np.array([start for start, _ in places], dtype=np.int64))
+def _lines(text: str, positions: Sequence[tuple[int, int]]) -> np.ndarray:
+    ends = [position for position, letter in enumerate(text) if letter == "\n"]
+    return np.searchsorted(ends, np.array([start for start, _ in positions], dtype=np.int64))
 
 
 def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -121,7 +123,7 @@ def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> 
         The same number of ends, non-decreasing; two are equal where much is dropped.
     """
     # Each end is between two untouched tokens: at the earliest right after the one, at the latest before the other.
-    after_one = [np.append(0, places + 1) for places in untouched]
+    after_one = [np.append(0, positions + 1) for positions in untouched]
     at_other = [np.append(untouched.clean, cuts[-1]), np.append(untouched.attacked, num_attacked)]
     number = np.searchsorted(untouched.clean, cuts)
     start, room = after_one[0][number], (at_other[0] - after_one[0])[number]
@@ -168,15 +170,15 @@ def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
 
 def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
     """Find the tokens that both forms of a document share, in order and line by line, since no attack moves lines."""
-    clean_places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
-    attacked_places: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    clean_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    attacked_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for line in np.intersect1d(clean.lines, attacked.lines):
         here = [np.searchsorted(form.lines, [line, line + 1]) for form in (clean, attacked)]
         own, other = (form.ids[start:end] for form, (start, end) in zip((clean, attacked), here, strict=True))
-        places, other_places = aligned_positions(own, other)
-        clean_places.append(here[0][0] + places)
-        attacked_places.append(here[1][0] + other_places)
-    return Untouched(np.concatenate(clean_places), np.concatenate(attacked_places))
+        positions, other_positions = aligned_positions(own, other)
+        clean_positions.append(here[0][0] + positions)
+        attacked_positions.append(here[1][0] + other_positions)
+    return Untouched(np.concatenate(clean_positions), np.concatenate(attacked_positions))
 
 
 SPAN = 2048

@@ -46,8 +46,8 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     figure = Figure(figsize=(2.5 * columns + 0.9, 3.9 * bands + 0.7), layout="constrained")
     names = short_names([result["settings"][role] for role in models])
     axes = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
-    for place, attack in enumerate(attacks):
-        band, column = divmod(place, columns)
+    for position, attack in enumerate(attacks):
+        band, column = divmod(position, columns)
         for row, (measure, label) in enumerate({level: level, change: in_words}.items()):
             panel = axes[2 * band + row, column]
             for number, (name, model) in enumerate(zip(names, models.values(), strict=True)):
@@ -78,11 +78,11 @@ def _draw(
     own = [row for row in model["attacks"] if row["attack"] == attack and row["severity"] is not None]
     points |= {row["severity"]: row[measure] for row in own}
     estimate, low, high = np.array([[p["estimate"], p["low"], p["high"]] for p in points.values()]).T
-    places = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
+    positions = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
     # Rounding may put an end of an interval without width past the estimate.
     lengths = np.maximum([estimate - low, high - estimate], 0)
     style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
-    axes.errorbar(places, estimate, lengths, label=name, capsize=3, markersize=4, linewidth=1.3, **style)
+    axes.errorbar(positions, estimate, lengths, label=name, capsize=3, markersize=4, linewidth=1.3, **style)
     axes.set_xticks(range(6))
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.3)
@@ -92,7 +92,7 @@ def _draw(
 def _share_scales(axes: np.ndarray, num_attacks: int, columns: int) -> None:
     """Use one scale for each measure, so that attacks can be compared."""
     for row in range(2):
-        own = [axes[2 * (place // columns) + row, place % columns] for place in range(num_attacks)]
+        own = [axes[2 * (position // columns) + row, position % columns] for position in range(num_attacks)]
         limits = np.array([panel.get_ylim() for panel in own])
         for panel in own:
             panel.set_ylim(limits[:, 0].min(), limits[:, 1].max())
@@ -131,11 +131,11 @@ def plot_flips(
     figure.suptitle(f"{title}{left_out}", fontsize=11)
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     top = max(values) or 1.0
-    for place, (what, (names, rows)) in enumerate(panels.items()):
+    for position, (what, (names, rows)) in enumerate(panels.items()):
         cells = np.array([rows[name] for name in titles.values()], dtype=float)
-        image = _draw_plan(axes[place], cells, names, top)
-        axes[place].set_xlabel(what, fontsize=9)
-        axes[place].set_yticks(range(len(titles)), list(titles) if place == 0 else [""] * len(titles), fontsize=8)
+        image = _draw_plan(axes[position], cells, names, top)
+        axes[position].set_xlabel(what, fontsize=9)
+        axes[position].set_yticks(range(len(titles)), list(titles) if position == 0 else [""] * len(titles), fontsize=8)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, format=lambda value, _: f"{100 * value:g}%")
     bar.ax.tick_params(labelsize=8)
     bar.set_label("flip rate", fontsize=9)

@@ -87,13 +87,13 @@ def finish_curves(axes: Axes, name: str) -> None:
 
 
 def _draw_intervals(
-    axes: Axes, places: Sequence[float], intervals: Iterable[HasInterval], number: int, label: str | None = None
+    axes: Axes, positions: Sequence[float], intervals: Iterable[HasInterval], number: int, label: str | None = None
 ) -> None:
     estimate, low, high = np.array([[interval.estimate, interval.low, interval.high] for interval in intervals]).T
     style: dict[str, Any] = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": "", "capsize": 4}
     # Rounding may put an end of an interval without width past the estimate.
     lengths = np.maximum([estimate - low, high - estimate], 0)
-    axes.errorbar(places, estimate, lengths, label=label, **style)
+    axes.errorbar(positions, estimate, lengths, label=label, **style)
 
 
 def plot_comparison(
@@ -124,8 +124,8 @@ def plot_comparison(
     texts = list(dict.fromkeys(text for by_text in perplexities.values() for text in by_text))
     for number, (model, by_text) in enumerate(perplexities.items()):
         shift = 0.15 * (number - (len(perplexities) - 1) / 2)
-        places = [texts.index(text) + shift for text in by_text]
-        _draw_intervals(left, places, by_text.values(), number, model)
+        positions = [texts.index(text) + shift for text in by_text]
+        _draw_intervals(left, positions, by_text.values(), number, model)
     _draw_intervals(right, range(len(ratios)), ratios.values(), number=len(perplexities))
     left.legend(frameon=False, fontsize=9)
     left.set_xticks(range(len(texts)), texts)
@@ -205,13 +205,13 @@ def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: 
     for number, text in enumerate(texts):
         shift = 0.22 * (number - (len(texts) - 1) / 2)
         label: str | None = plain_label(text)
-        for place, by_text in enumerate(levels.values()):
+        for position, by_text in enumerate(levels.values()):
             if text not in by_text:
                 continue
             ends = by_text[text]
             style: dict[str, Any] = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "markersize": 5}
             axes.errorbar(
-                [ends[0]], [place + shift], xerr=_lengths([ends]), capsize=3, linestyle="", label=label, **style
+                [ends[0]], [position + shift], xerr=_lengths([ends]), capsize=3, linestyle="", label=label, **style
             )
             label = None  # one entry of the legend for each text
     axes.set_yticks(range(len(levels)), [plain_label(model, 28) for model in levels], fontsize=9)
@@ -245,11 +245,11 @@ def draw_attack(
     figure, axes = _panel(3.2)
     severities = sorted({severity for by_severity in curves.values() for severity in by_severity})
     for number, (model, by_severity) in enumerate(curves.items()):
-        places = sorted(by_severity)
-        values = [by_severity[place] for place in places]
+        positions = sorted(by_severity)
+        values = [by_severity[position] for position in positions]
         shift = 0.08 * (number - (len(curves) - 1) / 2)  # so that intervals do not hide each other
         axes.errorbar(
-            [place + shift for place in places],
+            [position + shift for position in positions],
             [value for value, _, _ in values],
             _lengths(values),
             label=plain_label(model),

@@ -57,7 +57,7 @@ def shown_names(names: Sequence[str], most: int = _MAX_LAYERS) -> tuple[dict[str
     """Return the names of at most `most` evenly spaced layers by title, and a note on how many are left out."""
     shown = list(names)
     if len(shown) > most:
-        shown = [shown[round(place)] for place in np.linspace(0, len(shown) - 1, most)]
+        shown = [shown[round(position)] for position in np.linspace(0, len(shown) - 1, most)]
     left_out = "" if len(shown) == len(names) else f" ({len(shown)} of {len(names)} layers)"
     return dict(zip(layer_titles(shown), shown, strict=True)), left_out
 

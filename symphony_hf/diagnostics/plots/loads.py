@@ -53,8 +53,8 @@ def plot_load_history(
     figure = Figure(figsize=(2.3 * columns + 1.2, height * rows + 0.9), layout="constrained")
     figure.suptitle(f"Load of each expert over time{left_out}", fontsize=11)
     axes = np.array(figure.subplots(rows, columns, squeeze=False))
-    for place, (title, load_ET) in enumerate(arrays.items()):
-        panel = axes.flat[place]
+    for position, (title, load_ET) in enumerate(arrays.items()):
+        panel = axes.flat[position]
         panel.set_title(title, fontsize=9)
         order = np.argsort(-load_ET[:, -1], kind="stable")
         image = _draw(panel, load_ET[order] * len(load_ET))
@@ -91,13 +91,13 @@ def plot_allocation(
     figure = Figure(figsize=(3.4 * columns + 2.2, (0.24 * num_domains + 0.75) * rows + 0.9), layout="constrained")
     figure.suptitle(f"Experts by domain: share of its tokens over the even share{left_out}", fontsize=11)
     axes = np.array(figure.subplots(rows, columns, squeeze=False))
-    for place, (title, name) in enumerate(titles.items()):
-        panel = axes.flat[place]
+    for position, (title, name) in enumerate(titles.items()):
+        panel = axes.flat[position]
         panel.set_title(title, fontsize=9)
         share_DE = np.array(list(allocation[name].values()), dtype=float)
         image = _draw(panel, share_DE * share_DE.shape[1] / top_k[name])
         _number_experts(panel.set_xticks, np.arange(share_DE.shape[1]), size=6)
-        domains = list(allocation[name]) if place % columns == 0 else []
+        domains = list(allocation[name]) if position % columns == 0 else []
         panel.set_yticks(range(len(domains)), domains, fontsize=8)
     _clear(axes, len(titles))
     figure.supxlabel("expert", fontsize=9)
@@ -125,12 +125,12 @@ def _number_experts(set_ticks: "matplotlib.axis.Axis", order: np.ndarray, size: 
 
 
 def _name_moments(axes: Axes, moments: Sequence[str]) -> None:
-    places = np.unique(np.linspace(0, len(moments) - 1, min(len(moments), _MOST_MOMENTS)).round().astype(int))
-    longest = max(len(moments[place]) for place in places)
+    positions = np.unique(np.linspace(0, len(moments) - 1, min(len(moments), _MOST_MOMENTS)).round().astype(int))
+    longest = max(len(moments[position]) for position in positions)
     turned: dict[str, Any] = (
-        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest * len(places) > 22 else {}
+        {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest * len(positions) > 22 else {}
     )
-    axes.set_xticks(places, [moments[place] for place in places], fontsize=7, **turned)
+    axes.set_xticks(positions, [moments[position] for position in positions], fontsize=7, **turned)
 
 
 def _clear(axes: np.ndarray, num_panels: int) -> None:

@@ -123,23 +123,23 @@ def plot_graph_evolution(
     """
     if not graphs or len(graphs) != len(moments) or any(one.keys() != graphs[0].keys() for one in graphs):
         raise GraphError("an evolution needs the graphs of at least one moment, and the same layers at each")
-    places = np.unique(np.linspace(0, len(graphs) - 1, min(len(graphs), _MOST_MOMENTS)).round().astype(int))
+    positions = np.unique(np.linspace(0, len(graphs) - 1, min(len(graphs), _MOST_MOMENTS)).round().astype(int))
     titles, left_out = shown_names(list(graphs[0]), most=_MOST_LAYERS)
-    edges = {(t, n): strongest_edges(graphs[t][n]) for t in places for n in titles.values()}
+    edges = {(t, n): strongest_edges(graphs[t][n]) for t in positions for n in titles.values()}
     # A quantile, because one pair that is nearly always together would leave all others faint.
     top = max(2.0, float(np.quantile([lift for found in edges.values() for _, _, lift in found] or [2.0], 0.9)))
-    figure = Figure(figsize=(2.15 * len(places) + 0.5, 2.25 * len(titles) + 0.9), layout="constrained")
+    figure = Figure(figsize=(2.15 * len(positions) + 0.5, 2.25 * len(titles) + 0.9), layout="constrained")
     figure.suptitle(f"Experts selected together, over time{left_out}", fontsize=11)
-    axes = figure.subplots(len(titles), len(places), squeeze=False)
+    axes = figure.subplots(len(titles), len(positions), squeeze=False)
     for row, (title, name) in enumerate(titles.items()):
         last = graphs[-1][name]
         layout, colors = _layout(last), _colors(last)
-        for column, place in enumerate(places):
-            panel, graph = axes[row, column], graphs[place][name]
-            _draw(panel, graph, edges[place, name], top, layout, colors)
+        for column, position in enumerate(positions):
+            panel, graph = axes[row, column], graphs[position][name]
+            _draw(panel, graph, edges[position, name], top, layout, colors)
             panel.set_xlabel(f"modularity {modularity(graph):.2f}", fontsize=7, labelpad=1)
             if row == 0:
-                panel.set_title(moments[place], fontsize=9)
+                panel.set_title(moments[position], fontsize=9)
         axes[row, 0].set_ylabel(title, fontsize=9)
     lifts = [1 + share * (top - 1) for share in (0.3, 1.0)]
     labels = [f"{lift:.1f} x expected{end}" for lift, end in zip(lifts, ("", " or more"), strict=True)]
@@ -158,9 +158,9 @@ def _layout(adjacency_EE: Tensor) -> np.ndarray:
     # Without weights, which would pull a close community into one dot.
     network.add_edges_from((j, k) for j, k, _ in strongest_edges(adjacency_EE))
     found = nx.spring_layout(network, k=3.0 / np.sqrt(len(adjacency_EE)), iterations=300, seed=_SEED)
-    places = np.array([found[expert] for expert in range(len(adjacency_EE))])
-    least, most = places.min(0), places.max(0)
-    return (places - least) / np.maximum(most - least, 1e-9)
+    positions = np.array([found[expert] for expert in range(len(adjacency_EE))])
+    least, most = positions.min(0), positions.max(0)
+    return (positions - least) / np.maximum(most - least, 1e-9)
 
 
 def _colors(adjacency_EE: Tensor) -> list[str]:

@@ -21,12 +21,14 @@ _REACH = 1.3
 
 
 def _neighbours() -> dict[str, str]:
-    places = {key: (shift + column, row) for row, (keys, shift) in enumerate(_ROWS) for column, key in enumerate(keys)}
+    positions = {
+        key: (shift + column, row) for row, (keys, shift) in enumerate(_ROWS) for column, key in enumerate(keys)
+    }
     return {
         key: "".join(
-            other for other, (u, v) in places.items() if other != key and (x - u) ** 2 + (y - v) ** 2 < _REACH**2
+            other for other, (u, v) in positions.items() if other != key and (x - u) ** 2 + (y - v) ** 2 < _REACH**2
         )
-        for key, (x, y) in places.items()
+        for key, (x, y) in positions.items()
     }
 
 
@@ -90,13 +92,13 @@ def swap_letters(text: str, rate: float, rng: random.Random) -> str:
     """Swap letters with the next one, each letter at most once."""
     letters = list(text)
     pairs = itertools.pairwise(text)
-    candidates = [place for place, (a, b) in enumerate(pairs) if a.isalpha() and b.isalpha() and a != b]
+    candidates = [position for position, (a, b) in enumerate(pairs) if a.isalpha() and b.isalpha() and a != b]
     left = num_changed(rate, len(candidates))
     moved: set[int] = set()
-    for place in rng.sample(candidates, len(candidates)):
-        if left and not moved & {place, place + 1}:
-            letters[place : place + 2] = letters[place + 1], letters[place]
-            moved |= {place, place + 1}
+    for position in rng.sample(candidates, len(candidates)):
+        if left and not moved & {position, position + 1}:
+            letters[position : position + 2] = letters[position + 1], letters[position]
+            moved |= {position, position + 1}
             left -= 1
     return "".join(letters)
 
@@ -128,9 +130,9 @@ def _edit_letters(
     edit: Callable[[str, int], str],
 ) -> str:
     letters = list(text)
-    candidates = [place for place, letter in enumerate(text) if can(letter)]
-    for place in _chosen(candidates, rate, rng):
-        letters[place] = edit(letters[place], rng.randrange(_DRAWS))
+    candidates = [position for position, letter in enumerate(text) if can(letter)]
+    for position in _chosen(candidates, rate, rng):
+        letters[position] = edit(letters[position], rng.randrange(_DRAWS))
     return "".join(letters)
 
 
@@ -141,12 +143,12 @@ def _chosen(candidates: Sequence[int], rate: float, rng: random.Random) -> list[
 def _without(line: str, dropped: set[int], numbers: "itertools.count[int]") -> str:
     """Return a line without the dropped words, which are given by their index in the text."""
     words, gaps = _WORD.findall(line), _WORD.split(line)
-    kept = [place for place in range(len(words)) if next(numbers) not in dropped]
+    kept = [position for position in range(len(words)) if next(numbers) not in dropped]
     if len(kept) == len(words):
         return line
     pieces = [gaps[0]]
-    for number, place in enumerate(kept):
-        pieces += [gaps[place] if number else "", words[place]]
+    for number, position in enumerate(kept):
+        pieces += [gaps[position] if number else "", words[position]]
     return "".join([*pieces, gaps[-1]])
 
 
@@ -156,7 +158,7 @@ def _runs(text: str) -> list[list["re.Match[str]"]]:
     start = 0
     for line in text.split("\n"):
         words = list(_WORD.finditer(text, start, start + len(line)))
-        runs += [words[place : place + _RUN] for place in range(0, len(words), _RUN)]
+        runs += [words[position : position + _RUN] for position in range(0, len(words), _RUN)]
         start += len(line) + 1
     return [run for run in runs if len({word[0] for word in run}) > 1]
 

@@ -17,11 +17,13 @@ _TONES = {"better": "better", "worse": "worse", "not distinguishable": "level"}
 def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[TableCell]], num_runs: int) -> Table:
     """Make a table without empty columns, and without the column of runs if there is one run."""
     kept = [
-        place
-        for place, name in enumerate(header)
-        if not (name == "run" and num_runs == 1) and any(row[place].text != MISSING for row in rows)
+        position
+        for position, name in enumerate(header)
+        if not (name == "run" and num_runs == 1) and any(row[position].text != MISSING for row in rows)
     ]
-    return Table(caption, [header[place] for place in kept], [[row[place] for place in kept] for row in rows])
+    return Table(
+        caption, [header[position] for position in kept], [[row[position] for position in kept] for row in rows]
+    )
 
 
 def text(value: Any, *, code: bool = False) -> TableCell:

@@ -83,12 +83,12 @@ def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset
     if split != "all" and split not in rows.splits:
         raise DataError(f"{rows.source}: no {split} split; it has {', '.join(rows.splits)}: name one with --split")
     splits = list(rows.splits) if split == "all" else [split]
-    places = [(name, place) for name in splits for place in range(len(rows.splits[name]))]
-    kept = thinned(places, settings.documents)
+    positions = [(name, position) for name in splits for position in range(len(rows.splits[name]))]
+    kept = thinned(positions, settings.documents)
     where = rows.source if split == "all" else f"{rows.source}, {split} split"
     check_number(where, len(kept))
-    tables = [rows.splits[name].select([place for own, place in kept if own == name]) for name in splits]
-    return where, datasets.concatenate_datasets(tables), [f"{name}[{place}]" for name, place in kept]
+    tables = [rows.splits[name].select([position for own, position in kept if own == name]) for name in splits]
+    return where, datasets.concatenate_datasets(tables), [f"{name}[{position}]" for name, position in kept]
 
 
 def check_number(where: str, number: int) -> None:

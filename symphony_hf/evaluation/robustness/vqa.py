@@ -79,7 +79,9 @@ class VisualTask(QuestionTask):
         for example in self.examples:
             images = [enlarged(decode(image)) for image in example.images]
             if case is not None:
-                images = [_corrupted(image, case, f"{example.name} {place}") for place, image in enumerate(images)]
+                images = [
+                    _corrupted(image, case, f"{example.name} {position}") for position, image in enumerate(images)
+                ]
             yield Asked(example, images)
 
     def _choices_to_give(self, settings: RobustnessSettings) -> list[str]:

@@ -33,7 +33,7 @@ class ExpertSample:
         self.hidden_TD: Tensor | None = None
         self._weight_type = torch.float32
 
-    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], places: Tensor) -> None:
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> None:
         """Keep the tokens at some positions of one call of the experts.
 
         Raises:
@@ -46,7 +46,7 @@ class ExpertSample:
                 "take hidden states, indices of experts, and weights"
             )
         hidden, _, weights = tensors
-        self.hidden_TD = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)].detach()
+        self.hidden_TD = hidden.reshape(-1, hidden.shape[-1])[positions.to(hidden.device)].detach()
         self._weight_type = weights.dtype
 
     def outputs(self) -> Iterator[Tensor]:
@@ -70,12 +70,12 @@ def _are_arguments(tensors: list[Tensor]) -> bool:
 
 
 @contextmanager
-def sampling_experts(model: nn.Module, places: Tensor) -> Iterator[list[ExpertSample]]:
+def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[ExpertSample]]:
     """Sample input tokens of each MoE layer's experts in the forward pass that runs within this context.
 
     Args:
         model: Model, as in `routers_to_watch`.
-        places: Positions of the sampled tokens in the flattened batch. Shape: (sampled,), int64.
+        positions: Positions of the sampled tokens in the flattened batch. Shape: (sampled,), int64.
 
     Yields:
         One sample per layer, empty for a layer that did not run.
@@ -95,7 +95,7 @@ def sampling_experts(model: nn.Module, places: Tensor) -> Iterator[list[ExpertSa
                     f"{type(block).__name__} has no module `experts` that holds all"
                 )
             sample = ExpertSample(name, experts, router.contract.num_experts)
-            hook = functools.partial(_take, sample, places)
+            hook = functools.partial(_take, sample, positions)
             handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
             samples.append(sample)
         yield samples
@@ -105,6 +105,6 @@ def sampling_experts(model: nn.Module, places: Tensor) -> Iterator[list[ExpertSa
 
 
 def _take(
-    sample: ExpertSample, places: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    sample: ExpertSample, positions: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    sample.take(args, kwargs, places)
+    sample.take(args, kwargs, positions)

@@ -99,7 +99,10 @@ def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
     """Take the routers' decisions of this forward pass by record name, and empty their lists."""
     taken = []
     for name, calls in seen.items():
-        taken += [(name if place == 0 else f"{name} (pass {place + 1})", routed) for place, routed in enumerate(calls)]
+        taken += [
+            (name if position == 0 else f"{name} (pass {position + 1})", routed)
+            for position, routed in enumerate(calls)
+        ]
         calls.clear()
     return taken
 
@@ -220,11 +223,11 @@ def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int
     with evaluating(model) as device:
         (batch,) = padded_batches(spread, len(spread), device, None)
         rows = batch.attention_mask.flatten().nonzero().flatten().cpu()
-        places = rows[torch.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).long()]
+        positions = rows[torch.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).long()]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = batch.input_ids
-        with sampling_experts(model, places) as samples:
+        with sampling_experts(model, positions) as samples:
             model(**inputs)
         for sample in samples:
             if sample.hidden_TD is not None:

@@ -139,13 +139,15 @@ def _align(
     untouched = [find_untouched(before, after) for before, after in zip(clean, attacked, strict=True)]
     windows = cut_attacked(clean, attacked, untouched, block_size, first)
     starts = [np.cumsum([0, *(len(tokens.ids) for tokens in form[:-1])]) for form in (clean, attacked)]
-    shifted = [(places.clean + a, places.attacked + b) for places, a, b in zip(untouched, *starts, strict=True)]
-    distances = [_distances(places, own) for places, own in zip(untouched, windows, strict=True)]
+    shifted = [
+        (positions.clean + a, positions.attacked + b) for positions, a, b in zip(untouched, *starts, strict=True)
+    ]
+    distances = [_distances(positions, own) for positions, own in zip(untouched, windows, strict=True)]
     return AttackedForm(
         form=_form(names, attacked, windows),
-        clean=np.concatenate([places for places, _ in shifted]),
-        attacked=np.concatenate([places for _, places in shifted]),
-        document=np.repeat(np.arange(len(untouched)), [len(places.clean) for places in untouched]),
+        clean=np.concatenate([positions for positions, _ in shifted]),
+        attacked=np.concatenate([positions for _, positions in shifted]),
+        document=np.repeat(np.arange(len(untouched)), [len(positions.clean) for positions in untouched]),
         distance=np.concatenate(distances),
     )
 
@@ -157,16 +159,16 @@ def _distances(untouched: Untouched, windows: Sequence[Tensor]) -> np.ndarray:
     window = np.searchsorted(ends, untouched.attacked, side="right")
     # Tokens with an edit right before them in the same window.
     is_first = window != np.searchsorted(ends, untouched.attacked - 1, side="right")
-    before = [np.append(-1, places[:-1]) for places in untouched]
+    before = [np.append(-1, positions[:-1]) for positions in untouched]
     is_behind = (untouched.clean - before[0] != 1) | (untouched.attacked - before[1] != 1)
     is_behind &= ~is_first & (untouched.attacked > 0)
     last = np.maximum.accumulate(np.where(is_behind, np.arange(number), -1))
     has_edit = (last >= 0) & (window[last] == window)
     distance = untouched.attacked - untouched.attacked[last] + 1
     names = np.full(number, len(DISTANCES))
-    for place, (least, most) in enumerate(DISTANCES):
+    for position, (least, most) in enumerate(DISTANCES):
         inside = (distance >= least) & (distance <= (most or distance.max(initial=least)))
-        names[has_edit & inside] = place
+        names[has_edit & inside] = position
     return names
 
 
