@@ -62,7 +62,7 @@ def test_log_probabilities_are_those_of_each_answer_alone(batch_size, longest):
         assert chosen == np.argmax(expected)
     assert scores.answers.tolist() == [question.answer for question in asked]
     right = [chosen == question.answer for chosen, question in zip(scores.chosen, asked, strict=True)]
-    assert scores.correct.tolist() == [float(value) for value in right]
+    assert (scores.chosen == scores.answers).tolist() == right
     assert scores.accuracy == np.mean(right)
     assert 0 < scores.accuracy < 1
 
