@@ -18,6 +18,7 @@ from .trainer import ResumableTrainer
 if TYPE_CHECKING:
     from symphony_hf.recipe import Recipe
 
+
 def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: PreparedData) -> dict[str, Any]:
     """Evaluate the trained model on the test split. Every process calls this.
 

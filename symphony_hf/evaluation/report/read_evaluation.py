@@ -20,7 +20,9 @@ _OPTIONS = {"attacks": "attack", "severities": "severity"}
 
 def _command_of(command: str, settings: Mapping[str, Any]) -> str:
     """Return the command line with these settings, without those that are not set."""
-    against = [word for model in settings.get("against") or () for word in ("--against", str(model))]
+    named = settings.get("against") or []  # one model for eval, several for routing
+    models = [named] if isinstance(named, str) else named
+    against = [word for model in models for word in ("--against", model)]
     options = {
         _OPTIONS.get(name, name): value
         for name, value in settings.items()

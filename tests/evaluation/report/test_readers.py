@@ -46,6 +46,8 @@ def test_an_evaluation_s_command_line_gives_its_settings(evaluated):
     assert words[words.index("--attack") + 1] == "aaa,keyboard"
     assert words[words.index("--severity") + 1] == "1,3"
     assert words[words.index("--block_size") + 1] == "32"
+    assert words.count("--against") == 1
+    assert words[words.index("--against") + 1].endswith("/plain")
 
 
 def test_a_command_line_is_one_for_a_shell(routed, copy):
