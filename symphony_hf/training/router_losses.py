@@ -29,13 +29,13 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
         A subclass with the same name. A model that is not symphonized trains as with the given class.
 
     Raises:
-        ConfigError: If the class has no `compute_loss`.
+        ConfigError: If it is not a subclass of Trainer.
         PatchError: In the first training step, if the class computes its loss elsewhere.
     """
-    if not isinstance(trainer_class, type) or not hasattr(trainer_class, "compute_loss"):
+    if not isinstance(trainer_class, type) or not issubclass(trainer_class, Trainer):
         raise ConfigError(
-            f"with_router_losses: expected a trainer class with a `compute_loss`, got {trainer_class!r}: give the "
-            "class, as in `with_router_losses(DPOTrainer)(model, ...)`"
+            f"with_router_losses: expected a trainer class (a subclass of Trainer), got {trainer_class!r}: "
+            "give the class, as in `with_router_losses(DPOTrainer)(model, ...)`"
         )
 
     @functools.wraps(trainer_class.compute_loss)
@@ -80,4 +80,5 @@ def _share_of_step(trainer: Trainer, num_items_in_batch: Any) -> float:
     if is_scaled is None:
         accepts_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         is_scaled = accepts_items or trainer.compute_loss_func is not None
-    return 1 / trainer.current_gradient_accumulation_steps if is_scaled else 1.0
+    steps = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+    return 1 / steps if is_scaled else 1.0

@@ -1,6 +1,7 @@
 """The recipe runner: trains, saves and evaluates the model of a recipe, under every launcher."""
 
 import json
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from symphony_hf.checkpoints.model_card import BEGIN, END
+from symphony_hf.checkpoints.model_card import PICTURE as CARD_PICTURE
 from symphony_hf.checkpoints.upload import write_card
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.data.packing import check_packing
@@ -105,6 +108,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             write_run_report(results, output)
             if recipe.symphony is not None:
                 write_card(output / "final", output.name)
+            else:
+                _remove_card(output / "final")
     return results
 
 
@@ -130,6 +135,15 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
     if strategy == "zero3":
         gather_when_saving(arguments.deepspeed_plugin)
     return arguments, requested
+
+
+def _remove_card(final: Path) -> None:
+    """Remove the model card of an earlier Symphony model, unless somebody has added to it."""
+    readme = final / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if re.fullmatch(rf"(---\n.*?\n---\n)?\s*{BEGIN}.*{END}\s*", text, re.DOTALL):
+        readme.unlink()
+        (final / CARD_PICTURE).unlink(missing_ok=True)
 
 
 def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A recipe trains, saves and evaluates, in one process and in two."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -217,6 +218,21 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
     with pytest.raises(ReportError, match="ended before its results were written"):
         read_runs([output])
     assert open_folder(output / "final").results is None
+
+
+def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(small, tmp_path):
+    """A card that somebody has added to stays."""
+    final = tmp_path / "run" / "final"
+    run_recipe(load_recipe(RECIPE, small))
+    assert (final / "README.md").exists()
+    plain = dataclasses.replace(load_recipe(RECIPE, small), symphony=None)
+    card = (final / "README.md").read_text()
+    run_recipe(plain)
+    assert not (final / "README.md").exists()
+    assert not (final / "graphs.png").exists()
+    (final / "README.md").write_text(f"{card}\nMy notes.")
+    run_recipe(plain)
+    assert (final / "README.md").read_text().endswith("My notes.")
 
 
 @pytest.mark.parametrize("name", ["results.json", "report.md"])

@@ -165,6 +165,16 @@ def test_label_smoothing_gets_router_losses_and_a_plain_trainer_gets_them_once(t
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_trainer_that_needs_nothing_trains_the_same(tokenizer, tmp_path):
+    """SFTTrainer's default loss records the router losses in the forward: they are not added a second time."""
+    TRAINERS["sft_nll"] = (SFTTrainer, SFTConfig, {})
+    DATA["sft_nll"] = DATA["sft"]
+    (plain, logged), (wrapped, logged_again) = (trained("sft_nll", wrap, tokenizer, tmp_path) for wrap in (False, True))
+    assert torch.equal(plain, wrapped)
+    assert logged == logged_again != set()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_trainer_that_bypasses_compute_loss_is_refused(tokenizer, tmp_path):
     TRAINERS["online"] = (OnlineDPOTrainer, OnlineDPOConfig, {"max_new_tokens": 4})
     with pytest.raises(PatchError, match="OnlineDPOTrainer computes its loss in `training_step`"):
