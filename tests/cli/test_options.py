@@ -14,7 +14,7 @@ from symphony_hf.cli.app import command_from
 from symphony_hf.errors import ConfigError
 
 OPTIONS = json.loads((Path(__file__).parent / "options.json").read_text())
-"""By command: each argument and option with its default. Add to it; scripts of users rely on what is there."""
+"""Arguments and options with defaults, by command. Entries may only be added, since scripts rely on them."""
 
 
 def all_commands(group, prefix=""):
@@ -125,7 +125,7 @@ def test_text_stays_text_where_the_settings_take_both():
     assert seen[0].layers == "every-other"
 
 
-def test_what_is_required_is_asked_for():
+def test_a_missing_required_option_is_refused():
     result, seen = run("m")
     assert result.exit_code == 2
     assert "--folder" in result.output
@@ -139,7 +139,7 @@ def test_parameters_without_an_option_keep_their_defaults():
     assert run("m", "--folder", "f")[1][0].scale == 1
 
 
-def test_numbers_that_are_none_are_refused():
+def test_invalid_numbers_are_refused():
     result, _ = run("m", "--folder", "f", "--sizes", "1,two")
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception) == "symphony show: --sizes takes numbers with commas between them, got '1,two'"

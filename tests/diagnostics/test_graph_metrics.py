@@ -140,7 +140,7 @@ def test_numbers_do_not_depend_on_how_experts_are_numbered(metric, uneven):
         (torch.zeros(2, 2), "no load"),
     ],
 )
-def test_what_is_no_social_graph_is_refused(metric, adjacency, message):
+def test_invalid_graphs_are_refused(metric, adjacency, message):
     with pytest.raises(GraphError, match=message):
         metric(adjacency)
 

@@ -31,7 +31,7 @@ def test_the_modularity_of_given_groups():
     assert modularity(path, [[0, 1], [2]]) == pytest.approx(3 / 4 - 49 / 64 - 1 / 64)
 
 
-def test_loads_are_no_acquaintance():
+def test_self_loops_do_not_affect_modularity():
     assert modularity(graph(4, [(0, 2, 0.3), (1, 3, 0.3)], load=5.0)) == pytest.approx(0.5)
 
 
@@ -59,7 +59,7 @@ def test_drift_is_relative_to_the_later_graph():
 
 
 @pytest.mark.parametrize("metric", [communities, modularity, centrality, lambda a: drift(a, a)])
-def test_what_is_no_graph_is_refused(metric):
+def test_invalid_graphs_are_refused(metric):
     with pytest.raises(GraphError, match="not symmetric"):
         metric(torch.tensor([[1.0, 0.5], [0.2, 1.0]]))
 

@@ -1,4 +1,4 @@
-"""What models are called in pictures and tables."""
+"""Short names of models in pictures and tables."""
 
 import pytest
 

@@ -53,7 +53,7 @@ def test_the_margin_is_negative_where_something_else_than_the_logits_chose():
     assert router_margin(logits, torch.tensor([[0, 1, 2, 3]])).tolist() == [math.inf]
 
 
-def test_what_is_kept_of_each_tokens_choice():
+def test_flip_rate_and_saturation_of_each_token():
     after = torch.tensor([[1, 0], [1, 2], [3, 1], [0, 1]])
     assert flip_rate(CHOSEN, after).tolist() == [0.0, 0.5, 1.0, 0.0]
     assert flip_rate(CHOSEN, after).mean() == 3 / 8

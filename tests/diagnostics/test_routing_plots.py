@@ -120,7 +120,7 @@ def test_flips_have_their_numbers_and_none_where_there_is_no_token(figures, tmp_
     assert np.isnan(right.images[0].get_array().filled(np.nan)[:, 1]).all()
 
 
-def test_saturation_has_a_curve_a_layer(figures, tmp_path):
+def test_saturation_has_one_curve_per_layer(figures, tmp_path):
     plot_saturation({n: [0.5, 1.0] for n in LAYERS}, ["a", "b"], tmp_path / "a.png", chance=0.25)
     lines = figures[0].axes[0].lines
     assert [line.get_label() for line in lines[:3]] == ["layer 0", "layer 1", "layer 2"]

@@ -55,7 +55,7 @@ def test_few_tokens_and_many_features_look_alike_only_with_bias():
     assert cka_matrix(outputs).diagonal().tolist() == [1.0] * 4
 
 
-def test_outputs_that_do_not_vary_are_like_nothing():
+def test_constant_outputs_have_no_similarity():
     outputs = torch.stack([torch.ones(8, 3), torch.randn(8, 3)])
     for unbiased in (False, True):
         assert cka_matrix(outputs, unbiased).tolist() == [[1.0, 0.0], [0.0, 1.0]]

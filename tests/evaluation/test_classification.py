@@ -94,7 +94,7 @@ def test_the_tokenizers_side_of_padding_makes_no_difference():
 
 
 def test_training_on_questions_teaches_their_answers():
-    """What is learned is what is measured."""
+    """The trained answers are the measured ones."""
     tokenizer = train_tokenizer([Document("a", "Does the sentence answer the question? yes no " * 20)], 300)
     prepared = prepare_data(DataSection(kind="glue", name="qnli", path="embedded", limit=8), tokenizer, seed=0)
     model = make_model("olmoe", vocab_size=len(tokenizer), max_position_embeddings=256)

@@ -57,7 +57,7 @@ def test_accuracy_takes_any_number_of_answers():
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_forms_together_are_counted_together(name, rng):
-    """Of three forms of each question, the metric is that of all answers in one list."""
+    """The metric of three forms of each question is that of all answers in one list."""
     answers = rng.integers(0, 2, 25)
     forms = [choices_of(answers, right, rng) for right in (0.6, 0.9, 0.8)]
     together = pooled_choices(forms)
@@ -113,7 +113,7 @@ def test_a_few_questions_that_differ_alone_make_no_verdict():
 
 
 def test_the_exchange_test_counts_all_exchanges_of_few_documents(rng):
-    """Of 10 documents: every one of the 1,024 ways to exchange both, columns that belong together together."""
+    """Enumerate the 1,024 exchanges of the two models over 10 documents."""
     sums, sizes, other_sums, other_sizes = rng.random((4, 10)) + 1
 
     def statistic(a, size_a, b, size_b, axis):

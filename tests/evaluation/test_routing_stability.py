@@ -99,7 +99,7 @@ def test_margins_are_in_document_order(model, documents):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_routing_kept_equals_a_loop_over_tokens(model, documents, batch_size):
+def test_routing_stability_equals_a_loop_over_tokens(model, documents, batch_size):
     kept = routing_stability(model, windows_of(documents, 0), windows_of(documents, 1), batch_size=batch_size)
     shares = np.zeros(3)
     for clean, attacked, untouched in documents.values():

@@ -36,7 +36,7 @@ def test_one_seed_excludes_nothing():
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
-def test_no_value_or_one_that_is_none_is_refused(values):
+def test_missing_or_infinite_values_are_refused(values):
     with pytest.raises(EvaluationError, match="one finite value per seed"):
         t_interval(values)
 

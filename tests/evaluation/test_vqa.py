@@ -51,7 +51,7 @@ def by_hand(questions, number):
     return torch.tensor([ids]), pixels, row["messages"][1]["content"]
 
 
-def test_chosen_answers_are_the_likeliest(digits, model):
+def test_chosen_answers_are_the_most_likely(digits, model):
     questions = VisualQuestions(digits.test, digits.collator)
     scores = score_choices(model, questions.choices(DIGITS), batch_size=5)
     assert len(scores.chosen) == len(questions) == 12
@@ -96,7 +96,7 @@ def test_answers_agree_but_for_case_spaces_and_punctuation():
 
 
 def test_training_on_digits_raises_their_accuracy(processor):
-    """What is learned is what is measured, from the image to the answer."""
+    """The trained answers about images are the measured ones."""
     data = prepare_data(DataSection(kind="llava", limit=12), processor, seed=0)
     model = make_model(processor)
     with torch.no_grad():

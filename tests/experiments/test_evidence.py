@@ -20,7 +20,7 @@ NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?![\w.]*\d)")
 
 
 def numbers_in(value) -> Iterator[float]:
-    """Of a result file: its numbers, how long its lists are, and the numbers in its names and sentences."""
+    """Yield the numbers of a result file, the lengths of its lists, and the numbers in its names and sentences."""
     if isinstance(value, bool) or value is None:
         return
     if isinstance(value, int | float):
@@ -132,7 +132,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_replaces_nothing(name, taken_in, tmp_path):
+def test_refused_results_replace_nothing(name, taken_in, tmp_path):
     command, change, message = REFUSED[name]
     before = {path.name: path.read_bytes() for path in (tmp_path / "evidence").iterdir()}
     result = taken_in(command, change)
@@ -242,7 +242,7 @@ def test_what_did_not_help_is_said(verdict):
     assert "| smoothsmoe, graph | not known, not known, not known | not known, not known | not run |" in page
 
 
-def test_a_study_of_which_nothing_was_run_is_left_out():
+def test_a_study_without_runs_is_left_out():
     paper = read_results(RECIPES / "evidence")["paper"]
     empty = {"rows": [], "cells": [], "missing": ["smoe, graph, seed 0"], "failed": {}, "settings": {}}
     assert evidence_page({"paper": paper, "ablation": empty}) == evidence_page({"paper": paper})

@@ -237,7 +237,7 @@ def test_an_adapters_warm_up_and_graphs_are_looked_at_too(specimens, tmp_path):
             load_adapter(make_base(), spoiled("adjacency", change))
 
 
-def test_what_is_tampered_with_is_changed(specimens, tmp_path):
+def test_mutations_change_the_file(specimens, tmp_path):
     """Each way changes the bytes of a file, or it would try nothing."""
     for specimen, ways in mutations.MUTATIONS.items():
         before = {file.name: file.read_bytes() for file in (specimens / specimen).iterdir()}

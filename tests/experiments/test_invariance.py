@@ -83,7 +83,7 @@ def test_a_gradient_that_differs_on_one_rank_in_one_step_is_seen(part):
 
 
 def test_the_cross_entropy_and_the_z_loss_both_weigh():
-    """What is left of a gradient without the other is more than rounding, so neither can hide behind it."""
+    """Each part of the gradient is larger than rounding, so that neither can hide behind it."""
     both, entropy = run(Arrangement()).gradients, run(Arrangement(z_loss_weight=0.0)).gradients
     assert both.keys() == entropy.keys()
     for name in both:

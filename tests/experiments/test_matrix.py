@@ -73,7 +73,7 @@ TRUE_SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", TRUE_SHAPES)
 def test_routers_of_true_size_pass_the_self_check(family, dtype):
-    """As they are checked before a large model is patched; without its weights."""
+    """The self-check before a large model is patched, without its weights."""
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TRUE_SHAPES[family]), dtype=dtype)
     found = find_routers(model)
@@ -94,7 +94,7 @@ def test_refused_families_say_why_and_stay_as_they_are(family):
 
 
 @pytest.mark.parametrize("family", [f for f in BROKEN if f in moe_families() and why_not_built(f)])
-def test_what_is_said_to_be_broken_is(family):
+def test_broken_mutations_are_broken(family):
     with quiet():
         config = shrink(CONFIG_MAPPING[family], OVERRIDES.get(family, {}))
         model = auto_class_of(family).from_config(config)

@@ -198,12 +198,12 @@ def test_what_a_low_severity_changes_a_high_one_changes_too(name):
 
 
 @pytest.mark.parametrize("name", TEXT_ATTACKS)
-def test_seed_and_name_change_the_places(name):
+def test_seed_and_name_change_the_positions(name):
     results = {TEXT_ATTACKS[name](PROSE * 4, 0.2, seed=seed, name=which) for seed in (0, 1) for which in ("a", "b")}
     assert len(results) == 4
 
 
-def test_attacks_do_not_hit_the_same_places():
+def test_attacks_change_different_positions():
     """Were all seeded alike, a missing and a mistyped letter would be the same one."""
     text = "abcdefgh" * 40
     typed = TEXT_ATTACKS["keyboard"](text, 0.05)

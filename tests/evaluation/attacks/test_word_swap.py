@@ -40,7 +40,7 @@ def naive_is_stop_word(word):
 
 
 def naive_wanted(line, rate, minimum):
-    """How many words of a line should be replaced."""
+    """Return the expected number of replaced words in a line."""
     words = naive_words(line)
     rounded = int((Decimal(str(rate)) * len(words)).quantize(Decimal(1), ROUND_HALF_UP))
     candidates = [word for word in words if not naive_is_stop_word(word)]

@@ -90,7 +90,7 @@ def evaluated(home, quickstart):
 
 @pytest.fixture(scope="session")
 def routed(home, quickstart):
-    """How the quickstart's model routes, with one picture of those that there would be."""
+    """Routing diagnostics of the quickstart's model, with two of their pictures."""
     settings = RoutingSettings(
         model=str(quickstart / "symphony"),
         data=str(home / "quickstart" / "text"),

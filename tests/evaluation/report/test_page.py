@@ -101,7 +101,7 @@ def test_graph_numbers_are_those_of_the_checkpoint(parsed, trained):
         assert row[names.index("neighbours")][1] == pytest.approx(float(1 - graph.trace() / graph.sum()))
 
 
-def test_routing_has_a_row_a_layer(parsed, routed):
+def test_routing_has_one_row_per_layer(parsed, routed):
     header, *rows = parsed.tables["Routing of routed"]
     names = [name for name, _ in header]
     result = json.loads((routed / "result.json").read_text())
@@ -170,7 +170,7 @@ def test_what_runs_are_called_is_text_and_never_markup(trained, tmp_path, quick_
         assert words in parsed.words
 
 
-def test_runs_of_one_name_are_told_apart(trained, tmp_path, quick_pictures):
+def test_runs_with_the_same_name_get_distinct_names(trained, tmp_path, quick_pictures):
     for folder in ("a", "b"):
         shutil.copytree(trained, tmp_path / folder / "run")
     runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])

@@ -1,4 +1,4 @@
-"""Which command wrote a folder, and what is said of one that is none of ours, or not whole."""
+"""Detection of the command that wrote a folder, and errors for other and incomplete folders."""
 
 import dataclasses
 import itertools
@@ -69,7 +69,7 @@ def test_a_command_line_is_one_for_a_shell(routed, copy):
     assert "--drop_first" in words
 
 
-def test_an_interval_keeps_what_its_verdict_is_from():
+def test_an_interval_keeps_its_null_and_p_value():
     interval = Interval(0.5, 0.2, 0.8, 0.95, 12, 0, 0.0, 0.2)
     assert as_interval(dataclasses.asdict(interval)) == interval
     assert interval.verdict() == "not distinguishable"  # by the exchange test alone
@@ -232,7 +232,7 @@ def make_two(folder):
         (lambda folder: folder.write_text(""), "is a file: expected"),
     ],
 )
-def test_what_is_no_run_is_refused(tmp_path, make, message):
+def test_folders_without_a_run_are_refused(tmp_path, make, message):
     make(tmp_path / "folder")
     with pytest.raises(ReportError) as caught:
         read_runs([tmp_path / "folder"])
@@ -240,7 +240,7 @@ def test_what_is_no_run_is_refused(tmp_path, make, message):
     assert str(tmp_path / "folder") in str(caught.value)
 
 
-def test_a_part_of_a_run_is_refused_with_the_whole(trained):
+def test_part_of_a_run_is_refused_with_its_folder(trained):
     for part in (trained / "final", trained / "results.json"):
         with pytest.raises(ReportError, match=f"give its folder, `{trained}`"):
             read_runs([part])
@@ -249,7 +249,7 @@ def test_a_part_of_a_run_is_refused_with_the_whole(trained):
 
 
 @pytest.mark.parametrize("key", ["recipe", "test", "validation", "parameters", "versions"])
-def test_a_key_that_is_missing_is_named(trained, copy, key):
+def test_a_missing_key_is_named(trained, copy, key):
     folder = copy(trained)
     rewrite(folder / "results.json", lambda results: results.pop(key))
     with pytest.raises(ReportError, match=key):
@@ -263,7 +263,7 @@ def test_values_of_another_kind_are_refused(evaluated, copy):
         read_runs([folder])
 
 
-def test_a_picture_that_is_none_is_refused(routed, copy, tmp_path):
+def test_an_invalid_picture_is_refused(routed, copy, tmp_path):
     from symphony_hf.evaluation.report.page import write_page
 
     folder = copy(routed)

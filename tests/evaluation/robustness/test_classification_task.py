@@ -166,7 +166,7 @@ def test_a_planted_difference_is_found(compared):
     assert strong["accuracy"]["estimate"] < both["accuracy"]["estimate"] < mild["accuracy"]["estimate"]
 
 
-def test_two_copies_are_not_told_apart(models, table, tmp_path):
+def test_two_copies_are_not_distinguishable(models, table, tmp_path):
     shutil.copytree(models["trained"], tmp_path / "copy")
     result = evaluate_robustness(make_settings(models["trained"], table, tmp_path, against=str(tmp_path / "copy")))
     comparisons = result["comparisons"]
@@ -177,7 +177,7 @@ def test_two_copies_are_not_told_apart(models, table, tmp_path):
         assert interval["verdict"] == "not distinguishable"
 
 
-def test_a_run_that_was_stopped_goes_on(models, table, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(models, table, tmp_path, monkeypatch):
     settings = make_settings(models["untrained"], table, tmp_path)
     calls = []
     original = classification.score_choices

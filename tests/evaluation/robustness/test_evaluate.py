@@ -110,7 +110,7 @@ def test_a_planted_difference_is_found(compared):
         assert row["ratio"]["verdict"] == "worse"
 
 
-def test_two_copies_are_not_told_apart(trained, data_file, tmp_path):
+def test_two_copies_are_not_distinguishable(trained, data_file, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     settings = make_settings(trained, data_file, tmp_path / "out", against=str(tmp_path / "copy"), severities=(3,))
     comparisons = evaluate_robustness(settings)["comparisons"]
@@ -141,7 +141,7 @@ def test_the_result_is_on_the_disk_and_says_what_it_is_of(compared, trained):
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
 
 
-def test_a_run_that_was_stopped_goes_on(trained, data_file, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(trained, data_file, tmp_path, monkeypatch):
     settings = make_settings(trained, data_file, tmp_path)
     calls = []
 
@@ -196,7 +196,7 @@ def test_what_decides_the_numbers_is_measured_again(untrained, tokenizer, data_f
     assert after != before
 
 
-def test_a_damaged_entry_is_measured_again_and_said(trained, data_file, tmp_path):
+def test_a_damaged_entry_is_measured_again_with_a_warning(trained, data_file, tmp_path):
     settings = make_settings(trained, data_file, tmp_path, severities=(2,), seeds=(0,))
     first = evaluate_robustness(settings)
     (entry,) = (tmp_path / "cells").glob("aaa-*.npz")
@@ -274,7 +274,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_read():
             RobustnessSettings(model="nowhere", **changes)
 
 
-def test_what_is_not_to_be_had_is_named(trained, data_file, tmp_path, capsys, monkeypatch):
+def test_missing_inputs_are_named(trained, data_file, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="no config of a model"):
         evaluate_robustness(make_settings(str(tmp_path), data_file, tmp_path / "out"))
     bare = shutil.copytree(trained, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -307,7 +307,7 @@ def test_a_model_without_finite_logits_is_refused(untrained, tokenizer, data_fil
     assert not list(Path(tmp_path / "out").rglob("*.npz"))
 
 
-def test_an_entry_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_entries_are_written_atomically(tmp_path, monkeypatch):
     store, identity = Store(tmp_path / "cells"), {"model": "one"}
 
     def fill_the_disk(file, **arrays):

@@ -58,7 +58,7 @@ def verdicts(pair):
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_equal_models_are_told_apart_in_one_of_twenty_draws_at_most():
+def test_equal_models_differ_in_at_most_one_of_twenty_draws():
     rng = np.random.default_rng(0)
     alarms = dict.fromkeys(("clean", "attacked", "ratio", "untouched"), 0)
     for _ in range(DRAWS):
@@ -67,7 +67,7 @@ def test_equal_models_are_told_apart_in_one_of_twenty_draws_at_most():
     assert max(alarms.values()) <= MOST, alarms
 
 
-def test_a_better_model_is_found_and_a_sturdier_one_is_told_from_a_better_one():
+def test_better_models_and_more_robust_models_are_found():
     rng = np.random.default_rng(0)
     for _ in range(5):
         found = verdicts(draw_pair(rng, better=0.05))
@@ -104,7 +104,7 @@ def answer_verdicts(pair):
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_models_that_answer_alike_are_told_apart_in_one_of_twenty_draws_at_most():
+def test_models_with_equal_answers_differ_in_at_most_one_of_twenty_draws():
     rng = np.random.default_rng(0)
     alarms = dict.fromkeys(("clean", "attacked", "difference"), 0)
     for _ in range(DRAWS):
@@ -113,7 +113,7 @@ def test_models_that_answer_alike_are_told_apart_in_one_of_twenty_draws_at_most(
     assert max(alarms.values()) <= 10, alarms
 
 
-def test_a_model_that_answers_better_is_found_and_a_sturdier_one_is_told_from_it():
+def test_better_answers_and_more_robust_answers_are_found():
     rng = np.random.default_rng(0)
     for _ in range(3):
         found = answer_verdicts(draw_answers(rng, right=(0.95, 0.5), losses=(0.1, 0.1)))
@@ -123,7 +123,7 @@ def test_a_model_that_answers_better_is_found_and_a_sturdier_one_is_told_from_it
         assert answer_verdicts(draw_answers(rng, right=(0.5, 0.95)))["clean"] == "worse"
 
 
-def test_copies_are_not_told_apart_at_all():
+def test_copies_are_never_distinguishable():
     one, _ = draw_pair(np.random.default_rng(0))
     assert set(verdicts([one, one]).values()) == {"not distinguishable"}
     one, _ = draw_answers(np.random.default_rng(0))

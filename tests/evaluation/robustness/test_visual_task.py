@@ -150,7 +150,7 @@ def test_a_planted_difference_is_found_and_corruption_hurts(compared):
     assert json.loads((output / "result.json").read_text()) == json.loads(json.dumps(result))
 
 
-def test_a_run_that_was_stopped_goes_on_and_two_copies_are_not_told_apart(untrained, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_and_two_copies_are_not_distinguishable(untrained, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in untrained.iterdir():

@@ -84,7 +84,7 @@ def test_lines_are_those_that_tokens_begin_in(word_tokenizer):
     assert tokens.lines.tolist() == [0, 0, 2, 3, 3]
 
 
-def test_a_tokenizer_that_does_not_tell_places_has_one_line():
+def test_a_tokenizer_without_offsets_has_one_line():
     class Slow:
         is_fast = False
 

@@ -16,7 +16,7 @@ from symphony_hf.data.documents import split_of
 
 @pytest.fixture(scope="session")
 def texts():
-    """By path, sorted, documents in two folders, of which each split has some."""
+    """Documents in two folders by sorted path, some in each split."""
     names = [f"{folder}/{number:03}.txt" for folder in "ab" for number in range(200)]
     by_split = {split: [name for name in names if split_of(name) == split] for split in ("validation", "test")}
     chosen = sorted(names[:6] + names[200:206] + [own[0] for own in by_split.values()])

@@ -38,7 +38,7 @@ def observed(checkpoints, data, tmp_path_factory):
 
 
 def naive(path, words, text):
-    """By layer, the set of experts and the margin of each word: one window at a time, behind the end of a text."""
+    """Return each word's experts and margin by layer, one window at a time, each after an end-of-text token."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     ids = words(text)["input_ids"]
     layers = [[] for _ in model.model.layers]
@@ -55,7 +55,7 @@ def naive(path, words, text):
 
 @pytest.fixture(scope="module")
 def by_loops(checkpoints, texts, words):
-    """By form and document, see `naive`: the late checkpoint clean and attacked, and the early one."""
+    """Return results of `naive` by form and document: the late checkpoint clean and attacked, and the early one."""
     documents = [Document(name, text) for name, text in texts.items()]
     attacked = attack_documents(documents, TEXT_ATTACKS["aaa"], TEXT_ATTACKS["aaa"].rate(3), 0)
     late = {document.name: naive(checkpoints[1], words, document.text) for document in documents}

@@ -1,4 +1,4 @@
-"""What is seen of a model's routing, against what routers return and against loops; and what is left of the hooks."""
+"""Recorded routing against routers' outputs and against loops, and removal of the hooks."""
 
 import pytest
 import torch

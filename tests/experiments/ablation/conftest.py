@@ -1,4 +1,4 @@
-"""So that these tests can import what is beside them; and studies of it."""
+"""Import path of the helpers in this folder, and a fixture of studies."""
 
 import sys
 from pathlib import Path

@@ -74,7 +74,7 @@ def test_the_graph_is_set_beside_itself_with_its_experts_shuffled(make_study, tm
     assert "against_shuffled" not in of_shuffled
 
 
-def test_missing_and_failed_cells_are_said(report, capsys):
+def test_missing_and_failed_runs_are_reported(report, capsys):
     assert report["missing"] == ["smoe, decay 0.9, seed 0", "smoe, decay 0.9, seed 2"]
     page = markdown(report)
     assert "- smoe, decay 0.9, seed 0\n" in page
@@ -95,7 +95,7 @@ def test_a_report_alone_runs_nothing(make_study, tmp_path):
     assert not (tmp_path / "out" / "cells").exists()
 
 
-def test_nothing_done_is_a_report_of_what_is_missing(make_study, tmp_path):
+def test_a_report_without_runs_lists_what_is_missing(make_study, tmp_path):
     study = make_study("")
     empty = write_ablation(study, Results(tmp_path / "out", study, "text"), {})
     assert empty["rows"] == []

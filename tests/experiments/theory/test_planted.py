@@ -140,7 +140,7 @@ def test_what_cannot_be_planted_is_refused(settings, message):
         TheorySettings(**settings)
 
 
-def test_the_command_is_told_that_does_the_same(monkeypatch, tmp_path):
+def test_the_result_names_its_command(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(benchmark, "_measure", lambda settings: {"convergence": [], "shares": []})
     for name in ("plot_convergence", "plot_shares"):
