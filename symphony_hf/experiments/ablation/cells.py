@@ -56,7 +56,7 @@ def digest_of(study: Study, cell: StudyRun, text_digest: str) -> str:
         "seed": cell.seed,
         "model": recipe.model.config,
         "symphony": cell.point.symphony(recipe.symphony).to_dict(),
-        "train": {**train, "steps": study.steps, "rows": study.rows, "block_size": recipe.data.block_size},
+        "train": {**train, "steps": study.steps, "rows": study.batch_size, "block_size": recipe.data.block_size},
         "text": text_digest,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -104,7 +104,7 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
     cells = cells_of(study)
     waiting = [cell for cell in cells if results.load(cell) is None]
     lines = [
-        f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells)} cells of {study.tokens:,} tokens "
+        f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells)} runs of {study.tokens:,} tokens "
         f"({study.steps:,} steps); {len(cells) - len(waiting)} are done"
     ]
     for cell in cells:
@@ -113,6 +113,6 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
     lines += [f"  left out {combination}" for combination in study.left_out()]
     hours = len(waiting) * seconds_per_cell / workers / 3600
     lines.append(
-        f"About {seconds_per_cell:.0f} s a cell, {hours:.1f} hours for {len(waiting)} of them, {workers} at a time"
+        f"About {seconds_per_cell:.0f} s per run, {hours:.1f} hours for {len(waiting)} of them, {workers} at a time"
     )
     return lines

@@ -91,7 +91,7 @@ def _settings(study: Study, runs: Any) -> dict[str, Any]:
         "seeds": list(study.seeds),
         "tokens": study.tokens,
         "steps": study.steps,
-        "rows": study.rows,
+        "rows": study.batch_size,
         "block_size": recipe.data.block_size,
         "vocab_size": recipe.data.vocab_size,
         "learning_rate": study.learning_rate,

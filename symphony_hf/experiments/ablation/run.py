@@ -105,7 +105,7 @@ def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], worker
     context.set_forkserver_preload(["symphony_hf.experiments.ablation.run"])
     waiting, failed = list(cells), dict[StudyRun, str]()
     running: dict[BaseProcess, StudyRun] = {}
-    with tqdm(total=len(cells), desc="ablation", unit=" cells", disable=None) as bar:
+    with tqdm(total=len(cells), desc="ablation", unit=" runs", disable=None) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:

@@ -80,7 +80,7 @@ class Study:
         return int(_number(self.recipe, "max_steps"))
 
     @property
-    def rows(self) -> int:
+    def batch_size(self) -> int:
         """Batch size."""
         return int(_number(self.recipe, "per_device_train_batch_size"))
 
@@ -100,7 +100,7 @@ class Study:
     @property
     def tokens(self) -> int:
         """Number of training tokens of a run."""
-        return self.steps * self.rows * self.recipe.data.block_size
+        return self.steps * self.batch_size * self.recipe.data.block_size
 
     def points(self) -> list[Point]:
         """Return all distinct points: the systems without and with a graph, then the axes' values."""

@@ -87,26 +87,26 @@ def build_model(study: Study, point: Point, vocab_size: int) -> PreTrainedModel:
     return symphonize(model, point.symphony(study.recipe.symphony))
 
 
-def batches(stream_N: Tensor, block_size: int, rows: int, seed: int) -> Iterator[Tensor]:
+def batches(stream_N: Tensor, block_size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Yield batches of a stream without end, reshuffled in every epoch.
 
     Args:
         stream_N: Tokens. Shape: (tokens,).
         block_size: Tokens per row; an incomplete last row is dropped.
-        rows: Batch size.
+        batch_size: Number of rows in a batch.
         seed: Seed of the order.
 
     Yields:
-        Shape: (rows, block_size).
+        Shape: (batch_size, block_size).
     """
     blocks = stream_N[: len(stream_N) // block_size * block_size].view(-1, block_size)
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.empty(0, dtype=torch.int64)
     while True:
-        while len(waiting) < rows:
+        while len(waiting) < batch_size:
             waiting = torch.cat([waiting, torch.randperm(len(blocks), generator=generator)])
-        yield blocks[waiting[:rows]]
-        waiting = waiting[rows:]
+        yield blocks[waiting[:batch_size]]
+        waiting = waiting[batch_size:]
 
 
 def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_N: Tensor) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_
     rate, warmup = study.learning_rate, study.warmup_steps
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
     control = GraphControl(model, point, study.steps, seed)
-    order = batches(stream_N, study.recipe.data.block_size, study.rows, seed)
+    order = batches(stream_N, study.recipe.data.block_size, study.batch_size, seed)
     every = max(1, study.steps // CURVE_POINTS)
     losses: list[Tensor] = []
     curve: list[tuple[int, float]] = []

@@ -101,9 +101,9 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
     results = Results(tmp_path / "out", study, "text")
     results.save(cells_of(study)[2], {})
     lines = describe_plan(study, results, seconds_per_cell=720.0, workers=2)
-    assert lines[0] == "8 points, 2 seeds: 16 cells of 192 tokens (6 steps); 1 are done"
+    assert lines[0] == "8 points, 2 seeds: 16 runs of 192 tokens (6 steps); 1 are done"
     assert [line.split()[0] for line in lines[1:-1]] == ["waiting"] * 2 + ["done"] + ["waiting"] * 13
-    assert lines[-1] == "About 720 s a cell, 1.5 hours for 15 of them, 2 at a time"
+    assert lines[-1] == "About 720 s per run, 1.5 hours for 15 of them, 2 at a time"
 
 
 @pytest.mark.parametrize(
