@@ -1,9 +1,9 @@
 """Confidence intervals by a paired bootstrap over documents, and verdicts that an exchange test must agree with."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -247,3 +247,19 @@ def paired_ratio(values: Sequence[float], others: Sequence[float], confidence: f
     if len(values) != len(others) or min([*values, *others], default=0) <= 0:
         raise EvaluationError(f"ratios need pairs of positive values, got {list(values)} and {list(others)}")
     return t_interval([math.log(a / b) for a, b in zip(values, others, strict=True)], confidence).exp()
+
+
+def interval_text(values: Mapping[str, Any], digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
+    """Format an estimate with its interval, or alone if it has none.
+
+    Args:
+        values: `estimate`, `low` and `high` of an interval.
+        digits: Number of decimals.
+        scale: Factor of all three numbers, such as 100 for percentages.
+        sign: `+` to show the sign of a positive estimate.
+        unit: Unit after the estimate.
+    """
+    text = f"{scale * values['estimate']:{sign}.{digits}f}{unit}"
+    if values["low"] is None:
+        return text
+    return f"{text} [{scale * values['low']:.{digits}f}, {scale * values['high']:.{digits}f}]"

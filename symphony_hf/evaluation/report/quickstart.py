@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from symphony_hf.evaluation.statistics import Interval
+from symphony_hf.evaluation.statistics import Interval, interval_text
 from symphony_hf.files import write_text
 from symphony_hf.tables import Table, TableCell
 
@@ -70,7 +70,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
     rows = []
     for text in ("clean", "attacked"):
         intervals = [arm[text] for arm in arms.values()]
-        cells = [TableCell(f"{i['estimate']:.2f} [{i['low']:.2f}, {i['high']:.2f}]", i["estimate"]) for i in intervals]
+        cells = [TableCell(interval_text(interval, 2), interval["estimate"]) for interval in intervals]
         rows.append([TableCell(f"perplexity, {text} [95%]"), *cells])
     for title, name, form in (
         ("attacked / clean", "ratio", ".4f"),

@@ -5,14 +5,15 @@ from typing import Any
 
 from rich.console import Console
 
+from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.tables import Table, TableCell
 
 from .settings import KINDS
 
 _LOSSES = {
-    "better": "loses less than",
-    "worse": "loses more than",
-    "not distinguishable": "loses what cannot be told from",
+    "better": "it loses less than",
+    "worse": "it loses more than",
+    "not distinguishable": "its loss is not distinguishable from that of",
 }
 _CHANGES = {"ratio": "attacked / clean", "difference": "attacked - clean"}
 _PLURALS = {"perplexity": "perplexities", "accuracy": "accuracies"}
@@ -63,9 +64,9 @@ def verdicts(result: Mapping[str, Any]) -> list[str]:
     for row in _overall(comparisons["attacks"]):
         loses = _LOSSES[row[measure["change"]]["verdict"]]
         compared = _describe(row[measure["level"]], b, measure)
-        lines.append(f"Under {row['attack']}, {a} is {compared}. Against clean {what} it {loses} {b}.")
+        lines.append(f"Under {row['attack']}, {a} is {compared}. Against clean {what} {loses} {b}.")
     number = (1 + 2 * len(comparisons["attacks"])) * (1 + len(measure["also"]))
-    lines.append(f"Of models that are equal, one verdict in twenty would say otherwise by chance; there are {number}.")
+    lines.append(f"For equal models, one verdict in twenty would be better or worse by chance; there are {number}.")
     return lines
 
 
@@ -75,7 +76,7 @@ def _overall(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _describe(interval: Mapping[str, Any], other: str, measure: Mapping[str, Any]) -> str:
-    value = f"({measure['change']} {_format(interval, 4)})"
+    value = f"({measure['change']} {interval_text(interval, 4)})"
     if interval["verdict"] == "not distinguishable":
         return f"not distinguishable from {other} {value}"
     return f"{interval['verdict']} than {other} {value}"
@@ -144,9 +145,4 @@ def _severity(row: Mapping[str, Any]) -> TableCell:
 
 
 def _interval(interval: Mapping[str, Any] | None, digits: int) -> TableCell:
-    return TableCell("") if interval is None else TableCell(_format(interval, digits), interval["estimate"])
-
-
-def _format(interval: Mapping[str, Any], digits: int) -> str:
-    estimate, low, high = (f"{interval[name]:.{digits}f}" for name in ("estimate", "low", "high"))
-    return f"{estimate} [{low}, {high}]"
+    return TableCell("") if interval is None else TableCell(interval_text(interval, digits), interval["estimate"])

@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 
 from symphony_hf.diagnostics.labels import layer_titles, short_names
+from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.tables import Table, TableCell
 
 
@@ -128,7 +129,7 @@ def _corruption_table(result: Mapping[str, Any]) -> Table:
             [
                 TableCell(row["attack"]),
                 _number(row["severity"], "d"),
-                TableCell(f"{rate['estimate']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]", rate["estimate"]),
+                TableCell(interval_text(rate, 1, 100, unit="%"), rate["estimate"]),
                 _number(row["per_layer"][first], ".1%"),
                 _number(row["per_layer"][last], ".1%"),
                 _number(sum(flips) / len(flips), ".1%"),

@@ -12,8 +12,7 @@ from transformers import AutoConfig
 from symphony_hf.diagnostics.plots.curves import plot_curves
 from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
 from symphony_hf.diagnostics.plots.studies import plot_points
-from symphony_hf.evaluation.statistics import SeedInterval, paired_ratio, t_interval
-from symphony_hf.experiments.intervals import interval_text
+from symphony_hf.evaluation.statistics import SeedInterval, interval_text, paired_ratio, t_interval
 from symphony_hf.files import write_json, write_text
 from symphony_hf.tables import Table
 

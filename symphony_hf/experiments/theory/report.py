@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from symphony_hf.experiments.intervals import interval_text
+from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.tables import Table
 
 
