@@ -10,7 +10,7 @@ from .app import app
 
 __all__ = ["app", "main"]
 
-for _theme in ("train", "convert", "evaluate", "bench", "experiments"):
+for _theme in ("train", "convert", "evaluate", "experiments"):
     importlib.import_module(f".{_theme}", __name__)
 
 # Keep large blocks instead of returning them to the system at every step, which takes a large part of a step on CPU.
