@@ -1,7 +1,7 @@
 """Scores of one model on clean inputs and on attacked forms of them.
 
-`symphony eval`, the end of a training run, the quickstart and ablation studies all measure with `measure_forms`. They
-differ in their inputs and in what a score is.
+`symphony eval`, the end of a training run and ablation studies measure with `measure_forms`. They differ in their
+inputs and in what a score is.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -83,7 +83,7 @@ def evaluate_documents(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
         documents: Clean documents.
         block_size: Number of tokens in a window.
         section: Attack, and context: with `section.context`, the documents are one text in overlapping windows.

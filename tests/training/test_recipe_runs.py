@@ -215,7 +215,7 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
         run_recipe(load_recipe(RECIPE, small))
     assert (output / "final" / "config.json").exists()
     assert not (output / "report.md").exists()
-    with pytest.raises(ReportError, match="ended before its results were written"):
+    with pytest.raises(ReportError, match="a training run without results: continue it with --resume_from_checkpoint"):
         read_runs([output])
     assert open_folder(output / "final").results is None
 
