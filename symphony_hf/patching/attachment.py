@@ -203,7 +203,6 @@ def update_graphs(model: nn.Module) -> bool:
         PatchError: If the model is not symphonized.
     """
     tracker = tracker_of(model)
-    tracker.state.driven = True
     moved = tracker.commit()
     if not moved and tracker.state.stepped_uncounted:
         tracker.checks.warn_once(

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import PatchError
 from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_balancing_loss, z_loss
 
-from .expert_graph import ExpertGraph, active_graph, put_aside
+from .expert_graph import ExpertGraph, active_graph
+from .observations import ForwardRecord
+from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
-from .training_state import ForwardRecord, TrainingState, shares_loads
-
-_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_selected_experts", "moe_top_k", "k")
-"""Attributes under which blocks keep the number of experts that they choose."""
+from .training_state import TrainingState, shares_loads
 
 
 class CoselectionCounter:
@@ -70,10 +68,7 @@ class CoselectionCounter:
             owner.register_forward_hook(self.after_forward),
             owner.register_load_state_dict_post_hook(self.after_load),
         ]
-        self._block_ran: dict[int, bool] = {}  # by row, of the blocks that are watched
-        state.routers[key] = routers
-        self._adopt(routers)
-        self._stock = sum(1 for _ in self._stock_routers())
+        self.placed = StackRouters(self, key, owner, routers, state, checks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CoselectionCounter":
         """A copy of the whole model has its own counter; one router alone, as PEFT copies it, stays in this one."""
@@ -105,82 +100,6 @@ class CoselectionCounter:
     def device(self) -> torch.device:
         return active_graph(self.routers[0].symphony).adjacency.device
 
-    def find_routers(self) -> None:
-        """Find the routers that are in the model now: layers may have been dropped, copied, reordered or replaced.
-
-        Raises:
-            PatchError: If the number of chosen experts changed, and this family's cannot be followed.
-        """
-        aside = put_aside(self.owner)
-        found = [
-            module
-            for module in self.owner.modules()
-            if "contract" in module.__dict__ and id(module) not in aside and self._is_own(module)
-        ]
-        if not found:
-            self.checks.warn_once(
-                f"no Symphony router is left in {type(self.owner).__name__}: what was symphonized was replaced, so "
-                "nothing is counted. Call `unsymphonize(model)`, then `symphonize(model)` on the model as it is now"
-            )
-            return
-        present = self.routers
-        if len(found) != len(present) or any(a is not b for a, b in zip(found, present, strict=True)):
-            self.state.routers[self.key] = found
-            self._block_ran.clear()
-            self._adopt(found)
-        if sum(1 for _ in self._stock_routers()) > self._stock:
-            self.checks.warn_once(
-                f"{type(self.owner).__name__} has routers that were put in after `symphonize`, and route without a "
-                "graph: `unsymphonize(model)`, then `symphonize(model)` again"
-            )
-        for name, block, chosen in self._top_ks:
-            if getattr(block, name) != chosen:
-                raise PatchError(
-                    f"{type(block).__name__}.{name} is {getattr(block, name)} and was {chosen} when the model was "
-                    "symphonized: the number of experts that this family chooses cannot be followed. Call "
-                    "`unsymphonize(model)`, change it, then `symphonize(model)` again"
-                )
-
-    def _is_own(self, router: Any) -> bool:
-        counter = router.__dict__.get("stack")
-        is_others = counter is not None and counter is not self and counter.state is self.state
-        return not is_others and active_graph(router.symphony).num_experts == router.contract.num_experts
-
-    def _adopt(self, routers: list[Any]) -> None:
-        for index, router in enumerate(routers):
-            # On the router, not on its graph: PEFT copies the graph, and must not copy the model with it.
-            router.__dict__["stack"], router.__dict__["layer_index"] = self, index
-        self._homes = self._find_homes()
-        self._top_ks = list(self._chosen_by_blocks())
-
-    def _find_homes(self) -> list[tuple[nn.Module, str]]:
-        """For each router, the block that calls it and its name there, past the wrappers that PEFT puts between."""
-        parents = {
-            id(child): (module, name) for module in self.owner.modules() for name, child in module._modules.items()
-        }
-        homes = []
-        for router in self.routers:
-            block, name = parents.get(id(router), (self.owner, ""))
-            while isinstance(block, nn.ModuleDict) or "modules_to_save" in block._modules:
-                block, name = parents[id(block)]
-            homes.append((block, name))
-        return homes
-
-    def _stock_routers(self) -> Iterator[nn.Module]:
-        classes = tuple({router.base_class for router in self.routers} - {nn.Linear})
-        for module in self.owner.modules():
-            if isinstance(module, classes) and "contract" not in module.__dict__:
-                yield module
-
-    def _chosen_by_blocks(self) -> Iterator[tuple[str, nn.Module, int]]:
-        for router, (block, _) in zip(self.routers, self._homes, strict=True):
-            contract = router.contract
-            if contract.indices is None and contract.choices is None:
-                for holder in (block, router):
-                    for name in _TOP_K_NAMES:
-                        if type(getattr(holder, name, None)) is int and getattr(holder, name) == contract.top_k:
-                            yield name, holder, contract.top_k
-
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the owner: commit the last step if the loop did not, and begin a record."""
         self.active = module.training and torch.is_grad_enabled() and not is_functional()
@@ -191,36 +110,15 @@ class CoselectionCounter:
         self.settle()
         self.place_scale()
         if torch.compiler.is_compiling():
-            self.record, _ = self.state.compiled_tensors(self.key, self.num_experts, self.device)
-            # A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
-            self.record.counts_LEE.zero_()
-            self.record.tokens_L.zero_()
-            self.record.losses_L3.zero_()
-            self.record.visited.clear()
+            self.record = self.state.compiled_record(self.key, self.num_experts, self.device)
         else:
-            self.find_routers()
-            self._check_in_place()
+            self.checks.refuse_join()
+            self.placed.find()
+            self.placed.check_in_place()
             self.record = self.state.begin_record(self.key, self.num_experts, self.device)
         self.record.mask_T = self._find_mask(args, kwargs)
         types = kwargs.get("moe_mm_token_type_ids")
         self.record.image_T = types.reshape(-1).bool() if isinstance(types, Tensor) else None
-
-    def _check_in_place(self) -> None:
-        """Refuse what was put around, or in the place of, a router that is a linear map, after it was patched.
-
-        LoRA there would add to the smoothed logits its own, which are not smoothed.
-        """
-        for router, (block, name) in zip(self.routers, self._homes, strict=True):
-            present = block._modules.get(name)
-            if present is router or not isinstance(router, nn.Linear) or hasattr(present, "modules_to_save"):
-                continue
-            if getattr(present, "stack", None) is self:
-                continue  # the copy of it that an adapter trained, merged into the model
-            raise PatchError(
-                f"the router `{name}` of {type(block).__name__} was replaced by {type(present).__name__} after it was "
-                "symphonized, which goes past its graph: leave routers out of `target_modules`, and train them by "
-                f"modules_to_save=[{name!r}]"
-            )
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook of the owner: let the record count when its backward has run."""
@@ -230,11 +128,7 @@ class CoselectionCounter:
         if shares_loads(self.config):
             self._share_loads(record)
         if torch.compiler.is_compiling():
-            _, pending = self.state.compiled_tensors(self.key, self.num_experts, self.device)
-            pending.counts_LEE.add_(record.counts_LEE)
-            pending.tokens_L.add_(record.tokens_L)
-            pending.losses_L3.add_(record.losses_L3)
-            self.state.has_compiled_counts = True
+            self.state.add_pending(self.key, record)
             record.visited.clear()
             return
         record.closed = True
@@ -264,31 +158,6 @@ class CoselectionCounter:
         top_k = active_graph(self.routers[0].symphony).top_k
         # Every token chose K experts. A router that saw none has no load.
         record.loads_LE.copy_(loads_LE / (loads_LE.sum(1, keepdim=True) / top_k).clamp_min(1.0))
-
-    def bypassed_blocks(self, ran_L: Tensor) -> list[nn.Module]:
-        """Blocks that ran in this step without their router. A router is rightly idle where its block is, too.
-
-        Blocks are watched from a step on in which their router was idle, so that a model without such steps pays
-        nothing for it.
-
-        Args:
-            ran_L: The number of forwards in which each router ran. Shape: (number of routers,).
-        """
-        idle = (ran_L == 0).nonzero().flatten().tolist()
-        if not idle:
-            return []
-        blocks = [block for block, _ in self._homes]
-        bypassed = [blocks[row] for row in idle if self._block_ran.get(row)]
-        for row in idle:
-            if row not in self._block_ran:
-                hook = functools.partial(self._note_block, row)
-                self.handles.append(blocks[row].register_forward_pre_hook(hook))
-        self._block_ran = dict.fromkeys([*self._block_ran, *idle], False)
-        return bypassed
-
-    def _note_block(self, row: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.active:
-            self._block_ran[row] = True
 
     def observe(self, router: Any, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
         """Record what a training router chose, and return the loss to attach.

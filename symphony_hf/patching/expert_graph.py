@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from symphony_hf.config import SymphonyConfig
+from symphony_hf.errors import GraphError
 from symphony_hf.routing.graph import (
     initial_adjacency,
     mix_with_identity,
@@ -15,6 +16,9 @@ from symphony_hf.routing.graph import (
     without_autocast,
 )
 from symphony_hf.routing.smoothing import smooth_scores, smooth_sigmoid_scores, smooth_weight
+
+_NOT_LOADED = -1
+"""Number of updates of a graph that a checkpoint has yet to be loaded into."""
 
 
 class ExpertGraph(nn.Module):
@@ -53,6 +57,21 @@ class ExpertGraph(nn.Module):
         self.awaits_checkpoint = self.adjacency.is_meta
 
     @torch.no_grad()
+    def mark_not_loaded(self) -> None:
+        """Note that a checkpoint's graph has yet to be copied into this one, by whatever loads the weights."""
+        self.awaits_checkpoint = True
+        self.updates.fill_(_NOT_LOADED)
+
+    def _check_loaded(self) -> None:
+        if self.updates.is_meta or int(self.updates) == _NOT_LOADED:
+            raise GraphError(
+                "a checkpoint was loaded without its expert graphs: accelerate leaves buffers out of modules that it "
+                "offloads to disk. Give `load_checkpoint_and_dispatch` offload_buffers=True, or load with "
+                "`from_pretrained(..., device_map=...)`"
+            )
+        self.awaits_checkpoint = False
+
+    @torch.no_grad()
     def reset(self) -> None:
         """Forget everything: the start, at which the router is bit for bit the base's."""
         self.adjacency.copy_(initial_adjacency(self.num_experts, self.top_k, self.adjacency.device))
@@ -75,6 +94,8 @@ class ExpertGraph(nn.Module):
         Returns:
             What takes its place. Same shape and type.
         """
+        if self.awaits_checkpoint:
+            self._check_loaded()
         if self.config.smoothing == "logits":
             return smooth_weight(smoothed, self.transition())
         smooth = smooth_sigmoid_scores if head == "sigmoid" else smooth_scores
@@ -100,9 +121,14 @@ class ExpertGraph(nn.Module):
             return self.adjacency
         return symmetrize(self.adjacency)
 
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether this rank holds a part of a learned graph, as under ZeRO-3 and FSDP2 between forwards."""
+        return self.adjacency.dim() != 2 or hasattr(self.adjacency, "full_tensor")
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Symmetrize a learned graph in place: what is saved is the graph as used, and its live storage."""
-        if self.config.graph == "learned" and not self.adjacency.is_meta:
+        if self.config.graph == "learned" and not self.adjacency.is_meta and not self.is_partitioned:
             with torch.no_grad():
                 self.adjacency.data.copy_(self.symmetrized())  # `.data`: a backward may still be to come
         super()._save_to_state_dict(destination, prefix, keep_vars)

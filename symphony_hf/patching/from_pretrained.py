@@ -133,6 +133,8 @@ def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
     if not (graph.awaits_checkpoint and _is_loaded(model)):  # freshly made, be it on the meta device
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             graph.reset()
+            if not graph.adjacency.is_meta and any(parameter.is_meta for parameter in model.parameters()):
+                graph.mark_not_loaded()  # accelerate's `init_empty_weights`
         return
     problems = _loading_problems(model)
     if problems:

@@ -58,7 +58,8 @@ def symphonize(
         routers = [(router.name, router.contract.num_experts) for router in found]
         adjacencies = match_graphs(read_graphs(settings.graph), routers, settings.graph)
         settings = dataclasses.replace(settings, graph="ema")
-    check_routers(found, settings)
+    with torch.device("cpu"):  # also inside `with torch.device("meta")`
+        check_routers(found, settings)
     for router in found:
         check_swappable(router.name, router.module)
     # Everything was checked; from here on nothing is refused.
@@ -168,9 +169,10 @@ def patch_router(router: FoundRouter, config: SymphonyConfig) -> ExpertGraph:
     module = router.module
     linear: Any = linear_of(module, router.contract.linear)
     device = linear.weight.device
-    if linear.weight.is_meta and hasattr(linear, "_hf_hook"):
+    if linear.weight.is_meta and torch.get_default_device().type != "meta":
         # accelerate keeps an offloaded weight on meta between forwards; the graph is small, and stays on the device.
-        device = getattr(linear._hf_hook, "execution_device", device)
+        # `init_empty_weights` makes parameters alone on meta: the graph is a buffer, which no loader moves from there.
+        device = getattr(getattr(linear, "_hf_hook", None), "execution_device", "cpu")
     graph = ExpertGraph(router.contract.num_experts, router.contract.top_k, config, device).train(module.training)
     module.symphony = graph
     module.contract = router.contract  # type: ignore[assignment]
@@ -232,9 +234,15 @@ def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         PatchError: If the model is not symphonized.
+
+    Under FSDP2 a learned graph is gathered, so every rank must call this.
     """
     graphs = ((name, active_graph(router.symphony)) for name, router in symphony_routers(model))
-    return {name: graph.symmetrized().detach().clone() for name, graph in graphs}
+    return {name: _whole(graph.symmetrized().detach()).clone() for name, graph in graphs}
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,8 +15,9 @@ from symphony_hf.routing.losses import RecordGradientScale
 
 from .counting import CoselectionCounter, is_functional
 from .expert_graph import ExpertGraph
+from .observations import Observations
 from .training_checks import TrainingChecks
-from .training_state import Observations, TrainingState, num_ranks
+from .training_state import TrainingState, num_ranks, parameters_of
 
 _TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
 
@@ -26,11 +27,11 @@ _PATIENCE = 64
 
 def _note_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Hook after every step of a torch optimizer, including those inside DeepSpeed and accelerate."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = {tracker: tracker.parameter_ids() for tracker in _TRACKERS}
-    owners = {tracker for tracker, ids in parameters.items() if held & ids}
-    for tracker, ids in parameters.items():
-        tracker.state.note_step(optimizer, ids, is_foreign=bool(owners - {tracker}))
+    held = parameters_of(optimizer)
+    trackers = list(_TRACKERS)
+    owners = {tracker for tracker in trackers if held & tracker.parameter_ids()}
+    for tracker in trackers:
+        tracker.state.note_step(optimizer, held, tracker in owners, is_foreign=bool(owners - {tracker}))
 
 
 @functools.cache
@@ -137,7 +138,6 @@ class Tracker:
         """Commit the last optimizer step if the loop did not. Called before a training forward."""
         if not self.state.stepped:
             return
-        self.state.driven = False  # what drove has stopped: a loop that came to its end, or to an exception
         self.commit()
         if not torch.compiler.is_compiling():
             self.checks.warn_once(
@@ -157,14 +157,10 @@ class Tracker:
             Whether the graphs moved.
         """
         state = self.state
-        if not state.has_pending or self._is_early():
+        if not state.counted or self._is_early():
             return False
         # On several ranks every stack: one that no image came by here may have been run on another.
-        counters = [
-            counter
-            for counter in self.counters
-            if num_ranks() > 1 or counter.key in state.pending or state.has_compiled_counts
-        ]
+        counters = [counter for counter in self.counters if num_ranks() > 1 or counter.key in state.counted]
         pending = [state.gather(counter.key, counter.num_experts, counter.device) for counter in counters]
         self.checks.before_commit(self.counters, self.config, state)
         if self.device.type == "cpu" and not torch.compiler.is_compiling():

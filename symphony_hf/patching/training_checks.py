@@ -7,12 +7,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import SymphonyWarning
+from symphony_hf.errors import PatchError, SymphonyWarning
 
 from .expert_graph import ExpertGraph, is_adapted, kept_in_adapters
-from .training_state import Observations, TrainingState, num_ranks
+from .observations import Observations
+from .training_state import TrainingState, num_ranks
 
 RANK_CHECK_EVERY = 100
 """Commits between two looks at whether all ranks have the same graphs."""
@@ -86,7 +88,8 @@ class Stack(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def bypassed_blocks(self, ran_L: Tensor) -> list[nn.Module]: ...
+    @property
+    def placed(self) -> Any: ...
 
 
 class TrainingChecks:
@@ -106,6 +109,22 @@ class TrainingChecks:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, SymphonyWarning, stacklevel=3)
+
+    def refuse_join(self) -> None:
+        """Refuse uneven numbers of batches, which `Join` allows: every commit sums the counts of all ranks.
+
+        Raises:
+            PatchError: If the forward under way is DistributedDataParallel's, inside `Join`.
+        """
+        if num_ranks() == 1:
+            return
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if wrapper is not None and wrapper._join_config.enable:
+            raise PatchError(
+                "a Symphony model cannot train inside `Join` (accelerate's `join_uneven_inputs`): a rank that has run "
+                "out of batches takes no part in the sum of the ranks' counts, and the others would wait for it. Give "
+                "every rank the same number of batches: `drop_last=True`, or accelerate's `even_batches=True`"
+            )
 
     def before_commit(self, counters: Sequence[Stack], config: SymphonyConfig, state: TrainingState) -> None:
         """Check what the commit needs, and what training leaves unchanged although the settings say otherwise.
@@ -158,7 +177,8 @@ class TrainingChecks:
 
     def _compare_ranks(self, graphs: list[ExpertGraph], device: torch.device) -> None:
         """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""
-        number = num_differing(graphs, device)
+        whole = [graph for graph in graphs if not graph.is_partitioned]
+        number = num_differing(whole, device) if whole else 0
         if number:
             self.warn_once(
                 f"{number} of {len(graphs)} graphs differ between the ranks: they were loaded or symphonized "
@@ -208,7 +228,7 @@ class TrainingChecks:
         bypassed = [
             block
             for counter, observed in zip(counters, pending, strict=True)
-            for block in counter.bypassed_blocks(observed.losses_L3[:, 2])
+            for block in counter.placed.bypassed_blocks(observed.losses_L3[:, 2])
         ]
         if bypassed:
             self.warn_once(

@@ -14,7 +14,6 @@ The counting rule:
 10. Nothing of this is a buffer: DistributedDataParallel would overwrite the other ranks' counts with rank 0's.
 """
 
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -25,84 +24,7 @@ from torch import Tensor, nn
 
 from symphony_hf.config import SymphonyConfig
 
-
-class Observations:
-    """Sums over forwards of what a stack's routers observed.
-
-    Args:
-        routers: The routers, in layer order. Their number is L.
-        num_experts: E.
-        device: The graphs' device.
-
-    Attributes:
-        counts_LEE: Co-selections. Shape: (L, num_experts, num_experts), float32.
-        tokens_L: Tokens counted. Shape: (L,), float32.
-        losses_L3: Balance loss, z-loss, number of forwards. Shape: (L, 3), float32.
-    """
-
-    def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
-        self.routers = list(routers)
-        self.num_experts = num_experts
-        # float32 by an explicit cast: DeepSpeed's zero.Init rewrites tensor constructors to its own dtype.
-        self.counts_LEE = torch.zeros(len(self.routers), num_experts, num_experts, device=device).to(torch.float32)
-        self.tokens_L = torch.zeros(len(self.routers), device=device).to(torch.float32)
-        self.losses_L3 = torch.zeros(len(self.routers), 3, device=device).to(torch.float32)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Observations":
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__init__([memo.get(id(r), r) for r in self.routers], self.num_experts, self.device)  # type: ignore[misc]
-        for own, other in zip(copied._tensors, self._tensors, strict=True):
-            own.copy_(other)
-        return copied
-
-    @property
-    def device(self) -> torch.device:
-        return self.counts_LEE.device
-
-    @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.counts_LEE, self.tokens_L, self.losses_L3
-
-    def zero(self) -> None:
-        """Forget everything observed."""
-        for tensor in self._tensors:
-            tensor.zero_()
-
-    @torch.no_grad()
-    def add(self, other: "Observations") -> None:
-        """Add what another has observed, router by router. Routers that are not in this one are left out."""
-        if len(self.routers) == len(other.routers) and all(map(operator.is_, self.routers, other.routers)):
-            for own, added in zip(self._tensors, other._tensors, strict=True):
-                own.add_(added.to(self.device))
-            return
-        rows = {id(router): row for row, router in enumerate(other.routers)}
-        for row, router in enumerate(self.routers):
-            if id(router) in rows:
-                for own, added in zip(self._tensors, other._tensors, strict=True):
-                    own[row].add_(added[rows[id(router)]].to(self.device))
-
-
-class ForwardRecord(Observations):
-    """What one training forward of a stack observes, and what its recomputation in the backward pass needs.
-
-    Attributes:
-        mask_T: The attention mask, flattened; None without one. Shape: (tokens,), bool.
-        image_T: True for image tokens, if the model says so; None where all experts get all tokens.
-        loads_LE: The share of all ranks' tokens that chose each expert. Shape: (L, num_experts), float32.
-        visited: Rows of the routers that ran in this forward.
-        closed: Whether the forward has ended. What runs after that is a recomputation.
-    """
-
-    def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
-        super().__init__(routers, num_experts, device)
-        self.rows = {id(router): row for row, router in enumerate(self.routers)}
-        self.mask_T: Tensor | None = None
-        self.image_T: Tensor | None = None
-        self.loads_LE = torch.zeros(len(self.routers), num_experts, device=device).to(torch.float32)
-        self.visited: set[int] = set()
-        self.closed = False
-        self.counted = False
-        self.generation = 0
+from .observations import ForwardRecord, Observations
 
 
 class TrainingState:
@@ -111,7 +33,8 @@ class TrainingState:
     Attributes:
         routers: The routers of each stack, by the stack's key, as of its last training forward.
         pending: Observations that count and wait for a commit, by the stack's key.
-        driven: True while a callback or the user's loop calls `commit` at each optimizer step.
+        counted: Keys of the stacks that have something pending. What a commit has taken leaves zeros in `pending`,
+            since a compiled forward writes into the same tensors every time.
         stepped: Whether an optimizer has stepped since there is something pending.
         scale: The factor that the main loss's gradient arrived with, written in the backward pass. A scalar.
         loss_recorded: Whether a main loss that starts the routers' went backward since the last commit.
@@ -128,7 +51,7 @@ class TrainingState:
     def __init__(self) -> None:
         self.routers: dict[int, list[nn.Module]] = {}
         self.pending: dict[int, Observations] = {}
-        self.driven = False
+        self.counted: set[int] = set()
         self.stepped = False
         self.scale: Tensor | None = None
         self.loss_recorded = False
@@ -142,9 +65,7 @@ class TrainingState:
         self._generation = 0
         self._in_backward = False
         self._own_optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        # A compiled forward writes into the same tensors every time, and counts when it ends.
-        self.compiled: dict[int, tuple[ForwardRecord, Observations]] = {}
-        self.has_compiled_counts = False
+        self._compiled_records: dict[int, ForwardRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has optimizers of its own. Weak references cannot be pickled either."""
@@ -154,27 +75,34 @@ class TrainingState:
     def num_routers(self) -> int:
         return sum(map(len, self.routers.values()))
 
-    @property
-    def has_pending(self) -> bool:
-        return bool(self.pending) or self.has_compiled_counts
+    def compiled_record(self, key: int, num_experts: int, device: torch.device) -> ForwardRecord:
+        """Return the record of a stack's compiled forwards, emptied: one for all of them.
 
-    def compiled_tensors(self, key: int, num_experts: int, device: torch.device) -> tuple[ForwardRecord, Observations]:
-        """Return the record and the pending observations of a stack's compiled forwards."""
-        if key not in self.compiled or self.compiled[key][0].device != device:
-            routers = self.routers[key]
-            self.compiled[key] = (
-                ForwardRecord(routers, num_experts, device),
-                Observations(routers, num_experts, device),
-            )
-        return self.compiled[key]
+        A layer that is skipped this time (layer drop) must not leave its last observation to be counted again.
+        """
+        if key not in self._compiled_records or self._compiled_records[key].device != device:
+            self._compiled_records[key] = ForwardRecord(self.routers[key], num_experts, device)
+        record = self._compiled_records[key]
+        record.zero()
+        record.visited.clear()
+        return record
+
+    def add_pending(self, key: int, record: ForwardRecord) -> None:
+        """Add what a forward observed to what waits for a commit."""
+        pending = self.pending.get(key)
+        if pending is None or pending.device != record.device or not pending.is_of(self.routers[key]):
+            moved = Observations(self.routers[key], record.num_experts, record.device)
+            if pending is not None:
+                moved.add(pending)
+            pending = self.pending[key] = moved
+        pending.add(record)
+        self.counted.add(key)
 
     def gather(self, key: int, num_experts: int, device: torch.device) -> Observations:
         """Return all that is pending of a stack, for the routers that it has now."""
         total = Observations(self.routers[key], num_experts, device)
-        if key in self.pending:
+        if key in self.counted:
             total.add(self.pending[key])
-        if self.has_compiled_counts and key in self.compiled:
-            total.add(self.compiled[key][1])
         return total
 
     def begin_record(self, key: int, num_experts: int, device: torch.device) -> ForwardRecord:
@@ -194,29 +122,23 @@ class TrainingState:
         if record.counted or record.generation != self._generation:
             return
         record.counted = True
-        pending = self.pending.get(key)
-        if pending is None or pending.routers != self.routers[key]:
-            pending = Observations(self.routers[key], record.num_experts, record.device)
-            if key in self.pending:
-                pending.add(self.pending[key])
-            self.pending[key] = pending
-        pending.add(record)
+        self.add_pending(key, record)
 
-    def note_step(self, optimizer: torch.optim.Optimizer, parameters: set[int], is_foreign: bool) -> None:
+    def note_step(self, optimizer: torch.optim.Optimizer, held: set[int], is_own: bool, is_foreign: bool) -> None:
         """Note that an optimizer has stepped.
 
         Args:
-            optimizer: The optimizer, of this model or not.
-            parameters: Identities of this model's parameters.
-            is_foreign: Whether it holds parameters of another Symphony model.
+            optimizer: The optimizer.
+            held: Identities of its parameters.
+            is_own: Whether parameters of this model are among them.
+            is_foreign: Whether parameters of another Symphony model are among them.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         own = self._own_optimizer() if self._own_optimizer is not None else None
-        if held & parameters:
+        if is_own:
             self._own_optimizer = weakref.ref(optimizer)
         elif is_foreign or own is not None:
             return  # sharded optimizers hold flat copies, which cannot be told from another model's parameters
-        is_used = self.has_pending or self._in_backward
+        is_used = bool(self.counted) or self._in_backward
         self.stepped = self.stepped or is_used
         self.stepped_uncounted = self.stepped_uncounted or (self.evaluated and not is_used)
         if is_used and self.optimizer_parameters is not None:
@@ -243,10 +165,9 @@ class TrainingState:
         self.stepped = self.loss_recorded = False
 
     def _clear_pending(self) -> None:
-        self.pending.clear()
-        for _, pending in self.compiled.values():
-            pending.zero()
-        self.has_compiled_counts = False
+        for key in self.counted:
+            self.pending[key].zero()
+        self.counted.clear()
 
     def log_losses(self, losses: Sequence[Tensor]) -> None:
         """Add the losses of a commit to those of the next log.
@@ -284,6 +205,11 @@ class TrainingState:
 def shares_loads(config: SymphonyConfig) -> bool:
     """Whether the balance loss takes the load of all ranks."""
     return config.balance_scope == "global" and config.balance_loss_weight > 0 and num_ranks() > 1
+
+
+def parameters_of(optimizer: Any) -> set[int]:
+    """Return the identities of the parameters that an optimizer holds; none for None."""
+    return {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
 
 
 def num_ranks() -> int:

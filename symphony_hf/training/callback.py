@@ -10,6 +10,7 @@ from symphony_hf.errors import PatchError
 from symphony_hf.patching.attachment import record_log_probs, tracker_of
 from symphony_hf.patching.expert_graph import is_adapted
 from symphony_hf.patching.symphonize import symphony_routers
+from symphony_hf.patching.training_state import parameters_of
 
 from .launch import check_launch_of_trainer
 from .reference_model import mix_graphs, synced_reference
@@ -45,13 +46,11 @@ class SymphonyCallback(TrainerCallback):
             )
         check_launch_of_trainer(args)
         self._reference = synced_reference(self, args, model)
-        tracker.state.driven = True
         tracker.remove_log_probs_hook()  # left by a training that was interrupted
         # SFTTrainer computes its loss from the tokens' log-probabilities. With `dft` it weights them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":
             tracker.log_probs_hook = model.register_forward_hook(record_log_probs)
-        groups = getattr(kwargs.get("optimizer"), "param_groups", ())
-        tracker.state.optimizer_parameters = {id(parameter) for group in groups for parameter in group["params"]}
+        tracker.state.optimizer_parameters = parameters_of(kwargs.get("optimizer"))
         tracker.checks.check_optimizers(tracker.state, list(symphony_routers(model)), model.parameters())
         if is_adapted(model):
             record_adapters(model)
@@ -87,6 +86,4 @@ class SymphonyCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        tracker = tracker_of(model)
-        tracker.state.driven = False
-        tracker.remove_log_probs_hook()
+        tracker_of(model).remove_log_probs_hook()

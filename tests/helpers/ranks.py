@@ -7,9 +7,12 @@ import torch
 import torch.distributed as dist
 from models import gradients, make_ids, make_model, move_graphs
 from safetensors.torch import save_file
+from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from symphony_hf import SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf import PatchError, SymphonyWarning, expert_graphs, symphonize, update_graphs
 from symphony_hf.experiments.distributed.loops import local_group
 
 STEPS = 3
@@ -49,8 +52,54 @@ def train(rank):
     return {**expert_graphs(model), **{f"grad.{n}": g for n, g in gradients(model).items()}}
 
 
+def refusal_of_join(rank):
+    """What is said where the second rank has fewer batches, and torch's Join would make up for them."""
+    wrapped = DistributedDataParallel(symphonize(make_model()).train())
+    try:
+        with Join([wrapped]):
+            for step in range(2 - rank):
+                ids = make_ids(seed=step)
+                wrapped(input_ids=ids, labels=ids).loss.backward()
+                update_graphs(wrapped)
+    except PatchError as error:
+        return str(error)
+    return None
+
+
+def learn(model, rows_of):
+    """A learned graph after STEPS steps, whole; `rows_of` gives this process its part of each batch."""
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.5)
+    for step in range(STEPS):
+        ids = rows_of(make_ids(4, 8, seed=step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert update_graphs(model)
+    return expert_graphs(model)
+
+
+def learned_model():
+    model = symphonize(make_model(), graph="learned", balance_loss_weight=0.0, z_loss_weight=0.0)
+    return move_graphs(model)
+
+
+def learn_under_fsdp2(rank, folder):
+    """Each rank holds half of every graph between forwards. Saves what was learned, and the whole state dict."""
+    model = learned_model()
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+    assert hasattr(model.model.layers[0].mlp.gate.symphony.adjacency, "full_tensor")
+    graphs = learn(model, lambda ids: ids[2 * rank : 2 * rank + 2])
+    save_file(graphs, folder / f"learned.{rank}.st")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        save_file(state, folder / "state.st")
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     with local_group(rank, 2, folder / "rendezvous"):
         save_file(train(rank), folder / f"{rank}.st")
-        (folder / f"{rank}.json").write_text(json.dumps(messages_of_ranks_that_differ(rank)))
+        messages = messages_of_ranks_that_differ(rank)
+        (folder / f"{rank}.json").write_text(json.dumps([*messages, refusal_of_join(rank)]))
+        learn_under_fsdp2(rank, folder)

@@ -1,0 +1,91 @@
+"""What the routers of a stack observe in one forward, and the sum of it over forwards."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Observations:
+    """Sums over forwards of what a stack's routers observed.
+
+    Args:
+        routers: The routers, in layer order. Their number is L.
+        num_experts: E.
+        device: The graphs' device.
+
+    Attributes:
+        counts_LEE: Co-selections. Shape: (L, num_experts, num_experts), float32.
+        tokens_L: Tokens counted. Shape: (L,), float32.
+        losses_L3: Balance loss, z-loss, number of forwards. Shape: (L, 3), float32.
+    """
+
+    def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
+        self.routers = list(routers)
+        self.num_experts = num_experts
+        # float32 by an explicit cast: DeepSpeed's zero.Init rewrites tensor constructors to its own dtype.
+        self.counts_LEE = torch.zeros(len(self.routers), num_experts, num_experts, device=device).to(torch.float32)
+        self.tokens_L = torch.zeros(len(self.routers), device=device).to(torch.float32)
+        self.losses_L3 = torch.zeros(len(self.routers), 3, device=device).to(torch.float32)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Observations":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__init__([memo.get(id(r), r) for r in self.routers], self.num_experts, self.device)  # type: ignore[misc]
+        for own, other in zip(copied._tensors, self._tensors, strict=True):
+            own.copy_(other)
+        return copied
+
+    @property
+    def device(self) -> torch.device:
+        return self.counts_LEE.device
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.counts_LEE, self.tokens_L, self.losses_L3
+
+    def is_of(self, routers: Sequence[nn.Module]) -> bool:
+        """Whether these are the observed routers, in this order."""
+        return len(self.routers) == len(routers) and all(map(operator.is_, self.routers, routers))
+
+    def zero(self) -> None:
+        """Forget everything observed."""
+        for tensor in self._tensors:
+            tensor.zero_()
+
+    @torch.no_grad()
+    def add(self, other: "Observations") -> None:
+        """Add what another has observed, router by router. Routers that are not in this one are left out."""
+        if self.is_of(other.routers):
+            for own, added in zip(self._tensors, other._tensors, strict=True):
+                own.add_(added.to(self.device))
+            return
+        rows = {id(router): row for row, router in enumerate(other.routers)}
+        for row, router in enumerate(self.routers):
+            if id(router) in rows:
+                for own, added in zip(self._tensors, other._tensors, strict=True):
+                    own[row].add_(added[rows[id(router)]].to(self.device))
+
+
+class ForwardRecord(Observations):
+    """What one training forward of a stack observes, and what its recomputation in the backward pass needs.
+
+    Attributes:
+        mask_T: The attention mask, flattened; None without one. Shape: (tokens,), bool.
+        image_T: True for image tokens, if the model says so; None where all experts get all tokens.
+        loads_LE: The share of all ranks' tokens that chose each expert. Shape: (L, num_experts), float32.
+        visited: Rows of the routers that ran in this forward.
+        closed: Whether the forward has ended. What runs after that is a recomputation.
+    """
+
+    def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
+        super().__init__(routers, num_experts, device)
+        self.rows = {id(router): row for row, router in enumerate(self.routers)}
+        self.mask_T: Tensor | None = None
+        self.image_T: Tensor | None = None
+        self.loads_LE = torch.zeros(len(self.routers), num_experts, device=device).to(torch.float32)
+        self.visited: set[int] = set()
+        self.closed = False
+        self.counted = False
+        self.generation = 0

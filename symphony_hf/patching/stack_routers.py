@@ -1,0 +1,172 @@
+"""The Symphony routers of one decoder stack, as they are in the model now."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from symphony_hf.errors import PatchError
+
+from .expert_graph import active_graph, put_aside
+from .training_checks import TrainingChecks
+from .training_state import TrainingState
+
+_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_selected_experts", "moe_top_k", "k")
+"""Attributes under which blocks keep the number of experts that they choose."""
+
+
+class StackRouters:
+    """Finds a stack's routers before each training forward: layers may be dropped, copied, reordered or replaced.
+
+    Args:
+        counter: The stack's counter, to which each router is given.
+        key: The counter's number in its model.
+        owner: The module whose forward runs all the routers.
+        routers: The routers in layer order; each has its graph in `symphony`.
+        state: The model's training state, which lists the routers of each stack.
+        checks: The model's training checks.
+    """
+
+    def __init__(
+        self,
+        counter: Any,
+        key: int,
+        owner: nn.Module,
+        routers: list[Any],
+        state: TrainingState,
+        checks: TrainingChecks,
+    ) -> None:
+        self.counter = counter
+        self.key = key
+        self.owner = owner
+        self.state = state
+        self.checks = checks
+        self._block_ran: dict[int, bool] = {}  # by row, of the blocks that are watched
+        self._adopt(routers)
+        self._num_stock = sum(1 for _ in self._stock_routers())
+
+    @property
+    def routers(self) -> list[Any]:
+        return self.state.routers[self.key]
+
+    def find(self) -> None:
+        """Find the routers that are in the model now, and check that the number of chosen experts can be followed.
+
+        Raises:
+            PatchError: If the number of chosen experts changed, and this family's cannot be followed.
+        """
+        aside = put_aside(self.owner)
+        found = [
+            module
+            for module in self.owner.modules()
+            if "contract" in module.__dict__ and id(module) not in aside and self._is_own(module)
+        ]
+        if not found:
+            self.checks.warn_once(
+                f"no Symphony router is left in {type(self.owner).__name__}: what was symphonized was replaced, so "
+                "nothing is counted. Call `unsymphonize(model)`, then `symphonize(model)` on the model as it is now"
+            )
+            return
+        present = self.routers
+        if len(found) != len(present) or any(a is not b for a, b in zip(found, present, strict=True)):
+            self._block_ran.clear()
+            self._adopt(found)
+        if sum(1 for _ in self._stock_routers()) > self._num_stock:
+            self.checks.warn_once(
+                f"{type(self.owner).__name__} has routers that were put in after `symphonize`, and route without a "
+                "graph: `unsymphonize(model)`, then `symphonize(model)` again"
+            )
+        for name, block, chosen in self._top_ks:
+            if getattr(block, name) != chosen:
+                raise PatchError(
+                    f"{type(block).__name__}.{name} is {getattr(block, name)} and was {chosen} when the model was "
+                    "symphonized: the number of experts that this family chooses cannot be followed. Call "
+                    "`unsymphonize(model)`, change it, then `symphonize(model)` again"
+                )
+
+    def check_in_place(self) -> None:
+        """Refuse a module that was put around, or in the place of, a linear router after `symphonize`.
+
+        LoRA there would add its own logits, which are not smoothed, to the smoothed ones.
+
+        Raises:
+            PatchError: If there is one.
+        """
+        for router, (block, name) in zip(self.routers, self._homes, strict=True):
+            present = block._modules.get(name)
+            if present is router or not isinstance(router, nn.Linear) or hasattr(present, "modules_to_save"):
+                continue
+            if getattr(present, "stack", None) is self.counter:
+                continue  # the copy of it that an adapter trained, merged into the model
+            raise PatchError(
+                f"the router `{name}` of {type(block).__name__} was replaced by {type(present).__name__} after it was "
+                "symphonized, which goes past its graph: leave routers out of `target_modules`, and train them by "
+                f"modules_to_save=[{name!r}]"
+            )
+
+    def bypassed_blocks(self, ran_L: Tensor) -> list[nn.Module]:
+        """Return the blocks that ran in this step without their router. A router is rightly idle where its block is.
+
+        A block is watched from the first step on in which its router was idle, so that a model without such steps pays
+        nothing.
+
+        Args:
+            ran_L: The number of forwards in which each router ran. Shape: (number of routers,).
+        """
+        idle = (ran_L == 0).nonzero().flatten().tolist()
+        if not idle:
+            return []
+        blocks = [block for block, _ in self._homes]
+        bypassed = [blocks[row] for row in idle if self._block_ran.get(row)]
+        for row in idle:
+            if row not in self._block_ran:
+                hook = functools.partial(self._note_block, row)
+                self.counter.handles.append(blocks[row].register_forward_pre_hook(hook))
+        self._block_ran = dict.fromkeys([*self._block_ran, *idle], False)
+        return bypassed
+
+    def _note_block(self, row: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.counter.active:
+            self._block_ran[row] = True
+
+    def _is_own(self, router: Any) -> bool:
+        counter = router.__dict__.get("stack")
+        is_others = counter is not None and counter is not self.counter and counter.state is self.state
+        return not is_others and active_graph(router.symphony).num_experts == router.contract.num_experts
+
+    def _adopt(self, routers: list[Any]) -> None:
+        self.state.routers[self.key] = routers
+        for index, router in enumerate(routers):
+            # On the router, not on its graph: PEFT copies the graph, and must not copy the model with it.
+            router.__dict__["stack"], router.__dict__["layer_index"] = self.counter, index
+        self._homes = self._find_homes()
+        self._top_ks = list(self._chosen_by_blocks())
+
+    def _find_homes(self) -> list[tuple[nn.Module, str]]:
+        """For each router, the block that calls it and its name there, past the wrappers that PEFT puts between."""
+        parents = {
+            id(child): (module, name) for module in self.owner.modules() for name, child in module.named_children()
+        }
+        homes = []
+        for router in self.routers:
+            block, name = parents.get(id(router), (self.owner, ""))
+            while isinstance(block, nn.ModuleDict) or "modules_to_save" in block._modules:
+                block, name = parents[id(block)]
+            homes.append((block, name))
+        return homes
+
+    def _stock_routers(self) -> Iterator[nn.Module]:
+        classes = tuple({router.base_class for router in self.routers} - {nn.Linear})
+        for module in self.owner.modules():
+            if isinstance(module, classes) and "contract" not in module.__dict__:
+                yield module
+
+    def _chosen_by_blocks(self) -> Iterator[tuple[str, nn.Module, int]]:
+        for router, (block, _) in zip(self.routers, self._homes, strict=True):
+            contract = router.contract
+            if contract.indices is None and contract.choices is None:
+                for holder in (block, router):
+                    for name in _TOP_K_NAMES:
+                        if type(getattr(holder, name, None)) is int and getattr(holder, name) == contract.top_k:
+                            yield name, holder, contract.top_k
