@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,45 +208,6 @@ def check_file_place(path: str | Path, command: str) -> None:
     if path.is_dir():
         raise ConfigError(f"{command}: `{path}` is a folder, and the result is a file: give its name, too")
     check_folder_of(path, command)
-
-
-def check_results(result: Path, others: Iterable[str], command: str) -> None:
-    """Refuse a folder in which a command's results would replace files that no earlier run of it wrote.
-
-    Args:
-        result: JSON file that the command writes. If an earlier run wrote it, the others are that run's.
-        others: Names of the other files that the command writes beside it.
-        command: Name of the command.
-
-    Raises:
-        ConfigError: If a file there is not the command's, or no file can be written there.
-    """
-    check_file_place(result, command)
-    found = ", ".join(f"`{name}`" for name in (result.name, *others) if (result.parent / name).exists())
-    if found and not _is_result(result):
-        raise ConfigError(
-            f"{command}: `{result.parent}` has {found}, which no run of symphony_hf wrote and this one would replace: "
-            "move what is there, or give another folder"
-        )
-
-
-def remove_results(result: Path, others: Iterable[str]) -> None:
-    """Remove the files of an earlier run, so that its numbers never stand beside another model's.
-
-    The result accounts for the others: it is removed last, and nothing is without it.
-    """
-    if _is_result(result):
-        for name in (*others, result.name):
-            (result.parent / name).unlink(missing_ok=True)
-
-
-def _is_result(file: Path) -> bool:
-    """Whether a JSON file says which version of this package wrote it."""
-    try:
-        versions = read_object(file, ConfigError).get("versions")
-    except ConfigError:
-        return False
-    return isinstance(versions, dict) and "symphony_hf" in versions
 
 
 def check_folder_of(path: Path, command: str) -> None:

@@ -30,10 +30,11 @@ from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
 from symphony_hf.evaluation.report.quickstart import write_report
 from symphony_hf.evaluation.routing.records import RoutingStability, routing_stability
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
-from symphony_hf.files import check_results, remove_results, write_json
+from symphony_hf.files import write_json
 from symphony_hf.patching.folding import export_folded, folded_parameters
 from symphony_hf.patching.symphonize import expert_graphs, unsymphonize
 from symphony_hf.recipe import EvalSection, Recipe, load_recipe
+from symphony_hf.results import check_results, remove_results
 
 from .arguments import training_arguments
 from .fit import train

@@ -17,9 +17,10 @@ from symphony_hf.config import SymphonyConfig
 from symphony_hf.data.packing import check_packing
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import ConfigError
-from symphony_hf.files import check_results, read_object, remove_results, write_json
+from symphony_hf.files import read_object, write_json
 from symphony_hf.patching.symphonize import is_symphonized
 from symphony_hf.recipe import Recipe
+from symphony_hf.results import check_results, remove_results
 
 from .arguments import training_arguments
 from .final_evaluation import measure

@@ -14,8 +14,9 @@ from symphony_hf.diagnostics.routing_metrics import coactivation
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.comparison import compare_perplexity
 from symphony_hf.evaluation.windows import default_block_size
-from symphony_hf.files import check_results, remove_results, replacing, write_json
+from symphony_hf.files import replacing, write_json
 from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
+from symphony_hf.results import check_results, remove_results
 
 from .metrics import (
     compare_attacked,
