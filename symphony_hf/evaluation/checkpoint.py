@@ -77,11 +77,7 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     Raises:
         ConfigError: If it has no tokenizer.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"`{source}`: no tokenizer ({first}); {_HINT}") from error
+    tokenizer = _load(AutoTokenizer, "tokenizer", source, revision)
     # Without files, transformers builds an empty tokenizer of the model's usual class.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         raise ConfigError(f"`{source}`: no tokenizer (its files are missing); {_HINT}")
@@ -94,14 +90,18 @@ def load_processor(source: str, revision: str | None) -> Any:
     Raises:
         ConfigError: If it has no processor, or one that takes no images.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"`{source}`: no processor ({first}); {_HINT}") from error
+    processor = _load(AutoProcessor, "processor", source, revision)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ConfigError(f"`{source}`: {type(processor).__name__} is no processor of images and text; {_HINT}")
     return processor
+
+
+def _load(auto_class: Any, what: str, source: str, revision: str | None) -> Any:
+    try:
+        return auto_class.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`{source}`: no {what} ({first}); {_HINT}") from error
 
 
 def fingerprint_of(source: str, revision: str | None) -> str:
