@@ -189,7 +189,7 @@ def test_the_command_prints_accuracies_and_verdicts(trained, untrained, compared
     page = " ".join(result.output.split())
     assert f"{NUMBER} questions: scikit-learn's handwritten digits, test split, answered choosing among" in page
     assert f"On clean images, {trained} is better than {untrained} (difference" in page
-    assert "none of the 12 questions differs; what happens to fewer than 25.0% of all" in page
+    assert "none of the 12 questions differs; a change that affects fewer than 25.0% of all" in page
     assert "there are 5." in page
 
 
