@@ -1,4 +1,4 @@
-"""Sharing on the Hub: what of a folder is a model, the card that says what it is, and the upload."""
+"""Models on disk and on the Hub: saving, graph files, model cards and the upload."""
 
 from .folder import RECORD_NAME, ModelFolder, open_folder
 from .provenance import Origin, hub_name

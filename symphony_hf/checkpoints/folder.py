@@ -1,4 +1,4 @@
-"""What a folder is, before any of it leaves the machine: which model, and which of its files."""
+"""Inspection of a model folder before an upload: its model, and the files that belong to it."""
 
 import json
 import re
@@ -32,18 +32,18 @@ _TEXT = (".json", ".txt", ".md", ".jinja", ".yaml", ".yml", "")
 
 
 def is_wanted(entry: Path) -> str | None:
-    """Why a file or folder is no part of the model; None where it may be one."""
+    """Return the reason why a file or folder is not part of the model; None if it may be part of it."""
     return next((reason for pattern, reason in _STAYS.items() if re.fullmatch(pattern, entry.name)), None)
 
 
 def check_contents(files: Mapping[str, Path]) -> None:
-    """Refuse what must not be shared, by what is in the files and not by their names alone.
+    """Refuse files that must not be shared, by their content and not by their names alone.
 
     Args:
-        files: Name in the repository -> file.
+        files: File of each name in the repository.
 
     Raises:
-        PushError: If one is a pickle, code, of a kind that no model needs, or has an access token in it; it names it.
+        PushError: If a file is a pickle, code, or of a kind that no model needs, or contains an access token.
     """
     for name, file in files.items():
         if file.suffix == ".safetensors":
@@ -84,30 +84,30 @@ def _check_text(name: str, file: Path) -> None:
 
 Kind = Literal["symphony", "plain", "adapter"]
 RECORD_NAME = "symphony_config.json"
-"""Beside an adapter with graphs: what it needs to be loaded."""
+"""Name of the file beside an adapter with graphs that says what it needs to be loaded."""
 _WIKITEXT = "wikitext_moe"
-_AUTO_CLASSES = {  # and transformers' table of each
+_AUTO_CLASSES = {  # with transformers' mapping of each
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",  # a model with images comes whole
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
 _RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
-"""Where a run keeps its model, and beside it what it has measured: the recipes' runner, and the quickstart."""
+"""Model folders of a run (recipe or quickstart) -> file beside them with the run's results."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on the disk, as it is pushed.
+    """Model on disk, as it is pushed.
 
     Attributes:
-        path: Where its config is.
-        kind: `symphony`: with its graphs. `plain`: without, folded or never with any. `adapter`: PEFT's.
-        config: Of the model; of the adapter, where it is one.
-        settings: Of the graphs, where the config has them.
-        graphs: Router -> adjacency; of the model that was folded, where it is known. Empty where there are none.
-        files: Name in the repository -> file.
-        left_out: Name -> why it stays here.
-        results: The file with what a run has measured.
+        path: Folder with the config.
+        kind: `symphony`: model with graphs. `plain`: model without graphs, folded or not. `adapter`: PEFT adapter.
+        config: Config of the model, or of the adapter.
+        settings: Settings of the graphs, if the config has them.
+        graphs: Adjacency of each router, or of each router of the model that was folded, if known; otherwise empty.
+        files: File of each name in the repository.
+        left_out: Reason for each file that is not pushed.
+        results: File with the results of a run.
     """
 
     path: Path
@@ -121,12 +121,12 @@ class ModelFolder:
 
     @property
     def has_our_modules(self) -> bool:
-        """Whether no other software has its modules: `upcycle_modules` made them, or it is WikiText's model."""
+        """Whether only this package has its modules: it was made by `upcycle_modules`, or is the WikiText model."""
         return "upcycled" in self.config or self.config.get("model_type") == _WIKITEXT
 
     @property
     def auto_class(self) -> str:
-        """The Auto class that loads it, or its base model, as far as that is known."""
+        """Auto class that loads the model, or the base model of an adapter, as far as it is known."""
         model_type, class_name = self.config.get("model_type"), None
         if self.kind == "adapter":
             class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
@@ -142,14 +142,14 @@ class ModelFolder:
 
 
 def open_folder(directory: str | Path) -> ModelFolder:
-    """Look at a folder with a checkpoint, an adapter, or a run, and refuse what must not be shared.
+    """Open the folder of a checkpoint, an adapter or a run, and refuse files that must not be shared.
 
     Args:
-        directory: With a `config.json` or `adapter_config.json`; or a run's, with its model in `final/` or, the
-            quickstart's, in `symphony/`.
+        directory: Folder with a `config.json` or an `adapter_config.json`, or folder of a run with its model in
+            `final/` or, for the quickstart, in `symphony/`.
 
     Raises:
-        PushError: If there is no model, or a file of it is a pickle, code, or of a kind that no model needs.
+        PushError: If there is no model, or one of its files is a pickle, code, or of a kind that no model needs.
         ConfigError: If the settings of the graphs cannot be read.
         GraphError: If the graphs cannot be read.
     """
@@ -182,7 +182,7 @@ def _names_experts(config: Mapping[str, Any]) -> bool:
 
 
 def _find(directory: Path) -> tuple[Path, Path | None]:
-    """Where the model is, and what its run has measured."""
+    """Return the folder of the model and the file with the results of its run."""
     if not directory.is_dir():
         raise PushError(f"push: `{directory}` is no folder: give the one of a checkpoint, an adapter or a run")
     inside = [directory / name for name, measured in _RUNS.items() if (directory / measured).exists()]
@@ -220,7 +220,7 @@ def _graphs(path: Path, is_adapter: bool, settings: SymphonyConfig | None) -> di
         except GraphError:
             if settings is not None:
                 raise
-            return {}  # an adapter without the graph: of the experts or the attention alone
+            return {}  # an adapter of the experts or the attention alone
     elif settings is not None:
         graphs = read_graphs(path)
     else:

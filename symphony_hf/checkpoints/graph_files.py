@@ -1,4 +1,4 @@
-"""Expert graphs read from safetensors files, and nothing believed before it was checked."""
+"""Expert graphs in safetensors files, checked before they are used."""
 
 import itertools
 import re
@@ -18,16 +18,16 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read_graphs(path: str | Path) -> dict[str, Tensor]:
-    """Read the adjacencies, and nothing else, from a Symphony checkpoint.
+    """Read the adjacencies of a Symphony checkpoint, and no other tensors.
 
     Args:
-        path: A folder with `model.safetensors`, or with shards and their index, or one .safetensors file.
+        path: Folder with `model.safetensors` or with shards and their index, or one .safetensors file.
 
     Returns:
-        Router name, as in the file, -> adjacency as stored.
+        Stored adjacency of each router, by the router's name in the file.
 
     Raises:
-        GraphError: If the path is missing, no safetensors, or truncated.
+        GraphError: If the path does not exist, or its files are truncated or not safetensors.
         NoGraphError: If it holds no graph.
     """
     path = Path(path)
@@ -48,13 +48,13 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, all of them in its own folder.
+    """Return the safetensors files of a checkpoint, all of which are in its own folder.
 
     Args:
-        path: A folder, or one file.
+        path: Folder, or one file.
 
     Raises:
-        GraphError: If one is missing, or the index of the shards is none.
+        GraphError: If a file is missing, or the index of the shards cannot be read.
     """
     if path.is_file():
         return [path]
@@ -70,16 +70,16 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def match_graphs(graphs: Mapping[str, Tensor], routers: Sequence[tuple[str, int]], where: str) -> list[Tensor]:
-    """Bring graphs in the order of a model's routers, and check each.
+    """Return the graphs in the order of a model's routers, each one checked.
 
     Args:
-        graphs: What `read_graphs` returned. On disk a router may have another name (Mixtral's is
-            `block_sparse_moe.gate` there, `mlp.gate` in the model): then it goes by the numbers in its name.
-        routers: (name, number of experts) of each router.
-        where: The path, for error messages.
+        graphs: Result of `read_graphs`. A router may have another name on disk (Mixtral's is `block_sparse_moe.gate`
+            there and `mlp.gate` in the model); it is then matched by the numbers in its name.
+        routers: Name and number of experts of each router.
+        where: Path, for error messages.
 
     Raises:
-        GraphError: If a router has none, or it is not a co-selection graph of that many experts.
+        GraphError: If a router has no graph, or its graph is not a co-selection graph of that many experts.
     """
     on_disk = _names_on_disk(graphs, [name for name, _ in routers])
     missing = [name for name, _ in routers if name not in on_disk]
@@ -96,10 +96,9 @@ def match_graphs(graphs: Mapping[str, Tensor], routers: Sequence[tuple[str, int]
 
 
 def _names_on_disk(graphs: Collection[str], names: Sequence[str]) -> dict[str, str]:
-    """Router -> the name of its graph, where it has one: its own, or else one with the same numbers.
+    """Return the stored name of each router's graph: the router's own name, or one with the same numbers in it.
 
-    A model of text and images may have several with these (`layers.1.mlp.text_moe.gate` and `vision_moe.gate`): then
-    the one that ends alike.
+    Of several such names (`layers.1.mlp.text_moe.gate` and `vision_moe.gate`), the one with the longest common end.
     """
     found = {name: name for name in names if name in graphs}
     renamed = [name for name in graphs if name not in found]
@@ -117,6 +116,6 @@ def _numbers(name: str) -> list[int]:
 
 
 def _common_end(a: str, b: str) -> int:
-    """How many words two names end with in common."""
+    """Return the number of dotted parts that two names have in common at their ends."""
     words = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))

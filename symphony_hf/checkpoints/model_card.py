@@ -1,4 +1,4 @@
-"""The model card: what a pushed model is, how to load it, what was measured, and what is not known of it."""
+"""The model card: what a pushed model is, how to load it, its origin and its results."""
 
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
@@ -12,12 +12,12 @@ from .results import Results, eval_results, result_rows
 
 
 def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
-    """The text of a card's section on loading.
+    """Return the text of the card's section on loading.
 
     Args:
-        folder: What is pushed.
-        repo_id: Where to.
-        base_model: Of an adapter; a placeholder stands where it is not known.
+        folder: Model to push.
+        repo_id: Name of the repository.
+        base_model: Base model of an adapter; if None, the text has a placeholder.
     """
     auto = folder.auto_class
     if folder.kind == "plain" and not folder.has_our_modules:
@@ -34,7 +34,7 @@ def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
 
 
 def _served(folder: ModelFolder) -> str:
-    """What other software can do with it."""
+    """Return what other software can do with the model."""
     if folder.has_our_modules:
         return "**Not without `symphony_hf`**: software that does not know it has no place for its experts."
     warning = "**Not without `symphony_hf`**: software that does not know it would route without the graphs."
@@ -71,7 +71,7 @@ PAPER = "2510.16411"
 TAGS = ["symphony-smoe", "moe", f"arxiv:{PAPER}"]
 PICTURE = "graphs.png"
 BEGIN, END = "<!-- symphony card -->", "<!-- end of the symphony card -->"
-"""Around what a later push writes anew."""
+"""Marks around the part that later pushes rewrite."""
 
 _LIBRARIES = {"symphony": "symphony_hf", "plain": "transformers", "adapter": "peft"}
 
@@ -89,14 +89,14 @@ _CITATION = f"""```bibtex
 def model_card(
     folder: ModelFolder, repo_id: str, origin: Origin, results: Results | None, tags: list[str]
 ) -> ModelCard:
-    """The card of a folder's model.
+    """Return the card of a folder's model.
 
     Args:
-        folder: What is pushed.
-        repo_id: Where to.
-        origin: Where it comes from.
-        results: What was measured of it.
-        tags: Further ones.
+        folder: Model to push.
+        repo_id: Name of the repository.
+        origin: Base model, license and data.
+        results: Results of its run.
+        tags: Tags to add to the usual ones.
     """
     data = _metadata(folder, repo_id, origin, results, tags)
     text = "\n\n".join([BEGIN, *_sections(folder, repo_id, origin, results), END])
@@ -198,18 +198,19 @@ _TO_FILL_IN = "[More Information Needed]"
 
 
 def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str) -> str:
-    """Add to a README's metadata what it lacks; lists are united, and the model-index is this push's.
+    """Merge a card into an existing README.
 
-    What an earlier push wrote, between its marks, is written anew; all other words stay.
+    Missing metadata is added, lists are joined, and the model-index is replaced. The part between the marks of an
+    earlier push is rewritten; all other text stays.
 
     Args:
-        existing: Text of the README that is there.
-        card: Ours.
-        said: What the user says of the model's origin, which goes before what is there.
-        where: The README is, for the error message.
+        existing: Text of the existing README.
+        card: New card.
+        said: Origin as given by the user, which overrides existing metadata.
+        where: README's location, for error messages.
 
     Raises:
-        PushError: If the metadata of the one that is there cannot be read.
+        PushError: If the existing metadata cannot be read.
     """
     try:
         merged = ModelCard(existing)
@@ -235,5 +236,5 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
 
 
 def is_template(readme: str) -> bool:
-    """Whether it is the Hub's template, as PEFT writes it into each adapter, with nothing filled in."""
+    """Return whether a README is the Hub's unfilled template, which PEFT writes beside each adapter."""
     return readme.count(_TO_FILL_IN) > 20

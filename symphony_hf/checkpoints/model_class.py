@@ -1,4 +1,4 @@
-"""Models built from a checkpoint's config alone, on the meta device: everything is there but the numbers."""
+"""Configs and model classes of checkpoints, and models built on the meta device, without weights."""
 
 import warnings
 from collections.abc import Iterator
@@ -29,32 +29,33 @@ _MAPPINGS = (
 
 
 def read_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
-    """The config of a checkpoint.
+    """Return the config of a checkpoint.
 
     Args:
-        source: Its folder, its config.json, or its name on the Hub.
+        source: Folder, config.json, or name on the Hub.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ConfigError: If there is none, or it is of no model that transformers knows.
+        ConfigError: If there is no config, or transformers does not know its model type.
     """
     if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
         raise ConfigError(f"`{source}` is an adapter, not a model: give its base model")
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`{source}`: no config of a model of transformers: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"`{source}`: no config of a model that transformers knows: {reason}") from error
 
 
 def model_class_of(config: PreTrainedConfig, source: str | Path) -> type[PreTrainedModel]:
-    """The class of the model that a config is of.
+    """Return the model class of a config.
 
     Args:
-        config: From `read_config`.
-        source: Where from, for the error message.
+        config: Result of `read_config`.
+        source: Source of the config, for error messages.
 
     Raises:
-        ConfigError: If transformers has none.
+        ConfigError: If transformers has no model class for it.
     """
     found = _named_class(config) or next(_mapped_classes(config), None)
     if found is None:
@@ -63,15 +64,15 @@ def model_class_of(config: PreTrainedConfig, source: str | Path) -> type[PreTrai
 
 
 def named_class_of(config: PreTrainedConfig, where: str, error: type[SymphonyError]) -> type[PreTrainedModel]:
-    """The very class that a config names: another one of its family might leave out some of the weights.
+    """Return the class that a config names; another one of the family might drop some of the weights.
 
     Args:
-        config: From `read_config`.
-        where: Where from, for the error message.
-        error: What to raise.
+        config: Result of `read_config`.
+        where: Source of the config, for error messages.
+        error: Error type to raise.
 
     Raises:
-        SymphonyError: The given kind, if it names none that transformers has or was told of.
+        SymphonyError: Of the given type, if transformers does not have that class, and none was registered.
     """
     found = _named_class(config)
     if found is None:
@@ -81,7 +82,7 @@ def named_class_of(config: PreTrainedConfig, where: str, error: type[SymphonyErr
 
 
 def _named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """One of transformers, or one that its Auto classes know, as they do this package's own."""
+    """Return the named class from transformers, or from its Auto classes, where this package registers its own."""
     for name in (str(name).removeprefix(ARCHITECTURE_PREFIX) for name in (config.architectures or ())[:1]):
         registered = (kind for kind in _mapped_classes(config) if kind.__name__ == name)
         for found in (getattr(transformers, name, None), *registered):
@@ -101,15 +102,15 @@ def empty_model(source: str | Path, revision: str | None = None) -> PreTrainedMo
     """Build a checkpoint's model on the meta device.
 
     Args:
-        source: Its folder, its config.json, or its name on the Hub.
+        source: Folder, config.json, or name on the Hub.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ConfigError: If there is no config, or it is of no model that transformers knows.
+        ConfigError: If there is no config, or transformers does not know its model type.
     """
     config = read_config(source, revision)
     model_class = model_class_of(config, source)
     with torch.device("meta"), warnings.catch_warnings():
-        # torch, of Qwen2-MoE without a shared expert, whose weights are there and empty.
+        # By torch, for Qwen2-MoE without a shared expert, whose weights exist and are empty.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         return model_class(config)

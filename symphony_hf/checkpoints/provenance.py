@@ -1,4 +1,4 @@
-"""Where a model comes from, as far as it can be known: what the user says, the run's results, the base's own card."""
+"""Origin of a model, from the user, the results of its run, and the base model's card."""
 
 import dataclasses
 import re
@@ -17,12 +17,12 @@ from .results import Results
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from; None is said in the card as not known.
+    """Origin of a model; the card says "not known" for None.
 
     Args:
-        base_model: Its name on the Hub.
-        license: Of the base model, by the Hub's identifier.
-        data: A data set's name on the Hub, or a description.
+        base_model: Name of the base model on the Hub.
+        license: License of the base model, by the Hub's identifier.
+        data: Training data: name on the Hub, or a description.
     """
 
     base_model: str | None = None
@@ -31,7 +31,7 @@ class Origin:
 
 
 def hub_name(name: str | None) -> str | None:
-    """A `namespace/name` of the Hub; None for what is a path, or no name."""
+    """Return the name if it is a `namespace/name` on the Hub; None if it is a path or not a name."""
     if name is None or name.count("/") != 1 or Path(name).exists() or name.startswith((".", "/", "~")):
         return None
     try:
@@ -42,22 +42,22 @@ def hub_name(name: str | None) -> str | None:
 
 
 def without_folders(path: str) -> str:
-    """A data set's name on the Hub, or a path without the folders of the machine that it was on."""
+    """Return a data set's name on the Hub as it is, and a path without its folders."""
     name = path.partition(":")[0]  # `owner/name:configuration`
     return name if hub_name(name) is not None else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def complete(origin: Origin | None, results: Results | None, folder: ModelFolder, api: HfApi | None) -> Origin:
-    """Fill in what the user did not say: from the run's results, the adapter's config, the base model's card.
+    """Fill in what the user did not give, from the run's results, the adapter's config and the base model's card.
 
     Args:
-        origin: What the user says.
-        results: Of the run.
-        folder: What is pushed.
-        api: Of the Hub, to ask for the base model's licence; None to ask nobody.
+        origin: Origin as given by the user.
+        results: Results of the run.
+        folder: Model to push.
+        api: Client of the Hub, to look up the base model's license; None for no lookup.
 
     Raises:
-        PushError: If the user says of the base model what is no name on the Hub.
+        PushError: If the given base model is not a name on the Hub.
     """
     origin = origin or Origin()
     if origin.base_model is not None and hub_name(origin.base_model) is None:

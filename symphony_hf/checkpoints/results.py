@@ -1,4 +1,4 @@
-"""What a run has measured of its model, as a card shows it: the runner's `results.json`, the quickstart's report."""
+"""Results of a run for its model card, from a recipe's `results.json` or the quickstart's report."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from .folder import ModelFolder
 
 Metric = Literal["perplexity", "loss", "accuracy"]
 _CONFIDENCE = 0.95
-"""Of the runner's intervals, which it writes by their ends alone."""
+"""Confidence level of the intervals in `results.json`, which has only their bounds."""
 _DIGITS = {"perplexity": ".2f", "loss": ".4f", "accuracy": ".2%"}
 _EMBEDDED = {
     "text": "the library sources of the running Python",
@@ -22,18 +22,18 @@ _EMBEDDED = {
     "glue": "a stand-in for GLUE, of docstrings of the running Python's library",
     "llava": "scikit-learn's handwritten digits",
 }
-"""Kind of data -> what a recipe without a path is trained on."""
+"""Kind of data -> data of a recipe without a path."""
 _TASKS = {"glue": "text-classification", "llava": "image-text-to-text"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number that was measured, of which data, and its interval where one was computed."""
+    """Measured value, with its interval if there is one."""
 
     metric: Metric
     value: float
     text: str
-    """`clean`, `attacked`, or the name of a split."""
+    """Measured text: `clean`, `attacked`, or the name of a split."""
     low: float | None = None
     high: float | None = None
     confidence: float = _CONFIDENCE
@@ -48,7 +48,7 @@ class Score:
 
     @property
     def name(self) -> str:
-        """What it is, and where it has one, at which confidence its interval is."""
+        """Name of the score, with the confidence level of its interval if it has one."""
         return f"{self.metric}, {self.text}" + (f" [{self.confidence:.0%}]" if self.low is not None else "")
 
     def __str__(self) -> str:
@@ -60,16 +60,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run has measured, and what it says of where its model came from.
+    """Results of a run, with the origin of its model.
 
     Attributes:
-        scores: Empty where there was nothing held out to measure on.
-        note: What they were measured on.
-        data: What it was trained on: a data set's name on the Hub, a file's, or a description.
-        base_model: What it was trained from, where that is a checkpoint.
-        task: By the Hub's name.
-        config: Of the data, where it has several: GLUE's task.
-        others: Further rows of the table.
+        scores: Scores; empty if there was no held-out data.
+        note: Description of the data that was measured on.
+        data: Training data: name on the Hub, file, or a description.
+        base_model: Checkpoint that training started from, if there was one.
+        task: Task, by the Hub's name.
+        config: Configuration of the data, if it has several, such as GLUE's task.
+        others: Other rows of the table.
     """
 
     scores: list[Score]
@@ -82,10 +82,10 @@ class Results:
 
 
 def read_results(folder: ModelFolder) -> Results | None:
-    """What was measured of a folder's model; None where nothing says so.
+    """Return the results of a folder's model; None if there are none.
 
     Raises:
-        PushError: If there is a file of results that cannot be read.
+        PushError: If the file of results cannot be read.
     """
     if folder.results is None:
         return None
@@ -151,12 +151,12 @@ def _ratio(scores: list[Score]) -> dict[str, str]:
 
 
 def eval_results(results: Results, data_name: str, data_id: str | None) -> list[EvalResult]:
-    """The scores as the Hub's model-index has them.
+    """Return the scores in the form of the Hub's model-index.
 
     Args:
-        results: Of the run.
-        data_name: Of the data, for people.
-        data_id: Its name on the Hub, where it is there.
+        results: Results of the run.
+        data_name: Name of the data as shown.
+        data_id: Name of the data on the Hub, if it has one.
     """
     entries = []
     for score in results.scores:
@@ -181,6 +181,6 @@ def eval_results(results: Results, data_name: str, data_id: str | None) -> list[
 
 
 def result_rows(results: Results) -> list[list[str]]:
-    """The table of a card, header first."""
+    """Return the rows of the card's table, header first."""
     rows = [[score.name, str(score)] for score in results.scores]
     return [["", "value"], *rows, *([name, text] for name, text in results.others.items())]

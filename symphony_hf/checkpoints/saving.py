@@ -1,4 +1,4 @@
-"""`save_pretrained` of a Symphony model, so that what reads the checkpoint later knows what it is."""
+"""`save_pretrained` and `push_to_hub` of Symphony models, and the mark that their saved configs carry."""
 
 import contextlib
 import copy

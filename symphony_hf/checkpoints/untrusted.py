@@ -1,4 +1,4 @@
-"""load_checkpoint: a checkpoint from someone else, believed in nothing before it was checked."""
+"""load_checkpoint: load an untrusted checkpoint, checking everything before it is used."""
 
 import copy
 import math
@@ -19,31 +19,31 @@ from .graph_files import SUFFIX, checkpoint_files
 from .model_class import named_class_of
 
 _REFUSALS = (*UNREADABLE, SafetensorError, StrictDataclassError)
-"""What transformers and torch raise for a config or a file that they cannot make a model of."""
+"""Errors that transformers and torch raise for a config or a file that they cannot build a model from."""
 
 
 def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """Load a checkpoint whose origin is not trusted: with graphs, with upcycled modules, or plain.
+    """Load an untrusted checkpoint: with graphs, with upcycled modules, or plain.
 
-    Transformers' own classes check the graphs as much. This also sees, before anything is allocated, that the config
-    asks for no more weights than the files have; refuses a checkpoint that lacks one, which transformers would fill in
-    at random; and has one kind of error for whatever is wrong. It reads JSON and safetensors, and runs no code of the
-    checkpoint. A quantized checkpoint has fewer numbers than its model, and is refused: load it by its Auto class.
+    The Auto classes check graphs too. This function also checks, before it allocates anything, that the config needs
+    no more weights than the files have, and refuses a checkpoint that lacks a weight, which transformers would
+    initialize at random. It reads only JSON and safetensors and runs no code of the checkpoint. Quantized checkpoints
+    are refused; load them with their Auto class.
 
     Args:
-        directory: With `config.json` and `model.safetensors`, or its shards and their index.
-        dtype: Of the weights; `auto` for the checkpoint's own. The graphs are float32 in any.
+        directory: Folder with `config.json` and `model.safetensors`, or with shards and their index.
+        dtype: Data type of the weights; `auto` for the checkpoint's own. Graphs are always float32.
 
     Returns:
         The model, of the class that the config names, in evaluation mode.
 
     Raises:
-        ConfigError: If the settings of its graphs, or the record of its upcycled modules, are not usable.
-        GraphError: If a graph is missing, misshapen, or none, or is there and the config does not ask for it.
-        UnsupportedModelError: If the model has no router for a graph that the config asks for.
-        UpcycleError: If a module of its record is no MLP, or the weights of its experts are missing.
-        PatchError: If its model would go past the graphs.
-        CheckpointError: If anything else of the checkpoint is not usable, or not whole.
+        ConfigError: If the settings of the graphs, or the record of upcycled modules, are invalid.
+        GraphError: If a graph is missing or invalid, or the config has no settings for it.
+        UnsupportedModelError: If the model has no router for a graph in the settings.
+        UpcycleError: If an upcycled module is not an MLP, or the weights of its experts are missing.
+        PatchError: If the model would bypass the graphs.
+        CheckpointError: If anything else in the checkpoint is invalid or incomplete.
     """
     directory = Path(directory)
     _check_config(directory)
@@ -79,7 +79,7 @@ def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto")
 
 
 def _check_config(directory: Path) -> None:
-    """Look at what decides what is read next, before transformers reads it."""
+    """Check the config before transformers reads it, since it decides what is read next."""
     file = directory / "config.json"
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
@@ -93,7 +93,7 @@ def _check_config(directory: Path) -> None:
 
 
 def _tensors(directory: Path) -> dict[str, int]:
-    """How many numbers each tensor of the files has, by their headers."""
+    """Return the number of elements of each tensor, from the headers of the files."""
     sizes: dict[str, int] = {}
     for file in checkpoint_files(directory):
         with safe_open(file, framework="pt") as tensors:
@@ -102,12 +102,12 @@ def _tensors(directory: Path) -> dict[str, int]:
 
 
 def _check_size(directory: Path, model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, int]) -> None:
-    """Refuse a config that asks for more than the files have, on the meta device, where nothing is allocated."""
+    """Refuse a config that needs more weights than the files have, by building the model on the meta device."""
     for name, value in _whole_numbers(config.to_dict()):
-        if name.endswith("_layers") and value > len(tensors):  # even there, each layer would take its time
+        if name.endswith("_layers") and value > len(tensors):  # even on the meta device, each layer takes time to build
             raise CheckpointError(f"`{directory}`: `{name}` is {value}, and the files have {len(tensors)} tensors")
     plain = copy.deepcopy(config)
-    plain.symphony = None  # a router is tried out on the CPU before it gets its graph, at the size that is claimed
+    plain.symphony = None  # patching would try each router on the CPU, at the claimed size
     with torch.device("meta"):
         model = model_class(plain)
     asked, there = sum(tensor.numel() for tensor in model.parameters()), sum(tensors.values())

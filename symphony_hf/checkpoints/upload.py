@@ -1,4 +1,4 @@
-"""The upload: a checkpoint, its card and the picture of its graphs, in one commit."""
+"""Upload of a checkpoint, its card and the picture of its graphs, in one commit."""
 
 import contextlib
 import logging
@@ -46,28 +46,28 @@ def publish(
     commit_description: str | None = None,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Upload a folder's model with its card, in one commit: whoever loads it meanwhile gets the old one, whole.
+    """Upload a folder's model with its card in one commit, so that readers never see a partial model.
 
-    Broken off, it can be called again: large files that have arrived are not sent a second time. Files of an earlier
-    push that the model would be read with are deleted in the same commit, see `stale_files`.
+    After an interruption it can be called again; large files that were uploaded are not sent twice. Files of an earlier
+    push that loaders would take for parts of this model are deleted in the same commit, see `stale_files`.
 
     Args:
-        folder: From `open_folder`.
-        repo_id: `namespace/name` on the Hub; made if it is not there.
-        origin: Base model, licence and data, where the folder's results do not tell.
-        private: Whether it is made for its owner alone; None: as the account has it.
-        revision: Branch, made if it is not there; `main` when None.
-        token: Of the Hub; when None, that of `hf auth login` or HF_TOKEN.
+        folder: Result of `open_folder`.
+        repo_id: `namespace/name` on the Hub, created if missing.
+        origin: Base model, license and data, where the folder's results do not say.
+        private: Whether to create a private repository; by default as the account is set.
+        revision: Branch, created if missing; `main` by default.
+        token: Access token of the Hub; by default that of `hf auth login` or HF_TOKEN.
         create_pr: Whether to open a pull request instead.
-        commit_message: One line.
-        commit_description: More.
-        tags: Further ones for the card.
+        commit_message: Title of the commit.
+        commit_description: Description of the commit.
+        tags: Tags to add to the card.
 
     Returns:
         The commit.
 
     Raises:
-        PushError: If there is no token, the Hub refuses, or the connection fails. The token is in no message.
+        PushError: If there is no token, the Hub refuses, or the connection fails. No message contains the token.
     """
     secret = _token(token)
     results = read_results(folder)
@@ -103,19 +103,19 @@ def publish(
 
 
 def write_card(directory: str | Path, name: str) -> Path:
-    """Write a run's model card into its model's folder, ready to be read, and to be pushed.
+    """Write the model card of a run into its model's folder.
 
-    What it says of itself is written anew at each push; words that somebody adds around it stay.
+    Each push rewrites the card; text that somebody adds around it stays.
 
     Args:
-        directory: What `open_folder` takes.
-        name: That the model will have on the Hub, without the namespace.
+        directory: Argument of `open_folder`.
+        name: Name of the model on the Hub, without the namespace.
 
     Returns:
-        The README.md.
+        Path of the README.md.
 
     Raises:
-        PushError: If there is no model, or what must not be shared.
+        PushError: If there is no model, or a file that must not be shared.
     """
     folder = open_folder(directory)
     results = read_results(folder)
@@ -138,7 +138,7 @@ def _token(token: str | bool | None) -> str:
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
-    """Make the repository and the branch; the repository's full name."""
+    """Create the repository and the branch, and return the repository's full name."""
     validate_repo_id(repo_id)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
@@ -149,7 +149,7 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | Non
 
 
 def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Origin | None) -> str:
-    """The card in the README that the folder has, else in the one on the Hub, else by itself."""
+    """Return the card merged into the folder's README, else into the one on the Hub, else alone."""
     file = folder.files.get(_README)
     local = file.read_text(encoding="utf-8") if file is not None else None
     if local is not None and not is_template(local):
@@ -169,9 +169,9 @@ def _draw(folder: ModelFolder, path: Path) -> Path:
 
 @contextlib.contextmanager
 def _hub_errors(api: HfApi, repo_id: str, secret: str) -> Iterator[None]:
-    """What goes wrong between here and the Hub, as one PushError without the token in it.
+    """Turn errors of the Hub and the connection into a PushError without the token.
 
-    The original is dropped: a server may repeat in its answer what it was sent.
+    The original error is dropped, since a server may repeat the token in its answer.
     """
     try:
         yield

@@ -29,30 +29,30 @@ def push(
     license: str | None = None,
     data: str | None = None,
 ) -> CommitInfo:
-    """Push a checkpoint, a folded one, an adapter, or a run's model to the Hub, with a model card.
+    """Push a checkpoint, a folded checkpoint, an adapter, or a run's model to the Hub, with a model card.
 
-    Only safetensors and the text files beside them leave the machine: a pickle or code in the folder is refused, but
-    for the state of Trainer and of DeepSpeed, which is left out. A README.md that is there, in the folder or on the
-    Hub, keeps its words. Broken off, it can be called again: large files that have arrived are not sent again.
+    Only safetensors and the text files beside them are uploaded. Pickles and code are refused, except the state of
+    Trainer and DeepSpeed, which is skipped. The text of an existing README.md, in the folder or on the Hub, is kept.
+    After an interruption it can be called again; large files that were uploaded are not sent twice.
 
     Args:
-        directory: With a `config.json` or an `adapter_config.json`; or a run's, with its model in `final/`.
-        repo_id: `namespace/name` on the Hub; made if it is not there.
-        folded: Push the plain form of a Symphony checkpoint, for software that does not know of graphs.
-        private: Whether the repository is made for its owner alone; None: as the account has it.
-        revision: Branch, made if it is not there.
-        token: Of the Hub; when None, that of `hf auth login` or HF_TOKEN.
+        directory: Folder with a `config.json` or an `adapter_config.json`, or of a run with its model in `final/`.
+        repo_id: `namespace/name` on the Hub, created if missing.
+        folded: Whether to push the folded checkpoint, for software without Symphony support.
+        private: Whether to create a private repository; by default as the account is set.
+        revision: Branch, created if missing.
+        token: Access token of the Hub; by default that of `hf auth login` or HF_TOKEN.
         create_pr: Whether to open a pull request instead.
-        base_model: Its name on the Hub, for the card; else from the run's results or the adapter.
-        license: Of the base model; else as the Hub has it.
-        data: What it was trained on: a data set's name on the Hub, or a description; else from the run's results.
+        base_model: Name of the base model on the Hub, for the card; by default from the run's results or the adapter.
+        license: License of the base model; by default the one on the Hub.
+        data: Training data: name on the Hub, or a description; by default from the run's results.
 
     Returns:
         The commit, with its address in `commit_url`.
 
     Raises:
-        PushError: If the folder has no model, or what must not be shared; or the Hub refuses, or is not reached.
-        ConfigError: If the settings of the graphs, or the config to be folded, cannot be read.
+        PushError: If the folder has no model or a file that must not be shared, or the Hub refuses or is unreachable.
+        ConfigError: If the settings of the graphs, or the config to fold, cannot be read.
         FoldError: If the graphs cannot be folded.
         GraphError: If the graphs cannot be read.
     """
@@ -67,9 +67,9 @@ def push(
 
 
 def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
-    """The plain form of a Symphony checkpoint, with the tokenizer and what else is beside it."""
+    """Return the folded form of a Symphony checkpoint, with its tokenizer and other files."""
     if folder.kind != "symphony":
-        raise PushError(f"push: `{folder.path}` is no Symphony checkpoint, so there is nothing to fold in it")
+        raise PushError(f"push: `{folder.path}` is not a Symphony checkpoint, so there is nothing to fold")
     export_folded(_load(folder.path, "push"), scratch, tokenizer=False)
     plain = open_folder(scratch)
     beside = {name: file for name, file in folder.files.items() if not name.startswith(("model", "config.json"))}

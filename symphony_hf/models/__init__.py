@@ -1,4 +1,4 @@
-"""Modules of our own: mixtures of experts in the place of dense MLPs."""
+"""Models and modules of this package: upcycled MoE layers, their routers, LLaVA, and the WikiText model."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Reading a dense MLP: which of its linear maps does what, seen from its children and checked by running it."""
+"""Identification of the linear layers of a dense MLP, from its children and by running it."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +14,13 @@ _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 
 @dataclass(frozen=True)
 class MlpParts:
-    """A dense MLP.
+    """Parts of a dense MLP.
 
     Attributes:
         kind: `plain`: down(act(up(x))). `gated`: down(act(gate(x)) * up(x)).
-        up: The first linear map, or the two of them with the gate first.
-        down: The last one.
-        act: The activation.
+        up: First linear layer, or the gate and the up-projection.
+        down: Last linear layer.
+        act: Activation.
     """
 
     kind: Literal["plain", "gated"]
@@ -33,21 +33,21 @@ class MlpParts:
         return self.down.bias is not None
 
     def compute(self, x: Tensor) -> Tensor:
-        """What the MLP gives, from its parts alone."""
+        """Compute the MLP's output from its parts."""
         first, *second = (linear(x) for linear in self.up)
         inner = self.act(first)
         return self.down(inner * second[0] if second else inner)
 
 
 def read_mlp(name: str, module: nn.Module) -> MlpParts:
-    """See what an MLP is made of.
+    """Return the parts of an MLP.
 
     Args:
-        name: For the error message.
-        module: Two linear maps with an activation between, or three with a gate.
+        name: Name of the module, for error messages.
+        module: Module with two linear layers and an activation between them, or three with a gate.
 
     Raises:
-        UpcycleError: If it is anything else, or computes something else than its parts say.
+        UpcycleError: If it has another form, or does not compute what its parts do.
     """
     linears = {child_name: child for child_name, child in module.named_children() if isinstance(child, nn.Linear)}
     acts = [child for child in module.children() if not isinstance(child, nn.Linear | nn.Dropout | nn.Identity)]
@@ -59,15 +59,15 @@ def read_mlp(name: str, module: nn.Module) -> MlpParts:
             "adapted weights cannot be copied; load the plain model"
         )
     if len(acts) != 1 or list(acts[0].parameters()):
-        raise UpcycleError(f"upcycle_modules: {where} is no MLP: one activation was expected, found {len(acts)}")
+        raise UpcycleError(f"upcycle_modules: {where} is not an MLP: expected one activation, found {len(acts)}")
     parts = _parts(linears, acts[0])
     if parts is None:
         raise UpcycleError(
-            f"upcycle_modules: {where} is no MLP that is known: linear maps {', '.join(linears) or 'none'}; two, or a "
-            "gate, an up- and a down-projection were expected. Name the MLP itself"
+            f"upcycle_modules: {where} is not a known MLP: expected two linear layers, or a gate, an up- and a "
+            f"down-projection, found {', '.join(linears) or 'none'}. Name the MLP itself"
         )
     if len({linear.bias is None for linear in (*parts.up, parts.down)}) > 1:
-        raise UpcycleError(f"upcycle_modules: {where}: some of its linear maps have a bias, and some have none")
+        raise UpcycleError(f"upcycle_modules: {where}: some of its linear layers have a bias, and some do not")
     _check_computes(where, module, parts)
     return parts
 
@@ -83,7 +83,7 @@ def _parts(linears: dict[str, nn.Linear], act: nn.Module) -> MlpParts | None:
 
 
 def _check_computes(where: str, module: nn.Module, parts: MlpParts) -> None:
-    """Run the MLP on random numbers; on the meta device there are none, and its shape is all that can be seen."""
+    """Run the MLP on random inputs; on the meta device only the shape is compared."""
     weight = parts.down.weight
     x = torch.randn(4, parts.up[0].in_features, generator=torch.Generator().manual_seed(0)).to(weight)
     was_training = module.training
@@ -97,4 +97,4 @@ def _check_computes(where: str, module: nn.Module, parts: MlpParts) -> None:
         module.train(was_training)
     same = wanted.is_meta or F.l1_loss(got.float(), wanted.float()) <= 1e-4 * wanted.float().abs().mean()
     if not isinstance(wanted, Tensor) or wanted.shape != got.shape or not same:
-        raise UpcycleError(f"upcycle_modules: {where} computes something else than its two or three linear maps say")
+        raise UpcycleError(f"upcycle_modules: {where} computes something else than its linear layers and activation")

@@ -1,4 +1,4 @@
-"""LLaVA out of two checkpoints: a language model, a vision tower, and a new projector between them."""
+"""LLaVA from two checkpoints: a language model, a vision tower, and a new projector."""
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from symphony_hf.errors import ConfigError
 
 
 def vision_config_of(path: str) -> PreTrainedConfig:
-    """The config of a checkpoint's vision tower: its own, or that of the half of CLIP or SigLIP that sees.
+    """Return the config of a checkpoint's vision tower, which may be part of CLIP or SigLIP.
 
     Raises:
-        ConfigError: If it has none.
+        ConfigError: If there is none.
     """
     config = AutoConfig.from_pretrained(path)
     config = getattr(config, "vision_config", config)
@@ -28,7 +28,7 @@ def vision_config_of(path: str) -> PreTrainedConfig:
 
 
 def llava_config(text: PreTrainedConfig, vision: PreTrainedConfig, image_token_id: int) -> LlavaConfig:
-    """LLaVA's own settings: the features before the vision tower's last layer, its class token left out."""
+    """Return LLaVA's usual config: features before the vision tower's last layer, without the class token."""
     return LlavaConfig(text_config=text, vision_config=vision, image_token_id=image_token_id)
 
 
@@ -41,17 +41,15 @@ def build_llava(
     seed: int = 0,
     text_revision: str | None = None,
 ) -> LlavaForConditionalGeneration:
-    """Put a language model and a vision tower together, with a projector that has learned nothing yet.
-
-    Neither is copied: the model is built empty, and the two are put into it.
+    """Combine a language model and a vision tower with a new projector, without copying either.
 
     Args:
-        text_path: A causal language model's checkpoint.
-        vision_path: A vision tower's, or CLIP's or SigLIP's.
-        image_token_id: The token that stands for an image. If the vocabulary has no room for it, it is enlarged.
-        dtype: Of all weights; `auto` for the language model's own.
-        seed: Of the projector's weights, drawn from N(0, 0.02).
-        text_revision: Branch, tag or commit on the Hub.
+        text_path: Checkpoint of a causal language model.
+        vision_path: Checkpoint of a vision tower, CLIP or SigLIP.
+        image_token_id: Id of the image token. The vocabulary is enlarged if necessary.
+        dtype: Data type of all weights; `auto` for that of the language model.
+        seed: Seed of the projector's weights, drawn from N(0, 0.02).
+        text_revision: Branch, tag or commit of the language model on the Hub.
 
     Raises:
         ConfigError: If the second checkpoint has no vision tower.

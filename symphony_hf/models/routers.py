@@ -1,4 +1,4 @@
-"""Routers of our own models and of experts that were made of a dense MLP: SMoE's, XMoE's, SmoothSMoE's.
+"""Routers of the WikiText model and of upcycled MLPs: those of SMoE, XMoE and SmoothSMoE.
 
 Shapes: T tokens, D hidden size, R dimensions of the cosine router's space, E experts, K chosen by a token.
 """
@@ -8,22 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TEMPERATURE = 0.3
-"""Where the cosine router's temperature starts."""
+"""Initial temperature of the cosine router."""
 
 LOW_DIMENSIONS = 16
-"""Of the cosine router's space at least; half as many as experts where that is more."""
+"""Minimum dimension of the cosine router's space, which is half the number of experts if that is more."""
 
 NEAR_ZONE = 0.1
-"""Below the last chosen logit, in nats, within which the smooth router lifts an expert in."""
+"""Distance below the last selected logit, in nats, within which the smooth router adds an expert."""
 
 SHARPNESS = 50.0
-"""Of the smooth router's lift: how soon in the near zone it is over."""
+"""Sharpness of the smooth router's lift: how quickly it rises within the near zone."""
 
 
 class TopKRouter(nn.Module):
-    """Chooses the K highest logits, and weighs them by a softmax over the chosen, so that the weights sum to 1.
+    """Router that selects the K highest logits, with a softmax over them as weights, which so sum to 1.
 
-    With equal experts their weighted sum is then what one of them gives, whatever the router chooses.
+    With equal experts, the weighted sum equals the output of one expert, whatever the selection.
 
     Args:
         hidden_size: D.
@@ -37,13 +37,13 @@ class TopKRouter(nn.Module):
         self.top_k = top_k
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts, as transformers' own routers return it.
+        """Select experts; the return value is that of transformers' own routers.
 
         Args:
             hidden_states: Shape: (T, D).
 
         Returns:
-            Logits, shape (T, E), weights, shape (T, K), and the chosen experts, shape (T, K).
+            Logits, shape (T, E); weights, shape (T, K); selected experts, shape (T, K).
         """
         logits_TE = self.compute_logits(hidden_states)
         chosen_TK, indices_TK = logits_TE.topk(self.top_k, dim=-1)
@@ -51,12 +51,12 @@ class TopKRouter(nn.Module):
         return logits_TE, weights_TK, indices_TK
 
     def compute_logits(self, hidden_TD: Tensor) -> Tensor:
-        """The affinity of each token to each expert. Shape: (T, D) to (T, E)."""
+        """Compute the affinity of each token to each expert. Shape: (T, D) to (T, E)."""
         raise NotImplementedError
 
 
 class LinearRouter(TopKRouter):
-    """SMoE's: one linear map.
+    """SMoE's router: one linear layer.
 
     Args:
         hidden_size: D.
@@ -74,22 +74,22 @@ class LinearRouter(TopKRouter):
 
 
 class SmoothRouter(LinearRouter):
-    """SmoothSMoE's: a linear router that lifts the expert just below the cut in, softly, as it nears it.
+    """SmoothSMoE's router: linear, with a soft contribution of the expert just below the top-k.
 
-    With g_K the last chosen logit, g the next one, and u = 1 - (g_K - g) / width its nearness, the expert below takes
-    part with the logit g + S(u), S(u) = -softplus(SHARPNESS log(1 - u) - log u), if 0 < u: minus infinity at u = 0, and
-    nothing at u = 1, where the two trade places, so that their weights do not jump. Where none is near, this is
-    `LinearRouter`. The K highest are the choice; what is lifted in only adds to it.
+    With g_K the last selected logit, g the next one, and u = 1 - (g_K - g) / width its nearness, the next expert
+    contributes with the logit g + S(u), S(u) = -softplus(SHARPNESS log(1 - u) - log u), if u > 0. The lift S is minus
+    infinity at u = 0 and zero at u = 1, where the two experts swap ranks, so that the weights do not jump. If no expert
+    is near, this is `LinearRouter`. The selection is still the top-k; the added expert is not part of it.
 
     Args:
         hidden_size: D.
         num_experts: E, more than K.
         top_k: K.
         bias: Whether it has one.
-        width: Of the near zone, in nats of the logits.
+        width: Width of the near zone, in nats.
 
-    Source: arXiv 2606.19036. Deviation: the width is given, not learned by a loss that aims at a number of experts; and
-        one expert is lifted in, where more than one may be near: it jumps where two of these trade places.
+    Source: arXiv 2606.19036. Deviation: the width is fixed, not learned by a loss on the number of experts; and only
+        one expert is added although several may be near, so the output jumps where two of these swap ranks.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class SmoothRouter(LinearRouter):
         self.width = width
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `TopKRouter.forward`, with one more expert a token, last, of weight 0 where it is not near."""
+        """Select experts as `TopKRouter.forward`, plus one more per token, last, with weight 0 if it is not near."""
         logits_TE = self.compute_logits(hidden_states)
         highest_TK, indices_TK = logits_TE.float().topk(self.top_k + 1, dim=-1)
         chosen_TK, below_T1 = highest_TK.split([self.top_k, 1], dim=-1)
         nearness_T1 = 1.0 - (chosen_TK[:, -1:] - below_T1) / self.width
         is_near_T1 = nearness_T1 > 0
-        # Clamped where it is not near, too, so that no gradient comes of what is masked.
+        # Clamped even if it is not near, so that masked entries have no NaN gradient.
         eps = torch.finfo(torch.float32).eps
         u_T1 = torch.where(is_near_T1, nearness_T1, 0.5).clamp(eps, 1 - eps)
         lift_T1 = -F.softplus(SHARPNESS * (1 - u_T1).log() - u_T1.log())
@@ -115,16 +115,16 @@ class SmoothRouter(LinearRouter):
 
 
 class CosineRouter(TopKRouter):
-    """XMoE's: cosines to the experts' embeddings in a space of few dimensions, over a learned temperature.
+    """XMoE's router: cosine similarity to expert embeddings in a low-dimensional space, over a learned temperature.
 
-    Cosines are no linear map of the embeddings, so no embeddings could hold the graph of a folded router. `mix` is the
-    linear map that can: the identity, never trained, until a graph is folded into it.
+    Cosines are not linear in the embeddings, so a graph cannot be folded into these. It is folded into `mix` instead, a
+    linear layer that is the identity and never trained.
 
     Args:
         hidden_size: D.
         num_experts: E.
         top_k: K.
-        dimensions: R; half as many as experts when None, but LOW_DIMENSIONS at least.
+        dimensions: R; by default half the number of experts, but at least LOW_DIMENSIONS.
 
     Source: arXiv 2204.09179. Deviation: the temperature is learned as its logarithm, so that it stays positive.
     """

@@ -1,7 +1,7 @@
-"""UpcycledMoE: experts that began as copies of one dense MLP, run through transformers' own experts interface.
+"""UpcycledMoE: experts that start as copies of one dense MLP, run through transformers' experts interface.
 
-The interface takes experts whose output is as wide as their input. Others, such as LLaVA's projector, run here: tokens
-sorted by expert, each expert on its slice.
+The interface requires equal input and output sizes. Other experts, such as those of LLaVA's projector, run here: tokens
+are sorted by expert, and each expert runs on its slice.
 """
 
 import functools
@@ -26,23 +26,23 @@ def run_sorted(
     num_experts: int,
     run: Callable[[Tensor, list[int]], Tensor],
 ) -> Tensor:
-    """Sort the chosen tokens by expert, run the experts, and sum their outputs for each token.
+    """Sort tokens by expert, run the experts, and sum their weighted outputs for each token.
 
     Args:
-        hidden_TD: Tokens. Shape: (T, hidden_size).
-        indices_TK: The chosen experts. Shape: (T, top_k).
-        weights_TK: Theirs. Same shape.
+        hidden_TD: Hidden states. Shape: (T, hidden_size).
+        indices_TK: Selected experts. Shape: (T, top_k).
+        weights_TK: Weights of these experts. Same shape.
         num_experts: E.
-        run: The experts: tokens sorted by expert (T * top_k, hidden_size), and how many of them each has, to outputs
-            (T * top_k, output_size).
+        run: Function from tokens sorted by expert, shape (T * top_k, hidden_size), and the number of tokens of each
+            expert to outputs, shape (T * top_k, output_size).
 
     Returns:
-        Shape: (T, output_size).
+        Outputs. Shape: (T, output_size).
     """
     sorted_S, order_S = indices_TK.reshape(-1).sort(stable=True)
     lengths = torch.bincount(sorted_S, minlength=num_experts).tolist()
     outputs_SO = run(hidden_TD[order_S // indices_TK.shape[1]], lengths)
-    # Back into the tokens' order, then summed: index_add_ would sum in another order at each run on a GPU.
+    # Restore the order of the tokens before summing: on a GPU, index_add_ sums in a different order each run.
     places_S = torch.empty_like(order_S)
     places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     weights_TK = weights_TK.to(outputs_SO.dtype)
@@ -50,18 +50,18 @@ def run_sorted(
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
-    """Apply each expert's linear map to its slice.
+    """Apply each expert's linear layer to its slice.
 
     Args:
         x: Tokens, sorted by expert. Shape: (S, input_size).
-        weight: Shape: (num_experts, output_size, input_size).
-        bias: Shape: (num_experts, output_size).
-        lengths: How many of the tokens each expert has; 0 for one that nobody chose.
+        weight: Stacked weights. Shape: (num_experts, output_size, input_size).
+        bias: Stacked biases. Shape: (num_experts, output_size).
+        lengths: Number of tokens of each expert, possibly 0.
 
     Returns:
-        Shape: (S, output_size), in autocast's type where that is on.
+        Outputs, in autocast's type if it is on. Shape: (S, output_size).
     """
-    # Autocast does not look into functions of one's own. The meta device has none.
+    # Autocast does not apply inside custom functions, and does not support the meta device.
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -104,11 +104,11 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class ExpertsSettings:
-    """What the experts interface reads: the implementation that the model around the experts is set to.
+    """Config for the experts interface, with the experts implementation of the surrounding model.
 
     Args:
-        config: Of that model. One without MoE layers of its own says none; then it is grouped_mm, or, where there is no
-            accelerator, eager: on a CPU grouped_mm is slower than a loop over experts.
+        config: Config of that model. If it sets no implementation, as in models without MoE layers of their own, it is
+            grouped_mm with an accelerator, and otherwise eager, which is faster on a CPU.
     """
 
     def __init__(self, config: PreTrainedConfig | None) -> None:
@@ -121,11 +121,11 @@ class ExpertsSettings:
 
 
 class _Experts(nn.Module):
-    """The stacked weights of experts, and one way to run them: one expert after the other.
+    """Stacked experts, with the eager implementation that runs one after the other.
 
     Args:
-        config: See `ExpertsSettings`.
-        parts: Of the MLP that every expert begins as a copy of.
+        config: Config for the experts interface.
+        parts: Parts of the MLP that every expert is a copy of.
         num_experts: E.
     """
 
@@ -143,20 +143,20 @@ class _Experts(nn.Module):
                     self.register_parameter(name + suffix, nn.Parameter(stacked))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run `eager`: sorted by expert, and each expert on its slice.
+        """Sort tokens by expert and run each expert on its slice (`experts_implementation="eager"`).
 
         Args:
             hidden_states: Shape: (tokens, hidden_size).
-            top_k_index: The chosen experts. Shape: (tokens, top_k).
-            top_k_weights: Theirs. Same shape.
+            top_k_index: Selected experts. Shape: (tokens, top_k).
+            top_k_weights: Weights of these experts. Same shape.
 
         Returns:
-            The weighted sum of the chosen experts' outputs. Shape: (tokens, output_size).
+            Weighted sum of the selected experts' outputs. Shape: (tokens, output_size).
         """
         return run_sorted(hidden_states, top_k_index, top_k_weights, self.num_experts, self._run)
 
     def _run(self, x_SI: Tensor, lengths: list[int]) -> Tensor:
-        """The experts on their slices, without the routing's weights."""
+        """Run the experts on their slices, without weighting the outputs."""
         parameters: Any = self
         name = "gate_up_proj" if parameters.has_gate else "up_proj"
         inner = grouped_linear(x_SI, getattr(self, name), getattr(self, f"{name}_bias", None), lengths)
@@ -170,7 +170,7 @@ class _Experts(nn.Module):
 
 @functools.cache
 def _experts_class(has_gate: bool, has_bias: bool, is_square: bool) -> type[_Experts]:
-    """The experts of one form, as transformers' interface wants it declared."""
+    """Return the class for one form of experts, declared as transformers' interface requires."""
     form = "Gated" if has_gate else "Plain"
     made = type(f"Upcycled{form}Experts", (_Experts,), {"__module__": __name__, "__doc__": _Experts.__doc__})
     if is_square:
@@ -180,19 +180,19 @@ def _experts_class(has_gate: bool, has_bias: bool, is_square: bool) -> type[_Exp
 
 
 class UpcycledMoE(nn.Module):
-    """A mixture of experts in the place of a dense MLP: any input of shape (..., hidden_size).
+    """Mixture of experts in place of a dense MLP, for inputs of shape (..., hidden_size).
 
-    Each expert begins as a copy, and a token's weights sum to 1, so at first it computes what the MLP did.
+    The experts start as copies and a token's weights sum to 1, so it initially computes what the MLP did.
 
     Args:
-        parts: Of the MLP, see `read_mlp`.
+        parts: Parts of the MLP, from `read_mlp`.
         num_experts: E.
-        top_k: Experts a token.
-        head: `smoe` or `xmoe`, see `modules.routers`.
-        config: Of the model around it: its `experts_implementation` is followed.
+        top_k: Number of experts per token.
+        head: Router type: `smoe` or `xmoe`, see `ROUTERS`.
+        config: Config of the surrounding model, whose `experts_implementation` is used.
 
     Attributes:
-        awaits_checkpoint: Whether it was made for a checkpoint's weights, which must all arrive.
+        awaits_checkpoint: Whether all weights must still be loaded from a checkpoint.
     """
 
     awaits_checkpoint = False
@@ -208,7 +208,7 @@ class UpcycledMoE(nn.Module):
         self.experts = experts_class(ExpertsSettings(config), parts, num_experts)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Send each token to its experts. Shape: (..., hidden_size) to (..., output_size)."""
+        """Run each token through its experts. Shape: (..., hidden_size) to (..., output_size)."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, indices_TK = self.gate(flat)
         output = self.experts(flat, indices_TK, weights_TK)

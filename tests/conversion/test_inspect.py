@@ -236,10 +236,10 @@ def test_a_checkpoint_that_is_not_whole(tmp_path):
     make_model().save_pretrained(tmp_path, max_shard_size="40KB")
     shard = min(tmp_path.glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(DataError, match="is the checkpoint whole"):
+    with pytest.raises(DataError, match="is the checkpoint complete"):
         inspect_model(tmp_path)
     shard.unlink()
-    with pytest.raises(DataError, match="is the checkpoint whole"):
+    with pytest.raises(DataError, match="is the checkpoint complete"):
         inspect_model(tmp_path)
 
 
@@ -327,7 +327,7 @@ def test_a_model_on_the_hub(tmp_path, monkeypatch):
 def test_a_hub_that_is_not_reached():
     with pytest.raises(ConfigError, match="no config of a model"):
         inspect_model("someone/model")
-    with pytest.raises(DataError, match="not to be had from the Hub"):
+    with pytest.raises(DataError, match="could not be read from the Hub"):
         stored_types("someone/model")
 
 

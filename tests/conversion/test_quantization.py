@@ -64,7 +64,7 @@ def _peft_and_transformers_of_each_other():
 
 
 def make_model(family="olmoe", **settings):
-    """With rows of 64 numbers: bitsandbytes unpacks others wrongly on a CPU."""
+    """With rows of 64 values: bitsandbytes unpacks others wrongly on a CPU."""
     return models.make_model(family, **{**SIZES, **settings})
 
 
@@ -510,7 +510,7 @@ def test_rows_that_end_within_a_block_are_refused(tmp_path):
     """On every processor, so that a packed model computes the same on each."""
     model = make_model("mixtral", intermediate_size=96)
     whole = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(UnsupportedModelError, match=r"down_proj` has rows of 96 numbers.*accelerator"):
+    with pytest.raises(UnsupportedModelError, match=r"down_proj` has rows of 96 values.*accelerator"):
         quantize_experts(model)
     assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
     model.save_pretrained(tmp_path)

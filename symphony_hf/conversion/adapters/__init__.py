@@ -1,4 +1,4 @@
-"""PEFT adapters that hold the graph: what LoRA is put on, what is saved beside them, how they are loaded."""
+"""PEFT adapters with graphs: LoRA configs, the record beside an adapter, and loading."""
 
 from .loading import load_adapter, restore_adapter
 from .lora import lora_config

@@ -1,4 +1,4 @@
-"""load_adapter: an adapter with graphs, on a base model that is made ready for it first."""
+"""load_adapter: load an adapter with graphs onto a base model, which is symphonized first."""
 
 from pathlib import Path
 from typing import Any
@@ -34,26 +34,26 @@ def load_adapter(
     trainable: bool = False,
     revision: str | None = None,
 ) -> Any:
-    """Load an adapter that was trained on a Symphony model. A plain base model is symphonized first, as it needs.
+    """Load an adapter that was trained on a Symphony model. A plain base model is symphonized as the adapter requires.
 
-    The record, PEFT's config, the graphs, and the names and shapes of all tensors are checked first: what is refused
-    leaves the model as it was. Nothing but JSON and safetensors is read.
+    The record, PEFT's config, the graphs, the names and shapes of all tensors, and the base model are checked first; an
+    adapter that is refused leaves the model unchanged. Only JSON and safetensors are read.
 
     Args:
-        model: The base model, plain or symphonized; or what this returned for another adapter, to add one.
-        adapter: A folder, or a repository on the Hub.
-        name: What to call the adapter; `set_adapter(name)` switches to it.
-        trainable: Whether to go on training it.
+        model: Base model, plain or symphonized, or the result of an earlier call, to add another adapter.
+        adapter: Folder, or repository on the Hub.
+        name: Name of the adapter in the model, for `set_adapter(name)`.
+        trainable: Whether to continue training it.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        PEFT's `PeftModel`. The first adapter is active; a further one is after `set_adapter`.
+        PEFT's `PeftModel`. The first adapter is active; others become active with `set_adapter`.
 
     Raises:
-        ConfigError: If the adapter's record or PEFT's config is missing or not usable, or of another model or other
-            settings than this one's; or its tensors are not those that the two ask for.
-        GraphError: If a graph is missing from the adapter, or is none.
-        PatchError: If the model has an adapter of that name.
+        ConfigError: If the adapter's record or PEFT's config is missing or invalid, the adapter belongs to another base
+            model or other settings, or its tensors do not match.
+        GraphError: If a graph is missing or invalid.
+        PatchError: If the model already has an adapter of that name.
     """
     folder = _local_folder(str(adapter), revision)
     record = AdapterRecord.read(folder)
@@ -70,7 +70,7 @@ def load_adapter(
         if made_ready:
             unsymphonize(base_of(model))
         raise
-    # PEFT's LoRA is float32 on a model of 16 bits, unless it was trained otherwise, as TRL does on one of 4.
+    # On a 16-bit model PEFT's LoRA is float32 unless it was trained otherwise, as TRL does on 4-bit models.
     with refusals(f"{folder / CONFIG_NAME}"):
         adapted = add_adapter(model, config, name, widens=_is_wide(folder / _WEIGHTS))
     restore_adapter(adapted, folder, name)
@@ -80,19 +80,19 @@ def load_adapter(
 
 
 def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> None:
-    """Give an adapter that is in a model the numbers that were saved: the exact reverse of how PEFT saved them.
+    """Copy saved tensors into an adapter of a model, as the exact inverse of how PEFT saves them.
 
-    PEFT's own loading also renames tensors as older checkpoints need it, which for some families (DeepSeek-OCR 2,
-    Inkling 2, ...) leaves LoRA's tensors of today without a place, and says nothing.
+    PEFT's own loader also renames tensors for older checkpoints, which for some families (DeepSeek-OCR 2,
+    Inkling 2, ...) silently drops LoRA tensors of current checkpoints.
 
     Args:
-        model: PEFT's, with the adapter.
-        folder: Where the adapter was saved.
-        name: The adapter's in the model.
+        model: PEFT model with the adapter.
+        folder: Folder of the saved adapter.
+        name: Name of the adapter in the model.
 
     Raises:
-        ConfigError: If the tensors are not those that the adapter has, or its record asks for other graphs than the
-            model's; nothing was changed then.
+        ConfigError: If the tensors do not match the adapter, or its record does not match the model. The model is
+            unchanged then.
     """
     from peft import get_peft_model_state_dict
 
@@ -101,7 +101,7 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
         _check_ready(base_of(model), record, Path(folder))
         check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), Path(folder))
     saved = load_file(Path(folder) / _WEIGHTS)
-    # What PEFT would save now: the model's own tensors, under the names in the file.
+    # What PEFT would save now: views of the model's tensors, by their names in the file.
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
     check_tensors(Path(folder), model, *shapes)
@@ -119,13 +119,15 @@ def _local_folder(adapter: str, revision: str | None) -> Path:
     except EntryNotFoundError as error:
         raise ConfigError(f"load_adapter: `{adapter}` on the Hub lacks one of {', '.join(names)}: {error}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"load_adapter: `{adapter}` is no folder, and not to be had from the Hub: {error}") from error
+        raise ConfigError(
+            f"load_adapter: `{adapter}` is no folder, and could not be loaded from the Hub: {error}"
+        ) from error
     return Path(files[0]).parent
 
 
 def _check_graphs(weights: Path, record: AdapterRecord) -> None:
     if not weights.exists():
-        raise ConfigError(f"`{weights}` does not exist, and adapters are loaded from nothing but safetensors")
+        raise ConfigError(f"`{weights}` does not exist: adapters are loaded from nothing but safetensors")
     stored = {bare_name(name): graph for name, graph in read_graphs(weights).items()}
     problems = [f"{name}: missing" for name in record.routers if name not in stored]
     for name, shape in record.routers.items():
@@ -137,25 +139,25 @@ def _check_graphs(weights: Path, record: AdapterRecord) -> None:
 
 
 def _updates_problems(weights: Path) -> list[str]:
-    """By how many updates a strength warms up; a negative number, or none, would turn it around."""
+    """Check the update counters, which the warm-up of the strength depends on."""
     with safe_open(weights, "pt") as file:
         names = [name for name in file.keys() if name.endswith(".symphony.updates")]  # noqa: SIM118
         stored = {name: file.get_tensor(name) for name in names}
     return [
-        f"{bare_name(name)}: a whole number from 0 on was expected"
+        f"{bare_name(name)}: expected a whole number of at least 0"
         for name, updates in stored.items()
         if updates.dtype != torch.int64 or updates.ndim or updates < 0
     ]
 
 
 def _is_wide(weights: Path) -> bool:
-    """Whether LoRA was saved in float32."""
+    """Return whether LoRA was saved in float32."""
     with safe_open(weights, "pt") as file:
         return any(file.get_slice(name).get_dtype() == "F32" for name in file.keys() if ".lora_" in name)  # noqa: SIM118
 
 
 def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> bool:
-    """Symphonize a plain base model as the adapter's was, or see that a symphonized one is so; whether it was plain."""
+    """Symphonize a plain base model for the adapter, or check a symphonized one. Return whether it was plain."""
     base = base_of(model)
     if record.model_type != getattr(getattr(base, "config", None), "model_type", None):
         raise ConfigError(f"load_adapter: `{folder}` is for a model of type {record.model_type}, not {family_of(base)}")
@@ -175,7 +177,7 @@ def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
     if differing:
         raise ConfigError(
             f"the model is symphonized with other settings than the adapter of `{folder}` needs: "
-            f"{', '.join(differing)}. Give `load_adapter` the plain base, and it is symphonized as the adapter's was"
+            f"{', '.join(differing)}. Give `load_adapter` the plain base, which it symphonizes with the right settings"
         )
     _check_routers(record.routers, own.routers, folder)
 

@@ -1,4 +1,4 @@
-"""lora_config: a stock LoraConfig for a Symphony model of any family."""
+"""lora_config: a stock LoraConfig for Symphony models of any family."""
 
 import dataclasses
 import importlib.metadata
@@ -26,7 +26,7 @@ from .targets import (
 _OURS = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 _LISTS = ("target_modules", "target_parameters", "modules_to_save")
 _NOT_ON_STACKED_EXPERTS = ("use_dora", "lora_bias", "fan_in_fan_out", "velora_config", "kasa_config")
-"""Settings of LoraConfig that PEFT's LoRA of a parameter refuses."""
+"""Settings of LoraConfig that PEFT does not support for `target_parameters`."""
 
 
 def lora_config(
@@ -40,30 +40,30 @@ def lora_config(
     dropout: float = 0.0,
     **more: Any,
 ) -> Any:
-    """Make PEFT's LoraConfig for a Symphony model, with the graph in the adapter: for `peft.get_peft_model`, or TRL.
+    """Return a LoraConfig with the graphs in the adapter, for `peft.get_peft_model` or TRL.
 
-    Each adapter has graphs of its own, in float32: they move while it trains, merging keeps them, and
-    `disable_adapter()` gives back the base model's. Whoever saves the adapter, a `symphony_config.json` is written
-    beside it, by which `load_adapter` knows what it needs.
+    Each adapter has its own graphs, in float32. They change during training, merging keeps them, and
+    `disable_adapter()` restores those of the base model. However the adapter is saved, a `symphony_config.json` is
+    written beside it, which tells `load_adapter` what the adapter needs.
 
     Args:
-        model: Symphonized; of any family, on any device, quantized or not. With adapters already, for one more.
-        router: `graph`: the routers' weights stay as they are. `train`: they are trained, and are in the adapter.
-        experts: Whether LoRA is put on the experts.
-        attention: Whether it is put on the attention of the decoder stacks that have routers.
+        model: Symphonized model of any family, on any device, quantized or not, with or without adapters.
+        router: `graph`: router weights are frozen. `train`: they are trained and saved in the adapter.
+        experts: Whether to apply LoRA to the experts.
+        attention: Whether to apply LoRA to the attention of the decoder stacks that have routers.
         r: Rank.
-        alpha: Scale, over the rank; twice the rank when None.
-        dropout: On LoRA's input. Must be 0 where experts are stacked in one parameter.
-        **more: LoraConfig's other settings. `target_modules`, `target_parameters` and `modules_to_save` are lists of
-            names, in addition to those found.
+        alpha: LoRA's alpha; by default twice the rank.
+        dropout: Dropout on LoRA's input. Must be 0 for experts that are stacked in one parameter.
+        **more: Other settings of LoraConfig. `target_modules`, `target_parameters` and `modules_to_save` are lists of
+            names that are added to those found.
 
     Returns:
         A `peft.LoraConfig`.
 
     Raises:
         PatchError: If the model is not symphonized.
-        ConfigError: If a setting is unknown, matches nothing, or asks for what PEFT cannot do.
-        UnsupportedModelError: If attention, or the experts, have nothing that LoRA can be put on.
+        ConfigError: If a setting is unknown, matches nothing, or is not supported by PEFT.
+        UnsupportedModelError: If LoRA cannot be applied to the attention or the experts.
     """
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -87,7 +87,7 @@ def lora_config(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
-        # PEFT wants to be told what LoRA is put on; this name of its own stands for nothing.
+        # PEFT requires a target; this placeholder of its own matches nothing.
         target_modules=modules or ([] if parameters else DUMMY_TARGET_MODULES),
         target_parameters=parameters or None,
         modules_to_save=_saved_modules(anatomy, router) + wanted["modules_to_save"],
@@ -134,7 +134,7 @@ def _check_experts(found: ExpertTargets, dropout: float, more: dict[str, Any]) -
     if dropout:
         raise ConfigError(
             f"lora_config: dropout is {dropout}, and PEFT's LoRA on stacked experts is added to their weights, where "
-            "there is no input to drop: give dropout=0"
+            "no input can be dropped: give dropout=0"
         )
     for name in _NOT_ON_STACKED_EXPERTS:
         if more.get(name):
@@ -147,7 +147,7 @@ def _check_experts(found: ExpertTargets, dropout: float, more: dict[str, Any]) -
 
 
 def _check_wanted(model: nn.Module, anatomy: Anatomy, wanted: dict[str, list[str]]) -> None:
-    """Refuse names that PEFT would pass over in silence, or take for something else."""
+    """Refuse names that PEFT would ignore silently or mistake for others."""
     parameters = {bare_name(held.name) for held in held_tensors(model) if ".lora_" not in held.name}
     known: dict[str, Iterable[str]] = dict.fromkeys(_LISTS, anatomy.modules) | {"target_parameters": parameters}
     for setting, ends in wanted.items():
@@ -170,15 +170,15 @@ def _check_wanted(model: nn.Module, anatomy: Anatomy, wanted: dict[str, list[str
 
 
 def _saved_modules(anatomy: Anatomy, router: RouterMode) -> list[str]:
-    """Ends of the names of what is in the adapter as a whole. PEFT matches them without regard to dots."""
+    """Return name suffixes of the modules that the adapter holds whole. PEFT matches them regardless of dots."""
     wanted = [name if router == "train" else f"{name}.symphony" for name in anatomy.routers]
     return shortest_ends(wanted, anatomy.modules, matches=str.endswith)
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """What PEFT wraps a model as, so that it generates as before."""
+    """Return the task type with which PEFT's wrapper still generates."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return None
     if type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return None  # PEFT has no such task: without one, it writes down the class that its AutoPeftModel loads
+        return None  # PEFT has no such task; without one, it records the class for its AutoPeftModel
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -1,8 +1,8 @@
-"""The record beside an adapter: what graph is in it, and what model it is for. PEFT's own files do not say.
+"""Record beside an adapter: its graph settings and its base model, which PEFT's own files do not contain.
 
-PEFT writes an adapter's config by the config's own `save_pretrained`; that of one instance, and of no class, is ours.
-The settings go into adapter_config.json, too: PEFT does not know them and says so, which is all that a plain PEFT says
-when it loads such an adapter, be it on a model without graphs.
+PEFT saves an adapter's config with the config's `save_pretrained`, which is replaced on the instance, not the class.
+The settings are also in adapter_config.json: PEFT warns that it does not know them, and that is its only warning when
+such an adapter is loaded onto a model without graphs.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 from .base_weights import sample_weights
 
 FORMAT = 1
-"""Of the record. One with a higher number is refused."""
+"""Format of the record. Higher numbers are refused."""
 
 RouterMode = Literal["graph", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterShape:
-    """How many experts a router chooses of how many."""
+    """Number of experts of a router, and number that it selects."""
 
     num_experts: int
     top_k: int
@@ -45,16 +45,16 @@ class RouterShape:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
-    """What an adapter with graphs needs to be loaded.
+    """Requirements of an adapter with graphs.
 
     Attributes:
-        router: `graph`: the graphs are in the adapter. `train`: the routers are, with their graphs.
-        symphony: The settings of the graphs, as a checkpoint's config.json has them.
-        routers: Those of the base model, by name.
-        model_type: Of the base model.
-        base_model: Its name or path, as far as PEFT knows it.
-        base_weights: A few values of its weights, by parameter name; none in records of earlier versions.
-        format: Of the record.
+        router: `graph`: the adapter has the graphs. `train`: it has the routers with their graphs.
+        symphony: Settings of the graphs, as in a checkpoint's config.json.
+        routers: Routers of the base model, by name.
+        model_type: Model type of the base model.
+        base_model: Name or path of the base model, if PEFT knows it.
+        base_weights: A few values of the base model's weights, by parameter name; none in earlier records.
+        format: Format of the record.
     """
 
     router: RouterMode
@@ -72,12 +72,12 @@ class AdapterRecord:
 
     @property
     def settings(self) -> SymphonyConfig:
-        """The settings of the graphs."""
+        """Settings of the graphs."""
         return SymphonyConfig.from_stored(self.symphony)
 
     @classmethod
     def of(cls, model: nn.Module, router: RouterMode) -> "AdapterRecord":
-        """The record of an adapter for a Symphony model.
+        """Return the record of an adapter for a Symphony model.
 
         Raises:
             PatchError: If the model is not symphonized.
@@ -97,13 +97,13 @@ class AdapterRecord:
         """Read the record beside an adapter.
 
         Raises:
-            ConfigError: If there is none, or it cannot be read, or has a newer format.
+            ConfigError: If it is missing or invalid, or has a newer format.
         """
         file = Path(folder) / RECORD_NAME
         if not file.exists():
             raise ConfigError(
                 f"`{folder}` has no {RECORD_NAME}: its adapter holds no graphs, or was saved without `lora_config` and "
-                "SymphonyCallback, and nothing says what model it needs. PEFT's own loader puts it on one that is ready"
+                "SymphonyCallback, and its base model is unknown. Load it with PEFT onto a model that is ready for it"
             )
         values = read_object(file, ConfigError)
         version = values.get("format")
@@ -113,11 +113,11 @@ class AdapterRecord:
 
 
 def keep_record(config: Any, record: AdapterRecord) -> Any:
-    """Have PEFT write a record whenever it saves the adapter of this config.
+    """Make PEFT write a record whenever it saves the adapter of this config.
 
     Args:
-        config: Of PEFT. Its class and its fields stay as they are.
-        record: Of the adapter.
+        config: PEFT's config. Its class and fields are unchanged.
+        record: Record of the adapter.
 
     Returns:
         The same config.
@@ -137,15 +137,15 @@ def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, *
 
 
 def record_adapters(model: nn.Module) -> None:
-    """Keep a record of each adapter that holds graphs, also of those whose config was not made by `lora_config`.
+    """Make PEFT write a record of each adapter with graphs, including those without a config from `lora_config`.
 
     Args:
-        model: Any model; nothing is done to one that is not symphonized or has no adapters.
+        model: Model; it is unchanged if it is not symphonized or has no adapters.
     """
     if not is_symphonized(model):
         return
     for module in model.modules():
-        configs = module.__dict__.get("peft_config", {})  # of PeftModel, its tuner, or transformers' own integration
+        configs = module.__dict__.get("peft_config", {})  # of PeftModel, its tuner, or transformers' integration
         for name, config in configs.items() if isinstance(configs, dict) else ():
             mode = graphs_in_adapter(model, name)
             if mode is not None and "save_pretrained" not in config.__dict__:
@@ -153,11 +153,11 @@ def record_adapters(model: nn.Module) -> None:
 
 
 def graphs_in_adapter(model: nn.Module, adapter: str) -> RouterMode | None:
-    """Whether an adapter holds the routers with their graphs, the graphs alone, or neither.
+    """Return whether an adapter has the routers with their graphs, only the graphs, or neither.
 
     Args:
-        model: With the adapter in it.
-        adapter: Its name.
+        model: Model with the adapter.
+        adapter: Name of the adapter.
     """
     for wrapper in model.modules():
         saved = wrapper._modules.get("modules_to_save")

@@ -1,4 +1,4 @@
-"""What LoRA can be put on in a model: the linear maps of its attention, and its experts."""
+"""LoRA targets of a model: the linear layers of its attention, and its experts."""
 
 import re
 import warnings
@@ -15,20 +15,20 @@ from symphony_hf.patching.symphonize import symphony_routers
 
 
 def is_end_of(name: str, end: str) -> bool:
-    """Whether PEFT takes a name of `target_modules` or `target_parameters` for this module or parameter."""
+    """Return whether PEFT matches an entry of `target_modules` or `target_parameters` with this name."""
     return name == end or name.endswith(f".{end}")
 
 
 def shortest_ends(
     wanted: Iterable[str], names: Collection[str], matches: Callable[[str, str], bool] = is_end_of, parts: int = 1
 ) -> list[str]:
-    """The shortest ends of names, at their dots, that match all wanted ones and no other.
+    """Return the shortest dotted suffixes that match all wanted names and no others.
 
     Args:
-        wanted: Names of modules, or of parameters.
-        names: All of the model.
-        matches: Whether PEFT takes an end for a name: for `modules_to_save` it does without regard to dots.
-        parts: How many parts of a name an end has at least, so that a reader sees what it is of.
+        wanted: Names of modules or parameters.
+        names: All names in the model.
+        matches: Whether PEFT matches a name with a suffix; for `modules_to_save` it ignores dots.
+        parts: Minimum number of parts of a suffix, for readability.
     """
     wanted = set(wanted)
     others = [name for name in names if name not in wanted]
@@ -44,21 +44,21 @@ def shortest_ends(
                 ends.add(end)
                 break
         else:
-            ends.add(name)  # its whole name is another's end: PEFT cannot tell the two apart
+            ends.add(name)  # its whole name is a suffix of another: PEFT cannot tell the two apart
     return sorted(ends)
 
 
 _CHOOSES_POSITIONS = re.compile("Indexer")
-"""Modules of sparse attention that choose positions by a top-k, through which no gradient comes."""
+"""Modules of sparse attention that select positions by a top-k, which has no gradient."""
 
 
 @dataclass(frozen=True)
 class ExpertTargets:
-    """What a model's experts are made of, in the names that PEFT takes.
+    """LoRA targets in a model's experts.
 
     Attributes:
-        parameters: Ends of the names of stacked weights, for `target_parameters`.
-        modules: Ends of the names of linear maps, where each expert has its own, for `target_modules`.
+        parameters: Name suffixes of stacked weights, for `target_parameters`.
+        modules: Name suffixes of the linear layers of separate experts, for `target_modules`.
         is_packed: Whether stacked weights are packed in 4 bits.
     """
 
@@ -68,7 +68,7 @@ class ExpertTargets:
 
 
 def attention_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Ends of the names of the attention's linear maps, in the decoder stacks that have routers.
+    """Return name suffixes of the attention's linear layers in the decoder stacks that have routers.
 
     Raises:
         UnsupportedModelError: If there are none.
@@ -77,7 +77,7 @@ def attention_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
     lost = taken_for_experts(model, ends)
     if lost:
         warnings.warn(
-            f"the attention's {', '.join(lost)} get no LoRA: PEFT takes such names for those of experts' weights in "
+            f"the attention's {', '.join(lost)} get no LoRA: PEFT mistakes such names for experts' weights of "
             "older checkpoints",
             SymphonyWarning,
             stacklevel=3,
@@ -92,10 +92,10 @@ def attention_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 
 def expert_targets(model: nn.Module, anatomy: Anatomy) -> ExpertTargets:
-    """What LoRA on the experts is put on.
+    """Return the LoRA targets in the experts.
 
     Raises:
-        UnsupportedModelError: If PEFT cannot be told of the experts' weights.
+        UnsupportedModelError: If PEFT cannot address the experts' weights.
     """
     held = {bare_name(tensor.name): tensor for tensor in held_tensors(model) if ".lora_" not in tensor.name}
     experts = {name: tensor for name, tensor in held.items() if anatomy.part_of(tensor) is Part.EXPERTS}
@@ -115,10 +115,10 @@ def expert_targets(model: nn.Module, anatomy: Anatomy) -> ExpertTargets:
 
 
 def taken_for_experts(model: nn.Module, ends: Sequence[str]) -> list[str]:
-    """Those of the names for `target_modules` that PEFT would take for weights of experts.
+    """Return the entries of `target_modules` that PEFT would mistake for weights of experts.
 
-    Adapters of transformers 4 name each expert's linear maps; PEFT puts the stacked weights in their place, by the
-    last part of a name (`gate_proj`, say), whatever it was of.
+    Adapters of transformers 4 name each expert's linear layers; PEFT replaces these names by the stacked weights, going
+    by the last part of a name (such as `gate_proj`) whatever it belongs to.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -128,7 +128,7 @@ def taken_for_experts(model: nn.Module, ends: Sequence[str]) -> list[str]:
         config: Any = LoraConfig(target_modules=[end])
         try:
             convert_peft_config_for_transformers(config, base_of(model), None)
-        except ValueError:  # it misses the other maps of an expert
+        except ValueError:  # it expects the other layers of an expert too
             taken.append(end)
             continue
         if set(config.target_modules) != {end}:
@@ -137,17 +137,17 @@ def taken_for_experts(model: nn.Module, ends: Sequence[str]) -> list[str]:
 
 
 def base_of(model: Any) -> Any:
-    """The model that PEFT has wrapped, or the model itself."""
+    """Return the model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: nn.Module) -> str:
-    """A model's type, for error messages."""
+    """Return a model's type, for error messages."""
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
 
 def _attention_maps(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:
-    """Names of the linear maps in the attention of the stacks that have routers; not in a vision tower's, say."""
+    """Yield names of linear layers in the attention of the stacks with routers, and so not of a vision tower."""
     stacks = {id(router.stack.owner) for _, router in symphony_routers(model) if router.stack is not None}
     for name, module in anatomy.modules.items():
         if not _is_linear_map(module) or ".lora_" in name:
@@ -165,5 +165,5 @@ def _attention_maps(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:
 
 
 def _is_linear_map(module: nn.Module) -> bool:
-    """An `nn.Linear` of torch, or of a quantization; families' own subclasses compute something else."""
+    """Return whether a module is torch's `nn.Linear` or a quantized one; subclasses in families compute more."""
     return isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")

@@ -1,8 +1,8 @@
-"""PEFT's config of an adapter from someone else: what it asks for is seen before the model is touched.
+"""Untrusted PEFT configs, checked before the model is touched.
 
-PEFT makes of a config whatever it asks for. Here nothing of it reads other files, imports modules, or searches names by
-patterns without end; and what it would put into the model is first put into a twin on the meta device, where nothing
-is allocated, and compared with the tensors that the adapter's file has.
+PEFT does whatever a config says. Configs that read other files, import modules, or match names with unbounded patterns
+are refused; the adapter is first added to a copy on the meta device, where nothing is allocated, and compared with the
+tensors in the adapter's file.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from .targets import family_of
 
 CONFIG_NAME = "adapter_config.json"
 _KINDS = ("LORA", "LOHA", "LOKR", "IA3")
-"""PEFT's types that hold nothing but tensors: others load further adapters, or states, from where the config says."""
+"""Adapter types of PEFT that have only tensors; others load more adapters or states from paths in the config."""
 
 _NOT_LOADED = ("megatron_config", "monteclora_config")
-"""Settings of LoraConfig that import a module which the config names, or draw numbers beside those of the file."""
+"""Settings of LoraConfig that import a module named in the config, or initialize weights that are not in the file."""
 
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 _PATTERNS_TO_VALUES = ("rank_pattern", "alpha_pattern")
@@ -36,10 +36,10 @@ _MOST_REPETITIONS = 3
 
 
 def read_peft_config(folder: Path) -> Any:
-    """The config of an adapter, as PEFT reads it.
+    """Return the config of an adapter, as PEFT reads it.
 
     Raises:
-        ConfigError: If it is none, or of a kind that holds more than tensors, or asks for what it must not.
+        ConfigError: If it is invalid, or of a type or with a setting that is not allowed.
     """
     from peft import PeftConfig
 
@@ -55,31 +55,31 @@ def read_peft_config(folder: Path) -> Any:
             )
     _check_patterns(file, values)
     with refusals(str(file)), warnings.catch_warnings():
-        # The settings are there for whoever loads the adapter without its record.
+        # The settings are for software that loads the adapter without its record.
         warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['symphony'\]")
         config = PeftConfig.from_pretrained(str(folder))
-    # A model without a name has '' there, which PEFT would compare with the base model's.
+    # It is '' for a model without a name, which PEFT would compare with the base model's.
     config.base_model_name_or_path = config.base_model_name_or_path or None
     return config
 
 
 def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
-    """Put an adapter into a twin of the model, without numbers, and compare it with what a file holds.
+    """Add an adapter to a copy of the model on the meta device, and compare it with the adapter's file.
 
     Args:
-        model: Symphonized as the adapter needs it; left as it is.
-        config: From `read_peft_config`.
-        weights: The adapter's safetensors.
-        name: What the adapter will be called.
+        model: Model symphonized for the adapter; it is unchanged.
+        config: Result of `read_peft_config`.
+        weights: Safetensors file of the adapter.
+        name: Name of the adapter.
 
     Raises:
-        ConfigError: If PEFT can make no adapter of it, or another one than the file's.
+        ConfigError: If PEFT cannot make an adapter of the config, or its tensors are not those in the file.
     """
     from peft import get_peft_model_state_dict
 
     copied, tried = _without_numbers(model), copy.deepcopy(config)
     with refusals(f"{weights.parent / CONFIG_NAME}"), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again, with the model itself
+        warnings.simplefilter("ignore")  # they come again with the model itself
         adapted = add_adapter(copied, tried, name)
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     with safe_open(weights, framework="pt") as file:
@@ -90,10 +90,10 @@ def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
 def check_tensors(
     folder: Path, model: nn.Module, own: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]
 ) -> None:
-    """Compare the tensors that an adapter has in a model with those that were saved.
+    """Compare the shapes of an adapter's tensors in a model with those that were saved.
 
     Raises:
-        ConfigError: If one is missing, has no place, or has another shape.
+        ConfigError: If a tensor is missing or unexpected, or has another shape.
     """
     lost = sorted({*saved} ^ {*own}) or sorted(key for key in own if own[key] != saved[key])
     if lost:
@@ -104,13 +104,13 @@ def check_tensors(
 
 
 def add_adapter(model: Any, config: Any, name: str, *, widens: bool = True) -> Any:
-    """Put an adapter into a model: PEFT's `PeftModel`, the same one if it is one already.
+    """Add an adapter to a model and return PEFT's `PeftModel`, the same one if the model already is one.
 
     Args:
-        model: Symphonized, or a `PeftModel` of such a one.
-        config: PEFT's.
-        name: Of the adapter.
-        widens: Whether LoRA of 16 bits becomes float32.
+        model: Symphonized model, or its `PeftModel`.
+        config: PEFT's config.
+        name: Name of the adapter.
+        widens: Whether 16-bit LoRA becomes float32.
     """
     from peft import PeftModel, get_peft_model
 
@@ -122,10 +122,10 @@ def add_adapter(model: Any, config: Any, name: str, *, widens: bool = True) -> A
 
 @contextlib.contextmanager
 def refusals(where: str) -> Iterator[None]:
-    """One kind of error for whatever PEFT cannot make of a config.
+    """Turn PEFT's errors about a config into ConfigErrors.
 
     Args:
-        where: The config's file.
+        where: File of the config.
     """
     try:
         yield
@@ -137,7 +137,7 @@ def refusals(where: str) -> Iterator[None]:
 
 
 def _check_patterns(file: Path, values: dict[str, Any]) -> None:
-    """Refuse regular expressions that may search a module's name for longer than anyone waits."""
+    """Refuse regular expressions whose matching may take unbounded time."""
     patterns = [values.get(name) for name in _PATTERNS]
     for name in _PATTERNS_TO_VALUES:
         found = values.get(name)
@@ -148,12 +148,12 @@ def _check_patterns(file: Path, values: dict[str, Any]) -> None:
         ):
             raise ConfigError(
                 f"`{file}` has the pattern {pattern!r}, which repeats a group, or repeats more than "
-                f"{_MOST_REPETITIONS} times: to match names with it may take for ever; name the modules in a list"
+                f"{_MOST_REPETITIONS} times: matching with it may take forever; list the names of the modules instead"
             )
 
 
 def _without_numbers(model: nn.Module) -> nn.Module:
-    """A twin on the meta device, with configs of its own: PEFT changes a config where layers are to be repeated."""
+    """Return a copy on the meta device with its own configs, since PEFT changes configs to repeat layers."""
     copied, configs = twin(model, _meta_like), dict[int, Any]()
     for module in copied.modules():
         if "config" in module.__dict__:
@@ -162,7 +162,7 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 
 def _meta_like(tensor: Tensor) -> Tensor:
-    """Of the shape that a tensor stands for, and with the attributes that PEFT asks a packed weight for."""
+    """Return a meta tensor of the unpacked shape, with the attributes that PEFT reads from packed weights."""
     shape = getattr(getattr(tensor, "quant_state", None), "shape", None) or full_shape(tensor)
     made: Tensor = torch.empty(shape, dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):

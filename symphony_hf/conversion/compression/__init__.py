@@ -1,4 +1,4 @@
-"""Fewer experts, or fewer of them a token: a smaller stock checkpoint, and what that costs on held-out text."""
+"""Compression to fewer experts, or fewer per token, with its cost in perplexity on held-out text."""
 
 from .merge import merge_experts
 from .prune import prune_experts

@@ -1,4 +1,4 @@
-"""What experts do on text: who is chosen together, what each one's output is, and how much of it arrives."""
+"""Statistics of experts on calibration text: co-selections, mean outputs and gated output norms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,17 +16,17 @@ from .layers import ExpertLayer
 
 
 class ExpertStatistics:
-    """Sums over the tokens that came by one layer's experts.
+    """Sums over the tokens that one layer's experts have seen.
 
     Args:
-        layer: Whose.
-        outputs: Whether every expert is run on every token, for `mean_outputs`.
-        norms: Whether every expert is run on the tokens that chose it, for `reap`.
+        layer: Observed layer.
+        outputs: Whether to run every expert on every token, for `mean_outputs`.
+        norms: Whether to run every expert on the tokens that selected it, for `reap`.
 
     Attributes:
-        counts: How often each pair of experts was chosen together, each expert's load on the diagonal. Shape:
+        counts: Number of co-selections of each pair of experts, with each expert's load on the diagonal. Shape:
             (num_experts, num_experts), float64, on the CPU.
-        num_tokens: Seen.
+        num_tokens: Number of tokens.
     """
 
     def __init__(self, layer: ExpertLayer, *, outputs: bool = False, norms: bool = False) -> None:
@@ -39,41 +39,41 @@ class ExpertStatistics:
 
     @property
     def load(self) -> Tensor:
-        """Tokens that chose each expert. Shape: (num_experts,), float64."""
+        """Number of tokens that selected each expert. Shape: (num_experts,), float64."""
         return self.counts.diagonal()
 
     @property
     def adjacency(self) -> Tensor:
-        """The graph that these tokens alone would make: co-selections a token. Shape: (E, E), float32."""
+        """Co-selection graph of these tokens: co-selections per token. Shape: (E, E), float32."""
         return (self.counts / self.num_tokens).float()
 
     @property
     def mean_outputs(self) -> Tensor:
-        """Each expert's output, averaged over all tokens, chosen or not. Shape: (num_experts, hidden size), float64.
+        """Mean output of each expert over all tokens, selected or not. Shape: (num_experts, hidden size), float64.
 
-        Source: HC-SMoE (arXiv 2410.08589), by which experts are alike whose mean outputs are near.
+        Source: HC-SMoE (arXiv 2410.08589), which measures the similarity of experts by their mean outputs.
         """
         assert self._output_sums is not None
         return self._output_sums / self.num_tokens
 
     @property
     def reap(self) -> Tensor:
-        """Gate weight times norm of the output, averaged over the tokens that chose an expert; 0 where none did.
+        """Gate weight times output norm, averaged over the tokens that selected each expert; 0 if there are none.
 
         Shape: (num_experts,), float64.
 
-        Source: REAP (arXiv 2510.13999). Deviation: none known; the weight is the one that the experts are given, after
-        whatever the family's router does to it (normalized over the chosen ones, scaled).
+        Source: REAP (arXiv 2510.13999). Deviation: none known; the weight is the one passed to the experts, after the
+        family's normalization and scaling.
         """
         return torch.where(self.load > 0, self._gated_norms / self.load, 0.0)
 
     def see(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the experts: hidden states, chosen experts and weights, before they are run."""
+        """Record hidden states, selected experts and weights, as a forward pre-hook of the experts."""
         hidden, indices, weights = (*args, *kwargs.values())
         hidden_TD, indices_TK, weights_TK = (value.reshape(-1, value.shape[-1]) for value in (hidden, indices, weights))
         if indices_TK.shape != weights_TK.shape:
             raise UnsupportedModelError(
-                f"`{self.layer.router.name}`: its experts get weights of shape {tuple(weights_TK.shape)} for choices "
+                f"`{self.layer.router.name}`: its experts get weights of shape {tuple(weights_TK.shape)} for selections "
                 f"of shape {tuple(indices_TK.shape)}: not one for each"
             )
         self.counts += count_coselections(indices_TK, self.layer.num_experts).double().cpu()
@@ -82,10 +82,10 @@ class ExpertStatistics:
             if self._outputs:
                 self._add_output(expert, _run_expert(experts, expert, hidden_TD, weights_TK.dtype))
             if self._norms:
-                tokens, places = (indices_TK == expert).nonzero(as_tuple=True)
+                tokens, ranks = (indices_TK == expert).nonzero(as_tuple=True)
                 if len(tokens):
                     output_TD = _run_expert(experts, expert, hidden_TD[tokens], weights_TK.dtype)
-                    gated_T = weights_TK[tokens, places].double() * output_TD.double().norm(dim=-1)
+                    gated_T = weights_TK[tokens, ranks].double() * output_TD.double().norm(dim=-1)
                     self._gated_norms[expert] += gated_T.sum().cpu()
 
     def _add_output(self, expert: int, output_TD: Tensor) -> None:
@@ -95,10 +95,10 @@ class ExpertStatistics:
 
 
 def _run_expert(experts: nn.Module, expert: int, hidden_TD: Tensor, dtype: torch.dtype) -> Tensor:
-    """One expert on all tokens, by the family's own forward: each token chooses it alone, with weight 1."""
+    """Run one expert on all tokens through the family's own forward: each token selects it alone, with weight 1."""
     chosen_T1 = torch.full((len(hidden_TD), 1), expert, device=hidden_TD.device)
     ones_T1 = torch.ones(len(hidden_TD), 1, device=hidden_TD.device, dtype=dtype)
-    # Not by calling the module, whose hook this runs in.
+    # Calling the module would run the hook that this is called from.
     output: Tensor = type(experts).forward(experts, hidden_TD, chosen_T1, ones_T1)
     return output
 
@@ -112,22 +112,22 @@ def calibrate(
     outputs: bool = False,
     norms: bool = False,
 ) -> list[ExpertStatistics]:
-    """Run a model on text, and see what its experts do.
+    """Run a model on text and collect statistics of its experts.
 
     Args:
-        model: Plain.
-        layers: Its own.
+        model: Plain model.
+        layers: Expert layers of the model.
         blocks_NT: Token ids, without padding. Shape: (blocks, block size).
-        batch_size: Blocks a forward.
-        outputs: Whether `mean_outputs` is wanted: every expert is then run on every token.
-        norms: Whether `reap` is.
+        batch_size: Number of blocks in a batch.
+        outputs: Whether to compute `mean_outputs`, for which every expert runs on every token.
+        norms: Whether to compute `reap`.
 
     Returns:
-        One a layer.
+        Statistics of each layer.
 
     Raises:
-        EvaluationError: If no token reached a layer, or an output is not finite.
-        UnsupportedModelError: If the experts are not given a weight for each choice.
+        EvaluationError: If no token reaches a layer, or an output is not finite.
+        UnsupportedModelError: If the experts do not get a weight for each selection.
     """
     seen = [ExpertStatistics(layer, outputs=outputs, norms=norms) for layer in layers]
     hooks = [

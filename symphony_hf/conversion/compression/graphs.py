@@ -1,4 +1,4 @@
-"""The graph that decides: the one that the model learned, or one counted on the calibration text."""
+"""Graphs as a criterion for merging and pruning: learned by the model, or counted on the calibration text."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from .settings import FewerExpertsSettings
 
 
 def deciding_graphs(opened: Opened, seen: list[ExpertStatistics], settings: FewerExpertsSettings) -> list[Tensor]:
-    """One adjacency a layer. Shape of each: (num_experts, num_experts), float32.
+    """Return one adjacency per layer. Shape of each: (num_experts, num_experts), float32.
 
     Raises:
-        GraphError: If a learned graph is wanted where there is none, or no two experts were ever chosen together.
+        GraphError: If a learned graph is missing, or a graph has no co-selections.
     """
     where = f"{settings.command}: `{settings.model}`"
     if settings.graph == "counted":
@@ -24,43 +24,43 @@ def deciding_graphs(opened: Opened, seen: list[ExpertStatistics], settings: Fewe
         missing = [layer.router.name for layer in opened.layers if layer.router.name not in opened.graphs]
         if missing:
             raise GraphError(
-                f"{where} has no graph at `{missing[0]}`: symphonize and train it, or count who is chosen together in "
-                "the calibration text, with --graph counted"
+                f"{where} has no graph at `{missing[0]}`: symphonize and train it, or count co-selections on the "
+                "calibration text with --graph counted"
             )
         graphs = [opened.graphs[layer.router.name] for layer in opened.layers]
     for layer, adjacency_EE in zip(opened.layers, graphs, strict=True):
         if not (adjacency_EE - adjacency_EE.diagonal().diag()).any():
             raise GraphError(
-                f"{where}: in the graph of `{layer.router.name}` no two experts were chosen together, so it decides "
-                "nothing: train it, take --graph counted, or, of a model with one expert a token, another --by"
+                f"{where}: the graph of `{layer.router.name}` has no co-selections, so it cannot be a criterion: "
+                "train it, use --graph counted or, for a model with one expert per token, another --by"
             )
     return [adjacency_EE.cpu() for adjacency_EE in graphs]
 
 
 def centrality(adjacency_EE: Tensor) -> Tensor:
-    """Eigenvector centrality: an expert counts as much as those that it is chosen with, weighted by how often.
+    """Compute the eigenvector centrality of each expert.
 
     Args:
-        adjacency_EE: A co-selection graph; its diagonal is left out. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph, whose diagonal is ignored. Shape: (num_experts, num_experts).
 
     Returns:
-        The leading eigenvector, of length 1, not negative, float64; 0 for experts outside the heaviest part of a graph
-        that falls into parts. Shape: (num_experts,).
+        Leading eigenvector, with norm 1 and no negative entries, float64; 0 for experts outside the heaviest component
+        of a disconnected graph. Shape: (num_experts,).
 
-    Source: Bonacich, "Factoring and weighting approaches to status scores and clique identification" (1972). Degree is
-    not offered: every choice of K experts adds K - 1 pairs to each, so an expert's degree is its load times K - 1.
+    Source: Bonacich, "Factoring and weighting approaches to status scores and clique identification" (1972). There is
+    no degree centrality: each selection of K experts adds K - 1 pairs to each, so it is the load times K - 1.
     """
     pairs_EE = adjacency_EE.double() - adjacency_EE.double().diagonal().diag()
     return torch.linalg.eigh(pairs_EE).eigenvectors[:, -1].abs()
 
 
 def graph_distance(adjacency_EE: Tensor) -> Tensor:
-    """How far apart two experts are: 1 / (1 + lift), the lift being how much more than by their loads alone they meet.
+    """Compute the distance 1 / (1 + lift) of experts, the lift being their co-selections relative to chance.
 
     Args:
-        adjacency_EE: A co-selection graph. Shape: (num_experts, num_experts).
+        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
 
     Returns:
-        0 on the diagonal; 1/2 for experts that meet by chance, 1 for some that never do. Same shape, float64.
+        Distances: 0 on the diagonal, 1/2 for co-selection by chance, 1 for none. Same shape, float64.
     """
     return (1.0 / (1.0 + coselection_lift(adjacency_EE))).fill_diagonal_(0.0)

@@ -1,4 +1,4 @@
-"""Where a model's experts are: the layers whose experts are stacked tensors beside a router that we can read."""
+"""Expert layers of a model: stacked experts beside a supported router."""
 
 import inspect
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
 from .settings import TextSettings
 
 _GROUPS = ("num_group", "n_group", "num_expert_group")
-"""What families call the number of groups that a router first chooses among."""
+"""Names of the number of groups that some routers select first."""
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One router and its experts.
+    """Router and its experts.
 
     Attributes:
-        block: Module name of what both are in; empty for the model itself.
-        router: As discovery found it.
-        experts: The module that holds the experts' tensors, each with the experts along its first dimension.
-        num_groups: Groups of neighbours that the router first chooses among; 1 where it has none.
+        block: Name of the module around both; empty for the model itself.
+        router: Router as discovered.
+        experts: Module with the experts' tensors, each with the experts along its first dimension.
+        num_groups: Number of groups of adjacent experts that the router selects first; 1 if it has none.
     """
 
     block: str
@@ -48,18 +48,18 @@ class ExpertLayer:
 
     @property
     def prefix(self) -> str:
-        """Of the names of everything in the block."""
+        """Prefix of all names in the block."""
         return f"{self.block}." if self.block else ""
 
 
 def expert_layers(model: PreTrainedModel) -> list[ExpertLayer]:
-    """Find all of them.
+    """Find the expert layers of a model.
 
     Args:
-        model: A plain model, without graphs.
+        model: Plain model, without graphs.
 
     Raises:
-        UnsupportedModelError: If there is none, one has experts of another form, or they are not all alike in number.
+        UnsupportedModelError: If there are none, one has another form, or their numbers of experts differ.
     """
     modules = dict(model.named_modules())
     layers = [_layer(router, modules) for router in find_routers(model)]
@@ -105,7 +105,7 @@ def check_number(layers: list[ExpertLayer], num_experts: int, command: str) -> N
     """Refuse a number of experts that the layers cannot have.
 
     Args:
-        layers: Of the model.
+        layers: Expert layers of the model.
         num_experts: To leave in each.
         command: For the error message.
 
@@ -136,15 +136,15 @@ def check_number(layers: list[ExpertLayer], num_experts: int, command: str) -> N
 
 @dataclass(frozen=True)
 class Opened:
-    """What the commands work on.
+    """Loaded model to compress.
 
     Attributes:
-        model: Plain: a Symphony model's graphs are folded into its routers.
-        tokenizer: Its own, or the one that was named.
-        graphs: By router's name; empty where the model was plain.
-        layers: Its routers and experts.
-        block_size: Tokens of a window.
-        fingerprint: Of the checkpoint.
+        model: Plain model; the graphs of a Symphony model are folded into its routers.
+        tokenizer: Tokenizer of the model, or the given one.
+        graphs: Graphs by router name; empty for a plain model.
+        layers: Routers and experts.
+        block_size: Number of tokens in a window.
+        fingerprint: Fingerprint of the checkpoint.
     """
 
     model: PreTrainedModel
@@ -156,25 +156,25 @@ class Opened:
 
 
 def open_model(settings: TextSettings) -> Opened:
-    """Load a checkpoint.
+    """Load the checkpoint to compress.
 
     Raises:
-        ConfigError: If there is none, or its tokenizer is missing.
-        UnsupportedModelError: If it is quantized, has upcycled modules, is more than a language model, has experts of a
-            form that is not known, or does not fit one device.
-        FoldError: If its graphs smooth scores, which no plain router computes.
+        ConfigError: If there is no checkpoint, or its tokenizer is missing.
+        UnsupportedModelError: If it is quantized, has upcycled modules, is more than a language model, has an unknown
+            form of experts, or does not fit on one device.
+        FoldError: If its graphs smooth scores, which cannot be folded.
     """
-    subject = ModelUnderTest(settings.model, settings.revision, settings.dtype)
+    under_test = ModelUnderTest(settings.model, settings.revision, settings.dtype)
     where = f"{settings.command}: `{settings.model}`"
-    if getattr(subject.config, "quantization_config", None) is not None:
+    if getattr(under_test.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
-            f"{where} is quantized, and packed experts can be neither averaged nor cut: take it in bfloat16 or "
-            "float32, and quantize what comes out"
+            f"{where} is quantized, and packed experts can be neither averaged nor removed: use bfloat16 or "
+            "float32 weights, and quantize the result"
         )
-    if getattr(subject.config, "upcycled", None) is not None:
+    if getattr(under_test.config, "upcycled", None) is not None:
         raise UnsupportedModelError(f"{where} has modules of `upcycle_modules`, for which there is no stock class")
-    model = subject.model
-    named = [name.removeprefix(ARCHITECTURE_PREFIX) for name in subject.config.architectures or ()]
+    model = under_test.model
+    named = [name.removeprefix(ARCHITECTURE_PREFIX) for name in under_test.config.architectures or ()]
     if named and type(model).__name__ not in named:
         raise UnsupportedModelError(
             f"{where} is a {named[0]}, of which {type(model).__name__} is a part: the rest would be lost"
@@ -186,5 +186,5 @@ def open_model(settings: TextSettings) -> Opened:
     if is_symphonized(model):
         graphs = expert_graphs(model)
         fold(model)
-    block_size = settings.block_size or default_block_size([subject])
-    return Opened(model, tokenizer, graphs, expert_layers(model), block_size, subject.fingerprint)
+    block_size = settings.block_size or default_block_size([under_test])
+    return Opened(model, tokenizer, graphs, expert_layers(model), block_size, under_test.fingerprint)

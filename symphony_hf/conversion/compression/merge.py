@@ -1,4 +1,4 @@
-"""merge_experts: clusters of experts that are alike become one expert each."""
+"""merge_experts: merge each cluster of similar experts into one."""
 
 from typing import Any
 
@@ -17,19 +17,19 @@ from .shrink import shrink
 
 
 def cluster_experts(distance_EE: Tensor, num_clusters: int, num_groups: int = 1) -> list[list[int]]:
-    """Merge the two nearest clusters, by the mean distance of their members, until there are as many as wanted.
+    """Cluster experts by agglomerative clustering with average linkage.
 
     Args:
-        distance_EE: Symmetric, 0 on the diagonal. Shape: (num_experts, num_experts).
-        num_clusters: Wanted.
-        num_groups: Of a router that first chooses among groups of neighbouring experts: a cluster stays within one,
-            and each group gets as many clusters.
+        distance_EE: Symmetric distances, 0 on the diagonal. Shape: (num_experts, num_experts).
+        num_clusters: Number of clusters.
+        num_groups: Number of groups of adjacent experts, for routers that select groups first. Clusters stay within a
+            group, and every group has equally many.
 
     Returns:
-        The members of each cluster, sorted, by the number of the first.
+        Sorted members of each cluster, ordered by the first.
 
-    Source: HC-SMoE (arXiv 2410.08589), agglomerative clustering with average linkage, its best. Deviation: there the
-    number of clusters may differ by layer in one variant; here it never does.
+    Source: HC-SMoE (arXiv 2410.08589), whose best linkage this is. Deviation: one variant there has different numbers
+    of clusters per layer; here they are equal.
     """
     distances, size = distance_EE.double().numpy(), len(distance_EE) // num_groups
     clusters: list[list[int]] = []
@@ -43,7 +43,7 @@ def cluster_experts(distance_EE: Tensor, num_clusters: int, num_groups: int = 1)
 def _cluster(distances: np.ndarray, num_clusters: int) -> list[list[int]]:
     if len(distances) == 1:
         return [[0]]
-    # Symmetric to rounding only, which `squareform` would refuse: it reads the upper triangle.
+    # `checks=False` because the distances are symmetric only up to rounding; it reads the upper triangle.
     tree = hierarchy.linkage(squareform(distances, checks=False), "average")
     labels = hierarchy.cut_tree(tree, n_clusters=[num_clusters]).ravel()
     clusters = [np.flatnonzero(labels == label).tolist() for label in range(num_clusters)]
@@ -51,25 +51,25 @@ def _cluster(distances: np.ndarray, num_clusters: int) -> list[list[int]]:
 
 
 def merge_experts(settings: MergeSettings) -> dict[str, Any]:
-    """Merge a model's experts in clusters, and write the smaller stock checkpoint.
+    """Merge clusters of a model's experts, and write the smaller stock checkpoint.
 
-    `by="outputs"`: experts are near whose mean outputs over the calibration tokens are. `by="graph"`: experts are near
-    that are chosen together more than their loads explain. A merged expert's weights are the mean of its members',
-    weighted by how often each was chosen; so is its router row (see `with_fewer_experts`).
+    With `by="outputs"`, experts are close if their mean outputs on the calibration tokens are. With `by="graph"`, they
+    are close if they are selected together more often than by chance. The weights and the router row of a merged expert
+    are the means of its members', weighted by their loads (see `with_fewer_experts`).
 
     Args:
-        settings: Which model, how many experts, and on what text.
+        settings: Model, number of experts, and text.
 
     Returns:
-        What the result file holds: the clusters, perplexity on held-out text before and after with intervals, their
-        ratio with its verdict, parameters, scores by document, the command and the versions.
+        Content of the result file: clusters, perplexity on held-out text before and after with intervals, their ratio
+        with its verdict, parameters, scores by document, command and versions.
 
     Raises:
-        SymphonyError: If the model is not one that can be merged, or the output exists.
+        SymphonyError: If the model cannot be merged, or the output exists.
 
     Source: HC-SMoE (arXiv 2410.08589) for `outputs`: average linkage of the Euclidean distances of mean outputs over
-    all calibration tokens, merged by frequency. Deviation: the router's rows are merged, too, as stock checkpoints need
-    one for each expert. Clustering by the graph is ours.
+    all calibration tokens, merged by frequency. Deviation: router rows are merged too, since stock checkpoints need one
+    per expert. Clustering by the graph is ours.
     """
 
     def plan(opened: Opened, seen: list[ExpertStatistics]) -> list[list[NewExpert]]:
@@ -86,7 +86,7 @@ def merge_experts(settings: MergeSettings) -> dict[str, Any]:
 
 
 def _merged(cluster: list[int], statistics: ExpertStatistics) -> NewExpert:
-    """By load; evenly where none of the cluster was ever chosen."""
+    """Merge a cluster weighted by load, or evenly if none of its experts was ever selected."""
     load = statistics.load[cluster]
     shares = load / load.sum() if load.sum() > 0 else torch.full_like(load, 1 / len(cluster))
     return NewExpert(tuple(cluster), tuple(shares.tolist()))

@@ -1,4 +1,4 @@
-"""prune_experts: the experts that matter least go, with their router rows."""
+"""prune_experts: remove the least important experts and their router rows."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from .shrink import shrink
 
 
 def prune_experts(settings: PruneSettings) -> dict[str, Any]:
-    """Drop experts, and write the smaller stock checkpoint.
+    """Remove experts, and write the smaller stock checkpoint.
 
-    `by="load"`: those that the fewest calibration tokens choose. `by="centrality"`: those of the least eigenvector
-    centrality in the graph. `by="reap"`: those of the least gate-weighted output norm. Their router rows go with them,
-    and the entries of a bias that selects, so a token that would have chosen them takes its next best.
+    The removed experts are those with the lowest load (`by="load"`), eigenvector centrality in the graph
+    (`by="centrality"`) or gate-weighted output norm (`by="reap"`). Their router rows and selection biases are removed
+    too, so tokens that would select them use their next best expert.
 
     Args:
-        settings: Which model, how many experts to keep, and on what text.
+        settings: Model, number of experts to keep, and text.
 
     Returns:
-        As `merge_experts`.
+        Content of the result file, as for `merge_experts`.
 
     Raises:
-        SymphonyError: If the model is not one that can be pruned, or the output exists.
+        SymphonyError: If the model cannot be pruned, or the output exists.
 
     Source: REAP (arXiv 2510.13999) for `reap`. Deviation: none known. Pruning by centrality is ours.
     """
@@ -45,12 +45,13 @@ def prune_experts(settings: PruneSettings) -> dict[str, Any]:
 
 
 def highest(score_E: Tensor, num_kept: int, num_groups: int = 1) -> list[int]:
-    """The numbers of the experts with the highest scores, in order; of equal ones the first.
+    """Return the indices of the experts with the highest scores, in order; the first of equal ones.
 
     Args:
-        score_E: Shape: (num_experts,).
-        num_kept: How many.
-        num_groups: Of a router that first chooses among groups of neighbouring experts: as many are kept of each.
+        score_E: Scores. Shape: (num_experts,).
+        num_kept: Number of experts to keep.
+        num_groups: Number of groups of adjacent experts, for routers that select groups first; equally many experts
+            are kept in each.
     """
     size, numbers = len(score_E) // num_groups, list[int]()
     for start in range(0, len(score_E), size):

@@ -1,4 +1,4 @@
-"""A model rebuilt with another config: fewer experts, each made of some of the old ones, or fewer a token."""
+"""Rebuilding a model with another config: fewer experts, or fewer per token."""
 
 import copy
 import re
@@ -19,11 +19,11 @@ _TOP_K = re.compile(r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts")
 
 @dataclass(frozen=True)
 class NewExpert:
-    """What an expert of the smaller model is made of.
+    """Expert of the smaller model, as a mean of old experts.
 
     Attributes:
-        members: Numbers of old experts.
-        shares: Of each in the mean; they sum to 1.
+        members: Indices of old experts.
+        shares: Weight of each in the mean; they sum to 1.
     """
 
     members: tuple[int, ...]
@@ -31,32 +31,31 @@ class NewExpert:
 
 
 def kept(numbers: Sequence[int]) -> list[NewExpert]:
-    """Experts that stay as they are."""
+    """Return experts that are kept unchanged."""
     return [NewExpert((number,), (1.0,)) for number in numbers]
 
 
 def with_fewer_experts(
     model: PreTrainedModel, layers: Sequence[ExpertLayer], plan: Sequence[list[NewExpert]]
 ) -> PreTrainedModel:
-    """The model with new experts in each layer, and router rows to match.
+    """Return the model with new experts in each layer and matching router rows.
 
-    What depends on the number of experts is found by building the smaller model without weights: the tensors whose
-    shape differs. An expert that is a mean has the mean of its members' weights, and its router row, with biases that
-    go with it, the same mean of theirs.
+    Tensors that depend on the number of experts are found by building the smaller model without weights and comparing
+    shapes. The weights of a new expert, its router row and its biases are the same mean over its members.
 
     Args:
-        model: Plain. It is left as it is; tensors that do not change are shared with it.
-        layers: Its own.
-        plan: The new experts of each, as many in every layer.
+        model: Plain model. It is unchanged, and shares the tensors that do not change.
+        layers: Expert layers of the model.
+        plan: New experts of each layer, equally many in every layer.
 
     Raises:
-        UnsupportedModelError: If the config does not say how many experts there are, or something else than experts
-            and routers depends on it.
+        UnsupportedModelError: If the number of experts is not in the config, or tensors other than those of experts and
+            routers depend on it.
 
-    Source: HC-SMoE (arXiv 2410.08589) for the means. Deviation: there the router keeps a row for each old expert and
-    sends several to the same new one, which no stock checkpoint can say; here a cluster has one row, the mean of its
-    members' weighted by load. That is the first order of the logarithm of the sum of their exponentials, which would
-    be the cluster's exact logit, but for a constant.
+    Source: HC-SMoE (arXiv 2410.08589) for the means. Deviation: its router keeps a row for each old expert and maps
+    several to one new expert, which stock checkpoints cannot express; here a cluster has one row, the load-weighted
+    mean of its members' rows. Up to a constant, that is the first-order approximation of the cluster's exact logit, the
+    logarithm of the sum of its members' exponentials.
     """
     num_experts = len(plan[0])
     config = _changed(model, _NUM_EXPERTS, layers[0].num_experts, num_experts, "experts")
@@ -67,12 +66,12 @@ def with_fewer_experts(
         if name not in wanted:
             left[name] = "gone"
         elif tuple(tensor.shape) != wanted[name]:
-            place = next((p for p, layer in enumerate(layers) if name.startswith(layer.prefix)), None)
+            index = next((i for i, layer in enumerate(layers) if name.startswith(layer.prefix)), None)
             dim = _experts_dim(tuple(tensor.shape), wanted[name], layers[0].num_experts, num_experts)
-            if place is None or dim is None:
+            if index is None or dim is None:
                 left[name] = f"{tuple(tensor.shape)} would be {wanted[name]}"
             else:
-                state[name] = _reduced(tensor, dim, plan[place])
+                state[name] = _reduced(tensor, dim, plan[index])
     if left or state.keys() != wanted.keys():
         raise UnsupportedModelError(
             f"{type(model).__name__}: with {num_experts} experts other tensors than those of its routers and experts "
@@ -82,10 +81,10 @@ def with_fewer_experts(
 
 
 def with_top_k(model: PreTrainedModel, layers: Sequence[ExpertLayer], top_k: int) -> PreTrainedModel:
-    """The model with another number of experts a token, and the same weights, which are shared.
+    """Return the model with another top-k and the same, shared weights.
 
     Raises:
-        UnsupportedModelError: If the config does not say how many a token chooses.
+        UnsupportedModelError: If the top-k is not in the config.
     """
     config = _changed(model, _TOP_K, layers[0].top_k, top_k, "experts a token")
     return _filled(model, _empty(model, config), model.state_dict(), layers[0].num_experts, top_k)
@@ -119,7 +118,7 @@ def _empty(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _experts_dim(old: tuple[int, ...], new: tuple[int, ...], old_number: int, new_number: int) -> int | None:
-    """The one dimension that changes, if it is that of the experts."""
+    """Return the dimension that changes, if it is the only one and that of the experts."""
     if len(old) != len(new):
         return None
     changed = [dim for dim, sizes in enumerate(zip(old, new, strict=True)) if sizes[0] != sizes[1]]
@@ -143,7 +142,7 @@ def _filled(
 ) -> PreTrainedModel:
     smaller.load_state_dict(state, assign=True)
     for name, buffer in list(smaller.named_buffers()):
-        if buffer.is_meta:  # it is in no checkpoint, such as the frequencies of rotary positions
+        if buffer.is_meta:  # not in checkpoints, such as rotary frequencies
             owner, _, own_name = name.rpartition(".")
             smaller.get_submodule(owner)._buffers[own_name] = model.get_buffer(name)
     smaller.tie_weights()

@@ -1,4 +1,4 @@
-"""What the three commands are told: one class each, checked before anything is read."""
+"""Settings of `symphony merge`, `prune` and `topk`, checked before anything is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """Which model, and on what text it is measured.
+    """Model, and text that it is measured on.
 
     Args:
         model: Checkpoint of a MoE language model: a folder, or a name on the Hub.
@@ -59,11 +59,11 @@ class TextSettings:
             raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
 
     def check_output(self) -> Path | None:
-        """Where to write, if anything is to be written.
+        """Return the folder to write, if there is one.
 
         Raises:
-            CheckpointError: If something is there.
-            ConfigError: If its place, or the result's, is none that can be written to.
+            CheckpointError: If it exists and is not empty.
+            ConfigError: If it, or the result file, cannot be written.
         """
         if self.result is not None:
             check_file_place(Path(self.result).expanduser(), self.command)
@@ -80,7 +80,7 @@ class TextSettings:
         return target
 
     def result_file(self, target: Path, folder: Path) -> Path:
-        """Where the result goes while what will be `target` is written in `folder`."""
+        """Return where to write the result while `target` is being written in `folder`."""
         if self.result is None:
             return folder / RESULT
         file = Path(self.result).expanduser().absolute()
@@ -94,7 +94,7 @@ class TextSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FewerExpertsSettings(TextSettings):
-    """How many experts to leave, by what, and what is calibrated on.
+    """Number of experts to leave, criterion, and calibration.
 
     Args:
         experts: Number of experts to leave in each layer.
@@ -126,7 +126,7 @@ class FewerExpertsSettings(TextSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings(FewerExpertsSettings):
-    """See `FewerExpertsSettings`; `by` is `graph` or `outputs`."""
+    """Settings of `merge`, where `by` is `graph` or `outputs`."""
 
     command: ClassVar[str] = "merge"
     known_by: ClassVar[tuple[str, ...]] = MERGE_BY
@@ -134,7 +134,7 @@ class MergeSettings(FewerExpertsSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(FewerExpertsSettings):
-    """See `FewerExpertsSettings`; `by` is `load`, `centrality` or `reap`."""
+    """Settings of `prune`, where `by` is `load`, `centrality` or `reap`."""
 
     command: ClassVar[str] = "prune"
     known_by: ClassVar[tuple[str, ...]] = PRUNE_BY
@@ -142,7 +142,7 @@ class PruneSettings(FewerExpertsSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKSettings(TextSettings):
-    """Which numbers of experts a token to try.
+    """Numbers of experts per token to measure.
 
     Args:
         top_k: Numbers of experts per token to measure; by default all from 1 to the model's own.

@@ -1,4 +1,4 @@
-"""What merging and pruning share: open, calibrate, score, make smaller, write, score again."""
+"""Steps common to merging and pruning: open, calibrate, score, shrink, write, score again."""
 
 import dataclasses
 import time
@@ -32,11 +32,11 @@ from .settings import FewerExpertsSettings, TextSettings
 
 @dataclass(frozen=True)
 class CalibrationAndTest:
-    """What is calibrated on, and what is evaluated on.
+    """Text for calibration and evaluation.
 
     Attributes:
-        source: What was read.
-        calibration_NT: Token ids of the train split; empty where none are needed. Shape: (blocks, block size).
+        source: Description of the source.
+        calibration_NT: Token ids of the train split, possibly empty. Shape: (blocks, block size).
         windows: Token ids of the test split, by document.
     """
 
@@ -46,15 +46,15 @@ class CalibrationAndTest:
 
 
 def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int = 0) -> CalibrationAndTest:
-    """Read and tokenize.
+    """Read and tokenize the text.
 
     Args:
-        opened: The model.
-        settings: Which text.
-        calibration_tokens: Of the train split, in blocks drawn at random.
+        opened: Model.
+        settings: Text and its sizes.
+        calibration_tokens: Number of tokens of the train split, in random blocks.
 
     Raises:
-        DataError: If there is no such text, or too little.
+        DataError: If the text is missing or too short.
     """
     corpus = load_corpus(settings.data, text_column=settings.text_column)
     calibration_NT = torch.empty(0, opened.block_size, dtype=torch.int64)
@@ -74,23 +74,23 @@ def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int =
 
 
 def score(model: PreTrainedModel, texts: CalibrationAndTest, settings: TextSettings, what: str) -> DocumentScores:
-    """The likelihood of each test document."""
+    """Return the likelihood of each test document."""
     return score_documents(model, texts.windows, batch_size=settings.batch_size, progress=f"Scoring, {what}")
 
 
 def level(scores: DocumentScores, settings: TextSettings) -> dict[str, Any]:
-    """A model's perplexity, with its interval."""
+    """Return a model's perplexity with its interval."""
     return dataclasses.asdict(perplexity_interval(scores, seed=settings.seed))
 
 
 def ratio(after: DocumentScores, before: DocumentScores, seed: int) -> dict[str, Any]:
-    """Perplexity of one model over that of another, paired by document, with interval and verdict."""
+    """Return the ratio of two models' perplexities, paired by document, with interval and verdict."""
     interval = compare_perplexity(after, before, seed=seed).exp()
     return dataclasses.asdict(interval) | {"verdict": interval.verdict()}
 
 
 def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Perplexity of one smaller model over that of another, of two result files, paired by document.
+    """Return the ratio of perplexities of the smaller models in two result files, paired by document.
 
     Raises:
         EvaluationError: If they were measured on different documents.
@@ -103,7 +103,7 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int | None]:
-    """All, and those that one token uses."""
+    """Return the number of all parameters, and of those that one token uses."""
     parts = count_parts(model)
     active = [part.active for part in parts]
     known = [number for number in active if number is not None]
@@ -111,7 +111,7 @@ def parameters(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def circumstances(opened: Opened, texts: CalibrationAndTest, settings: TextSettings) -> dict[str, Any]:
-    """What every result file has: the command, the text, the versions."""
+    """Return what every result file has: command, settings, text and versions."""
     return {
         "command": settings.command_line(),
         "settings": dataclasses.asdict(settings) | {"block_size": opened.block_size},
@@ -128,7 +128,7 @@ def circumstances(opened: Opened, texts: CalibrationAndTest, settings: TextSetti
 
 
 def by_document(scores: DocumentScores) -> dict[str, list[Any]]:
-    """Scores as a result file keeps them, so that results can be compared in pairs."""
+    """Return the scores as stored in result files, for paired comparisons."""
     return {"names": scores.names, "nll": scores.nll.tolist(), "num_tokens": scores.num_tokens.tolist()}
 
 
@@ -137,7 +137,7 @@ Planner = Callable[[Opened, list[ExpertStatistics]], list[list[NewExpert]]]
 
 @dataclass(frozen=True)
 class _Shrunk:
-    """The smaller model, and what is kept of the old one."""
+    """Smaller model, with what is needed of the old one."""
 
     smaller: PreTrainedModel
     tokenizer: Any
@@ -147,16 +147,16 @@ class _Shrunk:
 
 
 def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norms: bool) -> dict[str, Any]:
-    """Make a checkpoint with fewer experts, load it by the Auto class, and measure that.
+    """Write a checkpoint with fewer experts, load it with its Auto class, and evaluate it.
 
     Args:
-        settings: Which, and how many.
-        plan: Says of what the new experts of each layer are made.
-        outputs: Whether it needs each expert's mean output.
-        norms: Whether it needs the gate-weighted norms.
+        settings: Model and number of experts.
+        plan: Function that returns the new experts of each layer.
+        outputs: Whether `plan` needs each expert's mean output.
+        norms: Whether `plan` needs the gate-weighted norms.
 
     Returns:
-        What the result file holds.
+        Content of the result file.
     """
     started = time.perf_counter()
     target = settings.check_output()
@@ -208,6 +208,6 @@ def _shrink(settings: FewerExpertsSettings, plan: Planner, outputs: bool, norms:
 
 
 def _load_kept(new_experts: list[NewExpert], statistics: ExpertStatistics) -> float:
-    """The share of the calibration text's choices whose expert has a part in a new one."""
+    """Return the share of selections on the calibration text whose expert is part of a new one."""
     members = [member for new in new_experts for member in new.members]
     return float(statistics.load[members].sum() / statistics.load.sum())

@@ -1,4 +1,4 @@
-"""sweep_top_k: the same model with fewer experts a token, each measured."""
+"""sweep_top_k: measure a model with fewer experts per token."""
 
 import time
 from pathlib import Path
@@ -17,20 +17,20 @@ RESULT_FILE = "symphony-topk.json"
 
 
 def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
-    """Evaluate a model at smaller top-k, and write the checkpoint of one of them if asked to.
+    """Evaluate a model at smaller top-k, and optionally write the checkpoint of one of them.
 
     Args:
-        settings: Which model, which numbers, and on what text.
+        settings: Model, numbers of experts per token, and text.
 
     Returns:
-        What the result file holds: for each number of experts a token, its perplexity with an interval, the ratio to
-        the model's own with its verdict, active parameters, and scores by document.
+        Content of the result file: for each top-k its perplexity with an interval, the ratio to the model's own with
+        its verdict, active parameters, and scores by document.
 
     Raises:
-        SymphonyError: If the model is not one whose top-k can be lowered, or the output exists.
+        SymphonyError: If the model's top-k cannot be lowered, or the output exists.
 
-    Source: Matryoshka MoE (arXiv 2509.26520) evaluates a model at each number of experts a token. Deviation: it also
-    trains for that; here the model is taken as it is.
+    Source: Matryoshka MoE (arXiv 2509.26520) evaluates a model at each number of experts per token. Deviation: it also
+    trains for that; here the model is used as it is.
     """
     started = time.perf_counter()
     target, result_file = settings.check_output(), Path(settings.result or RESULT_FILE).expanduser()

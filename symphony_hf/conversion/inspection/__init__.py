@@ -1,4 +1,4 @@
-"""What a model is made of: parameters by part, active ones per token, the types they are held in, its routers."""
+"""Inspection of a model: parameters by part, active parameters per token, data types and routers."""
 
 from symphony_hf.checkpoints.model_class import empty_model, model_class_of, named_class_of, read_config
 

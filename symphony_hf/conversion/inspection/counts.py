@@ -1,4 +1,4 @@
-"""How many parameters each part of a model has, and how many of them one token uses."""
+"""Parameters and bytes of a model by part and by data type, and the parameters that one token uses."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from huggingface_hub.utils import httpx  # the one that it calls: its second version has another
+from huggingface_hub.utils import httpx  # the one that it calls, which depends on its version
 from torch import Tensor, nn
 
 from symphony_hf.errors import DataError
@@ -20,14 +20,14 @@ from .tensors import HeldTensor, held_tensors
 
 @dataclass(frozen=True)
 class PartCount:
-    """One part's parameters.
+    """Numbers of parameters of one part of a model.
 
     Attributes:
-        part: Which.
-        total: All of them.
-        active: Those that one token uses: all but of the experts, where it is top-k of each; None where no router is
-            known, and so no top-k.
-        trainable: Those that require a gradient.
+        part: The part.
+        total: Number of all parameters.
+        active: Number of parameters that one token uses, which for experts depends on the top-k. None if no router is
+            known.
+        trainable: Number of parameters that require a gradient.
     """
 
     part: Part
@@ -39,12 +39,12 @@ class PartCount:
 def count_parts(model: nn.Module, anatomy: Anatomy | None = None) -> list[PartCount]:
     """Count a model's parameters by part, in the order of `Part`, without the parts that it does not have.
 
-    Tied weights count once. A quantized weight counts as what it stands for. A graph's adjacency counts under
-    `Part.GRAPHS`, also where it is a buffer.
+    Tied weights count once, quantized weights by their unpacked shape. Adjacencies count as `Part.GRAPHS`, including
+    those that are buffers.
 
     Args:
-        model: Any model of transformers; also on the meta device, adapted by PEFT, or quantized.
-        anatomy: Of the model, where it is known.
+        model: Model of transformers; it may be on the meta device, adapted by PEFT, or quantized.
+        anatomy: Anatomy of the model, if it was already built.
     """
     anatomy = anatomy or Anatomy(model)
     held_by_part: dict[Part, list[HeldTensor]] = {}
@@ -66,7 +66,7 @@ def _count(part: Part, held: list[HeldTensor], anatomy: Anatomy) -> PartCount:
 
 
 def _chosen_share(held: HeldTensor, anatomy: Anatomy) -> Fraction | None:
-    """The share of experts that a token chooses. A router may choose from more than have weights: some do nothing."""
+    """Return the share of a layer's experts that a token selects. Some routers also select experts without weights."""
     routing = anatomy.routing_of(held.name)
     if routing is None:
         return None
@@ -75,17 +75,17 @@ def _chosen_share(held: HeldTensor, anatomy: Anatomy) -> Fraction | None:
 
 
 _PACKED = ".quant_state.bitsandbytes__"
-"""In the name of what bitsandbytes stores beside a weight that it packed; the type follows: nf4, fp4."""
+"""Infix of the tensors that bitsandbytes stores beside a packed weight, followed by its type: nf4, fp4."""
 
 
 @dataclass(frozen=True)
 class TypeCount:
-    """All tensors of one type.
+    """Parameters and bytes of one data type.
 
     Attributes:
-        type: Its name, such as bfloat16, or nf4 for what bitsandbytes packs in 4 bits.
-        parameters: What they stand for: two of a byte in 4 bits.
-        bytes: What they take, with the constants of a quantization.
+        type: Name of the type, such as bfloat16, or nf4 for weights that bitsandbytes packed in 4 bits.
+        parameters: Number of parameters; a byte of 4-bit weights holds two.
+        bytes: Number of bytes, including the constants of a quantization.
     """
 
     type: str
@@ -94,7 +94,7 @@ class TypeCount:
 
 
 def held_types(model: nn.Module) -> list[TypeCount]:
-    """The types of a model's parameters and graphs as they are in memory, the largest share first."""
+    """Return the types of a model's parameters and graphs in memory, the largest first."""
     counted = []
     for held in held_tensors(model):
         state = held.quant_state
@@ -105,25 +105,25 @@ def held_types(model: nn.Module) -> list[TypeCount]:
 
 
 def state_bytes(state: Any) -> int:
-    """The bytes of a `bitsandbytes.functional.QuantState`: the scales, and, where these are quantized, theirs."""
+    """Return the bytes of a `bitsandbytes.functional.QuantState`: its scales, and the scales of quantized scales."""
     tensors = [value for value in vars(state).values() if isinstance(value, Tensor)]
     nested = getattr(state, "state2", None)
     return sum(tensor.nbytes for tensor in tensors) + (0 if nested is None else state_bytes(nested))
 
 
 def stored_types(source: str | Path, revision: str | None = None) -> list[TypeCount] | None:
-    """The types in a checkpoint's safetensors files, from their headers alone, the largest share first.
+    """Return the types in a checkpoint's safetensors files from their headers alone, the largest first.
 
     Args:
-        source: A folder, or a repository's name on the Hub, of which only the headers are downloaded. A single file
-            is a config, and has no weights.
+        source: Folder, or name on the Hub, of which only the headers are downloaded. A single file is a config
+            without weights.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        None if there are no safetensors files.
+        Types, or None if there are no safetensors files.
 
     Raises:
-        DataError: If a header cannot be read, a shard is missing, or the Hub is not reached.
+        DataError: If a header cannot be read, a shard is missing, or the Hub cannot be reached.
     """
     if Path(source).is_file():
         return None
@@ -135,9 +135,9 @@ def stored_types(source: str | Path, revision: str | None = None) -> list[TypeCo
     except NotASafetensorsRepoError:
         return None
     except (SafetensorsParsingError, FileNotFoundError) as error:
-        raise DataError(f"`{source}`: {error}: is the checkpoint whole?") from error
+        raise DataError(f"`{source}`: {error}: is the checkpoint complete?") from error
     except (OSError, httpx.HTTPError) as error:
-        raise DataError(f"`{source}`: the headers of its weights are not to be had from the Hub: {error}") from error
+        raise DataError(f"`{source}`: the headers of its weights could not be read from the Hub: {error}") from error
     files = metadata.files_metadata.values()
     return _sum(_stored({name: info for file in files for name, info in file.tensors.items()}))
 
@@ -157,7 +157,7 @@ def _stored(tensors: Mapping[str, Any]) -> Iterable[TypeCount]:
 
 
 def _torch_name(name: str) -> str:
-    """A safetensors type by torch's name for it."""
+    """Return torch's name of a safetensors type."""
     names = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
     letters = name.rstrip("0123456789")
     return names[letters] + name[len(letters) :] if letters in names else name.lower()

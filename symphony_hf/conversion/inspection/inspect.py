@@ -1,4 +1,4 @@
-"""inspect_model: everything that `symphony inspect` shows, of a loaded model or of a checkpoint's description."""
+"""inspect_model: the content of `symphony inspect`, for a loaded model or a checkpoint whose weights are not read."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,15 +18,14 @@ from .parts import Anatomy, Routing
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model is made of.
+    """Parts, types and routers of a model.
 
     Attributes:
-        name: Its class.
-        parts: Its parameters by part.
-        types: The types of its tensors: as stored, or, of a loaded model, as in memory; None where there is no more
-            than a config.
-        routers: How many routers choose what.
-        settings: Of its expert graphs, as its config has them; None where it has none.
+        name: Class name of the model.
+        parts: Parameters by part.
+        types: Data types of a checkpoint as stored, or of a loaded model in memory; None if there is only a config.
+        routers: Number of routers of each kind.
+        settings: Settings of the expert graphs in the config; None if there are none.
     """
 
     name: str
@@ -37,25 +36,25 @@ class Inspection:
 
     @property
     def total(self) -> int:
-        """All parameters, and the entries of the graphs."""
+        """Number of all parameters, including the entries of the graphs."""
         return sum(part.total for part in self.parts)
 
     @property
     def active(self) -> int | None:
-        """Those of them that one token uses; None where no router says how many experts that are."""
+        """Number of parameters that one token uses; None if no router is known."""
         return None if any(part.active is None for part in self.parts) else sum(part.active or 0 for part in self.parts)
 
 
 def inspect_model(model: nn.Module | str | Path, revision: str | None = None) -> Inspection:
-    """Look at a model's parts, types and routers.
+    """Inspect a model's parts, types and routers.
 
     Args:
-        model: A loaded model, wrapped or not, or one on the meta device; or a checkpoint's folder, its config.json, or
-            its name on the Hub, of which no weights are read.
+        model: Loaded model, wrapped or on the meta device or neither; or a checkpoint's folder, config.json, or name on
+            the Hub, whose weights are not read.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ConfigError: If there is no config, or it is of no model that transformers knows.
+        ConfigError: If there is no config, or transformers does not know its model type.
         DataError: If a checkpoint's files cannot be read.
     """
     if isinstance(model, nn.Module):
@@ -125,7 +124,7 @@ def _types_table(types: list[TypeCount]) -> Table:
 
 
 def readable_bytes(size: int) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
+    """Return a number of bytes in the largest unit in which it is at least 1."""
     for unit, name in _UNITS:
         if size >= unit:
             return f"{size / unit:.2f} {name}"

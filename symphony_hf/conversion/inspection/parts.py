@@ -1,4 +1,4 @@
-"""Which part of a model a parameter belongs to: told by the model's structure and by what its classes are."""
+"""Assignment of parameters to parts of a model, by its structure and its classes."""
 
 import enum
 import re
@@ -18,7 +18,7 @@ from .tensors import HeldTensor, bare_name, held_tensors
 
 
 class Part(str, enum.Enum):
-    """A part of a model, in the order of the tables."""
+    """Parts of a model, in the order of the tables."""
 
     EMBEDDINGS = "embeddings and head"
     ATTENTION = "attention"
@@ -36,7 +36,7 @@ class Part(str, enum.Enum):
 
 
 class Routing(NamedTuple):
-    """How many experts a router's tokens choose of how many."""
+    """Number of experts of a router, and number that each token selects."""
 
     num_experts: int
     top_k: int
@@ -50,16 +50,16 @@ _TOWERS = (("vision", Part.VISION), ("audio", Part.AUDIO))
 
 
 class Anatomy:
-    """The parts of a model: plain, symphonized, adapted by PEFT, quantized, or on the meta device.
+    """Parts of a model: plain, symphonized, adapted by PEFT, quantized, or on the meta device.
 
-    Names are the bare model's, below what PEFT and parametrizations put into them.
+    Names are those of the bare model, without what PEFT and parametrizations add to them.
 
     Args:
-        model: Any model of transformers, or one that PEFT has wrapped.
+        model: Model of transformers, wrapped by PEFT or not.
 
     Attributes:
-        modules: The model's modules by name.
-        routers: What each router chooses, by its name; empty where no router is found.
+        modules: Modules of the model by name.
+        routers: Routing of each router by name; empty if no router is found.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ class Anatomy:
         }
 
     def part_of(self, held: HeldTensor) -> Part:
-        """The part that a parameter, or a graph, belongs to."""
+        """Return the part that a parameter or a graph belongs to."""
         owners = self.owners(held.name)
         path, owner = owners[0]
         if any(isinstance(module, ExpertGraph) for _, module in owners):
@@ -108,7 +108,7 @@ class Anatomy:
         return Part.DENSE_MLPS if any(_is_called(module, _MLP) for _, module in owners) else Part.OTHERS
 
     def owners(self, name: str) -> list[tuple[str, nn.Module]]:
-        """(name, module) of all that a parameter or module is in, from the inside out."""
+        """Return (name, module) of all modules around a parameter or module, from the inside out."""
         found, path = [], bare_name(name)
         while path:
             path = path.rpartition(".")[0]
@@ -117,15 +117,15 @@ class Anatomy:
         return found
 
     def is_attention(self, module: nn.Module) -> bool:
-        """Whether a module is attention: transformers records its weights, or its class is called so."""
+        """Return whether transformers records a module's attention weights, or its class is named after attention."""
         return isinstance(module, self._attention) or _is_called(module, _ATTENTION)
 
     def routing_of(self, name: str) -> Routing | None:
-        """What chooses an expert that a parameter is of; None where the model has no router that is known."""
+        """Return the routing of the expert that a parameter belongs to; None if the model has no known router."""
         block = self._block_above(bare_name(name))
         if block is not None:
             return self._blocks[block]
-        # A layer whose router is none to us, and looks experts up by the token: it chooses as many as the others.
+        # A layer without a known router, which looks experts up by the token id: it selects as many as the others.
         return next(iter(self._blocks.values()), None)
 
     def _block_above(self, name: str) -> str | None:
@@ -134,7 +134,7 @@ class Anatomy:
     def _is_of_router(self, owners: list[tuple[str, nn.Module]], held: HeldTensor) -> bool:
         path = owners[0][0]
         if path in self._blocks and held.shape == (self._blocks[path].num_experts,):
-            return True  # a bias that only selects
+            return True  # a bias for the selection
         return any(name in self.routers or _is_called(module, _ROUTER) for name, module in owners)
 
     def _is_of_experts(self, owners: list[tuple[str, nn.Module]], held: HeldTensor) -> bool:
@@ -142,17 +142,17 @@ class Anatomy:
         if "shared" in held.name or "Norm" in type(owners[0][1]).__name__:
             return False
         if paths[0] in self._blocks and len(held.shape) < 3:
-            return False  # a bias of the block's own
+            return False  # a bias of the block
         return any(path in self._expert_modules or path.rpartition(".")[2] == "experts" for path in paths)
 
     def _is_beside_experts(self, owners: list[tuple[str, nn.Module]]) -> bool:
-        """Whether a router's block holds it; a block that is a whole decoder layer holds all sorts."""
+        """Return whether a parameter is in a router's block, if the block is not a whole decoder layer."""
         block = next((module for path, module in owners if path in self._blocks), None)
         return block is not None and not any(self.is_attention(module) for module in block.modules())
 
 
 def _is_called(module: nn.Module, pattern: re.Pattern[str]) -> bool:
-    """Whether its class is called so; a decoder layer may be called by what is in it."""
+    """Return whether a class name matches; decoder layers do not, since they may be named after their content."""
     name = type(module).__name__
     return not name.endswith("DecoderLayer") and bool(pattern.search(name))
 
@@ -177,7 +177,7 @@ def _recorded_attention(module: nn.Module) -> Iterator[type[nn.Module]]:
 
 
 def _tower_configs(config: PreTrainedConfig, tower: Part | None = None) -> Iterator[tuple[type, Part]]:
-    """Yield (its class, what it is of) of each config of a vision or audio tower inside a model's config."""
+    """Yield (class, part) of each config of a vision or audio tower inside a model's config."""
     for name in config.sub_configs:
         inner = getattr(config, name, None)
         if isinstance(inner, PreTrainedConfig):
@@ -188,5 +188,5 @@ def _tower_configs(config: PreTrainedConfig, tower: Part | None = None) -> Itera
 
 
 def _config_types(owners: list[tuple[str, nn.Module]]) -> Iterator[type]:
-    """The classes of the configs of the models that something is in, from the inside out."""
+    """Return the config classes of the models among the owners, from the inside out."""
     return (type(module.config) for _, module in owners if isinstance(module, PreTrainedModel))

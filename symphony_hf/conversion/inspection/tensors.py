@@ -1,4 +1,4 @@
-"""A model's parameters and graphs, by the names and in the shapes of the bare model, below what wraps or packs them."""
+"""Parameters and graphs of a model, by the names and shapes of the bare model without wrappers and packing."""
 
 import math
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from symphony_hf.patching.families.probe import full_shape
 
 
 class HeldTensor(NamedTuple):
-    """A parameter, or the adjacency of a graph, as a model holds it.
+    """Parameter, or adjacency of a graph, as a model holds it.
 
     Attributes:
-        name: As the model has it, with what PEFT and torch's parametrizations put into it.
-        tensor: Itself: packed, where it is quantized, and empty, where ZeRO-3 has partitioned it.
-        shape: What it stands for.
-        quant_state: How bitsandbytes packed it in 4 bits; None where it did not.
+        name: Name in the model, with what PEFT and torch's parametrizations add to it.
+        tensor: Tensor, which may be packed by a quantization, or empty when partitioned by ZeRO-3.
+        shape: Shape of the whole unpacked weight.
+        quant_state: State of bitsandbytes' 4-bit packing, if the tensor is packed.
     """
 
     name: str
@@ -31,7 +31,7 @@ class HeldTensor(NamedTuple):
 
 
 def held_tensors(model: nn.Module) -> Iterator[HeldTensor]:
-    """Yield each parameter once, and each graph, be it a parameter or a buffer."""
+    """Yield each parameter once, and each graph, also those that are buffers."""
     packed = dict(_parametrized(model))
     for name, parameter in model.named_parameters():
         state = packed.get(name, getattr(parameter, "quant_state", None))
@@ -42,7 +42,7 @@ def held_tensors(model: nn.Module) -> Iterator[HeldTensor]:
 
 
 def _parametrized(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name, bitsandbytes' state) of the parameters that it packed behind a parametrization."""
+    """Yield (name, quantization state) of the parameters that bitsandbytes packed behind a parametrization."""
     for name, module in model.named_modules():
         for parameter_name, parametrizations in getattr(module, "parametrizations", {}).items():
             for parametrization in parametrizations:
@@ -52,9 +52,9 @@ def _parametrized(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def bare_name(name: str) -> str:
-    """A module's or parameter's name without what PEFT and parametrizations put into it.
+    """Return the name of a module or parameter without what PEFT and parametrizations add to it.
 
-    LoRA's own parameters have the name of what they adapt in front: `q_proj.lora_A.default.weight`.
+    LoRA's own parameters start with the name of the adapted module: `q_proj.lora_A.default.weight`.
     """
     parts = name.removeprefix("base_model.model.").split(".")
     bare: list[str] = []

@@ -1,4 +1,4 @@
-"""Experts in 4 bits, packed by bitsandbytes while they are loaded, or in place; and how many bytes that takes."""
+"""Experts in 4 bits, packed by bitsandbytes during loading or in place, and the memory that they take."""
 
 from .estimate import BytesPlan, PackedShape, plan_bytes, print_bytes_plan
 from .quantize_experts import quantize_experts

@@ -1,4 +1,4 @@
-"""How many bytes a model takes in 4 bits: a weight of each shape is packed and measured, the rest is counted."""
+"""Memory of a model in 4 bits: one weight of each shape is packed and measured, the rest is counted."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class PackedShape:
     """Weights of one shape.
 
     Attributes:
-        kind: `experts`, or `linear maps`.
-        shape: Of each.
-        count: How many there are.
-        plain_bytes: Of one, as it is stored.
-        packed_bytes: Of one in 4 bits, with its scales, as measured.
+        kind: `experts` or `linear maps`.
+        shape: Shape of each weight.
+        count: Number of weights.
+        plain_bytes: Bytes of one unpacked weight.
+        packed_bytes: Measured bytes of one weight in 4 bits, with its scales.
     """
 
     kind: str
@@ -41,15 +41,15 @@ class PackedShape:
 
 @dataclass(frozen=True)
 class BytesPlan:
-    """What a model takes.
+    """Memory of a model with and without packing.
 
     Attributes:
-        model: Its class.
-        parameters: Their number.
-        dtype: Of what is not packed.
-        packing: Of what is.
-        plain_bytes: Without any packing.
-        shapes: What was measured.
+        model: Class name of the model.
+        parameters: Number of parameters.
+        dtype: Data type of the weights that are not packed.
+        packing: Packing of the others.
+        plain_bytes: Bytes without any packing.
+        shapes: Measured shapes.
     """
 
     model: str
@@ -60,13 +60,13 @@ class BytesPlan:
     shapes: tuple[PackedShape, ...]
 
     def packed_bytes(self, *kinds: str) -> int:
-        """Of the model with all weights of these kinds packed."""
+        """Return the bytes of the model with all weights of these kinds packed."""
         return self.plain_bytes - sum(
             shape.count * (shape.plain_bytes - shape.packed_bytes) for shape in self.shapes if shape.kind in kinds
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for a JSON file."""
+        """Return the plan as values for a JSON file."""
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -93,17 +93,17 @@ class BytesPlan:
 
 
 def plan_bytes(model: nn.Module, packing: Packing | None = None, dtype: torch.dtype = torch.bfloat16) -> BytesPlan:
-    """Pack one weight of each shape that a model has, and count the others.
+    """Pack one weight of each shape in a model, and count the others.
 
     Args:
-        model: Any; on the meta device it needs no weights. One layer's experts are made, at random.
-        packing: How.
-        dtype: Of what is not packed.
+        model: Model, also on the meta device. The measured weights are random.
+        packing: Form of the packing.
+        dtype: Data type of the weights that are not packed.
 
     Raises:
         ConfigError: If bitsandbytes is missing.
         UnsupportedModelError: If there are no stacked experts.
-        PatchError: If they are packed already.
+        PatchError: If the experts are already packed.
     """
     check_bitsandbytes()
     packing = packing or Packing()
@@ -133,7 +133,7 @@ def plan_bytes(model: nn.Module, packing: Packing | None = None, dtype: torch.dt
 
 
 def _linear_weights(model: Any) -> list[torch.Tensor]:
-    """Those that `quantize_experts` quantizes on request: all but the routers' and the head's."""
+    """Return the weights that `quantize_experts` quantizes on request: all but those of routers and LM head."""
     routers = Anatomy(model).routers
     head = model.get_output_embeddings()
     return [

@@ -1,7 +1,7 @@
-"""A quantizer for transformers' loader that packs the experts of each layer as soon as they have been read.
+"""Quantizer for transformers' loader that packs the experts of each layer as soon as they have been read.
 
-transformers takes one quantizer a load. This one is its own for bitsandbytes' 4 bits, and packs stacked experts
-besides; the linear maps are quantized, or not, as a BitsAndBytesConfig says, in the same load.
+transformers takes one quantizer per load, so this one extends its 4-bit quantizer of bitsandbytes: it packs stacked
+experts, and in the same load quantizes the linear layers if a BitsAndBytesConfig is given.
 """
 
 import copy
@@ -22,16 +22,16 @@ from symphony_hf.errors import ConfigError, DataError, PatchError
 from .packing import Packing, check_rows, stacked_experts
 
 METHOD = "symphony_hf_experts_4bit"
-"""What transformers finds the quantizer by, in a quantization config that is made for one load."""
+"""Name under which the quantizer is registered, for quantization configs made for one load."""
 
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """transformers' quantizer of 4-bit linear maps, which packs stacked experts as well.
+    """transformers' quantizer of 4-bit linear layers, extended to stacked experts.
 
     Args:
-        quantization_config: Of the linear maps, with the settings of this quantizer in it, from `_config_of_load`.
-        **kwargs: Of transformers.
+        quantization_config: Config of the linear layers with the settings of this quantizer, from `_config_of_load`.
+        **kwargs: Arguments of the base class.
     """
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -51,7 +51,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         if self.quantizes_linears:
             config = self.quantization_config
             kept = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
-            # A graph needs its router's weight as numbers; besides, routers choose badly in 4 bits.
+            # Graphs need the router's unpacked weight, and 4-bit routers select poorly.
             config.llm_int8_skip_modules = [*kept, *Anatomy(model).routers]
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
 
@@ -71,17 +71,17 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 f"({min(missing)}, ...)"
             )
         if self.quantizes_linears:
-            # All that transformers' own does; of old it also asks `is_serializable`.
+            # All that the base class does; older versions also call `is_serializable`.
             model.is_loaded_in_4bit = True  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
-        """Asked by transformers before it saves a model: not the experts, but adapters of its own integration."""
+        """Refuse to save packed experts; adapters of transformers' own integration can be saved."""
         if getattr(self.model, "_hf_peft_config_loaded", False):
             return True
         raise PatchError(
-            "save_pretrained: the model's experts are packed in 4 bits, and nothing could load such a checkpoint: save "
-            "the adapter, and to merge it load it on the base in 16 bits: load_adapter(base, folder).merge_and_unload()"
+            "save_pretrained: the model's experts are packed in 4 bits, and no loader reads such a checkpoint: save "
+            "the adapter; to merge it, load it onto the base in 16 bits: load_adapter(base, folder).merge_and_unload()"
         )
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> None:
@@ -89,7 +89,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """Called by transformers' loader with each weight that is to be quantized, when it has been read."""
+    """Conversion that transformers' loader calls with each weight to quantize once it has been read."""
 
     def __init__(self, quantizer: ExpertsQuantizer, of_linears: ConversionOps) -> None:
         self.quantizer = quantizer
@@ -117,14 +117,14 @@ class _Pack(ConversionOps):
                     f"`{name}` has the shape {tuple(weight.shape)} in the checkpoint, not {tuple(expected)}"
                 )
             self.quantizer.packing.pack(module, parameter_name, weight)
-            module._is_hf_initialized = True  # type: ignore[assignment]  # else the loader would draw it anew
+            module._is_hf_initialized = True  # type: ignore[assignment]  # else the loader would initialize it
             if missing_keys is not None:
                 missing_keys.discard(name)
         return left
 
 
 def is_packed(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is behind a parametrization."""
+    """Return whether a parameter is behind a parametrization."""
     path, _, parameter_name = name.rpartition(".")
     return parameter_name in getattr(model.get_submodule(path), "parametrizations", {})
 
@@ -132,18 +132,18 @@ def is_packed(model: nn.Module, name: str) -> bool:
 def load_packed(
     source: str | Path, packing: Packing, model_class: Any = None, loading: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
-    """Load a checkpoint with its stacked experts packed.
+    """Load a checkpoint and pack its stacked experts.
 
     Args:
-        source: Its folder, or its name on the Hub.
-        packing: How.
-        model_class: What loads it; the class of its architecture when None.
-        loading: Settings of `from_pretrained`. A `quantization_config` of 4 bits is that of the linear maps.
+        source: Folder, or name on the Hub.
+        packing: Form of the packing.
+        model_class: Class that loads the checkpoint; by default that of its architecture.
+        loading: Arguments of `from_pretrained`. A 4-bit `quantization_config` applies to the linear layers.
 
     Raises:
-        ConfigError: If there is no such checkpoint, it is quantized already, or so is not meant to be in 4 bits.
-        UnsupportedModelError: If it has no stacked experts, or, on a CPU, such of odd sizes.
-        DataError: If it lacks some of them.
+        ConfigError: If the checkpoint does not exist or is already quantized, or `quantization_config` is not 4-bit.
+        UnsupportedModelError: If it has no stacked experts, or, on a CPU, experts with rows of unsupported size.
+        DataError: If weights of experts are missing.
     """
     loading = dict(loading or {})
     config = read_config(source, loading.get("revision"))
@@ -162,7 +162,7 @@ def load_packed(
 
 
 def _config_of_load(packing: Packing, linears: Any) -> BitsAndBytesConfig:
-    """transformers' config for one load, with what `ExpertsQuantizer` takes out of it."""
+    """Return a config for one load, with the settings that `ExpertsQuantizer` takes out of it."""
     if linears is not None and not getattr(linears, "load_in_4bit", False):
         raise ConfigError(
             "quantize_experts: `quantization_config` is that of the linear maps, and must be a BitsAndBytesConfig with "
@@ -176,7 +176,7 @@ def _config_of_load(packing: Packing, linears: Any) -> BitsAndBytesConfig:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Where the experts alone are packed, transformers, PEFT and Trainer are to see a model that is not quantized."""
+    """Make transformers, PEFT and Trainer see an unquantized model when only its experts are packed."""
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -184,11 +184,11 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def guard_saving(model: PreTrainedModel, quantizer: ExpertsQuantizer | None = None) -> PreTrainedModel:
-    """Have transformers ask a quantizer of ours before it saves the model.
+    """Make transformers call `ExpertsQuantizer.is_serializable` before it saves the model.
 
     Args:
-        model: With packed experts.
-        quantizer: That has packed them; a new one, for a model that was packed in place, when None.
+        model: Model with packed experts.
+        quantizer: Quantizer that packed them; by default a new one, for a model that was packed in place.
     """
     if quantizer is None:
         linears = getattr(model.config, "quantization_config", None)

@@ -1,4 +1,4 @@
-"""Packing one stacked weight of experts in 4 bits, behind bitsandbytes' own parametrization."""
+"""Packing of stacked expert weights in 4 bits, behind bitsandbytes' own parametrization."""
 
 import importlib.metadata
 import importlib.util
@@ -16,18 +16,18 @@ from symphony_hf.errors import ConfigError, PatchError, UnsupportedModelError, n
 
 OLDEST_BITSANDBYTES = "0.49"
 BLOCK = 64
-"""Numbers that have one scale."""
+"""Number of values that share a scale."""
 
 QuantType = Literal["nf4", "fp4"]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight is packed.
+    """Form in which weights are packed.
 
     Attributes:
-        quant_type: nf4, whose 16 values are those of a normal distribution, or fp4.
-        double_quant: Whether the scales, one for 64 numbers, are quantized in turn.
+        quant_type: `nf4`, whose 16 values follow a normal distribution, or `fp4`.
+        double_quant: Whether to quantize the scales too, of which there is one per 64 values.
     """
 
     quant_type: QuantType = "nf4"
@@ -41,17 +41,17 @@ class Packing:
             )
 
     def pack(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Put a weight into a module, packed: reading it there gives it back, as far as 4 bits can.
+        """Replace a parameter of a module by a packed weight; reading the parameter unpacks it.
 
         Args:
-            module: That has a parameter of this name, which is replaced.
-            name: Of the parameter.
-            weight: Floating-point. Where it is, it is packed.
+            module: Module whose parameter is replaced.
+            name: Name of the parameter.
+            weight: Floating-point weight, packed on its own device.
         """
         from bitsandbytes.functional import quantize_4bit, quantize_blockwise
         from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
-        # An expert at a time: on a CPU, bitsandbytes takes ten times a weight's bytes to pack it.
+        # One expert at a time: on a CPU, bitsandbytes needs ten times the bytes of a weight to pack it.
         experts = weight.unbind() if weight.dim() == 3 and weight[0].numel() % BLOCK == 0 else (weight,)
         packed = [quantize_4bit(expert, blocksize=BLOCK, quant_type=self.quant_type) for expert in experts]
         state = packed[0][1]
@@ -66,10 +66,10 @@ class Packing:
 
 
 def check_bitsandbytes() -> None:
-    """Refuse to go on without a bitsandbytes that can pack any parameter.
+    """Check that a bitsandbytes is installed that can pack any parameter.
 
     Raises:
-        ConfigError: If it is not installed, or too old.
+        ConfigError: If it is missing or too old.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("quantize_experts needs bitsandbytes: pip install 'symphony-hf[bitsandbytes]'")
@@ -79,28 +79,28 @@ def check_bitsandbytes() -> None:
 
 
 def check_rows(experts: Mapping[str, HeldTensor]) -> None:
-    """Refuse weights that bitsandbytes would unpack wrongly on a CPU: with a block of 64 numbers in two rows.
+    """Refuse weights that bitsandbytes unpacks wrongly on a CPU: those with a block of 64 values in two rows.
 
     Raises:
-        UnsupportedModelError: If there is one.
+        UnsupportedModelError: If there is such a weight.
     """
     for name, held in experts.items():
         if held.shape[-1] % BLOCK:
             raise UnsupportedModelError(
-                f"quantize_experts: `{name}` has rows of {held.shape[-1]} numbers, no multiple of {BLOCK}, which "
-                "bitsandbytes gives back wrongly on a CPU: use an accelerator"
+                f"quantize_experts: `{name}` has rows of {held.shape[-1]} values, not a multiple of {BLOCK}, which "
+                "bitsandbytes unpacks wrongly on a CPU: use an accelerator"
             )
 
 
 def stacked_experts(model: nn.Module) -> dict[str, HeldTensor]:
-    """The weights that hold all experts of a layer at once, which bitsandbytes alone leaves as they are.
+    """Return the weights that hold all experts of a layer, which bitsandbytes alone does not quantize.
 
     Args:
-        model: Any; it may be on the meta device.
+        model: Model, also on the meta device.
 
     Raises:
         UnsupportedModelError: If there are none.
-        PatchError: If they are packed already.
+        PatchError: If they are already packed.
     """
     anatomy = Anatomy(model)
     experts = [held for held in held_tensors(model) if anatomy.part_of(held) is Part.EXPERTS]

@@ -1,4 +1,4 @@
-"""quantize_experts: a MoE model with its experts in 4 bits, loaded so or made so in place."""
+"""quantize_experts: load a MoE model with 4-bit experts, or quantize one in place."""
 
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,29 @@ def quantize_experts(
     model_class: Any = None,
     **loading: Any,
 ) -> PreTrainedModel:
-    """Quantize stacked experts to 4 bits with bitsandbytes, which alone leaves them in 16: most of a MoE's bytes.
+    """Quantize stacked experts, most of a MoE's memory, to 4 bits with bitsandbytes, which alone does not.
 
-    A checkpoint is quantized while it is loaded, a layer's experts at a time: at no time are more than one layer's in
-    16 bits. A model is quantized in place, likewise a layer at a time. The packed experts are frozen, and are unpacked
-    whenever they are used, under every `experts_implementation`. Train adapters on them with gradient checkpointing:
-    without it, the unpacked experts of all layers are kept for the backward pass.
+    A checkpoint is quantized during loading and a model in place, one layer at a time, so that at most one layer's
+    experts are in 16 bits. The packed experts are frozen and are unpacked whenever they are used, with every
+    `experts_implementation`. Train adapters on them with gradient checkpointing: without it, the unpacked experts of
+    all layers are kept for the backward pass.
 
     Args:
-        model: A checkpoint's folder or name on the Hub; or a loaded model, symphonized or not.
-        quant_type: nf4 or fp4.
-        double_quant: Whether the scales are quantized, too.
-        model_class: What loads the checkpoint, such as an Auto class; the class of its architecture when None.
-        **loading: Settings of `from_pretrained`. With `quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...)`
-            the linear maps are quantized in the same load, but for those of routers.
+        model: Folder or Hub name of a checkpoint, or a loaded model, symphonized or not.
+        quant_type: `nf4` or `fp4`.
+        double_quant: Whether to quantize the scales too.
+        model_class: Class that loads the checkpoint, such as an Auto class; by default that of its architecture.
+        **loading: Arguments of `from_pretrained`. With `quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...)`
+            linear layers are quantized in the same load, except those of routers.
 
     Returns:
-        The model. `save_pretrained` refuses it; adapters can be saved.
+        The model. It cannot be saved with `save_pretrained`, but its adapters can.
 
     Raises:
-        ConfigError: If bitsandbytes is missing, a setting is unknown, or the checkpoint is quantized already.
-        UnsupportedModelError: If there are no stacked experts, or, on a CPU, such of sizes that are no multiple of 64.
-        PatchError: If the model's experts are packed already, or are not to be had as numbers.
-        DataError: If the checkpoint lacks experts.
+        ConfigError: If bitsandbytes is missing, a setting is unknown, or the checkpoint is already quantized.
+        UnsupportedModelError: If there are no stacked experts, or, on a CPU, rows of experts are not a multiple of 64.
+        PatchError: If the model's experts are already packed, offloaded or partitioned.
+        DataError: If weights of experts are missing from the checkpoint.
     """
     check_bitsandbytes()
     packing = Packing(quant_type, double_quant)
@@ -52,7 +52,9 @@ def quantize_experts(
         return load_packed(model, packing, model_class, loading)
     if loading or model_class is not None:
         names = ", ".join([*loading, *(["model_class"] if model_class is not None else [])])
-        raise ConfigError(f"quantize_experts: {names}: settings of loading a checkpoint, but a loaded model was given")
+        raise ConfigError(
+            f"quantize_experts: {names}: arguments for loading a checkpoint, but a loaded model was given"
+        )
     return _quantize_in_place(model, packing)
 
 
@@ -67,7 +69,7 @@ def _quantize_in_place(model: PreTrainedModel, packing: Packing) -> PreTrainedMo
 
 
 def _check_packable(model: PreTrainedModel) -> list[str]:
-    """The names of the weights to pack; not the weights, of which each is to be freed as soon as it is packed."""
+    """Return the names of the weights to pack, not the weights, each of which is freed once it is packed."""
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"quantize_experts: expected a transformers model, got {type(model).__name__}: unwrap it")
     if is_adapted(model):

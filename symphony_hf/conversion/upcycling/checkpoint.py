@@ -1,4 +1,4 @@
-"""A checkpoint in safetensors files: where each tensor's bytes are, and nothing believed before it was checked."""
+"""Reading of safetensors checkpoints by block, with all headers checked first."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from .options import DTYPES
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BLOCK = 2**20
-"""Bytes that are read and written at once: larger blocks were slower, smaller ones no faster."""
+"""Bytes read and written at a time: larger blocks were slower, smaller ones no faster."""
 
 TORCH_DTYPES = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
 ITEM_BYTES = {stored: dtype.itemsize for stored, dtype in TORCH_DTYPES.items()}
@@ -27,7 +27,7 @@ ITEM_BYTES = {stored: dtype.itemsize for stored, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a tensor, seen as a matrix whose width is its last dimension."""
+    """Range of rows of a tensor, viewed as a matrix whose width is its last dimension."""
 
     tensor: str
     start: int
@@ -36,13 +36,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
+    """Tensor in a file.
 
     Attributes:
-        file: The file.
-        dtype: By the name of the safetensors format, such as BF16.
-        shape: Of the tensor.
-        offset: Of its first byte, from the beginning of the file.
+        file: File that holds the tensor.
+        dtype: Data type, by its name in the safetensors format, such as BF16.
+        shape: Shape of the tensor.
+        offset: Position of its first byte in the file.
     """
 
     file: Path
@@ -52,24 +52,24 @@ class StoredTensor:
 
     @property
     def rows(self) -> int:
-        """How many there are of the matrix that it is seen as."""
+        """Number of rows of the tensor viewed as a matrix."""
         return math.prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
-        """The size of one of them."""
+        """Bytes of one row."""
         return self.shape[-1] * ITEM_BYTES[self.dtype]
 
 
 class Checkpoint:
-    """The tensors of a folder.
+    """Tensors of a checkpoint's folder.
 
     Args:
-        folder: With `model.safetensors`, or with shards and their index.
+        folder: Folder with `model.safetensors`, or with shards and their index.
 
     Raises:
-        CheckpointError: If a file is missing or cut off, or is not what the index says.
-        UpcycleError: If a tensor is neither float32 nor bfloat16 nor float16.
+        CheckpointError: If a file is missing or truncated, or does not match the index.
+        UpcycleError: If a tensor is not float32, bfloat16 or float16.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,11 +83,11 @@ class Checkpoint:
                 )
 
     def whole(self, name: str) -> Rows:
-        """All rows of a tensor."""
+        """Return all rows of a tensor."""
         return Rows(name, 0, self.tensors[name].rows)
 
     def blocks(self, rows: Rows) -> Iterator[memoryview]:
-        """The bytes of some rows, a block at a time; each is there until the next is taken."""
+        """Yield the bytes of rows in blocks, each valid until the next."""
         stored = self.tensors[rows.tensor]
         left = (rows.stop - rows.start) * stored.row_bytes
         buffer = memoryview(bytearray(min(left, BLOCK)))
@@ -101,22 +101,22 @@ class Checkpoint:
                 left -= count
 
     def float_blocks(self, rows: Rows) -> Iterator[Tensor]:
-        """The values of some rows in float32, a block at a time. Shape: (values,)."""
+        """Return the values of rows in float32, in blocks of shape (values,)."""
         dtype = TORCH_DTYPES[self.tensors[rows.tensor].dtype]
         return (torch.frombuffer(block, dtype=dtype).float() for block in self.blocks(rows))
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
-    """Compare what is stored with what the model's class holds.
+    """Compare stored tensors with those of the model's class.
 
     Args:
-        checkpoint: The files.
-        expected: Name -> shape.
-        tied: A tensor that need not be stored -> the one that it equals.
+        checkpoint: Stored tensors.
+        expected: Shape of each expected tensor.
+        tied: Tensors that need not be stored -> tensors that they equal.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected, or of another shape.
-        UpcycleError: If tensors that the config says are tied are stored, and differ.
+        CheckpointError: If a tensor is missing or unexpected, or has another shape.
+        UpcycleError: If tensors that the config ties are stored and differ.
     """
     found = checkpoint.tensors
     missing = sorted(set(expected) - set(found) - set(tied))
@@ -143,7 +143,7 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]
 
 
 def same_bytes(checkpoint: Checkpoint, rows: Rows, others: Rows) -> bool:
-    """Whether some rows are stored as the same bytes, in the same type, as others."""
+    """Return whether two ranges of rows have the same type and the same bytes."""
     first, second = checkpoint.tensors[rows.tensor], checkpoint.tensors[others.tensor]
     if first.dtype != second.dtype or first.row_bytes != second.row_bytes:
         return False
@@ -173,7 +173,7 @@ def _read_shards(folder: Path, places: dict[str, str]) -> dict[str, StoredTensor
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(places.values())):
         if not (folder / file).exists():
-            raise CheckpointError(f"`{folder / file}` is missing, which `{INDEX}` names: is the checkpoint whole?")
+            raise CheckpointError(f"`{folder / file}` is missing, which `{INDEX}` names: is the checkpoint complete?")
         for name, tensor in _read_header(folder / file).items():
             if places.get(name) != file:
                 said = f"says that it is in `{places[name]}`" if name in places else "does not know it"
@@ -186,7 +186,7 @@ def _read_shards(folder: Path, places: dict[str, str]) -> dict[str, StoredTensor
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """The header of the safetensors format: its length in 8 bytes, then JSON; safetensors itself has checked it."""
+    """Read a safetensors header (8 bytes of length, then JSON) after safetensors has checked it."""
     try:
         with safe_open(file, framework="pt"):
             pass

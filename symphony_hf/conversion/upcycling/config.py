@@ -1,4 +1,4 @@
-"""A dense model's config as that of its container, or the reason why the container cannot have it."""
+"""Conversion of a dense model's config to its container, or the reason why that is impossible."""
 
 from collections.abc import Collection
 from typing import Any
@@ -28,10 +28,10 @@ COMMON = (
     "use_cache",
     "vocab_size",
 )
-"""Settings that every family has, with one meaning."""
+"""Settings that every family has with the same meaning."""
 
 TRANSLATED = ("head_dim", "layer_types", "max_window_layers", "rope_parameters", "sliding_window", "use_sliding_window")
-"""Settings that are looked at one by one."""
+"""Settings that are converted one by one."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -39,13 +39,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def container_config(
     dense: PreTrainedConfig, conversion: Conversion, layers: Collection[int], options: UpcycleOptions
 ) -> PreTrainedConfig:
-    """The config of the upcycled model.
+    """Return the config of the upcycled model.
 
     Args:
-        dense: The dense model's.
-        conversion: Into which container.
-        layers: The layers whose MLPs become experts.
-        options: Number of experts and the like.
+        dense: Config of the dense model.
+        conversion: Conversion to a container.
+        layers: Layers whose MLPs become experts.
+        options: Number of experts and other options.
 
     Raises:
         UpcycleError: If the dense model has a setting that the container cannot express.
@@ -69,22 +69,22 @@ def container_config(
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
-    """The width of an attention head, which not every config says."""
+    """Return the size of an attention head, which not every config has."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def windows_of(dense: PreTrainedConfig) -> list[int | None]:
-    """Each layer's sliding attention window, in tokens; None where it is as long as a sequence can be."""
+    """Return each layer's sliding attention window in tokens; None for full attention."""
     window = getattr(dense, "sliding_window", None)
     if window is not None and window >= dense.max_position_embeddings:
         window = None
-    declared = "layer_types" in _defaults(type(dense))  # a family that does not look at them may be given some
+    declared = "layer_types" in _defaults(type(dense))  # a config may have them although its family ignores them
     types = dense.layer_types if declared else [SLIDING] * dense.num_hidden_layers
     return [window if kind == SLIDING else None for kind in types]
 
 
 def notes_on(config: PreTrainedConfig, conversion: Conversion) -> list[str]:
-    """What a user should know who does more with the container than compute logits with transformers."""
+    """Return notes on the container that matter beyond logits computed by transformers."""
     notes = []
     if conversion.container.windows == "any" and any(windows_of(config)):
         notes.append(
@@ -156,5 +156,5 @@ def _rope_parameters(dense: PreTrainedConfig, container: Container) -> dict[str,
 
 
 def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The settings that a family declares, with their defaults."""
+    """Return the settings that a family declares, with their defaults."""
     return config_class().to_dict()

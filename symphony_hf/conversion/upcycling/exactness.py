@@ -1,8 +1,8 @@
-"""Whether the upcycled checkpoint computes what the dense one does: both run, a layer in memory at a time.
+"""Check that the upcycled checkpoint computes what the dense one does, with one layer in memory at a time.
 
-The stock classes of transformers run their own forward, in float32, on what is read from the two checkpoints' files. A
-layer's weights are there only while it runs. Experts are compared bit by bit, and one copy stands for all of them, so
-that even a large MoE layer takes no more memory than a dense one.
+transformers' own classes run in float32 on weights read from the files of both checkpoints, which are in memory only
+while their layer runs. Experts are compared bit by bit, and one copy is used for all of them, so that a MoE layer needs
+no more memory than a dense one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from .plan import ExpertPart
 from .source import DenseModel, meta_model
 
 TOLERANCE = 1e-5
-"""Of the largest logit, where that is above 1. Float32 rounds the sum of the weighted experts by about 1e-7."""
+"""Tolerance, relative to the largest logit if above 1. Float32 rounds the weighted sum of experts by about 1e-7."""
 
 TOKENS = 64
 
@@ -32,12 +32,12 @@ Reader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Exactness:
-    """What the check saw.
+    """Result of the check.
 
     Attributes:
-        difference: The largest one between two logits.
-        largest: The largest dense logit.
-        tokens: In the sequence, of random numbers.
+        difference: Largest difference between two logits.
+        largest: Largest dense logit.
+        tokens: Number of random tokens in the sequence.
     """
 
     difference: float
@@ -46,20 +46,20 @@ class Exactness:
 
     @property
     def tolerance(self) -> float:
-        """The largest difference that is rounding."""
+        """Largest difference that counts as rounding."""
         return TOLERANCE * max(1.0, self.largest)
 
 
 @dataclass(frozen=True)
 class Upcycled:
-    """An upcycled checkpoint as it was written.
+    """Upcycled checkpoint as it was written.
 
     Attributes:
-        checkpoint: Its tensors.
-        config: Its config, as read from its file.
-        container: Its family.
-        experts: Where it has each projection of each expert.
-        num_experts: Of each router.
+        checkpoint: Tensors of the checkpoint.
+        config: Config, as read from its file.
+        container: Family of the checkpoint.
+        experts: Rows of each projection of each expert.
+        num_experts: Number of experts of each router.
     """
 
     checkpoint: Checkpoint
@@ -69,7 +69,7 @@ class Upcycled:
     num_experts: int
 
     def read(self, name: str) -> Tensor:
-        """A parameter of the stock class, by its name in memory; experts share one copy.
+        """Return a parameter of the stock class by its name in memory; experts share one copy.
 
         Raises:
             UpcycleError: If two experts differ.
@@ -92,15 +92,16 @@ class Upcycled:
 
 
 def check_exactness(dense: DenseModel, upcycled: Upcycled, dtype: str | None) -> Exactness:
-    """Compare the logits of a dense checkpoint and of what it was upcycled to.
+    """Compare the logits of a dense checkpoint and of its upcycled checkpoint.
 
     Args:
-        dense: The dense one.
-        upcycled: The other, without noise on its experts.
-        dtype: What the weights were cast to, by the name of the safetensors format: the dense ones are, too.
+        dense: Dense checkpoint.
+        upcycled: Upcycled checkpoint without noise on its experts.
+        dtype: Data type that the weights were cast to, by its name in the safetensors format; the dense weights are
+            cast too.
 
     Raises:
-        UpcycleError: If they differ by more than rounding, or the dense logits are not finite.
+        UpcycleError: If the logits differ by more than rounding, or the dense ones are not finite.
     """
     config, checkpoint = dense.config, dense.checkpoint
     tokens = min(TOKENS, config.max_position_embeddings)
@@ -134,7 +135,7 @@ def _logits(config: PreTrainedConfig, read: Reader, ids: Tensor, description: st
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """What has weights, in pieces that fit in memory."""
+    """Yield the modules with weights, in pieces that fit into memory."""
     yield "model.embed_tokens", model.model.embed_tokens
     for number, layer in enumerate(model.model.layers):
         yield f"model.layers.{number}", layer
@@ -157,7 +158,7 @@ def _read(checkpoint: Checkpoint, name: str, dtype: str | None = None) -> Tensor
 
 
 def _floats(checkpoint: Checkpoint, parts: Sequence[Rows], dtype: str | None = None) -> Tensor:
-    """Rows one below the other, in float32, without a copy in another type or of a part. Shape: (rows, width)."""
+    """Return concatenated rows in float32, without intermediate copies. Shape: (rows, width)."""
     width = checkpoint.tensors[parts[0].tensor].shape[-1]
     values = torch.empty(sum(part.stop - part.start for part in parts), width)
     flat, filled = values.view(-1), 0

@@ -1,8 +1,8 @@
-"""Which dense families can become which MoE containers of transformers: all that is known about them, as data.
+"""Dense families and the MoE families ("containers") of transformers that they can become, as data.
 
-Dense families differ in how they store their projections; once fused ones are split, all have Llama's names. Containers
-differ in how they store experts, and in what their settings can express. A conversion is a pair of them that computes
-the same, bit by rounding bit, when every expert is a copy of the dense MLP and the weights of the chosen sum to 1.
+Dense families differ in how they store projections; once fused ones are split, all have Llama's names. Containers
+differ in how they store experts and in what their settings can express. A conversion is a pair that computes the same
+up to rounding when every expert is a copy of the dense MLP and the weights of the selected experts sum to 1.
 """
 
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from typing import Any
 from symphony_hf.errors import UpcycleError, nearest
 
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
-"""The three projections of a gated MLP, by their names within a decoder layer."""
+"""Names of the three projections of a gated MLP within a decoder layer."""
 
 
 @dataclass(frozen=True)
 class DenseFamily:
-    """A family of dense decoders.
+    """Family of dense decoders.
 
     Attributes:
-        model_type: Of its config.
-        fused: Projections that are stored as the rows of one: its name within the layer -> theirs, in order.
-        neutral: Settings that no container has, and the value at which a container computes the same.
-        unused: Settings that its class in transformers does not look at.
-        copied: Settings of this family alone, which its containers have by the same names.
+        model_type: Model type of its config.
+        fused: Names of fused projections within a layer -> names of their parts, in order.
+        neutral: Settings that no container has, with the value at which a container computes the same.
+        unused: Settings that its class in transformers ignores.
+        copied: Settings of this family that its containers have under the same names.
     """
 
     model_type: str
@@ -36,21 +36,21 @@ class DenseFamily:
 
 @dataclass(frozen=True)
 class Container:
-    """A MoE family of transformers, as its own `save_pretrained` stores it.
+    """MoE family of transformers, as its own `save_pretrained` stores it.
 
     Attributes:
-        model_type: Of its config.
-        experts: Tensors of the experts, by their names within a decoder layer -> the projections in their rows. A name
-            with `{expert}` is one tensor an expert; one without holds all experts, along a first dimension of its own.
-        router: Of the router's weight, within the layer.
-        router_in_memory: The same in the model, where transformers renames it when it loads.
-        empty: Tensors that are there but compute nothing, within the layer -> their shape; `hidden` is the width.
-        num_experts: The setting for the number of experts.
-        expert_size: The setting for an expert's inner width.
-        windows: Which layers may have a sliding attention window: `none`, `all` (all or none), or `any`.
+        model_type: Model type of its config.
+        experts: Names of the expert tensors within a decoder layer -> projections in their rows. A name with `{expert}`
+            is one tensor per expert; one without holds all experts along its first dimension.
+        router: Name of the router's weight within the layer.
+        router_in_memory: Its name in the model, if transformers renames it during loading.
+        empty: Names of tensors without effect within the layer -> their shapes, where `hidden` is the hidden size.
+        num_experts: Name of the setting for the number of experts.
+        expert_size: Name of the setting for an expert's inner size.
+        windows: Layers that may have a sliding attention window: `none`, `all` (all or none), or `any`.
         chooses_layers: Whether some layers can stay dense.
-        settings: That never change: the weights of the chosen experts sum to 1, and there is no shared expert.
-        needs: Why other families do not fit, for an error.
+        settings: Fixed settings: the weights of the selected experts sum to 1, and there is no shared expert.
+        needs: Reason why other families do not fit, for error messages.
     """
 
     model_type: str
@@ -68,7 +68,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A dense family, a container, and the settings that only this pair needs."""
+    """Dense family and container, with the settings that only this pair needs."""
 
     source: DenseFamily
     container: Container
@@ -162,7 +162,7 @@ PHI3 = DenseFamily(
     unused=("embd_pdrop", "original_max_position_embeddings"),  # the latter is in rope_parameters, too
 )
 
-CONVERSIONS = (  # a family's first is its default
+CONVERSIONS = (  # the first of a family is its default
     Conversion(MISTRAL, MIXTRAL),
     Conversion(MISTRAL, QWEN2_MOE, {"qkv_bias": False}),
     Conversion(LLAMA, MIXTRAL),
@@ -188,15 +188,15 @@ INEXACT = {
     "LayerNorms",
     "switch_transformers": "it is an encoder and a decoder",
 }
-"""MoE families that one might think of, and what in them no dense family here computes."""
+"""MoE families that are no containers -> what they compute that no dense family here does."""
 
 
 def find_conversion(model_type: str, to: str | None) -> Conversion:
-    """The conversion of a dense family to a container.
+    """Return the conversion of a dense family to a container.
 
     Args:
-        model_type: Of the dense checkpoint.
-        to: The container's; the family's default when None.
+        model_type: Model type of the dense checkpoint.
+        to: Model type of the container; by default that of the family.
 
     Raises:
         UpcycleError: If the family is not dense or not known, or the container cannot compute what it does.

@@ -1,4 +1,4 @@
-"""What the user chooses about an upcycling, checked before anything is read."""
+"""Options of an upcycling, checked before anything is read."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from symphony_hf.errors import ConfigError, nearest
 
 ROUTER_INITS = ("normal", "uniform")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""Types of weights, by torch's name -> by that of a safetensors file."""
+"""Names of data types in torch -> in safetensors files."""
 
 ALL, EVERY_OTHER = "all", "every-other"
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleOptions:
-    """How a dense model becomes a MoE. See `upcycle` for the meaning of each."""
+    """Options of an upcycling; see `upcycle`."""
 
     num_experts: int = 8
     top_k: int = 2
@@ -37,7 +37,7 @@ class UpcycleOptions:
         _check_number("router_std", self.router_std)
         _check_number("noise", self.noise)
         if self.router_std == 0:
-            # With equal logits every token takes the same experts, whose copies then get equal gradients for ever.
+            # With equal logits every token selects the same experts, and these copies get equal gradients forever.
             raise ConfigError(
                 "upcycle: `router_std` must be above 0: a router of zeros sends every token to the same experts, and "
                 "these, being copies, never become different"
@@ -52,14 +52,14 @@ class UpcycleOptions:
 
     @property
     def stored_dtype(self) -> str | None:
-        """What all weights are cast to, by the name of the safetensors format; None if each keeps its own."""
+        """Data type that all weights are cast to, by its name in safetensors files; None to keep their types."""
         return None if self.dtype is None else DTYPES[self.dtype]
 
     def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers whose MLPs become experts, of a model of `num_layers`.
+        """Return the layers whose MLPs become experts, in a model with `num_layers` layers.
 
         Raises:
-            ConfigError: If one is not there or is named twice, or none is named.
+            ConfigError: If a layer does not exist or is named twice, or none is named.
         """
         if self.layers == ALL:
             return tuple(range(num_layers))

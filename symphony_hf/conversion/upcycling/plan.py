@@ -1,4 +1,4 @@
-"""What the upcycled checkpoint holds: each of its tensors, and the rows of the dense checkpoint that go into it."""
+"""Plan of an upcycled checkpoint: its tensors, and the rows of the dense checkpoint that they consist of."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ class ExpertPart:
     """One projection of one expert.
 
     Attributes:
-        layer: The decoder layer.
-        expert: Its number.
+        layer: Decoder layer index.
+        expert: Expert index.
         part: `GATE`, `UP` or `DOWN`.
     """
 
@@ -32,7 +32,7 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of the dense checkpoint, and the expert that they become part of, if they do."""
+    """Rows of the dense checkpoint, with the expert that they become part of, if any."""
 
     rows: Rows
     expert: ExpertPart | None = None
@@ -40,14 +40,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the upcycled checkpoint.
+    """Tensor of the upcycled checkpoint.
 
     Attributes:
-        name: As it is stored.
-        shape: Of the tensor.
-        dtype: By the name of the safetensors format.
-        pieces: Its rows, one after the other; without any it is drawn at random, or zero.
-        router: The layer whose router's weight it is, if it is one.
+        name: Name in the file.
+        shape: Shape of the tensor.
+        dtype: Data type, by its name in safetensors files.
+        pieces: Rows in order; a tensor without any is random or zero.
+        router: Decoder layer index, if the tensor is a router's weight.
     """
 
     name: str
@@ -64,17 +64,17 @@ def plan_tensors(
     layers: Collection[int],
     options: UpcycleOptions,
 ) -> list[PlannedTensor]:
-    """Plan the upcycled checkpoint.
+    """Plan the tensors of the upcycled checkpoint.
 
     Args:
-        stored: The tensors of the dense one.
-        dense: Its config.
-        conversion: Into which container.
-        layers: The layers whose MLPs become experts.
-        options: Number of experts, and what the weights are cast to.
+        stored: Tensors of the dense checkpoint.
+        dense: Config of the dense checkpoint.
+        conversion: Conversion to a container.
+        layers: Layers whose MLPs become experts.
+        options: Number of experts and data type of the weights.
 
     Returns:
-        The tensors, layer by layer.
+        Planned tensors, layer by layer.
     """
     dtype, planned = options.stored_dtype, list[PlannedTensor]()
     mlps: dict[int, dict[str, Rows]] = {layer: {} for layer in layers}
@@ -96,7 +96,7 @@ def plan_tensors(
 def _split_projections(
     stored: Mapping[str, StoredTensor], dense: PreTrainedConfig, family: DenseFamily
 ) -> Iterator[tuple[str, Rows]]:
-    """The dense tensors by Llama's names, in the order of the layers."""
+    """Yield the dense tensors by Llama's names, in the order of the layers."""
     head_dim = head_dim_of(dense)
     heights = {
         "self_attn.q_proj": dense.num_attention_heads * head_dim,
@@ -144,13 +144,13 @@ def _layer_order(name: str) -> tuple[int, str]:
 
 
 def expert_rows(planned: Sequence[PlannedTensor]) -> dict[ExpertPart, Rows]:
-    """Where the upcycled checkpoint has each projection of each expert."""
-    places = {}
+    """Return the rows of each projection of each expert in the upcycled checkpoint."""
+    rows = {}
     for tensor in planned:
         start = 0
         for piece in tensor.pieces:
             stop = start + piece.rows.stop - piece.rows.start
             if piece.expert is not None:
-                places[piece.expert] = Rows(tensor.name, start, stop)
+                rows[piece.expert] = Rows(tensor.name, start, stop)
             start = stop
-    return places
+    return rows

@@ -1,4 +1,4 @@
-"""A dense checkpoint, found and understood, before anything is written."""
+"""The dense checkpoint: finding, reading and checking it, and copying its other files."""
 
 import json
 import re
@@ -40,11 +40,11 @@ CARRIED = (
     "tokenizer*",
     "vocab.*",
 )
-"""Patterns of the names of what is carried over. A model card is not: it is about another model."""
+"""Name patterns of the files that are copied. The model card is not: it describes another model."""
 
 
 def carry_files(source: Path, folder: Path) -> None:
-    """Copy what stays true of the upcycled model."""
+    """Copy the files that also apply to the upcycled model."""
     found = sorted({path for pattern in CARRIED for path in source.glob(pattern)})
     for path in found:
         if path.is_dir():
@@ -54,13 +54,13 @@ def carry_files(source: Path, folder: Path) -> None:
 
 
 def carried_bytes(source: Path) -> int:
-    """What `carry_files` needs on the disk."""
+    """Return the bytes that `carry_files` copies."""
     found = {file for pattern in CARRIED for path in source.glob(pattern) for file in (path, *path.rglob("*"))}
     return sum(file.stat().st_size for file in found if file.is_file())
 
 
 def write_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write config.json, and a generation config if the dense checkpoint has none: as the stock class does."""
+    """Write config.json, and a generation config if the dense checkpoint has none."""
     config.save_pretrained(folder)
     if not (folder / "generation_config.json").exists():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
@@ -69,10 +69,10 @@ def write_config(config: PreTrainedConfig, folder: Path) -> None:
 def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
     """Make sure that the same class reads the tokenizer's files.
 
-    Transformers chooses it by the tokenizer's config and by the model's family, which is another one now.
+    transformers selects the class by the tokenizer's config and the model's family, which has changed.
 
     Returns:
-        Notes for the user: that the tokenizer could not be read here.
+        Notes for the user, if the tokenizer cannot be read.
     """
     file = folder / "tokenizer_config.json"
     if not file.exists():
@@ -81,7 +81,7 @@ def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
         wanted, found = (type(AutoTokenizer.from_pretrained(place)).__name__ for place in (source, folder))
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
-        return [f"the tokenizer's files were carried over, but could not be read here ({reason})"]
+        return [f"the tokenizer's files were copied, but could not be read here ({reason})"]
     if wanted != found:
         settings = read_object(file, CheckpointError) | {"tokenizer_class": wanted}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -92,18 +92,17 @@ _EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 CONFIG = ("config.json",)
 WHOLE = (*CONFIG, "*.safetensors", "*.safetensors.index.json", *CARRIED, "additional_chat_templates/*")
-"""Patterns of the names of what is downloaded: to see whether a model can be upcycled at all, and to do it."""
+"""Name patterns of the files to download: to check whether a model can be upcycled, and to upcycle it."""
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense checkpoint.
+    """Dense checkpoint.
 
     Attributes:
-        checkpoint: Its tensors.
-        config: Its config.
-        tensors: Those that are converted, by name: without the head where it is the embedding, and without buffers
-            that are computed.
+        checkpoint: All stored tensors.
+        config: Config of the model.
+        tensors: Tensors to convert, by name, without a tied LM head and computed buffers.
     """
 
     checkpoint: Checkpoint
@@ -112,18 +111,18 @@ class DenseModel:
 
 
 def find_folder(source: str | Path, revision: str | None, patterns: Sequence[str] = WHOLE) -> Path:
-    """The folder of a checkpoint, which is downloaded if it is a name on the Hub.
+    """Return the folder of a checkpoint, downloading it if it is a name on the Hub.
 
     Args:
-        source: The folder, or the name.
-        revision: Of the name.
-        patterns: Of the names of the files that are downloaded.
+        source: Folder, or name on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        patterns: Name patterns of the files to download.
 
     Returns:
-        The folder; of a download, its last part is the commit.
+        The folder, which is named after the commit if it was downloaded.
 
     Raises:
-        CheckpointError: If there is no such folder, and no such model that can be reached.
+        CheckpointError: If there is no such folder, and no such model can be downloaded.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -143,17 +142,17 @@ def find_folder(source: str | Path, revision: str | None, patterns: Sequence[str
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a dense checkpoint.
+    """Return the config of a dense checkpoint.
 
     Raises:
-        CheckpointError: If there is none that can be read.
-        UpcycleError: If it is that of a quantized model, of a MoE, or of a family that nothing is known of.
+        CheckpointError: If it is missing or invalid.
+        UpcycleError: If the model is quantized, a MoE, or of an unknown family.
     """
     values = read_object(folder / "config.json", CheckpointError, hint=f"is `{folder}` a model's folder?")
     model_type = str(values.get("model_type"))
     if values.get("quantization_config") is not None:
         raise UpcycleError(
-            f"upcycle: `{folder}` is quantized (`quantization_config`): take the one that it was made of"
+            f"upcycle: `{folder}` is quantized (`quantization_config`): use the checkpoint that it was made from"
         )
     experts = sorted(name for name, value in values.items() if _EXPERTS.fullmatch(name) and value)
     if experts or model_type in {conversion.container.model_type for conversion in CONVERSIONS}:
@@ -170,11 +169,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def open_dense(folder: Path, config: PreTrainedConfig) -> DenseModel:
-    """The tensors of a dense checkpoint, compared with those that the model of its config has.
+    """Open a dense checkpoint and compare its tensors with those of its model class.
 
     Raises:
-        CheckpointError: If files or tensors are missing, cut off, unexpected, or misshapen.
-        UpcycleError: If they are quantized, or tied and different.
+        CheckpointError: If files or tensors are missing, truncated, unexpected, or of another shape.
+        UpcycleError: If tensors are quantized, or tied and different.
     """
     checkpoint = Checkpoint(folder)
     expected = {name: tuple(parameter.shape) for name, parameter in meta_model(config).state_dict().items()}
@@ -184,7 +183,7 @@ def open_dense(folder: Path, config: PreTrainedConfig) -> DenseModel:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The stock causal language model of a config, without weights, in float32."""
+    """Return the stock causal language model of a config in float32, without weights."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")  # no shared expert
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -1,4 +1,4 @@
-"""The folder that an upcycled checkpoint goes to: it may, there is room, and it is whole or it is not there."""
+"""The output folder of a conversion: checks before writing, and writing as a whole or not at all."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from symphony_hf.files import place_to_write, remove_if_empty, replacing_folder
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that would harm something.
+    """Refuse a target that exists, unless it is a model that may be overwritten.
 
     Raises:
         UpcycleError: If it exists and may not be replaced.
@@ -27,10 +27,10 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Refuse a target that would harm the source.
+    """Refuse a target inside the source, or around it.
 
     Raises:
-        UpcycleError: If it is in the source, or the source in it.
+        UpcycleError: If one contains the other.
     """
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
@@ -38,14 +38,14 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Check that the disk has room for the target.
 
     Args:
-        target: What will be written; what it replaces is deleted only after that.
-        needed: Its bytes.
+        target: Folder to write. A folder that it replaces is deleted only afterwards.
+        needed: Bytes of the target.
 
     Raises:
-        CheckpointError: If there is less.
+        CheckpointError: If the disk has fewer bytes free.
     """
     free = shutil.disk_usage(_nearest_folder(target)).free
     if free < needed:
@@ -57,19 +57,19 @@ def check_room(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
-    """Write a folder that has its name only once it is whole; nothing of it stays if an error is raised within.
+    """Write a folder that appears only once it is complete; nothing of it stays if the block raises.
 
-    What a killed process left of the same target is removed first.
+    Leftovers of a killed process are removed first.
 
     Args:
-        target: The folder.
-        command: That writes it, for error messages.
+        target: Final path of the folder.
+        command: Name of the command, for error messages.
 
     Yields:
-        Where to write.
+        Folder to write to.
 
     Raises:
-        CheckpointError: If the disk is full after all, or another process writes the same target.
+        CheckpointError: If writing fails, or another process is writing the same target.
     """
     try:
         with _alone(target, command), replacing_folder(target) as folder:
@@ -84,7 +84,7 @@ def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _alone(target: Path, command: str) -> Iterator[None]:
-    """Keep other processes from writing the same target; whatever ends this one lets them."""
+    """Lock the target against other processes, until this process ends."""
     lock = place_to_write(target).with_name(f"{target.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

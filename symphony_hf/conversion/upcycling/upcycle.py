@@ -1,4 +1,4 @@
-"""Sparse upcycling: a dense checkpoint on the disk becomes a MoE checkpoint on the disk."""
+"""upcycle: turn a dense checkpoint on disk into a MoE checkpoint on disk."""
 
 import time
 import warnings
@@ -32,24 +32,24 @@ from .target import check_apart, check_room, check_target, writing
 from .writing import Contents, Shards
 
 _SMALL_FILES = 2**20
-"""Bytes for the configs."""
+"""Bytes reserved for the configs."""
 
 
 @dataclass(frozen=True)
 class UpcycleResult:
-    """What was made.
+    """Result of an upcycling.
 
     Attributes:
-        target: The folder.
-        model_type: The container's.
-        layers: Whose MLPs became experts.
-        parameters: Of the new model.
-        weight_bytes: Of its tensors.
-        files: Of weights.
-        seconds_writing: From the first byte to the last flush, without the check.
-        seconds_checking: Of the check.
-        exactness: What the check saw; None if it was not made.
-        notes: What a user should know.
+        target: Folder of the new checkpoint.
+        model_type: Model type of the container.
+        layers: Layers whose MLPs became experts.
+        parameters: Number of parameters of the new model.
+        weight_bytes: Bytes of its tensors.
+        files: Number of weights files.
+        seconds_writing: Seconds from the first byte to the last flush, without the check.
+        seconds_checking: Seconds of the check.
+        exactness: Result of the check; None if there was none.
+        notes: Notes for the user.
     """
 
     target: Path
@@ -82,11 +82,11 @@ def upcycle(
     overwrite: bool = False,
     revision: str | None = None,
 ) -> UpcycleResult:
-    """Make a MoE checkpoint of a dense one: each expert begins as a copy of the MLP, and only the routers are new.
+    """Turn a dense checkpoint into a MoE checkpoint whose experts are copies of the MLPs and whose routers are new.
 
-    The result is a plain checkpoint of a MoE family of transformers, which stock tools load. The weights of the chosen
-    experts sum to 1 there, so right after this it computes what the dense model computes. Tensors go from file to file
-    a block at a time, so memory does not grow with the model; the target has its name only once it is whole.
+    The result is a plain checkpoint of a MoE family of transformers, which stock tools load. The weights of the
+    selected experts sum to 1, so the new model initially computes what the dense model computes. Tensors are streamed
+    from file to file in blocks, so memory does not grow with the model. The target appears only once it is complete.
 
     Args:
         source: Dense checkpoint: a folder with safetensors files, or a name on the Hub.
@@ -109,19 +109,19 @@ def upcycle(
         revision: Branch, tag or commit of the source on the Hub.
 
     Returns:
-        What was made, and what the check saw.
+        Sizes and times, and the result of the check.
 
     Raises:
         ConfigError: If an option is out of range.
         UpcycleError: If no container computes what this dense model does, or the check finds a difference.
-        CheckpointError: If the source is not whole, or the target cannot be written.
+        CheckpointError: If the source is incomplete, or the target cannot be written.
 
     Source:
         Sparse upcycling (arXiv 2212.05055).
 
     Deviation:
-        Its routers are drawn from a normal distribution of deviation 0.02, too, but it trains with expert choice in the
-        encoder, and combines without normalizing the chosen weights unless asked to. Here they always sum to 1.
+        The paper also draws routers from a normal distribution of deviation 0.02, but uses expert choice in the encoder
+        and by default does not normalize the weights of the selected experts. Here they always sum to 1.
     """
     options = UpcycleOptions(
         num_experts=num_experts,
@@ -139,7 +139,7 @@ def upcycle(
     described = find_folder(source, revision, CONFIG)
     check_apart(described, target)
     settings = _settings(described, to, options)  # before gigabytes are downloaded
-    folder = find_folder(source, described.name)  # the commit whose config was looked at
+    folder = find_folder(source, described.name)  # the commit of that config
     plan = _plan(folder, settings, options)
     check_room(target, plan.shards.disk_bytes + carried_bytes(folder) + _SMALL_FILES)
     return _write(plan, target, check)
@@ -163,7 +163,7 @@ class _Plan:
 
 
 def _settings(folder: Path, to: str | None, options: UpcycleOptions) -> _Settings:
-    """Look at all that could be wrong with the source's config."""
+    """Check everything that depends on the source's config."""
     dense = read_config(folder)
     conversion = find_conversion(dense.model_type, to)
     layers = options.layer_numbers(dense.num_hidden_layers)
@@ -173,7 +173,7 @@ def _settings(folder: Path, to: str | None, options: UpcycleOptions) -> _Setting
 
 
 def _plan(folder: Path, settings: _Settings, options: UpcycleOptions) -> _Plan:
-    """Look at all that could be wrong with the source's tensors; nothing is written."""
+    """Check everything that depends on the source's tensors, without writing."""
     dense = open_dense(folder, settings.dense)
     tensors = plan_tensors(dense.tensors, settings.dense, settings.conversion, settings.layers, options)
     settings.config.dtype = TORCH_DTYPES[tensors[0].dtype]
@@ -222,7 +222,7 @@ def _check(plan: _Plan, folder: Path) -> Exactness:
 
 
 def print_result(result: UpcycleResult, console: Console | None = None) -> None:
-    """Print what was made, and what the check saw."""
+    """Print the result of an upcycling."""
     console = console or Console()
     size = result.weight_bytes / 1e9
     speed = size / result.seconds_writing

@@ -1,4 +1,4 @@
-"""Weights streamed into safetensors files, as `save_pretrained` of transformers would write them."""
+"""Streaming of weights into safetensors files, laid out as by `save_pretrained`."""
 
 import functools
 import json
@@ -21,14 +21,14 @@ from .plan import PARTS, ExpertPart, Piece, PlannedTensor
 
 
 class Contents:
-    """Where the bytes of planned tensors come from.
+    """Source of the bytes of planned tensors.
 
-    Random numbers are NumPy's, of a stream for each router and each expert's projection: they depend neither on the
-    other layers nor on the size of a block, and are the same on every machine.
+    Random numbers come from one NumPy stream for each router and each projection of an expert, so they do not depend on
+    other layers or on the block size, and are the same on every machine.
 
     Args:
-        source: The dense checkpoint.
-        options: Seed, distribution of the routers' weights, noise.
+        source: Dense checkpoint.
+        options: Seed, distribution of the routers' weights, and noise.
     """
 
     def __init__(self, source: Checkpoint, options: UpcycleOptions) -> None:
@@ -37,7 +37,7 @@ class Contents:
         self._scale = functools.cache(self._root_mean_square)
 
     def blocks(self, tensor: PlannedTensor) -> Iterator[memoryview]:
-        """The bytes of a tensor, a block at a time; each is there until the next is taken."""
+        """Yield the bytes of a tensor in blocks, each valid until the next."""
         if tensor.router is not None:
             yield _bytes_of(self._router(tensor.router, tensor.shape).to(TORCH_DTYPES[tensor.dtype]))
         elif not tensor.pieces:
@@ -53,7 +53,7 @@ class Contents:
         stream, std = self._stream(layer), self.options.router_std
         if self.options.router_init == "normal":
             return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32)) * std
-        # Of the same standard deviation; with 1 / sqrt(3 * width) it is how nn.Linear begins.
+        # With the same standard deviation; with 1 / sqrt(3 * width) it is the initialization of nn.Linear.
         return (2 * torch.from_numpy(stream.random(shape, dtype=np.float32)) - 1) * (math.sqrt(3) * std)
 
     def _stream(self, *key: int) -> np.random.Generator:
@@ -79,7 +79,7 @@ class Contents:
         return self._stream(expert.layer, 1 + PARTS.index(expert.part), expert.expert)
 
     def _root_mean_square(self, rows: Rows) -> float:
-        """What noise is measured by."""
+        """Return the root mean square of some rows, the unit of the noise."""
         squares, count = 0.0, 0
         for values in self.source.float_blocks(rows):
             squares += values.double().square().sum().item()
@@ -92,21 +92,21 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 _ORDER = ("F32", "BF16", "F16")
-"""In which safetensors puts the types into a file: by their size, and within one size as its own list has them."""
+"""Order of types in a safetensors file: by size, and within a size by the library's own list."""
 
 _HEADER_BYTES = 512
-"""More than an entry of a header or of an index takes."""
+"""Upper bound on the bytes of an entry in a header or an index."""
 
 
 class Shards:
-    """Planned tensors, divided into files.
+    """Planned tensors, split into files.
 
     Args:
-        planned: The tensors, in their order.
-        max_shard_size: Of a file, in bytes or as in `5GB`. A larger tensor has a file of its own.
+        planned: Tensors in their order.
+        max_shard_size: Maximum size of a file, in bytes or as in `5GB`. Larger tensors get their own files.
 
     Raises:
-        ConfigError: If it is no size.
+        ConfigError: If the size is invalid.
     """
 
     def __init__(self, planned: Sequence[PlannedTensor], max_shard_size: int | str) -> None:
@@ -123,21 +123,21 @@ class Shards:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(map(tensor_bytes, self.tensors.values()))
 
     @property
     def parameters(self) -> int:
-        """Of all tensors."""
+        """Number of elements of all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def disk_bytes(self) -> int:
-        """As much as the files may take, with their headers and the index."""
+        """Upper bound on the bytes of the files, with headers and index."""
         return self.weight_bytes + 2 * _HEADER_BYTES * (len(self.tensors) + len(self.split.filename_to_tensors))
 
     def write(self, folder: Path, contents: Contents) -> None:
-        """Write the files, and their index if there are several."""
+        """Write the files, with an index if there are several."""
         with tqdm(total=self.weight_bytes, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
             for name, tensors in self.split.filename_to_tensors.items():
                 _write_file(folder / name, [self.tensors[tensor] for tensor in tensors], contents, progress)
@@ -148,14 +148,14 @@ class Shards:
 
 
 def tensor_bytes(tensor: PlannedTensor) -> int:
-    """The size of a planned tensor."""
+    """Return the bytes of a planned tensor."""
     return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 
 def _write_file(path: Path, tensors: Sequence[PlannedTensor], contents: Contents, progress: "tqdm[Any]") -> None:
-    """The published format: the header's length in 8 bytes, the header as JSON, then the tensors without a gap.
+    """Write the safetensors format: header length in 8 bytes, JSON header, tensors without gaps.
 
-    safetensors itself writes only what is in memory whole. Order and spacing are those that it would take.
+    The library itself writes only tensors that are in memory. Order and padding are the same as its own.
     """
     ordered = sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -1,4 +1,4 @@
-"""The paper's WikiText-103 systems as a model of transformers, and what its data needs."""
+"""The paper's WikiText-103 systems as a transformers model."""
 
 from typing import TYPE_CHECKING, Any
 

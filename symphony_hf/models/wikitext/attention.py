@@ -1,4 +1,4 @@
-"""Attention over a fixed span of earlier positions, in the block and in the memory before it.
+"""Attention over a fixed span of earlier positions, in the current block and in memory.
 
 Shapes: B rows, H heads, M positions of the block, S span, N positions of memory (at most S) and block, D head size.
 """
@@ -14,13 +14,13 @@ from .configuration import WikiTextMoeConfig
 
 
 class SpanAttention(nn.Module):
-    """Each position attends to the S positions before it, and not to itself, by their content and their distance.
+    """Attention of each position to the S positions before it, not to itself, by content and distance.
 
-    What lies before the beginning of a stream is zeros, which are attended to, too: their keys and values are zero,
-    so they take weight by their distance alone, and give nothing. So there is no mask, the first position has
-    something to attend to, and padding is the same as nothing, once its hidden states are zero.
+    Positions before the start of a stream are zeros and are attended to as well: their keys and values are zero, so
+    they get weight by their distance alone and contribute nothing. No mask is needed, the first position has something
+    to attend to, and padding has no effect once its hidden states are zero.
 
-    Source: adaptive-span (arXiv 1905.07799) with its span fixed, as MomentumSMoE's code base has it.
+    Source: adaptive-span (arXiv 1905.07799) with a fixed span, as in MomentumSMoE's code base.
     """
 
     def __init__(self, config: WikiTextMoeConfig, layer_idx: int) -> None:
@@ -35,17 +35,17 @@ class SpanAttention(nn.Module):
     def forward(
         self, hidden: Tensor, distance_keys_SD: Tensor, states: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Attend.
+        """Compute the attention output.
 
         Args:
-            hidden: Of the block. Shape: (B, M, hidden_size).
-            distance_keys_SD: A key for each distance, from S down to 1, shared by all heads and blocks.
-            states: Hidden states of the positions before the block, which keys and values are made of anew, so that
-                the projections learn from them. Shape: (B, up to S, hidden_size).
-            cache: Keys and values of the positions before the block, which the block's are added to.
+            hidden: Hidden states of the block. Shape: (B, M, hidden_size).
+            distance_keys_SD: Key of each distance, from S down to 1, shared by all heads and blocks.
+            states: Hidden states before the block, from which keys and values are recomputed so that the projections
+                learn from them. Shape: (B, up to S, hidden_size).
+            cache: Keys and values before the block; those of the block are added.
 
         Returns:
-            Shape: (B, M, hidden_size).
+            Output. Shape: (B, M, hidden_size).
         """
         context = hidden if states is None else torch.cat([states, hidden], dim=1)
         queries, keys, values = (
@@ -62,18 +62,17 @@ class SpanAttention(nn.Module):
 def attend_to_span(
     queries: Tensor, keys: Tensor, values: Tensor, distance_keys_SD: Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """Softmax attention of each query over the S positions before its own.
+    """Compute softmax attention of each query over the S positions before its own.
 
     Args:
         queries: Shape: (B, H, M, D).
-        keys: Of the positions up to the block's last; where they are fewer than S + M, zeros go before them.
-            Shape: (B, H, N, D).
+        keys: Keys up to the block's last position, padded with zeros in front to S + M. Shape: (B, H, N, D).
         values: Same shape.
-        distance_keys_SD: Key of distance S first, of distance 1 last. Shape: (S, D).
-        dropout: Of the attention weights.
+        distance_keys_SD: Keys of the distances, from S down to 1. Shape: (S, D).
+        dropout: Dropout on the attention weights.
 
     Returns:
-        Shape: (B, H, M, D).
+        Output. Shape: (B, H, M, D).
     """
     span, length = distance_keys_SD.shape[0], queries.shape[2]
     missing = span + length - keys.shape[2]
@@ -88,10 +87,10 @@ def attend_to_span(
 
 
 def _band(scores: Tensor, span: int) -> Tensor:
-    """Of row m the columns m to m + span - 1, as a view: each row begins one column after the row above.
+    """Return columns m to m + span - 1 of each row m, as a view.
 
     Args:
-        scores: Contiguous. Shape: (B, H, M, S + M).
+        scores: Contiguous scores. Shape: (B, H, M, S + M).
         span: S.
 
     Returns:
@@ -102,17 +101,17 @@ def _band(scores: Tensor, span: int) -> Tensor:
 
 
 class StreamMemory:
-    """The last hidden states that went into each attention, for the next block of the same streams.
+    """Last inputs of each attention layer, for the next block of the same streams in training.
 
-    For training, where the next block's keys and values are made of them with the weights of then. They are detached:
-    gradients end at the block. Without gradients a Cache of transformers does, which keeps the keys and values.
+    The next block computes keys and values from them with its current weights. They are detached, so gradients end at
+    the block. Without gradients, transformers' Cache is used instead, which stores keys and values.
 
     Args:
-        span: Positions that are kept.
-        num_layers: Attentions.
+        span: Number of positions to keep.
+        num_layers: Number of attention layers.
 
     Attributes:
-        states: By layer; None before the first block. Shape: (rows, up to span, hidden_size).
+        states: Hidden states by layer; None before the first block. Shape: (rows, up to span, hidden_size).
     """
 
     def __init__(self, span: int, num_layers: int) -> None:
@@ -120,14 +119,14 @@ class StreamMemory:
         self.states: list[Tensor | None] = [None] * num_layers
 
     def push(self, layer_idx: int, hidden: Tensor) -> Tensor | None:
-        """Keep a block's hidden states, and hand out what was kept before it.
+        """Store a block's hidden states, and return those stored before.
 
         Args:
-            layer_idx: Of the attention that they go into.
-            hidden: Shape: (rows, length, hidden_size).
+            layer_idx: Decoder layer index.
+            hidden: Inputs of the layer's attention. Shape: (rows, length, hidden_size).
 
         Returns:
-            Shape: (rows, up to span, hidden_size); None where nothing was kept.
+            Earlier states, if any. Shape: (rows, up to span, hidden_size).
         """
         before, now = self.states[layer_idx], hidden.detach()
         joined = now if before is None else torch.cat([before, now], dim=1)
@@ -136,11 +135,11 @@ class StreamMemory:
 
 
 def forget(memory: StreamMemory | Cache, continues_B: Tensor) -> None:
-    """Empty the rows of a memory that begin another stream. Zeros are what was before a stream.
+    """Zero the rows of a memory that start another stream.
 
     Args:
-        memory: With one row a stream.
-        continues_B: False for each row that begins anew. Shape: (rows,), bool.
+        memory: Memory with one row per stream.
+        continues_B: False for each row that starts another stream. Shape: (rows,), bool.
     """
     if isinstance(memory, StreamMemory):
         memory.states = [None if kept is None else _keep(kept, continues_B) for kept in memory.states]

@@ -23,27 +23,26 @@ class WikiTextMoeConfig(PreTrainedConfig):
     each.
 
     Args:
-        vocab_size: Words.
-        hidden_size: Width of the hidden states.
-        intermediate_size: Width inside an expert, and inside the feed-forward of a block without experts.
-        num_hidden_layers: Blocks.
-        num_attention_heads: Heads, which share `hidden_size` evenly.
-        attention_span: Positions before its own that a token attends to, in its block and in the memory, in every
-            block alike. Its own is not among them.
-        num_experts: Experts in a block.
-        num_experts_per_tok: Experts that a token chooses.
-        moe_every: Every n-th block has experts, from the first on; the others have one feed-forward.
-        router_type: `linear`, `cosine` in a space of `router_dim` dimensions, or `smooth`: linear, with the expert
-            just below the cut lifted in (SmoothSMoE).
-        router_dim: Of the cosine router's space; half the number of experts when None.
-        momentum: mu, of the MoE outputs' momentum across blocks; none when None.
-        momentum_step: gamma, the size of a step along it.
-        dropout: Of attention weights, of expert activations, and of expert outputs.
-        layer_norm_eps: Added to variances.
-        use_cache: Whether a forward returns the memory of what it read, for the next one.
+        vocab_size: Number of words.
+        hidden_size: Size of the hidden states.
+        intermediate_size: Inner size of experts, and of feed-forward networks in blocks without experts.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of attention heads, which divides `hidden_size`.
+        attention_span: Number of positions before its own that a token attends to.
+        num_experts: Number of experts in a block.
+        num_experts_per_tok: Number of experts that a token selects.
+        moe_every: Distance between blocks with experts, from the first block on; the others are dense.
+        router_type: `linear`; `cosine` in a space of `router_dim` dimensions; or `smooth`, which is linear with a soft
+            contribution of the expert just below the top-k (SmoothSMoE).
+        router_dim: Dimension of the cosine router's space; by default half the number of experts.
+        momentum: mu, the momentum of the MoE outputs across blocks; by default none.
+        momentum_step: gamma, the step size of the momentum.
+        dropout: Dropout on attention weights, expert activations and expert outputs.
+        layer_norm_eps: Epsilon of the layer norms.
+        use_cache: Whether a forward returns its memory for the next one.
 
     Raises:
-        ConfigError: If a value is out of range, or contradicts another one.
+        ConfigError: If a value is out of range or contradicts another one.
 
     Source: the code base of MomentumSMoE (arXiv 2410.14574), for the sizes and the form.
     """
@@ -115,5 +114,5 @@ class WikiTextMoeConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int:
-        """By which transformers' caches know how much to keep: they count the token itself, too."""
+        """Number of positions that transformers' caches keep, which includes the token itself."""
         return self.attention_span + 1

@@ -1,4 +1,4 @@
-"""The map from hidden states to words, and the cross-entropy over a large vocabulary without its logits in memory.
+"""LM head and cross-entropy for a large vocabulary, without all logits in memory.
 
 Shapes: T tokens, C tokens of a chunk, D hidden size, V words.
 """
@@ -14,37 +14,37 @@ from torch.autograd.function import once_differentiable
 from symphony_hf.routing.graph import without_autocast
 
 IGNORED = -100
-"""A label that is not predicted, as everywhere in PyTorch."""
+"""Label that is ignored, PyTorch's usual value."""
 
 _CPU_ROWS = 64
-"""Tokens of a chunk on a CPU, whose caches the logits should not leave."""
+"""Number of tokens in a chunk on a CPU, small enough for the logits to stay in its caches."""
 
 _CHUNK = 1 << 28
-"""Logits of a chunk elsewhere."""
+"""Number of logits in a chunk on other devices."""
 
 
 class VocabularyHead(nn.Linear):
-    """A linear map to logits, or to the negative log-likelihood of given words."""
+    """Linear layer that returns logits, or the negative log-likelihood of labels."""
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
     ) -> Tensor:
-        """Give the logits of all words; or, with labels, the loss of the right ones, without all logits at once.
+        """Compute logits, or the loss of labels without all logits in memory at once.
 
         Args:
-            hidden: Shape: (..., hidden_size).
-            labels: The right words; -100 for none. Shape: (...).
-            reduction: With labels: their sum, with a gradient; or each one, without.
+            hidden: Hidden states. Shape: (..., hidden_size).
+            labels: Word ids; -100 is ignored. Shape: (...).
+            reduction: `sum`: summed loss, with a gradient. `none`: loss of each label, without a gradient.
 
         Returns:
-            Logits, (..., vocab_size). With labels the negative log-likelihood, in nats, float32: a scalar, or of the
-            shape of the labels and 0 where there is none.
+            Logits, shape (..., vocab_size). With labels, the negative log-likelihood in nats, float32: a scalar, or a
+            tensor of the labels' shape with 0 at ignored labels.
         """
         if labels is None:
             return super().forward(hidden)
         counted = labels != IGNORED
         hidden_TD, labels_T = hidden[counted].to(self.weight.dtype), labels[counted]
-        # Asked here: in a Function's forward gradients are always off, and its inputs still say that they need them.
+        # Checked here: inside a Function's forward, gradients are always off, yet its inputs still require them.
         has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, self.weight, self.bias))
         with without_autocast(hidden):
             if reduction == "sum" and has_gradient:
@@ -59,25 +59,26 @@ class VocabularyHead(nn.Linear):
 def next_word_loss(
     head: nn.Module, hidden: Tensor, *, shift_labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """The mean negative log-likelihood of words; over those of an optimizer step where their number is given.
+    """Compute the mean negative log-likelihood of the next words.
 
     Args:
-        head: A `VocabularyHead`.
-        hidden: Shape: (rows, length, hidden_size).
-        shift_labels: The word after each position; -100 for none. Shape: (rows, length).
-        num_items_in_batch: Words that the step predicts in all its micro-batches, as Trainer counts them.
+        head: `VocabularyHead`.
+        hidden: Hidden states. Shape: (rows, length, hidden_size).
+        shift_labels: Word after each position; -100 is ignored. Shape: (rows, length).
+        num_items_in_batch: Number of predicted words in the whole optimizer step, as counted by Trainer, to divide by
+            instead of this batch's.
     """
     total = head(hidden, shift_labels)
     return total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class _SummedNll(torch.autograd.Function):
-    """Sum of the negative log-likelihoods. Its gradients are made in the forward, while a chunk's logits are there."""
+    """Summed negative log-likelihood, whose gradients are computed in the forward while a chunk's logits exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_T: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden_TD.device, dtype=torch.float32)
-        # The bias is the weight of a column of ones, and so are their gradients.
+        # The bias is treated as the weight of a column of ones.
         hidden_1TD = F.pad(hidden_TD, (0, 1), value=1.0)
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_weight_1VD = torch.zeros(len(weight_VD), hidden_1TD.shape[1], device=total.device, dtype=torch.float32)
@@ -88,7 +89,7 @@ class _SummedNll(torch.autograd.Function):
             rows = slice(start, start := start + len(nll_C))
             torch.mm(probabilities_CV.to(weight_VD.dtype), weight_VD, out=grad_hidden_TD[rows])
             grad_weight_1VD.addmm_(probabilities_CV.T, hidden_1TD[rows].float())
-        # Probabilities less one for the right word.
+        # The gradient of the logits is the probabilities minus one at the label.
         grad_hidden_TD -= weight_VD[labels_T]
         grad_weight_1VD.index_add_(0, labels_T, hidden_1TD.float(), alpha=-1)
         ctx.save_for_backward(grad_hidden_TD, grad_weight_1VD.to(weight_VD.dtype))
@@ -102,16 +103,16 @@ class _SummedNll(torch.autograd.Function):
 
 
 def _chunks(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (C, V), float32, and labels (C,), a few tokens at a time."""
+    """Yield logits (C, V) in float32 and labels (C,) of a few tokens at a time."""
     rows = _CPU_ROWS if hidden_TD.device.type == "cpu" else max(_CPU_ROWS, _CHUNK // len(weight_VD))
     for hidden_CD, labels_C in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True):
         yield torch.addmm(bias_V, hidden_CD, weight_VD.T).float(), labels_C
 
 
 def _nll(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (C,) and probabilities (C, V)."""
+    """Return negative log-likelihoods (C,) and probabilities (C, V)."""
     probabilities_CV = logits_CV.softmax(-1)
-    # By the highest: the logarithm of its probability is exact, while the right word's may have none left. Of both the
-    # highest values alone: on a CPU, looking for where one is takes as long as a softmax.
+    # The normalizer is computed from the highest logit, whose probability does not underflow, while the label's may.
+    # Only the maxima are used: on a CPU, finding their index takes as long as a softmax.
     log_normalizer_C = logits_CV.amax(-1) - probabilities_CV.amax(-1).log()
     return log_normalizer_C - logits_CV.gather(1, labels_C[:, None])[:, 0], probabilities_CV

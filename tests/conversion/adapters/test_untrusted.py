@@ -77,7 +77,7 @@ def test_a_config_that_is_missing(saved):
 )
 def test_a_pattern_that_would_be_matched_for_ever(saved, values):
     edit(saved, **values)
-    refuses(make_model(), saved, ConfigError, "may take for ever")
+    refuses(make_model(), saved, ConfigError, "may take forever")
 
 
 def test_patterns_that_people_write_are_taken(tmp_path):

@@ -185,7 +185,7 @@ def test_a_tokenizer_that_cannot_be_read_is_carried_and_said(source, tmp_path):
     shutil.copytree(source, tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer_config.json").write_text("{")
     result = run(tmp_path / "dense", tmp_path / "moe")
-    assert any("tokenizer's files were carried over, but could not be read" in note for note in result.notes)
+    assert any("tokenizer's files were copied, but could not be read" in note for note in result.notes)
     assert (tmp_path / "moe" / "tokenizer_config.json").read_text() == "{"
 
 
