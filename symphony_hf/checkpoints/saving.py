@@ -18,12 +18,12 @@ from .provenance import Origin, hub_name
 from .upload import publish
 
 ARCHITECTURE_PREFIX = "Symphony"
-"""Before the class name in a saved config's `architectures`: a server that goes by it and does not know us refuses."""
+"""Prefix of the class name in a saved config's `architectures`, so that other software refuses to load it."""
 
 
 @contextlib.contextmanager
 def without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Take the graph settings out of a model's config and those inside it, while a plain config is written."""
+    """Remove the graph settings from a model's configs while a plain config is written."""
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     kept = [(config, config.__dict__.pop("symphony")) for config in configs.values() if "symphony" in config.__dict__]
     try:
@@ -53,7 +53,7 @@ class SymphonySaver:
     ) -> Any:
         folder = Path(save_directory)
         if re.fullmatch(r"checkpoint-\d+", folder.name):
-            # Trainer resumes without the conversion to and from the names on the Hub, and would lose the experts.
+            # Trainer resumes without converting names from those on the Hub, and would lose the experts.
             kwargs.setdefault("save_original_format", False)
         result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
         # Every rank of a tensor-parallel model calls this as the main process; transformers writes on the first.
@@ -74,10 +74,10 @@ def mark_savers(model: Any) -> None:
 
 
 class SymphonyPusher:
-    """`push_to_hub` of a Symphony model, or of one inside it: transformers' own arguments, and our card.
+    """`push_to_hub` of a Symphony model, or of a model inside it, with a model card.
 
     Args:
-        model: Whose.
+        model: The model to push.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -93,21 +93,21 @@ class SymphonyPusher:
         data: str | None = None,
         **settings: Any,
     ) -> CommitInfo | None:
-        """Save the model, and push it.
+        """Save the model and push it.
 
         Args:
-            repo_id: `namespace/name` on the Hub; made if it is not there.
-            max_shard_size: Of a file of weights.
-            base_model: Its name on the Hub, for the card; else what the model was loaded from, if that is one.
-            license: Of the base model; else as the Hub has it.
-            data: What it was trained on: a data set's name on the Hub, or a description.
+            repo_id: `namespace/name` on the Hub, created if missing.
+            max_shard_size: Maximum size of one weights file.
+            base_model: Name of the base model on the Hub, for the card; by default what the model was loaded from.
+            license: License of the base model; by default the one on the Hub.
+            data: Training data: name on the Hub, or a description.
             **settings: `private`, `revision`, `token`, `create_pr`, `commit_message`, `commit_description`, `tags`.
 
         Returns:
             The commit; None on the other ranks of a tensor-parallel model.
 
         Raises:
-            PushError: If the Hub refuses, or is not reached.
+            PushError: If the Hub refuses or is unreachable.
         """
         origin = Origin(base_model or hub_name(self.model.name_or_path), license, data)
         with tempfile.TemporaryDirectory() as scratch:
@@ -118,20 +118,20 @@ class SymphonyPusher:
 
 
 def own_config(model: PreTrainedModel) -> None:
-    """Give a model a config of its own, before ours goes into it: another model may be built from the same object."""
-    copies: dict[int, Any] = {}  # with the configs inside it, which the models inside this one share
+    """Give a model its own copy of its config before it is changed, since other models may share the object."""
+    copies: dict[int, Any] = {}  # with nested configs, which inner models share
     copy.deepcopy(model.config, copies)
     for module in model.modules():
-        for holder in (module, module.__dict__.get("config")):  # upcycled experts have it inside settings of theirs
+        for holder in (module, module.__dict__.get("config")):  # upcycled experts hold it in their ExpertsSettings
             config = getattr(holder, "__dict__", {}).get("config")
             if id(config) in copies:
                 holder.config = copies[id(config)]  # type: ignore[union-attr]
 
 
 def wrap_to_json_file(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the method by which every config is written, so that a Symphony model's is marked, whoever writes it.
+    """Wrap the method that writes configs so that those of Symphony models are always marked.
 
-    Software that does not know us must not mistake such a config for a stock model's.
+    The mark keeps other software from mistaking such a config for a stock model's.
     """
 
     @functools.wraps(original)
@@ -162,7 +162,7 @@ def _marked(config: Any) -> Iterator[None]:
 
 
 def unmark_architectures(config: PreTrainedConfig) -> None:
-    """Give a loaded config the stock architecture's name back: what reads it from a model should find what it knows."""
+    """Restore the stock architecture name in a loaded config, for software that reads it from the model."""
     names = getattr(config, "architectures", None) or []
     config.architectures = [name.removeprefix(ARCHITECTURE_PREFIX) for name in names] or None
     if getattr(config, "auto_map", None) == {}:

@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused_and_nothing_changed(dense):
     before = [type(module) for module in dense.modules()]
     for patterns, settings, kind, message in (
         ("*projectr", {}, UpcycleError, "matches no module"),
-        (["*multi_modal_projector", "*self_attn"], {}, UpcycleError, "is no MLP"),
+        (["*multi_modal_projector", "*self_attn"], {}, UpcycleError, "is not an MLP"),
         (PROJECTOR, {"top_k": 5}, ConfigError, "top-5 of 4"),
         (PROJECTOR, {"head": "smo"}, ConfigError, "did you mean `smoe`"),
         (PROJECTOR, {"noise": -1}, ConfigError, "`noise` must be"),

@@ -1,4 +1,4 @@
-"""A few weights of an adapter's base model, by which another base model is told apart."""
+"""Samples of a base model's weights in an adapter's record, to detect other base models."""
 
 import contextlib
 import math

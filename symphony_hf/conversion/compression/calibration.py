@@ -73,7 +73,7 @@ class ExpertStatistics:
         hidden_TD, indices_TK, weights_TK = (value.reshape(-1, value.shape[-1]) for value in (hidden, indices, weights))
         if indices_TK.shape != weights_TK.shape:
             raise UnsupportedModelError(
-                f"`{self.layer.router.name}`: its experts get weights of shape {tuple(weights_TK.shape)} for selections "
+                f"`{self.layer.router.name}`: its experts get weights of shape {tuple(weights_TK.shape)} for indices "
                 f"of shape {tuple(indices_TK.shape)}: not one for each"
             )
         self.counts += count_coselections(indices_TK, self.layer.num_experts).double().cpu()
