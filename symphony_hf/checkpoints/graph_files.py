@@ -10,11 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from symphony_hf.errors import GraphError, NoGraphError
-from symphony_hf.files import read_weight_map
+from symphony_hf.files import WEIGHTS, WEIGHTS_INDEX, read_weight_map
 from symphony_hf.routing.graph import adjacency_problems
 
 SUFFIX = ".symphony.adjacency"
-_INDEX = "model.safetensors.index.json"
 
 
 def read_graphs(path: str | Path) -> dict[str, Tensor]:
@@ -58,11 +57,11 @@ def checkpoint_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    index = path / _INDEX
+    index = path / WEIGHTS_INDEX
     if index.exists():
         files = [path / name for name in sorted(set(read_weight_map(index, GraphError).values()))]
     else:
-        files = [path / "model.safetensors"]
+        files = [path / WEIGHTS]
     for file in files:
         if not file.exists():
             raise GraphError(f"graph: `{file}` does not exist")

@@ -5,6 +5,7 @@ from yaml import YAMLError
 
 from symphony_hf.compat import __version__
 from symphony_hf.errors import PushError
+from symphony_hf.tables import Table
 
 from .folder import RECORD_NAME, ModelFolder
 from .provenance import Origin, hub_name
@@ -131,10 +132,12 @@ def _sections(folder: ModelFolder, repo_id: str, origin: Origin, results: Result
         f"## What it was made from\n\n{_origin_text(origin)}",
     ]
     if folder.settings is not None:
-        rows = [["setting", "value"], *([f"`{key}`", f"`{value}`"] for key, value in folder.settings.to_dict().items())]
-        sections.append(f"## Settings of the graph\n\n{_table(rows)}")
+        rows = [(f"`{key}`", f"`{value}`") for key, value in folder.settings.to_dict().items()]
+        sections.append(f"## Settings of the graph\n\n{Table('', ('setting', 'value'), rows).to_markdown()}")
     if results is not None and results.scores:
-        sections.append(f"## Results\n\n{_table(result_rows(results))}\n\n{results.note}")
+        sections.append(
+            f"## Results\n\n{Table('', ('', 'value'), result_rows(results)).to_markdown()}\n\n{results.note}"
+        )
     if folder.graphs:
         caption = "How often two experts of a layer are chosen together"
         sections.append(f"## Graphs\n\n![{caption}]({PICTURE})\n\n{caption}; above, the experts' loads.")
@@ -184,14 +187,8 @@ def _origin_text(origin: Origin) -> str:
         else f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
     )
     licence = "not known: ask whoever made it before you use it" if origin.license is None else f"`{origin.license}`"
-    rows = [["", ""], ["base model", base], ["data", origin.data or "not known"], ["licence", licence]]
-    return _table(rows)
-
-
-def _table(rows: list[list[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    rows = [("base model", base), ("data", origin.data or "not known"), ("licence", licence)]
+    return Table("", ("", ""), rows).to_markdown()
 
 
 _TO_FILL_IN = "[More Information Needed]"

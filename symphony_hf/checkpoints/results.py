@@ -181,6 +181,6 @@ def eval_results(results: Results, data_name: str, data_id: str | None) -> list[
 
 
 def result_rows(results: Results) -> list[list[str]]:
-    """Return the rows of the card's table, header first."""
+    """Return the rows of the card's table."""
     rows = [[score.name, str(score)] for score in results.scores]
-    return [["", "value"], *rows, *([name, text] for name, text in results.others.items())]
+    return [*rows, *([name, text] for name, text in results.others.items())]

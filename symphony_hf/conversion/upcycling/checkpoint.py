@@ -12,12 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from symphony_hf.errors import CheckpointError, UpcycleError
-from symphony_hf.files import read_weight_map
+from symphony_hf.files import WEIGHTS, read_weight_map
+from symphony_hf.files import WEIGHTS_INDEX as INDEX
 
 from .options import DTYPES
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 BLOCK = 2**20
 """Bytes read and written at a time: larger blocks were slower, smaller ones no faster."""
 

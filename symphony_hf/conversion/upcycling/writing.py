@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from symphony_hf.errors import ConfigError, UpcycleError
+from symphony_hf.files import WEIGHTS_INDEX
 
-from .checkpoint import INDEX, ITEM_BYTES, TORCH_DTYPES, Checkpoint, Rows
+from .checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint, Rows
 from .options import UpcycleOptions
 from .plan import PARTS, ExpertPart, Piece, PlannedTensor
 
@@ -144,7 +145,7 @@ class Shards:
         if self.split.is_sharded:
             metadata = {"total_parameters": self.parameters, **self.split.metadata}
             index = {"metadata": metadata, "weight_map": self.split.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tensor_bytes(tensor: PlannedTensor) -> int:
