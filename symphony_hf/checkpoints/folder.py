@@ -71,15 +71,15 @@ def _check_safetensors(file: Path) -> None:
 def _check_text(name: str, file: Path) -> None:
     text = file.read_text(encoding="utf-8", errors="replace")
     if _TOKEN.search(text):
-        raise PushError(f"`{file}` has an access token of the Hub in it: take it out, and revoke it if it was shared")
+        raise PushError(f"`{file}` contains an access token of the Hub: remove it, and revoke it if it was shared")
     if file.suffix != ".json":
         return
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PushError(f"`{file}` is no JSON: {error}") from error
+        raise PushError(f"`{file}` is not valid JSON: {error}") from error
     if isinstance(values, dict) and values.get("auto_map"):
-        raise PushError(f"`{file}` asks for code of its own (`auto_map`), and code is not pushed: `{name}` must not")
+        raise PushError(f"`{file}` asks for custom code (`auto_map`), which is not pushed: remove it from `{name}`")
 
 
 Kind = Literal["symphony", "plain", "adapter"]
@@ -160,7 +160,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
     stored = config.get("symphony")
     settings = None if stored is None else SymphonyConfig.from_stored(stored, where=f"{path / name}: symphony")
     if not is_adapter and settings is None and not _names_experts(config):
-        raise PushError(f"push: `{path / 'config.json'}` names no experts: this is no mixture of experts")
+        raise PushError(f"push: `{path / 'config.json'}` names no experts: it is not a mixture of experts")
     files, left_out = _sort(path)
     check_contents(files)
     return ModelFolder(
@@ -184,7 +184,7 @@ def _names_experts(config: Mapping[str, Any]) -> bool:
 def _find(directory: Path) -> tuple[Path, Path | None]:
     """Return the folder of the model and the file with the results of its run."""
     if not directory.is_dir():
-        raise PushError(f"push: `{directory}` is no folder: give the one of a checkpoint, an adapter or a run")
+        raise PushError(f"push: `{directory}` is not a folder: give the folder of a checkpoint, an adapter or a run")
     inside = [directory / name for name, measured in _RUNS.items() if (directory / measured).exists()]
     for path in (directory, *inside):
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():

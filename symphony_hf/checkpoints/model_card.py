@@ -55,7 +55,7 @@ def _adapter(folder: ModelFolder, repo_id: str, base_model: str) -> str:
     peft = f'model = PeftModel.from_pretrained(model, "{repo_id}")'
     if not folder.graphs:
         return _python(["from peft import PeftModel", auto, base, peft])
-    silent = "PEFT's own loader puts an adapter on a base that is not symphonized in silence, without its graphs"
+    silent = "PEFT's own loader silently loads an adapter without its graphs if the base is not symphonized"
     if RECORD_NAME in folder.files:
         lines = ["import symphony_hf", auto, base, f'model = symphony_hf.load_adapter(model, "{repo_id}")']
         return f"{_python(lines)}\n\nThe plain base is symphonized as the adapter needs it. {silent}."

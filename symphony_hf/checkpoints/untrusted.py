@@ -65,15 +65,17 @@ def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto")
     except SymphonyError:
         raise
     except _REFUSALS as error:
-        raise CheckpointError(f"`{directory}`: no model can be made of it: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"`{directory}`: no model can be built from it: {type(error).__name__}: {error}"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"`{directory}` lacks {len(missing)} of its model's weights ({missing[0]}, ...)")
     graphs = sorted(name for name in info["unexpected_keys"] if name.endswith(SUFFIX))
     if graphs:
         raise GraphError(
-            f"`{directory}` has {len(graphs)} graphs that its config.json does not ask for ({graphs[0]}, ...): without "
-            "them it would route otherwise than it was trained to"
+            f"`{directory}` has {len(graphs)} graphs that its config.json has no settings for ({graphs[0]}, ...): "
+            "without them it would not route as trained"
         )
     return model
 
@@ -83,13 +85,13 @@ def _check_config(directory: Path) -> None:
     file = directory / "config.json"
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
-            f"`{directory}` is an adapter: load it by `symphony_hf.load_adapter`, onto its base model"
+            f"`{directory}` is an adapter: load it onto its base model with `symphony_hf.load_adapter`"
         )
     config = read_object(file, CheckpointError, max_bytes=MAX_CONFIG_BYTES)
     if config.get("auto_map"):
-        raise CheckpointError(f"`{file}` asks for code of its own (`auto_map`), and code of a checkpoint is not run")
+        raise CheckpointError(f"`{file}` asks for custom code (`auto_map`): code of a checkpoint is not run")
     if config.get("quantization_config") is not None:
-        raise CheckpointError(f"`{file}` is of a quantized checkpoint: load it by its Auto class")
+        raise CheckpointError(f"`{file}` is of a quantized checkpoint: load it with its Auto class")
 
 
 def _tensors(directory: Path) -> dict[str, int]:

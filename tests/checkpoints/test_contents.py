@@ -32,16 +32,16 @@ def archive(path):
         (
             "tokenizer_config.json",
             lambda f: f.write_text('{"auto_map": {"AutoTokenizer": "me.py"}}'),
-            "asks for code",
+            "asks for custom code",
         ),
         (
             "tokenizer_config.json",
             lambda f: f.write_text('{"auto\\u005fmap": {"AutoTokenizer": "x"}}'),
-            "asks for code",
+            "asks for custom code",
         ),
-        ("tokenizer_config.json", lambda f: f.write_text("{"), "is no JSON"),
-        ("special.json", lambda f: f.write_text("[" * 100_000), "is no JSON"),
-        ("notes.md", lambda f: f.write_text(f"my token is {TOKEN}"), "has an access token"),
+        ("tokenizer_config.json", lambda f: f.write_text("{"), "is not valid JSON"),
+        ("special.json", lambda f: f.write_text("[" * 100_000), "is not valid JSON"),
+        ("notes.md", lambda f: f.write_text(f"my token is {TOKEN}"), "contains an access token"),
     ],
 )
 def test_what_must_not_be_shared_is_refused_by_name(name, spoil, message, checkpoint):
@@ -78,7 +78,7 @@ def test_a_header_that_looks_like_a_pickle_is_none(checkpoint):
 
 
 def test_folders_that_are_no_model(tmp_path, checkpoint):
-    for directory, message in ((tmp_path / "none", "is no folder"), (tmp_path, "no model in")):
+    for directory, message in ((tmp_path / "none", "is not a folder"), (tmp_path, "no model in")):
         with pytest.raises(PushError, match=message):
             push(directory, "me/it")
     LlamaForCausalLM(

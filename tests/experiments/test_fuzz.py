@@ -165,9 +165,9 @@ def edit_config(folder, **values):
         ({"architectures": None}, "no model class in its config"),
         ({"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000, and the files have"),
         ({"hidden_size": 2**20}, "asks for .* weights, and the files have"),
-        ({"vocab_size": -1}, "no model can be made of it"),
-        ({"hidden_act": "none such"}, "no model can be made of it"),
-        ({"num_attention_heads": "4"}, "no model can be made of it"),
+        ({"vocab_size": -1}, "no model can be built from it"),
+        ({"hidden_act": "none such"}, "no model can be built from it"),
+        ({"num_attention_heads": "4"}, "no model can be built from it"),
     ],
 )
 def test_what_a_config_may_not_say(values, message, tmp_path):
@@ -190,7 +190,7 @@ def test_weights_that_transformers_would_draw_at_random_are_missed(tmp_path):
 def test_graphs_that_would_be_left_out_are_missed(symphony, specimens, tmp_path):
     shutil.copytree(specimens / "graphs", tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, symphony=symphony)
-    with pytest.raises(GraphError, match=r"graphs that its config\.json does not ask for \(.*symphony\.adjacency"):
+    with pytest.raises(GraphError, match=r"graphs that its config\.json has no settings for \(.*symphony\.adjacency"):
         load_checkpoint(tmp_path)
 
 

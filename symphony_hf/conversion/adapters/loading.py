@@ -120,7 +120,7 @@ def _local_folder(adapter: str, revision: str | None) -> Path:
         raise ConfigError(f"load_adapter: `{adapter}` on the Hub lacks one of {', '.join(names)}: {error}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
-            f"load_adapter: `{adapter}` is no folder, and could not be loaded from the Hub: {error}"
+            f"load_adapter: `{adapter}` is not a folder, and could not be loaded from the Hub: {error}"
         ) from error
     return Path(files[0]).parent
 

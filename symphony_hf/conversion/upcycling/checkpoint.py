@@ -168,19 +168,19 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return _read_shards(folder, read_weight_map(index, CheckpointError))
 
 
-def _read_shards(folder: Path, places: dict[str, str]) -> dict[str, StoredTensor]:
+def _read_shards(folder: Path, file_of: dict[str, str]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(places.values())):
+    for file in sorted(set(file_of.values())):
         if not (folder / file).exists():
             raise CheckpointError(f"`{folder / file}` is missing, which `{INDEX}` names: is the checkpoint complete?")
         for name, tensor in _read_header(folder / file).items():
-            if places.get(name) != file:
-                said = f"says that it is in `{places[name]}`" if name in places else "does not know it"
+            if file_of.get(name) != file:
+                said = f"says that it is in `{file_of[name]}`" if name in file_of else "does not know it"
                 raise CheckpointError(f"`{folder / file}` has `{name}`, but `{INDEX}` {said}")
             tensors[name] = tensor
-    absent = sorted(set(places) - set(tensors))
+    absent = sorted(set(file_of) - set(tensors))
     if absent:
-        raise CheckpointError(f"`{folder / places[absent[0]]}` has no `{absent[0]}`, but `{INDEX}` says that it has")
+        raise CheckpointError(f"`{folder / file_of[absent[0]]}` has no `{absent[0]}`, but `{INDEX}` says that it has")
     return tensors
 
 

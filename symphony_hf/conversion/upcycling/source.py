@@ -78,7 +78,7 @@ def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
     if not file.exists():
         return []
     try:
-        wanted, found = (type(AutoTokenizer.from_pretrained(place)).__name__ for place in (source, folder))
+        wanted, found = (type(AutoTokenizer.from_pretrained(path)).__name__ for path in (source, folder))
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         return [f"the tokenizer's files were copied, but could not be read here ({reason})"]

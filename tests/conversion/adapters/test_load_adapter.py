@@ -389,6 +389,6 @@ def test_a_record_that_is_none(saved, text):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    refuses(make_model(), tmp_path / "nothing", ConfigError, "no folder")
+    refuses(make_model(), tmp_path / "nothing", ConfigError, "is not a folder")
     shutil.rmtree(tmp_path)
-    refuses(make_model(), tmp_path, ConfigError, "no folder")
+    refuses(make_model(), tmp_path, ConfigError, "is not a folder")
