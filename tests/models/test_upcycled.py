@@ -160,8 +160,8 @@ class TwoInputs(Plain):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Linear(4, 4), "is no MLP"),
-        (ThreeLinears(), "linear maps a, b, c"),
+        (nn.Linear(4, 4), "is not an MLP"),
+        (ThreeLinears(), "not a known MLP.*found a, b, c"),
         (Scaled(), "computes something else"),
         (TwoInputs(), "does not take hidden states alone"),
     ],
