@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,7 @@ def _shards(there: Collection[str], read: Callable[[str], Path]) -> set[str]:
 
 
 def _vocabulary_files(tokenizer_config: Path) -> set[str]:
-    import transformers  # here: it takes seconds
-
+    transformers = sys.modules.get("transformers")  # imported by every process that has written a tokenizer
     with contextlib.suppress(ConfigError):
         name = str(read_object(tokenizer_config, ConfigError, max_bytes=MAX_CONFIG_BYTES).get("tokenizer_class"))
         return set(getattr(getattr(transformers, name, None), "vocab_files_names", {}).values())
