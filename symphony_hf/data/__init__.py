@@ -1,4 +1,4 @@
-"""Data: corpora, their tokenizer, their blocks; conversations, questions and images."""
+"""From files and data sets of the Hub to batches of text, conversations, questions and images."""
 
 from symphony_hf.data.images.collator import VisualCollator, VisualConversations
 from symphony_hf.data.images.questions import VisualQuestions

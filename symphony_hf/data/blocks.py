@@ -1,4 +1,4 @@
-"""From documents to the tensors that a model is trained and evaluated on."""
+"""Documents as blocks and windows of tokens, and rows as padded batches."""
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 _BATCH = 256
-"""Documents that are tokenized in one call."""
+"""Number of documents per call of the tokenizer."""
 
 _PATIENCE = 2
-"""Seconds before a progress bar appears."""
+"""Seconds before the progress bar appears."""
 
 
 def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int) -> Tensor:
-    """Concatenate all documents, each closed by the end-of-text token, and cut them into blocks.
+    """Concatenate all documents, each followed by the end-of-text token, and cut them into blocks.
 
     Args:
         documents: Texts, in order.
-        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
-        block_size: Tokens in a block.
+        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
+        block_size: Number of tokens per block.
 
     Returns:
-        Token ids, int64; the tokens that do not fill a last block are dropped. Shape: (num_blocks, block_size).
+        Token ids, int64. Tokens that do not fill a last block are dropped. Shape: (num_blocks, block_size).
 
     Raises:
-        ConfigError: If a block is shorter than two tokens, or the tokenizer has no end-of-text token.
+        ConfigError: If `block_size` is less than 2, or the tokenizer has no end-of-text token.
         DataError: If there are too few tokens for one block.
     """
     _check_block_size(block_size)
@@ -47,11 +47,11 @@ def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBa
 
 
 def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """Concatenate all documents, each closed by the end-of-text token.
+    """Concatenate all documents, each followed by the end-of-text token.
 
     Args:
         documents: Texts, in order.
-        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
+        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
 
     Returns:
         Token ids, int64. Shape: (tokens,).
@@ -59,7 +59,7 @@ def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerB
     Raises:
         ConfigError: If the tokenizer has no end-of-text token.
     """
-    # A flat array of machine integers: a list of Python ones would take four times the memory.
+    # A list of Python integers would take four times the memory.
     token_ids = array("q")
     for document_ids in _tokenize(documents, tokenizer):
         token_ids.extend(document_ids)
@@ -67,10 +67,10 @@ def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerB
 
 
 def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
-    """How many blocks the tokens of some documents fill.
+    """Return the number of blocks that the tokens of some documents fill.
 
     Raises:
-        DataError: If they do not fill one.
+        DataError: If there are too few tokens for one block.
     """
     if num_tokens < block_size:
         raise DataError(
@@ -83,21 +83,21 @@ def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
 def document_windows(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int
 ) -> list[list[Tensor]]:
-    """Cut each document, closed by the end-of-text token, into windows of its own.
+    """Cut each document, followed by the end-of-text token, into its own windows.
 
-    So a statistic can be taken per document, and paired with that of the same document corrupted.
+    A statistic can then be computed per document and paired with that of the same document after an attack.
 
     Args:
         documents: Texts, in order.
-        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
-        block_size: Tokens in a window; the last of a document may be shorter.
+        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
+        block_size: Number of tokens per window. A document's last window may be shorter.
 
     Returns:
         The windows of each document, int64, in order and without overlap. A last window of one token has nothing to
         predict and is dropped; a document without text has no windows. Shape of each: (2 to block_size,).
 
     Raises:
-        ConfigError: If a window is shorter than two tokens, or the tokenizer has no end-of-text token.
+        ConfigError: If `block_size` is less than 2, or the tokenizer has no end-of-text token.
     """
     _check_block_size(block_size)
     windows = []
@@ -108,9 +108,9 @@ def document_windows(
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Blocks as the Trainer takes them: the labels are the inputs, which the model shifts.
+    """Dataset of blocks for the Trainer. The labels equal the inputs; the model shifts them.
 
-    There is no attention mask, because nothing is padded.
+    There is no attention mask because there is no padding.
     """
 
     def __init__(self, blocks: Tensor) -> None:
@@ -126,7 +126,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One block as `input_ids` and, in memory of their own, `labels`. Shape of each: (block_size,)."""
+        """Return one block as `input_ids` and a copy of them, `labels`. Shape of each: (block_size,)."""
         block = self.blocks[index]
         return {"input_ids": block, "labels": block.clone()}
 
@@ -137,7 +137,7 @@ def _check_block_size(block_size: int) -> None:
 
 
 def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
-    """The token ids of each document, and the end-of-text token."""
+    """Yield the token ids of each document, with the end-of-text token."""
     end_of_text(tokenizer)
     with tqdm(total=len(documents), desc="tokenizing", unit=" documents", delay=_PATIENCE, disable=None) as bar:
         for start in range(0, len(documents), _BATCH):
@@ -147,7 +147,7 @@ def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase
 
 
 def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that closes a document.
+    """Return the id of the end-of-text token.
 
     Raises:
         ConfigError: If the tokenizer has none.
@@ -158,24 +158,24 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def closed_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The token ids of each text, and the end of text unless it ends in it; no other special token."""
-    # Not verbose: it would warn that a document is longer than the model's context, which blocks are not.
+    """Tokenize each text and append the end-of-text token, unless it is the last already; no other special token."""
+    # verbose=False: a document may be longer than the model's context, since blocks are not.
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     end = tokenizer.eos_token_id
-    # The end of a line of words is the end of text, too, and of one line there are not two.
+    # In a vocabulary of words, the end of a line and the end of the text are one token.
     return [ids if ids and ids[-1] == end else [*ids, end] for ids in batch["input_ids"]]
 
 
 NO_LABEL = -100
-"""Of a token that is not learned, by the convention of `torch.nn.CrossEntropyLoss`."""
+"""Label of a token that is not in the loss, the `ignore_index` of `torch.nn.CrossEntropyLoss`."""
 
 
 def pad_rows(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
-    """Pad rows on the right, where no token of a causal model sees it, whatever side the tokenizer prefers.
+    """Pad rows on the right, where no token of a causal model sees the padding, whatever the tokenizer's padding side.
 
     Args:
-        rows: Each with `input_ids` and, of the same length, `labels`.
-        pad_id: Fills the gaps in `input_ids`.
+        rows: Rows with `input_ids` and `labels` of the same length.
+        pad_id: Id of the padding token.
 
     Returns:
         `input_ids`, `labels` and `attention_mask`. Shape of each: (rows, longest), int64.
@@ -192,14 +192,14 @@ def pad_rows(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[s
 
 @dataclass(frozen=True)
 class PadCollator:
-    """`pad_rows` as the Trainer calls it.
+    """Data collator that pads with `pad_rows`.
 
     Args:
-        pad_id: Fills the gaps in `input_ids`.
+        pad_id: Id of the padding token.
     """
 
     pad_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """One batch of rows with `input_ids` and `labels`."""
+        """Return a batch of rows with `input_ids` and `labels`."""
         return pad_rows(rows, self.pad_id)

@@ -151,7 +151,7 @@ def _split_key(row: Mapping[str, Any]) -> str:
 
 
 def _embedded(seed: int) -> Rows:
-    """Questions about Python's library, answered by its docstrings. A name is in the same split with every seed."""
+    """Return questions about Python's library, answered by its docstrings, with the same splits for every seed."""
     import datasets
 
     described = described_names()

@@ -13,6 +13,7 @@ from symphony_hf.errors import ConfigError
 from .chat_template import REFUSED
 from .layouts import TEXT_COLUMN, Layout
 from .messages import ROLES_WITH_TOOLS, to_messages
+from .questions import common_length
 from .rows import PROBLEM
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ def _tokens_in_loss(row: Mapping[str, Any], sides: list[Any], settings: RowSetti
         ids, prompt = tokenizer(text=text)["input_ids"], tokenizer(text=sides[0])["input_ids"]
         in_loss = [1] * len(ids)
     if settings.completion_only:
-        shared = next((i for i, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), len(prompt))
-        in_loss[:shared] = [0] * shared
+        length = common_length(prompt, ids)
+        in_loss[:length] = [0] * length
     return list(map(bool, in_loss))
 
 

@@ -1,4 +1,4 @@
-"""One way to any corpus: none given, a file, a folder, or a data set of the Hub."""
+"""Load a corpus from a file, a folder or a data set of the Hub, or the embedded one."""
 
 import re
 from pathlib import Path
@@ -30,23 +30,23 @@ def load_corpus(
     """Load documents in three splits.
 
     Args:
-        path: One of
-            - None: the embedded corpus, the sources of Python's standard library;
+        path: Source of the corpus:
+            - None: the embedded corpus, the source files of Python's standard library;
             - a text file (UTF-8) or a table (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`);
             - a folder of text files, or one with its own `train`, `validation` and `test` files or subfolders;
             - a data set of the Hub, `owner/name` or `owner/name:configuration`.
-        text_column: The column of a table or data set that holds the text.
-        name: The configuration of a data set of the Hub, where `path` does not give it.
+        text_column: Column of a table or data set that holds the text.
+        name: Configuration of a data set of the Hub, if `path` does not give it.
         revision: Branch, tag or commit of a data set of the Hub.
-        lines: Whether the rows of a table or data set are the lines of one text, blank ones too, which is cut into
-            documents as a text file is; else each row is a document.
+        lines: Whether the rows of a table or data set are the lines of one text, including blank ones, which is cut
+            into documents as a text file is. Otherwise, each row is a document.
 
     Returns:
         The corpus. Splits that the source does not have are cut from its train split, 5% each, by a hash that does
-        not depend on the machine or on other documents. Documents without text are left out.
+        not depend on the machine or on other documents. Documents without text are dropped.
 
     Raises:
-        DataError: If nothing is found at `path`, a split has no text, a file is not UTF-8, or there is no such column.
+        DataError: If `path` does not exist, a split has no text, a file is not UTF-8, or the column is missing.
     """
     if path is None:
         return embedded_corpus()
@@ -63,7 +63,7 @@ def load_corpus(
 
 
 def corpus_of(section: "DataSection") -> Corpus:
-    """The corpus of a recipe's data of kind `text`; see `load_corpus`."""
+    """Load the corpus of a recipe whose data is of kind `text`; see `load_corpus`."""
     return load_corpus(
         section.path,
         text_column=section.text_column,
@@ -74,22 +74,25 @@ def corpus_of(section: "DataSection") -> Corpus:
 
 
 def hub_name(path: str, config: str | None = None) -> tuple[str, str | None]:
-    """The name of a data set of the Hub, and its configuration, if it has one.
+    """Split the name of a data set of the Hub from its configuration.
 
     Args:
         path: `owner/name` or `owner/name:configuration`.
-        config: The configuration, where `path` does not give it.
+        config: Configuration, if `path` does not give it.
+
+    Returns:
+        The name, and the configuration or None.
 
     Raises:
-        DataError: If it can be no name on the Hub, or two configurations are given.
+        DataError: If `path` cannot be a name on the Hub, or two different configurations are given.
     """
     match = _HUB_NAME.fullmatch(path)
-    # A mistyped file name should fail now, not after half a minute of asking the Hub for it.
+    # A mistyped file name should fail at once, not after half a minute of requests to the Hub.
     if match is None or Path(path).suffix.lower() in TEXT_SUFFIXES | TABLE_FORMATS.keys():
         raise DataError(
             f"data.path: `{path}`: no such file or folder, and not the name of a reachable data set "
             "(`owner/name` or `owner/name:configuration`)"
         )
     if match["config"] and config and match["config"] != config:
-        raise DataError(f"data: path `{path}` gives one configuration, and name `{config}` another: give one of them")
+        raise DataError(f"data: path `{path}` gives one configuration and name `{config}` another: give only one")
     return match["name"], match["config"] or config

@@ -1,4 +1,4 @@
-"""Tables as the `datasets` library reads them: local files, and data sets of the Hub."""
+"""Local tables and data sets of the Hub, read by the `datasets` library, and digests of what was read."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"
 """Suffix of a local table -> its name in `datasets`."""
 
 _NO_ROWS = "corresponds to no data"
-"""What `datasets` says of a table without rows, which it does not read."""
+"""Part of the error that `datasets` raises for a table without rows."""
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -29,7 +29,7 @@ def load_table(path: Path) -> "Dataset":
     """Read the rows of a local table.
 
     Args:
-        path: A file with one of the suffixes in `TABLE_FORMATS`.
+        path: File with one of the suffixes in `TABLE_FORMATS`.
 
     Raises:
         DataError: If the file cannot be parsed, or has no rows.
@@ -46,13 +46,13 @@ def load_table(path: Path) -> "Dataset":
 
 
 def load_hub(name: str, config: str | None, revision: str | None, instead: str) -> "DatasetDict":
-    """Read a data set of the Hub, all its splits by their own names.
+    """Read all splits of a data set of the Hub.
 
     Args:
-        name: The data set: `owner/name`.
-        config: Its configuration, if it needs one.
-        revision: Branch, tag or commit; the newest of the main branch when None.
-        instead: What else the user can do, in the error message.
+        name: Name of the data set: `owner/name`.
+        config: Configuration, if the data set needs one.
+        revision: Branch, tag or commit; the head of the main branch when None.
+        instead: Alternative for the user, for the error message.
 
     Raises:
         DataError: If there is no such data set, or it cannot be reached.
@@ -66,13 +66,16 @@ def load_hub(name: str, config: str | None, revision: str | None, instead: str) 
 def open_hub(
     name: str, config: str | None, revision: str | None, instead: str
 ) -> tuple[dict[str, "IterableDataset"], str | None]:
-    """Open a data set of the Hub as streams, by its own names of splits, and tell the commit that they are of.
+    """Open all splits of a data set of the Hub as streams.
 
     Args:
-        name: The data set: `owner/name`.
-        config: Its configuration, if it needs one.
-        revision: Branch, tag or commit; the newest of the main branch when None.
-        instead: What else the user can do, in the error message.
+        name: Name of the data set: `owner/name`.
+        config: Configuration, if the data set needs one.
+        revision: Branch, tag or commit; the head of the main branch when None.
+        instead: Alternative for the user, for the error message.
+
+    Returns:
+        The splits by their names, and the commit, if it is known.
 
     Raises:
         DataError: If there is no such data set, or it cannot be reached.
@@ -88,7 +91,7 @@ def open_table(path: Path) -> "IterableDataset":
     """Open a local table as a stream.
 
     Args:
-        path: A file with one of the suffixes in `TABLE_FORMATS`.
+        path: File with one of the suffixes in `TABLE_FORMATS`.
     """
     import datasets
 
@@ -99,9 +102,9 @@ def open_table(path: Path) -> "IterableDataset":
 
 
 def commit_of(loaded: "DatasetDict") -> str | None:
-    """The commit on the Hub that a data set was read from; None where `datasets` does not say.
+    """Return the commit on the Hub that a data set was read from, or None if it is not known.
 
-    It names the folder of its cache by the commit.
+    `datasets` names the folder of its cache after the commit.
     """
     for rows in loaded.values():
         for file in rows.cache_files:
@@ -116,7 +119,7 @@ def _hub_errors(name: str, instead: str) -> Iterator[None]:
 
     try:
         yield
-    # RuntimeError: a data set that is a script, which `datasets` no longer runs.
+    # RuntimeError: `datasets` no longer runs data sets that are scripts.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"data.path: `{name}`: no such file or folder, and not a data set that can be reached and read ({error}); "
@@ -125,7 +128,7 @@ def _hub_errors(name: str, instead: str) -> Iterator[None]:
 
 
 def _settings(suffix: str) -> dict[str, Any]:
-    """GLUE's tables with tabs have quotation marks that are nothing but that."""
+    """Return the settings of a reader. In GLUE's tables with tabs, quotation marks are plain characters."""
     return {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
 
 
@@ -135,7 +138,7 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Have its bars only where they are wanted and a terminal shows them, and leave the switch as it was."""
+    """Show progress bars of `datasets` only if they are wanted and stderr is a terminal; restore the setting after."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or (shown and sys.stderr.isatty()):
@@ -152,7 +155,7 @@ _CHUNK = 1 << 20
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Of texts in their order, in hexadecimal."""
+    """Return the SHA-256 of texts in order, in hexadecimal."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode(errors="surrogatepass")
@@ -162,12 +165,12 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def digest_rows(rows: Iterable[Any]) -> str:
-    """Of anything that JSON can write, row by row."""
+    """Return the SHA-256 of rows in order, each written as JSON."""
     return digest_texts(json.dumps(row, sort_keys=True) for row in rows)
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """Of the contents of files in their order; their names do not matter."""
+    """Return the SHA-256 of the contents of files in order, whatever their names."""
     whole = hashlib.sha256()
     for path in paths:
         digest = hashlib.sha256()

@@ -1,15 +1,17 @@
-"""What a corpus is: named documents in three splits, and the rule that puts a document into one of them."""
+"""Corpora: named documents in three splits, and the hash that assigns a document to one of them."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from symphony_hf.errors import DataError
 
 Splits = Mapping[str, list["Document"]]
 
 HELD_OUT = ("validation", "test")
+SPLITS = ("train", *HELD_OUT)
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -19,19 +21,42 @@ SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-"""How data sets spell a split -> our name of it."""
+"""Names of splits in data sets -> our names."""
 
 _BUCKETS = 20
-"""Of equal size by hash; one is held out for validation, one for testing: 5% each."""
+"""Number of hash buckets. One is held out for validation and one for testing, 5% each."""
+
+
+Rows = TypeVar("Rows")
+
+
+def rename_splits(loaded: Mapping[Any, Rows], source: str, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, Rows]:
+    """Return the splits of a data set by our names.
+
+    Args:
+        loaded: Splits by the names of the source.
+        source: Name of the data set, for the error message.
+        names: Names in data sets -> our names. The first name that the source has is used.
+
+    Raises:
+        DataError: If there is no train split.
+    """
+    found: dict[str, Rows] = {}
+    for name, split in names.items():
+        if name in loaded:
+            found.setdefault(split, loaded[name])
+    if "train" not in found:
+        raise DataError(f"{source}: no train split; its splits are {', '.join(map(str, loaded))}")
+    return found
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that belongs together: a file, a group of paragraphs, a row of a data set.
+    """Coherent text: a file, a group of paragraphs, or a row of a data set.
 
     Attributes:
-        name: Says where the text came from, and seeds its corruption. Unique in its corpus.
-        text: The text, as read.
+        name: Origin of the text, unique in its corpus. It also seeds the attacks on the document.
+        text: The text as read.
     """
 
     name: str
@@ -40,14 +65,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, to validate on, and to test on.
+    """Documents for training, validation and testing.
 
     Attributes:
-        train: Documents that models and tokenizers are trained on.
-        validation: Documents for decisions made while developing.
-        test: Documents for the reported numbers.
-        source: What was read, for reports.
-        commit: Of a data set of the Hub, where it is known.
+        train: Documents to train models and tokenizers on.
+        validation: Documents for decisions during development.
+        test: Documents for reported numbers.
+        source: Description of the source, for reports.
+        commit: Commit of a data set of the Hub, if it is known.
     """
 
     train: list[Document]
@@ -58,30 +83,26 @@ class Corpus:
 
 
 def by_name(document: Document) -> str:
-    """Split key of files: an edited file stays in its split."""
+    """Return the split key of a file: an edited file stays in its split."""
     return document.name
 
 
 def by_text(document: Document) -> str:
-    """Split key of paragraphs and rows: two of the same text are never on both sides of a split."""
+    """Return the split key of a paragraph or row: equal texts are in the same split."""
     return document.text
 
 
 def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, list[Document]]:
-    """Cut the held-out splits that are missing from the train split.
-
-    The hash is of the key alone, so a document's split depends neither on the other documents nor on the machine.
+    """Cut the held-out splits that a source does not have from its train split; see `assign_splits`.
 
     Args:
-        given: Documents by split; "train" must be there.
-        key: What of a document decides its split, `by_name` or `by_text`.
+        given: Documents by split, including "train".
+        key: Split key of a document, `by_name` or `by_text`.
 
     Returns:
-        The documents of all three splits, in their given order.
+        Documents of all three splits, in their given order.
     """
-    splits: dict[str, list[Document]] = {"train": []}
-    for split in HELD_OUT:
-        splits[split] = list(given.get(split, ()))
+    splits: dict[str, list[Document]] = {"train": [], **{split: list(given.get(split, ())) for split in HELD_OUT}}
     missing = [split for split in HELD_OUT if split not in given]
     keys = (key(document) if document.text.strip() else None for document in given["train"])
     for document, split in zip(given["train"], assign_splits(keys, missing), strict=True):
@@ -118,12 +139,12 @@ def assign_splits(keys: Iterable[str | None], missing: Sequence[str]) -> list[st
 
 
 def split_of(key: str) -> str:
-    """The split of whatever has this key: 5% each are for validation and for testing."""
+    """Return the split of a key: 5% of keys are for validation and 5% for testing."""
     return _split_of_digest(_digest(key))
 
 
 def _digest(key: str) -> bytes:
-    # surrogatepass: a key may be the name of a file, which need not be valid text.
+    # surrogatepass: a key may be a file name that is not valid text.
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 
 
@@ -133,15 +154,15 @@ def _split_of_digest(digest: bytes) -> str:
 
 
 def build_corpus(splits: Splits, source: str, commit: str | None = None) -> Corpus:
-    """Make a corpus of all documents that have any text.
+    """Build a corpus from the documents that have text.
 
     Args:
-        splits: Documents by split, all three.
-        source: What was read, for reports and for the error message.
-        commit: Of a data set of the Hub, where it is known.
+        splits: Documents of all three splits.
+        source: Description of the source, for reports and errors.
+        commit: Commit of a data set of the Hub, if it is known.
 
     Returns:
-        The corpus, in which no split is empty.
+        The corpus. No split is empty.
 
     Raises:
         DataError: If a split has no text.
@@ -158,14 +179,14 @@ def build_corpus(splits: Splits, source: str, commit: str | None = None) -> Corp
 
 
 _PIECE = 2_000
-"""Characters. A document of a large file ends at the first blank line after as many."""
+"""Number of characters after which a document of a text file ends at the next blank line."""
 
 _LONGEST_PIECE = 4 * _PIECE
-"""Characters. It ends at the end of a line after as many, in a file without blank lines."""
+"""Number of characters after which it ends at the next line, blank or not."""
 
 
 def pieces_of(lines: Iterable[str]) -> Iterator[str]:
-    """Group lines into pieces, which concatenated are the lines again."""
+    """Group lines into pieces whose concatenation is the lines."""
     piece: list[str] = []
     size = 0
     for line in lines:

@@ -1,4 +1,4 @@
-"""The corpus that is always there: the sources of the Python that runs, code and the prose that explains it."""
+"""Data that needs no download: source files and docstrings of the running Python's standard library."""
 
 import importlib
 import inspect
@@ -15,32 +15,32 @@ from symphony_hf.errors import DataError
 from .documents import Corpus, Document, build_corpus, by_name, complete_splits
 
 _TESTS = ("test", "tests", "idle_test")
-"""Many distributions do not ship them, and the corpus should be the same with and without."""
+"""Folders of tests, which many distributions do not ship; the corpus is the same without them."""
 
 _LEFT_OUT = frozenset((*_TESTS, "site-packages", "dist-packages", "__pycache__", "encodings"))
-"""Folders. The encodings are character tables; the others are not the standard library, or not sources."""
+"""Folders to skip: character tables, and what is not source of the standard library."""
 
 _GENERATED = "_sysconfigdata"
-"""Prefix of a table of this machine's build settings, paths included."""
+"""Prefix of a file with the build settings of this machine, including paths."""
 
 _SHORTEST = 500
-"""Characters. Less is a stub or a re-export."""
+"""Minimum number of characters. Shorter files are stubs or re-exports."""
 
 _LARGEST = 200_000
-"""Bytes. More is a generated table, or one file that would dominate its split."""
+"""Maximum number of bytes. Larger files are generated tables, or would dominate their split."""
 
 _ENOUGH = 1_000_000
-"""Characters. A complete Python has several times as many."""
+"""Minimum number of characters of the corpus. A complete Python has several times as many."""
 
 
 def embedded_corpus() -> Corpus:
-    """Read the running Python's standard library, each source file one document.
+    """Read the source files of the running Python's standard library, each one document.
 
-    Nothing is downloaded and nothing is stored. Files are split by the hash of their path, so a file is in the same
-    split on every machine; the text varies a little between Python versions, which `source` names.
+    Nothing is downloaded or stored. Files are split by the hash of their path, so a file is in the same split on every
+    machine. The text varies slightly between versions of Python; `source` names the version.
 
     Returns:
-        Documents sorted by path. Of files with the same text, the first is kept.
+        Documents sorted by path. Of files with equal text, the first is kept.
 
     Raises:
         DataError: If this Python comes without its sources.
@@ -68,7 +68,7 @@ def _source_files(root: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
         found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(_GENERATED)]
-    # is_file: a packaged Python may hold links that lead nowhere.
+    # is_file: a packaged Python may have broken links.
     small = [path for path in found if path.is_file() and path.stat().st_size <= _LARGEST]
     return sorted(small, key=lambda path: path.relative_to(root).as_posix())
 
@@ -84,32 +84,33 @@ tokenize traceback types unicodedata urllib.parse uuid warnings weakref zipfile
 """
 
 _SHORTEST_SUMMARY, _LONGEST_SUMMARY = 20, 400
-"""Characters of a first paragraph that is a sentence or two."""
+"""Minimum and maximum number of characters of a summary, which is a sentence or two."""
 
 _ENOUGH_SUMMARIES = 300
-"""A Python that keeps its docstrings has several times as many."""
+"""Minimum number of summaries. A Python that keeps its docstrings has several times as many."""
 
 
 class Described(NamedTuple):
-    """A function or class, and the first paragraph of its docstring."""
+    """Function or class, and the first paragraph of its docstring."""
 
     name: str
     summary: str
 
 
 def described_names() -> list[Described]:
-    """Everything public in some well-known modules whose docstring begins with a sentence.
+    """Collect the public names of well-known modules whose docstring begins with a sentence.
 
     Returns:
-        Sorted by module and name. Of names with the same summary the first is kept, so that a summary tells its name.
+        Names and summaries, sorted by module and name. Of names with equal summaries, the first is kept, so a summary
+        identifies its name.
 
     Raises:
         DataError: If this Python has no docstrings.
     """
     found: dict[str, Described] = {}  # by summary
-    for name, thing in _public_things():
-        # Its own: `inspect.getdoc` would give a method the docstring of the one that it overrides.
-        text = thing.__doc__ if isinstance(thing.__doc__, str) else ""
+    for name, value in _public_objects():
+        # `inspect.getdoc` would give a method the docstring of the one that it overrides.
+        text = value.__doc__ if isinstance(value.__doc__, str) else ""
         summary = " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())
         if _SHORTEST_SUMMARY <= len(summary) <= _LONGEST_SUMMARY and summary[0].isupper() and summary.endswith("."):
             found.setdefault(summary, Described(name, summary))
@@ -121,15 +122,15 @@ def described_names() -> list[Described]:
     return list(found.values())
 
 
-def _public_things() -> Iterator[tuple[str, object]]:
+def _public_objects() -> Iterator[tuple[str, object]]:
     for module_name in _MODULES.split():
         module = importlib.import_module(module_name)
         for name in sorted(getattr(module, "__all__", None) or vars(module)):
-            thing = getattr(module, name, None)
-            if name.startswith("_") or not (inspect.isroutine(thing) or inspect.isclass(thing)):
+            value = getattr(module, name, None)
+            if name.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):
                 continue
-            yield f"{module_name}.{name}", thing
-            members = vars(thing) if inspect.isclass(thing) else {}
+            yield f"{module_name}.{name}", value
+            members = vars(value) if inspect.isclass(value) else {}
             for member in sorted(members):
                 if not member.startswith("_") and inspect.isroutine(members[member]):
                     yield f"{module_name}.{name}.{member}", members[member]

@@ -1,4 +1,4 @@
-"""GLUE tasks as text to text: data of kind `glue`."""
+"""Data of kind `glue`: GLUE tasks as questions in text, with a choice of answers."""
 
 import random
 from collections.abc import Mapping
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 HUB = "nyu-mll/glue"
 EMBEDDED = "embedded"
-"""As `data.path`: the stand-in."""
+"""Value of `data.path` for the stand-in."""
 
 _HIDDEN = {-1, None}
-"""Labels of rows whose labels are not published."""
+"""Labels of rows whose true labels are not published."""
 
 _SHORT = 80
-"""Characters of a sentence of the stand-in at most, so that small models with short blocks can be tried on it."""
+"""Maximum number of characters of a sentence of the stand-in, so that it fits the short blocks of small models."""
 
 _LENGTH = "num_tokens"
-"""Column: tokens of a question with its right answer."""
+"""Column with the number of tokens of a question and its right answer."""
 
 
 class LabelledQuestions(Dataset[dict[str, list[int]]]):
-    """Questions with their right answers, as the Trainer takes them: the answer's tokens alone are learned.
+    """Dataset of questions and their right answers for the Trainer. Only the answer's tokens are in the loss.
 
     Args:
-        rows: With columns `prompt`, `choices` and `answer`, see `Question`.
+        rows: Table with the columns `prompt`, `choices` and `answer`; see `Question`.
 
     Attributes:
-        rows: Likewise.
+        rows: The table.
     """
 
     def __init__(self, rows: "Table") -> None:
@@ -56,35 +56,35 @@ class LabelledQuestions(Dataset[dict[str, list[int]]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """`input_ids` and `labels` of one question and its right answer."""
+        """Return `input_ids` and `labels` of one question and its right answer."""
         question = self.question(index)
         answer = question.choices[question.answer]
         return {"input_ids": question.prompt + answer, "labels": [NO_LABEL] * len(question.prompt) + answer}
 
     def question(self, index: int) -> Question:
-        """One question with all its answers, for `evaluation.score_choices`."""
+        """Return one question with all its answers, for `evaluation.score_choices`."""
         row = self.rows[index]
         return Question(row["prompt"], row["choices"], row["answer"])
 
     def questions(self) -> list[Question]:
-        """All of them."""
+        """Return all questions."""
         return [self.question(index) for index in range(len(self))]
 
 
 def prepare_glue(section: "DataSection", tokenizer: "PreTrainedTokenizerBase") -> PreparedData:
-    """Read a task's rows, and make questions of them.
+    """Read the rows of a task and turn them into questions.
 
     Args:
-        section: Of a recipe. `name` is the task; without `path` it is read from the Hub; `path: embedded` takes a
-            stand-in instead of it.
-        tokenizer: The model's; it is given a padding token where it has none.
+        section: Data section of a recipe. `name` is the task. It is read from the Hub without `path`; with
+            `path: embedded`, a stand-in takes its place.
+        tokenizer: The model's tokenizer. It is given a padding token if it has none.
 
     Returns:
-        Splits of `LabelledQuestions`. `test` is None where its labels are hidden, as GLUE's own are.
+        Splits of `LabelledQuestions`. `test` is None if its labels are hidden, as GLUE's own are.
 
     Raises:
-        DataError: If there is no such task, file, column or label; if a split is empty; if one of ten training rows,
-            or any other row, is longer than `block_size`.
+        DataError: If there is no such task, file, column or label; if a split is empty; if more than a tenth of the
+            training rows, or any other row, is longer than `block_size`.
     """
     notes: list[str] = []
     pad_id = ensure_padding(tokenizer, notes)
@@ -111,17 +111,17 @@ def prepare_glue(section: "DataSection", tokenizer: "PreTrainedTokenizerBase") -
 
 
 def read_glue(path: str | None, name: str, revision: str | None, notes: list[str]) -> tuple[GlueTask, Rows]:
-    """Read a task's sentences and right answers.
+    """Read the sentences and right answers of a task.
 
     Args:
-        path: A table, a folder of tables, or a data set of the Hub, with the task's columns; `embedded` for a stand-in
-            that is of no GLUE task; GLUE on the Hub when None.
-        name: Of the task.
-        revision: On the Hub.
-        notes: Gets what is to be said of the data.
+        path: Table, folder of tables, or data set of the Hub with the task's columns; `embedded` for a stand-in that
+            belongs to no GLUE task; GLUE on the Hub when None.
+        name: Name of the task.
+        revision: Branch, tag or commit on the Hub.
+        notes: List that notes on the data are added to.
 
     Returns:
-        The task, and rows with its columns and `answer`, the number of the right one.
+        The task, and rows with its columns and `answer`, the index of the right answer.
 
     Raises:
         DataError: If there is no such task, file, column or label.
@@ -139,13 +139,13 @@ def read_glue(path: str | None, name: str, revision: str | None, notes: list[str
 
 
 def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tokenizer: Any) -> Question:
-    """A task's question about sentences, in tokens.
+    """Return a task's question about sentences, in tokens.
 
     Args:
-        task: Whose prompt and answers.
-        sentences: By the task's columns.
-        answer: The number of the right answer.
-        tokenizer: The model's.
+        task: Task with the prompt and the answers.
+        sentences: Sentences by the task's columns.
+        answer: Index of the right answer.
+        tokenizer: The model's tokenizer.
 
     Raises:
         DataError: If the tokenizer cannot tell the answers apart.
@@ -175,7 +175,7 @@ def _labels_are_hidden(table: "Table") -> bool:
 
 
 def _with_answers(table: "Table", task: GlueTask, where: str) -> "Table":
-    """The task's sentences, and the number of the right answer, from whatever the labels are: numbers or names."""
+    """Return the task's sentences and the index of the right answer, for labels that are numbers or names."""
     import datasets
 
     feature = table.features["label"]
@@ -216,7 +216,7 @@ def _tokenize(
 
 
 def _check_whole(table: "Table", where: str, block_size: int) -> None:
-    """Without a question that is measured, the accuracy would be another."""
+    """Refuse rows that are too long: an accuracy without them would be of other questions."""
     long = [row for row, problem in enumerate(table[PROBLEM][:]) if problem]
     if long:
         longest = max(_longest(table[row]["prompt"], table[row]["choices"]) for row in long)
@@ -231,7 +231,7 @@ def _longest(prompt: list[int], choices: list[list[int]]) -> int:
 
 
 def _stand_in() -> Rows:
-    """Does a sentence describe a function? Half of them do; the others describe another of the same split."""
+    """Ask whether a sentence describes a function. Half of them do; the others describe another one of the split."""
     import datasets
 
     by_split: dict[str, list[Described]] = {"train": [], "validation": [], "test": []}
@@ -244,9 +244,9 @@ def _stand_in() -> Rows:
         generator = random.Random(0)
         generator.shuffle(members)
         rows = []
-        for place, described in enumerate(members):
-            belongs = place % 2 == 0
-            other = members[place - 1]
+        for index, described in enumerate(members):
+            belongs = index % 2 == 0
+            other = members[index - 1]
             rows.append(
                 {
                     "question": f"What does `{described.name}` do?",

@@ -1,4 +1,4 @@
-"""The GLUE tasks as questions to a causal language model: each one's columns, prompt, labels and answers."""
+"""GLUE tasks as questions for a causal language model: columns, prompts, labels and answers."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from symphony_hf.errors import DataError, nearest
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task.
+    """One GLUE task.
 
     Attributes:
-        name: As GLUE spells it.
-        columns: Of the sentences.
-        prompt: With the columns' names in braces; the answer follows after a space.
-        labels: Their names in GLUE, by their numbers there.
-        answers: The words that the model answers with, by label.
-        validation: GLUE's name of the split that is reported on.
-        metrics: What GLUE reports beside accuracy, or in its place: names of `evaluation.METRICS`.
+        name: Name of the task in GLUE.
+        columns: Columns with the sentences.
+        prompt: Template with the columns in braces. The answer follows after a space.
+        labels: Names of the labels in GLUE, in the order of their numbers.
+        answers: Words that the model answers with, one per label.
+        validation: GLUE's name of the split to report on.
+        metrics: Metrics that GLUE reports beside accuracy, or instead: names in `evaluation.METRICS`.
     """
 
     name: str
@@ -109,14 +109,14 @@ STAND_IN = GlueTask(
     TASKS["qnli"].labels,
     TASKS["qnli"].answers,
 )
-"""Of no GLUE task: for `data.path: embedded`, which is there on every machine."""
+"""Task of `data.path: embedded`, which needs no download and belongs to no GLUE task."""
 
 
 def find_task(name: str) -> GlueTask:
-    """The task of this name.
+    """Return the task of a name.
 
     Raises:
-        DataError: If there is none, or it is not one of choosing a word.
+        DataError: If there is none, or its answers are not words to choose from.
     """
     if name in _REFUSED:
         raise DataError(f"data.name: GLUE's `{name}` is not supported: {_REFUSED[name]}; there are {', '.join(TASKS)}")

@@ -1,8 +1,8 @@
-"""Blocks of several documents, each of which attends to itself alone.
+"""Packing: blocks of several documents that do not attend to each other.
 
-Positions begin at 0 with every document. Without an attention mask, and without a cache of keys, transformers takes
-that for the sign of packed documents, and masks attention between them. Trainers keep no cache; a loop of one's own
-must pass `use_cache=False`.
+Positions restart at 0 with every document. Without an attention mask and without a key-value cache, transformers
+detects packed documents by their positions and masks attention between them. Trainers use no cache; a custom training
+loop must pass `use_cache=False`.
 """
 
 import inspect
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROBE = 8
-"""Tokens of each of the two documents that a model is tried with."""
+"""Number of tokens of each of the two documents of the check."""
 
-_HEARD = 0.05
-"""Of the largest logit. Rounding stays far below it, in bfloat16 too; families that let documents hear each other were
-above 0.3."""
+_MAX_CHANGE = 0.05
+"""Maximum change of a document's logits with the other document, as a share of the largest logit. Rounding stays far
+below it, in bfloat16 too; families that do not separate documents were above 0.3."""
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
-    """Documents one after the other, cut into blocks, as the Trainer takes them: the model shifts the labels.
+    """Dataset of blocks cut from concatenated documents, for the Trainer. The model shifts the labels.
 
-    There is no attention mask, because nothing is padded. The tokens that do not fill a last block are dropped.
+    There is no attention mask because there is no padding. Tokens that do not fill a last block are dropped.
 
     Args:
-        store: The documents' tokens.
-        block_size: Tokens in a block.
-        packing: Whether each document (or the part of one that is in the block) attends to itself alone. Its first
-            token is then no label, since nothing before it tells it.
+        store: Tokens of the documents.
+        block_size: Number of tokens per block.
+        packing: Whether each document, or the part of it in the block, attends only to itself. Its first token is then
+            not in the loss, since nothing precedes it.
 
     Raises:
         DataError: If there are too few tokens for one block.
@@ -55,7 +55,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         return self.num_blocks
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and, when packing, `position_ids`. Shape of each: (block_size,), int64."""
+        """Return `input_ids`, `labels` and, when packing, `position_ids`. Shape of each: (block_size,), int64."""
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block {index} of {self.num_blocks}")
         start = index * self.block_size
@@ -67,16 +67,16 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 
 def make_block(tokens: np.ndarray, starts: np.ndarray | None = None) -> dict[str, Tensor]:
-    """What the Trainer takes of one block.
+    """Build the Trainer's inputs for one block.
 
     Args:
-        tokens: Of the block, int64. Shape: (block_size,).
-        starts: Where documents begin in it, ascending, each of which is to attend to itself alone; what is before the
-            first is the end of another. None where all attend to all before them.
+        tokens: Token ids of the block, int64. Shape: (block_size,).
+        starts: Ascending indices at which documents begin, for documents that attend only to themselves. Tokens before
+            the first are the end of another document. None if every token attends to all before it.
 
     Returns:
-        `input_ids` and `labels`; with `starts`, the documents' first tokens are no labels, and there are
-        `position_ids`, which begin at 0 with each. Shape of each: (block_size,).
+        `input_ids` and `labels`. With `starts`, first tokens of documents are not in the loss, and `position_ids`
+        restart at 0 with each document. Shape of each: (block_size,).
     """
     labels = tokens.copy()
     if starts is None:
@@ -91,20 +91,22 @@ def make_block(tokens: np.ndarray, starts: np.ndarray | None = None) -> dict[str
 
 @torch.no_grad()
 def check_packing(model: "PreTrainedModel") -> None:
-    """Refuse a model whose packed documents hear one another.
+    """Refuse a model whose packed documents influence each other.
 
-    Recurrent layers do not look at positions, and some families' attention does not either; no setting says which. So
-    the model is run: the second of two documents must not change with the first.
+    Recurrent layers ignore positions, and so does the attention of some families; no setting says which. So the check
+    runs the model on two documents: the logits of the second must not change with the first.
 
     Args:
-        model: The one to train, or a small one of its family with random weights.
+        model: Model to train, or a small one of its family with random weights.
 
     Raises:
-        DataError: If it changes, or the model takes no positions.
+        DataError: If the logits change, or the model takes no positions.
     """
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise DataError(f"data: packing: {name} takes no positions, by which packed documents are told apart")
+        raise DataError(
+            f"data: packing: {name} takes no `position_ids`, which keep packed documents apart: set `packing: false`"
+        )
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     second, *firsts = torch.randint(vocab_size, (3, _PROBE), generator=generator)
@@ -123,8 +125,8 @@ def check_packing(model: "PreTrainedModel") -> None:
     finally:
         model.train(was_training)
     difference = float((one - other).abs().max() / one.abs().max())
-    if difference > _HEARD:
+    if difference > _MAX_CHANGE:
         raise DataError(
-            f"data: packing: {name} lets documents in one sequence hear each other (the logits of one change by "
-            f"{difference:.1%} with another): set `packing: false`"
+            f"data: packing: {name} lets documents in one sequence influence each other (the logits of one change by "
+            f"{difference:.1%} with the other): set `packing: false`"
         )

@@ -1,4 +1,4 @@
-"""One way from a recipe's data section to data that can be trained on."""
+"""From a recipe's data section to data to train on."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,24 +28,24 @@ def prepare_data(
     train: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PreparedData:
-    """Read, check and tokenize what a recipe names. All that can be wrong with it is found here.
+    """Read, check and tokenize the data of a recipe. Every error in the data is raised here.
 
     Tokens and checks are kept in the cache of `datasets`. Under a launcher, let one process go first.
 
     Args:
-        section: Of a recipe.
-        processor: The model's tokenizer; for kind `llava` its LlavaProcessor. A tokenizer without a padding token or
-            a chat template is given one where the kind needs it, which the notes say.
-        seed: Of the order of streams and of embedded conversations. What is held out does not depend on it.
+        section: Data section of a recipe.
+        processor: The model's tokenizer, or its LlavaProcessor for kind `llava`. A tokenizer without a padding token or
+            a chat template is given one if the kind needs it; the notes then say so.
+        seed: Seed of the order of streams and of embedded conversations. Held-out data does not depend on it.
         train: Train section of the recipe, whose settings must have an effect on the data; empty when None.
-        progress: Whether progress is shown, where there is a terminal.
+        progress: Whether to show progress in a terminal.
 
     Returns:
-        The splits, how to make batches of them, and what to report.
+        The splits, their collator, and notes for the report.
 
     Raises:
-        DataError: If the data is not there, not readable, not as the kind needs it, or empty.
-        ConfigError: If two settings, or the tokenizer, do not fit.
+        DataError: If the data is missing, unreadable, empty, or not in the form that the kind needs.
+        ConfigError: If a setting contradicts another one, has no effect, or does not fit the processor.
     """
     _check_settings(section, processor)
     with progress_bars(progress):
@@ -59,7 +59,7 @@ def prepare_data(
 
 
 def _check_settings(section: "DataSection", processor: Any) -> None:
-    """Settings that would do nothing are mistakes."""
+    """Refuse settings that would have no effect."""
     kind, path = section.kind, section.path
     if section.streaming and kind not in _STREAMED:
         raise DataError(f"data: streaming: only text can be streamed, not {kind}: leave `streaming` out")
@@ -72,7 +72,7 @@ def _check_settings(section: "DataSection", processor: Any) -> None:
     given = [name for name in names if getattr(section, name) is not None]
     if given and (is_local or (path is None and kind != "glue")):
         raise ConfigError(
-            f"data: `{given[0]}` is of data sets on the Hub, and this one is not from there: leave it out"
+            f"data: `{given[0]}` is a setting of data sets on the Hub, and this one is not from there: leave it out"
         )
     has_images = hasattr(processor, "image_processor")
     if (kind == "llava") != has_images:

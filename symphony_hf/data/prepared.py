@@ -1,4 +1,4 @@
-"""What a recipe's data becomes: splits that a Trainer takes, and what a report says of them."""
+"""Prepared data of a recipe: splits for a Trainer, and notes for the report."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data that is read, checked and ready to train on.
+    """Data that has been read and checked.
 
     Attributes:
-        kind: Of the data section.
-        train: Examples to train on, as a Trainer takes them; conversations, which TRL's SFTTrainer takes, for `chat`.
-        validation: Likewise, or None where the source has none.
-        test: Likewise.
-        collator: Makes a batch of a list of examples; None where the Trainer's own does.
-        documents: The test split's texts of kind `text`, whole, for measures by document; None for other kinds.
-        revision: The commit of a data set on the Hub; the SHA-256 of what was read otherwise; None where a data set
-            says neither.
-        num_tokens: Of the train split, before padding; None where only training will tell.
-        notes: What a reader of the results should know: rows left out, and why; settings made up.
+        kind: Kind of the data section.
+        train: Training examples for a Trainer; rows for TRL's SFTTrainer if `kind` is `chat`.
+        validation: Validation examples, or None if the source has none.
+        test: Test examples, or None if the source has none.
+        collator: Data collator; the Trainer's own when None.
+        documents: Whole documents of the test split if `kind` is `text`, for statistics per document; otherwise None.
+        revision: Commit of a data set on the Hub, or SHA-256 of local data; None if neither is known.
+        num_tokens: Number of tokens of the train split without padding; None if it is not known before training.
+        notes: Notes for readers of the results, such as rows that were left out.
     """
 
     kind: "DataKind"
@@ -45,19 +44,19 @@ class PreparedData:
 
 
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "imagecorruptions": "imagecorruptions-imaug"}
-"""Module -> the package that it comes with, where their names differ."""
+"""Modules whose names differ from their packages -> the package."""
 
 
 def require(module: str, purpose: str, extra: str = "vision") -> None:
-    """Refuse to begin without a module.
+    """Check that a module is installed.
 
     Args:
-        module: That must be importable.
-        purpose: What for, in the error message.
-        extra: Of this package, that installs it.
+        module: Name of the module.
+        purpose: What needs it, in the plural, for the error message.
+        extra: Extra of this package that installs it.
 
     Raises:
-        DataError: If it is not installed, with the command that installs it.
+        DataError: If it is not installed. The message has the command that installs it.
     """
     if importlib.util.find_spec(module) is None:
         package = _PACKAGES.get(module, module)
@@ -65,14 +64,15 @@ def require(module: str, purpose: str, extra: str = "vision") -> None:
 
 
 def check_lengths(section: "DataSection", config: "PretrainedConfig") -> None:
-    """Refuse sequences that are longer than the model has positions for.
+    """Check that the model has positions for the longest sequence.
 
     Args:
-        section: Its `block_size` is the longest sequence of every kind of data.
-        config: Of the model; for one with images, its text model's counts. A config that names no limit has none.
+        section: Data section; `block_size` is the maximum length of a sequence for every kind.
+        config: Config of the model. Of a vision-language model, its text config counts. Without
+            `max_position_embeddings`, there is no limit.
 
     Raises:
-        DataError: If they are longer.
+        DataError: If sequences may be longer.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and section.block_size > most:
@@ -84,15 +84,15 @@ def check_lengths(section: "DataSection", config: "PretrainedConfig") -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """A function of a row with its settings, for `Dataset.map`.
+    """Function of a row with its settings, for `Dataset.map`.
 
-    `datasets` finds results of the same step in its cache. It knows a function by its name alone, so this package's
-    version is in the step: another one may do something else under the same name.
+    `datasets` caches the results of a step, and identifies a function by its name. The step includes the version of
+    this package, since the function may differ in another version.
 
     Args:
-        function: Of a row; at the top of its module.
-        settings: What it is called with besides.
-        version: Of this package.
+        function: Function of a row, defined at the top level of a module.
+        settings: Keyword arguments of the function.
+        version: Version of this package.
     """
 
     function: Callable[..., dict[str, Any]]
@@ -100,5 +100,5 @@ class Step:
     version: str = __version__
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What the function makes of a row."""
+        """Apply the function to a row."""
         return self.function(row, **self.settings)

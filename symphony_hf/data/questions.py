@@ -1,6 +1,7 @@
-"""A question with a choice of answers, in tokens: what a model is trained on and measured by."""
+"""Questions with a choice of answers, in tokens."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Question(NamedTuple):
-    """A prompt, and the answers to choose from.
+    """Prompt and the answers to choose from.
 
     Attributes:
-        prompt: Token ids that all answers have in front of them.
-        choices: Token ids of each answer, one at least; no choice is the beginning of another.
-        answer: The number of the right one.
-        pixel_values: Of the prompt's images. Shape: (images, channels, height, width).
+        prompt: Token ids that precede every answer.
+        choices: Token ids of each answer, at least one. No answer is a prefix of another.
+        answer: Index of the right answer.
+        pixel_values: Images of the prompt. Shape: (images, channels, height, width).
     """
 
     prompt: list[int]
@@ -28,40 +29,43 @@ class Question(NamedTuple):
 
 
 def tokenize_choices(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[list[int]]]:
-    """Tokenize whole texts that begin alike, and tell what they share from what they do not.
+    """Tokenize texts with a common beginning, and split it from the rest of each.
 
-    Whole texts, because tokens may reach across the end of a prompt.
+    Whole texts are tokenized because a token may cross the end of the prompt.
 
     Args:
-        texts: The prompt with each answer after it.
-        tokenizer: The model's. It adds the special tokens that it adds to any text.
+        texts: The prompt followed by each answer.
+        tokenizer: The model's tokenizer, which adds its usual special tokens.
 
     Returns:
-        The shared token ids, and the others of each text.
+        The common token ids, and the remaining token ids of each text.
 
     Raises:
-        DataError: If the tokens of one text are the beginning of another's.
+        DataError: If the tokens of one text are a prefix of another's.
     """
     token_ids = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
     return split_shared(token_ids, texts)
 
 
 def split_shared(token_ids: Sequence[list[int]], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """What sequences of token ids share at their beginning, and the rest of each.
+    """Split the common prefix of sequences of token ids from the rest of each.
 
     Args:
-        token_ids: One sequence for each of two or more texts.
-        texts: For the error message.
+        token_ids: One sequence per text, two or more.
+        texts: The texts, for the error message.
 
     Raises:
-        DataError: If one sequence is the beginning of another.
+        DataError: If one sequence is a prefix of another.
     """
-    length = 0
-    while all(len(ids) > length and ids[length] == token_ids[0][length] for ids in token_ids):
-        length += 1
+    length = common_length(*token_ids)
     for ids, text in zip(token_ids, texts, strict=True):
         if len(ids) == length:
             raise DataError(
                 f"the answers cannot be told apart by this tokenizer: all tokens of {text[-40:]!r} begin another's"
             )
     return token_ids[0][:length], [ids[length:] for ids in token_ids]
+
+
+def common_length(*token_ids: Sequence[int]) -> int:
+    """Return the length of the common prefix of sequences of token ids."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*token_ids, strict=False)))

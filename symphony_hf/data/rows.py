@@ -1,4 +1,4 @@
-"""Tables in splits, from wherever they are: a file, a folder, or a data set of the Hub."""
+"""Tables by split, from a file, a folder, or a data set of the Hub; held-out splits, samples, and unusable rows."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from symphony_hf.errors import DataError, nearest
 
 from .corpus import hub_name
 from .datasets import TABLE_FORMATS, commit_of, digest_files, load_hub, load_table
-from .documents import HELD_OUT, SPLIT_NAMES, assign_splits
+from .documents import HELD_OUT, SPLIT_NAMES, assign_splits, rename_splits
 from .files import entries_by_split
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ class Rows(NamedTuple):
     """Rows by split.
 
     Attributes:
-        splits: `train`, and those of `validation` and `test` that the source has.
-        revision: The commit of a data set of the Hub, where it is known; the SHA-256 of local files.
-        source: What was read, for errors and notes.
+        splits: `train`, and `validation` and `test` if the source has them.
+        revision: Commit of a data set of the Hub, if it is known, or SHA-256 of local files.
+        source: Description of the source, for errors and notes.
     """
 
     splits: dict[str, "Dataset"]
@@ -44,15 +44,15 @@ def read_rows(
     """Read the rows of every split.
 
     Args:
-        path: A table (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`), whose rows are all for training; a folder of
-            tables or subfolders named for splits; or a data set of the Hub.
-        config: Its configuration on the Hub.
-        revision: Its branch, tag or commit there.
-        instead: What else a user can do when nothing is found, in the error message.
-        names: How the source spells a split -> our name of it; the first that it has is taken.
+        path: Table (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`), whose rows are all in the train split; folder of
+            tables or subfolders named after splits; or data set of the Hub.
+        config: Configuration on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        instead: Alternative for the user if nothing is found, for the error message.
+        names: Names of splits on the Hub -> our names. The first name that the source has is used.
 
     Raises:
-        DataError: If there is nothing at `path`, it cannot be read, or it has no train split.
+        DataError: If `path` does not exist, cannot be read, or has no train split.
     """
     local = Path(path).expanduser()
     if path and local.exists():
@@ -60,20 +60,14 @@ def read_rows(
         splits = {split: _load_tables(paths) for split, paths in files.items()}
         return Rows(splits, digest_files(path for paths in files.values() for path in paths), path)
     loaded = load_hub(*hub_name(path, config), revision, instead)
-    found: dict[str, Dataset] = {}
-    for spelled, split in names.items():
-        if spelled in loaded:
-            found.setdefault(split, loaded[spelled])
-    if "train" not in found:
-        raise DataError(f"{path}: no train split; its splits are {', '.join(map(str, loaded))}")
-    return Rows(found, commit_of(loaded), path)
+    return Rows(rename_splits(loaded, path, names), commit_of(loaded), path)
 
 
 def require_columns(rows: "Dataset", wanted: Sequence[str], where: str) -> None:
-    """Refuse rows that lack a column.
+    """Check that rows have some columns.
 
     Raises:
-        DataError: If one is not there, with the names of those that are.
+        DataError: If one is missing. The message names the columns that are there.
     """
     for column in wanted:
         if column not in rows.column_names:
@@ -86,12 +80,12 @@ def require_columns(rows: "Dataset", wanted: Sequence[str], where: str) -> None:
 def cut_held_out(
     splits: Mapping[str, "Dataset"], key: Callable[[dict[str, Any]], str], wanted: Sequence[str] = HELD_OUT
 ) -> dict[str, "Dataset"]:
-    """Cut the wanted splits that are missing from the train split, by the hash of each row's key.
+    """Cut the wanted splits that a source does not have from its train split; see `assign_splits`.
 
     Args:
-        splits: Rows by split; "train" must be there.
-        key: The text of a row that decides its split: rows of the same text are never on both sides.
-        wanted: The splits to have.
+        splits: Rows by split, including "train".
+        key: Split key of a row. Rows with equal keys are in the same split.
+        wanted: Held-out splits to return.
     """
     missing = [split for split in wanted if split not in splits]
     if not missing:
@@ -103,14 +97,14 @@ def cut_held_out(
 
 
 def thinned(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
-    """At most `limit` items, spread evenly over all: the same ones whatever the seed."""
+    """Return at most `limit` items, evenly spaced, whatever the seed."""
     if limit is None or len(items) <= limit:
         return items
     return [items[number * len(items) // limit] for number in range(limit)]
 
 
 def thin_rows(rows: "Dataset", limit: int | None) -> "Dataset":
-    """At most `limit` rows, spread evenly over all."""
+    """Return at most `limit` rows, evenly spaced."""
     return rows if limit is None or len(rows) <= limit else rows.select(thinned(range(len(rows)), limit))
 
 
@@ -151,19 +145,19 @@ def _load_tables(paths: list[Path]) -> "Dataset":
 
 
 MOST_SKIPPED = 0.1
-"""Share of the rows that may be left out. More is no bad row, but a wrong setting or a wrong file."""
+"""Maximum share of rows that are left out. A larger share points to a wrong setting or file, not to single bad rows."""
 
 PROBLEM = "problem"
-"""Column of what is wrong with a row: empty, or `<what>: <which>`, counted by the first part."""
+"""Column with the problem of a row: empty, or `<what>: <which>`. Rows are counted by the first part."""
 
 
 def without_problems(rows: "Dataset", where: str, notes: list[str]) -> "Dataset":
-    """Leave out the rows that have a problem.
+    """Drop the rows that have a problem.
 
     Args:
-        rows: With the column `problem`, which is taken away.
-        where: What they are, in notes and errors.
-        notes: Gets a line if any row is left out.
+        rows: Rows with the column `problem`, which is removed.
+        where: Description of the rows, for notes and errors.
+        notes: List that a note is added to if any row is dropped.
 
     Returns:
         The other rows, in their order.

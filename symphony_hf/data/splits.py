@@ -1,4 +1,4 @@
-"""Any local text as a split of a corpus: one file a document, tagged words made plain."""
+"""Write local text as a split of a corpus, one file per document, without the tags of tagged words."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.files import replacing_folder
 
-from .documents import HELD_OUT, pieces_of
+from .documents import SPLITS, pieces_of
 
 _WORD = re.compile(r"\S+")
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -19,12 +19,12 @@ _NOT_TEXT = re.compile(r"(readme|contents|cats|licen[cs]e)(\.\w+)?", re.IGNORECA
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """What was written.
+    """Split of a corpus on the disk.
 
     Attributes:
-        folder: Of the documents.
-        num_documents: Files in it.
-        num_words: By whitespace, in all of them.
+        folder: Folder of the documents.
+        num_documents: Number of documents, one file each.
+        num_words: Number of words, separated by whitespace, in all documents.
     """
 
     folder: Path
@@ -37,25 +37,25 @@ def prepare_split(
 ) -> PreparedSplit:
     """Write a text file, a folder or a zip archive as a split of a corpus that `load_corpus` reads.
 
-    A file is cut at blank lines into documents of about 2,000 characters, as `load_corpus` cuts one; a file of a
-    folder or of an archive is a document, in the folder that it had there. Lists of contents, licences and README files
-    are left out. The split's part has its name only once it is whole.
+    A single file is cut at blank lines into documents of about 2,000 characters, as `load_corpus` does. Each file of a
+    folder or archive is one document and keeps its path. Lists of contents, licences and README files are skipped. The
+    output folder gets its name only when it is complete.
 
     Args:
-        source: UTF-8 text.
-        output: Of the corpus; documents go to `output/split/source's name/`.
+        source: UTF-8 text file, folder, or zip archive.
+        output: Folder of the corpus. Documents are written to `<output>/<split>/<name of source>/`.
         split: `train`, `validation` or `test`.
-        strip_tags: A sign; each word is cut at the last of it, unless that leaves nothing. Blank lines go, too: tagged
-            text has them around each sentence.
+        strip_tags: Character that separates a word from its tag. Each word is cut at its last occurrence, unless that
+            leaves nothing. Blank lines are removed too, since tagged text has them around each sentence.
 
     Raises:
-        ConfigError: If there is no such split, or `strip_tags` is not one sign.
-        DataError: If there is no text at `source`, it is not UTF-8, two documents have one name, or the place is taken.
+        ConfigError: If there is no such split, or `strip_tags` is not a single character.
+        DataError: If `source` has no text, it is not UTF-8, two documents have one name, or the output folder exists.
     """
-    if split not in ("train", *HELD_OUT):
+    if split not in SPLITS:
         raise ConfigError(f"prepare: split must be train, validation or test; got {split!r}")
     if strip_tags is not None and (len(strip_tags) != 1 or strip_tags.isspace()):
-        raise ConfigError(f"prepare: strip_tags must be one sign, such as /; got {strip_tags!r}")
+        raise ConfigError(f"prepare: strip_tags must be one character, such as /; got {strip_tags!r}")
     source = Path(source).expanduser()
     folder = Path(output).expanduser() / split / source.name
     if folder.exists():
@@ -71,15 +71,15 @@ def prepare_split(
 
 
 def _add(texts: dict[PurePosixPath, str], name: PurePosixPath, text: str, source: Path) -> None:
-    """Take a document under the path of its file.
+    """Add a document under the path of its file.
 
     Raises:
-        DataError: If another one has it, or a file has the name of its folder.
+        DataError: If another document has the path, or a file has the name of its folder.
     """
     file = name.with_name(f"{name.name}.txt")
     for taken in (file, *file.parents):
         if taken in texts:
-            raise DataError(f"{source}: `{name}` would take the place of another document, `{taken}`: rename one")
+            raise DataError(f"{source}: `{name}` would overwrite another document, `{taken}`: rename one")
     texts[file] = text
 
 
@@ -90,15 +90,15 @@ def _write(texts: Mapping[PurePosixPath, str], folder: Path) -> None:
             (written / file).write_text(text, encoding="utf-8")
 
 
-def _plain(text: str, sign: str | None) -> str:
-    if sign is None:
+def _plain(text: str, separator: str | None) -> str:
+    if separator is None:
         return text
-    words = _WORD.sub(lambda match: match[0].rpartition(sign)[0] or match[0], text)
+    words = _WORD.sub(lambda match: match[0].rpartition(separator)[0] or match[0], text)
     return _BLANK_LINES.sub("\n", words).lstrip("\n")
 
 
 def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
-    """Names, with the folders within the source, and texts."""
+    """Yield the path within the source and the text of each document."""
     if source.is_dir():
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             name = PurePosixPath(path.relative_to(source).as_posix())
@@ -111,7 +111,7 @@ def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
                 if not entry.is_dir() and _is_text(name):
                     yield name, _decoded(archive.read(entry), source)
     elif source.is_file():
-        # The lines of a file that is read as text, which no form feed ends.
+        # Lines as of a file in text mode: a form feed does not end one.
         lines = io.StringIO(_decoded(source.read_bytes(), source), newline=None)
         for number, piece in enumerate(pieces_of(lines)):
             yield PurePosixPath(f"{number:05d}"), piece

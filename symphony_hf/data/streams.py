@@ -1,4 +1,4 @@
-"""Text that is read, tokenized and cut into blocks while training goes on, for what does not fit on the disk."""
+"""Streams of text, read, tokenized and cut into blocks during training, for data that does not fit on the disk."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from symphony_hf.errors import DataError, nearest
 from .blocks import closed_ids, end_of_text
 from .corpus import hub_name
 from .datasets import TABLE_FORMATS, open_hub, open_table
-from .documents import HELD_OUT, SPLIT_NAMES, Corpus, Document, split_of
+from .documents import HELD_OUT, Corpus, Document, rename_splits, split_of
 from .packing import make_block
 
 if TYPE_CHECKING:
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from symphony_hf.recipe import DataSection
 
 SHUFFLED = 10_000
-"""Documents among which the next one is drawn."""
+"""Size of the shuffle buffer, in documents."""
 
 TOKENIZED = 1_000
-"""Documents that are tokenized together. What their tokens leave of a last block is dropped."""
+"""Number of documents that are tokenized together. Their tokens that do not fill a last block are dropped."""
 
 HELD_OUT_DOCUMENTS = 500
-"""For validation and for testing each, at most; read before training begins."""
+"""Maximum number of documents of each held-out split, which is read before training."""
 
 
 class TextStream(NamedTuple):
-    """A stream of training blocks, and held-out documents in memory.
+    """Stream of training blocks, with held-out documents in memory.
 
     Attributes:
-        blocks: With the columns of `TokenBlocks`.
-        held_out: Documents for `validation` and `test`.
-        revision: The commit of a data set of the Hub, where it is known.
+        blocks: Blocks with the columns of `TokenBlocks`.
+        held_out: Documents of `validation` and `test`.
+        revision: Commit of a data set of the Hub, if it is known.
     """
 
     blocks: "IterableDataset"
@@ -47,15 +47,15 @@ class TextStream(NamedTuple):
 def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> TextStream:
     """Open a data set of the Hub, or a local table, as a stream.
 
-    What of validation and test it does not have, the hash of a document's text cuts from train, as without streaming.
+    Missing validation and test splits are cut from train by the hash of a document's text, as without streaming.
 
     Args:
-        section: Of a recipe.
-        tokenizer: The model's.
-        seed: Of the order: each next document is drawn from ten thousand.
+        section: Data section of a recipe.
+        tokenizer: The model's tokenizer.
+        seed: Seed of the order. Each document is drawn from the next `SHUFFLED` ones.
 
     Raises:
-        DataError: If the source cannot stream, has no such column, or has too little text.
+        DataError: If the source cannot be streamed, has no such column, or has too little text.
         ConfigError: If the tokenizer has no end-of-text token.
     """
     end_of_text(tokenizer)
@@ -83,19 +83,19 @@ def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", se
 
 
 def sample_stream(section: "DataSection") -> Corpus:
-    """The first documents for training of a stream, which a tokenizer is trained on: not all of it would fit.
+    """Read the first training documents of a stream, to train a tokenizer on.
 
     Args:
-        section: Of a recipe.
+        section: Data section of a recipe.
 
     Returns:
-        A corpus with a train split alone, of as many documents as the next one is drawn from in training.
+        A corpus of the first `SHUFFLED` documents, with empty held-out splits.
 
     Raises:
-        DataError: If the source cannot stream, or has no such column.
+        DataError: If the source cannot be streamed, or has no such column.
     """
     splits, revision = _open(section)
-    assert section.path is not None  # which cannot be streamed
+    assert section.path is not None  # `_open` refuses it
     column, missing = section.text_column, [split for split in HELD_OUT if split not in splits]
     _check_column(splits["train"], column, f"{section.path}, train split")
     rows = splits["train"].filter(_is_for_training, fn_kwargs={"column": column, "missing": missing})
@@ -114,10 +114,7 @@ def _open(section: "DataSection") -> tuple[dict[str, "IterableDataset"], str | N
         )
     name, config = hub_name(section.path, section.name)
     loaded, commit = open_hub(name, config, section.revision, instead="give a table, which can be streamed, too")
-    named = {SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES}
-    if "train" not in named:
-        raise DataError(f"{section.path}: no train split; its splits are {', '.join(map(str, loaded))}")
-    return named, commit
+    return rename_splits(loaded, section.path), commit
 
 
 def _check_column(rows: "IterableDataset", column: str, where: str) -> None:
@@ -163,7 +160,7 @@ def _is_for_training(row: Mapping[str, Any], column: str, missing: list[str]) ->
 def _cut(
     documents: "IterableDataset", section: "DataSection", tokenizer: "PreTrainedTokenizerBase"
 ) -> "IterableDataset":
-    """Blocks of the documents, each thousand of them on its own."""
+    """Cut the documents into blocks, `TOKENIZED` documents at a time."""
     return documents.select_columns([section.text_column]).map(
         _cut_batch,
         batched=True,

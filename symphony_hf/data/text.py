@@ -1,11 +1,11 @@
-"""Documents in blocks: data of kind `text`."""
+"""Data of kind `text`: documents in blocks."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .corpus import corpus_of
 from .datasets import digest_texts
-from .documents import Document
+from .documents import SPLITS, Document
 from .packing import TokenBlocks
 from .prepared import PreparedData
 from .rows import thinned
@@ -17,19 +17,17 @@ if TYPE_CHECKING:
 
     from symphony_hf.recipe import DataSection
 
-_SPLITS = ("train", "validation", "test")
-
 
 def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
     """Read documents, tokenize them (or find them tokenized), and cut them into blocks.
 
     Args:
-        section: Of a recipe.
-        tokenizer: The model's.
-        seed: Of the order in which a stream is read.
+        section: Data section of a recipe.
+        tokenizer: The model's tokenizer.
+        seed: Seed of the order in which a stream is read.
 
     Returns:
-        Splits of blocks, and the test documents. A stream gives training blocks one after the other.
+        Splits of blocks, and the test documents. The train split of a stream is iterable.
 
     Raises:
         DataError: If there is no such text, too little of it, or it cannot be streamed.
@@ -38,8 +36,8 @@ def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", s
     if section.streaming:
         return _prepare_stream(section, tokenizer, seed)
     corpus = corpus_of(section)
-    documents = {split: list(thinned(getattr(corpus, split), section.limit)) for split in _SPLITS}
-    stores = {split: _store(documents[split], tokenizer) for split in _SPLITS}
+    documents = {split: list(thinned(getattr(corpus, split), section.limit)) for split in SPLITS}
+    stores = {split: _store(documents[split], tokenizer) for split in SPLITS}
     train = TokenBlocks(stores["train"], section.block_size, section.packing)
     return PreparedData(
         kind="text",
@@ -47,7 +45,7 @@ def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", s
         validation=TokenBlocks(stores["validation"], section.block_size, section.packing),
         test=_blocks_if_any(stores["test"], section),
         documents=documents["test"],
-        revision=corpus.commit or digest_texts(document.text for split in _SPLITS for document in documents[split]),
+        revision=corpus.commit or digest_texts(document.text for split in SPLITS for document in documents[split]),
         num_tokens=len(train) * section.block_size,
         notes=[f"{corpus.source}: {_counted(documents)}"],
     )
@@ -72,7 +70,7 @@ def _store(documents: list[Document], tokenizer: "PreTrainedTokenizerBase") -> T
 
 
 def _blocks_if_any(store: TokenStore, section: "DataSection") -> TokenBlocks | None:
-    """None where a small test split does not fill a block: it is measured by document."""
+    """Return None if a test split does not fill a block; it is measured per document."""
     if len(store) < section.block_size:
         return None
     return TokenBlocks(store, section.block_size, section.packing)

@@ -1,4 +1,4 @@
-"""Tokenized documents on the disk: made once for the same texts and tokenizer, then mapped into memory."""
+"""Tokenized documents on the disk, cached per texts and tokenizer, and mapped into memory."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
-"""Of a cache entry. Raise it when the same texts should give other tokens."""
+"""Version of cache entries. Increase it when the same texts give different tokens."""
 
 _COLUMN = "input_ids"
 
 
 class TokenStore:
-    """The tokens of all documents in a row, each document closed by the end of text.
+    """Concatenated tokens of documents, each followed by the end-of-text token.
 
     Args:
-        texts: Of the documents.
-        tokenizer: Any with an end-of-text token. Its other special tokens are not added.
+        texts: Texts of the documents.
+        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
 
     Attributes:
-        starts: Where each document begins, and where the last one ends. Shape: (documents + 1,), int64.
+        starts: Index of each document's first token, and the total number of tokens. Shape: (documents + 1,), int64.
 
     Raises:
         ConfigError: If the tokenizer has no end-of-text token.
@@ -35,7 +35,7 @@ class TokenStore:
     def __init__(self, texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> None:
         end_of_text(tokenizer)
         column = _tokenized(texts, tokenizer).data.column(_COLUMN)
-        # Flat views of the mapped file, one for each of the pieces that it was written in.
+        # Flat views of the mapped file, one per chunk.
         self._pieces = [piece.flatten().to_numpy() for piece in column.chunks]
         self._piece_starts = np.cumsum([0, *map(len, self._pieces)])
         lengths = [piece.value_lengths().to_numpy() for piece in column.chunks]
@@ -46,7 +46,7 @@ class TokenStore:
         return int(self.starts[-1])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from `start` to before `stop`, int64."""
+        """Return the tokens from `start` up to but not including `stop`, int64."""
         first, last = np.searchsorted(self._piece_starts, [start, stop - 1], side="right") - 1
         offset = self._piece_starts[first]
         pieces = self._pieces[first : last + 1]
@@ -55,7 +55,7 @@ class TokenStore:
 
 
 def _tokenized(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
-    """One row of token ids a text, from the cache of `datasets` where it has them."""
+    """Return one row of token ids per text, from the cache of `datasets` if possible."""
     import datasets
     from datasets.fingerprint import Hasher
 

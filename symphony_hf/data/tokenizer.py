@@ -1,9 +1,8 @@
-"""A tokenizer of the corpus's own, of pieces of words or of whole ones, trained in seconds and then kept."""
+"""Tokenizers trained on a corpus, of subwords or of whole words, and their cache."""
 
 import hashlib
 import os
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from symphony_hf.errors import ConfigError, SymphonyWarning
+from symphony_hf.files import replacing
 
+from .datasets import digest_texts
 from .documents import Corpus, Document
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 _SPECIAL = (END_OF_TEXT, PADDING)
 END_OF_LINE, UNKNOWN = "<eos>", "<unk>"
-"""Words of a vocabulary of words, as WikiText-103's has them: the end of a line, and every word that is not in it."""
+"""Special words of a word vocabulary, as in WikiText-103: the end of a line, and any word out of the vocabulary."""
 
 TokenizerKind = Literal["bpe", "words"]
 _SMALLEST = len(_SPECIAL) + 256
 
 _FORMAT = 1
-"""Of a cache entry. Raise it when the same texts should give another tokenizer."""
+"""Version of cache entries. Increase it when the same texts give a different tokenizer."""
 
 _TOKENIZER, _DIGEST = "tokenizer.json", "tokenizer.json.sha256"
 
@@ -40,17 +41,17 @@ def train_tokenizer(
     """Train a tokenizer.
 
     Args:
-        documents: Texts to train on, of the train split only.
-        vocab_size: Number of tokens, special ones included. A short text may give fewer.
-        kind: `bpe`: byte-level BPE, with which any text can be encoded, and decodes to itself; `<|endoftext|>` (id 0)
-            begins and ends a text, `<|pad|>` (id 1) fills a batch. `words`: what whitespace separates, the most
-            frequent ones; `<eos>` (id 0) is the end of a line and of a text, `<unk>` (id 1) every other word.
+        documents: Texts to train on, from the train split only.
+        vocab_size: Number of tokens, including special ones. A short text may give fewer.
+        kind: `bpe`: byte-level BPE, which encodes any text losslessly, with `<|endoftext|>` (id 0) at the end of a text
+            and `<|pad|>` (id 1) as padding. `words`: the most frequent words, separated by whitespace, with `<eos>`
+            (id 0) at the end of a line and of a text, and `<unk>` (id 1) for every other word.
 
     Returns:
-        The tokenizer, which puts no special token in front or behind by itself.
+        The tokenizer, which adds no special tokens by itself.
 
     Raises:
-        ConfigError: If `vocab_size` has no room for the 256 bytes and the special tokens.
+        ConfigError: If `vocab_size` is too small for the 256 bytes and the special tokens.
     """
     texts = [document.text for document in documents]
     if kind == "words":
@@ -65,23 +66,23 @@ def train_tokenizer(
 def cached_tokenizer(
     corpus: Corpus, vocab_size: int = 4096, cache_dir: Path | None = None, kind: TokenizerKind = "bpe"
 ) -> "PreTrainedTokenizerFast":
-    """Train a tokenizer on the train split, or load the one trained on the same texts before.
+    """Train a tokenizer on the train split of a corpus, or load it from the cache.
 
     Args:
-        corpus: Where the texts come from.
-        vocab_size: Number of tokens, special ones included.
-        cache_dir: Where entries are kept: `$SYMPHONY_HF_CACHE` if None, or else `symphony_hf` in the user's cache
-            folder (`$XDG_CACHE_HOME`, `~/.cache`).
+        corpus: Corpus whose train split to train on.
+        vocab_size: Number of tokens, including special ones.
+        cache_dir: Folder of the cache. When None: `$SYMPHONY_HF_CACHE`, or `symphony_hf` in the user's cache folder
+            (`$XDG_CACHE_HOME`, `~/.cache`).
         kind: See `train_tokenizer`.
 
     Returns:
         The same tokenizer as `train_tokenizer`.
 
     Raises:
-        ConfigError: If `vocab_size` has no room for the 256 bytes and the special tokens.
+        ConfigError: If `vocab_size` is too small for the 256 bytes and the special tokens.
 
     Warns:
-        SymphonyWarning: If the entry was damaged, and is replaced; or could not be written.
+        SymphonyWarning: If the cache entry is damaged and is replaced, or cannot be written.
     """
     entry = (cache_dir or _default_cache()) / "tokenizers" / _key(corpus.train, vocab_size, kind)
     stored = _read(entry)
@@ -91,7 +92,7 @@ def cached_tokenizer(
     try:
         _write(entry, tokenizer.backend_tokenizer.to_str())
     except OSError as error:
-        warnings.warn(f"{entry}: the tokenizer could not be kept ({error})", SymphonyWarning, stacklevel=2)
+        warnings.warn(f"{entry}: the tokenizer could not be cached ({error})", SymphonyWarning, stacklevel=2)
     return tokenizer
 
 
@@ -110,7 +111,7 @@ def _train(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def _count_words(texts: list[str], vocab_size: int) -> Tokenizer:
-    # Of equally frequent words the first in the alphabet, so that the same texts give the same vocabulary.
+    # Ties are broken alphabetically, so that the same texts give the same vocabulary.
     counts = Counter(word for text in texts for word in text.split() if word not in (END_OF_LINE, UNKNOWN))
     most_frequent = sorted(counts, key=lambda word: (-counts[word], word))
     words = [END_OF_LINE, UNKNOWN, *most_frequent][:vocab_size]
@@ -142,21 +143,16 @@ def _default_cache() -> Path:
 
 
 def _key(documents: Sequence[Document], vocab_size: int, kind: TokenizerKind) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {vocab_size} {kind}".encode())
-    for document in documents:
-        text = document.text.encode()
-        digest.update(len(text).to_bytes(8, "big"))  # so that ["ab", "c"] is not ["a", "bc"]
-        digest.update(text)
-    return digest.hexdigest()
+    return digest_texts([f"{_FORMAT} {vocab_size} {kind}", *(document.text for document in documents)])
 
 
 def _read(entry: Path) -> Tokenizer | None:
     try:
         serialized = (entry / _TOKENIZER).read_bytes()
         digest = (entry / _DIGEST).read_text(encoding="ascii", errors="replace")
-    except OSError:  # not there, or not for us to read
+    except OSError:  # missing, or not readable
         return None
-    # Compared before parsing, because `tokenizers` raises a bare Exception on what it cannot parse.
+    # Compared before parsing because `tokenizers` raises a bare Exception for text that it cannot parse.
     if hashlib.sha256(serialized).hexdigest() != digest:
         warnings.warn(f"{entry}: the cached tokenizer is damaged; training it again", SymphonyWarning, stacklevel=3)
         return None
@@ -164,14 +160,12 @@ def _read(entry: Path) -> Tokenizer | None:
 
 
 def _write(entry: Path, serialized: str) -> None:
-    """Put both files in place, each whole or not at all.
+    """Write both files of a cache entry, each atomically.
 
-    Processes that race write the same bytes, because training is deterministic; so it does not matter whose file
-    stays, nor that a reader may find the first without the second: it then trains for itself.
+    Training is deterministic, so processes that race write the same bytes. A reader that finds only the first file
+    trains for itself.
     """
-    entry.mkdir(parents=True, exist_ok=True)
     contents = serialized.encode()
-    with tempfile.TemporaryDirectory(dir=entry, prefix=".") as temporary:
-        for name, data in ((_TOKENIZER, contents), (_DIGEST, hashlib.sha256(contents).hexdigest().encode())):
-            Path(temporary, name).write_bytes(data)
-            os.replace(Path(temporary, name), entry / name)
+    for name, data in ((_TOKENIZER, contents), (_DIGEST, hashlib.sha256(contents).hexdigest().encode())):
+        with replacing(entry / name) as written:
+            written.write_bytes(data)

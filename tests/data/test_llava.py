@@ -156,7 +156,7 @@ def test_a_template_that_loses_images_is_refused(tmp_path, tokenizer):
     processor = make_processor(tokenizer)
     processor.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     with pytest.raises(
-        DataError, match="the chat template of LlavaProcessor loses the text or the image of a question"
+        DataError, match="the chat template of LlavaProcessor drops the text or the image of a question"
     ):
         llava(write_llava(tmp_path, [entry(0)]), processor)
 
@@ -271,7 +271,7 @@ def test_no_such_file_and_no_image_at_all_are_refused(tmp_path, processor):
         llava(tmp_path / "nothing.json", processor)
     with pytest.raises(DataError, match=r"no train.json in this folder \(no JSON\)"):
         llava(tmp_path, processor)
-    with pytest.raises(DataError, match="no conversation has an image; for text alone there is `kind: chat`"):
+    with pytest.raises(DataError, match="no conversation has an image: use `kind: chat` for text"):
         llava(write_llava(tmp_path, [entry(0, images=0)]), processor)
 
 
@@ -292,7 +292,7 @@ def test_a_processor_that_does_not_fit_is_refused(tmp_path, tokenizer, processor
     bare.tokenizer = tokenizer
     with pytest.raises(DataError, match=r"the tokenizer has no token '<image>': add it"):
         llava(path, bare)
-    with pytest.raises(ConfigError, match="`name` is of data sets on the Hub"):
+    with pytest.raises(ConfigError, match="`name` is a setting of data sets on the Hub"):
         llava(path, processor, name="small")
     with pytest.raises(ConfigError, match="`kind: text` needs a tokenizer, got LlavaProcessor"):
         prepare_data(DataSection(), processor, seed=0)

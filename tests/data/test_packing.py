@@ -44,7 +44,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family, attention):
     # float32 attention over other numbers of masked tokens: sums in another order.
     for row in packed:
         torch.testing.assert_close(row, torch.cat(alone), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(packed[0], unpacked, atol=1e-2)  # where all attend to all, they hear each other
+    assert not torch.allclose(packed[0], unpacked, atol=1e-2)  # where all attend to all, they influence each other
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,14 +90,16 @@ def test_models_that_keep_documents_apart_may_pack(family, dtype):
     assert model.training
 
 
-@pytest.mark.parametrize(("family", "why"), [("gpt_oss", "hear each other"), ("qwen3_next", "hear each other")])
+@pytest.mark.parametrize(
+    ("family", "why"), [("gpt_oss", "influence each other"), ("qwen3_next", "influence each other")]
+)
 def test_models_that_do_not_are_refused(family, why):
     with pytest.raises(DataError, match=f"packing: .*{why}.*set `packing: false`"):
         check_packing(tiny_model(family))
 
 
 def test_models_without_positions_are_refused():
-    with pytest.raises(DataError, match=r"SwitchTransformers.* takes no positions"):
+    with pytest.raises(DataError, match=r"SwitchTransformers.* takes no `position_ids`"):
         check_packing(tiny_model("switch_transformers"))
 
 

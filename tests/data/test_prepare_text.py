@@ -264,7 +264,7 @@ def test_settings_of_another_kind_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="only `kind: llava` has images, not text"):
         prepare_data(DataSection(images="folder"), tokenizer, seed=0)
     for settings in ({"revision": "v1"}, {"name": "small"}, {"revision": "v1", "path": __file__}):
-        with pytest.raises(ConfigError, match="is of data sets on the Hub, and this one is not from there"):
+        with pytest.raises(ConfigError, match="is a setting of data sets on the Hub, and this one is not from there"):
             prepare_data(DataSection(**settings), tokenizer, seed=0)
     with pytest.raises(ConfigError, match="needs a LlavaProcessor, got Tok"):
         prepare_data(DataSection(kind="llava"), tokenizer, seed=0)

@@ -64,7 +64,7 @@ def test_what_cannot_be_prepared_is_refused(tagged, tmp_path):
     output = tmp_path / "text"
     for source, settings, kind, message in [
         (tagged, {"split": "training"}, ConfigError, "train, validation or test; got 'training'"),
-        (tagged, {"strip_tags": "//"}, ConfigError, "one sign"),
+        (tagged, {"strip_tags": "//"}, ConfigError, "one character"),
         (tmp_path / "none", {}, DataError, "no such file or folder"),
         (tmp_path / "nothing", {}, DataError, "no text in it"),
         (tmp_path / "binary", {}, DataError, "not UTF-8 text"),
@@ -112,7 +112,7 @@ def test_a_name_that_an_archive_has_twice_is_refused(tmp_path):
         with zipfile.ZipFile(archive, "w") as file:
             for name in names:
                 file.writestr(name, f"text of {name}")
-        with pytest.raises(DataError, match=r"would take the place of another document, `a\.txt`: rename one"):
+        with pytest.raises(DataError, match=r"would overwrite another document, `a\.txt`: rename one"):
             prepare_split(archive, tmp_path / "text")
     assert not (tmp_path / "text").exists()
 

@@ -154,7 +154,7 @@ def test_many_at_once_all_get_the_tokenizer_and_leave_nothing_behind(small, tmp_
 
 def test_cache_that_cannot_be_written_only_warns(small, tmp_path):
     (tmp_path / "tokenizers").write_text("a file where the folder should be")
-    with pytest.warns(SymphonyWarning, match="could not be kept"):
+    with pytest.warns(SymphonyWarning, match="could not be cached"):
         assert len(cached_tokenizer(small, VOCAB_SIZE, tmp_path)) == VOCAB_SIZE
 
 

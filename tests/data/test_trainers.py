@@ -69,7 +69,7 @@ def test_text(table, own_tokenizer, tmp_path, streaming, packing):
     section = DataSection(path=table, block_size=16, streaming=streaming, packing=packing)
     prepared = prepare_data(section, own_tokenizer, seed=0)
     trainer = run(make_text_model(vocab_size=len(own_tokenizer)), prepared, tmp_path / "out")
-    assert not trainer.model.config.use_cache  # with a cache, packed documents would hear each other
+    assert not trainer.model.config.use_cache  # with a cache, packed documents would attend to each other
 
 
 def test_glue(own_tokenizer, tmp_path):
@@ -110,7 +110,7 @@ def test_chat(own_tokenizer, tmp_path, packing):
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert ("position_ids" in batch) == packing
-    assert not packing or "attention_mask" not in batch  # with one, packed conversations would hear each other
+    assert not packing or "attention_mask" not in batch  # with one, packed conversations would attend to each other
     learned = own_tokenizer.decode([label for label in batch["labels"][0].tolist() if label != -100])
     assert "What does" not in learned
     num_conversations = int((batch["position_ids"][0] == 0).sum()) if packing else 1

@@ -1,4 +1,4 @@
-"""Conversations about images: LLaVA's files, their batches, and questions to measure a model by."""
+"""Conversations about images: LLaVA's files, their batches, and questions for evaluation."""
 
 from .collator import VisualCollator, VisualConversations, VisualRow
 from .llava import prepare_llava

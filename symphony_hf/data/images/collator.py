@@ -1,4 +1,4 @@
-"""Conversations about images as a Trainer takes them: images are decoded, and their tokens put in, with the batch."""
+"""Dataset and collator of conversations about images, which are decoded when a batch is built."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class VisualRow(NamedTuple):
-    """A conversation, not yet decoded.
+    """Conversation whose images are not decoded yet.
 
     Attributes:
-        input_ids: Every image is one token.
-        labels: Of the answers' tokens; `NO_LABEL` for the others. As many.
-        images: Encoded, in the order of their tokens.
-        stand_in: An image of another row, where this one has none.
+        input_ids: Token ids, one token per image.
+        labels: Labels of the same length: token ids of the answers, `NO_LABEL` elsewhere.
+        images: Encoded images, in the order of their tokens.
+        stand_in: Image of another row, if this one has none.
     """
 
     input_ids: list[int]
@@ -35,13 +35,13 @@ class VisualRow(NamedTuple):
 
 
 class VisualConversations(Dataset[VisualRow]):
-    """Rows of conversations about images, read from the disk one by one.
+    """Dataset of conversations about images, read from the disk one at a time.
 
     Args:
-        rows: With columns `input_ids`, `labels`, `images`, `num_images` and `messages`.
+        rows: Table with the columns `input_ids`, `labels`, `images`, `num_images` and `messages`.
 
     Attributes:
-        rows: Likewise.
+        rows: The table.
 
     Raises:
         DataError: If no row has an image.
@@ -51,36 +51,36 @@ class VisualConversations(Dataset[VisualRow]):
         self.rows = rows
         self._with_image = np.flatnonzero(rows["num_images"][:])
         if not len(self._with_image):
-            raise DataError("data: no conversation has an image; for text alone there is `kind: chat`")
+            raise DataError("data: no conversation has an image: use `kind: chat` for text")
 
     def __len__(self) -> int:
         """Number of conversations."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> VisualRow:
-        """One of them."""
+        """Return one conversation."""
         row = self.rows[index]
         stand_in = None
         if not row["images"]:
-            # Any row's will do; of all rows in turn, so that a vision tower's routers see what they see elsewhere.
+            # From all rows in turn, so that the routers of a vision tower see their usual distribution.
             stand_in = self.rows[int(self._with_image[index % len(self._with_image)])]["images"][0]
         return VisualRow(row["input_ids"], row["labels"], row["images"], stand_in)
 
 
 @dataclass(frozen=True)
 class VisualCollator:
-    """Makes batches: decodes and scales images, and puts as many tokens for each as the model makes of it.
+    """Data collator that decodes and scales images, and expands each image token to the model's number of tokens.
 
-    A batch without images gets one of another row, so that every process runs every parameter: under ZeRO and
-    DistributedDataParallel all wait for one whose vision tower has no gradients. Its tokens stand behind the shortest
-    row, are masked out of attention, and no label; so nothing of the row changes but by rounding, and the routers of
-    the text model do not count them. Those of a vision tower or projector do, as they count any image.
+    A batch without images gets the image of another row, so that every process uses every parameter: under ZeRO and
+    DistributedDataParallel, all wait for a process whose vision tower has no gradients. The tokens of that image follow
+    the shortest row, masked out of attention and of the loss, so the row changes only by rounding, and the routers of
+    the text model do not count them. Routers of a vision tower or projector count them as those of any image.
 
     Args:
-        processor: transformers' LlavaProcessor.
-        image_id: The token that stands for an image.
-        tokens_per_image: How many the model makes of one.
-        pad_id: Fills the gaps in `input_ids`.
+        processor: LlavaProcessor of transformers.
+        image_id: Id of the token that stands for an image.
+        tokens_per_image: Number of tokens of an image in the model.
+        pad_id: Id of the padding token.
     """
 
     processor: Any
@@ -89,11 +89,11 @@ class VisualCollator:
     pad_id: int
 
     def __call__(self, rows: Sequence[VisualRow]) -> dict[str, Tensor]:
-        """One batch, padded on the right.
+        """Return a batch, padded on the right.
 
         Returns:
             `input_ids`, `labels` and `attention_mask`, shape (rows, longest), and `pixel_values`, shape (images,
-            channels, height, width). With a stand-in image also `position_ids`, which do not go on over its tokens.
+            channels, height, width). With a stand-in image also `position_ids`, which its tokens do not advance.
         """
         expanded = [self.expand(row.input_ids, row.labels) for row in rows]
         images = [image for row in rows for image in row.images]
@@ -103,7 +103,7 @@ class VisualCollator:
         return self._with_stand_in(expanded) | {"pixel_values": self.pixels([stand_in])}
 
     def expand(self, input_ids: Sequence[int], labels: Sequence[int]) -> dict[str, list[int]]:
-        """Put all of an image's tokens for the one that stands for it."""
+        """Repeat each image token as often as an image has tokens in the model."""
         ids: list[int] = []
         targets: list[int] = []
         for token, label in zip(input_ids, labels, strict=True):
@@ -113,7 +113,7 @@ class VisualCollator:
         return {"input_ids": ids, "labels": targets}
 
     def pixels(self, images: Sequence[EncodedImage]) -> Tensor:
-        """The images as the vision tower takes them. Shape: (images, channels, height, width)."""
+        """Return the inputs of the vision tower. Shape: (images, channels, height, width)."""
         decoded = [decode(image) for image in images]
         return self.processor.image_processor(images=decoded, return_tensors="pt")["pixel_values"]
 
@@ -124,17 +124,17 @@ class VisualCollator:
         rows = [*rows[:shortest], {name: rows[shortest][name] + image[name] for name in image}, *rows[shortest + 1 :]]
         batch = pad_rows(rows, self.pad_id)
         batch["attention_mask"][shortest, length:] = 0
-        # Some position encodings change for all tokens with the highest position.
+        # Some position encodings depend on the highest position in the batch.
         positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
         batch["position_ids"] = positions * batch["attention_mask"]
         return batch
 
 
 def make_collator(processor: Any, pad_id: int) -> VisualCollator:
-    """Find out how a processor makes tokens of an image, by trying.
+    """Build a collator; count the tokens of an image by running the processor.
 
     Raises:
-        DataError: If its tokenizer has no token for an image, or images of different shapes get different numbers.
+        DataError: If the tokenizer has no token for an image, or the number of tokens depends on an image's shape.
     """
     token = processor.image_token
     ids = processor.tokenizer.encode(token, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Images: read from files or kept as bytes, decoded when a batch needs them."""
+"""Encoded images, in files or in memory, and their decoding."""
 
 import io
 import zlib
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EncodedImage = dict[str, Any]
-"""As `datasets` stores images: `path` of a file, or `bytes` of one."""
+"""Image as `datasets` stores it: `path` of a file, or its `bytes`."""
 
 _SMALL = (64, 64)
-"""Pixels. A JPEG file is checked at an eighth of its size, which reads all of it in a fraction of the time."""
+"""Width and height, in pixels, to check JPEG files at: the whole file is read, in a fraction of the time."""
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
-"""What Pillow raises for a file that is no image, or ends too early."""
+"""Exceptions that Pillow raises for a file that is not an image, or is truncated."""
 
 
 def image_problem(path: Path) -> str:
-    """What is wrong with an image file, all of which is read: empty, or `<what>: <which>`."""
+    """Read a whole image file and return its problem: empty, or `<what>: <which>`."""
     import PIL.Image
 
     if not path.is_file():
@@ -37,15 +37,15 @@ def image_problem(path: Path) -> str:
 
 
 def encoded_problem(image: Mapping[str, Any]) -> str:
-    """What is wrong with an image that may be a file; one in memory was made here."""
+    """Return the problem of an image in a file; one in memory was encoded by this module."""
     return image_problem(Path(image["path"])) if image["bytes"] is None else ""
 
 
 def decode(image: EncodedImage) -> "Image":
-    """Decode one image, in three colours.
+    """Decode one image as RGB.
 
     Raises:
-        DataError: If it does not decode, though it did when it was checked.
+        DataError: If it does not decode any more.
     """
     import datasets
 
@@ -58,7 +58,7 @@ def decode(image: EncodedImage) -> "Image":
 
 
 def handwritten_digits() -> tuple[list[EncodedImage], list[int]]:
-    """Scikit-learn's handwritten digits, 8 x 8 pixels each, that come with it.
+    """Load scikit-learn's handwritten digits, images of 8 x 8 pixels that ship with it.
 
     Returns:
         The images, as PNG files in memory, and the digits that they show.
@@ -74,7 +74,7 @@ def handwritten_digits() -> tuple[list[EncodedImage], list[int]]:
 
 
 def blank_image(size: tuple[int, int]) -> "Image":
-    """An image of one colour, to find out how an image becomes tokens. Size: width and height, in pixels."""
+    """Return a gray image to try a processor with. Size: width and height, in pixels."""
     import PIL.Image
 
     return PIL.Image.new("RGB", size, (127, 127, 127))

@@ -1,4 +1,4 @@
-"""Conversations about images, in LLaVA's own form: data of kind `llava`."""
+"""Data of kind `llava`: conversations about images, in LLaVA's JSON."""
 
 import json
 import os
@@ -33,18 +33,18 @@ DIGITS = "scikit-learn's handwritten digits"
 
 
 def read_llava(path: Path, images: Path | None) -> Rows:
-    """Read conversations, as LLaVA-558K and LLaVA-665K are published.
+    """Read conversations in the format of LLaVA-558K and LLaVA-665K.
 
     Args:
-        path: A JSON list of `{id, image, conversations: [{from, value}, ...]}`, where `image` may be missing, or a
-            list; or a folder of such files, named for splits.
-        images: The folder that image names are in; that of the JSON when None.
+        path: JSON list of `{id, image, conversations: [{from, value}, ...]}`, where `image` may be missing or a list;
+            or folder of such files named after splits.
+        images: Folder of the images; that of the JSON when None.
 
     Returns:
-        Rows with columns `messages`, `images` (encoded, nothing is decoded) and `problem`.
+        Rows with the columns `messages`, `images` (encoded) and `problem`.
 
     Raises:
-        DataError: If there is no such file or folder, or it is no JSON list of conversations.
+        DataError: If there is no such file or folder, or it is not a JSON list of conversations.
     """
     files = _files(path)
     folder = images if images is not None else (path if path.is_dir() else path.parent)
@@ -56,7 +56,7 @@ def read_llava(path: Path, images: Path | None) -> Rows:
 
 
 def digit_rows() -> Rows:
-    """Scikit-learn's handwritten digits as questions, in three splits, in the form of `read_llava`."""
+    """Return scikit-learn's handwritten digits as questions, in the three splits and columns of `read_llava`."""
     import datasets
 
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
@@ -84,7 +84,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _read(file: Path, folder: Path, digest: str) -> "Dataset":
-    """From the cache of `datasets`, if the same file was read with the same folder before."""
+    """Read one file, or load it from the cache of `datasets` if it was read with the same folder before."""
     import datasets
 
     known = {
@@ -102,25 +102,25 @@ def _read(file: Path, folder: Path, digest: str) -> "Dataset":
 
 
 def _rows(file: str, folder: str, digest: str, version: str) -> Iterator[dict[str, Any]]:
-    # The last two are there for the cache to tell one file, and one way to read it, from another.
+    # digest and version are arguments for the cache alone: a changed file, or another version, is read again.
     try:
         entries = json.loads(Path(file).read_bytes())
     except ValueError as error:
         raise DataError(f"{file}: no JSON ({error})") from error
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{file}: expected a JSON list of conversations, got {_told(entries)}")
+        raise DataError(f"{file}: expected a JSON list of conversations, got {_describe(entries)}")
     if not any(isinstance(entry, dict) and "conversations" in entry for entry in entries):
-        raise DataError(f"{file}: no entry has `conversations`; the first is {_told(entries[0])}")
+        raise DataError(f"{file}: no entry has `conversations`; the first is {_describe(entries[0])}")
     for entry in entries:
         yield _row(entry, Path(folder))
 
 
 def _row(entry: Any, folder: Path) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        return {"messages": [], "images": [], PROBLEM: f"no conversation: {_told(entry)}"}
+        return {"messages": [], "images": [], PROBLEM: f"no conversation: {_describe(entry)}"}
     turns = entry.get("conversations")
     if not isinstance(turns, list):
-        return {"messages": [], "images": [], PROBLEM: f"no list of turns: {_told(turns)}"}
+        return {"messages": [], "images": [], PROBLEM: f"no list of turns: {_describe(turns)}"}
     messages, problem = to_messages(turns)
     names = entry.get("image") or []
     names = [names] if isinstance(names, str) else names
@@ -145,34 +145,34 @@ def _features() -> "Features":
     )
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "an object with " + (", ".join(f"`{name}`" for name in list(value)[:5]) or "nothing")
     return f"{type(value).__name__}, {str(value)[:40]!r}"
 
 
 _MANY = 20_000
-"""Rows from which on several processes check and tokenize them."""
+"""Number of rows above which several processes check and tokenize them."""
 
 _MOST_PROCESSES = 8
 
 
 def prepare_llava(section: "DataSection", processor: Any) -> PreparedData:
-    """Read conversations about images, check every image once, and tokenize the text.
+    """Read conversations about images, check every image, and tokenize the text.
 
-    Checks and tokens are kept in the cache of `datasets`, and found there by the next run.
+    Checks and tokens are kept in the cache of `datasets` for the next run.
 
     Args:
-        section: Of a recipe.
-        processor: The model's LlavaProcessor; its tokenizer is given a chat template and a padding token where it has
+        section: Data section of a recipe.
+        processor: The model's LlavaProcessor. Its tokenizer is given a chat template and a padding token if it has
             none.
 
     Returns:
-        Splits of `VisualConversations`; only those that the source has, since LLaVA is trained on all of it. Answers
-        are cut at `block_size`; images are not.
+        Splits of `VisualConversations`, only those that the source has, since LLaVA is trained on all of it. Answers
+        are truncated at `block_size`; images are not.
 
     Raises:
-        DataError: If there is no such file or folder, it is no list of conversations, a package is missing, or more
+        DataError: If there is no such file or folder, it is not a list of conversations, a package is missing, or more
             than a tenth of the rows cannot be used.
     """
     require("PIL", "images")
@@ -222,15 +222,15 @@ def tokenize_row(
     """Check one row and tokenize it.
 
     Args:
-        row: With `messages`, `images` and `problem`.
-        renderer: Of the chat template.
-        image_id: The token that stands for an image.
-        tokens_per_image: How many it stands for.
-        block_size: Tokens of a row, at most, those of images counted.
+        row: Row with `messages`, `images` and `problem`.
+        renderer: Renderer of the chat template.
+        image_id: Id of the token that stands for an image.
+        tokens_per_image: Number of tokens of an image in the model.
+        block_size: Maximum number of tokens of a row, including those of images.
 
     Returns:
-        `input_ids` and `labels`, in which every image is one token; `num_images`; `num_tokens`, those of images
-        counted; and `problem`.
+        `input_ids` and `labels` with one token per image; `num_images`; `num_tokens`, including those of images; and
+        `problem`.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -240,14 +240,14 @@ def tokenize_row(
             ids, labels = renderer.tokens(row["messages"])
         except TemplateError as error:
             problem = f"{REFUSED}: {error}"
-    places = [place for place, token in enumerate(ids) if token == image_id]
-    more = (tokens_per_image - 1) * len(places)
+    image_indices = [index for index, token in enumerate(ids) if token == image_id]
+    more = (tokens_per_image - 1) * len(image_indices)
     kept = max(block_size - more, 0)
     labels = [NO_LABEL if token == image_id else label for token, label in zip(ids, labels, strict=True)][:kept]
-    if not problem and len(places) != len(row["images"]):
-        problem = f"a text that has the image token in it: {len(places)} for {len(row['images'])} images"
-    if not problem and places and places[-1] >= kept:
-        problem = f"images longer than block_size: the last ends at token {places[-1] + 1 + more}"
+    if not problem and len(image_indices) != len(row["images"]):
+        problem = f"a text that has the image token in it: {len(image_indices)} for {len(row['images'])} images"
+    if not problem and image_indices and image_indices[-1] >= kept:
+        problem = f"images longer than block_size: the last ends at token {image_indices[-1] + 1 + more}"
     if not problem and all(label == NO_LABEL for label in labels):
         problem = f"a question longer than block_size: no answer within {block_size} tokens"
     return {

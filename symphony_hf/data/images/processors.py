@@ -1,8 +1,7 @@
-"""Questions about images as any processor makes inputs of them, whatever it calls them and however many they are."""
+"""Inputs for questions about images, by the chat template and processor of any vision-language model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
@@ -11,6 +10,7 @@ from torch import Tensor
 from symphony_hf.data.blocks import NO_LABEL
 from symphony_hf.data.chat_template import ensure_chat_template, ensure_padding
 from symphony_hf.data.messages import Message
+from symphony_hf.data.questions import common_length
 from symphony_hf.errors import DataError
 
 from .decoding import EncodedImage
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 PLACEHOLDER = "<image>"
-"""Of an image in LLaVA's conversations. The tokenizer's own may be another."""
+"""Placeholder of an image in LLaVA's conversations. The tokenizer may have a different one."""
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """A chat template, and how it takes images: as parts of a message, or as placeholders in its text.
+    """Chat template, with the form in which it takes images: as parts of a message, or as placeholders in its text.
 
     Args:
-        owner: The processor or tokenizer whose `apply_chat_template` is used.
-        tokenizer: Its tokenizer.
-        image_token: The tokenizer's placeholder of an image.
-        in_parts: Whether a message's content is a list of parts.
+        owner: Processor or tokenizer whose `apply_chat_template` is used.
+        tokenizer: Tokenizer of the processor.
+        image_token: Placeholder of an image in the tokenizer.
+        in_parts: Whether the content of a message is a list of parts.
     """
 
     owner: Any
@@ -40,27 +40,27 @@ class Renderer:
     in_parts: bool
 
     def text(self, messages: list[Message], *, to_answer: bool = False) -> str:
-        """The conversation as text; `to_answer`: up to where the next answer begins."""
+        """Render a conversation; with `to_answer`, up to the beginning of the next answer."""
         contents = [{"role": message["role"], "content": self._content(message["content"])} for message in messages]
         return self.owner.apply_chat_template(contents, tokenize=False, add_generation_prompt=to_answer)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of rendered text; every image is one token."""
+        """Return the token ids of rendered text, one token per image."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def tokens(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation; every image is one token.
+        """Return the token ids and labels of a conversation, one token per image.
 
-        Learned is an answer with what the template closes it with: the tokens from where those of the conversation up
-        to the answer end, to where those of the conversation with the answer end. A template may close the last answer
-        otherwise than one in the middle; then what both begin with is learned.
+        The loss includes each answer and the end that the template gives it: the tokens between the end of the
+        conversation up to the answer and the end of the conversation with the answer. If a template ends the last
+        answer differently from others, only the common part is included.
         """
         ids = self.ids(self.text(messages))
         labels = [NO_LABEL] * len(ids)
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                start = _shared_length(self.ids(self.text(messages[:place], to_answer=True)), ids)
-                stop = _shared_length(self.ids(self.text(messages[: place + 1])), ids)
+                start = common_length(self.ids(self.text(messages[:index], to_answer=True)), ids)
+                stop = common_length(self.ids(self.text(messages[: index + 1])), ids)
                 labels[start:stop] = ids[start:stop]
         return ids, labels
 
@@ -76,13 +76,13 @@ class Renderer:
 
 
 def make_renderer(processor: Any) -> Renderer:
-    """Find out how a processor's chat template takes images, by trying.
+    """Build a renderer; determine by rendering a question how the chat template takes images.
 
     Args:
-        processor: With a tokenizer; the chat template is its own, or else the tokenizer's.
+        processor: Processor with a tokenizer. The chat template is the processor's, or else the tokenizer's.
 
     Raises:
-        DataError: If the template loses text or images either way.
+        DataError: If the template drops text or images in either form.
     """
     owner = processor if processor.chat_template is not None else processor.tokenizer
     asked, answered = f"{PLACEHOLDER}\nwhich?", "this."
@@ -96,23 +96,19 @@ def make_renderer(processor: Any) -> Renderer:
         if text.count(processor.image_token) == 1 and "which?" in text and answered in text:
             return renderer
     raise DataError(
-        f"the chat template of {type(owner).__name__} loses the text or the image of a question: give it one that "
+        f"the chat template of {type(owner).__name__} drops the text or the image of a question: give it one that "
         f"takes content as a list of parts, or as a text with {processor.image_token!r} in it"
     )
 
 
-def _shared_length(one: list[int], other: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 class VisualExample(NamedTuple):
-    """A question about images.
+    """Question about images.
 
     Attributes:
-        name: Says where it came from, and seeds what its images are damaged by. Unique in its data.
-        messages: Up to the answer, with placeholders for images.
-        images: Encoded, one at least.
-        answer: The right one.
+        name: Origin of the question, unique in its data. It also seeds the attacks on its images.
+        messages: Messages up to the answer, with placeholders for images.
+        images: Encoded images, at least one.
+        answer: Right answer.
     """
 
     name: str
@@ -122,7 +118,7 @@ class VisualExample(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question with its images as they are to be seen: decoded, and perhaps damaged."""
+    """Question with the decoded images to show to a model, attacked or not."""
 
     example: VisualExample
     images: "list[Image]"
@@ -130,23 +126,23 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Asker:
-    """Puts questions to a model through its own processor.
+    """Builds the inputs of questions with a model's own processor.
 
     Args:
-        processor: With a tokenizer and an image processor.
-        renderer: Of its chat template.
+        processor: Processor with a tokenizer and an image processor.
+        renderer: Renderer of its chat template.
     """
 
     processor: Any
     renderer: Renderer
 
     def prompts(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        """Inputs up to where the answers begin, padded on the left, as `generate` needs it."""
+        """Return inputs up to the beginning of the answers, padded on the left for `generate`."""
         texts = [self.renderer.text(one.example.messages, to_answer=True) for one in asked]
         return self._inputs(texts, asked, "left")
 
     def answered(self, asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, Tensor]:
-        """Inputs with an answer to each question, padded on the right, where no token of a causal model sees it."""
+        """Return inputs with an answer to each question, padded on the right."""
         texts = [
             self.renderer.text([*one.example.messages, {"role": "assistant", "content": answer}])
             for one, answer in zip(asked, answers, strict=True)
@@ -154,7 +150,7 @@ class Asker:
         return self._inputs(texts, asked, "right")
 
     def _inputs(self, texts: list[str], asked: Sequence[Asked], side: Literal["left", "right"]) -> dict[str, Tensor]:
-        # Chat templates bring the special tokens of a text themselves.
+        # Chat templates add special tokens themselves.
         return dict(
             self.processor(
                 text=texts,
@@ -168,15 +164,15 @@ class Asker:
 
 
 def make_asker(processor: Any, notes: list[str]) -> Asker:
-    """Find out how a processor takes questions about images.
+    """Build an asker for a processor.
 
     Args:
-        processor: Of a vision-language model. Its tokenizer is given a chat template and a padding token where it has
-            none.
-        notes: Gets what is to be said of that.
+        processor: Processor of a vision-language model. Its tokenizer is given a chat template and a padding token if
+            it has none.
+        notes: List that a note is added to for each of them.
 
     Raises:
-        DataError: If it has no token for an image, or a chat template that loses text or images.
+        DataError: If there is no token for an image, or the chat template drops text or images.
     """
     if getattr(processor, "image_token", None) is None:
         raise DataError(f"{type(processor).__name__} has no `image_token`, the text that stands for an image: set it")

@@ -1,4 +1,4 @@
-"""Questions about images, from conversations about them, with answers to choose from."""
+"""Questions about images, taken from conversations, with answers to choose from."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 def first_question(row: Mapping[str, Any]) -> tuple[list[Message], list[EncodedImage], str]:
-    """What a conversation begins with: messages up to the first answer, their images, and that answer."""
+    """Return the messages of a conversation up to the first answer, their images, and that answer."""
     messages = row["messages"]
-    end = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    end = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     num_images = sum(message["content"].count(PLACEHOLDER) for message in messages[:end])
     return messages[:end], row["images"][:num_images], messages[end]["content"].strip()
 
 
 class VisualQuestions:
-    """The first question of every conversation. Images are decoded when a question is looked at.
+    """First question of every conversation. Images are decoded when a question is built.
 
     Args:
-        conversations: A split of `PreparedData`.
-        collator: Of the same.
+        conversations: Split of a `PreparedData`.
+        collator: Collator of the same `PreparedData`.
     """
 
     def __init__(self, conversations: VisualConversations, collator: VisualCollator) -> None:
@@ -49,14 +49,14 @@ class VisualQuestions:
         return len(self.rows)
 
     def answers(self) -> list[str]:
-        """The right answers, for which no image is decoded."""
+        """Return the right answers without decoding images."""
         return [first_question(row)[2] for row in self.rows]
 
     def choices(self, answers: Sequence[str]) -> Iterator[Question]:
-        """Each question with the same answers to choose from.
+        """Yield each question with the same answers to choose from.
 
         Raises:
-            DataError: If a right answer is none of them, or the tokenizer cannot tell two apart.
+            DataError: If a right answer is not among them, or the tokenizer cannot distinguish two of them.
         """
         for number in range(len(self)):
             asked, images, answer = first_question(self.rows[number])
@@ -75,18 +75,18 @@ class VisualQuestions:
 
 
 DIGITS = "digits"
-"""As the data to evaluate on: scikit-learn's handwritten digits."""
+"""Name of scikit-learn's handwritten digits as data to evaluate on."""
 
 
 def read_visual(data: str | None, images: str | None) -> Rows:
     """Read conversations about images.
 
     Args:
-        data: LLaVA's JSON, or a folder of such files, named for splits; `digits` or None for scikit-learn's.
-        images: The folder that image names are in; that of the JSON when None.
+        data: LLaVA's JSON, or a folder of such files named after splits; `digits` or None for scikit-learn's digits.
+        images: Folder of the images; that of the JSON when None.
 
     Raises:
-        DataError: If there is no such file or folder, it is no list of conversations, or a package is missing.
+        DataError: If there is no such file or folder, it is not a list of conversations, or a package is missing.
     """
     require("PIL", "images")
     if data is None or data == DIGITS:
@@ -96,13 +96,13 @@ def read_visual(data: str | None, images: str | None) -> Rows:
 
 
 def visual_examples(table: "Dataset", names: list[str], where: str, notes: list[str]) -> list[VisualExample]:
-    """The first question of each conversation that has an image in it.
+    """Return the first question of each conversation, if it has an image.
 
     Args:
         table: Rows of `read_visual`.
-        names: Of the rows.
-        where: What they are, in notes and errors.
-        notes: Gets a line if any row is left out.
+        names: Names of the rows.
+        where: Description of the rows, for notes and errors.
+        notes: List that a note is added to if any row is left out.
 
     Raises:
         DataError: If more than a tenth of the rows cannot be used: an image is missing or does not decode, or there is
@@ -118,7 +118,7 @@ def visual_examples(table: "Dataset", names: list[str], where: str, notes: list[
 
 
 def digest_of(examples: list[VisualExample]) -> str:
-    """SHA-256 of all that a model is asked, images included."""
+    """Return the SHA-256 of questions, answers and images."""
     return digest_texts(
         text
         for example in examples
