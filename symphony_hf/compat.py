@@ -1,12 +1,12 @@
-"""The one place that reads library versions, and that names the private things of transformers that we lean on.
+"""Versions of libraries, and the private names of transformers that this package uses.
 
-Each of these is held by `tests/test_compat.py`, which fails when one moves:
+`tests/test_compat.py` fails when one of these names changes:
 
 - `PreTrainedModel.post_init` and `PreTrainedModel._initialize_weights(module, is_custom_code)`, wrapped in
   `patching/from_pretrained.py`
 - `PreTrainedModel._can_record_outputs`, read in `patching/families/discovery.py`
 - `PreTrainedModel._keep_in_fp32_modules_strict`, added to in `patching/symphonize.py`
-- the tensor attribute `_is_hf_initialized`, which the loader sets on what it has loaded, read in
+- the tensor attribute `_is_hf_initialized`, which the loader sets on loaded tensors, read in
   `patching/from_pretrained.py`
 """
 
@@ -26,7 +26,7 @@ def transformers_version() -> str:
 
 
 def supported_range() -> str:
-    """For error messages: what we support and what is installed."""
+    """Return the supported and the installed versions of transformers, for error messages."""
     return f"symphony_hf supports transformers >={OLDEST_TRANSFORMERS},<6 (installed {transformers.__version__})"
 
 
@@ -35,10 +35,10 @@ def transformers_is_supported() -> bool:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions for result files: symphony_hf, Python, torch, transformers, and others by name.
+    """Return versions for result files: of symphony_hf, Python, torch, transformers and other packages.
 
     Args:
-        *packages: Names of further distributions. Those that are not installed are left out.
+        *packages: Names of other distributions. Those that are not installed are omitted.
     """
     found = {"symphony_hf": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", *packages):

@@ -1,4 +1,4 @@
-"""Settings as dataclasses that refuse what they do not understand: SymphonyConfig and the recipe's sections."""
+"""SymphonyConfig, and strict parsing of settings into dataclasses."""
 
 import dataclasses
 import inspect
@@ -15,15 +15,18 @@ from .errors import ConfigError, nearest
 
 
 def check_names(settings: Any, known: Iterable[str] | None, where: str) -> dict[str, Any]:
-    """Settings by name, with known names alone.
+    """Check the names of settings.
 
     Args:
-        settings: What should be settings by name.
-        known: Names; any when None.
-        where: What they are, for the error message: "recipe.yaml: data".
+        settings: Value that should be a mapping of names to settings.
+        known: Known names; any name when None.
+        where: Description of the settings for the error message, such as "recipe.yaml: data".
+
+    Returns:
+        The settings as a dictionary.
 
     Raises:
-        ConfigError: If they are no mapping, or a name is not known; it says which known one is nearest.
+        ConfigError: If `settings` is not a mapping, or a name is unknown. The message has the most similar known name.
     """
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where}: expected settings by name, got {settings!r}")
@@ -34,31 +37,31 @@ def check_names(settings: Any, known: Iterable[str] | None, where: str) -> dict[
     return dict(settings)
 
 
-def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **fixed: Any) -> Any:
-    """Build a dataclass from settings by name, each read as its field's type: `1e-4`, which is text to YAML, too.
+def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **defaults: Any) -> Any:
+    """Build a dataclass from settings, converting each to the type of its field, such as `1e-4`, a string in YAML.
 
     Args:
-        cls: The dataclass, ours or another library's.
-        settings: Its fields by name.
-        where: What they are, for the error message.
-        **fixed: Fields that `settings` may change.
+        cls: Dataclass of this package or of another library.
+        settings: Values of fields by name.
+        where: Description of the settings for the error message.
+        **defaults: Values of fields that are not in `settings`.
 
     Raises:
-        ConfigError: If a name is not known, a value is not of its type, or the dataclass refuses it.
+        ConfigError: If a name is unknown, a value has the wrong type, or the dataclass refuses it.
     """
-    from jsonargparse import ArgumentError, ArgumentParser  # here: `import symphony_hf` comes by, and need not wait
+    from jsonargparse import ArgumentError, ArgumentParser  # slow to import, and not needed by `import symphony_hf`
 
     settings = check_names(settings, inspect.signature(cls).parameters, where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "settings")
     try:
-        values = parser.parse_object({"settings": {**fixed, **settings}})
+        values = parser.parse_object({"settings": {**defaults, **settings}})
         return parser.instantiate(values).settings
     except ArgumentError as error:
         named = re.search(r'Parser key "settings\.(\w+)', str(error))
         problem = str(error) if named is None else _of_wrong_type(cls, named.group(1), settings)
         raise ConfigError(f"{where}: {problem}") from error
-    except (ValueError, TypeError) as error:  # ConfigError is one, of our own dataclasses
+    except (ValueError, TypeError) as error:  # including the ConfigErrors of our dataclasses
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -89,10 +92,10 @@ def command_line(command: str, *arguments: str, **options: Any) -> str:
 
 
 FORMAT = 1
-"""Of the settings in a checkpoint's config.json. A checkpoint with a higher one is refused."""
+"""Format version of the settings in a checkpoint's config.json. Higher versions are refused."""
 
 GRAPHS = ("ema", "frozen", "learned")
-"""What `graph` may be in a model; `symphonize` takes a path, too, and goes on from there by `ema`."""
+"""Values of `graph` in a model. `symphonize` also takes a path, whose graph it continues with `ema`."""
 
 Smoothing = Literal["logits", "scores"]
 Normalization = Literal["row", "conditional", "symmetric"]
@@ -100,15 +103,15 @@ BalanceScope = Literal["local", "global"]
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Build a dataclass from a mapping; an unknown key is a ConfigError that names the nearest known one.
+    """Build a dataclass from a mapping.
 
     Args:
         cls: The dataclass.
-        values: Its fields by name.
-        where: What the mapping is, for the error message: "symphony", "recipe.yaml: data".
+        values: Values of fields by name.
+        where: Description of the mapping for the error message, such as "symphony".
 
     Raises:
-        ConfigError: If `values` is no mapping, or has an unknown key, or lacks a required one.
+        ConfigError: If `values` is not a mapping, has an unknown key, or lacks a required one.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = check_names(values, fields, where)
@@ -137,30 +140,29 @@ def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SymphonyConfig:
-    """How a model is routed through the graph of its experts, and how that graph is learned.
+    """Settings of Symphony routing: how the expert graph changes the routing, and how the graph is learned.
 
     Args:
         strength: s in A = (1 - s) I + s P, in [0, 1]. 0 computes what the base model computes.
-        smoothing: `logits`: the graph mixes the router's logits, and folds into a plain router exactly.
-            `scores`: it mixes the probabilities after softmax, and cannot be folded.
+        smoothing: `logits`: the graph mixes the router's logits, and folds exactly into a plain router. `scores`: the
+            graph mixes the probabilities after softmax, and cannot be folded.
         normalization: `row`, `conditional` or `symmetric`; see `routing.transition_matrix`.
-        self_loops: Whether an expert hears itself as well as its neighbours.
-        decay: Of the moving average; the graph forgets over about 1 / (1 - decay) updates. In [0, 1].
-        warmup_steps: Updates of the graph over which the strength ramps up from 0, linearly.
-        graph: `ema`: learned by a moving average of co-selections. `frozen`: stays as it is. `learned`: a
-            parameter, learned by gradient with the model's optimizer. Or the path of a Symphony checkpoint
-            (a folder, or a .safetensors file) whose graph to start from, and then move by `ema`; a decay of 1
-            keeps it as it is. A warm-up starts anew.
-        layers: Numbers of the decoder layers to symphonize; all that have a router when None. The router losses are
-            these layers' alone.
-        routers: Patterns of module names, as in a shell (`*.mlp.gate`), of routers that are not found by themselves:
-            `nn.Linear` gates of remote-code and home-made models. Only they are symphonized then.
-        top_k: With `routers`: how many experts the highest logits choose. None: seen from the gate's block.
-        balance_loss_weight: Of the load-balancing loss, averaged over layers, added in the backward pass.
-        balance_scope: `local`: each micro-batch of each rank is balanced by itself. `global`: by the load of all
-            ranks, as if they had one batch, which costs one small all-reduce a forward. It is refused where a router
-            is in a part that one rank's batch may leave out, such as a vision tower.
-        z_loss_weight: Of the router z-loss, likewise.
+        self_loops: Whether an expert is its own neighbour.
+        decay: Decay of the moving average, in [0, 1]. The graph averages over about 1 / (1 - decay) updates.
+        warmup_steps: Number of graph updates over which the strength increases linearly from 0.
+        graph: `ema`: learned by a moving average of co-selections. `frozen`: constant. `learned`: a parameter, trained
+            by the model's optimizer. Or the path of a Symphony checkpoint (a folder, or a .safetensors file) whose
+            graph to start from and to update by `ema`; a decay of 1 keeps it constant. The warm-up restarts.
+        layers: Indices of the decoder layers to symphonize; all layers with a router when None. The router losses
+            cover only these layers.
+        routers: Shell-style patterns of module names (`*.mlp.gate`) of routers that are not detected: `nn.Linear` gates
+            of remote-code and custom models. Only these are symphonized then.
+        top_k: Number of experts per token of `routers`; read from the gate's block when None.
+        balance_loss_weight: Weight of the load-balancing loss, averaged over layers and added in the backward pass.
+        balance_scope: `local`: each micro-batch of each rank is balanced separately. `global`: the load of all ranks
+            is balanced, as of one batch, at the cost of one small all-reduce per forward. It is refused if a router is
+            in a part that a rank's batch may skip, such as a vision tower.
+        z_loss_weight: Weight of the router z-loss, averaged and added in the same way.
 
     Raises:
         ConfigError: If a value is unknown or out of range.
@@ -201,12 +203,12 @@ class SymphonyConfig:
         if self.smoothing == "scores" and self.normalization != "row":
             raise ConfigError(
                 f"symphony: smoothing `scores` needs normalization `row`, got `{self.normalization}`: only a "
-                "row-stochastic matrix keeps a distribution one"
+                "row-stochastic matrix keeps probabilities a distribution"
             )
         if self.graph == "learned" and not self.self_loops:
             raise ConfigError(
-                "symphony: graph `learned` needs `self_loops`: without them no expert has a neighbour at the start, "
-                "and no gradient ever gives it one"
+                "symphony: graph `learned` needs `self_loops`: without them, no expert has a neighbour at the start, "
+                "and no gradient can add one"
             )
         self._check_layers()
         self._check_routers()
@@ -223,7 +225,7 @@ class SymphonyConfig:
     def _check_routers(self) -> None:
         if self.routers is None:
             if self.top_k is not None:
-                raise ConfigError("symphony: `top_k` belongs to `routers`; the routers of transformers know theirs")
+                raise ConfigError("symphony: `top_k` needs `routers`; it is known for the routers of transformers")
             return
         patterns = (self.routers,) if isinstance(self.routers, str) else self.routers
         known = isinstance(patterns, tuple | list) and len(patterns) > 0
@@ -237,16 +239,16 @@ class SymphonyConfig:
 
     @property
     def counts_selections(self) -> bool:
-        """Whether training moves the graph by counting which experts are chosen together."""
+        """Whether training updates the graph with counts of experts chosen together."""
         return self.graph == "ema"
 
     @property
     def weighs_losses(self) -> bool:
-        """Whether training has router losses at all."""
+        """Whether training has router losses."""
         return self.balance_loss_weight > 0 or self.z_loss_weight > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as config.json stores them under `symphony`, with the format's number."""
+        """Return the settings as config.json stores them under `symphony`, with the format version."""
         values = dataclasses.asdict(self)
         for name in ("layers", "routers"):
             if values[name] is not None:
@@ -255,10 +257,10 @@ class SymphonyConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "symphony") -> "SymphonyConfig":
-        """Read what `to_dict` wrote, or settings without a format number.
+        """Read the output of `to_dict`, or settings without a format version.
 
         Raises:
-            ConfigError: If the format is newer than this version's, or a setting is unknown or out of range.
+            ConfigError: If the format is newer than `FORMAT`, or a setting is unknown or out of range.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: expected settings by name, got {values!r}")
@@ -276,15 +278,15 @@ class SymphonyConfig:
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any], where: str = "symphony") -> "SymphonyConfig":
-        """Read the settings that a model or an adapter was saved with. Their graphs are its own, not another's.
+        """Read the settings that a model or an adapter was saved with, which has its own graphs.
 
         Raises:
-            ConfigError: As `from_dict`; or if `graph` is a path, which only `symphonize` goes by.
+            ConfigError: As `from_dict`; or if `graph` is a path, which only `symphonize` accepts.
         """
         settings = cls.from_dict(values, where)
         if settings.graph not in GRAPHS:
             raise ConfigError(
-                f"{where}: `graph` is {settings.graph!r}; {nearest(settings.graph, GRAPHS)}. A path is for "
-                "`symphonize(model, graph=PATH)` alone"
+                f"{where}: `graph` is {settings.graph!r}; {nearest(settings.graph, GRAPHS)}. Only "
+                "`symphonize(model, graph=PATH)` takes a path"
             )
         return settings

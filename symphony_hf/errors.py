@@ -1,7 +1,7 @@
-"""Everything that this package raises or warns with.
+"""Exceptions and warnings of this package.
 
-A message says what was wrong, what was found, where, and what to do. Each kind also derives from the
-built-in exception that a caller would expect in its place, so `except ValueError` keeps working.
+A message says what is wrong, what was found, where, and what to do. Each class also derives from the built-in
+exception that fits, so `except ValueError` works.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class SymphonyError(Exception):
-    """Base of every error that symphony_hf raises on purpose."""
+    """Base class of the errors that symphony_hf raises."""
 
 
 class ConfigError(SymphonyError, ValueError):
@@ -17,11 +17,11 @@ class ConfigError(SymphonyError, ValueError):
 
 
 class UnsupportedModelError(SymphonyError, TypeError):
-    """The model has no router that symphony_hf can patch, or one that moved since it was last understood."""
+    """The model has no router that symphony_hf can patch, or its code differs from what symphony_hf supports."""
 
 
 class PatchError(SymphonyError, RuntimeError):
-    """The model is not in the state that the call needs: already symphonized, not symphonized, wrapped."""
+    """The model is not in the state that a call needs: already symphonized, not symphonized, or wrapped."""
 
 
 class GraphError(SymphonyError, ValueError):
@@ -29,7 +29,7 @@ class GraphError(SymphonyError, ValueError):
 
 
 class NoGraphError(GraphError):
-    """A checkpoint that can be read has no expert graph, as that of a model without them."""
+    """A readable checkpoint has no expert graph."""
 
 
 class FoldError(SymphonyError, ValueError):
@@ -37,15 +37,15 @@ class FoldError(SymphonyError, ValueError):
 
 
 class CheckpointError(SymphonyError, OSError):
-    """A checkpoint cannot be written, or is not whole."""
+    """A checkpoint cannot be written, or is incomplete."""
 
 
 class PushError(SymphonyError, RuntimeError):
-    """A folder is not fit for the Hub, or the Hub refuses it, or is not reached."""
+    """A folder cannot be pushed to the Hub, the Hub refuses it, or the Hub is unreachable."""
 
 
 class UpcycleError(SymphonyError, ValueError):
-    """No MoE family computes what the dense model does, or the two were seen to differ."""
+    """No MoE family computes what the dense model does, or their outputs differ."""
 
 
 class DataError(SymphonyError, ValueError):
@@ -53,26 +53,26 @@ class DataError(SymphonyError, ValueError):
 
 
 class EvaluationError(SymphonyError, ValueError):
-    """An evaluation cannot give the number it was asked for."""
+    """An evaluation cannot be computed as requested."""
 
 
 class ReportError(SymphonyError, ValueError):
-    """A folder is no run of ours, or one that has not ended, or the page cannot be written."""
+    """A folder has no finished run, or the report cannot be written."""
 
 
 class SymphonyWarning(UserWarning):
-    """Something that works, but probably not as meant."""
+    """Something works, but probably not as intended."""
 
 
 UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
     *(TypeError, ValueError),
 )
-"""What libraries raise for a config or a file from somebody else that they can make nothing of."""
+"""Exceptions that libraries raise for an invalid config or file from another source."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the known name nearest to an unknown one, or the list of all names."""
+    """Return a hint for an unknown name: the most similar known name, or the list of all names."""
     known = sorted(known)
     matches = difflib.get_close_matches(name, known, n=1)
     return f"did you mean `{matches[0]}`?" if matches else f"known names: {', '.join(known)}"

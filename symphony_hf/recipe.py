@@ -1,4 +1,4 @@
-"""A recipe: a YAML file that says which model is trained on what, and how. Data, no logic."""
+"""Recipes: YAML files with the settings of a training run, in one dataclass per section."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,23 +21,23 @@ def _check(holds: bool, problem: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """Which model: a checkpoint, or a config to build one from, with random weights.
+    """Model to train: a checkpoint, or a config to build a model with random weights from.
 
     Args:
-        path: A checkpoint's folder, or its name on the Hub.
+        path: Folder of a checkpoint, or its name on the Hub.
         revision: Branch, tag or commit on the Hub.
-        config: `model_type` and the fields of that family's config. Without `path` the model is built from it; the
-            vocabulary's size then comes from the tokenizer. With `path` it is what the checkpoint must be, by which
-            a plan is made before the checkpoint is there.
-        tokenizer: Another checkpoint's; that of `path` when None.
-        vision: A vision tower's checkpoint (CLIP, SigLIP): LLaVA is built of it and the language model of `path`,
+        config: `model_type` and fields of that family's config. Without `path`, the model is built from it, with the
+            vocabulary size of the tokenizer. With `path`, it describes the checkpoint, so that a run can be planned
+            before the checkpoint is downloaded; the checkpoint must match it.
+        tokenizer: Checkpoint whose tokenizer to use; that of `path` when None.
+        vision: Checkpoint of a vision tower (CLIP, SigLIP). A LLaVA is built from it and the language model of `path`,
             with a new projector.
-        trainable: Patterns of parameter names, as in a shell (`*projector*`), that are trained; all when None.
-        upcycle_modules: Settings of `symphony_hf.upcycle_modules`, for the model's own MLPs that become experts.
-        dtype: Of the weights; `auto` for the checkpoint's own.
+        trainable: Shell-style patterns of names of trainable parameters (`*projector*`); all parameters when None.
+        upcycle_modules: Settings of `symphony_hf.upcycle_modules`, for MLPs of the model that become experts.
+        dtype: Dtype of the weights; `auto` for that of the checkpoint.
         quantization: `nf4`: 4-bit experts and linear layers.
-        attention: transformers' `attn_implementation`.
-        experts: transformers' `experts_implementation`.
+        attention: `attn_implementation` of transformers.
+        experts: `experts_implementation` of transformers.
     """
 
     path: str | None = None
@@ -64,15 +64,15 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftSection:
-    """LoRA adapters; without this section all parameters are trained.
+    """LoRA adapters. Without this section, all parameters are trained.
 
     Args:
-        router: `graph`: routers stay as they are, and their graphs move. `train`: routers are trained too.
+        router: `graph`: routers are frozen and their graphs are updated. `train`: routers are trained too.
         attention: Whether attention gets adapters.
-        experts: Whether experts do.
+        experts: Whether experts get adapters.
         r: Rank.
         alpha: Scale; twice the rank when None.
-        dropout: On the adapters' input; must be 0 with `experts`.
+        dropout: Dropout on the adapters' input. Must be 0 with `experts`.
     """
 
     router: Literal["graph", "train"] = "graph"
@@ -89,25 +89,25 @@ class PeftSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Which data.
+    """Data to train and evaluate on.
 
     Args:
-        kind: `text`: documents in blocks. `chat`: conversations, by TRL's SFTTrainer. `glue`: sentences and labels of
-            a GLUE task. `llava`: conversations about images, in LLaVA's own JSON.
-        path: A file, a folder, or a data set's name on the Hub; when None, data that is on every machine: for
-            `text` and `chat` of the running Python's library, for `llava` scikit-learn's handwritten digits.
-        name: The data set's configuration on the Hub; for `glue` the task: qnli, sst2, wnli, ...
+        kind: `text`: documents in blocks. `chat`: conversations or text, with TRL's SFTTrainer. `glue`: sentences and
+            labels of a GLUE task. `llava`: conversations about images, in LLaVA's JSON.
+        path: File, folder, or name of a data set on the Hub. When None, data that needs no download: the running
+            Python's library for `text` and `chat`, scikit-learn's handwritten digits for `llava`.
+        name: Configuration of the data set on the Hub, or the task for `glue`: qnli, sst2, wnli, ...
         revision: Branch, tag or commit on the Hub.
         text_column: Column of text in a data set of kind `text`, or in one of kind `chat` without conversations.
-        rows: What its rows are: `documents`, or `lines` of one text, blank ones too, as WikiText has them; such a text
-            is cut into documents as a text file is.
-        images: Of `llava`: the folder that the image names are in; the JSON's own when None.
-        block_size: Tokens of one training sequence, at most.
-        packing: Whether several short examples share a sequence, each attending to itself alone.
-        streaming: Whether a data set is read while training goes on, for one that does not fit on the disk.
-        limit: Examples of each split at most.
-        vocab_size: Of the tokenizer that is trained when the model is built from a config.
-        tokenizer: Which one that is: `bpe`, of pieces of words, or `words`, of what whitespace separates.
+        rows: Kind of rows of a `text` data set: `documents`, or `lines` of one text, including blank ones, as in
+            WikiText, which is cut into documents as a text file is.
+        images: Folder of the images of `llava`; that of the JSON when None.
+        block_size: Maximum number of tokens of a training sequence.
+        packing: Whether several short examples share a sequence, each attending only to itself.
+        streaming: Whether to read a `text` data set during training, for one that does not fit on the disk.
+        limit: Maximum number of examples of each split.
+        vocab_size: Vocabulary size of the tokenizer that is trained if the model is built from a config.
+        tokenizer: Kind of that tokenizer: `bpe` for subwords, or `words` for words separated by whitespace.
     """
 
     kind: DataKind = "text"
@@ -129,7 +129,10 @@ class DataSection:
         _check(self.vocab_size >= 300, f"`vocab_size` must be at least 300, got {self.vocab_size}")
         _check(self.limit is None or self.limit >= 1, f"`limit` must be at least 1, got {self.limit}")
         lines = self.rows == "lines"
-        _check(not lines or (self.kind == "text" and not self.streaming), "`rows: lines` is of unstreamed `text`")
+        _check(
+            not lines or (self.kind == "text" and not self.streaming),
+            "`rows: lines` is only for `text` without `streaming`",
+        )
         reads_text = self.kind in ("text", "chat") or self.text_column == "text"
         _check(reads_text, f"`text_column` has no effect on data of kind `{self.kind}`, got {self.text_column!r}")
         _check(self.kind != "glue" or self.name is not None, "`glue` needs `name`: qnli, sst2, wnli, ...")
@@ -137,11 +140,11 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSection:
-    """What the recipe counts on; a run that turns out otherwise is refused.
+    """Launch that the recipe requires; a run under another launch is refused.
 
     Args:
-        processes: How many train together; any number when None.
-        strategy: How; any way when None.
+        processes: Number of processes; any number when None.
+        strategy: Parallelism strategy; any when None.
     """
 
     processes: int | None = None
@@ -154,15 +157,15 @@ class LaunchSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSection:
-    """What is measured after training, on the test split.
+    """Evaluation after training, on the test split. All but `seed` is for data of kind `text`.
 
     Args:
-        documents: How many documents at most; all when None.
-        context: Tokens before a window that it is read with and that are not scored in it, the documents being one
-            text; with 0 each document is read by itself, and a window of it, too. Of data of kind `text`.
+        documents: Maximum number of documents; all when None.
+        context: Number of tokens before a window that it is conditioned on and that are not scored in it, with the
+            documents concatenated. With 0, each window of each document is scored without context.
         attack_rate: Share of a line's words that the attack replaces.
-        attack_minimum: Words replaced per line at least.
-        seed: Of the attack and of the bootstrap.
+        attack_minimum: Minimum number of words replaced per line.
+        seed: Seed of the attack and of the bootstrap.
     """
 
     documents: int | None = 200
@@ -182,10 +185,10 @@ class EvalSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSection:
-    """Where the results go.
+    """Output of the run.
 
     Args:
-        directory: Checkpoints, `report.md`, `results.json` and the trained model in `final/`.
+        directory: Folder for checkpoints, `report.md`, `results.json` and the trained model in `final/`.
     """
 
     directory: str = "runs/symphony"
@@ -193,17 +196,17 @@ class OutputSection:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole recipe.
+    """Settings of a training run, by section.
 
     Args:
-        model: Which model.
-        symphony: How it is routed; null leaves it plain. A baseline is the same recipe with `strength: 0`.
+        model: Model to train.
+        symphony: Symphony routing; null for the model's own routing. A baseline is the same recipe with `strength: 0`.
         peft: Adapters; null trains all parameters.
-        data: Which data.
-        launch: What must run.
-        train: Settings of transformers' TrainingArguments, by their own names.
-        eval: What is measured at the end.
-        output: Where the results go.
+        data: Data to train and evaluate on.
+        launch: Launch that the recipe requires.
+        train: Settings of transformers' TrainingArguments, or of TRL's SFTConfig for data of kind `chat`.
+        eval: Evaluation at the end.
+        output: Output of the run.
     """
 
     model: ModelSection
@@ -242,14 +245,14 @@ _MAY_BE_NULL = ("symphony", "peft")
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe.
 
-    A recipe may begin with `base: other.yaml`, a recipe beside it, from which it differs by the settings that follow.
+    `base: other.yaml` names another recipe, relative to this one, whose settings this one overrides.
 
     Args:
-        path: Of the YAML file.
-        overrides: `section.name` -> value; a name without a section is the train section's.
+        path: Path of the YAML file.
+        overrides: `section.name` -> value. A name without a section belongs to the train section.
 
     Raises:
-        ConfigError: If a file cannot be read, or a section, a setting or a value is not known.
+        ConfigError: If a file cannot be read, or a section, a setting or a value is invalid.
     """
     path = Path(path)
     values = _read(path, ())
@@ -260,7 +263,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
-    """The sections of a recipe, over those of its base."""
+    """Read the sections of a recipe, merged over those of its base."""
     if path.resolve() in seen:
         raise ConfigError(f"recipe `{path}`: it is its own `base`")
     try:
@@ -268,7 +271,7 @@ def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"recipe `{path}`: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe `{path}` is no YAML: {error}") from error
+        raise ConfigError(f"recipe `{path}` is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe `{path}`: expected sections by name, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -281,7 +284,7 @@ def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], section: str, settings: Any, path: Path) -> None:
-    """Settings of one section over those that are there; null takes the section away."""
+    """Merge settings into a section; null removes the section."""
     if settings is None:
         values[section] = None
         return

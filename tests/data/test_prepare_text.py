@@ -120,7 +120,7 @@ def test_a_revision_and_a_configuration_reach_the_hub(monkeypatch, tokenizer):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prepare_data(section("owner/name", name="small", revision="v1"), tokenizer, seed=0)
     assert asked == [("owner/name", "small", "v1")]
-    with pytest.raises(DataError, match="path `owner/name:large` gives one configuration, and name `small` another"):
+    with pytest.raises(DataError, match="path `owner/name:large` gives one configuration and name `small` another"):
         prepare_data(section("owner/name:large", name="small"), tokenizer, seed=0)
 
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_seen_is_refused(model_class, settings, message):
 def test_bad_settings_are_refused():
     model = make_home_made()
     for settings, message in (
-        ({"top_k": 2}, "`top_k` belongs to `routers`"),
+        ({"top_k": 2}, "`top_k` needs `routers`"),
         ({"routers": "*.gate", "top_k": 0}, "from 1 on"),
         ({"routers": []}, "patterns of module names"),
         ({"routers": [3]}, "patterns of module names"),
