@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from symphony_hf.errors import ConfigError, SymphonyWarning
-from symphony_hf.files import replacing
 
 from .datasets import digest_texts
 from .documents import Corpus, Document
@@ -162,10 +162,12 @@ def _read(entry: Path) -> Tokenizer | None:
 def _write(entry: Path, serialized: str) -> None:
     """Write both files of a cache entry, each atomically.
 
-    Training is deterministic, so processes that race write the same bytes. A reader that finds only the first file
-    trains for itself.
+    Training is deterministic, so threads and processes that race write the same bytes. A reader that finds only the
+    first file trains for itself.
     """
+    entry.mkdir(parents=True, exist_ok=True)
     contents = serialized.encode()
-    for name, data in ((_TOKENIZER, contents), (_DIGEST, hashlib.sha256(contents).hexdigest().encode())):
-        with replacing(entry / name) as written:
-            written.write_bytes(data)
+    with tempfile.TemporaryDirectory(dir=entry, prefix=".") as temporary:  # its name differs between threads, too
+        for name, data in ((_TOKENIZER, contents), (_DIGEST, hashlib.sha256(contents).hexdigest().encode())):
+            Path(temporary, name).write_bytes(data)
+            os.replace(Path(temporary, name), entry / name)
