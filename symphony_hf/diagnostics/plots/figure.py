@@ -53,11 +53,14 @@ def plain_label(text: str, longest: int = 40) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most `most` evenly spaced indices below `count`, including the first and the last."""
+    return [round(position) for position in np.linspace(0, count - 1, min(count, most))]
+
+
 def shown_names(names: Sequence[str], most: int = _MAX_LAYERS) -> tuple[dict[str, str], str]:
     """Return the names of at most `most` evenly spaced layers by title, and a note on how many are left out."""
-    shown = list(names)
-    if len(shown) > most:
-        shown = [shown[round(position)] for position in np.linspace(0, len(shown) - 1, most)]
+    shown = [names[index] for index in evenly_spaced(len(names), most)]
     left_out = "" if len(shown) == len(names) else f" ({len(shown)} of {len(names)} layers)"
     return dict(zip(layer_titles(shown), shown, strict=True)), left_out
 

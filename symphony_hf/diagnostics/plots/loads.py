@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 
 from symphony_hf.errors import EvaluationError
 
-from .figure import grid, save_png, shown_names
+from .figure import evenly_spaced, grid, save_png, shown_names
 
 _LIMIT = 2.0
 """Limit of the colour scale, as a logarithm to base 2: four times and a quarter of the even load."""
@@ -125,7 +125,7 @@ def _number_experts(set_ticks: "matplotlib.axis.Axis", order: np.ndarray, size: 
 
 
 def _name_moments(axes: Axes, moments: Sequence[str]) -> None:
-    positions = np.unique(np.linspace(0, len(moments) - 1, min(len(moments), _MOST_MOMENTS)).round().astype(int))
+    positions = evenly_spaced(len(moments), _MOST_MOMENTS)
     longest = max(len(moments[position]) for position in positions)
     turned: dict[str, Any] = (
         {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest * len(positions) > 22 else {}

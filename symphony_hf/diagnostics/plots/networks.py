@@ -17,7 +17,7 @@ from torch import Tensor
 from symphony_hf.diagnostics.graph_metrics import cluster_order, communities, coselection_lift, load, modularity
 from symphony_hf.errors import GraphError
 
-from .figure import COLORS, grid, save_png, shown_layers, shown_names
+from .figure import COLORS, evenly_spaced, grid, save_png, shown_layers, shown_names
 
 MIN_LIFT = 1.25
 """Minimum lift of a pair that is drawn."""
@@ -123,7 +123,7 @@ def plot_graph_evolution(
     """
     if not graphs or len(graphs) != len(moments) or any(one.keys() != graphs[0].keys() for one in graphs):
         raise GraphError("an evolution needs the graphs of at least one moment, and the same layers at each")
-    positions = np.unique(np.linspace(0, len(graphs) - 1, min(len(graphs), _MOST_MOMENTS)).round().astype(int))
+    positions = evenly_spaced(len(graphs), _MOST_MOMENTS)
     titles, left_out = shown_names(list(graphs[0]), most=_MOST_LAYERS)
     edges = {(t, n): strongest_edges(graphs[t][n]) for t in positions for n in titles.values()}
     # A quantile, because one pair that is nearly always together would leave all others faint.
