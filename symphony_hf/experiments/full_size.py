@@ -205,10 +205,13 @@ def _batch(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
 
 
 def _move_graphs(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-    """Run one forward in training mode, and commit its counts to the graphs."""
+    """Run one forward in training mode, and commit its counts to the graphs.
+
+    The weights are frozen, so that it counts without a backward pass, for which a full-size model has no memory.
+    """
     before = {name: graph.clone() for name, graph in _graphs(model).items()}
-    model.train()
-    model(**batch, use_cache=False)  # with gradients enabled: other forwards are not counted
+    model.train().requires_grad_(False)
+    model(**batch, use_cache=False)
     update_graphs(model)
     model.eval()
     if any(torch.equal(graph, before[name]) for name, graph in _graphs(model).items()):

@@ -434,7 +434,10 @@ def test_deepspeeds_engine(tmp_path, ranks):
             if ".mlp.gate." in name:
                 torch.testing.assert_close(half[name], reference[name].float(), rtol=0.02, atol=0.01, msg=name)
             if name.startswith("graph"):
-                assert torch.equal(half[name], reference[name]), name
+                # Some processors round bfloat16 products by how memory is aligned, and parameters in the engine's
+                # flat buffers are aligned otherwise: of a step's 22 tokens two may choose another expert.
+                atol = 2 * (1 - SETTINGS["decay"]) / 22
+                torch.testing.assert_close(half[name], reference[name], rtol=0, atol=atol, msg=name)
     else:
         for how, rank in itertools.product(("zero.Init", "stock", "ours"), range(ranks)):
             reference = plain_loop(move_graphs(make()), steps_of(2, ranks)) if how == "ours" else expected[2]
