@@ -1,18 +1,12 @@
-"""Versions of libraries, and the private names of transformers that this package uses.
+"""Versions of libraries, and every private name of another library that this package uses.
 
-`tests/test_compat.py` fails when one of these names changes:
-
-- `PreTrainedModel.post_init` and `PreTrainedModel._initialize_weights(module, is_custom_code)`, wrapped in
-  `patching/from_pretrained.py`
-- `PreTrainedModel._can_record_outputs`, read in `patching/families/discovery.py`
-- `PreTrainedModel._keep_in_fp32_modules_strict`, added to in `patching/symphonize.py`
-- the tensor attribute `_is_hf_initialized`, which the loader sets on loaded tensors, read in
-  `patching/from_pretrained.py`
+`tests/test_compat.py` fails when a listed name moves, and when the package uses one that is not listed here.
 """
 
 import contextlib
 import importlib.metadata
 import platform
+from typing import NamedTuple
 
 import transformers
 from packaging.version import Version
@@ -45,3 +39,94 @@ def versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+class PrivateName(NamedTuple):
+    """A private name of another library.
+
+    Attributes:
+        library: The library that defines it.
+        rooms: Rooms of this package that use it.
+        reason: Why no public name serves.
+    """
+
+    library: str
+    rooms: tuple[str, ...]
+    reason: str
+
+
+def _hooks(*names: str) -> dict[str, PrivateName]:
+    reason = "a copy of a module without its hooks, or whether it has any: hooks can only be added in public"
+    return {name: PrivateName("torch", ("patching",), reason) for name in names}
+
+
+def _of_trainer(*names: str) -> dict[str, PrivateName]:
+    reason = "a checkpoint gets its name once it is whole: the documented callbacks run after that"
+    return {name: PrivateName("transformers", ("training",), reason) for name in names}
+
+
+PRIVATE_NAMES = {
+    "_modules": PrivateName(
+        "torch",
+        ("conversion", "evaluation", "experiments", "patching"),
+        "a child by its own name, also one that occurs twice: named_children leaves that out",
+    ),
+    "_parameters": PrivateName(
+        "torch", ("conversion", "patching"), "a module's own parameters, those that are None too"
+    ),
+    "_buffers": PrivateName("torch", ("conversion", "patching"), "a module's own buffers, those that are None too"),
+    **_hooks(
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ),
+    "_apply": PrivateName("torch", ("patching",), "called by every cast and move of a model: graphs stay float32"),
+    "_save_to_state_dict": PrivateName(
+        "torch", ("patching",), "the public pre-hook does not see the module's own storage in time"
+    ),
+    "_C": PrivateName("torch", ("patching",), "the way to `_functorch`"),
+    "_functorch": PrivateName("torch", ("patching",), "whether a transform of torch.func is running"),
+    "_execution_engine": PrivateName("torch", ("patching",), "a callback at the end of the whole backward pass"),
+    "_get_active_ddp_module": PrivateName("torch", ("patching",), "the wrapper whose forward is under way"),
+    "_join_config": PrivateName("torch", ("patching",), "whether that wrapper is inside `Join`"),
+    "_grouped_mm": PrivateName("torch", ("training",), "an operator whose FLOPs the planner counts"),
+    "_scaled_dot_product_flash_attention_for_cpu": PrivateName("torch", ("training",), "likewise"),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": PrivateName("torch", ("training",), "likewise"),
+    "_python_dispatch": PrivateName("torch", ("training",), "the module of TorchDispatchMode"),
+    "_pytree": PrivateName("torch", ("training",), "the tensors in what an operator takes and returns"),
+    "_initialize_weights": PrivateName(
+        "transformers", ("patching",), "wrapped: called for each module after a checkpoint was loaded into the model"
+    ),
+    "_adjust_missing_and_unexpected_keys": PrivateName(
+        "transformers", ("patching",), "wrapped: sees the tensors of a checkpoint that no module takes"
+    ),
+    "_is_hf_initialized": PrivateName(
+        "transformers", ("conversion", "patching"), "set by the loader on what it has loaded"
+    ),
+    "_can_record_outputs": PrivateName(
+        "transformers", ("conversion", "patching"), "the classes that a family names as its routers"
+    ),
+    "_keep_in_fp32_modules_strict": PrivateName(
+        "transformers", ("experiments", "patching"), "what a loader keeps in float32"
+    ),
+    "_loss_function": PrivateName("transformers", ("patching",), "a loss function that was set on the instance"),
+    "_experts_implementation": PrivateName(
+        "transformers", ("experiments", "models"), "the implementation chosen for a model's experts"
+    ),
+    "_from_config": PrivateName(
+        "transformers", ("experiments", "models"), "builds one class, with a dtype: only Auto classes have a public one"
+    ),
+    "_hf_peft_config_loaded": PrivateName("transformers", ("conversion",), "whether adapters are loaded"),
+    "_is_quantized": PrivateName("transformers", ("conversion",), "a mark that a quantized load leaves in the config"),
+    "_process_model_before_weight_loading": PrivateName(
+        "transformers", ("conversion",), "overridden: the one moment at which a quantizer may change the model"
+    ),
+    **_of_trainer("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"),
+    "_hf_hook": PrivateName("accelerate", ("patching",), "the device of an offloaded router"),
+    "_old_forward": PrivateName("accelerate", ("patching",), "the forward that accelerate's hook calls"),
+}
+"""Each is held by a test of its name."""
