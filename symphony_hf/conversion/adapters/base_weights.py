@@ -77,7 +77,7 @@ def check_base(stored: Mapping[str, Sequence[float]], own: Mapping[str, Sequence
             f"load_adapter: the base model's weights differ by {distance:.1%} from those that the adapter of "
             f"`{folder}` was trained on: {then}, unless you mean this one",
             SymphonyWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -73,7 +73,7 @@ def load_adapter(
     # On a 16-bit model PEFT's LoRA is float32 unless it was trained otherwise, as TRL does on 4-bit models.
     with refusals(f"{folder / CONFIG_NAME}"):
         adapted = add_adapter(model, config, name, widens=_is_wide(folder / _WEIGHTS))
-    restore_adapter(adapted, folder, name)
+    _copy_tensors(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
     return adapted.train(trainable)
@@ -94,17 +94,22 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
         ConfigError: If the tensors do not match the adapter, or its record does not match the model. The model is
             unchanged then.
     """
+    folder = Path(folder)
+    if (folder / RECORD_NAME).exists():
+        record = AdapterRecord.read(folder)
+        _check_ready(base_of(model), record, folder)
+        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
+    _copy_tensors(model, folder, name)
+
+
+def _copy_tensors(model: Any, folder: Path, name: str) -> None:
     from peft import get_peft_model_state_dict
 
-    if (Path(folder) / RECORD_NAME).exists():
-        record = AdapterRecord.read(folder)
-        _check_ready(base_of(model), record, Path(folder))
-        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), Path(folder))
-    saved = load_file(Path(folder) / _WEIGHTS)
+    saved = load_file(folder / _WEIGHTS)
     # What PEFT would save now: views of the model's tensors, by their names in the file.
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
-    check_tensors(Path(folder), model, *shapes)
+    check_tensors(folder, model, *shapes)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])

@@ -106,11 +106,11 @@ def check_number(layers: list[ExpertLayer], num_experts: int, command: str) -> N
 
     Args:
         layers: Expert layers of the model.
-        num_experts: To leave in each.
-        command: For the error message.
+        num_experts: Number of experts to leave in each.
+        command: Name of the command, for error messages.
 
     Raises:
-        UnsupportedModelError: If it is more than there are, less than a token chooses, or does not go into the groups.
+        UnsupportedModelError: If there are fewer experts, a token selects more, or the groups do not divide the number.
     """
     layer = layers[0]
     if num_experts > layer.num_experts:
@@ -129,8 +129,8 @@ def check_number(layers: list[ExpertLayer], num_experts: int, command: str) -> N
         if left or size < 2 or usable < layer.top_k:
             raise UnsupportedModelError(
                 f"{command}: `{layer.router.name}` chooses among {layer.num_groups} groups of experts, and "
-                f"{num_experts} experts cannot be so divided: give a multiple of {layer.num_groups}, of 2 or more a "
-                f"group, whose chosen groups hold {layer.top_k} experts"
+                f"{num_experts} experts cannot be divided: give a multiple of {layer.num_groups} with at least 2 per "
+                f"group, whose selected groups have {layer.top_k} experts"
             )
 
 
