@@ -156,7 +156,7 @@ def test_a_learned_graph_is_trained_in_the_adapter():
         ({"modules_to_save": ["symphony"]}, "router='train'"),
         ({"target_parameters": ["experts.w1"]}, "nothing is called 'experts.w1'"),
         ({"target_parameters": ["gate.weight"]}, "nothing is called|router='train'"),
-        ({"experts": True, "dropout": 0.1}, "no input to drop"),
+        ({"experts": True, "dropout": 0.1}, "no input can be dropped"),
         ({"experts": True, "use_dora": True}, "cannot do `use_dora`"),
         ({"experts": True, "lora_bias": True}, "cannot do `lora_bias`"),
         ({"experts": True, "init_lora_weights": "pissa"}, "cannot start"),
