@@ -1,7 +1,7 @@
-"""Folders and files that have their name only once they are whole.
+"""Atomic writes of files and folders, and JSON that may be truncated or untrusted.
 
-A folder is written in `_symphony_unfinished/`, beside its place, a file under a hidden name beside its own. It is
-flushed to the disk, and then renamed. Whatever kills the process before that leaves what had the name as it was.
+A folder is written in `_symphony_unfinished/` beside its final path, and a file under a hidden name beside its own. It
+is flushed to the disk and then renamed. If the process is killed before that, an existing file or folder is unchanged.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ _TOKENIZER_FILES = {
 }
 """Files that transformers reads beside any `tokenizer_config.json`, whatever class it names."""
 UNFINISHED = "_symphony_unfinished"
-"""The folder's name. Trainer leaves out what begins with `_` when it pushes to the Hub."""
+"""Name of the folder for unfinished writes. Trainer does not push names that begin with `_` to the Hub."""
 
 
 def place_to_write(target: Path) -> Path:
-    """Where to write what will be `target`. The last name is the same: Symphony models look at it when they save."""
+    """Return the path to write `target` to at first. Its last part is the same: Symphony models use it when they save."""
     return target.parent / UNFINISHED / target.name
 
 
 def place_of_replaced(target: Path) -> Path:
-    """Where what `target` replaces is between the two renames."""
+    """Return the path of the folder that `target` replaces, between the two renames."""
     return target.parent / UNFINISHED / f"{target.name}.replaced"
 
 
@@ -66,9 +66,9 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def finish(target: Path, recorded: Collection[str] | None = None) -> None:
-    """Give a folder that was written in its `place_to_write` its name, in place of what has it.
+    """Move a folder from its `place_to_write` to its final path, replacing an existing folder.
 
-    If the process ends between the two renames, what was replaced is in its `place_of_replaced`.
+    If the process ends between the two renames, the replaced folder is in its `place_of_replaced`.
 
     Args:
         target: Final path of the folder. Files there that are not part of the replaced checkpoint are kept.
@@ -130,7 +130,7 @@ def _vocabulary_files(tokenizer_config: Path) -> set[str]:
 
 
 def _keep_others(target: Path, written: Path, recorded: Collection[str] | None) -> None:
-    """Link or copy into the folder that is about to replace `target` whatever there is not part of a checkpoint."""
+    """Link or copy files of `target` that are not part of its checkpoint into the folder that will replace it."""
     if recorded is None and target.is_dir():
         there, new = ({entry.name for entry in folder.iterdir()} for folder in (target, written))
         recorded = stale_files(there, new, target.joinpath)
@@ -156,7 +156,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def clear(target: Path) -> None:
-    """Remove what a killed process left of `target`; what it was about to replace gets its name back."""
+    """Remove the leftovers of a killed write to `target`, and restore the folder that it was replacing."""
     replaced = place_of_replaced(target)
     if replaced.exists() and not target.exists():
         os.replace(replaced, target)
@@ -167,25 +167,25 @@ def clear(target: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one."""
+    """Write JSON atomically: a reader finds the old file or the complete new one."""
     write_text(path, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text so that a reader finds the old file or the whole new one."""
+    """Write text atomically: a reader finds the old file or the complete new one."""
     with replacing(path) as written:
         written.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file that has its name only once it is whole; nothing of it stays if an error is raised within.
+    """Write a file under a temporary name and rename it when the block ends; remove it if the block raises.
 
     Args:
-        path: Of the file. Its folder is made if it is not there.
+        path: Final path of the file. Its folder is created if necessary.
 
     Yields:
-        Where to write: beside it, under a name that no other process has. It must be closed when the block ends.
+        The temporary path, unique to this process. The file must be closed when the block ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -199,10 +199,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_file_place(path: str | Path, command: str) -> None:
-    """Refuse a place that no file can be written to, before the work whose result goes there.
+    """Check that a result file can be written, before the work that produces it.
 
     Raises:
-        ConfigError: If it is a folder, or its own folder is not there and cannot be made.
+        ConfigError: If `path` is a folder, or its parent folder cannot be created or written to.
     """
     path = Path(path)
     if path.is_dir():
@@ -211,10 +211,10 @@ def check_file_place(path: str | Path, command: str) -> None:
 
 
 def check_folder_of(path: Path, command: str) -> None:
-    """Refuse a path whose folder nothing can be written to.
+    """Check that files can be created beside a path.
 
     Raises:
-        ConfigError: If a part of it is a file, or may not be written to.
+        ConfigError: If the nearest existing parent is a file, or is not writable.
     """
     nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not nearest.is_dir():
@@ -224,7 +224,7 @@ def check_folder_of(path: Path, command: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before anything refers to it."""
+    """Flush a file, or the entries of a folder, to the disk."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -241,22 +241,22 @@ def remove_if_empty(folder: Path) -> None:
 
 
 MAX_CONFIG_BYTES = 8 * 2**20
-"""Of a config from somebody else: none needs that much."""
+"""Maximum size of an untrusted config file."""
 
 
 def read_object(
     file: Path, error: type[SymphonyError], *, hint: str = "", max_bytes: int | None = None
 ) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that contains an object.
 
     Args:
-        file: The file.
-        error: What to raise.
-        hint: What to do about a file that is not there or no JSON, for the message.
-        max_bytes: No more is read, of a file from somebody else.
+        file: Path of the file.
+        error: Class of the error to raise.
+        hint: Advice for a missing or invalid file, for the error message.
+        max_bytes: Maximum size of an untrusted file.
 
     Raises:
-        SymphonyError: The given kind, if the file cannot be read, is larger, or holds something else.
+        SymphonyError: An `error`, if the file cannot be read, is too large, or does not contain an object.
     """
     then = f": {hint}" if hint else ""
     try:
@@ -278,17 +278,17 @@ def read_object(
 
 
 def read_weight_map(index: Path, error: type[SymphonyError]) -> dict[str, str]:
-    """The index of a checkpoint in several safetensors files: tensor -> name of a file beside the index.
+    """Read the index of a sharded checkpoint: tensor name -> name of a safetensors file beside the index.
 
     Args:
-        index: The file.
-        error: What to raise.
+        index: Path of the index.
+        error: Class of the error to raise.
 
     Raises:
-        SymphonyError: The given kind, if it cannot be read, or names no files, or such as are elsewhere.
+        SymphonyError: An `error`, if the index cannot be read, names no files, or names files in other folders.
     """
-    places = read_object(index, error, hint="so it is no index of safetensors files").get("weight_map")
-    is_named = isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
-    if not is_named or not places or any(Path(file).name != file for file in places.values()):
+    files = read_object(index, error, hint="so it is no index of safetensors files").get("weight_map")
+    is_named = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+    if not is_named or not files or any(Path(file).name != file for file in files.values()):
         raise error(f"`{index}` is no index of safetensors files: `weight_map` must name files beside it")
-    return places
+    return files

@@ -1,4 +1,4 @@
-"""One row of chat data: its messages or text as TRL takes them, and what is wrong with it."""
+"""Conversion and check of one row of chat data, with the tokens that TRL will keep in the loss."""
 
 import json
 import re
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Mark around the assistant's tokens in a chat template."""
+"""Marker of the assistant's tokens in a chat template."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_row(
 
     Args:
         row: Row with the columns of `settings.layout`.
-        settings: What TRL will do with the row.
+        settings: Settings of the layout and the loss.
         tokenizer: The model's.
         block_size: Maximum number of tokens that TRL keeps of a row.
 
