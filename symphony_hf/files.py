@@ -36,7 +36,7 @@ UNFINISHED = "_symphony_unfinished"
 
 
 def place_to_write(target: Path) -> Path:
-    """Return the path to write `target` to at first. Its last part is the same: Symphony models use it when they save."""
+    """Return the path to write `target` to at first, whose last part is the same: models use it when they save."""
     return target.parent / UNFINISHED / target.name
 
 
