@@ -188,7 +188,7 @@ class UpcycledMoE(nn.Module):
         parts: Parts of the MLP, from `read_mlp`.
         num_experts: E.
         top_k: Number of experts per token.
-        head: Router type: `smoe` or `xmoe`, see `ROUTERS`.
+        router_type: Router type: `smoe` or `xmoe`, see `ROUTERS`.
         config: Config of the surrounding model, whose `experts_implementation` is used.
 
     Attributes:
@@ -198,11 +198,16 @@ class UpcycledMoE(nn.Module):
     awaits_checkpoint = False
 
     def __init__(
-        self, parts: MlpParts, num_experts: int, top_k: int, head: str = "smoe", config: PreTrainedConfig | None = None
+        self,
+        parts: MlpParts,
+        num_experts: int,
+        top_k: int,
+        router_type: str = "smoe",
+        config: PreTrainedConfig | None = None,
     ) -> None:
         super().__init__()
         weight = parts.down.weight
-        self.gate = ROUTERS[head](parts.up[0].in_features, num_experts, top_k).to(weight.device, weight.dtype)
+        self.gate = ROUTERS[router_type](parts.up[0].in_features, num_experts, top_k).to(weight.device, weight.dtype)
         is_square = parts.up[0].in_features == parts.down.out_features
         experts_class = _experts_class(parts.kind == "gated", parts.has_bias, is_square)
         self.experts = experts_class(ExpertsSettings(config), parts, num_experts)

@@ -1,4 +1,4 @@
-"""What surrounds patched routers in their model: hooks on the decoder stacks, the loss function, `save_pretrained`."""
+"""Attach a tracker to a patched model: hooks on its decoder stacks, its loss function and `save_pretrained`."""
 
 import inspect
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from .tracker import Tracker
 
 
 def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:
-    """Refuse to balance over the ranks where one may not run every router: all must take part in each all-reduce.
+    """Refuse a global balance loss where a rank may skip a router: all ranks must take part in each all-reduce.
 
-    The model itself and its language model run in every forward, an encoder of images or sound does not.
+    The model itself and its language model run in every forward. An image or audio encoder does not.
 
     Raises:
         ConfigError: If `balance_scope` is `global`, and a router is in such an encoder.
@@ -41,9 +41,9 @@ def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: Sy
 
 
 def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any]) -> None:
-    """Put the hooks and the loss around patched routers, from `model` on down.
+    """Attach hooks and the recorded loss to a model with patched routers.
 
-    A model nested in another is patched first while loading; the outer one then takes over.
+    While a checkpoint loads, a nested model is patched first; the model around it then takes over.
     """
     for module in model.modules():
         detach(module)
@@ -96,7 +96,7 @@ def _mark_config(model: PreTrainedModel, settings: dict[str, Any]) -> Iterator[A
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach` on the module that it was called on; nothing on any other."""
+    """Undo `attach` on the module that it was called on. Other modules are left as they are."""
     tracker: Tracker | None = module.__dict__.pop("_symphony_tracker", None)
     if tracker is None:
         return
@@ -121,7 +121,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook of the model. A function, not the tracker's method: a copy of the model has a tracker of its own."""
+    """Note that a forward begins: a pre-hook, and a function, since a copy of the model has its own tracker."""
     tracker: Any = model._symphony_tracker
     if model.training and torch.is_grad_enabled():
         tracker.state.recorded_in_forward = False
@@ -129,7 +129,7 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Post-hook of the model: some compute their loss without their loss function, whose results are recorded."""
+    """Record the loss in the output: a post-hook, for models that do not call their loss function."""
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
     tracker: Any = model._symphony_tracker
@@ -141,7 +141,7 @@ def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any)
 
 
 def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Post-hook of a model that TRL's SFTTrainer trains: its loss is the mean over tokens of `output.log_probs`."""
+    """Record `output.log_probs`, whose mean over tokens is the loss of TRL's SFTTrainer: a post-hook."""
     log_probs = getattr(output, "log_probs", None)
     if isinstance(log_probs, Tensor) and model.training and torch.is_grad_enabled():
         output.log_probs = tracker_of(model).record_loss(log_probs, -output.label_mask.float())
@@ -153,7 +153,7 @@ def _mask_position(owner: nn.Module) -> int | None:
 
 
 class RecordedLoss:
-    """A model's loss function that also ties the router losses to what it returns."""
+    """A model's loss function that also ties the router losses to the loss it returns."""
 
     def __init__(self, original: Any, tracker: Tracker) -> None:
         self.original = original
@@ -166,7 +166,7 @@ class RecordedLoss:
         return self.tracker.record_loss(loss, self._share_of_step(*args, **kwargs))
 
     def _share_of_step(self, *args: Any, **kwargs: Any) -> Tensor | float:
-        """The part of the optimizer step's tokens that this micro-batch has, where the loss is divided by the step's.
+        """Return this micro-batch's share of the optimizer step's tokens, where the loss is divided by all of them.
 
         Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps.
         """
@@ -182,7 +182,7 @@ class RecordedLoss:
 
 
 def tracker_of(model: nn.Module) -> Tracker:
-    """What follows a Symphony model's training, found through any wrapper (DDP, DeepSpeed, PEFT, torch.compile).
+    """Return the tracker of a Symphony model, found through any wrapper (DDP, DeepSpeed, PEFT, torch.compile).
 
     Raises:
         PatchError: If the model is not symphonized.
@@ -194,7 +194,7 @@ def tracker_of(model: nn.Module) -> Tracker:
 
 
 def update_graphs(model: nn.Module) -> bool:
-    """Move the graphs by what was counted since the last call: for loops of your own, after `optimizer.step()`.
+    """Update the graphs with the counts since the last call. Custom loops call it after `optimizer.step()`.
 
     Returns:
         Whether anything had been counted.
@@ -214,11 +214,11 @@ def update_graphs(model: nn.Module) -> bool:
 
 
 def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:
-    """Tie the balance and z-loss to a loss that your loop computed itself; not needed where `labels` are passed.
+    """Tie the balance and z-loss to a loss that the loop computed itself. Not needed where `labels` are passed.
 
     Args:
         model: A Symphony model whose forward made `loss`.
-        loss: As it is before the division by accumulation steps, if the loop divides.
+        loss: The loss, before any division by the number of accumulation steps.
 
     Returns:
         The same loss. Backward through it starts the router losses too, scaled as it is.

@@ -1,6 +1,6 @@
 """The routers of one decoder stack, and the hooks by which a training forward records what they chose.
 
-training_state.py states the counting rule.
+README.md states the counting rule.
 """
 
 import copy

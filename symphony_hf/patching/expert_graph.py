@@ -73,39 +73,39 @@ class ExpertGraph(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget everything: the start, at which the router is bit for bit the base's."""
+        """Reset to the start, where the router computes bit for bit what the base router computes."""
         self.adjacency.copy_(initial_adjacency(self.num_experts, self.top_k, self.adjacency.device))
         self.updates.zero_()
 
     def strength(self) -> Tensor | float:
-        """The strength in force: it ramps up linearly over `warmup_steps` updates."""
+        """Return the current strength, which ramps up linearly over `warmup_steps` updates."""
         if self.config.warmup_steps == 0:
             return self.config.strength
         return self.config.strength * (self.updates / self.config.warmup_steps).clamp(max=1.0)
 
-    def forward(self, smoothed: Tensor, head: str | None = None) -> Tensor:
+    def forward(self, smoothed: Tensor, scoring_func: str | None = None) -> Tensor:
         """Apply the graph. A call, not an attribute read, so that the hooks of accelerate and PEFT take part.
 
         Args:
             smoothed: The router's weight (or bias), (num_experts, ...), where logits are smoothed; its logits,
                 (tokens, num_experts), where scores are.
-            head: Where scores are smoothed, what makes them of the logits: `softmax` or `sigmoid`.
+            scoring_func: Where scores are smoothed, the function that makes them: `softmax` or `sigmoid`.
 
         Returns:
-            What takes its place. Same shape and type.
+            The smoothed tensor. Same shape and type.
         """
         if self.awaits_checkpoint:
             self._check_loaded()
         if self.config.smoothing == "logits":
             return smooth_weight(smoothed, self.transition())
-        smooth = smooth_sigmoid_scores if head == "sigmoid" else smooth_scores
+        smooth = smooth_sigmoid_scores if scoring_func == "sigmoid" else smooth_scores
         return smooth(smoothed, self.transition())
 
     def transition(self) -> Tensor:
-        """The matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
+        """Compute the matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
 
-        It is computed anew at every call. Writes through `.data`, collectives and memory maps do not bump a tensor's
-        version, so nothing tells that a matrix computed before still belongs to the graph.
+        It is computed at every call: writes through `.data`, collectives and memory maps do not bump a tensor's version,
+        so a cached matrix could be stale without notice.
         """
         adjacency_EE = self.symmetrized()
         with without_autocast(adjacency_EE):
@@ -113,7 +113,7 @@ class ExpertGraph(nn.Module):
             return mix_with_identity(transition_EE, self.strength())
 
     def symmetrized(self) -> Tensor:
-        """The graph as it is used: a learned one made symmetric and non-negative, as its gradient steps do not keep it.
+        """Return the graph as routing uses it: a learned one is made symmetric and non-negative first.
 
         Bit for bit the adjacency where it is so already. Shape: (num_experts, num_experts), float32.
         """
@@ -147,8 +147,8 @@ class ExpertGraph(nn.Module):
         """Make the graph float32 again.
 
         Args:
-            values: It as it was before it was cast; what it is now when None.
-            gradient: Its gradient, likewise.
+            values: Values from before the cast. If None, the current ones.
+            gradient: Gradient from before the cast. If None, the current one.
         """
         values = self.adjacency if values is None else values
         gradient = self.adjacency.grad if gradient is None else gradient
@@ -165,7 +165,7 @@ class ExpertGraph(nn.Module):
 
 
 def active_graph(module: nn.Module) -> ExpertGraph:
-    """The graph in use: the module itself, or what PEFT's `modules_to_save` wrapper around it has active.
+    """Return the graph in use: the module itself, or the active copy in PEFT's `modules_to_save` wrapper around it.
 
     Args:
         module: A router's child `symphony`.
@@ -178,18 +178,18 @@ def active_graph(module: nn.Module) -> ExpertGraph:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into a model, or around it."""
+    """Whether a model has PEFT adapters, in it or around it."""
     return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
 
 
 def kept_in_adapters(model: nn.Module) -> set[int]:
-    """The identities of the modules that adapters have copies of, by `modules_to_save`: those copies."""
+    """Return the identities of the modules in the copies that adapters keep through `modules_to_save`."""
     copies: Any = [wrapper.modules_to_save for wrapper in model.modules() if "modules_to_save" in wrapper._modules]
     return {id(module) for copy in copies for module in copy.modules()}
 
 
 def put_aside(model: nn.Module) -> set[int]:
-    """The identities of the modules that PEFT's `modules_to_save` wrappers hold and do not run now."""
+    """Return the identities of the modules that PEFT's `modules_to_save` wrappers hold but do not run now."""
     aside: set[int] = set()
     for wrapper in model.modules():
         if "modules_to_save" in wrapper._modules:

@@ -1,4 +1,4 @@
-"""The tracker of a Symphony model: it ties the router losses to the main loss, and moves the graphs at a commit."""
+"""Tracker of a Symphony model: ties the router losses to the main loss, and updates the graphs at a commit."""
 
 import functools
 import weakref
@@ -26,7 +26,7 @@ _PATIENCE = 64
 
 
 def _note_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Hook after every step of a torch optimizer, including those inside DeepSpeed and accelerate."""
+    """Note a step of any torch optimizer, including those inside DeepSpeed and accelerate: a global hook."""
     held = parameters_of(optimizer)
     trackers = list(_TRACKERS)
     owners = {tracker for tracker in trackers if held & tracker.parameter_ids()}
@@ -41,11 +41,11 @@ def _watch_optimizers() -> None:
 
 
 class Tracker:
-    """Follows the training of a Symphony model: one per model.
+    """Follows the training of one Symphony model.
 
     Attributes:
-        state: What is kept between forwards.
-        checks: Warnings about trainings that go wrong.
+        state: State kept between forwards.
+        checks: Checks for failures that would otherwise be silent.
         counters: One for each decoder stack and number of experts.
         handles: Hooks to remove when the model is restored.
         named_configs: Configs that named no model class before.
@@ -76,7 +76,7 @@ class Tracker:
 
     @property
     def config(self) -> SymphonyConfig:
-        """The same in every router."""
+        """The settings, the same in every router."""
         return self.counters[0].config
 
     @property
@@ -89,7 +89,7 @@ class Tracker:
         return any(counter.active for counter in self.counters)
 
     def parameter_ids(self) -> set[int]:
-        """The identities of the decoder stacks' parameters."""
+        """Return the identities of the decoder stacks' parameters."""
         return {id(parameter) for counter in self.counters for parameter in counter.owner.parameters()}
 
     def place_scale(self) -> None:
@@ -106,7 +106,7 @@ class Tracker:
         """Tie the router losses to a main loss: whatever scales its gradient scales theirs.
 
         Args:
-            loss: The loss that the loop calls backward on, perhaps scaled; or what it takes the mean of.
+            loss: The loss that the loop calls backward on, perhaps scaled, or the values that it averages.
             share: This micro-batch's share of the optimizer step, where `loss` is already multiplied by it; a factor
                 for each element where `loss` has several.
 
@@ -129,7 +129,7 @@ class Tracker:
         self.state.loss_recorded = True
 
     def remove_log_probs_hook(self) -> None:
-        """Take away what a Trainer of TRL was given for its own loss, if it was."""
+        """Remove the hook that SymphonyCallback added for TRL's SFTTrainer, if there is one."""
         if self.log_probs_hook is not None:
             self.log_probs_hook.remove()
         self.log_probs_hook = None
@@ -148,7 +148,7 @@ class Tracker:
 
     @torch.no_grad()
     def commit(self) -> bool:
-        """Move every graph by what is pending: one all-reduce, one step of the moving average.
+        """Update every graph with the pending counts: one all-reduce, one step of the moving average.
 
         Where an optimizer of this model is known and has not stepped, everything stays pending: a call at each
         micro-batch moves the graphs once per optimizer step.
@@ -198,7 +198,7 @@ class Tracker:
         )
 
     def _sum_over_ranks(self, pending: list[Observations]) -> list[tuple[Tensor, Tensor]]:
-        """Counts and numbers of tokens of each stack, summed over ranks in one all-reduce."""
+        """Sum counts and numbers of tokens of each stack over the ranks, in one all-reduce."""
         parts = [tensor for observed in pending for tensor in (observed.counts_LEE, observed.tokens_L)]
         if num_ranks() > 1:
             # Ranks that saw the same tokens (tensor parallel) multiply counts and tokens alike, which cancels.

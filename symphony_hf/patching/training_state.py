@@ -1,17 +1,6 @@
-"""What training keeps between two forwards, and the rule by which it counts.
+"""State that a Symphony model keeps between two forwards while it trains.
 
-The counting rule:
-
-1. A training forward of a decoder stack (training mode, gradient enabled) makes one record. Other forwards make none.
-2. Each router in the stack writes its co-selections and losses into that record. Padding is left out.
-3. The routers are those in the model when the forward begins, and K is the number of experts they choose then.
-4. A layer that gradient checkpointing runs again does not write again. It finds its own forward's record and mask.
-5. A record counts when its own backward has run to its end. If that never happens, the record is dropped.
-6. Where no gradient reaches the stack's output, and under torch.compile, it counts when the forward ends.
-7. What counts is pending until a commit moves the graphs. A commit takes it once an optimizer has stepped.
-8. The step of an optimizer that holds other models' parameters, and none of this one's, does not lead to a commit.
-9. Loading a state dict drops what is pending, and voids every record whose backward has not run.
-10. Nothing of this is a buffer: DistributedDataParallel would overwrite the other ranks' counts with rank 0's.
+README.md states the counting rule that this file carries out.
 """
 
 import weakref
@@ -28,7 +17,7 @@ from .observations import ForwardRecord, Observations
 
 
 class TrainingState:
-    """Everything that outlives a forward while a Symphony model trains: one per model.
+    """Everything that outlives a forward while a Symphony model trains. Each model has one.
 
     Attributes:
         routers: The routers of each stack, by the stack's key, as of its last training forward.
@@ -68,7 +57,7 @@ class TrainingState:
         self._compiled_records: dict[int, ForwardRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has optimizers of its own. Weak references cannot be pickled either."""
+        """Leave out the optimizer: a copy of the model has its own, and weak references cannot be pickled."""
         return {**self.__dict__, "_own_optimizer": None, "_in_backward": False}
 
     @property
