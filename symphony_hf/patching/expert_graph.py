@@ -104,8 +104,8 @@ class ExpertGraph(nn.Module):
     def transition(self) -> Tensor:
         """Compute the matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
 
-        It is computed at every call: writes through `.data`, collectives and memory maps do not bump a tensor's version,
-        so a cached matrix could be stale without notice.
+        It is computed at every call: writes through `.data`, collectives and memory maps do not bump a version counter,
+        so a cached matrix could be stale unnoticed.
         """
         adjacency_EE = self.symmetrized()
         with without_autocast(adjacency_EE):
