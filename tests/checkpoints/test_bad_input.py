@@ -215,7 +215,7 @@ GOOD = "model: {config: {model_type: olmoe}}\n"
     ("text", "message"),
     [
         ("", "expected sections by name"),
-        ("model: [", "no YAML"),
+        ("model: [", "is not valid YAML"),
         ("modle: {}\n" + GOOD, "unknown section `modle`; did you mean `model`"),
         ("symphony: {}\n", "`model` is missing"),
         ("model: {}\n", "got neither"),
