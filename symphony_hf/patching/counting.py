@@ -71,7 +71,7 @@ class CoselectionCounter:
         self.placed = StackRouters(self, key, owner, routers, state, checks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CoselectionCounter":
-        """A copy of the whole model has its own counter; one router alone, as PEFT copies it, stays in this one."""
+        """Copy the counter with its model. A router that is copied alone, as PEFT does, stays in this one."""
         if id(self.owner) not in memo:
             return self
         copied = memo[id(self)] = CoselectionCounter.__new__(CoselectionCounter)
@@ -253,7 +253,7 @@ def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
 
 
 def _tensors_of(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a stack returned, each once."""
+    """Yield the tensors in a stack's output, each once."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict | tuple | list):

@@ -1,4 +1,4 @@
-"""fold: the graphs into the routers' own weights."""
+"""Fold graphs into the routers' own weights."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The router weights (and biases) that hold the graph in themselves, by parameter name.
+    """Compute the router weights (and biases) with the graph folded in, by parameter name.
 
     Raises:
         PatchError: If the model is not symphonized, or is a part of one that is.

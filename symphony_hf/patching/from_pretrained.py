@@ -128,7 +128,7 @@ def _refuse(model: PreTrainedModel, args: Any) -> None:
 
 
 def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
-    """Called for every graph when a model is initialized: freshly, or after a checkpoint was loaded into it."""
+    """Reset a fresh graph, or check one that a checkpoint was loaded into."""
     tensors = (graph.adjacency, graph.updates)
     if not (graph.awaits_checkpoint and _is_loaded(model)):  # freshly made, be it on the meta device
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
@@ -149,7 +149,7 @@ def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
 
 
 def _is_loaded(model: PreTrainedModel) -> bool:
-    """Whether weights of a checkpoint are in it."""
+    """Whether a checkpoint's weights were loaded into a model."""
     return any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What the routers of a stack observe in one forward, and the sum of it over forwards."""
+"""Observations of a stack's routers: of one forward, and summed over forwards."""
 
 import operator
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ class Observations:
 
 
 class ForwardRecord(Observations):
-    """What one training forward of a stack observes, and what its recomputation in the backward pass needs.
+    """Observations of one training forward of a stack, with what its recomputation in the backward pass needs.
 
     Attributes:
         mask_T: The attention mask, flattened; None without one. Shape: (tokens,), bool.

@@ -66,7 +66,7 @@ class SymphonyRouter:
         return (*parts[:place], carrier, *parts[place + 1 :]) if isinstance(outputs, tuple) else carrier
 
     def _forward_with_logits_smoothed(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """The family's forward with A W for its weight. Returns what it returns, and the logits."""
+        """Run the family's forward with A W for its weight. Returns its output and the logits."""
         return self._run(self._leaf(self.apply_graph), *args, **kwargs)
 
     def _forward_with_scores_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
@@ -111,7 +111,7 @@ class SymphonyRouter:
         return outputs, logits.reshape(-1, logits.shape[-1])
 
     def _leaf(self, change: Callable[[Tensor], Tensor]) -> Any:
-        """What takes the place of the linear map: the same with its weight and bias changed along the experts."""
+        """Return the replacement of the linear map: its weight and bias changed along the experts."""
         path = self.contract.linear
         linear = linear_of(self, path)  # type: ignore[arg-type]
         if path and not is_plain_linear(linear):
@@ -127,7 +127,7 @@ class SymphonyRouter:
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def apply_graph(self, tensor: Tensor) -> Tensor:
-        """The graph along the experts of a weight or bias. Rows after them (of shared experts) stay as they are."""
+        """Apply the graph along the experts of a weight or bias. Rows after them, of shared experts, stay."""
         num_experts = self.contract.num_experts
         if tensor.shape[0] == num_experts:
             return self.symphony(tensor)
@@ -148,7 +148,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def symphony_router_class(base_class: type[nn.Module]) -> type[nn.Module]:
-    """The Symphony subclass of a family's router class. The same class for the same base."""
+    """Return the Symphony subclass of a family's router class. The same base gives the same class."""
     if base_class not in _CLASSES:
         _CLASSES[base_class] = _make_class(base_class)
     return _CLASSES[base_class]
@@ -184,7 +184,7 @@ def swap_class(router: nn.Module, router_class: type[nn.Module]) -> None:
 
 
 def _is_own_forward(router: nn.Module, method: Any) -> bool:
-    """Whether it is the forward of the router's class, bound to the router: as good as none on the instance."""
+    """Whether a method is the router's own class's forward, bound to the router."""
     return (
         isinstance(method, types.MethodType) and method.__self__ is router and method.__func__ is type(router).forward
     )
@@ -211,7 +211,7 @@ def check_swappable(name: str, router: nn.Module) -> None:
 
 
 def _bound_forward(router: nn.Module) -> types.CellType | None:
-    """Where a function put over a router's forward keeps it: transformers' 5.17's expert parallelism does."""
+    """Return the cell in which a wrapper keeps a router's forward (transformers 5.17's expert parallelism)."""
     for cell in getattr(router.__dict__.get("forward"), "__closure__", None) or ():
         if isinstance(cell.cell_contents, types.MethodType) and cell.cell_contents.__self__ is router:
             return cell

@@ -72,14 +72,14 @@ class _Check:
         swap_class(self.trial, symphony_router_class(self.probe.base_class))
 
     def check_start(self) -> None:
-        """With the identity for a graph it is bit for bit the original."""
+        """Check that with the identity as graph it equals the original bit for bit."""
         if not _same(self.probe.outputs, self._forward(self.trial)):
             mode = "training" if self.trial.training else "evaluation"
             self._refuse(f"with the identity for a graph the patched router differs from the original, in {mode}")
 
     @torch.no_grad()
     def check_with_graph(self) -> None:
-        """With any graph it computes the formula, and nothing but the linear map's output decides what it returns."""
+        """Check that with any graph it computes the formula, from the linear map's output alone."""
         _set_random_graph(self.graph)
         if self.config.smoothing == "scores":
             self._check_scores()
@@ -90,7 +90,7 @@ class _Check:
             self._check_map_decides()
 
     def _check_map_decides(self) -> None:
-        """A second map beside it, say one for noise, would be left as it is."""
+        """Check that no second map, such as one for noise, takes part: it would not be smoothed."""
         probe = self.probe
         swap_class(self.trial, probe.base_class)
         here, elsewhere = (probe.finish(probe.raw, hidden) for hidden in (probe.hidden, probe.hidden.flip(-2) * 0.5))
@@ -113,7 +113,7 @@ class _Check:
         self._compare("its logits are not the smoothed ones", wanted, got)
 
     def _check_fold(self) -> None:
-        """A plain router with A W for its weight computes what the patched one does, to the bit."""
+        """Check that a plain router with A W for its weight equals the patched one bit for bit."""
         smoothed, contract = self._forward(self.trial), self.contract
         linear: Any = linear_of(self.trial, contract.linear)
         experts = slice(contract.num_experts)

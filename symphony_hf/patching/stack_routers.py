@@ -144,7 +144,7 @@ class StackRouters:
         self._top_ks = list(self._chosen_by_blocks())
 
     def _find_homes(self) -> list[tuple[nn.Module, str]]:
-        """For each router, the block that calls it and its name there, past the wrappers that PEFT puts between."""
+        """Return each router's calling block and its name there, past PEFT's wrappers."""
         parents = {
             id(child): (module, name) for module in self.owner.modules() for name, child in module.named_children()
         }

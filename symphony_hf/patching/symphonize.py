@@ -1,4 +1,4 @@
-"""symphonize and unsymphonize: a model's routers patched in place, one instance at a time, and set back."""
+"""symphonize and unsymphonize: patch a model's routers in place, and restore them."""
 
 import dataclasses
 import logging
@@ -181,7 +181,7 @@ def patch_router(router: FoundRouter, config: SymphonyConfig) -> ExpertGraph:
 
 
 def unpatch_router(router: SymphonyRouter) -> None:
-    """Make one Symphony router its family's own again."""
+    """Restore one Symphony router's own class."""
     swap_class(router, router.base_class)  # type: ignore[arg-type]
     del router.symphony
     for name in ("contract", "stack", "layer_index"):
@@ -209,7 +209,7 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Refuse a part of a Symphony model, and a wrapper: hooks and settings of the model itself would be left behind.
+    """Refuse a part of a Symphony model, or a wrapper around one: the model's hooks and settings would be left behind.
 
     Args:
         model: With Symphony routers.
@@ -226,7 +226,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
-    """The co-selection graph of each router.
+    """Return the co-selection graph of each router.
 
     Returns:
         Router's module name -> its adjacency, a copy: symmetric, non-negative; the diagonal is each expert's share
@@ -246,7 +246,7 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
-    """Take the graphs away: the same weights, the base model's classes, names and routing.
+    """Remove the graphs: restore the base model's classes, names and routing, with the same weights.
 
     Raises:
         PatchError: If the model is not symphonized, is a part of one that is, or has adapters.

@@ -26,11 +26,11 @@ _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 def left_out(
     routers: Iterable[tuple[str, nn.Module]], parameters: Iterable[nn.Parameter], held: set[int]
 ) -> tuple[list[str], int]:
-    """The router parameters that should be trained and that no optimizer holds.
+    """Find router parameters that should be trained but that no optimizer holds.
 
     Args:
-        routers: With their names.
-        parameters: Of the model around them.
+        routers: Routers with their names.
+        parameters: Parameters of the model around them.
         held: The identities of what the optimizers hold.
 
     Returns:
@@ -50,7 +50,7 @@ def left_out(
 
 
 def fingerprint(graph: ExpertGraph) -> Tensor:
-    """A hash of a graph's bits, each at its place, and of how many updates it has seen.
+    """Hash a graph's bits by position, together with its number of updates.
 
     Returns:
         An int64 scalar. Products and sums wrap around in it.
@@ -62,7 +62,7 @@ def fingerprint(graph: ExpertGraph) -> Tensor:
 
 
 def num_differing(graphs: Sequence[ExpertGraph], device: torch.device) -> int:
-    """How many graphs are not the same on all ranks. One all-reduce, which every rank must take part in."""
+    """Count the graphs that differ between ranks. One all-reduce, in which every rank must take part."""
     own = torch.stack([fingerprint(graph).cpu() for graph in graphs])
     extremes = torch.cat([own, ~own]).to(device)  # `~` turns the order around, and cannot overflow
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
@@ -75,7 +75,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 class Stack(Protocol):
-    """What the checks read of a decoder stack's counter."""
+    """Attributes of a decoder stack's counter that the checks read."""
 
     owner: nn.Module
 

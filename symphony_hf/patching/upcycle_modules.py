@@ -1,4 +1,4 @@
-"""upcycle_modules: the MLPs of a model become mixtures of experts, and its config says so for whoever loads it."""
+"""upcycle_modules: turn a model's MLPs into mixtures of experts, recorded in its config."""
 
 import dataclasses
 import math
@@ -21,16 +21,16 @@ from symphony_hf.models.upcycled_moe import UpcycledMoE
 from .expert_graph import is_adapted
 
 FORMAT = 1
-"""Of the record in a checkpoint's config.json."""
+"""Format of the record in a checkpoint's config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycledSettings:
-    """What `upcycle_modules` did, as config.json has it under `upcycled`.
+    """Record of `upcycle_modules`, stored in config.json under `upcycled`.
 
     Args:
         modules: The names of the modules that became mixtures of experts.
-        num_experts: Of each.
+        num_experts: Number of experts in each.
         top_k: Experts a token.
         head: `smoe` or `xmoe`.
     """
@@ -89,13 +89,13 @@ def upcycle_modules(
     transformers' own classes restore it after `import symphony_hf`.
 
     Args:
-        model: Of transformers, not yet symphonized.
-        patterns: Of module names, as in a shell: `*multi_modal_projector`.
+        model: A transformers model, not yet symphonized.
+        patterns: Shell-style patterns of module names, such as `*multi_modal_projector`.
         num_experts: E.
         top_k: Experts a token.
         head: `smoe`: a linear router. `xmoe`: cosines to expert embeddings.
-        seed: Of routers and noise.
-        router_std: Of the routers' initial weights.
+        seed: Seed of the routers and the noise.
+        router_std: Standard deviation of the routers' initial weights.
         noise: Standard deviation of what is added to the copies, relative to that of each weight. With noise the model
             does not compute what it did.
 

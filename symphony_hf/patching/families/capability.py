@@ -1,4 +1,4 @@
-"""What a model's routers can do, as values with a reason: what is refused at run time, and what the tables show."""
+"""Capabilities of a model's routers, each with a reason: for refusals at run time and for the tables."""
 
 from dataclasses import dataclass
 

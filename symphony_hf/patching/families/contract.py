@@ -41,7 +41,7 @@ class RouterContract:
     no_scoring_func: str = ""
 
     def chosen_experts(self, outputs: tuple[Any, ...], logits_TE: Tensor) -> Tensor:
-        """The experts that each token chose. Shape: (tokens, top_k), integer.
+        """Return the experts that each token chose. Shape: (tokens, top_k), integer.
 
         Args:
             outputs: What the router returned.

@@ -154,7 +154,7 @@ def _looks_like_router(modules: dict[str, nn.Module], name: str) -> bool:
 
 
 def owner_of(name: str, owners: dict[str, Any]) -> Any:
-    """The innermost of the owners, by module name, above a name; None where there is none."""
+    """Return the innermost owner above a module name; None without one."""
     end = name.rfind(".")
     while end > 0:
         if name[:end] in owners:
@@ -183,7 +183,7 @@ def _router_recorders(owner: PreTrainedModel) -> list[OutputRecorder]:
 
 
 def _likeness(modules: dict[str, nn.Module], name: str) -> tuple[Any, ...]:
-    """The same for routers that compute the same on the same numbers, in blocks alike: one look is enough for them."""
+    """Return a key that routers share which compute the same in equal blocks, so that one of them is inspected."""
     router, block = modules[name], modules.get(name.rpartition(".")[0])
     tensors = [*router.named_parameters(), *router.named_buffers()]
     shapes = tuple((tensor_name, full_shape(tensor), tensor.dtype) for tensor_name, tensor in tensors)
@@ -198,6 +198,6 @@ def _settings_of(module: nn.Module | None) -> tuple[Any, ...]:
 
 
 def _layer_number(name: str, place: int) -> int:
-    """The first number in a module name such as `model.layers.3.mlp.gate`; its place among routers without one."""
+    """Return the first number in a module name such as `model.layers.3.mlp.gate`, or the router's index without one."""
     number = re.search(r"\.(\d+)\.", name)
     return int(number.group(1)) if number else place

@@ -1,4 +1,4 @@
-"""What cannot be found by looking at a router's class: one entry for each class that needs one, by its name."""
+"""Facts that inspection cannot find, one entry by name for each router class that needs one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Entry:
-    """What to know of a router class.
+    """Facts about a router class.
 
     Attributes:
         top_k: Experts chosen per token, where neither the router nor its block says.
@@ -79,5 +79,5 @@ NO_ENTRY = Entry()
 
 
 def entry_of(router_class: type) -> Entry:
-    """The entry of a router class, or of the class that it was made from."""
+    """Return the entry of a router class, or of its base class."""
     return next((ENTRIES[base.__name__] for base in router_class.__mro__ if base.__name__ in ENTRIES), NO_ENTRY)

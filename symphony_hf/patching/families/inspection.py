@@ -64,17 +64,17 @@ def inspect_router(
 
 
 def _block_of(probe: Probe, name: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, str]:
-    """The module that calls a router, and the path of the router's linear map in it."""
+    """Return the module that calls a router, and the path of the router's linear map in it."""
     parent, _, own_name = name.rpartition(".")
     return modules[parent], f"{own_name}.{probe.linear}".strip(".")
 
 
 class _Reading:
-    """What is where in a router's output.
+    """Positions of the parts of a router's output.
 
     Attributes:
         logits: Place of the logits; None where they are not in it.
-        num_experts: Of them: fewer than the linear map has rows, where not all of its rows compete.
+        num_experts: Number of experts. Fewer than the linear map has rows, where not all of its rows compete.
     """
 
     def __init__(self, probe: Probe) -> None:

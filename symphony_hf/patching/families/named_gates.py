@@ -13,7 +13,7 @@ from .discovery import FoundRouter, find_routers, look_at_routers, of_layers, ow
 
 
 def routers_of(model: nn.Module, settings: SymphonyConfig, inside: bool = False) -> list[FoundRouter]:
-    """The routers that settings mean: those that the user names, or all that a model has; of the wanted layers.
+    """Return the routers that the settings select: named ones or all, in the wanted layers.
 
     Args:
         model: Any model.
@@ -45,11 +45,11 @@ def _seen_from_inside(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str,
 
 
 def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -> list[FoundRouter]:
-    """The modules whose names match.
+    """Return the modules whose names match.
 
     Args:
         model: Any model.
-        patterns: Of module names, as in a shell: `*.mlp.gate`.
+        patterns: Shell-style patterns of module names, such as `*.mlp.gate`.
         top_k: Experts chosen per token, by their highest logits; read from each gate's block when None.
 
     Raises:

@@ -27,23 +27,23 @@ _HOOKS = (
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """A tensor's shape, also where ZeRO-3 has partitioned it into an empty one."""
+    """Return a tensor's full shape, also where ZeRO-3 has left an empty tensor."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Float32 numbers on the CPU, also inside the contexts in which checkpoints are loaded."""
+    """Draw float32 normal numbers on the CPU, also inside contexts that load checkpoints."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Likewise, from 0 to 1."""
+    """Draw float32 numbers from 0 to 1, likewise."""
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @contextlib.contextmanager
 def same_draws() -> Iterator[None]:
-    """The same random draws on the CPU at every entry: some routers sample their choices. Nobody else's change."""
+    """Repeat the same random draws on the CPU at every entry, for routers that sample. Other generators stay."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed accelerators, too
         yield
@@ -53,8 +53,8 @@ def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) ->
     """Make CPU tensors of given ones' shapes: matrices that keep a unit variance, vectors far from zero.
 
     Args:
-        generator: Of the random numbers.
-        dtype: Of the floating-point ones; that of the given ones when None.
+        generator: Source of the random numbers.
+        dtype: Type of floating-point tensors. If None, that of the given tensor.
     """
 
     def make(tensor: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) ->
 
 
 def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = False) -> nn.Module:
-    """A copy of a module without its hooks.
+    """Copy a module without its hooks.
 
     Args:
-        module: Of any class; it is left as it is.
+        module: Module of any class. It is not changed.
         make: Gives a tensor for each parameter and buffer.
         training: The copy's mode.
     """
@@ -126,7 +126,7 @@ class LinearSpy(TorchFunctionMode):
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    """What a router returned, as a tuple: some return their logits alone."""
+    """Return a router's output as a tuple: some return their logits alone."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -135,15 +135,15 @@ class Probe:
 
     Args:
         name: The router's module name, for error messages.
-        router: It stays as it is.
-        dtype: Of its weights; the router's own when None.
-        training: In which mode it is run.
+        router: The router. It is not changed.
+        dtype: Type of the twin's weights. If None, the router's own.
+        training: Mode in which it is run.
 
     Attributes:
         where: The router, for error messages.
         router: Its twin.
         linear: Path of the linear map to the logits in it.
-        rows: Of that map's weight.
+        rows: Number of rows of that map's weight.
         hidden: The input, of the shape that the router takes.
         arguments: What it takes beside, by name.
         outputs: What it returned, as a tuple.
@@ -203,7 +203,7 @@ class Probe:
         self.calls_linear = bool(self.linear and calls)
 
     def finish(self, logits: Tensor, hidden: Tensor | None = None) -> tuple[Any, ...]:
-        """What the router's head alone makes of given logits.
+        """Run the router's head alone on given logits.
 
         Args:
             logits: In place of what the linear map returns. Shape: (tokens, rows).
@@ -218,7 +218,7 @@ class Probe:
 
 
 def _linear_path(where: str, router: nn.Module) -> str:
-    """Where the linear map to the logits is: the router's own weight, or the last nn.Linear in it."""
+    """Return the path of the linear map to the logits: the router itself, or the last nn.Linear in it."""
     own = router._parameters.get("weight")
     if own is not None:
         if len(full_shape(own)) != 2 or not own.dtype.is_floating_point:
@@ -234,13 +234,13 @@ def _linear_path(where: str, router: nn.Module) -> str:
 
 
 def _hidden_size(router: nn.Module, path: str) -> int:
-    """The width of the router's input: of its weight, or of the first of its linear maps."""
+    """Return the width of the router's input: that of its weight, or of its first linear map."""
     if not path:
         return router.weight.shape[1]  # type: ignore[union-attr, return-value, index]
     return next(full_shape(m.weight)[1] for m in router.modules() if isinstance(m, nn.Linear))
 
 
 def _arguments_beside(router_class: type[nn.Module], rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What a router's forward takes beside hidden states: the bias that some add to their scores to choose."""
+    """Return the forward's arguments beside hidden states: some add a bias to their scores to choose."""
     names = list(inspect.signature(router_class.forward).parameters)[2:]
     return {name: uniform((rows,), generator) for name in names if name.endswith("bias")}

@@ -95,7 +95,7 @@ class BlockLook:
     Args:
         where: The gate, for error messages.
         block: The module whose forward uses the gate's logits.
-        path: Of the gate's linear map in it.
+        path: Path of the gate's linear map in it.
 
     Raises:
         UnsupportedModelError: If the block reads the gate's weight itself: the gate, patched, would be gone past.

@@ -50,7 +50,7 @@ class StandIn:
 
 
 def stand_in_class(base_class: type[nn.Module]) -> type[StandIn]:
-    """The stand-in for routers of a class: for a subclass of `nn.Linear` one of it, so that `super()` works in it."""
+    """Return the stand-in class for a router class. One for an `nn.Linear` inherits from it, for `super()`."""
     if base_class is nn.Linear or not issubclass(base_class, nn.Linear):
         return StandIn
     return type(f"{base_class.__name__}StandIn", (StandIn, base_class), {})
@@ -75,7 +75,7 @@ class Leaf:
         return self.output
 
     def compute(self, hidden_states: Tensor) -> Tensor:
-        """What takes the place of the map's output. Shape: (..., hidden_size) to (..., rows)."""
+        """Compute the replacement of the map's output. Shape: (..., hidden_size) to (..., rows)."""
         raise NotImplementedError
 
     def to(self, dtype: torch.dtype) -> "Leaf":
@@ -138,12 +138,12 @@ def is_plain_linear(linear: nn.Module) -> bool:
 
 
 def substitute(router: nn.Module, stand_in: type[StandIn], path: str, leaf: "dict[str, Any] | Leaf") -> StandIn:
-    """A stand-in for a router, with `leaf` in place of its linear map.
+    """Return a stand-in for a router, with `leaf` in place of its linear map.
 
     Args:
-        router: Of any family.
-        stand_in: Of its class, from `stand_in_class`.
-        path: Of the linear map inside it, such as `router_mlp.out_proj`; empty where it is the router itself.
+        router: Router of any family.
+        stand_in: Stand-in class of the router's class, from `stand_in_class`.
+        path: Path of the linear map inside it, such as `router_mlp.out_proj`; empty for the router itself.
         leaf: What takes its place; for an empty path its weight and bias by name.
     """
     if isinstance(leaf, dict):
@@ -157,7 +157,7 @@ def substitute(router: nn.Module, stand_in: type[StandIn], path: str, leaf: "dic
 
 
 def linear_of(router: nn.Module, path: str) -> nn.Module:
-    """The module that holds a router's weight: something inside it, or itself where the path is empty."""
+    """Return the module that holds a router's weight: one inside it, or itself if the path is empty."""
     return router.get_submodule(path) if path else router
 
 
@@ -169,12 +169,12 @@ def substitute_logits(
     logits: Tensor,
     hidden_states: Tensor,
 ) -> tuple[StandIn, Tensor]:
-    """A stand-in and its input that together make a router finish from given logits: its head alone.
+    """Return a stand-in and an input with which a router computes its head alone, from given logits.
 
     Args:
-        router: Of any family.
-        stand_in: Of its class.
-        path: Of its linear map.
+        router: Router of any family.
+        stand_in: Stand-in class of the router's class.
+        path: Path of its linear map.
         calls_linear: Whether its forward calls the map; otherwise it multiplies by the weight itself.
         logits: Shape: (tokens, rows of the map).
         hidden_states: The router's real input. Shape: (..., hidden_size).
