@@ -425,3 +425,42 @@ def test_losses_that_no_gradient_started_are_not_logged():
     add_router_losses(model, model(ids).logits.float().logsumexp(-1).mean()).backward()
     update_graphs(model)
     assert set(tracker_of(model).state.take_losses()) == {"balance_loss", "z_loss"}
+
+
+def test_clause_2_padding_is_left_out():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    (pending,) = model._symphony_tracker.state.pending.values()
+    assert pending.tokens_L.tolist() == [float(mask.sum())] * 3
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_clause_4_a_recomputed_layer_does_not_write_again(use_reentrant):
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model(ids, labels=ids).loss.backward()
+    (pending,) = model._symphony_tracker.state.pending.values()
+    assert pending.tokens_L.tolist() == [float(ids.numel())] * 3
+
+
+def test_clause_7_what_counts_is_pending_until_an_optimizer_has_stepped():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    moved = []
+    for steps in (True, False, True):
+        model(ids, labels=ids).loss.backward()
+        if steps:
+            optimizer.step()
+        moved.append(update_graphs(model))
+    assert moved == [True, False, True]
+    assert not model._symphony_tracker.state.counted
+
+
+def test_clause_10_nothing_of_it_is_a_buffer():
+    model, ids = symphonize(make_model()).train(), make_ids()
+    before = {name for name, _ in model.named_buffers()}
+    model(ids, labels=ids).loss.backward()
+    assert {name for name, _ in model.named_buffers()} == before
