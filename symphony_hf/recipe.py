@@ -128,11 +128,8 @@ class DataSection:
         _check(self.block_size >= 2, f"`block_size` must be at least 2, got {self.block_size}")
         _check(self.vocab_size >= 300, f"`vocab_size` must be at least 300, got {self.vocab_size}")
         _check(self.limit is None or self.limit >= 1, f"`limit` must be at least 1, got {self.limit}")
-        lines = self.rows == "lines"
-        _check(
-            not lines or (self.kind == "text" and not self.streaming),
-            "`rows: lines` is only for `text` without `streaming`",
-        )
+        whole_text = self.kind == "text" and not self.streaming
+        _check(whole_text or self.rows != "lines", "`rows: lines` is only for `text` without `streaming`")
         reads_text = self.kind in ("text", "chat") or self.text_column == "text"
         _check(reads_text, f"`text_column` has no effect on data of kind `{self.kind}`, got {self.text_column!r}")
         _check(self.kind != "glue" or self.name is not None, "`glue` needs `name`: qnli, sst2, wnli, ...")
@@ -151,8 +148,7 @@ class LaunchSection:
     strategy: Strategy | None = None
 
     def __post_init__(self) -> None:
-        known = self.processes is None or self.processes >= 1
-        _check(known, f"`processes` must be at least 1, got {self.processes}")
+        _check(self.processes is None or self.processes >= 1, f"`processes` must be at least 1, got {self.processes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +171,8 @@ class EvalSection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        some = self.documents is None or self.documents >= 1
-        _check(some, f"`documents` must be at least 1, got {self.documents}")
-        rate = self.attack_rate
-        _check(0 <= rate <= 1, f"`attack_rate` must be between 0 and 1, got {rate}")
+        _check(self.documents is None or self.documents >= 1, f"`documents` must be at least 1, got {self.documents}")
+        _check(0 <= self.attack_rate <= 1, f"`attack_rate` must be between 0 and 1, got {self.attack_rate}")
         for name in ("attack_minimum", "seed", "context"):
             _check(getattr(self, name) >= 0, f"`{name}` must be at least 0, got {getattr(self, name)}")
 
@@ -239,7 +233,6 @@ SECTIONS = {
     "eval": EvalSection,
     "output": OutputSection,
 }
-_MAY_BE_NULL = ("symphony", "peft")
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -254,11 +247,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: If a file cannot be read, or a section, a setting or a value is invalid.
     """
-    path = Path(path)
-    values = _read(path, ())
+    values = _read(Path(path), ())
     for name, value in (overrides or {}).items():
         section, _, setting = name.partition(".") if "." in name else ("train", "", name)
-        _put(values, section, {setting: value}, path)
+        _put(values, section, {setting: value}, Path(path))
     return _build(values, f"recipe `{path}`")
 
 
@@ -274,8 +266,7 @@ def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
         raise ConfigError(f"recipe `{path}` is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe `{path}`: expected sections by name, got {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
+    if (base := values.pop("base", None)) is None:
         return values
     below = _read(path.parent / str(base), [*seen, path.resolve()])
     for section, settings in values.items():
@@ -294,14 +285,13 @@ def _put(values: dict[str, Any], section: str, settings: Any, path: Path) -> Non
 
 def _build(values: dict[str, Any], where: str) -> Recipe:
     known = [section.name for section in fields(Recipe)]
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{where}: unknown section `{name}`; {nearest(str(name), known)}")
+    for name in [name for name in values if name not in known]:
+        raise ConfigError(f"{where}: unknown section `{name}`; {nearest(str(name), known)}")
     if "model" not in values:
         raise ConfigError(f"{where}: `model` is missing")
     built: dict[str, Any] = {}
     for name, settings in values.items():
-        if settings is None and name in _MAY_BE_NULL:
+        if settings is None and name in ("symphony", "peft"):
             built[name] = None
         elif name == "train":
             built[name] = check_names(settings or {}, None, f"{where}: train")

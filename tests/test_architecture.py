@@ -1,6 +1,7 @@
-"""Levels and rooms: a file imports from strictly lower levels, no imports form a circle, heavy libraries have rooms."""
+"""Levels, rooms and sizes: imports come from strictly lower levels in no circle, and files and packages have a size."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,13 @@ def room_of(module):
     return [*module.split("."), ""][1]
 
 
+@functools.cache
 def imports_of(path):
-    """(module, whether at the top of the file) of every import, those for types alone included; all absolute."""
+    """List (module, whether at the top of the file) of every import, those for types alone included; all absolute."""
+    return list(_imports_of(path))
+
+
+def _imports_of(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = set()
     for node in tree.body:
@@ -112,6 +118,41 @@ def test_heavy_libraries_have_their_rooms(path):
             assert room_of(name_of(path)) in rooms
             if not str(path.relative_to(ROOT)).startswith(OWN_PROGRAMS):
                 assert not (lazy and at_top), f"{module} is imported at the top of {path.name}"
+
+
+def documentation(path):
+    """The docstring of each module, class and function, and each string that documents an attribute."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_have_a_size(path):
+    """At most 300 lines, and at least 40: a smaller file says why it stands alone."""
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 300
+    if lines < 40 and path.stem not in ("__init__", "__main__"):
+        assert "stands alone" in next(documentation(path), ""), "merge it, or say in its docstring why it stands alone"
+
+
+def test_packages_have_at_least_three_files():
+    packages = {path.parent for path in MODULES if path.parent.parent != ROOT.parent}
+    files = {
+        package: [*package.glob("*.py"), *(p for p in package.iterdir() if (p / "__init__.py").exists())]
+        for package in packages
+    }
+    assert [str(package) for package, found in files.items() if len(found) < 4] == []  # and __init__.py
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_docstrings_begin_with_what_a_thing_is_or_does(path):
+    odd = [
+        text
+        for text in documentation(path)
+        if text.split(maxsplit=1)[:1] and text.split()[0] in ("Of", "Whose", "What", "Which")
+    ]
+    assert not odd
 
 
 def test_importing_the_package_stays_light():

@@ -1,4 +1,4 @@
-"""Short names of layers and models. They stand alone because pictures and tables share them."""
+"""Short names of layers and models. The file stands alone because pictures and tables share it."""
 
 from collections.abc import Sequence
 
