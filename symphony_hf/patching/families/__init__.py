@@ -1,4 +1,4 @@
-"""What a family's router looks like: found from the model class, checked by running it."""
+"""Properties of a family's router: found from the model class, and checked by running it."""
 
 from .capability import Capabilities, Capability, Limited, Supported, Unsupported, capabilities
 from .contract import RouterContract

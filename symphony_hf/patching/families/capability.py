@@ -41,7 +41,7 @@ Capability = Supported | Limited | Unsupported
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What `symphonize` can do for a model.
+    """Capabilities of `symphonize` for a model.
 
     Attributes:
         routers: Class names of its routers; empty where they cannot be patched.

@@ -158,7 +158,7 @@ class _Reading:
         )
 
     def scoring_func(self) -> tuple[ScoringFunc | None, str]:
-        """What makes weights of logits, by how they answer to a shift of all logits; or why nothing known does."""
+        """Return the scoring function, told from how weights change when all logits are shifted, or why none fits."""
         probe, outputs = self.probe, self.probe.outputs
         if self.num_experts != probe.rows:
             return None, "logits of shared experts go through the same head"

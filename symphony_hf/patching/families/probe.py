@@ -98,7 +98,7 @@ def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = F
 NUM_TOKENS = 24
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")  # DeepSpeed puts one of its own in place of `linear`
 WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
-"""What a forward raises when it is not given what it wants. Others are its own bugs, and not hidden."""
+"""Errors that a forward raises for unsuitable inputs. Others are bugs of its own, and are not hidden."""
 
 
 class LinearSpy(TorchFunctionMode):
