@@ -164,7 +164,7 @@ class TrainingChecks:
             )
 
     def _check_adapters(self, counters: Sequence[Stack]) -> None:
-        """An adapter that is trained without the graphs is saved without them."""
+        """Warn about adapters trained without the graphs, which would be saved without them."""
         for counter in counters:
             if is_adapted(counter.owner):
                 kept = kept_in_adapters(counter.owner)
@@ -176,7 +176,7 @@ class TrainingChecks:
                     )
 
     def _compare_ranks(self, graphs: list[ExpertGraph], device: torch.device) -> None:
-        """All ranks must have the same graphs. What they add to them is the same by the all-reduce."""
+        """Warn if graphs differ between ranks. The all-reduce gives all ranks the same updates."""
         whole = [graph for graph in graphs if not graph.is_partitioned]
         number = num_differing(whole, device) if whole else 0
         if number:

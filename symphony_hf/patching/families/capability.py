@@ -11,15 +11,15 @@ from .discovery import FoundRouter, find_routers
 
 @dataclass(frozen=True)
 class Supported:
-    """It works, and the tests hold it."""
+    """The capability works, and is tested."""
 
 
 @dataclass(frozen=True)
 class Limited:
-    """It works, but less than one might expect.
+    """The capability works with a limitation.
 
     Attributes:
-        note: In what.
+        note: The limitation.
     """
 
     note: str
@@ -27,10 +27,10 @@ class Limited:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """It is refused, or cannot be.
+    """The capability is refused or impossible.
 
     Attributes:
-        reason: Why.
+        reason: The reason.
     """
 
     reason: str
@@ -44,9 +44,9 @@ class Capabilities:
     """Capabilities of `symphonize` for a model.
 
     Attributes:
-        routers: Class names of its routers; empty where they cannot be patched.
-        logits: Smoothing the logits, which folds.
-        scores: Smoothing the scores, after softmax or sigmoid.
+        routers: Class names of the routers; empty if they cannot be patched.
+        logits: Smoothing of logits, which can be folded.
+        scores: Smoothing of scores, after softmax or sigmoid.
         learning: Whether training moves the graph.
     """
 
@@ -57,7 +57,7 @@ class Capabilities:
 
 
 def capabilities(model: nn.Module) -> Capabilities:
-    """Look at a model's routers and say what can be done with them, without changing anything.
+    """Inspect a model's routers and return what can be done with them. Nothing is changed.
 
     Args:
         model: Any model of transformers.

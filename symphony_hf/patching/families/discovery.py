@@ -1,4 +1,4 @@
-"""Find the routers of any model from what its classes say about themselves."""
+"""Find the routers of any model from its classes."""
 
 import re
 from collections import Counter
@@ -27,11 +27,11 @@ class FoundRouter:
     """A router in its model.
 
     Attributes:
-        name: Its module name in the model.
-        module: Itself.
+        name: Module name in the model.
+        module: The router.
         contract: How to run it and to read its outputs.
         owner: The innermost model whose forward runs it, with its layers: the decoder stack.
-        layer: The number of its decoder layer.
+        layer: Index of its decoder layer.
     """
 
     name: str
@@ -42,7 +42,7 @@ class FoundRouter:
 
 
 def find_routers(model: nn.Module) -> list[FoundRouter]:
-    """Every router of a model, and of the models nested in it.
+    """Find every router of a model and of the models nested in it.
 
     The classes say which modules are routers, since transformers records their logits. A block that is recorded
     in their place, and a model that records none, is searched for routers by the names of classes and modules. What
@@ -71,7 +71,7 @@ def look_at_routers(
     names: Iterable[tuple[str, nn.Module]],
     top_k: int | None = None,
 ) -> list[FoundRouter]:
-    """Read the contracts of named modules, one look for all that are alike.
+    """Read the contracts of named modules, inspecting one of each kind.
 
     Args:
         model: Any model.
@@ -101,7 +101,7 @@ def _image_tokens(name: str, router: nn.Module) -> bool | None:
 
 
 def _check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
-    """Refuse routers that share their weight, as an encoder and a decoder may: a graph would part them."""
+    """Refuse routers with a shared weight, as of an encoder and a decoder: their graphs would differ."""
     num_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for router in found:
         if num_uses[id(linear_of(router.module, router.contract.linear).weight)] > 1:
@@ -112,7 +112,7 @@ def _check_untied(model: nn.Module, found: list[FoundRouter]) -> None:
 
 
 def of_layers(found: list[FoundRouter], layers: tuple[int, ...] | None, model: nn.Module) -> list[FoundRouter]:
-    """Those of the wanted layers.
+    """Return the routers of the wanted layers.
 
     Raises:
         UnsupportedModelError: If a wanted layer has none.
@@ -143,7 +143,7 @@ def _router_names(modules: dict[str, nn.Module]) -> Iterator[tuple[str, PreTrain
 
 
 def _looks_like_router(modules: dict[str, nn.Module], name: str) -> bool:
-    """By its class, or, for a plain linear map, by its own name beside `experts`."""
+    """Whether a module is a router by its class, or a plain linear map by its name beside `experts`."""
     module = modules[name]
     if isinstance(getattr(module, "contract", None), RouterContract):
         return True  # patched already, in a model nested in this one

@@ -40,7 +40,7 @@ def _choices_sorted_by_expert(outputs: tuple[Any, ...]) -> Tensor:
 
 
 def _choices_above_the_cut(outputs: tuple[Any, ...]) -> Tensor:
-    """Ours, of SmoothSMoE, returns the K highest and then one that it lifts in."""
+    """Our SmoothRouter returns the K highest experts, then one that it adds."""
     _, _, indices = outputs
     return indices[:, :-1]
 

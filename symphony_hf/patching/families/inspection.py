@@ -106,7 +106,7 @@ class _Reading:
 
     @cached_property
     def carrier(self) -> int:
-        """Place of what the experts use: the weights of the chosen ones, or of all, or the logits themselves."""
+        """Position of the tensor that experts use: weights of the chosen experts, of all experts, or the logits."""
         outputs = self.probe.outputs
         floats = [place for place, output in enumerate(outputs) if _is_float(output) and output.dim() > 0]
         others = [place for place in floats if place != self.logits]
@@ -122,7 +122,7 @@ class _Reading:
 
     @cached_property
     def indices(self) -> int | None:
-        """Place of the chosen experts: integers, a row a token. As many as there are experts would be a mask."""
+        """Position of the chosen experts: integers, one row per token. A row of all experts would be a mask."""
         found, outputs = [], self.probe.outputs
         for place, output in enumerate(outputs):
             if not isinstance(output, Tensor) or output.is_floating_point() or output.dtype == torch.bool:
@@ -138,7 +138,7 @@ class _Reading:
         return found[0] if found else None
 
     def top_k(self, has_choices: bool) -> int:
-        """How many experts a token chooses; where they are not returned, only if they are the highest logits for sure.
+        """Return how many experts a token chooses. If they are not returned, they must be those of the highest logits.
 
         Args:
             has_choices: Whether they are read from the output in another way.

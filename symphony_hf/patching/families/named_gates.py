@@ -32,7 +32,7 @@ def routers_of(model: nn.Module, settings: SymphonyConfig, inside: bool = False)
 
 
 def _seen_from_inside(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Patterns less what is in front of a model's name, where they match nothing as they are."""
+    """Return patterns without the prefix of a nested model's name if they match nothing as they are."""
     names = [name for name, _ in model.named_modules()]
 
     def shorten(pattern: str) -> str:

@@ -37,7 +37,7 @@ def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw float32 numbers from 0 to 1, likewise."""
+    """Draw float32 numbers from 0 to 1 on the CPU, also inside contexts that load checkpoints."""
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 

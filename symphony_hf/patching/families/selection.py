@@ -16,7 +16,7 @@ HOW = "if its highest logits choose, give `routers=` a pattern of its name and `
 
 
 class Choice(NamedTuple):
-    """A top-k that a block made. The scores' shape: (tokens, number of candidates)."""
+    """A top-k selection of a block. The scores' shape: (tokens, number of candidates)."""
 
     scores: Tensor
     top_k: int
@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
 
 class _SelectionSpy(TorchFunctionMode):
-    """Notes every top-k of as many rows as there are tokens, and goes on."""
+    """Records every top-k over as many rows as there are tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _BlockRun:
         self.logits = output.detach().clone().float().reshape(-1, output.shape[-1])
 
     def top_k(self) -> int | None:
-        """The number that all its choices agree on, if they are of the gate's highest logits; else None."""
+        """The number of experts in all choices if they agree and are of the gate's highest logits, else None."""
         if self.logits is None or not self.choices:
             return None
         top_k = self.choices[0].top_k
@@ -117,7 +117,7 @@ class BlockLook:
             )
 
     def top_k(self) -> int:
-        """How many experts the block chooses, by the highest logits of its gate.
+        """Return how many experts the block chooses, by the highest logits of its gate.
 
         Raises:
             UnsupportedModelError: If that could not be seen, or it chooses by something else, be it in training only.
@@ -135,7 +135,7 @@ class BlockLook:
         return top_k  # type: ignore[return-value]
 
     def check_top_k(self, top_k: int) -> None:
-        """Refuse what the user says where something else was seen. Noise in training is taken on their word.
+        """Refuse a `top_k` setting that differs from the block's own. Noise in training is not checked.
 
         Raises:
             UnsupportedModelError: If the block chooses otherwise in evaluation.
