@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
+if TYPE_CHECKING:  # imported when a table is printed: the GPU benchmark runs without rich
+    from rich.console import Console
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Table:
             for column in range(len(self.header))
         ]
 
-    def to_rich(self, **style: Any) -> RichTable:
+    def to_rich(self, **style: Any) -> "RichTable":
         """The table for the terminal.
 
         Args:
             **style: Settings of `rich.table.Table`, such as `box`.
         """
+        from rich.table import Table as RichTable
+
         table = RichTable(
             title=self.title or None,
             title_justify="left",
@@ -75,8 +78,10 @@ class Table:
             table.add_row(*(cell_text(cell) for cell in row))
         return table
 
-    def print(self, console: Console | None = None, **style: Any) -> None:
+    def print(self, console: "Console | None" = None, **style: Any) -> None:
         """Print the table to the terminal."""
+        from rich.console import Console
+
         (console or Console()).print(self.to_rich(**style), markup=False)
 
     def to_markdown(self) -> str:

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,23 @@ ARCHITECTURE_PREFIX = "Symphony"
 
 
 @contextlib.contextmanager
-def without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Remove the graph settings from a model's configs while a plain config is written."""
+def without_settings(model: PreTrainedModel, named: Sequence[Any]) -> Iterator[None]:
+    """Remove what `symphonize` added to a model's configs while a plain config is written.
+
+    Args:
+        model: The model.
+        named: Configs in which `symphonize` named a model class.
+    """
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     kept = [(config, config.__dict__.pop("symphony")) for config in configs.values() if "symphony" in config.__dict__]
+    names = [config.architectures for config in named]
+    for config in named:
+        config.architectures = None
     try:
         yield
     finally:
+        for config, name in zip(named, names, strict=True):
+            config.architectures = name
         for config, settings in kept:
             config.symphony = settings
 

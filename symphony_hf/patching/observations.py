@@ -54,18 +54,19 @@ class Observations:
         for tensor in self._tensors:
             tensor.zero_()
 
-    @torch.no_grad()
     def add(self, other: "Observations") -> None:
         """Add what another has observed, router by router. Routers that are not in this one are left out."""
         if self.is_of(other.routers):
-            for own, added in zip(self._tensors, other._tensors, strict=True):
-                own.add_(added.to(self.device))
+            with torch.no_grad():
+                for own, added in zip(self._tensors, other._tensors, strict=True):
+                    own.add_(added.to(self.device))
             return
         rows = {id(router): row for row, router in enumerate(other.routers)}
         for row, router in enumerate(self.routers):
             if id(router) in rows:
-                for own, added in zip(self._tensors, other._tensors, strict=True):
-                    own[row].add_(added[rows[id(router)]].to(self.device))
+                with torch.no_grad():
+                    for own, added in zip(self._tensors, other._tensors, strict=True):
+                        own[row].add_(added[rows[id(router)]].to(self.device))
 
 
 class ForwardRecord(Observations):

@@ -371,7 +371,7 @@ def test_a_pickle_is_not_read(saved):
         ({"symphony": {"strength": 7}}, "strength"),
         ({"symphony": None}, "symphony"),
         ({"symphony": {"format": 9}}, "format 9"),
-        ({"symphony": {"graph": "/somewhere"}}, "`graph` is '/somewhere'.*alone"),
+        ({"symphony": {"graph": "/somewhere"}}, r"`graph` is '/somewhere'.*takes a path"),
         ({"graphs": 1}, "unknown setting `graphs`"),
         ({"model_type": 3}, "model_type|not olmoe"),
     ],
