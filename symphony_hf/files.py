@@ -18,10 +18,13 @@ from .errors import ConfigError, SymphonyError
 CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_RECORD = "symphony_config.json"
+"""Name of the file beside an adapter with graphs that says what it needs to be loaded."""
 
 _PARTS = {
     CONFIG: {CONFIG, "generation_config.json"},
-    ADAPTER_CONFIG: {ADAPTER_CONFIG, "adapter_model.safetensors", "symphony_config.json"},
+    ADAPTER_CONFIG: {ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_RECORD},
     "trainer_state.json": {"trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"},
 }
 """Files that prove a checkpoint's kind -> files that its loader reads with them."""

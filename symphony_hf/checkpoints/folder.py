@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import GraphError, PushError
-from symphony_hf.files import read_object
+from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS, CONFIG, read_object
 from symphony_hf.routing.graph import adjacency_problems
 
 from .graph_files import read_graphs
@@ -83,8 +83,6 @@ def _check_text(name: str, file: Path) -> None:
 
 
 Kind = Literal["symphony", "plain", "adapter"]
-RECORD_NAME = "symphony_config.json"
-"""Name of the file beside an adapter with graphs that says what it needs to be loaded."""
 _WIKITEXT = "wikitext_moe"
 _AUTO_CLASSES = {  # with transformers' mapping of each
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",  # a model with images comes whole
@@ -130,8 +128,8 @@ class ModelFolder:
         model_type, class_name = self.config.get("model_type"), None
         if self.kind == "adapter":
             class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
-            if RECORD_NAME in self.files:
-                model_type = read_object(self.files[RECORD_NAME], PushError).get("model_type")
+            if ADAPTER_RECORD in self.files:
+                model_type = read_object(self.files[ADAPTER_RECORD], PushError).get("model_type")
         from transformers.models.auto import modeling_auto  # it imports scikit-learn
 
         for name, mapping in _AUTO_CLASSES.items():
@@ -154,8 +152,8 @@ def open_folder(directory: str | Path) -> ModelFolder:
         GraphError: If the graphs cannot be read.
     """
     path, results = _find(Path(directory))
-    is_adapter = (path / "adapter_config.json").exists()
-    name = "adapter_config.json" if is_adapter else "config.json"
+    is_adapter = (path / ADAPTER_CONFIG).exists()
+    name = ADAPTER_CONFIG if is_adapter else CONFIG
     config = read_object(path / name, PushError)
     stored = config.get("symphony")
     settings = None if stored is None else SymphonyConfig.from_stored(stored, where=f"{path / name}: symphony")
@@ -187,7 +185,7 @@ def _find(directory: Path) -> tuple[Path, Path | None]:
         raise PushError(f"push: `{directory}` is not a folder: give the folder of a checkpoint, an adapter or a run")
     inside = [directory / name for name, measured in _RUNS.items() if (directory / measured).exists()]
     for path in (directory, *inside):
-        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists():
             measured = [path / "results.json", path / "report.json"]
             if path.resolve().name in _RUNS:
                 measured.append(path.resolve().parent / _RUNS[path.resolve().name])
@@ -216,7 +214,7 @@ def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
 def _graphs(path: Path, is_adapter: bool, settings: SymphonyConfig | None) -> dict[str, Tensor]:
     if is_adapter:
         try:
-            graphs = read_graphs(path / "adapter_model.safetensors")
+            graphs = read_graphs(path / ADAPTER_WEIGHTS)
         except GraphError:
             if settings is not None:
                 raise

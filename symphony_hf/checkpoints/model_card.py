@@ -5,9 +5,10 @@ from yaml import YAMLError
 
 from symphony_hf.compat import __version__
 from symphony_hf.errors import PushError
+from symphony_hf.files import ADAPTER_RECORD
 from symphony_hf.tables import Table
 
-from .folder import RECORD_NAME, ModelFolder
+from .folder import ModelFolder
 from .provenance import Origin, hub_name
 from .results import Results, eval_results, result_rows
 
@@ -56,7 +57,7 @@ def _adapter(folder: ModelFolder, repo_id: str, base_model: str) -> str:
     if not folder.graphs:
         return _python(["from peft import PeftModel", auto, base, peft])
     silent = "PEFT's own loader silently loads an adapter without its graphs if the base is not symphonized"
-    if RECORD_NAME in folder.files:
+    if ADAPTER_RECORD in folder.files:
         lines = ["import symphony_hf", auto, base, f'model = symphony_hf.load_adapter(model, "{repo_id}")']
         return f"{_python(lines)}\n\nThe plain base is symphonized as the adapter needs it. {silent}."
     symphonize = "symphony_hf.symphonize(model)  # with the settings that it was trained with"

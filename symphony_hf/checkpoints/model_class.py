@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from symphony_hf.errors import ConfigError, SymphonyError
+from symphony_hf.files import ADAPTER_CONFIG, CONFIG
 
 from .saving import ARCHITECTURE_PREFIX
 
@@ -38,7 +39,7 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
     Raises:
         ConfigError: If there is no config, or transformers does not know its model type.
     """
-    if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
+    if (Path(source) / ADAPTER_CONFIG).exists() and not (Path(source) / CONFIG).exists():
         raise ConfigError(f"`{source}` is an adapter, not a model: give its base model")
     try:
         return AutoConfig.from_pretrained(source, revision=revision)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from symphony_hf.data.corpus import load_corpus
-from symphony_hf.data.documents import Document
+from symphony_hf.data.documents import SPLITS, Document
 from symphony_hf.data.files import read_file
 from symphony_hf.data.rows import thinned
 from symphony_hf.errors import DataError
@@ -18,8 +18,6 @@ from .statistics import MIN_DOCUMENTS
 
 MIN_WORDS = 5
 """Minimum number of words of a document. A shorter one is a heading, of which an attack may leave nothing."""
-
-_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,9 @@ def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
         source, split = str(settings.data), settings.split or "all"
     else:
         corpus = load_corpus(settings.data, text_column=settings.text_column or "text")
-        splits = {name: getattr(corpus, name) for name in _SPLITS}
+        splits = {name: getattr(corpus, name) for name in SPLITS}
         source, split = corpus.source, settings.split or "test"
-    names = _SPLITS if split == "all" else (split,)
+    names = SPLITS if split == "all" else (split,)
     return f"{source}, {split} split" if split != "all" else source, [d for name in names for d in splits[name]]
 
 

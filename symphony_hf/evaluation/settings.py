@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+from symphony_hf.data.documents import SPLITS
 from symphony_hf.errors import ConfigError
 
 from .attacks.image import IMAGE_ATTACKS, ImageAttack, find_image_attack
@@ -90,7 +91,7 @@ class EvaluationSettings:
             value = getattr(self, name, None)
             if value is not None and value < minimum:
                 raise ConfigError(f"{self.command}: `{name}` must be at least {minimum}, got {value}")
-        if self.split not in (None, "train", "validation", "test", "all"):
+        if self.split not in (None, *SPLITS, "all"):
             raise ConfigError(f"{self.command}: `split` must be train, validation, test or all; got {self.split!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from symphony_hf.checkpoints.folder import RECORD_NAME
 from symphony_hf.conversion.adapters.loading import restore_adapter
 from symphony_hf.errors import CheckpointError
-from symphony_hf.files import UNFINISHED, finish, place_to_write, read_weight_map
+from symphony_hf.files import ADAPTER_RECORD, UNFINISHED, finish, place_to_write, read_weight_map
 
 from .trainer_checkpoints import (
     clear_leftovers,
@@ -27,10 +26,6 @@ from .trainer_checkpoints import (
 )
 
 logger = logging.get_logger(__name__)
-
-PRIVATE = ("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint")
-"""Undocumented methods of Trainer that are overridden here: its callbacks run after a checkpoint has its final name and
-older ones are deleted."""
 
 
 class ResumableTrainer(Trainer):
@@ -103,7 +98,7 @@ class ResumableTrainer(Trainer):
                     "differently, such as its experts: loading it with from_pretrained"
                 )
                 _load_converted(folder, target)
-            elif (folder / RECORD_NAME).exists():
+            elif (folder / ADAPTER_RECORD).exists():
                 restore_adapter(target, folder)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)

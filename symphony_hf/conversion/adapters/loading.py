@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from symphony_hf.checkpoints.folder import RECORD_NAME
 from symphony_hf.checkpoints.graph_files import read_graphs
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError, GraphError, PatchError
+from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS
 from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.symphonize import is_symphonized, symphonize, unsymphonize
 from symphony_hf.routing.graph import adjacency_problems
@@ -21,9 +21,7 @@ from symphony_hf.routing.graph import adjacency_problems
 from .base_weights import check_base, sample_weights
 from .record import AdapterRecord, RouterShape, keep_record
 from .targets import base_of, family_of
-from .untrusted import CONFIG_NAME, add_adapter, check_tensors, read_peft_config, refusals, try_config
-
-_WEIGHTS = "adapter_model.safetensors"
+from .untrusted import add_adapter, check_tensors, read_peft_config, refusals, try_config
 
 
 def load_adapter(
@@ -57,22 +55,22 @@ def load_adapter(
     """
     folder = _local_folder(str(adapter), revision)
     record = AdapterRecord.read(folder)
-    _check_graphs(folder / _WEIGHTS, record)
+    _check_graphs(folder / ADAPTER_WEIGHTS, record)
     if name in getattr(model, "peft_config", {}):
         raise PatchError(f"load_adapter: the model has an adapter `{name}` already: give another name=")
     config = keep_record(read_peft_config(folder), record)
     config.inference_mode = not trainable
     made_ready = _make_ready(model, record, folder)
     try:
-        try_config(model, config, folder / _WEIGHTS, name)
+        try_config(model, config, folder / ADAPTER_WEIGHTS, name)
         check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
     except ConfigError:
         if made_ready:
             unsymphonize(base_of(model))
         raise
     # On a 16-bit model PEFT's LoRA is float32 unless it was trained otherwise, as TRL does on 4-bit models.
-    with refusals(f"{folder / CONFIG_NAME}"):
-        adapted = add_adapter(model, config, name, widens=_is_wide(folder / _WEIGHTS))
+    with refusals(f"{folder / ADAPTER_CONFIG}"):
+        adapted = add_adapter(model, config, name, widens=_is_wide(folder / ADAPTER_WEIGHTS))
     _copy_tensors(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
@@ -95,7 +93,7 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
             unchanged then.
     """
     folder = Path(folder)
-    if (folder / RECORD_NAME).exists():
+    if (folder / ADAPTER_RECORD).exists():
         record = AdapterRecord.read(folder)
         _check_ready(base_of(model), record, folder)
         check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
@@ -105,7 +103,7 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
 def _copy_tensors(model: Any, folder: Path, name: str) -> None:
     from peft import get_peft_model_state_dict
 
-    saved = load_file(folder / _WEIGHTS)
+    saved = load_file(folder / ADAPTER_WEIGHTS)
     # What PEFT would save now: views of the model's tensors, by their names in the file.
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
@@ -118,7 +116,7 @@ def _copy_tensors(model: Any, folder: Path, name: str) -> None:
 def _local_folder(adapter: str, revision: str | None) -> Path:
     if Path(adapter).is_dir():
         return Path(adapter)
-    names = (RECORD_NAME, CONFIG_NAME, _WEIGHTS)
+    names = (ADAPTER_RECORD, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     try:
         files = [huggingface_hub.hf_hub_download(adapter, name, revision=revision) for name in names]
     except EntryNotFoundError as error:

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from symphony_hf.checkpoints.folder import RECORD_NAME
 from symphony_hf.config import SymphonyConfig, parse_settings
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError
-from symphony_hf.files import read_object, write_json
+from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, read_object, write_json
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.families.contract import RouterContract
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
@@ -99,11 +98,12 @@ class AdapterRecord:
         Raises:
             ConfigError: If it is missing or invalid, or has a newer format.
         """
-        file = Path(folder) / RECORD_NAME
+        file = Path(folder) / ADAPTER_RECORD
         if not file.exists():
             raise ConfigError(
-                f"`{folder}` has no {RECORD_NAME}: its adapter holds no graphs, or was saved without `lora_config` and "
-                "SymphonyCallback, and its base model is unknown. Load it with PEFT onto a model that is ready for it"
+                f"`{folder}` has no {ADAPTER_RECORD}: its adapter holds no graphs, or was saved without `lora_config` "
+                "and SymphonyCallback, and its base model is unknown. Load it with PEFT onto a model that is ready for "
+                "it"
             )
         values = read_object(file, ConfigError)
         version = values.get("format")
@@ -129,11 +129,11 @@ def keep_record(config: Any, record: AdapterRecord) -> Any:
 def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, **kwargs: Any) -> None:
     type(config).save_pretrained(config, save_directory, **kwargs)
     folder = Path(save_directory)
-    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    stored = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     stored["symphony"] = record.symphony
-    write_json(folder / "adapter_config.json", stored)
+    write_json(folder / ADAPTER_CONFIG, stored)
     record = dataclasses.replace(record, base_model=stored.get("base_model_name_or_path"))
-    write_json(folder / RECORD_NAME, dataclasses.asdict(record))
+    write_json(folder / ADAPTER_RECORD, dataclasses.asdict(record))
 
 
 def record_adapters(model: nn.Module) -> None:

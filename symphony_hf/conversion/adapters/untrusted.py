@@ -18,12 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from symphony_hf.errors import UNREADABLE, ConfigError
-from symphony_hf.files import MAX_CONFIG_BYTES, read_object
+from symphony_hf.files import ADAPTER_CONFIG, MAX_CONFIG_BYTES, read_object
 from symphony_hf.patching.families.probe import full_shape, twin
 
 from .targets import family_of
 
-CONFIG_NAME = "adapter_config.json"
 _KINDS = ("LORA", "LOHA", "LOKR", "IA3")
 """Adapter types of PEFT that have only tensors; others load more adapters or states from paths in the config."""
 
@@ -43,7 +42,7 @@ def read_peft_config(folder: Path) -> Any:
     """
     from peft import PeftConfig
 
-    file = folder / CONFIG_NAME
+    file = folder / ADAPTER_CONFIG
     values = read_object(file, ConfigError, max_bytes=MAX_CONFIG_BYTES)
     if values.get("peft_type") not in _KINDS:
         raise ConfigError(f"`{file}`: `peft_type` is {values.get('peft_type')!r}: only {', '.join(_KINDS)} are loaded")
@@ -78,7 +77,7 @@ def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
     from peft import get_peft_model_state_dict
 
     copied, tried = _without_numbers(model), copy.deepcopy(config)
-    with refusals(f"{weights.parent / CONFIG_NAME}"), torch.device("meta"), warnings.catch_warnings():
+    with refusals(f"{weights.parent / ADAPTER_CONFIG}"), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the model itself
         adapted = add_adapter(copied, tried, name)
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from symphony_hf.checkpoints.graph_files import read_graphs
 from symphony_hf.errors import GraphError, NoGraphError, ReportError
-from symphony_hf.files import read_object
+from symphony_hf.files import ADAPTER_WEIGHTS, read_object
 from symphony_hf.routing.graph import adjacency_problems
 
 from .runs import Cost, Level, Run, flat
@@ -22,7 +22,7 @@ def read_run_graphs(model: Path) -> dict[str, Tensor]:
     Raises:
         GraphError: If a file is truncated, or a graph is invalid.
     """
-    adapter = model / "adapter_model.safetensors"
+    adapter = model / ADAPTER_WEIGHTS
     if not model.exists():
         return {}
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from symphony_hf.data.blocks import token_stream
 from symphony_hf.data.corpus import corpus_of
-from symphony_hf.data.documents import Document
+from symphony_hf.data.documents import SPLITS, Document
 from symphony_hf.data.rows import thinned
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import DataError
@@ -86,7 +86,7 @@ def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
 def read_streams(folder: Path, digest: str) -> StudyText:
     """Read the streams that `prepare_streams` wrote for the text with this digest."""
     with np.load(_file(folder, digest), allow_pickle=False) as arrays:
-        streams = {name: torch.from_numpy(arrays[name]) for name in ("train", "validation", "test", "attacked")}
+        streams = {name: torch.from_numpy(arrays[name]) for name in (*SPLITS, "attacked")}
         return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest=digest)
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from symphony_hf.conversion.adapters.targets import base_of
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 from symphony_hf.recipe import Recipe
@@ -189,7 +190,7 @@ class MetaStep:
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         with MetaStandIns(self._autocast):
             if self._head_is_tiled:
-                model = _bare(self._model)
+                model = base_of(self._model)
                 hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
                 return tiled_loss(hidden, model.get_output_embeddings().weight, self._autocast or hidden.dtype)
             outputs = self._model(**batch, use_cache=False)
@@ -210,15 +211,10 @@ class MetaStep:
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), MetaStandIns(self._autocast)
 
-        model = _bare(self._model)
+        model = base_of(self._model)
         # The oldest supported transformers has only the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": contexts})
-
-
-def _bare(model: Any) -> Any:
-    """Return the model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _attention_flops(
