@@ -43,8 +43,8 @@ def command_from(
         arguments: Parameters that are positional on the command line.
         required: Parameters that the command requires although `target` has a default for them.
         names: Option names that differ from the names of their parameters.
-        flags: Declarations of switches, such as `--check/--no_check`.
-        repeated: Sequences whose option is given once for each value.
+        flags: Declarations of switches, such as `--check/--no_check`. One that is not given leaves a default of None.
+        repeated: Sequences that are given as one argument or option for each value.
         left_out: Parameters without an option, which keep their defaults.
         parsers: Functions that read the values of options whose type does not say how.
     """
@@ -64,6 +64,8 @@ def command_from(
             default = inspect.Parameter.empty
         elif parameter.name in repeated:
             shown, default = list[str], None
+        elif kind is bool:
+            default = bool(default)
         elif isinstance(default, tuple):
             default = ",".join(map(str, default))
         text = texts[parameter.name]
@@ -84,6 +86,8 @@ def command_from(
             for name, option in ((options[name], name) for name in values):
                 if name in repeated:
                     given[name] = tuple(given[name] or ())
+                elif given[name] is False and NoneType in typing.get_args(hints[name]):
+                    given[name] = None
                 elif isinstance(given[name], str):
                     where = f"symphony {run.__name__.rstrip('_')}: --{option}"
                     given[name] = (

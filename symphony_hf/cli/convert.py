@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub import CommitInfo
 
 from symphony_hf.conversion.compression.settings import MergeSettings, PruneSettings, TopKSettings
 from symphony_hf.conversion.push import fold_checkpoint
@@ -106,33 +107,13 @@ def fold(written: Path) -> None:
 
 
 @app.command(epilog="Example: symphony push runs/my-run me/my-model --folded --private")
-def push(
-    directory: Annotated[str, typer.Argument(help="Folder of a checkpoint, folded checkpoint, adapter, or run.")],
-    repository: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub, created if missing.")],
-    folded: Annotated[
-        bool, typer.Option("--folded", help="Push the folded checkpoint, for software without Symphony support.")
-    ] = False,
-    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, created if missing.")] = None,
-    pull_request: Annotated[bool, typer.Option("--pull_request", help="Open a pull request instead.")] = False,
-    base_model: Annotated[
-        str | None, typer.Option("--base_model", help="Name of the base model on the Hub, for the card.")
-    ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="License of the base model; by default the one on the Hub.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Data set on the Hub, or a description, for the card.")] = None,
-) -> None:
+@command_from(
+    push_folder,
+    arguments=("directory", "repo_id"),
+    names={"repo_id": "repository", "create_pr": "pull_request"},
+    flags={"folded": "--folded", "private": "--private", "create_pr": "--pull_request"},
+    left_out=("token",),
+)
+def push(commit: CommitInfo) -> None:
     """Push a model to the Hub with a card: safetensors only. The token is that of `hf auth login`, or HF_TOKEN."""
-    commit = push_folder(
-        directory,
-        repository,
-        folded=folded,
-        private=private or None,
-        revision=revision,
-        create_pr=pull_request,
-        base_model=base_model,
-        license=license,
-        data=data,
-    )
     typer.echo(commit.pr_url or commit.commit_url)

@@ -1,19 +1,25 @@
 """`symphony bench` and its kin, `ablate`, `check`, `evidence`, `families` and `theory`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-import yaml
 
-from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.ablation.report import print_ablation
+from symphony_hf.experiments.ablation.run import run_ablation
 from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
 from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts
 from symphony_hf.experiments.bench.layer import print_bench, run_bench
 from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_bench_upcycle
+from symphony_hf.experiments.conformance.matrix import FamilyResult
+from symphony_hf.experiments.conformance.table import list_families, print_rows
+from symphony_hf.experiments.distributed.invariance import Comparison, check_distributed, print_comparisons
+from symphony_hf.experiments.evidence.results import write_evidence
 from symphony_hf.experiments.full_size import print_full_size, run_full_size
 from symphony_hf.experiments.fuzzing.campaign import Outcome, print_outcomes
 from symphony_hf.experiments.fuzzing.campaign import fuzz as run_campaign
+from symphony_hf.experiments.theory.benchmark import NO_OPTION, OPTIONS, TheorySettings, run_theory
+from symphony_hf.experiments.theory.report import print_theory
 
 from .app import app, command_from
 
@@ -50,42 +56,21 @@ def bench_upcycle(result: dict[str, Any]) -> None:
     epilog="Examples: symphony ablate recipes/wikitext103-216m/ablation/pairs.yaml --output runs/pairs --- "
     "symphony ablate STUDY.yaml --output DIR --set max_steps=100 --set data.path=my-text --dry_run",
 )
-def ablate(
-    study: Annotated[str, typer.Argument(help="A study's YAML file: a recipe, axes, seeds.")],
-    output: Annotated[str, typer.Option(help="Folder for the finished runs and the report.")],
-    workers: Annotated[
-        int | None, typer.Option(help="Number of runs in parallel, one thread each; by default one per core.")
-    ] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Setting of the recipe, NAME=VALUE; may be repeated.")
-    ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Only report the finished runs.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print the plan and an estimate of its time.")] = False,
-) -> None:
+@command_from(
+    run_ablation,
+    arguments=("study",),
+    names={"changes": "set", "report_only": "report"},
+    flags={"report_only": "--report", "dry_run": "--dry_run"},
+    repeated=("changes",),
+)
+def ablate(values: dict[str, Any]) -> None:
     """Run a grid of small training runs around a base point, and report it with intervals over seeds.
 
     Each run is a process and a file of its own: an interrupted study resumes with the same command.
     """
-    import os
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the runs; torch reads it when it is imported
-
-    from symphony_hf.experiments.ablation.report import print_ablation
-    from symphony_hf.experiments.ablation.run import run_ablation
-    from symphony_hf.experiments.ablation.study import load_study
-
-    chosen = load_study(study, _changes(changes or []))
-    values = run_ablation(chosen, output, workers=workers, dry_run=dry_run, report_only=report)
     print_ablation(values)
     if values.get("failed"):
         raise typer.Exit(1)
-
-
-def _changes(texts: list[str]) -> dict[str, Any]:
-    for text in texts:
-        if "=" not in text:
-            raise ConfigError(f"symphony ablate: --set takes NAME=VALUE, got {text!r}")
-    return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts)}
 
 
 check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes.")
@@ -98,21 +83,9 @@ def check() -> None:
 
 
 @check_app.command(epilog="Example: symphony check distributed")
-def distributed(
-    only: Annotated[
-        str | None, typer.Option(help="Only arrangements with this text in their names, such as ZeRO.")
-    ] = None,
-) -> None:
+@command_from(check_distributed)
+def distributed(comparisons: list[Comparison]) -> None:
     """Train in many arrangements (accumulation, ranks, ZeRO, checkpointing, ...), which must give the same."""
-    from symphony_hf.experiments.distributed.arrangements import ARRANGEMENTS
-    from symphony_hf.experiments.distributed.invariance import compare, print_comparisons
-
-    names = [name for name in ARRANGEMENTS if only is None or only.lower() in name.lower()]
-    if not names:
-        raise ConfigError(
-            f"symphony check distributed: no arrangement has {only!r} in its name: {', '.join(ARRANGEMENTS)}"
-        )
-    comparisons = compare(names)
     print_comparisons(comparisons)
     raise typer.Exit(0 if all(row.holds for row in comparisons) else 1)
 
@@ -135,62 +108,22 @@ def fuzz(outcomes: list[Outcome]) -> None:
 @app.command(
     epilog="Example: symphony evidence --ablation runs/ablation --theory symphony-theory, in the project's folder",
 )
-def evidence(
-    folder: Annotated[str, typer.Option(help="Folder of the result files.")] = "recipes/evidence",
-    page: Annotated[str, typer.Option(help="Page to write.")] = "recipes/EVIDENCE.md",
-    ablation: Annotated[str | None, typer.Option(help="Output folder of `symphony ablate` to add.")] = None,
-    pairs: Annotated[
-        str | None, typer.Option(help="Output folder of the three pairs, if they were run at another size.")
-    ] = None,
-    about: Annotated[str | None, typer.Option(help="One sentence that describes the text of the studies.")] = None,
-    theory: Annotated[str | None, typer.Option(help="Output folder of `symphony theory` to add.")] = None,
-) -> None:
+@command_from(write_evidence)
+def evidence(page: Path) -> None:
     """Write the page of evidence from result files, next to the paper's numbers, after adding new results."""
-    from symphony_hf.experiments.evidence.results import add_results, write_evidence
-
-    add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory)
-    typer.echo(f"Written to {write_evidence(folder, page).resolve()}")
+    typer.echo(f"Written to {page.resolve()}")
 
 
 @app.command(epilog="Example: symphony families mixtral olmoe --check")
-def families(
-    names: Annotated[list[str] | None, typer.Argument(help="Model types; all by default.")] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Run all checks on each family: about a second per family.")
-    ] = False,
-    readme: Annotated[
-        str | None,
-        typer.Option(help="A page to write the table into, between its marks; with --check and no names."),
-    ] = None,
-) -> None:
+@command_from(list_families, arguments=("names",), repeated=("names",), flags={"check": "--check"})
+def families(rows: list[FamilyResult]) -> None:
     """List what symphonize supports for each MoE family of the installed transformers. Exit with 1 if one fails."""
-    from symphony_hf.experiments.conformance.matrix import known_families, run_matrix
-    from symphony_hf.experiments.conformance.table import print_rows, write_readme
-
-    if readme is not None and (names or not check):
-        raise ConfigError("symphony families: --readme needs --check, and all families")
-    rows = run_matrix(known_families(names), check)
     print_rows(rows)
-    if readme is not None:
-        write_readme(Path(readme), rows)
     raise typer.Exit(1 if any(row.failures for row in rows) else 0)
 
 
 @app.command(epilog="Example: symphony theory --output theory --seeds 10")
-def theory(
-    output: Annotated[str, typer.Option(help="Folder of theory.json and the pictures.")] = "symphony-theory",
-    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 5,
-    experts: Annotated[int, typer.Option(help="Number of experts.")] = 16,
-    communities: Annotated[int, typer.Option(help="Number of expert communities.")] = 4,
-    within: Annotated[
-        float, typer.Option(help="Probability that a token's two experts are in the same community.")
-    ] = 0.9,
-) -> None:
+@command_from(TheorySettings, names=OPTIONS, left_out=NO_OPTION)
+def theory(settings: TheorySettings) -> None:
     """Recover a planted graph: how fast it is learned, and how much routing by it gains under noise."""
-    from symphony_hf.experiments.theory.benchmark import TheorySettings, run_theory
-    from symphony_hf.experiments.theory.report import print_theory
-
-    settings = TheorySettings(
-        output=output, seeds=range(seeds), num_experts=experts, num_communities=communities, within=within
-    )
     print_theory(run_theory(settings))

@@ -36,16 +36,16 @@ def push(
     After an interruption it can be called again; large files that were uploaded are not sent twice.
 
     Args:
-        directory: Folder with a `config.json` or an `adapter_config.json`, or of a run with its model in `final/`.
-        repo_id: `namespace/name` on the Hub, created if missing.
-        folded: Whether to push the folded checkpoint, for software without Symphony support.
-        private: Whether to create a private repository; by default as the account is set.
+        directory: Folder of a checkpoint, folded checkpoint, adapter, or run.
+        repo_id: `NAMESPACE/NAME` on the Hub, created if missing.
+        folded: Push the folded checkpoint, for software without Symphony support.
+        private: Create a private repository; by default as the account is set.
         revision: Branch, created if missing.
         token: Access token of the Hub; by default that of `hf auth login` or HF_TOKEN.
-        create_pr: Whether to open a pull request instead.
+        create_pr: Open a pull request instead.
         base_model: Name of the base model on the Hub, for the card; by default from the run's results or the adapter.
         license: License of the base model; by default the one on the Hub.
-        data: Training data: name on the Hub, or a description; by default from the run's results.
+        data: Data set on the Hub, or a description, for the card; by default from the run's results.
 
     Returns:
         The commit, with its address in `commit_url`.

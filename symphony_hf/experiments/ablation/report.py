@@ -9,9 +9,6 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from symphony_hf.diagnostics.plots.curves import plot_curves
-from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
-from symphony_hf.diagnostics.plots.studies import plot_points
 from symphony_hf.evaluation.statistics import SeedInterval, interval_text, paired_ratio, t_interval
 from symphony_hf.files import write_json, write_text
 from symphony_hf.tables import Table
@@ -202,20 +199,22 @@ def _write_pictures(
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> None:
+    from symphony_hf.diagnostics import plots  # matplotlib is slow to import
+
     compared = [row for row in rows if "against_plain" in row]
     if compared:
-        plot_points({row["label"]: row["against_plain"] for row in compared}, folder / "points.png")
+        plots.plot_points({row["label"]: row["against_plain"] for row in compared}, folder / "points.png")
     curves = {
         f"{point.label(study.base)}, seed {min(runs)}": runs[min(runs)]["curve"]
         for point, runs in by_point.items()
         if runs
     }
     if curves:
-        plot_curves({label: {"train": curve} for label, curve in list(curves.items())[:6]}, folder / "curves.png")
+        plots.plot_curves({label: {"train": curve} for label, curve in list(curves.items())[:6]}, folder / "curves.png")
     with_graphs = [runs for point, runs in by_point.items() if runs and not point.is_plain]
     if with_graphs:
         graphs = next(iter(with_graphs[0].values()))["graphs"]
-        plot_graphs({name: torch.tensor(rows_) for name, rows_ in graphs.items()}, folder / "graphs.png")
+        plots.plot_graphs({name: torch.tensor(rows_) for name, rows_ in graphs.items()}, folder / "graphs.png")
 
 
 def print_ablation(report: Mapping[str, Any], console: Console | None = None) -> None:

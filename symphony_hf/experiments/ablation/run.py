@@ -23,7 +23,7 @@ from symphony_hf.patching.symphonize import expert_graphs
 from .cells import VERSIONS, Results, StudyRun, cells_of, describe_plan
 from .measure import measure
 from .report import write_ablation
-from .study import Study
+from .study import Study, load_study, parse_changes
 from .text import StudyText, prepare_streams, read_streams
 from .train import build_model, train
 
@@ -31,27 +31,36 @@ _TRIAL_STEPS = 4
 
 
 def run_ablation(
-    study: Study, output: str | Path, *, workers: int | None = None, dry_run: bool = False, report_only: bool = False
+    study: Study | str | Path,
+    output: str | Path,
+    *,
+    workers: int | None = None,
+    changes: Sequence[str] = (),
+    report_only: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Run the unfinished runs of a study, and write its report.
 
     Args:
-        study: The study.
-        output: Folder of results, logs and the report.
-        workers: Number of parallel runs, with a thread each; the number of cores if None.
-        dry_run: Only describe the plan, with an estimate of its time from a few training steps.
+        study: A study's YAML file: a recipe, axes, seeds.
+        output: Folder for the finished runs and the report.
+        workers: Number of runs in parallel, one thread each; by default one per core.
+        changes: Setting of the recipe, NAME=VALUE; may be repeated. For a study that is read from a file.
         report_only: Only report the finished runs.
+        dry_run: Print the plan and an estimate of its time.
 
     Returns:
         The values of `report.json`; with `dry_run`, the lines of the plan.
 
     Raises:
-        ConfigError: If `workers` is below 1.
+        ConfigError: If `workers` is below 1, or the study cannot be read.
         DataError: If the text does not exist or is too short.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"ablation: `workers` must be at least 1, got {workers}")
+    if not isinstance(study, Study):
+        study = load_study(study, parse_changes(changes))
     output = Path(output)
     check_file_place(output / "report.json", "ablate")
     text = prepare_streams(study.recipe, output)
@@ -100,6 +109,7 @@ def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
 
 def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], workers: int) -> dict[StudyRun, str]:
     """Run in child processes. Returns the errors of failed runs."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each run has one thread; torch reads it when it is imported
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the process from which the others are forked.
     context.set_forkserver_preload(["symphony_hf.experiments.ablation.run"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,14 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
             values[name] = tuple(values[name])
     command = _command(path, overrides or {})
     return Study(recipe=recipe, base=base, axes=axes, command=command, **values)
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `--set NAME=VALUE` by name, read as YAML."""
+    for text in texts:
+        if "=" not in text:
+            raise ConfigError(f"symphony ablate: --set takes NAME=VALUE, got {text!r}")
+    return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts)}
 
 
 def _command(path: Path, overrides: dict[str, Any]) -> str:

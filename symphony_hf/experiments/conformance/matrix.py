@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -113,33 +113,20 @@ def run_check(name: str, specimen: Specimen) -> Result:
     return Supported() if reason is None else NotApplicable(reason)
 
 
-def run_matrix(families: list[str], check: bool, progress: bool = True) -> list[FamilyResult]:
-    """Inspect or check families.
+def run_matrix(names: Sequence[str], check: bool) -> list[FamilyResult]:
+    """Inspect or check the named families, all if there are none.
 
-    Args:
-        families: Model types.
-        check: Whether to run the checks, about a second per family.
-        progress: Whether to show a progress bar.
+    Raises:
+        ConfigError: If a family is unknown.
     """
-    run = check_family if check else inspect_family
-    with tqdm(families, disable=not progress, unit="family") as bar:
-        rows = []
+    known, run = moe_families(), check_family if check else inspect_family
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known)
+            raise ConfigError(f"{name!r} is no MoE family of transformers {transformers_version()}; {hint}")
+    rows = []
+    with tqdm(names or known, unit="family") as bar:
         for family in bar:
             bar.set_postfix_str(family)
             rows.append(run(family))
     return rows
-
-
-def known_families(families: Iterable[str] | None) -> list[str]:
-    """Return the requested families; all if there are none.
-
-    Raises:
-        ConfigError: If one is unknown.
-    """
-    known = moe_families()
-    asked = list(families or known)
-    for family in asked:
-        if family not in known:
-            hint = nearest(family, known)
-            raise ConfigError(f"{family!r} is no MoE family of transformers {transformers_version()}; {hint}")
-    return asked

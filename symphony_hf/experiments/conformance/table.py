@@ -1,6 +1,7 @@
 """The matrix as a table: in the terminal, and on a page, which a test keeps up to date."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,10 +12,29 @@ from symphony_hf.files import write_text
 from symphony_hf.patching.families.capability import Limited, Unsupported
 from symphony_hf.tables import Table
 
-from .matrix import FamilyResult, NotApplicable
+from .matrix import FamilyResult, NotApplicable, run_matrix
 
 HEADER = ["model type", "routers", "logits", "scores", "images", "notes"]
 _BLOCK = re.compile(r"(<!-- families table -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def list_families(names: Sequence[str] = (), *, check: bool = False, readme: str | None = None) -> list[FamilyResult]:
+    """Inspect or check families, and write their table into a page.
+
+    Args:
+        names: Model types; all by default.
+        check: Run all checks on each family: about a second per family.
+        readme: A page to write the table into, between its marks; with --check and no names.
+
+    Raises:
+        ConfigError: If a family is unknown, or `readme` is given without `check` or with names.
+    """
+    if readme is not None and (names or not check):
+        raise ConfigError("symphony families: --readme needs --check, and all families")
+    rows = run_matrix(names, check)
+    if readme is not None:
+        write_readme(Path(readme), rows)
+    return rows
 
 
 def table_row(row: FamilyResult) -> list[str]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from symphony_hf.errors import ConfigError
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs
 from symphony_hf.tables import Table, TableCell
@@ -130,6 +131,23 @@ def _run_on_rank(rank: int, ranks: int, names: list[str], folder: str) -> None:
     with local_group(rank, ranks, Path(folder) / f"rendezvous-{ranks}"):
         for name in names:
             _write_trace(run(ARRANGEMENTS[name][0], rank), _trace_file(folder, name, rank))
+
+
+def check_distributed(only: str | None = None) -> list[Comparison]:
+    """Run the arrangements that a part of their names selects.
+
+    Args:
+        only: Only arrangements with this text in their names, such as ZeRO.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    names = [name for name in ARRANGEMENTS if only is None or only.lower() in name.lower()]
+    if not names:
+        raise ConfigError(
+            f"symphony check distributed: no arrangement has {only!r} in its name: {', '.join(ARRANGEMENTS)}"
+        )
+    return compare(names)
 
 
 def compare(names: list[str] | None = None) -> list[Comparison]:

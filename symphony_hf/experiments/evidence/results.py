@@ -26,10 +26,9 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
     Nothing is replaced unless a page can be generated from all of them.
 
     Args:
-        folder: `recipes/evidence`.
+        folder: Folder of the result files.
         about: Sentence that describes the studies' text. If None, the sentence of an earlier study on the same text.
-        **outputs: Output folders of the commands `ablation` (the study of the axes), `pairs` (the three pairs, if run
-            at another size) and `theory`; None keeps the present result.
+        **outputs: Output folders by name of the result; None keeps the present one.
 
     Raises:
         DataError: If a folder has no results or those of another command, or if a text has no sentence.
@@ -83,22 +82,31 @@ def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     return {REQUIRED: paper, **run}
 
 
-def write_evidence(folder: str | Path, page: str | Path) -> Path:
-    """Write the page.
+def write_evidence(
+    folder: str | Path = "recipes/evidence",
+    page: str | Path = "recipes/EVIDENCE.md",
+    *,
+    ablation: str | None = None,
+    pairs: str | None = None,
+    about: str | None = None,
+    theory: str | None = None,
+) -> Path:
+    """Add new results, write the page of all, and return its path.
 
     Args:
         folder: Folder of the result files.
-        page: Path of the page, `recipes/EVIDENCE.md`.
-
-    Returns:
-        The path of the page.
+        page: Page to write.
+        ablation: Output folder of `symphony ablate` to add.
+        pairs: Output folder of the three pairs, if they were run at another size.
+        about: One sentence that describes the text of the studies.
+        theory: Output folder of `symphony theory` to add.
 
     Raises:
-        DataError: As `read_results`.
+        DataError: As `add_results`.
     """
-    page = Path(page)
-    write_text(page, evidence_page(read_results(folder)))
-    return page
+    add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory)
+    write_text(Path(page), evidence_page(read_results(folder)))
+    return Path(page)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from symphony_hf.compat import __version__
-from symphony_hf.diagnostics.plots.studies import plot_convergence, plot_shares
+from symphony_hf.config import changed_settings, command_line
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.statistics import t_interval
 from symphony_hf.files import check_file_place, write_json
@@ -23,8 +23,11 @@ from symphony_hf.routing.smoothing import smooth_logits
 
 from .planted import TOP_K, Planted, draw_tokens, plant, share_right
 
-_OPTIONS = {"num_experts": "experts", "num_communities": "communities", "within": "within", "seeds": "seeds"}
-"""Settings with a command-line option, and its name."""
+OPTIONS = {"num_experts": "experts", "num_communities": "communities"}
+"""Command-line options whose names differ from their settings'."""
+
+NO_OPTION = ("batch", "updates", "noises", "test_tokens")
+"""Settings without a command-line option."""
 
 ROUTINGS = ("smoe", "symphony", "true graph")
 """No graph; the graph of the router's own noisy choices; the planted graph, an upper bound."""
@@ -43,25 +46,25 @@ class TheorySettings:
     """Settings of the benchmark. The defaults take under a minute on one core.
 
     Args:
-        output: Folder for `theory.json` and the pictures.
-        num_experts: Number of experts, E.
-        num_communities: Number of communities of equal size.
-        within: Probability that a token's two experts are in one community.
+        output: Folder of theory.json and the pictures.
+        seeds: Number of seeds of the planted graph, the tokens and the noise, from 0.
+        num_experts: Number of experts.
+        num_communities: Number of expert communities, all of one size.
+        within: Probability that a token's two experts are in the same community.
         batch: Tokens per update.
         updates: Numbers of updates after which the graph is compared. Routing is tested after the last.
         noises: Standard deviations of the logits' noise; correct logits are 1, the others 0.
-        seeds: Seeds of the planted graph, the tokens and the noise.
         test_tokens: Number of tokens to test routing on.
     """
 
     output: str = "symphony-theory"
+    seeds: int = 5
     num_experts: int = 16
     num_communities: int = 4
     within: float = 0.9
     batch: int = 64
     updates: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024)
     noises: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)
     test_tokens: int = 20_000
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class TheorySettings:
             )
         if not 0 < self.within <= 1 or min(self.noises, default=-1.0) < 0:
             raise ConfigError("theory: `within` is above 0 and up to 1, and `noises` are one or more, none negative")
-        if len(self.updates) < 2 or min(self.updates) < 2 or len(self.seeds) < 1:
+        if len(self.updates) < 2 or min(self.updates) < 2 or self.seeds < 1:
             raise ConfigError("theory: `updates` must be two or more numbers from 2 on, and `seeds` one or more")
 
 
@@ -102,25 +105,21 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
         "machine": {"symphony_hf": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "output": str(settings.output),
     }
+    from symphony_hf.diagnostics import plots  # matplotlib is slow to import
+
     write_json(output / "theory.json", result)
-    plot_convergence(result["convergence"], output / "convergence.png")
-    plot_shares(result["shares"], output / "shares.png")
+    plots.plot_convergence(result["convergence"], output / "convergence.png")
+    plots.plot_shares(result["shares"], output / "shares.png")
     return result
 
 
 def _command(settings: TheorySettings) -> str:
     """Return the command with these settings; the function's name if the command lacks an option."""
-    words = ["symphony theory"]
-    for field in dataclasses.fields(settings):
-        value, default = getattr(settings, field.name), field.default
-        if isinstance(default, tuple):
-            value = tuple(value)
-        if field.name == "output" or value == default:
-            continue
-        if field.name not in _OPTIONS or (field.name == "seeds" and value != tuple(range(len(value)))):
-            return f"symphony_hf.experiments.theory.{run_theory.__name__}, see its settings"
-        words.append(f"--{_OPTIONS[field.name]} {len(value) if field.name == 'seeds' else value}")
-    return " ".join(words)
+    changed = changed_settings(settings)
+    changed.pop("output", None)
+    if changed.keys() & set(NO_OPTION):
+        return f"symphony_hf.experiments.theory.{run_theory.__name__}, see its settings"
+    return command_line("theory", **{OPTIONS.get(name, name): value for name, value in changed.items()})
 
 
 def _measure(settings: TheorySettings) -> dict[str, Any]:
@@ -128,7 +127,7 @@ def _measure(settings: TheorySettings) -> dict[str, Any]:
     expected: dict[str, list[list[float]]] = {name: [] for name, (_, noise) in CURVES.items() if noise == 0}
     bias: dict[float, list[float]] = {noise: [] for noise in settings.noises}
     shares: dict[str, dict[float, list[float]]] = {name: {noise: [] for noise in settings.noises} for name in ROUTINGS}
-    for seed in settings.seeds:
+    for seed in range(settings.seeds):
         generator = torch.Generator().manual_seed(seed)
         planted = plant(settings.num_experts, settings.num_communities, settings.within, generator)
         for name, (decay, noise) in CURVES.items():
@@ -139,7 +138,7 @@ def _measure(settings: TheorySettings) -> dict[str, Any]:
             learned_EE = _learn(settings, planted, noise, max(settings.updates), None, generator)
             bias[noise].append(distance(learned_EE, planted))
             _add_shares(shares, settings, planted, noise, learned_EE, generator)
-    values = {**dataclasses.asdict(settings), "seeds": list(settings.seeds)}
+    values = {**dataclasses.asdict(settings), "seeds": list(range(settings.seeds))}
     values.pop("output")
     return {
         "settings": values,
