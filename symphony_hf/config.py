@@ -98,7 +98,7 @@ GRAPHS = ("ema", "frozen", "learned")
 """Values of `graph` in a model. `symphonize` also takes a path, whose graph it continues with `ema`."""
 
 Smoothing = Literal["logits", "scores"]
-Normalization = Literal["row", "conditional", "symmetric"]
+Normalization = Literal["row", "conditional", "symmetric", "centred"]
 BalanceScope = Literal["local", "global"]
 
 
@@ -143,11 +143,12 @@ class SymphonyConfig:
     """Settings of Symphony routing: how the expert graph changes the routing, and how the graph is learned.
 
     Args:
-        strength: s in A = (1 - s) I + s P, in [0, 1]. 0 computes what the base model computes.
+        strength: s in A = (1 - s) I + s P, in [-1, 1]. 0 computes what the base model computes. If negative, experts
+            that are chosen together lower each other's logits.
         smoothing: `logits`: the graph mixes the router's logits, and folds exactly into a plain router. `scores`: the
             graph mixes the probabilities after softmax, and cannot be folded.
-        normalization: `row`, `conditional` or `symmetric`; see `routing.transition_matrix`.
-        self_loops: Whether an expert is its own neighbour.
+        normalization: `row`, `conditional`, `symmetric` or `centred`; see `routing.transition_matrix`.
+        self_loops: Whether an expert is its own neighbour. `centred` always keeps its own logit whole.
         decay: Decay of the moving average, in [0, 1]. The graph averages over about 1 / (1 - decay) updates.
         warmup_steps: Number of graph updates over which the strength increases linearly from 0.
         graph: `ema`: learned by a moving average of co-selections. `frozen`: constant. `learned`: a parameter, trained
@@ -186,7 +187,7 @@ class SymphonyConfig:
     z_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
-        _check_number("strength", self.strength, 0, 1)
+        _check_number("strength", self.strength, -1, 1)
         _check_number("decay", self.decay, 0, 1)
         _check_number("warmup_steps", self.warmup_steps, 0, 2**53)
         _check_number("balance_loss_weight", self.balance_loss_weight, 0, 1e6)
@@ -205,6 +206,13 @@ class SymphonyConfig:
                 f"symphony: smoothing `scores` needs normalization `row`, got `{self.normalization}`: only a "
                 "row-stochastic matrix keeps probabilities a distribution"
             )
+        if self.smoothing == "scores" and self.strength < 0:
+            raise ConfigError(
+                f"symphony: smoothing `scores` needs a strength from 0 on, got {self.strength!r}: a negative one gives "
+                "negative probabilities"
+            )
+        if self.normalization == "centred" and not self.self_loops:
+            raise ConfigError("symphony: normalization `centred` needs `self_loops`: it never uses the graph's diagonal")
         if self.graph == "learned" and not self.self_loops:
             raise ConfigError(
                 "symphony: graph `learned` needs `self_loops`: without them, no expert has a neighbour at the start, "

@@ -83,7 +83,7 @@ def symphonize(
         for graph, adjacency_EE in zip(graphs, adjacencies, strict=True):
             with torch.no_grad():
                 graph.adjacency.copy_(adjacency_EE)
-    if all(router.contract.top_k == 1 for router in found) and settings.strength > 0:
+    if all(router.contract.top_k == 1 for router in found) and settings.strength != 0:
         tracker_of(model).checks.warn_once(
             "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
             "and Symphony has no effect",

@@ -31,6 +31,8 @@ from symphony_hf.patching.symphonize import symphony_routers
         {"strength": 0.3},
         {"normalization": "conditional"},
         {"normalization": "symmetric", "strength": 0.7},
+        {"normalization": "centred"},
+        {"strength": -0.5},
         {"self_loops": False},
         {"smoothing": "scores"},
         {"smoothing": "scores", "strength": 0.3},
@@ -57,7 +59,7 @@ def test_strength_zero_is_bit_for_bit_the_base_under_any_graph(family):
 
 @pytest.mark.parametrize("normalization", ["row", "conditional"])
 @pytest.mark.parametrize("self_loops", [True, False])
-@pytest.mark.parametrize("strength", [1.0, 0.4])
+@pytest.mark.parametrize("strength", [1.0, -0.4])
 def test_the_router_computes_the_formula(family, normalization, self_loops, strength):
     model = make_model(family)
     hidden_TD = 0.1 * torch.randn(7, model.config.hidden_size)  # far from where softmax saturates, into ties

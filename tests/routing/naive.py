@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-NORMALIZATIONS = ["row", "conditional", "symmetric"]
+NORMALIZATIONS = ["row", "conditional", "symmetric", "centred"]
 EPS32 = 2.0**-24  # the most by which one float32 operation can be off, relative to its result
 
 few = settings(deadline=None, derandomize=True, max_examples=15)
@@ -40,6 +40,8 @@ def moving_average(adjacency, counts, num_tokens, decay):
 
 def transition(adjacency, normalization="row", self_loops=True):
     size = len(adjacency)
+    if normalization == "centred":
+        return centred(adjacency)
     heard = [[adjacency[j][k] if self_loops or j != k else 0.0 for k in range(size)] for j in range(size)]
     mass = [sum(row) for row in heard]
     result = [[0.0] * size for _ in range(size)]
@@ -55,6 +57,23 @@ def transition(adjacency, normalization="row", self_loops=True):
                 result[j][k] = heard[j][k] / adjacency[j][j]
             else:
                 result[j][k] = heard[j][k] / math.sqrt(mass[j] * mass[k])
+    return result
+
+
+def centred(adjacency):
+    """The identity, plus each probability of k given j, less its expectation from how often each expert meets others."""
+    size = len(adjacency)
+    met = [sum(adjacency[j][k] for k in range(size) if k != j) for j in range(size)]
+    total = sum(met)
+    share = [m / (total - m) if total else 1.0 for m in met]
+    result = [[1.0 if j == k else 0.0 for k in range(size)] for j in range(size)]
+    for j in range(size):
+        if adjacency[j][j] == 0 or met[j] == 0:
+            continue
+        shared = sum(share[k] for k in range(size) if k != j)
+        for k in range(size):
+            if k != j:
+                result[j][k] = (adjacency[j][k] - met[j] * share[k] / shared) / adjacency[j][j]
     return result
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from symphony_hf.config import SymphonyConfig
+from symphony_hf.config import Normalization, Smoothing, SymphonyConfig
 from symphony_hf.errors import ConfigError
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ class Point:
             below the cut is lifted in) or `momentumsmoe` (the experts' outputs have momentum across blocks).
         strength: See `SymphonyConfig`, as for the next four.
         smoothing: `logits` or `scores`.
-        normalization: `row`, `conditional` or `symmetric`.
+        normalization: `row`, `conditional`, `symmetric` or `centred`.
         self_loops: Whether an expert is its own neighbour.
         decay: Decay of the moving average.
         graph: `ema`; `frozen`: the moving average stops after `freeze_after` of the steps; `learned` by gradient;
@@ -42,8 +42,8 @@ class Point:
 
     system: System = "smoe"
     strength: float = 1.0
-    smoothing: Literal["logits", "scores"] = "logits"
-    normalization: Literal["row", "conditional", "symmetric"] = "row"
+    smoothing: Smoothing = "logits"
+    normalization: Normalization = "row"
     self_loops: bool = True
     decay: float = 0.99
     graph: Graph = "ema"
