@@ -70,7 +70,9 @@ def test_a_compiled_model_and_other_wrappers():
     ("settings", "message"),
     [
         ({"strenght": 1}, "unknown setting `strenght`; did you mean `strength`"),
-        ({"strength": 1.5}, "`strength` must be between 0 and 1, got 1.5"),
+        ({"strength": 1.5}, "`strength` must be between -1 and 1, got 1.5"),
+        ({"strength": -0.5, "smoothing": "scores"}, "`scores` needs a strength from 0 on, got -0.5"),
+        ({"normalization": "centred", "self_loops": False}, "`centred` needs `self_loops`"),
         ({"strength": float("nan")}, "must be a number"),
         ({"strength": True}, "must be a number"),
         ({"decay": -0.1}, "`decay` must be between 0 and 1"),

@@ -31,6 +31,7 @@ from symphony_hf.checkpoints.graph_files import match_graphs
 SETTINGS = [
     {},
     {"strength": 0.4, "normalization": "conditional"},
+    {"strength": -0.3, "normalization": "centred"},
     {"smoothing": "scores"},
     {"graph": "learned"},
     {"layers": (1,)},
