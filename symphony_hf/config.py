@@ -212,7 +212,9 @@ class SymphonyConfig:
                 "negative probabilities"
             )
         if self.normalization == "centred" and not self.self_loops:
-            raise ConfigError("symphony: normalization `centred` needs `self_loops`: it never uses the graph's diagonal")
+            raise ConfigError(
+                "symphony: normalization `centred` needs `self_loops`: it never uses the diagonal"
+            )
         if self.graph == "learned" and not self.self_loops:
             raise ConfigError(
                 "symphony: graph `learned` needs `self_loops`: without them, no expert has a neighbour at the start, "

@@ -61,7 +61,7 @@ def transition(adjacency, normalization="row", self_loops=True):
 
 
 def centred(adjacency):
-    """The identity, plus each probability of k given j, less its expectation from how often each expert meets others."""
+    """The identity, plus each probability of k given j, less what is expected from how often experts meet."""
     size = len(adjacency)
     met = [sum(adjacency[j][k] for k in range(size) if k != j) for j in range(size)]
     total = sum(met)
