@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import yaml
 
-from .config import SymphonyConfig, check_names, parse_settings
+from .config import SymphonyConfig
 from .errors import ConfigError, nearest
+from .settings import check_names, parse_settings
 
 Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 DataKind = Literal["text", "chat", "glue", "llava"]
@@ -276,11 +277,9 @@ def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
 
 def _put(values: dict[str, Any], section: str, settings: Any, path: Path) -> None:
     """Merge settings into a section; null removes the section."""
-    if settings is None:
-        values[section] = None
-        return
     where = f"recipe `{path}`: {section}"
-    values[section] = {**check_names(values.get(section) or {}, None, where), **check_names(settings, None, where)}
+    below = check_names(values.get(section) or {}, None, where)
+    values[section] = None if settings is None else {**below, **check_names(settings, None, where)}
 
 
 def _build(values: dict[str, Any], where: str) -> Recipe:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from symphony_hf.checkpoints.saving import mark_savers, own_config
-from symphony_hf.config import from_mapping
 from symphony_hf.errors import ConfigError, PatchError, UpcycleError, nearest
 from symphony_hf.models.dense_mlp import MlpParts, read_mlp
 from symphony_hf.models.routers import ROUTERS, TEMPERATURE, CosineRouter, LinearRouter
 from symphony_hf.models.upcycled_moe import UpcycledMoE
+from symphony_hf.settings import from_mapping
 
 from .expert_graph import is_adapted
 

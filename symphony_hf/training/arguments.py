@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from symphony_hf.config import parse_settings
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Recipe
+from symphony_hf.settings import parse_settings
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 

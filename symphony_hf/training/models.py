@@ -21,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from symphony_hf.config import SymphonyConfig, check_names
+from symphony_hf.config import SymphonyConfig
 from symphony_hf.data.prepared import check_lengths
 from symphony_hf.errors import ConfigError, nearest
 from symphony_hf.models.llava import build_llava, llava_config, vision_config_of
 from symphony_hf.patching.symphonize import is_symphonized, symphonize
 from symphony_hf.patching.upcycle_modules import upcycle_modules
 from symphony_hf.recipe import ModelSection, PeftSection, Recipe
+from symphony_hf.settings import check_names
 
 from .zero import gathered
 

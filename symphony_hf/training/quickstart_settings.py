@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from symphony_hf.config import changed_settings, command_line
 from symphony_hf.errors import ConfigError
+from symphony_hf.settings import changed_settings, command_line
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
 _RECIPE = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))

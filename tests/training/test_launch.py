@@ -13,8 +13,8 @@ from models import make_ids, make_model
 from transformers import Trainer, TrainingArguments
 
 from symphony_hf import ConfigError, SymphonyCallback, symphonize
-from symphony_hf.config import parse_settings
 from symphony_hf.recipe import LaunchSection
+from symphony_hf.settings import parse_settings
 from symphony_hf.training.launch import Request, check_launch, expected_strategy, launch_command, requests_of
 
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU")

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from symphony_hf.config import SymphonyConfig, parse_settings
+from symphony_hf.config import SymphonyConfig
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, read_object, write_json
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.families.contract import RouterContract
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
+from symphony_hf.settings import parse_settings
 
 from .base_weights import sample_weights
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from symphony_hf.config import changed_settings, command_line
 from symphony_hf.errors import CheckpointError, ConfigError, nearest
 from symphony_hf.evaluation.settings import DTYPES
 from symphony_hf.files import check_file_place, check_folder_of
+from symphony_hf.settings import changed_settings, command_line
 
 MERGE_BY = ("graph", "outputs")
 PRUNE_BY = ("load", "centrality", "reap")

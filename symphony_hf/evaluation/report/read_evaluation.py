@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from symphony_hf.config import command_line
 from symphony_hf.diagnostics.labels import short_names
 from symphony_hf.evaluation.robustness.tables import verdicts
 from symphony_hf.evaluation.routing.pictures import captioned
 from symphony_hf.evaluation.routing.tables import findings, layer_rows
 from symphony_hf.evaluation.statistics import Interval
+from symphony_hf.settings import command_line
 
 from .runs import AttackRow, Comparison, Level, Run, as_interval, flat, is_interval
 from .tables import show, show_interval

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
-from symphony_hf.config import SymphonyConfig, check_names, parse_settings
+from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import ModelSection, Recipe, load_recipe
+from symphony_hf.settings import check_names, parse_settings
 
 from .point import SYSTEMS, Point
 

@@ -1,0 +1,113 @@
+"""Strict parsing of settings into dataclasses, and settings as the options of a command."""
+
+import dataclasses
+import inspect
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import ConfigError, nearest
+
+
+def check_names(settings: Any, known: Iterable[str] | None, where: str) -> dict[str, Any]:
+    """Check the names of settings.
+
+    Args:
+        settings: Value that should be a mapping of names to settings.
+        known: Known names; any name when None.
+        where: Description of the settings for the error message, such as "recipe.yaml: data".
+
+    Returns:
+        The settings as a dictionary.
+
+    Raises:
+        ConfigError: If `settings` is not a mapping, or a name is unknown. The message has the most similar known name.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{where}: expected settings by name, got {settings!r}")
+    known = None if known is None else list(known)
+    for name in settings:
+        if known is not None and name not in known:
+            raise ConfigError(f"{where}: unknown setting `{name}`; {nearest(str(name), known)}")
+    return dict(settings)
+
+
+def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **defaults: Any) -> Any:
+    """Build a dataclass from settings, converting each to the type of its field, such as `1e-4`, a string in YAML.
+
+    Args:
+        cls: Dataclass of this package or of another library.
+        settings: Values of fields by name.
+        where: Description of the settings for the error message.
+        **defaults: Values of fields that are not in `settings`.
+
+    Raises:
+        ConfigError: If a name is unknown, a value has the wrong type, or the dataclass refuses it.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser  # slow to import, and not needed by `import symphony_hf`
+
+    settings = check_names(settings, inspect.signature(cls).parameters, where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "settings")
+    try:
+        values = parser.parse_object({"settings": {**defaults, **settings}})
+        return parser.instantiate(values).settings
+    except ArgumentError as error:
+        named = re.search(r'Parser key "settings\.(\w+)', str(error))
+        problem = str(error) if named is None else _of_wrong_type(cls, named.group(1), settings)
+        raise ConfigError(f"{where}: {problem}") from error
+    except (ValueError, TypeError) as error:  # including the ConfigErrors of our dataclasses
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _of_wrong_type(cls: type, name: str, settings: Mapping[str, Any]) -> str:
+    wanted, got = typing.get_type_hints(cls)[name], settings.get(name)
+    is_union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(wanted) if is_union else (wanted,)
+    words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
+    if words:
+        return f"`{name}` is {got!r}; {nearest(str(got), words)}"
+    names = ("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    return f"`{name}` must be {' or '.join(names)}, got {got!r}"
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """Build a dataclass from a mapping.
+
+    Args:
+        cls: The dataclass.
+        values: Values of fields by name.
+        where: Description of the mapping for the error message, such as "symphony".
+
+    Raises:
+        ConfigError: If `values` is not a mapping, has an unknown key, or lacks a required one.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = check_names(values, fields, where)
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise ConfigError(f"{where}: `{name}` is missing")
+    return cls(**values)
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """Return the fields of a settings dataclass that are not at their defaults, by name."""
+    values = ((field, getattr(settings, field.name)) for field in dataclasses.fields(settings))
+    return {field.name: value for field, value in values if value != field.default}
+
+
+def command_line(command: str, *arguments: str, **options: Any) -> str:
+    """Return a `symphony` command, quoted for a shell. The values of a sequence are separated by commas."""
+    words = ["symphony", command, *arguments]
+    for name, value in options.items():
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", text]
+    return shlex.join(words)
