@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from symphony_hf.compat import __version__
-from symphony_hf.config import changed_settings, command_line
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.statistics import t_interval
 from symphony_hf.files import check_file_place, write_json
 from symphony_hf.routing.graph import count_coselections, initial_adjacency, transition_matrix, update_adjacency
 from symphony_hf.routing.smoothing import smooth_logits
+from symphony_hf.settings import changed_settings, command_line
 
 from .planted import TOP_K, Planted, draw_tokens, plant, share_right
 
