@@ -108,7 +108,7 @@ class DataSection:
         streaming: Whether to read a `text` data set during training, for one that does not fit on the disk.
         limit: Maximum number of examples of each split.
         vocab_size: Vocabulary size of the tokenizer that is trained if the model is built from a config.
-        tokenizer: Kind of that tokenizer: `bpe` for subwords, or `words` for words separated by whitespace.
+        tokenizer: Kind of that tokenizer: `bpe` for subwords, `words` for words separated by whitespace, `characters`.
     """
 
     kind: DataKind = "text"
@@ -123,7 +123,7 @@ class DataSection:
     streaming: bool = False
     limit: int | None = None
     vocab_size: int = 4096
-    tokenizer: Literal["bpe", "words"] = "bpe"
+    tokenizer: Literal["bpe", "words", "characters"] = "bpe"
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 2, f"`block_size` must be at least 2, got {self.block_size}")

@@ -1,4 +1,4 @@
-"""Tokenizers trained on a corpus, of subwords or of whole words, and their cache."""
+"""Tokenizers trained on a corpus, of subwords, of whole words or of characters, and their cache."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from symphony_hf.errors import ConfigError, SymphonyWarning
 
@@ -24,9 +24,10 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 _SPECIAL = (END_OF_TEXT, PADDING)
 END_OF_LINE, UNKNOWN = "<eos>", "<unk>"
-"""Special words of a word vocabulary, as in WikiText-103: the end of a line, and any word out of the vocabulary."""
+"""Special tokens of words, as in WikiText-103, and of characters: the end of a line (of a text, for characters), and
+what is not in the vocabulary."""
 
-TokenizerKind = Literal["bpe", "words"]
+TokenizerKind = Literal["bpe", "words", "characters"]
 _SMALLEST = len(_SPECIAL) + 256
 
 _FORMAT = 1
@@ -45,7 +46,8 @@ def train_tokenizer(
         vocab_size: Number of tokens, including special ones. A short text may give fewer.
         kind: `bpe`: byte-level BPE, which encodes any text losslessly, with `<|endoftext|>` (id 0) at the end of a text
             and `<|pad|>` (id 1) as padding. `words`: the most frequent words, separated by whitespace, with `<eos>`
-            (id 0) at the end of a line and of a text, and `<unk>` (id 1) for every other word.
+            (id 0) at the end of a line and of a text, and `<unk>` (id 1) for every other word. `characters`: the most
+            frequent characters, with `<eos>` (id 0) at the end of a text and `<unk>` (id 1) for every other one.
 
     Returns:
         The tokenizer, which adds no special tokens by itself.
@@ -56,6 +58,8 @@ def train_tokenizer(
     texts = [document.text for document in documents]
     if kind == "words":
         return _wrap(_count_words(texts, vocab_size))
+    if kind == "characters":
+        return _wrap(_count_characters(texts, vocab_size))
     if vocab_size < _SMALLEST:
         raise ConfigError(
             f"data: vocab_size must be {_SMALLEST} or more (256 bytes, 2 special tokens); got {vocab_size}"
@@ -111,14 +115,28 @@ def _train(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def _count_words(texts: list[str], vocab_size: int) -> Tokenizer:
-    # Ties are broken alphabetically, so that the same texts give the same vocabulary.
     counts = Counter(word for text in texts for word in text.split() if word not in (END_OF_LINE, UNKNOWN))
-    most_frequent = sorted(counts, key=lambda word: (-counts[word], word))
-    words = [END_OF_LINE, UNKNOWN, *most_frequent][:vocab_size]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer = _most_frequent(counts, vocab_size)
     tokenizer.normalizer = normalizers.Replace("\n", f" {END_OF_LINE} ")
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
+
+
+def _count_characters(texts: list[str], vocab_size: int) -> Tokenizer:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    tokenizer = _most_frequent(counts, vocab_size)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _most_frequent(counts: Counter[str], vocab_size: int) -> Tokenizer:
+    # Ties are broken alphabetically, so that the same texts give the same vocabulary.
+    most_frequent = sorted(counts, key=lambda token: (-counts[token], token))
+    tokens = [END_OF_LINE, UNKNOWN, *most_frequent][:vocab_size]
+    return Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
 
 
 def _wrap(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":

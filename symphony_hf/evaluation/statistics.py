@@ -249,6 +249,32 @@ def paired_ratio(values: Sequence[float], others: Sequence[float], confidence: f
     return t_interval([math.log(a / b) for a, b in zip(values, others, strict=True)], confidence).exp()
 
 
+def smallest_difference(
+    deviation: float, num_seeds: int, confidence: float = 0.95, power: float = 0.8
+) -> float | None:
+    """Compute the smallest mean difference that a paired t-test over seeds finds with a given power.
+
+    It is (t_confidence + t_power) deviation / sqrt(num_seeds), with two-sided t_confidence and one-sided t_power at
+    num_seeds - 1 degrees of freedom.
+
+    Args:
+        deviation: Standard deviation of the differences, from one seed to the next.
+        num_seeds: Number of pairs.
+        confidence: Confidence level of the test.
+        power: Probability of finding a true difference of this size.
+
+    Returns:
+        The difference in the deviation's units; None with fewer than two seeds.
+
+    Source: Dixon and Massey, "Introduction to Statistical Analysis". Deviation: the central t in place of the
+        noncentral one, which agrees within 6% at three seeds and 1% at eight.
+    """
+    if num_seeds < 2:
+        return None
+    quantiles = stats.t.ppf(0.5 + confidence / 2, num_seeds - 1) + stats.t.ppf(power, num_seeds - 1)
+    return float(quantiles * deviation / math.sqrt(num_seeds))
+
+
 def interval_text(values: Mapping[str, Any], digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
     """Format an estimate with its interval, or alone if it has none.
 

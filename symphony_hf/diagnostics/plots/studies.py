@@ -73,21 +73,18 @@ def _finish(figure: Figure, axes: Any, path: str | os.PathLike[str]) -> Path:
     return save_png(figure, path)
 
 
-_PANELS = (
-    ("clean", "clean perplexity\nover no graph's", 1.0, 1.0),
-    ("attacked", "attacked perplexity\nover no graph's", 1.0, 1.0),
-    ("routing_kept", "routing stability,\npoints more than no graph", 0.0, 100.0),
-)
-"""Measure, title, value without a difference, and scale of each panel."""
-
-
-def plot_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+def plot_points(
+    points: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    path: str | os.PathLike[str],
+    panels: Sequence[tuple[str, str, float, float]],
+) -> Path:
     """Draw each variant's comparisons, with one row per variant and one panel per measure.
 
     Args:
-        points: Comparisons by variant, then by `clean`, `attacked` (ratios) and `routing_kept` (difference of shares),
-            each with `estimate`, `low` and `high`; the latter two are None with one seed.
+        points: Comparisons by variant, then by measure, each with `estimate`, `low` and `high`; the latter two are None
+            with one seed.
         path: Path of the PNG file.
+        panels: Measure, title, value without a difference, and scale of each panel.
 
     Returns:
         The path.
@@ -100,14 +97,14 @@ def plot_points(points: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str
             "no variants to plot: a study needs at least one point besides the system without a graph"
         )
     figure = Figure(figsize=(10, 1.3 + 0.32 * len(points)), layout="constrained")
-    panels = figure.subplots(1, len(_PANELS), sharey=True)
-    for number, (axes, (measure, title, alike, scale)) in enumerate(zip(panels, _PANELS, strict=True)):
-        _draw_bars(axes, [values[measure] for values in points.values()], scale, COLORS[number])
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for number, (axes, (measure, title, alike, scale)) in enumerate(zip(drawn, panels, strict=True)):
+        _draw_bars(axes, [values[measure] for values in points.values()], scale, COLORS[number % len(COLORS)])
         axes.axvline(alike, color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(f"{title}\nagainst no graph", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    panels[0].set_yticks(range(len(points)), list(points), fontsize=8)
-    panels[0].invert_yaxis()
+    drawn[0].set_yticks(range(len(points)), list(points), fontsize=8)
+    drawn[0].invert_yaxis()
     figure.supxlabel("bars: 95% t-intervals over seeds; dashed: no difference", fontsize=9)
     return save_png(figure, path)
 

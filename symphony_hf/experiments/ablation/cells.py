@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -14,30 +16,84 @@ from symphony_hf.files import write_json
 from .point import Point
 from .study import Study
 
-_FORMAT = 3
+_FORMAT = 4
 """Format of a run's result. Raise it when the same settings give other numbers."""
 
 VERSIONS = {"symphony_hf": __version__, "torch": str(torch.__version__), "transformers": transformers_version()}
 """Versions that train a run. Runs of other versions are not mixed with these."""
 
 
+Stage = Literal["pretrain", "tune", "judge"]
+
+
 class StudyRun(NamedTuple):
-    """A point of the study with a seed: one training run."""
+    """A point of the study with a seed: one training run.
+
+    Attributes:
+        point: The point; for a pre-training, the plain model or a control.
+        seed: Seed of weights, batches and dropout.
+        stage: `pretrain`: trains a model that others fine-tune. `tune`: measured on held-out training text alone, for
+            the choice of a learning rate. `judge`: measured on the test text.
+        rate: Learning rate; the recipe's when None.
+    """
 
     point: Point
     seed: int
+    stage: Stage = "judge"
+    rate: float | None = None
 
     def name(self, identity: str) -> str:
         """Return the stem of its files' names."""
-        return f"{self.point.system}-{self.point.graph}-seed{self.seed}-{identity}"
+        kind = self.point.graph if self.point.control == "none" else self.point.control
+        parts = [self.point.system, kind, *(() if self.stage == "judge" else (self.stage,)), f"seed{self.seed}"]
+        return "-".join([*parts, identity])
+
+    def label(self, base: Point) -> str:
+        """Return the point, and what differs from a judged run at the recipe's learning rate."""
+        stage = {"pretrain": ", pre-training", "tune": ", tuning", "judge": ""}[self.stage]
+        rate = "" if self.rate is None else f", rate {self.rate:g}"
+        return f"{self.point.label(base)}{stage}{rate}, seed {self.seed}"
 
 
-def cells_of(study: Study) -> list[StudyRun]:
-    """Return all runs, the systems' pairs first and seed by seed, so that an interrupted study has whole pairs."""
+def cells_of(study: Study, rates: Mapping[Point, float] | None = None) -> list[StudyRun]:
+    """Return all judged runs, the systems' pairs first, seed by seed, so that an interrupted study has whole pairs.
+
+    Args:
+        study: The study.
+        rates: Chosen learning rates; points without one are left out if the study tunes them.
+    """
     points = study.points()
+    if study.learning_rates:
+        points = [point for point in points if point in (rates or {})]
     pairs = [point for point in points if point.is_plain or point == _base_of(study, point)]
     others = [point for point in points if point not in pairs]
-    return [StudyRun(point, seed) for group in (pairs, others) for seed in study.seeds for point in group]
+    return [
+        StudyRun(point, seed, rate=(rates or {}).get(point))
+        for group in (pairs, others)
+        for seed in study.seeds
+        for point in group
+    ]
+
+
+def tuning_cells(study: Study) -> list[StudyRun]:
+    """Return the runs that choose the learning rates: each point at each rate with each of the tuning seeds."""
+    return [
+        StudyRun(point, seed, "tune", rate)
+        for point in study.points()
+        for rate in study.learning_rates
+        for seed in study.tuning_seeds
+    ]
+
+
+def pretraining_of(study: Study, cell: StudyRun) -> StudyRun | None:
+    """Return the run that trains the model which a run fine-tunes; None without pre-training.
+
+    It is a plain model, or that of the run's own control.
+    """
+    if study.pretraining is None or cell.stage == "pretrain":
+        return None
+    point = cell.point if cell.point.control != "none" else cell.point.plain
+    return StudyRun(dataclasses.replace(point, damage=0.0), cell.seed, "pretrain")
 
 
 def _base_of(study: Study, point: Point) -> Point:
@@ -48,15 +104,22 @@ def digest_of(study: Study, cell: StudyRun, text_digest: str) -> str:
     """Return 16 hexadecimal digits that identify everything that decides a run's numbers."""
     recipe = study.recipe
     assert recipe.symphony is not None
-    train = {"learning_rate": study.learning_rate, "warmup_steps": study.warmup_steps}
+    steps = study.steps
+    if cell.stage == "pretrain":
+        assert study.pretraining is not None
+        steps = study.pretraining.max_steps
+    first = pretraining_of(study, cell)
+    train = {"learning_rate": cell.rate or study.learning_rate, "warmup_steps": study.warmup_steps}
     identity = {
         "format": _FORMAT,
         "versions": VERSIONS,
         "point": dataclasses.asdict(cell.point),
         "seed": cell.seed,
+        "stage": cell.stage,
+        "pretraining": None if first is None else digest_of(study, first, text_digest),
         "model": recipe.model.config,
         "symphony": cell.point.symphony(recipe.symphony).to_dict(),
-        "train": {**train, "steps": study.steps, "rows": study.batch_size, "block_size": recipe.data.block_size},
+        "train": {**train, "steps": steps, "rows": study.batch_size, "block_size": recipe.data.block_size},
         "text": text_digest,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -78,6 +141,10 @@ class Results:
         """Return the path of a run's result."""
         return self.folder / "cells" / f"{cell.name(digest_of(self.study, cell, self.text_digest))}.json"
 
+    def checkpoint(self, cell: StudyRun) -> Path:
+        """Return the path of a pre-trained model's weights."""
+        return self.folder / "pretrained" / f"{self.path(cell).stem}.safetensors"
+
     def log(self, cell: StudyRun) -> Path:
         """Return the path of a run's log."""
         return self.folder / "logs" / f"{self.path(cell).stem}.log"
@@ -92,6 +159,35 @@ class Results:
         write_json(self.path(cell), {"point": dataclasses.asdict(cell.point), "seed": cell.seed, **values})
 
 
+def all_cells(study: Study, rates: Mapping[Point, float]) -> list[StudyRun]:
+    """Return the runs of all stages, as far as their learning rates are known, in the order of the stages."""
+    cells = [*tuning_cells(study), *cells_of(study, rates)]
+    first = [run for cell in cells if (run := pretraining_of(study, cell)) is not None]
+    return [*dict.fromkeys(first), *cells]
+
+
+def chosen_rates(study: Study, results: Results) -> dict[Point, float]:
+    """Return the learning rate of each point whose tuning runs are all done: that of the lowest mean loss.
+
+    A rate at which a run diverged is not taken.
+    """
+    chosen = {}
+    for point in study.points():
+        losses = {rate: tuning_losses(study, results, point, rate) for rate in study.learning_rates}
+        means = {rate: sum(values) / len(values) for rate, values in losses.items() if values is not None}
+        if len(means) == len(losses) and any(math.isfinite(mean) for mean in means.values()):
+            chosen[point] = min(means, key=lambda rate: (means[rate], rate))
+    return chosen
+
+
+def tuning_losses(study: Study, results: Results, point: Point, rate: float) -> list[float] | None:
+    """Return a point's validation losses at a learning rate, by tuning seed; None while one is missing."""
+    runs = [results.load(StudyRun(point, seed, "tune", rate)) for seed in study.tuning_seeds]
+    if any(run is None for run in runs):
+        return None
+    return [math.inf if run["validation_loss"] is None else run["validation_loss"] for run in runs]  # type: ignore[index]
+
+
 def describe_plan(study: Study, results: Results, seconds_per_cell: float, workers: int) -> list[str]:
     """Describe the plan of a study, line by line.
 
@@ -101,18 +197,21 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
         seconds_per_cell: Measured seconds of one run.
         workers: Number of parallel processes.
     """
-    cells = cells_of(study)
+    rates = chosen_rates(study, results)
+    cells = all_cells(study, rates)
     waiting = [cell for cell in cells if results.load(cell) is None]
+    unknown = (len(study.points()) - len(rates)) * len(study.seeds) if study.learning_rates else 0
     lines = [
-        f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells)} runs of {study.tokens:,} tokens "
-        f"({study.steps:,} steps); {len(cells) - len(waiting)} are done"
+        f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells) + unknown} runs of {study.tokens:,} "
+        f"tokens ({study.steps:,} steps); {len(cells) - len(waiting)} are done"
     ]
     for cell in cells:
         mark = "waiting" if cell in waiting else "done   "
-        lines.append(f"  {mark}  {cell.point.label(study.base)}, seed {cell.seed}")
+        lines.append(f"  {mark}  {cell.label(study.base)}")
+    if unknown:
+        lines.append(f"  waiting  {unknown} runs at learning rates that are not chosen yet")
     lines += [f"  left out {combination}" for combination in study.left_out()]
-    hours = len(waiting) * seconds_per_cell / workers / 3600
-    lines.append(
-        f"About {seconds_per_cell:.0f} s per run, {hours:.1f} hours for {len(waiting)} of them, {workers} at a time"
-    )
+    count = len(waiting) + unknown
+    hours = count * seconds_per_cell / workers / 3600
+    lines.append(f"About {seconds_per_cell:.0f} s per run, {hours:.1f} hours for {count} of them, {workers} at a time")
     return lines

@@ -1,6 +1,8 @@
-"""Perplexity and routing of a trained model on clean and attacked test text."""
+"""Loss and routing of a trained model on held-out text, clean and attacked."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +32,22 @@ class Reading(NamedTuple):
     predicted: Tensor
 
     @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of all predicted tokens, in nats."""
+        return self.loss_of(self.predicted)
+
+    def loss_of(self, which_N: Tensor) -> float:
+        """Compute the mean negative log-likelihood of some predicted tokens, in nats."""
+        return float(self.nll[which_N & self.predicted].mean())
+
+    @property
     def perplexity(self) -> float:
         """Perplexity of all predicted tokens."""
-        return self.perplexity_of(self.predicted)
+        return math.exp(self.loss)
 
     def perplexity_of(self, which_N: Tensor) -> float:
         """Compute the perplexity of some predicted tokens."""
-        return math.exp(float(self.nll[which_N & self.predicted].mean()))
+        return math.exp(self.loss_of(which_N))
 
 
 @torch.inference_mode()
@@ -53,12 +64,14 @@ def read_stream(model: PreTrainedModel, stream_N: Tensor, block_size: int) -> Re
     if whole < len(stream_N):
         batches.append(stream_N[None, whole:])
     nll, chosen = [], []
-    for ids in batches:
-        output = model.model(input_ids=ids, output_router_logits=True)
-        following = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-        values = model.lm_head(output.last_hidden_state, following, reduction="none")
-        nll.append(nn.functional.pad(values[:, :-1], (1, 0)).flatten())
-        chosen.append(torch.stack([logits.topk(top_k).indices.sort(-1).values for logits in output.router_logits]))
+    with _choices(model) as choices:
+        for ids in batches:
+            output = model.model(input_ids=ids)
+            following = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+            values = model.lm_head(output.last_hidden_state, following, reduction="none")
+            nll.append(nn.functional.pad(values[:, :-1], (1, 0)).flatten())
+            chosen.append(torch.stack([indices[:, :top_k].sort(-1).values for indices in choices]))
+            choices.clear()
     predicted = torch.arange(len(stream_N)) % block_size > 0
     reading = Reading(torch.cat(nll).double(), torch.cat(chosen, dim=1), predicted)
     if not torch.isfinite(reading.nll).all():
@@ -66,40 +79,95 @@ def read_stream(model: PreTrainedModel, stream_N: Tensor, block_size: int) -> Re
     return reading
 
 
+@contextlib.contextmanager
+def _choices(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the experts that each router selects, layer by layer. Shape of each: (tokens, at least top_k)."""
+    choices: list[Tensor] = []
+    gates = [layer.moe.gate for layer in model.model.layers if layer.moe is not None]  # type: ignore[union-attr]
+    hooks = [gate.register_forward_hook(lambda _, __, outputs: choices.append(outputs[2])) for gate in gates]
+    try:
+        yield choices
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[str, Any]:
-    """Measure perplexities of validation, clean and attacked test text, and the routing under attack.
+    """Measure a model on validation, clean and attacked test text, and its routing under attack.
 
     Returns:
-        `validation`, `clean`, `attacked`: perplexities, each of its own words, as in the paper. `ratio`: attacked over
-        clean. `untouched_clean`, `untouched_attacked`: perplexities of the words that the attack leaves alone, in the
-        clean and in the attacked text. `routing_kept`: share of their experts that untouched words still choose under
-        attack, over those with an attacked word before them in their row; others cannot change. `load_entropy`:
-        normalized entropy of the experts' load on the clean test text, 1 for an even load, as a mean over layers; a
-        router that uses few experts keeps its choices more easily.
+        `validation_loss`: in nats per token. `load_entropy`: normalized entropy of the experts' load on the clean test
+        text, 1 for an even load, as a mean over layers; a router that uses few experts keeps its choices more easily.
+        For words, the values of `_measure_words`; for characters, those of `_measure_characters`.
     """
     validation = read_stream(model, text.validation, block_size)
-    streams = {None: text.test, WORD_SWAP: text.attacked}
-    measured = measure_forms(lambda form: read_stream(model, streams[form], block_size), [WORD_SWAP])
-    clean, attacked = measured.clean, measured.attacked[WORD_SWAP]
-    untouched = text.test == text.attacked
-    reached = untouched & _behind_an_attack(~untouched, block_size)
-    if not reached.any():
-        raise EvaluationError("no word has an attacked one before it in its row: raise the attack's rate")
-    return {
-        "validation": validation.perplexity,
-        **perplexity_levels(measured),
-        "untouched_clean": clean.perplexity_of(untouched),
-        "untouched_attacked": attacked.perplexity_of(untouched),
-        "routing_kept": 1.0 - float(flip_rate(clean.chosen[:, reached], attacked.chosen[:, reached]).mean()),
-        "load_entropy": _load_entropy(clean.chosen, int(model.config.num_experts)),  # type: ignore[union-attr]
+    streams = {None: text.test, **text.attacked}
+    readings = measure_forms(lambda form: read_stream(model, streams[form], block_size), text.attacked)
+    clean = readings.clean
+    num_experts = int(model.config.num_experts)  # type: ignore[union-attr]
+    values = {
+        "validation_loss": validation.loss,
+        "load_entropy": _load_entropy(clean.chosen, num_experts),
         "test_tokens": int(clean.predicted.sum()),
-        "attacked_tokens": int((clean.predicted & ~untouched).sum()),
-        "reached_tokens": int(reached.sum()),
+    }
+    if text.forgotten is not None:
+        values["forgotten_nats"] = read_stream(model, text.forgotten, block_size).loss
+    if WORD_SWAP not in text.attacked:
+        values["clean_nats"] = clean.loss
+        for rate, attacked in readings.attacked.items():
+            values |= _measure_characters(clean, attacked, text.test == text.attacked[rate], block_size, rate)
+        return values
+    untouched = text.test == text.attacked[WORD_SWAP]
+    return {
+        **values,
+        "validation": validation.perplexity,
+        **perplexity_levels(readings),
+        **_measure_words(clean, readings.attacked[WORD_SWAP], untouched, block_size),
     }
 
 
+def _measure_words(clean: Reading, attacked: Reading, untouched: Tensor, block_size: int) -> dict[str, Any]:
+    """Return `untouched_clean` and `untouched_attacked`, and the routing.
+
+    `clean`, `attacked` and `ratio` are perplexities of all words, each of its own, as in the paper. `untouched_clean`
+    and `untouched_attacked` are those of the words that the attack leaves alone, in the clean and in the attacked text.
+    """
+    kept, reached = _routing_kept(clean, attacked, untouched, block_size)
+    return {
+        "untouched_clean": clean.perplexity_of(untouched),
+        "untouched_attacked": attacked.perplexity_of(untouched),
+        "routing_kept": kept,
+        "attacked_tokens": int((clean.predicted & ~untouched).sum()),
+        "reached_tokens": reached,
+    }
+
+
+def _measure_characters(
+    clean: Reading, attacked: Reading, untouched: Tensor, block_size: int, rate: str
+) -> dict[str, Any]:
+    """Return the loss of the characters left alone, in nats, and the routing that they keep, under one damage rate."""
+    kept, reached = _routing_kept(clean, attacked, untouched, block_size)
+    return {
+        f"damaged_nats_{rate}": attacked.loss_of(untouched),
+        f"routing_kept_{rate}": kept,
+        f"reached_tokens_{rate}": reached,
+    }
+
+
+def _routing_kept(clean: Reading, attacked: Reading, untouched: Tensor, block_size: int) -> tuple[float, int]:
+    """Return the share of their experts that untouched tokens still choose under attack, and the number of these.
+
+    Only tokens with an attacked one before them in their row are counted; others cannot change.
+    """
+    reached = untouched & _behind_an_attack(~untouched, block_size)
+    if not reached.any():
+        raise EvaluationError("no token has an attacked one before it in its row: raise the attack's rate")
+    kept = 1.0 - float(flip_rate(clean.chosen[:, reached], attacked.chosen[:, reached]).mean())
+    return kept, int(reached.sum())
+
+
 def _behind_an_attack(attacked_N: Tensor, block_size: int) -> Tensor:
-    """Whether a word of the same row, before this one, was attacked. Shape: (tokens,)."""
+    """Whether a token of the same row, before this one, was attacked. Shape: (tokens,)."""
     rows = nn.functional.pad(attacked_N, (0, -len(attacked_N) % block_size)).view(-1, block_size).int()
     return (rows.cumsum(1) - rows > 0).flatten()[: len(attacked_N)]
 

@@ -17,7 +17,17 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 """Changes of each system to the model's config; the first three are the paper's."""
 
 System = Literal["smoe", "xmoe", "glam", "smoothsmoe", "momentumsmoe"]
-Graph = Literal["ema", "frozen", "learned", "random", "identity"]
+Graph = Literal["ema", "frozen", "learned", "random", "inference", "late", "identity"]
+Control = Literal["none", "frozen_routers", "chosen_experts"]
+CONTROLS = {
+    "frozen_routers": "routers frozen at random",
+    "chosen_experts": "as many experts as are chosen",
+}
+"""Positive controls, with their labels: what learning the routers is worth, and what more experts are worth."""
+
+
+_WITHOUT_A_GRAPH = ("system", "damage", "control")
+"""Settings that have an effect without a graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +43,13 @@ class Point:
         self_loops: Whether an expert is its own neighbour.
         decay: Decay of the moving average.
         graph: `ema`; `frozen`: the moving average stops after `freeze_after` of the steps; `learned` by gradient;
-            `random`: routed by the moving average with its experts shuffled; `identity`: no graph, the plain system.
+            `random`: routed by the moving average with its experts shuffled; `inference`: counted in training and
+            routed by afterwards only; `late`: its strength rises from 0 over the second half of the steps; `identity`:
+            no graph, the plain system.
         freeze_after: Share of the steps before a `frozen` graph stops.
+        layers: Decoder layer indices with a graph; all when None.
+        damage: Share of the training input that is replaced at random, anew in each batch, and not scored.
+        control: `frozen_routers` or `chosen_experts`: a control of the study, see `CONTROLS`; it has no graph.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -48,8 +63,15 @@ class Point:
     decay: float = 0.99
     graph: Graph = "ema"
     freeze_after: float = 0.25
+    layers: tuple[int, ...] | None = None
+    damage: float = 0.0
+    control: Control = "none"
 
     def __post_init__(self) -> None:
+        if not 0 <= self.damage < 1:
+            raise ConfigError(f"`damage` is a share of the training input, from 0 to below 1; got {self.damage}")
+        if self.control != "none" and self.graph != "identity":
+            raise ConfigError(f"`control` {self.control} has no graph: set `graph: identity`, got {self.graph}")
         if not 0 < self.freeze_after <= 1:
             raise ConfigError(f"`freeze_after` is a share of the steps, above 0 and up to 1; got {self.freeze_after}")
         self.symphony()  # raises on contradictory settings
@@ -62,18 +84,20 @@ class Point:
         """
         return dataclasses.replace(
             base or SymphonyConfig(),
-            strength=0.0 if self.graph == "identity" else self.strength,
+            strength=0.0 if self.graph in ("identity", "inference", "late") else self.strength,
             smoothing=self.smoothing,
             normalization=self.normalization,
             self_loops=self.self_loops,
             decay=self.decay,
             graph="learned" if self.graph == "learned" else "ema",
+            layers=self.layers if base is None or self.layers is not None else base.layers,
         )
 
     def canonical(self) -> "Point":
         """Return the simplest point with the same routing, so that none is run twice under two names."""
         if self.graph == "identity" or self.strength == 0:
-            return Point(system=self.system, graph="identity", strength=0.0)
+            kept = {name: getattr(self, name) for name in _WITHOUT_A_GRAPH}
+            return Point(graph="identity", strength=0.0, **kept)
         changes: dict[str, Any] = {}
         if self.graph != "frozen":
             changes["freeze_after"] = Point.freeze_after
@@ -83,28 +107,38 @@ class Point:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it routes as the system without a graph."""
+        """Whether it routes without a graph."""
         return self.canonical().graph == "identity"
 
     @property
     def plain(self) -> "Point":
-        """The same system without a graph, for comparison."""
+        """The same system as it is, for comparison: without a graph, undamaged, and no control."""
         return Point(system=self.system, graph="identity").canonical()
+
+    @property
+    def without_graph(self) -> "Point":
+        """The same point without a graph."""
+        return dataclasses.replace(self, graph="identity").canonical()
 
     def label(self, base: "Point") -> str:
         """Return the system and the differences from a base point, for tables."""
         point, base = self.canonical(), base.canonical()
-        if point.is_plain:
-            return f"{point.system}, no graph"
+        if point.control != "none":
+            return f"{point.system}, {CONTROLS[point.control]}"
+        compared = base.without_graph if point.is_plain else base
         changed = [
             f"{field.name} {_text(getattr(point, field.name))}"
             for field in dataclasses.fields(point)
-            if field.name != "system" and getattr(point, field.name) != getattr(base, field.name)
+            if field.name != "system" and getattr(point, field.name) != getattr(compared, field.name)
         ]
+        if point.is_plain:
+            return ", ".join([point.system, "no graph", *changed])
         if point.graph == "frozen" and f"freeze_after {point.freeze_after:g}" not in changed:
             changed.append(f"freeze_after {point.freeze_after:g}")
         return ", ".join([point.system, *(changed or ["graph"])])
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)

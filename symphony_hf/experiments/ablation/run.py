@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from symphony_hf.errors import ConfigError, SymphonyError
-from symphony_hf.files import check_file_place
+from symphony_hf.errors import ConfigError, EvaluationError, SymphonyError
+from symphony_hf.files import check_file_place, replacing
 from symphony_hf.patching.symphonize import expert_graphs
 
-from .cells import VERSIONS, Results, StudyRun, cells_of, describe_plan
-from .measure import measure
+from .cells import (
+    VERSIONS,
+    Results,
+    StudyRun,
+    all_cells,
+    cells_of,
+    chosen_rates,
+    describe_plan,
+    pretraining_of,
+    tuning_cells,
+)
+from .measure import measure, read_stream
 from .report import write_ablation
 from .study import Study, load_study, parse_changes
 from .text import StudyText, prepare_streams, read_streams
@@ -63,37 +75,84 @@ def run_ablation(
         study = load_study(study, parse_changes(changes))
     output = Path(output)
     check_file_place(output / "report.json", "ablate")
-    text = prepare_streams(study.recipe, output)
+    text = prepare_streams(study, output)
     results = Results(output, study, text.digest)
     if dry_run:
         return {"plan": describe_plan(study, results, _seconds_per_cell(study, results, text), workers)}
-    waiting = [cell for cell in cells_of(study) if results.load(cell) is None and not report_only]
-    failed = _run_cells(study, results, waiting, workers)
+    failed = {} if report_only else _run_stages(study, results, workers)
     return write_ablation(study, results, failed)
 
 
-def run_cell(study: Study, cell: StudyRun, text: StudyText) -> dict[str, Any]:
-    """Train and measure one run in this process."""
+def _run_stages(study: Study, results: Results, workers: int) -> dict[StudyRun, str]:
+    """Run what is not done yet of each stage: pre-training, tuning, judging. Returns the errors of failed runs."""
+    failed: dict[StudyRun, str] = {}
+    for cells_of_stage in (tuning_cells, lambda study: cells_of(study, chosen_rates(study, results))):
+        cells = [cell for cell in cells_of_stage(study) if results.load(cell) is None]
+        first = dict.fromkeys(run for cell in cells if (run := pretraining_of(study, cell)) is not None)
+        failed |= _run_cells(study, results, [run for run in first if results.load(run) is None], workers)
+        failed |= _run_cells(study, results, [c for c in cells if pretraining_of(study, c) not in failed], workers)
+    return failed
+
+
+def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | None = None) -> dict[str, Any]:
+    """Train and measure one run in this process.
+
+    Args:
+        study: The study.
+        cell: The run.
+        text: The study's text.
+        results: Results with the checkpoint that the run starts from or writes; needed with pre-training.
+    """
     torch.manual_seed(cell.seed)
-    model = build_model(study, cell.point, text.vocab_size)
-    trained = train(model, study, cell.point, cell.seed, text.train)
+    first = pretraining_of(study, cell)
+    assert (first is None and cell.stage != "pretrain") or results is not None
+    checkpoint = None if first is None or results is None else results.checkpoint(first)
+    model = build_model(study, cell.point, text.vocab_size, checkpoint)
+    stream, steps = text.train, study.steps
+    if cell.stage == "pretrain":
+        assert study.pretraining is not None and text.pretrain is not None
+        stream, steps = text.pretrain, study.pretraining.max_steps
+    trained = train(model, study, cell.point, cell.seed, stream, rate=cell.rate, steps=steps)
     started = time.perf_counter()
-    measured = measure(model, text, study.recipe.data.block_size)
+    if cell.stage == "judge":
+        measured = measure(model, text, study.recipe.data.block_size)
+        measured["graphs"] = {name: adjacency_EE.tolist() for name, adjacency_EE in expert_graphs(model).items()}
+    else:
+        measured = {"validation_loss": _validation_loss(model, study, text)}
+        if cell.stage == "pretrain" and results is not None:
+            _save_plain(model, results.checkpoint(cell))
     return {
         **trained,
         **measured,
+        "stage": cell.stage,
+        "learning_rate": cell.rate or study.learning_rate,
         "measure_seconds": time.perf_counter() - started,
         "machine": _machine(),
-        "tokens": study.tokens,
-        "tokens_per_cpu_second": study.tokens / trained["train_cpu_seconds"],
+        "tokens": study.tokens // study.steps * steps,
+        "tokens_per_cpu_second": study.tokens // study.steps * steps / trained["train_cpu_seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "graphs": {name: adjacency_EE.tolist() for name, adjacency_EE in expert_graphs(model).items()},
     }
+
+
+def _validation_loss(model: PreTrainedModel, study: Study, text: StudyText) -> float | None:
+    """Return the loss on held-out training text, in nats; None if the training diverged."""
+    try:
+        return read_stream(model, text.validation, study.recipe.data.block_size).loss
+    except EvaluationError:
+        return None
+
+
+def _save_plain(model: PreTrainedModel, path: Path) -> None:
+    """Write the weights of a model, without its graphs, as its plain form has them."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".symphony." not in name}
+    with replacing(path) as written:
+        save_file(weights, written)
 
 
 def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
     """Estimate the seconds of a run from the finished ones, or from a few steps at the base point."""
-    done = [values for cell in cells_of(study) if (values := results.load(cell)) is not None]
+    cells = all_cells(study, chosen_rates(study, results))
+    done = [values for cell in cells if (values := results.load(cell)) is not None]
     if done:
         return sum(values["train_seconds"] + values["measure_seconds"] for values in done) / len(done)
     train_settings = {**study.recipe.train, "max_steps": _TRIAL_STEPS}
@@ -104,7 +163,7 @@ def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
     train(model, trial, study.base, 0, text.train)  # warm-up
     seconds = train(model, trial, study.base, 0, text.train)["train_seconds"] / trial.tokens
     # A forward without gradients takes about a third of a training step.
-    return seconds * (study.tokens + (len(text.validation) + 2 * len(text.test)) / 3)
+    return seconds * (study.tokens + (len(text.validation) + (1 + len(text.attacked)) * len(text.test)) / 3)
 
 
 def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], workers: int) -> dict[StudyRun, str]:
@@ -114,8 +173,10 @@ def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], worker
     # Imported once, in the process from which the others are forked.
     context.set_forkserver_preload(["symphony_hf.experiments.ablation.run"])
     waiting, failed = list(cells), dict[StudyRun, str]()
+    if not waiting:
+        return failed
     running: dict[BaseProcess, StudyRun] = {}
-    with tqdm(total=len(cells), desc="ablation", unit=" runs", disable=None) as bar:
+    with tqdm(total=len(cells), desc=f"ablation, {cells[0].stage}", unit=" runs", disable=None) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -147,7 +208,7 @@ def _work(study: Study, cell: StudyRun, results: Results) -> None:
     logging.set_verbosity_error()
     try:
         text = read_streams(results.folder, results.text_digest)
-        results.save(cell, run_cell(study, cell, text))
+        results.save(cell, run_cell(study, cell, text, results))
     except SymphonyError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error

@@ -10,37 +10,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
 
-from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import ConfigError
-from symphony_hf.recipe import ModelSection, Recipe, load_recipe
+from symphony_hf.recipe import Recipe, load_recipe
 from symphony_hf.settings import check_names, parse_settings
 
-from .point import SYSTEMS, Point
+from .point import CONTROLS, SYSTEMS, Point
+from .recipe_checks import WHERE, check_recipe, check_routing, read_number
 
-_MODEL_TYPE = "wikitext_moe"
-_SCHEDULES = ("constant_with_warmup", "constant")
-_WHERE = "ablation"
-_HONOURED = (
-    *("max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps", "lr_scheduler_type"),
-    *("weight_decay", "max_grad_norm"),
-)
-_WITHOUT_EFFECT = ("logging_", "eval_", "save_", "per_device_eval_batch_size", "report_to", "use_cpu", "seed")
-"""Prefixes of train settings without effect on a run's numbers; its seeds are the study's."""
-_ROUTING = ("strength", "smoothing", "normalization", "self_loops", "decay", "graph")
-_PLAIN_FORM = {"router_type": "linear", "moe_every": 1, "momentum": None}
-"""Model settings of SMoE; every other system changes one of them."""
-_MODEL_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(ModelSection)
-    if field.name not in ("config", "path", "revision")
-}
+_LISTS = ("systems", "seeds", "damage", "learning_rates", "tuning_seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Training of a plain model before a fine-tuning study, once for each seed.
+
+    Args:
+        path: Text to pre-train on, as `data.path`; what a run forgets is measured on its test split.
+        max_steps: Number of optimizer steps, at the recipe's batch size and learning rate.
+    """
+
+    path: str
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ConfigError(f"`max_steps` must be at least 1, got {self.max_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """An ablation study.
+    """An ablation study. Every study has the two controls of `CONTROLS` for SMoE.
 
     Args:
         recipe: Model, text, training and attack of every run; a pre-training recipe of `wikitext_moe`.
@@ -50,6 +50,13 @@ class Study:
         seeds: Seeds of weights, batches and dropout. Runs of the same seed are compared in pairs.
         product: Whether to run all combinations of the axes' values instead of one change at a time. Combinations
             that `SymphonyConfig` refuses are left out.
+        damage: Shares of the test characters that are replaced at random; the others are scored. For text by
+            `characters`; text by `words` is attacked as the recipe says.
+        contamination: Share of the training text that is replaced at random, once, and scored like the rest.
+        pretraining: Pre-training of the models that the runs fine-tune; they start at random when None.
+        learning_rates: Learning rates that each point is tried at; the recipe's alone when empty. The one with the
+            lowest loss on held-out training text, as a mean over `tuning_seeds`, is the point's.
+        tuning_seeds: Seeds for the choice of the learning rate, none of which is in `seeds`.
         command: Command of the study, for the report, without the path of its text.
     """
 
@@ -59,42 +66,80 @@ class Study:
     axes: dict[str, list[Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     product: bool = False
+    damage: tuple[float, ...] = (0.05, 0.15)
+    contamination: float = 0.0
+    pretraining: Pretraining | None = None
+    learning_rates: tuple[float, ...] = ()
+    tuning_seeds: tuple[int, ...] = ()
     command: str = ""
 
     def __post_init__(self) -> None:
         for system in self.systems:
             if system not in SYSTEMS:
-                raise ConfigError(f"{_WHERE}: `systems` has {system!r}; known are {', '.join(SYSTEMS)}")
-        if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds):
-            raise ConfigError(f"{_WHERE}: `seeds` must be whole numbers; got {list(self.seeds)}")
+                raise ConfigError(f"{WHERE}: `systems` has {system!r}; known are {', '.join(SYSTEMS)}")
         if not isinstance(self.product, bool):
-            raise ConfigError(f"{_WHERE}: `product` must be true or false; got {self.product!r}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(f"{_WHERE}: `seeds` must be one or more, each once; got {list(self.seeds)}")
+            raise ConfigError(f"{WHERE}: `product` must be true or false; got {self.product!r}")
+        self._check_seeds()
+        self._check_shares()
         if self.axes and self.base.is_plain:
-            raise ConfigError(f"{_WHERE}: the base point has no graph that the axes could change: give it one")
-        _check_recipe(self.recipe)
-        _check_routing(self.recipe, self.base)
+            raise ConfigError(f"{WHERE}: the base point has no graph that the axes could change: give it one")
+        check_recipe(self.recipe)
+        check_routing(self.recipe, self.base)
+
+    def _check_seeds(self) -> None:
+        for name in ("seeds", "tuning_seeds"):
+            seeds = getattr(self, name)
+            if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+                raise ConfigError(f"{WHERE}: `{name}` must be whole numbers; got {list(seeds)}")
+            if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
+                raise ConfigError(f"{WHERE}: `{name}` must be one or more, each once; got {list(seeds)}")
+        if not self.seeds:
+            raise ConfigError(f"{WHERE}: `seeds` must be one or more, each once; got []")
+        if bool(self.learning_rates) != bool(self.tuning_seeds):
+            raise ConfigError(f"{WHERE}: `learning_rates` and `tuning_seeds` belong together: give both or neither")
+        if shared := sorted(set(self.seeds) & set(self.tuning_seeds)):
+            raise ConfigError(
+                f"{WHERE}: seeds {', '.join(map(str, shared))} are in `seeds` and in `tuning_seeds`: a form is not "
+                "judged on the runs that its learning rate was chosen by"
+            )
+
+    def _check_shares(self) -> None:
+        rates = self.learning_rates
+        if not all(_is_number(rate) and rate > 0 for rate in rates) or len(set(rates)) < len(rates):
+            raise ConfigError(f"{WHERE}: `learning_rates` must be positive numbers, each once; got {list(rates)}")
+        shares = {"contamination": [self.contamination], "damage": list(self.damage)}
+        for name, values in shares.items():
+            for value in values:
+                if not _is_number(value) or not 0 <= value < 1 or (name == "damage" and value == 0):
+                    low = "above 0" if name == "damage" else "from 0"
+                    raise ConfigError(f"{WHERE}: `{name}` is a share of the text, {low} to below 1; got {value!r}")
+        if len(set(self.damage)) < len(self.damage) or not self.damage:
+            raise ConfigError(f"{WHERE}: `damage` must be one or more rates, each once; got {list(self.damage)}")
+
+    @property
+    def by_characters(self) -> bool:
+        """Whether the text is read by characters, and otherwise by words."""
+        return self.recipe.data.tokenizer == "characters"
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps of a run."""
-        return int(_number(self.recipe, "max_steps"))
+        return int(read_number(self.recipe, "max_steps"))
 
     @property
     def batch_size(self) -> int:
         """Batch size."""
-        return int(_number(self.recipe, "per_device_train_batch_size"))
+        return int(read_number(self.recipe, "per_device_train_batch_size"))
 
     @property
     def learning_rate(self) -> float:
         """Learning rate after the warm-up."""
-        return _number(self.recipe, "learning_rate")
+        return read_number(self.recipe, "learning_rate")
 
     @property
     def warmup_steps(self) -> int:
         """Number of warm-up steps; the recipe may give a share of all steps."""
-        value = _number(self.recipe, "warmup_steps", 0.0)
+        value = read_number(self.recipe, "warmup_steps", 0.0)
         if self.recipe.train.get("lr_scheduler_type") == "constant":
             return 0  # as Trainer has it
         return math.ceil(value * self.steps) if value < 1 else int(value)
@@ -105,11 +150,12 @@ class Study:
         return self.steps * self.batch_size * self.recipe.data.block_size
 
     def points(self) -> list[Point]:
-        """Return all distinct points: the systems without and with a graph, then the axes' values."""
-        points = [point for system in self.systems for point in self._pair(system)]
+        """Return all distinct points: SMoE and its controls, the systems with and without a graph, the axes' values."""
+        controls = [Point(graph="identity"), *(Point(graph="identity", control=name) for name in CONTROLS)]  # type: ignore[arg-type]
+        points = controls + [point for system in self.systems for point in self._pair(system)]
         changed = [_changed(self.base, change) for change in self._changes() if not _refusal(self.base, change)]
-        # Each is compared with its system without a graph.
-        points += [point for one in changed for point in ([one] if one.system in self.systems else [one.plain, one])]
+        # Each is compared with its system as it is, and with itself without a graph.
+        points += [point for one in changed for point in (one.plain, one.without_graph, one)]
         return list(dict.fromkeys(point.canonical() for point in points))
 
     def left_out(self) -> list[str]:
@@ -150,12 +196,18 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
         raise ConfigError(f"{where}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is no YAML: {error}") from error
-    known = ("recipe", "overrides", "base", "systems", "axes", "seeds", "product")
+    known = ("recipe", "overrides", "base", "axes", "product", "contamination", "pretraining", *_LISTS)
     values = check_names(values, known, where)
+    changes = dict(overrides or {})
+    if values.get("pretraining") is not None or any(name.startswith("pretraining.") for name in changes):
+        pretraining = check_names(values.get("pretraining") or {}, None, f"{where}: pretraining")
+        for name in [name for name in changes if name.startswith("pretraining.")]:
+            pretraining[name.removeprefix("pretraining.")] = changes.pop(name)
+        values["pretraining"] = parse_settings(Pretraining, pretraining, f"{where}: pretraining")
     if not isinstance(values.get("recipe"), str):
         raise ConfigError(f"{where}: `recipe` must be the path of a recipe, from the study's folder")
     settings = check_names(values.pop("overrides", None) or {}, None, f"{where}: overrides")
-    recipe = load_recipe(path.parent / values.pop("recipe"), {**settings, **(overrides or {})})
+    recipe = load_recipe(path.parent / values.pop("recipe"), {**settings, **changes})
     base = parse_settings(Point, values.pop("base", None) or {}, f"{where}: base")
     axes = check_names(values.pop("axes", None) or {}, None, f"{where}: axes")
     for name, choices in axes.items():
@@ -163,7 +215,7 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
             raise ConfigError(f"{where}: axis `{name}` must be a list of values, got {choices!r}")
         for choice in choices:
             parse_settings(Point, _change(name, choice), f"{where}: axis `{name}`")
-    for name in ("systems", "seeds"):
+    for name in _LISTS:
         if name in values:
             if not isinstance(values[name], list):
                 raise ConfigError(f"{where}: `{name}` must be a list, got {values[name]!r}")
@@ -181,7 +233,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _command(path: Path, overrides: dict[str, Any]) -> str:
-    shown = {name: "TEXT" if name == "data.path" else value for name, value in overrides.items()}
+    shown = {name: "TEXT" if name.endswith(".path") else value for name, value in overrides.items()}
     changes = [word for name, value in shown.items() for word in ("--set", f"{name}={_yaml(value)}")]
     return shlex.join(["symphony", "ablate", str(path), "--output", "DIR", *changes])
 
@@ -210,72 +262,8 @@ def _refusal(point: Point, change: dict[str, Any]) -> str | None:
 
 
 def _changed(point: Point, change: dict[str, Any]) -> Point:
-    return parse_settings(Point, {**dataclasses.asdict(point), **change}, _WHERE)
+    return parse_settings(Point, {**dataclasses.asdict(point), **change}, WHERE)
 
 
-def _number(recipe: Recipe, name: str, default: float | None = None) -> float:
-    """Return a number of the train section; YAML reads `1e-3` as text."""
-    value = recipe.train.get(name, default)
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{_WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}"
-        ) from error
-
-
-def _check_recipe(recipe: Recipe) -> None:
-    """Refuse settings that the plain training loop of a run does not support."""
-    model_type = (recipe.model.config or {}).get("model_type")
-    if recipe.model.path is not None or model_type != _MODEL_TYPE:
-        raise ConfigError(
-            f"{_WHERE}: the recipe must build a `{_MODEL_TYPE}` model from a config, got "
-            f"{recipe.model.path or model_type}: the systems are forms of that one"
-        )
-    if recipe.symphony is None or recipe.data.kind != "text" or recipe.data.tokenizer != "words":
-        raise ConfigError(f"{_WHERE}: the recipe needs a `symphony` section, and data of kind `text` by `words`")
-    for name in ("max_steps", "per_device_train_batch_size", "learning_rate"):
-        if not _number(recipe, name) > 0:
-            raise ConfigError(f"{_WHERE}: the recipe's train section needs a positive `{name}`")
-    schedule = recipe.train.get("lr_scheduler_type", "linear")
-    if schedule not in _SCHEDULES:
-        raise ConfigError(
-            f"{_WHERE}: runs train with a constant rate after warm-up, as published; the recipe has "
-            f"lr_scheduler_type {schedule}"
-        )
-    only = {
-        "train.weight_decay": (_number(recipe, "weight_decay", 0.0), 0.0),
-        "train.max_grad_norm": (_number(recipe, "max_grad_norm", 1.0), 0.0),  # 1 is Trainer's
-        "eval.context": (recipe.eval.context, 0),
-        "data.streaming": (recipe.data.streaming, False),
-        "data.packing": (recipe.data.packing, False),
-        "peft": (recipe.peft, None),
-        **{f"model.{name}": (getattr(recipe.model, name), default) for name, default in _MODEL_DEFAULTS.items()},
-    }
-    for name, (value, wanted) in only.items():
-        if value != wanted:
-            raise ConfigError(f"{_WHERE}: `{name}` must be {wanted}, as in every run; the recipe has {value}")
-    unknown = [name for name in recipe.train if name not in _HONOURED and not name.startswith(_WITHOUT_EFFECT)]
-    if unknown:
-        raise ConfigError(f"{_WHERE}: runs support nothing of the recipe's train settings {', '.join(sorted(unknown))}")
-
-
-def _check_routing(recipe: Recipe, base: Point) -> None:
-    """Refuse recipe settings that the points of the study would silently override."""
-    assert recipe.symphony is not None
-    assert recipe.model.config is not None
-    usual, routed = SymphonyConfig(), base.symphony(recipe.symphony)
-    for name in _ROUTING:
-        value = getattr(recipe.symphony, name)
-        if value not in (getattr(usual, name), getattr(routed, name)):
-            raise ConfigError(
-                f"{_WHERE}: the recipe has symphony.{name} {value}, which the points of a study decide: set it in "
-                f"the study's `base`, `base: {{{name}: {value}}}`"
-            )
-    config = AutoConfig.for_model(**recipe.model.config)
-    for name, plain in _PLAIN_FORM.items():
-        if getattr(config, name) != plain:
-            raise ConfigError(
-                f"{_WHERE}: the recipe's model has {name} {getattr(config, name)}, which is a system of its own: take "
-                "a recipe of SMoE, and name the systems in the study's `systems`"
-            )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

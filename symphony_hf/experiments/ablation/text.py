@@ -11,20 +11,28 @@ from tokenizers import models
 from torch import Tensor
 
 from symphony_hf.data.blocks import token_stream
-from symphony_hf.data.corpus import corpus_of
-from symphony_hf.data.documents import SPLITS, Document
+from symphony_hf.data.corpus import load_corpus
+from symphony_hf.data.documents import Corpus, Document
 from symphony_hf.data.rows import thinned
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import DataError
-from symphony_hf.evaluation.clean_attacked import swap_words
+from symphony_hf.evaluation.clean_attacked import WORD_SWAP, swap_words
 from symphony_hf.files import replacing
-from symphony_hf.recipe import Recipe
+
+from .damage import replace_at_random
+from .study import Study
 
 ATTACK_TOKEN = "AAA"
 """Replacement word of the attack. It is always in the vocabulary, as in WikiText-103's."""
 
-VALIDATION_TOKENS = 16_384
+VALIDATION_TOKENS = {"words": 16_384, "characters": 65_536}
 """Maximum number of validation tokens: enough to choose a learning rate, and few beside the test text."""
+
+MAX_EPOCHS = 4
+"""Maximum number of times that a run may read its text: beyond it, a study measures memorization."""
+
+_ATTACKED = "attacked "
+"""Prefix of the attacked streams in the file."""
 
 
 class StudyText(NamedTuple):
@@ -34,60 +42,108 @@ class StudyText(NamedTuple):
         train: Training tokens. All streams are int64. Shape: (tokens,).
         validation: Tokens of the validation documents.
         test: Tokens of the test documents.
-        attacked: Tokens of the attacked test documents, as many as in `test`: each word is replaced by a word.
-        vocab_size: Number of words, with `<eos>`, `<unk>` and the attack's.
+        attacked: Forms of `test` by attack, of the same length: each changed token is replaced by one token.
+        vocab_size: Number of tokens, with `<eos>`, `<unk>` and, for words, the attack's.
         digest: Digest of all streams.
+        pretrain: Tokens to pre-train on, in a fine-tuning study.
+        forgotten: Tokens of the test split of that text.
     """
 
     train: Tensor
     validation: Tensor
     test: Tensor
-    attacked: Tensor
+    attacked: dict[str, Tensor]
     vocab_size: int
     digest: str
+    pretrain: Tensor | None = None
+    forgotten: Tensor | None = None
 
 
-def prepare_streams(recipe: Recipe, folder: Path) -> StudyText:
-    """Read a recipe's text, attack its test split, and write the tokens to a folder.
+def prepare_streams(study: Study, folder: Path) -> StudyText:
+    """Read a study's text, attack its test split, and write the tokens to a folder.
 
     Raises:
-        DataError: If the text does not exist, or a split is shorter than one row.
+        DataError: If the text does not exist, is too short for the study, or is changed in length by the attack.
     """
-    section, settings = recipe.data, recipe.eval
-    corpus = corpus_of(section)
-    tokenizer = cached_tokenizer(corpus, section.vocab_size - 1, kind="words")
-    _add_word(tokenizer, ATTACK_TOKEN)
+    section, settings = study.recipe.data, study.recipe.eval
+    corpus = _corpus(study, section.path)
+    first = None if study.pretraining is None else _corpus(study, study.pretraining.path)
+    kind = "characters" if study.by_characters else "words"
+    # The vocabulary is that of the first text that a model is trained on.
+    tokenizer = cached_tokenizer(first or corpus, section.vocab_size - 1, kind=kind)
+    if not study.by_characters:
+        _add_word(tokenizer, ATTACK_TOKEN)
     test = thinned(corpus.test, settings.documents)
     streams = {
         "train": _stream(thinned(corpus.train, section.limit), tokenizer),
-        "validation": _stream(corpus.validation, tokenizer)[:VALIDATION_TOKENS],
+        "validation": _stream(corpus.validation, tokenizer)[: VALIDATION_TOKENS[kind]],
         "test": _stream(test, tokenizer),
-        "attacked": _stream(swap_words(test, settings), tokenizer),
     }
-    for name, stream in streams.items():
-        if len(stream) < section.block_size:
-            raise DataError(
-                f"{corpus.source}: {name} has {len(stream):,} tokens, less than a row ({section.block_size})"
-            )
-    if len(streams["test"]) != len(streams["attacked"]):
+    if first is not None:
+        streams["pretrain"] = _stream(thinned(first.train, section.limit), tokenizer)
+        streams["forgotten"] = _stream(thinned(first.test, settings.documents), tokenizer)
+    _check_lengths(study, corpus.source, streams)
+    vocab_size = len(tokenizer)
+    if study.by_characters:
+        for rate in study.damage:
+            streams[f"{_ATTACKED}{rate:g}"] = replace_at_random(streams["test"], rate, vocab_size, settings.seed)
+    else:
+        streams[_ATTACKED + WORD_SWAP] = _stream(swap_words(test, settings), tokenizer)
+    if any(len(stream) != len(streams["test"]) for name, stream in streams.items() if name.startswith(_ATTACKED)):
         raise DataError(
             f"{corpus.source}: the attacked test text has a different number of tokens; does the tokenizer split words?"
         )
-    digest = hashlib.sha256(str(len(tokenizer)).encode())
+    streams["train"] = replace_at_random(streams["train"], study.contamination, vocab_size, settings.seed)
+    digest = hashlib.sha256(str(vocab_size).encode())
     for name, stream in streams.items():
         digest.update(name.encode() + stream.tobytes())
-    tensors = {name: torch.from_numpy(stream) for name, stream in streams.items()}
-    text = StudyText(**tensors, vocab_size=len(tokenizer), digest=digest.hexdigest())
-    with replacing(_file(folder, text.digest)) as written, written.open("wb") as file:
-        np.savez(file, **streams, vocab_size=np.array(text.vocab_size))  # type: ignore[arg-type]
-    return text
+    path = _file(folder, digest.hexdigest())
+    if not path.exists():
+        with replacing(path) as written, written.open("wb") as file:
+            np.savez(file, **streams, vocab_size=np.array(vocab_size))  # type: ignore[arg-type]
+    return read_streams(folder, digest.hexdigest())
 
 
 def read_streams(folder: Path, digest: str) -> StudyText:
     """Read the streams that `prepare_streams` wrote for the text with this digest."""
     with np.load(_file(folder, digest), allow_pickle=False) as arrays:
-        streams = {name: torch.from_numpy(arrays[name]) for name in (*SPLITS, "attacked")}
-        return StudyText(**streams, vocab_size=int(arrays["vocab_size"]), digest=digest)
+        streams = {name: torch.from_numpy(arrays[name]) for name in arrays if name != "vocab_size"}
+        attacked = {name: streams.pop(name) for name in list(streams) if name.startswith(_ATTACKED)}
+        return StudyText(
+            **streams,
+            attacked={name.removeprefix(_ATTACKED): stream for name, stream in attacked.items()},
+            vocab_size=int(arrays["vocab_size"]),
+            digest=digest,
+        )
+
+
+def _corpus(study: Study, path: str | None) -> Corpus:
+    section = study.recipe.data
+    return load_corpus(
+        path,
+        text_column=section.text_column,
+        name=section.name if path == section.path else None,
+        revision=section.revision if path == section.path else None,
+        lines=section.rows == "lines",
+    )
+
+
+def _check_lengths(study: Study, source: str, streams: dict[str, np.ndarray]) -> None:
+    """Refuse a text that is too short, before anything is run."""
+    block_size = study.recipe.data.block_size
+    for name, stream in streams.items():
+        if len(stream) < block_size:
+            raise DataError(f"{source}: {name} has {len(stream):,} tokens, less than a row ({block_size})")
+    needed = {"train": study.tokens}
+    if study.pretraining is not None:
+        needed["pretrain"] = study.tokens // study.steps * study.pretraining.max_steps
+    for name, tokens in needed.items():
+        epochs = tokens / len(streams[name])
+        if epochs > MAX_EPOCHS:
+            raise DataError(
+                f"{source}: {name} has {len(streams[name]):,} tokens, and a run reads {tokens:,}, which is "
+                f"{epochs:.1f} times the text: give more text or fewer steps, for at most {MAX_EPOCHS} times"
+            )
 
 
 def _file(folder: Path, digest: str) -> Path:

@@ -3,88 +3,49 @@
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from symphony_hf.patching.attachment import update_graphs
-from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
 from symphony_hf.patching.symphonize import symphonize, symphony_routers
 
+from .damage import damage_batch
+from .graph_control import GraphControl
 from .point import SYSTEMS, Point
 from .study import Study
 
 
-def frozen_after(point: Point, steps: int) -> int:
-    """Return the number of updates before a frozen graph stops."""
-    return max(1, round(point.freeze_after * steps))
-
-
-class GraphControl:
-    """Freezes or shuffles graphs during training. Call its methods before and after `update_graphs`.
-
-    Args:
-        model: A Symphony model.
-        point: Point whose `graph` is applied; only `frozen` and `random` have an effect.
-        steps: Number of updates of the whole run.
-        seed: Seed of the shuffling, which differs between routers.
-    """
-
-    def __init__(self, model: nn.Module, point: Point, steps: int, seed: int) -> None:
-        self.kind = point.graph
-        self.graphs: list[ExpertGraph] = [active_graph(router.symphony) for _, router in symphony_routers(model)]
-        self.freeze_at = frozen_after(point, steps)
-        self.updates = 0
-        generator = torch.Generator().manual_seed(seed)
-        self.orders = [torch.randperm(graph.num_experts, generator=generator) for graph in self.graphs]
-        self.learned = [graph.adjacency.detach().clone() for graph in self.graphs]
-
-    @torch.no_grad()
-    def before_update(self) -> None:
-        """Restore the moving average for the update."""
-        if self.kind == "random":
-            for graph, learned_EE in zip(self.graphs, self.learned, strict=True):
-                graph.adjacency.copy_(learned_EE)
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """Set the graph that the next forward routes by."""
-        self.updates += 1
-        if self.kind == "random":
-            for index, (graph, order_E) in enumerate(zip(self.graphs, self.orders, strict=True)):
-                self.learned[index] = graph.adjacency.clone()
-                graph.adjacency.copy_(shuffled(graph.adjacency, order_E))
-        elif self.kind == "frozen" and self.updates <= self.freeze_at:
-            self.learned = [graph.adjacency.clone() for graph in self.graphs]
-        elif self.kind == "frozen":
-            for graph, learned_EE in zip(self.graphs, self.learned, strict=True):
-                graph.adjacency.copy_(learned_EE)
-
-
-def shuffled(adjacency_EE: Tensor, order_E: Tensor) -> Tensor:
-    """Permute the experts of a graph, which keeps its weights and spectrum.
-
-    Args:
-        adjacency_EE: A co-selection graph. Shape: (num_experts, num_experts).
-        order_E: A permutation of the experts. Shape: (num_experts,).
-
-    Returns:
-        Q adjacency Q^T with the permutation matrix Q. Same shape.
-    """
-    return adjacency_EE[order_E][:, order_E]
-
-
 CURVE_POINTS = 40
+"""Number of points of a loss curve."""
 
 
-def build_model(study: Study, point: Point, vocab_size: int) -> PreTrainedModel:
-    """Build a model of the recipe's sizes with the point's system and routing, from the global generator."""
+def build_model(study: Study, point: Point, vocab_size: int, checkpoint: Path | None = None) -> PreTrainedModel:
+    """Build a model of the recipe's sizes with the point's system, control and routing, from the global generator.
+
+    Args:
+        study: The study.
+        point: The point.
+        vocab_size: Number of tokens.
+        checkpoint: Weights of a pre-trained model; at random when None.
+    """
     assert study.recipe.model.config is not None
     values = {**study.recipe.model.config, **SYSTEMS[point.system], "vocab_size": vocab_size, "use_cache": False}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    return symphonize(model, point.symphony(study.recipe.symphony))
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    if point.control == "chosen_experts":
+        config.num_experts = config.num_experts_per_tok
+    model = AutoModelForCausalLM.from_config(config)
+    if checkpoint is not None:
+        model.load_state_dict(load_file(checkpoint))
+    model = symphonize(model, point.symphony(study.recipe.symphony))
+    if point.control == "frozen_routers":
+        for _, router in symphony_routers(model):
+            router.requires_grad_(False)
+    return model
 
 
 def batches(stream_N: Tensor, block_size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -109,27 +70,49 @@ def batches(stream_N: Tensor, block_size: int, batch_size: int, seed: int) -> It
         waiting = waiting[batch_size:]
 
 
-def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_N: Tensor) -> dict[str, Any]:
+def train(
+    model: PreTrainedModel,
+    study: Study,
+    point: Point,
+    seed: int,
+    stream_N: Tensor,
+    *,
+    rate: float | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
     """Train a model in place with Adam, at a constant rate after the warm-up, as published.
+
+    Args:
+        model: A model of `build_model`.
+        study: The study.
+        point: The model's point.
+        seed: Seed of batches and damage.
+        stream_N: Training tokens. Shape: (tokens,).
+        rate: Learning rate; the recipe's when None.
+        steps: Number of optimizer steps; the study's when None.
 
     Returns:
         `curve`: pairs of (step, mean loss since the last pair, in nats per token); `train_seconds`: wall time;
         `train_cpu_seconds`: CPU time.
     """
-    rate, warmup = study.learning_rate, study.warmup_steps
+    rate, warmup, steps = rate or study.learning_rate, study.warmup_steps, steps or study.steps
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
-    control = GraphControl(model, point, study.steps, seed)
+    control = GraphControl(model, point, steps, seed)
+    damage = torch.Generator().manual_seed(seed)
+    vocab_size = int(model.config.vocab_size)  # type: ignore[union-attr]
     order = batches(stream_N, study.recipe.data.block_size, study.batch_size, seed)
-    every = max(1, study.steps // CURVE_POINTS)
+    every = max(1, steps // CURVE_POINTS)
     losses: list[Tensor] = []
     curve: list[tuple[int, float]] = []
     parent, started, cpu_started = os.getppid(), time.perf_counter(), time.process_time()
     model.train()
-    for step in range(1, study.steps + 1):
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, step / warmup) if warmup else rate
-        ids = next(order)
-        loss = model(input_ids=ids, labels=ids).loss
+        ids = labels = next(order)
+        if point.damage:
+            ids, labels = damage_batch(ids, point.damage, vocab_size, damage)
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -137,11 +120,12 @@ def train(model: PreTrainedModel, study: Study, point: Point, seed: int, stream_
         update_graphs(model)
         control.after_update()
         losses.append(loss.detach())
-        if step % every == 0 or step == study.steps:
+        if step % every == 0 or step == steps:
             curve.append((step, float(torch.stack(losses).mean())))
             losses.clear()
         if os.getppid() != parent:  # the parent process is gone
             raise SystemExit(1)
+    control.after_training()
     return {
         "curve": curve,
         "train_seconds": time.perf_counter() - started,

@@ -16,8 +16,11 @@ from symphony_hf.routing.graph import without_autocast
 IGNORED = -100
 """Label that is ignored, PyTorch's usual value."""
 
-_CPU_ROWS = 64
-"""Number of tokens in a chunk on a CPU, small enough for the logits to stay in its caches."""
+_ROWS = 64
+"""Minimum number of tokens in a chunk."""
+
+_CPU_CHUNK = 1 << 19
+"""Number of logits in a chunk on a CPU, small enough to stay in its caches."""
 
 _CHUNK = 1 << 28
 """Number of logits in a chunk on other devices."""
@@ -104,7 +107,8 @@ class _SummedNll(torch.autograd.Function):
 
 def _chunks(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits (C, V) in float32 and labels (C,) of a few tokens at a time."""
-    rows = _CPU_ROWS if hidden_TD.device.type == "cpu" else max(_CPU_ROWS, _CHUNK // len(weight_VD))
+    chunk = _CPU_CHUNK if hidden_TD.device.type == "cpu" else _CHUNK
+    rows = max(_ROWS, chunk // len(weight_VD))
     for hidden_CD, labels_C in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True):
         yield torch.addmm(bias_V, hidden_CD, weight_VD.T).float(), labels_C
 

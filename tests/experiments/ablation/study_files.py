@@ -15,16 +15,22 @@ eval: {attack_rate: 0.1, attack_minimum: 1, seed: 0, documents: 3}
 """
 
 
-def write_study(folder: Path, study: str) -> Path:
-    """A study beside its recipe and its text."""
-    generator = random.Random(0)
+def write_text(folder: Path, seed: int = 0) -> Path:
+    """A folder of generated documents."""
+    generator = random.Random(seed)
     words = [f"word{index}" for index in range(40)]
     for split, count in (("train", 40), ("test", 6)):
         for number in range(count):
-            path = folder / "text" / split / f"{number}.txt"
+            path = folder / split / f"{number}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [" ".join(generator.choices(words, k=11)) for _ in range(4)]
             path.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_study(folder: Path, study: str) -> Path:
+    """A study beside its recipe and its text."""
+    write_text(folder / "text")
     (folder / "recipe.yaml").write_text(RECIPE.replace("TEXT", str(folder / "text")))
     path = folder / "study.yaml"
     path.write_text(f"recipe: recipe.yaml\n{study}\n")

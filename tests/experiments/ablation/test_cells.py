@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from symphony_hf.experiments.ablation.cells import StudyRun
+from symphony_hf.experiments.ablation.graph_control import GraphControl, shuffled
 from symphony_hf.experiments.ablation.measure import measure
 from symphony_hf.experiments.ablation.point import SYSTEMS, Point
 from symphony_hf.experiments.ablation.run import run_cell
 from symphony_hf.experiments.ablation.text import prepare_streams, read_streams
-from symphony_hf.experiments.ablation.train import GraphControl, batches, build_model, shuffled, train
+from symphony_hf.experiments.ablation.train import batches, build_model, train
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs
 
@@ -25,17 +26,19 @@ def study(make_study):
 
 @pytest.fixture
 def text(study, tmp_path):
-    return prepare_streams(study.recipe, tmp_path / "out")
+    return prepare_streams(study, tmp_path / "out")
 
 
 def test_the_attacked_text_is_the_test_text_with_a_word_of_its_own(study, text, tmp_path):
-    changed = text.test != text.attacked
+    attacked = text.attacked["word swap"]
+    changed = text.test != attacked
     assert 0.05 < changed.float().mean() < 0.15
     # Its word is in the vocabulary, though no training text has it: the last, and never the unknown word's.
-    assert set(text.attacked[changed].tolist()) == {text.vocab_size - 1}
+    assert set(attacked[changed].tolist()) == {text.vocab_size - 1}
     assert text.vocab_size - 1 not in text.train
     again = read_streams(tmp_path / "out", text.digest)
-    assert all(torch.equal(a, b) for a, b in zip(again[:4], text[:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again[:3], text[:3], strict=True))
+    assert torch.equal(again.attacked["word swap"], attacked)
 
 
 def test_batches_take_every_row_once_before_any_twice():
@@ -102,8 +105,8 @@ def test_the_measures_are_those_of_a_loop_over_rows(study, text):
     train(model, study, Point(), 0, text.train)
     measured = measure(model, text, 16)
     nll, chosen = {}, {}
-    for name in ("test", "attacked"):
-        stream = getattr(text, name)
+    streams = {"test": text.test, "attacked": text.attacked["word swap"]}
+    for name, stream in streams.items():
         nll[name], chosen[name] = [], []
         for start in range(0, len(stream), 16):
             row = stream[None, start : start + 16]
@@ -117,7 +120,7 @@ def test_the_measures_are_those_of_a_loop_over_rows(study, text):
     for name, values in nll.items():
         known = [value for value in values if value is not None]
         perplexity[name] = math.exp(sum(known) / len(known))
-    same = [index for index in range(len(text.test)) if text.test[index] == text.attacked[index]]
+    same = [index for index in range(len(text.test)) if text.test[index] == streams["attacked"][index]]
     reached = [i for i in same if any(n not in same for n in range(i // 16 * 16, i))]
     assert 0 < len(reached) < len(same)
     kept = [len(a & b) / 2 for i in reached for a, b in zip(chosen["test"][i], chosen["attacked"][i], strict=True)]

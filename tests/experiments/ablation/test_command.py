@@ -20,9 +20,9 @@ def test_a_dry_run_prints_the_plan_and_its_time_and_trains_no_cell(run, tmp_path
     result = run("--dry_run", "--set", "max_steps=20", "--workers", "2")
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.output.splitlines()]
-    assert lines[0].startswith("3 points, 2 seeds: 6 runs of 640 tokens (20 steps); 0 are done")
+    assert lines[0].startswith("5 points, 2 seeds: 10 runs of 640 tokens (20 steps); 0 are done")
     assert "waiting  smoe, decay 0.9, seed 1" in lines
-    assert any(line.endswith("hours for 6 of them, 2 at a time") for line in lines)
+    assert any(line.endswith("hours for 10 of them, 2 at a time") for line in lines)
     assert not (tmp_path / "out" / "cells").exists()
 
 

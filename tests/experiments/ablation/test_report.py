@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from symphony_hf.experiments.ablation.cells import Results, StudyRun, cells_of
+from symphony_hf.experiments.ablation.cells import Results, StudyRun, cells_of, chosen_rates, tuning_cells
+from symphony_hf.experiments.ablation.comparison import NO_VERDICT
 from symphony_hf.experiments.ablation.report import markdown, print_ablation, write_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
 
@@ -17,18 +18,27 @@ def result(clean, attacked, kept, entropy=0.9):
         **{"validation": 90.0, "clean": clean, "attacked": attacked, "ratio": attacked / clean},
         **{"untouched_clean": clean, "untouched_attacked": attacked, "routing_kept": kept},
         **{"train_seconds": 1.0, "train_cpu_seconds": 1.0, "tokens_per_cpu_second": 1.0, "measure_seconds": 1.0},
-        **{"load_entropy": entropy, "reached_tokens": 1},
+        **{"load_entropy": entropy, "reached_tokens": 1, "stage": "judge", "learning_rate": 0.01},
         **{"tokens": 192, "curve": [(1, 5.0), (2, 4.0)], "parameters": 1, "test_tokens": 1, "attacked_tokens": 1},
         "machine": {"torch": "2", "cores": 2},
         "graphs": {"model.layers.0.moe.gate": GRAPH, "model.layers.1.moe.gate": GRAPH},
     }
 
 
+def save_controls(study, results, seeds=3, worse=1.02):
+    """Controls that are worse than 100, 110 and 120 by a factor that hardly depends on the seed."""
+    for number, point in enumerate(point for point in study.points() if point.control != "none"):
+        for seed in range(seeds):
+            clean = (100 + 10 * seed) * worse * (1 + 0.001 * seed * (number + 1))
+            results.save(StudyRun(point, seed), result(clean, 1.25 * clean, 0.8 - 0.001 * seed, 0.99 - 0.001 * seed))
+
+
 @pytest.fixture
 def report(make_study, tmp_path):
     study = make_study("seeds: [0, 1, 2]\naxes: {decay: [0.9]}")
     results = Results(tmp_path / "out", study, "text")
-    plain, graph, decay = study.points()
+    save_controls(study, results)
+    plain, _, _, graph, decay = study.points()
     for seed, clean in enumerate((100.0, 110.0, 120.0)):
         results.save(StudyRun(plain, seed), result(clean, 1.2 * clean, 0.9))
         results.save(StudyRun(graph, seed), result(clean * math.exp(-0.01 * (seed + 1)), 1.1 * clean, 0.91))
@@ -38,7 +48,7 @@ def report(make_study, tmp_path):
 
 
 def test_ratios_are_paired_by_seed_and_their_intervals_are_t(report):
-    _, graph, decay = report["rows"]
+    *_, graph, decay = report["rows"]
     # Logarithms -0.01, -0.02, -0.03: mean -0.02, standard error 0.01 / sqrt(3), t at 2 degrees of freedom 4.303.
     half = 4.302653 * 0.01 / math.sqrt(3)
     clean = graph["against_plain"]["clean"]
@@ -58,12 +68,13 @@ def test_ratios_are_paired_by_seed_and_their_intervals_are_t(report):
 def test_the_graph_is_set_beside_itself_with_its_experts_shuffled(make_study, tmp_path):
     study = make_study("seeds: [0, 1, 2]\naxes: {graph: [random]}")
     results = Results(tmp_path / "out", study, "text")
-    plain, graph, shuffled = study.points()
+    save_controls(study, results)
+    plain, _, _, graph, shuffled = study.points()
     for seed in range(3):
-        results.save(StudyRun(plain, seed), result(100.0, 120.0, 0.90, 0.95))
+        results.save(StudyRun(plain, seed), result(100.0 + 10 * seed, 120.0, 0.90, 0.95))
         results.save(StudyRun(graph, seed), result(100.0, 120.0, 0.94 + 0.01 * seed, 0.85 + 0.001 * seed))
         results.save(StudyRun(shuffled, seed), result(100.0, 120.0, 0.93, 0.95))
-    of_graph, of_shuffled = write_ablation(study, results, {})["rows"][1:]
+    of_graph, of_shuffled = write_ablation(study, results, {})["rows"][3:]
     assert of_graph["against_plain"]["routing_kept"]["verdict"] == "better"
     # 0.01, 0.02, 0.03: mean 0.02, standard error 0.01 / sqrt(3): the interval has 0 in it.
     against = of_graph["against_shuffled"]["routing_kept"]
@@ -91,7 +102,7 @@ def test_the_files_are_there(report, tmp_path):
 
 def test_a_report_alone_runs_nothing(make_study, tmp_path):
     report = run_ablation(make_study("seeds: [0]"), tmp_path / "out", report_only=True)
-    assert (report["rows"], len(report["missing"])) == ([], 2)
+    assert (report["rows"], len(report["missing"])) == ([], 4)
     assert not (tmp_path / "out" / "cells").exists()
 
 
@@ -99,5 +110,62 @@ def test_a_report_without_runs_lists_what_is_missing(make_study, tmp_path):
     study = make_study("")
     empty = write_ablation(study, Results(tmp_path / "out", study, "text"), {})
     assert empty["rows"] == []
-    assert len(empty["missing"]) == len(cells_of(study)) == 6
+    assert len(empty["missing"]) == len(cells_of(study)) == 12
     assert dataclasses.asdict(study.base) == empty["settings"]["base"]
+
+
+def test_a_study_whose_controls_do_not_separate_prints_no_verdict(make_study, tmp_path, capsys):
+    study = make_study("seeds: [0, 1, 2]")
+    results = Results(tmp_path / "out", study, "text")
+    plain, frozen, chosen, graph = study.points()
+    for seed in range(3):
+        results.save(StudyRun(plain, seed), result(100.0, 120.0, 0.9))
+        results.save(StudyRun(frozen, seed), result(99.0 + seed, 120.0, 0.8))  # 99, 100, 101
+        results.save(StudyRun(chosen, seed), result(110.0, 130.0 + seed, 1.0))
+        results.save(StudyRun(graph, seed), result(101.0 + 0.01 * seed, 119.0 + 0.01 * seed, 0.95))
+    report = write_ablation(study, results, {})
+    compared = report["rows"][3]["against_plain"]
+    assert compared["clean"]["low"] > 1  # the difference and its interval are there
+    assert {values["verdict"] for values in compared.values()} == {NO_VERDICT}
+    page = markdown(report)
+    assert "**Nothing can be concluded**" in page
+    print_ablation(report)
+    for text in (page, capsys.readouterr().out):
+        assert not any(word in text for word in ("better,", ", better", ", worse", "not distinguishable"))
+
+
+def test_a_study_without_its_controls_prints_no_verdict(make_study, tmp_path):
+    study = make_study("seeds: [0, 1]")
+    results = Results(tmp_path / "out", study, "text")
+    for point in (study.points()[0], study.points()[3]):
+        for seed in range(2):
+            results.save(StudyRun(point, seed), result(100.0 + (point.graph == "ema") + 0.001 * seed, 120.0, 0.9))
+    report = write_ablation(study, results, {})
+    assert report["rows"][1]["against_plain"]["clean"]["verdict"] == NO_VERDICT
+    assert "the control with frozen routers has no run beside SMoE yet" in markdown(report)
+
+
+def test_the_smallest_difference_is_that_of_the_forms_spread(report):
+    # Only the graph has three seeds beside SMoE: logarithms -0.01, -0.02, -0.03 with deviation 0.01. At 2 degrees of
+    # freedom, t is 4.302653 at 97.5% and 1.060660 at 80%.
+    assert report["sight"]["measures"]["clean"]["smallest"] == pytest.approx(
+        math.exp((4.302653 + 1.060660) * 0.01 / math.sqrt(3)), rel=1e-6
+    )
+    frozen = report["sight"]["measures"]["clean"]["frozen_routers"]
+    assert frozen["estimate"] == pytest.approx(1.02 * (1 * 1.001 * 1.002) ** (1 / 3))
+    assert report["sight"]["concludes"]
+
+
+def test_the_learning_rate_is_chosen_on_its_own_seeds_and_judged_once(make_study, tmp_path):
+    study = make_study("seeds: [0]\nlearning_rates: [0.1, 0.2, 0.3]\ntuning_seeds: [8, 9]")
+    results = Results(tmp_path / "out", study, "text")
+    assert cells_of(study, chosen_rates(study, results)) == []  # nothing is judged before its rate is known
+    losses = {(0.1, 8): 2.0, (0.1, 9): 2.2, (0.2, 8): 2.1, (0.2, 9): 1.9, (0.3, 8): 1.0, (0.3, 9): None}
+    for cell in tuning_cells(study):
+        results.save(cell, {**result(1.0, 1.0, 1.0), "validation_loss": losses[cell.rate, cell.seed]})
+    # 0.3 diverged with one of the seeds; of the others, 0.2 has the lower mean.
+    assert set(chosen_rates(study, results).values()) == {0.2}
+    cells = cells_of(study, chosen_rates(study, results))
+    assert {(cell.seed, cell.rate, cell.stage) for cell in cells} == {(0, 0.2, "judge")}
+    page = markdown(write_ablation(study, results, {}))
+    assert "| smoe, no graph | 2.1000 | 2.0000 | inf | 0.2 |" in page

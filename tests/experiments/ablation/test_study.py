@@ -25,6 +25,8 @@ def test_the_points_are_one_change_each_and_each_routing_once(make_study):
     study = make_study(AXES)
     assert [point.label(study.base) for point in study.points()] == [
         "smoe, no graph",
+        "smoe, routers frozen at random",
+        "smoe, as many experts as are chosen",
         "smoe, graph",
         "glam, no graph",
         "glam, graph",
@@ -34,14 +36,14 @@ def test_the_points_are_one_change_each_and_each_routing_once(make_study):
         "smoe, self_loops false",
     ]
     cells = cells_of(study)
-    assert len(set(cells)) == len(cells) == 16
+    assert len(set(cells)) == len(cells) == 20
     # The pairs of every seed come first, so that what a stopped study has is whole.
-    assert [cell.seed for cell in cells] == [3] * 4 + [4] * 4 + [3] * 4 + [4] * 4
+    assert [cell.seed for cell in cells] == [3] * 6 + [4] * 6 + [3] * 4 + [4] * 4
 
 
 def test_a_product_has_every_combination(make_study):
     study = make_study("product: true\naxes: {strength: [0.25, 0.5], decay: [0.9, 0.99], graph: [ema, random]}")
-    assert len(study.points()) == 2 + 8
+    assert len(study.points()) == 2 + 2 + 8
     assert study.left_out() == []
 
 
@@ -51,6 +53,8 @@ def test_a_product_lists_invalid_combinations_as_left_out(make_study, tmp_path):
     labels = [point.label(study.base) for point in study.points()]
     assert labels == [
         "smoe, no graph",
+        "smoe, routers frozen at random",
+        "smoe, as many experts as are chosen",
         "smoe, graph",
         "smoe, graph learned",
         "smoe, normalization symmetric",
@@ -101,9 +105,9 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
     results = Results(tmp_path / "out", study, "text")
     results.save(cells_of(study)[2], {})
     lines = describe_plan(study, results, seconds_per_cell=720.0, workers=2)
-    assert lines[0] == "8 points, 2 seeds: 16 runs of 192 tokens (6 steps); 1 are done"
-    assert [line.split()[0] for line in lines[1:-1]] == ["waiting"] * 2 + ["done"] + ["waiting"] * 13
-    assert lines[-1] == "About 720 s per run, 1.5 hours for 15 of them, 2 at a time"
+    assert lines[0] == "10 points, 2 seeds: 20 runs of 192 tokens (6 steps); 1 are done"
+    assert [line.split()[0] for line in lines[1:-1]] == ["waiting"] * 2 + ["done"] + ["waiting"] * 17
+    assert lines[-1] == "About 720 s per run, 1.9 hours for 19 of them, 2 at a time"
 
 
 @pytest.mark.parametrize(
@@ -132,9 +136,19 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
         ("", {"weight_decay": 0.1}, "`train.weight_decay` must be 0.0"),
         ("", {"model.dtype": "bfloat16"}, "`model.dtype` must be auto"),
         ("", {"eval.context": 4}, "`eval.context` must be 0"),
-        ("", {"data.tokenizer": "bpe"}, "of kind `text` by `words`"),
+        ("", {"data.tokenizer": "bpe"}, "of kind `text` by `words` or `characters`"),
         ("", {"data.packing": True}, "`data.packing` must be False"),
         ("", {"model.path": "somewhere"}, "must build a `wikitext_moe` model"),
+        ("damage: [0.05, 1.5]", {}, "`damage` is a share of the text, above 0 to below 1; got 1.5"),
+        ("damage: []", {}, "one or more rates, each once"),
+        ("contamination: -0.1", {}, "`contamination` is a share of the text, from 0 to below 1; got -0.1"),
+        ("axes: {damage: [1.0]}", {}, "`damage` is a share of the training input"),
+        ("axes: {control: [frozen_routers]}", {}, "has no graph: set `graph: identity`"),
+        ("learning_rates: [0.1]", {}, "belong together"),
+        ("learning_rates: [0.1, 0.1]\ntuning_seeds: [9]", {}, "positive numbers, each once"),
+        ("learning_rates: [0.1]\ntuning_seeds: [0]", {}, "seeds 0 are in `seeds` and in `tuning_seeds`"),
+        ("pretraining: {path: text}", {}, "max_steps"),
+        ("pretraining: {path: text, max_steps: 0}", {}, "`max_steps` must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(make_study, study, overrides, message):
@@ -151,7 +165,7 @@ def test_a_recipe_of_another_system_is_refused(make_study, form):
 
 def test_what_the_recipe_and_the_base_both_say_is_no_contradiction(make_study):
     study = make_study("base: {decay: 0.9}", **{"symphony.decay": 0.9})
-    assert study.points()[1].decay == 0.9
+    assert study.points()[-1].decay == 0.9
 
 
 def test_the_warm_up_is_trainers(make_study):

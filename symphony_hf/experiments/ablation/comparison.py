@@ -1,0 +1,197 @@
+"""Comparisons of a study's points by seed, and what the study can see: its two positive controls come first."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from symphony_hf.evaluation.statistics import SeedInterval, interval_text, smallest_difference, t_interval
+from symphony_hf.tables import Table
+
+from .point import CONTROLS, Point
+from .study import Study
+
+PERPLEXITIES = ("validation", "clean", "attacked", "ratio", "untouched_clean", "untouched_attacked")
+"""Measures of text by words that are compared by ratios; the others are compared by differences."""
+
+WORD_MEASURES = (*PERPLEXITIES, "routing_kept", "load_entropy")
+
+NO_VERDICT = "no verdict"
+"""Verdict of a study whose controls do not separate."""
+
+Runs = Mapping[int, Mapping[str, Any]]
+"""Finished runs of a point, by seed."""
+
+
+def measures_of(study: Study) -> tuple[str, ...]:
+    """Return the names of a study's measures, as a run's result has them."""
+    if not study.by_characters:
+        return WORD_MEASURES
+    names = ["validation_loss", "clean_nats"]
+    names += [] if study.pretraining is None else ["forgotten_nats"]
+    names += [f"{kind}_{rate:g}" for kind in ("damaged_nats", "routing_kept") for rate in study.damage]
+    return (*names, "load_entropy")
+
+
+def title_of(measure: str) -> str:
+    """Return the heading of a measure."""
+    name, _, rate = measure.rpartition("_")
+    titles = {"damaged_nats": "nats, {} damaged", "routing_kept": "choices kept, {} damaged"}
+    if name in titles:
+        return titles[name].format(f"{float(rate):.0%}" if rate[:1].isdigit() else rate)
+    own = {
+        "clean_nats": "nats, clean",
+        "forgotten_nats": "nats, first text",
+        "validation_loss": "nats, held-out training text",
+        "ratio": "attacked / clean",
+        "routing_kept": "routing stability",
+    }
+    return own.get(measure, measure.replace("_", " "))
+
+
+def is_share(measure: str) -> bool:
+    """Whether a measure is a share of choices, shown in percent."""
+    return measure.startswith("routing_kept")
+
+
+def compare(runs: Runs, others: Runs, measures: Sequence[str]) -> dict[str, SeedInterval]:
+    """Return each measure's difference, or ratio for perplexities, with its interval, over the seeds that both have."""
+    shared = sorted(runs.keys() & others.keys())
+    compared = {}
+    for measure in measures if shared else ():
+        interval = t_interval(_differences(runs, others, measure))
+        compared[measure] = interval.exp() if measure in PERPLEXITIES else interval
+    return compared
+
+
+def _differences(runs: Runs, others: Runs, measure: str) -> list[float]:
+    """Return the differences of runs by seed; for perplexities, those of their logarithms."""
+    shared = sorted(runs.keys() & others.keys())
+    pairs = [(runs[seed][measure], others[seed][measure]) for seed in shared]
+    if measure in PERPLEXITIES:
+        return [math.log(a / b) for a, b in pairs]
+    return [a - b for a, b in pairs]
+
+
+def null_of(measure: str) -> float:
+    """Return the value of a comparison that means no difference."""
+    return 1.0 if measure in PERPLEXITIES else 0.0
+
+
+def verdict_of(measure: str, interval: SeedInterval, visible: bool = True) -> str:
+    """Return the verdict of one comparison, without a correction for multiple comparisons.
+
+    Args:
+        measure: Name of the measure.
+        interval: Interval of the comparison.
+        visible: Whether the study's controls show that it can see routing by this measure.
+    """
+    if not visible:
+        return NO_VERDICT
+    if interval.low is None:
+        return "one seed"
+    null = null_of(measure)
+    if not interval.excludes(null):
+        return "not distinguishable"
+    is_higher = interval.estimate > null
+    if measure == "load_entropy":
+        return "higher" if is_higher else "lower"  # neither is better in itself
+    return "better" if is_higher == is_share(measure) else "worse"
+
+
+def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
+    """Return what a study can see.
+
+    Returns:
+        `concludes`: whether learning the routers is worth something on the clean text, with an interval that excludes
+        no difference; without it, no verdict is given at all. `measures`: for each measure, the control minus SMoE of
+        each control that was run; `smallest`, the smallest difference (or ratio) that as many seeds tell from none,
+        see `smallest_difference`; and `visible`, whether a
+        verdict can be given on this measure, which also needs one of the two controls to differ in it.
+    """
+    plain = Point(graph="identity").canonical()
+    controls = {name: dataclasses.replace(plain, control=name) for name in CONTROLS}  # type: ignore[arg-type]
+    measures = measures_of(study)
+    values = {name: compare(by_point.get(point, {}), by_point.get(plain, {}), measures) for name, point in controls.items()}
+    clean = "clean_nats" if study.by_characters else "clean"
+    learned = values["frozen_routers"].get(clean)
+    concludes = learned is not None and learned.low is not None and learned.low > null_of(clean)
+    found = {}
+    for measure in measures:
+        differences = {name: compared[measure] for name, compared in values.items() if measure in compared}
+        separated = any(interval.excludes(null_of(measure)) for interval in differences.values())
+        found[measure] = {
+            **{name: dataclasses.asdict(interval) for name, interval in differences.items()},
+            "smallest": _smallest(by_point, plain, list(controls.values()), measure),
+            "visible": concludes and separated,
+        }
+    return {"concludes": concludes, "clean": clean, "measures": found}
+
+
+def _smallest(by_point: Mapping[Point, Runs], plain: Point, controls: list[Point], measure: str) -> float | None:
+    """Return the smallest difference that the seeds can tell, from the pooled spread of the forms against SMoE.
+
+    Without forms, from that of the controls.
+    """
+    forms = [point for point in by_point if point not in controls and point != plain]
+    for group in (forms, controls):
+        pairs = [_differences(by_point.get(point, {}), by_point.get(plain, {}), measure) for point in group]
+        spreads = [(len(values), _variance(values)) for values in pairs if len(values) > 1]
+        if spreads:
+            deviation = math.sqrt(sum(variance for _, variance in spreads) / len(spreads))
+            smallest = smallest_difference(deviation, min(count for count, _ in spreads))
+            return math.exp(smallest) if smallest is not None and measure in PERPLEXITIES else smallest
+    return None
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def sight_page(sight: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a report that say what the study can see."""
+    lines = ["## What this study can see", ""]
+    learned = sight["measures"][sight["clean"]].get("frozen_routers")
+    if learned is None:
+        lines.append("**Nothing can be concluded**: the control with frozen routers has no run beside SMoE yet.")
+    elif sight["concludes"]:
+        lines.append(
+            f"Learning the routers is worth {difference_text(learned, sight['clean'])} on clean text (routers frozen at "
+            "random against SMoE, 95% interval over seeds), so a form of the routing can matter here."
+        )
+    else:
+        lines.append(
+            "**Nothing can be concluded** about routing from this study: routers that are frozen at random cannot be told "
+            f"from learned ones on clean text ({difference_text(learned, sight['clean'])}). No verdict is given."
+        )
+    rows = []
+    for measure, values in sight["measures"].items():
+        controls = [difference_text(values[name], measure) if name in values else "" for name in CONTROLS]
+        rows.append([title_of(measure), *controls, _smallest_text(values["smallest"], measure), "yes" if values["visible"] else "no"])
+    header = ("measure", *(f"{label}, against SMoE" for label in CONTROLS.values()), "smallest difference", "verdicts")
+    lines += [
+        "",
+        Table("", header, rows).to_markdown(),
+        "",
+        "Smallest difference: what a paired t-test over these seeds, two-sided at 95%, finds four times out of five: "
+        "(t at 97.5% + t at 80%) times the standard deviation of the differences by seed, over the square root of the "
+        "number of seeds; the deviation is pooled over the forms. A difference below it may be there and not be found. "
+        "Verdicts are given on measures in which a control differs from SMoE.",
+    ]
+    return lines
+
+
+def _smallest_text(value: float | None, measure: str) -> str:
+    if value is None:
+        return ""
+    if is_share(measure):
+        return f"{100 * value:.2f} points"
+    return f"ratio {value:.4f}" if measure in PERPLEXITIES else f"{value:.4f}"
+
+
+def difference_text(values: Mapping[str, Any], measure: str) -> str:
+    """Format a comparison of a measure: a ratio, a difference, or a difference of shares in points."""
+    if is_share(measure):
+        return f"{interval_text(values, 2, 100, '+')} points"
+    return interval_text(values, 4, sign="" if measure in PERPLEXITIES else "+")

@@ -1,0 +1,101 @@
+"""Checks of a study's recipe: a run supports a part of what recipes can say, and refuses the rest."""
+
+import dataclasses
+from typing import Any
+
+from transformers import AutoConfig
+
+from symphony_hf.config import SymphonyConfig
+from symphony_hf.errors import ConfigError
+from symphony_hf.recipe import ModelSection, Recipe
+
+from .point import Point
+
+WHERE = "ablation"
+TOKENIZERS = ("words", "characters")
+_MODEL_TYPE = "wikitext_moe"
+_SCHEDULES = ("constant_with_warmup", "constant")
+_HONOURED = (
+    *("max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps", "lr_scheduler_type"),
+    *("weight_decay", "max_grad_norm"),
+)
+_WITHOUT_EFFECT = ("logging_", "eval_", "save_", "per_device_eval_batch_size", "report_to", "use_cpu", "seed")
+"""Prefixes of train settings without effect on a run's numbers; its seeds are the study's."""
+_ROUTING = ("strength", "smoothing", "normalization", "self_loops", "decay", "graph")
+_PLAIN_FORM = {"router_type": "linear", "moe_every": 1, "momentum": None}
+"""Model settings of SMoE; every other system changes one of them."""
+_MODEL_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelSection)
+    if field.name not in ("config", "path", "revision")
+}
+
+
+def read_number(recipe: Recipe, name: str, default: float | None = None) -> float:
+    """Return a number of the train section; YAML reads `1e-3` as text."""
+    value = recipe.train.get(name, default)
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}"
+        ) from error
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse settings that the plain training loop of a run does not support."""
+    model_type = (recipe.model.config or {}).get("model_type")
+    if recipe.model.path is not None or model_type != _MODEL_TYPE:
+        raise ConfigError(
+            f"{WHERE}: the recipe must build a `{_MODEL_TYPE}` model from a config, got "
+            f"{recipe.model.path or model_type}: the systems are forms of that one"
+        )
+    if recipe.symphony is None or recipe.data.kind != "text" or recipe.data.tokenizer not in TOKENIZERS:
+        raise ConfigError(
+            f"{WHERE}: the recipe needs a `symphony` section, and data of kind `text` by `words` or `characters`"
+        )
+    for name in ("max_steps", "per_device_train_batch_size", "learning_rate"):
+        if not read_number(recipe, name) > 0:
+            raise ConfigError(f"{WHERE}: the recipe's train section needs a positive `{name}`")
+    schedule = recipe.train.get("lr_scheduler_type", "linear")
+    if schedule not in _SCHEDULES:
+        raise ConfigError(
+            f"{WHERE}: runs train with a constant rate after warm-up, as published; the recipe has "
+            f"lr_scheduler_type {schedule}"
+        )
+    only = {
+        "train.weight_decay": (read_number(recipe, "weight_decay", 0.0), 0.0),
+        "train.max_grad_norm": (read_number(recipe, "max_grad_norm", 1.0), 0.0),  # 1 is Trainer's
+        "eval.context": (recipe.eval.context, 0),
+        "data.streaming": (recipe.data.streaming, False),
+        "data.packing": (recipe.data.packing, False),
+        "peft": (recipe.peft, None),
+        **{f"model.{name}": (getattr(recipe.model, name), default) for name, default in _MODEL_DEFAULTS.items()},
+    }
+    for name, (value, wanted) in only.items():
+        if value != wanted:
+            raise ConfigError(f"{WHERE}: `{name}` must be {wanted}, as in every run; the recipe has {value}")
+    unknown = [name for name in recipe.train if name not in _HONOURED and not name.startswith(_WITHOUT_EFFECT)]
+    if unknown:
+        raise ConfigError(f"{WHERE}: runs support nothing of the recipe's train settings {', '.join(sorted(unknown))}")
+
+
+def check_routing(recipe: Recipe, base: Point) -> None:
+    """Refuse recipe settings that the points of the study would silently override."""
+    assert recipe.symphony is not None
+    assert recipe.model.config is not None
+    usual, routed = SymphonyConfig(), base.symphony(recipe.symphony)
+    for name in _ROUTING:
+        value = getattr(recipe.symphony, name)
+        if value not in (getattr(usual, name), getattr(routed, name)):
+            raise ConfigError(
+                f"{WHERE}: the recipe has symphony.{name} {value}, which the points of a study decide: set it in "
+                f"the study's `base`, `base: {{{name}: {value}}}`"
+            )
+    config = AutoConfig.for_model(**recipe.model.config)
+    for name, plain in _PLAIN_FORM.items():
+        if getattr(config, name) != plain:
+            raise ConfigError(
+                f"{WHERE}: the recipe's model has {name} {getattr(config, name)}, which is a system of its own: take "
+                "a recipe of SMoE, and name the systems in the study's `systems`"
+            )
