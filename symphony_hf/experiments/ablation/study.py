@@ -52,6 +52,7 @@ class Study:
             that `SymphonyConfig` refuses are left out.
         damage: Shares of the test characters that are replaced at random; the others are scored. For text by
             `characters`; text by `words` is attacked as the recipe says.
+        test_tokens: Maximum number of test tokens; all when None.
         contamination: Share of the training text that is replaced at random, once, and scored like the rest.
         pretraining: Pre-training of the models that the runs fine-tune; they start at random when None.
         learning_rates: Learning rates that each point is tried at; the recipe's alone when empty. The one with the
@@ -67,6 +68,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     product: bool = False
     damage: tuple[float, ...] = (0.05, 0.15)
+    test_tokens: int | None = None
     contamination: float = 0.0
     pretraining: Pretraining | None = None
     learning_rates: tuple[float, ...] = ()
@@ -107,6 +109,8 @@ class Study:
         rates = self.learning_rates
         if not all(_is_number(rate) and rate > 0 for rate in rates) or len(set(rates)) < len(rates):
             raise ConfigError(f"{WHERE}: `learning_rates` must be positive numbers, each once; got {list(rates)}")
+        if self.test_tokens is not None and not (type(self.test_tokens) is int and self.test_tokens > 0):
+            raise ConfigError(f"{WHERE}: `test_tokens` must be a positive whole number; got {self.test_tokens!r}")
         shares = {"contamination": [self.contamination], "damage": list(self.damage)}
         for name, values in shares.items():
             for value in values:
@@ -196,7 +200,7 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
         raise ConfigError(f"{where}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is no YAML: {error}") from error
-    known = ("recipe", "overrides", "base", "axes", "product", "contamination", "pretraining", *_LISTS)
+    known = ("recipe", "overrides", "base", "axes", "product", "test_tokens", "contamination", "pretraining", *_LISTS)
     values = check_names(values, known, where)
     changes = dict(overrides or {})
     if values.get("pretraining") is not None or any(name.startswith("pretraining.") for name in changes):

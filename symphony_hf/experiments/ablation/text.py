@@ -77,18 +77,18 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
     streams = {
         "train": _stream(thinned(corpus.train, section.limit), tokenizer),
         "validation": _stream(corpus.validation, tokenizer)[: VALIDATION_TOKENS[kind]],
-        "test": _stream(test, tokenizer),
+        "test": _stream(test, tokenizer)[: study.test_tokens],
     }
     if first is not None:
         streams["pretrain"] = _stream(thinned(first.train, section.limit), tokenizer)
-        streams["forgotten"] = _stream(thinned(first.test, settings.documents), tokenizer)
+        streams["forgotten"] = _stream(thinned(first.test, settings.documents), tokenizer)[: study.test_tokens]
     _check_lengths(study, corpus.source, streams)
     vocab_size = len(tokenizer)
     if study.by_characters:
         for rate in study.damage:
             streams[f"{_ATTACKED}{rate:g}"] = replace_at_random(streams["test"], rate, vocab_size, settings.seed)
     else:
-        streams[_ATTACKED + WORD_SWAP] = _stream(swap_words(test, settings), tokenizer)
+        streams[_ATTACKED + WORD_SWAP] = _stream(swap_words(test, settings), tokenizer)[: study.test_tokens]
     if any(len(stream) != len(streams["test"]) for name, stream in streams.items() if name.startswith(_ATTACKED)):
         raise DataError(
             f"{corpus.source}: the attacked test text has a different number of tokens; does the tokenizer split words?"
