@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from symphony_hf.experiments.ablation.report import print_ablation
+from symphony_hf.experiments.ablation.page import print_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
 from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
 from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts

@@ -249,9 +249,7 @@ def paired_ratio(values: Sequence[float], others: Sequence[float], confidence: f
     return t_interval([math.log(a / b) for a, b in zip(values, others, strict=True)], confidence).exp()
 
 
-def smallest_difference(
-    deviation: float, num_seeds: int, confidence: float = 0.95, power: float = 0.8
-) -> float | None:
+def smallest_difference(deviation: float, num_seeds: int, confidence: float = 0.95, power: float = 0.8) -> float | None:
     """Compute the smallest mean difference that a paired t-test over seeds finds with a given power.
 
     It is (t_confidence + t_power) deviation / sqrt(num_seeds), with two-sided t_confidence and one-sided t_power at

@@ -112,7 +112,9 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
     plain = Point(graph="identity").canonical()
     controls = {name: dataclasses.replace(plain, control=name) for name in CONTROLS}  # type: ignore[arg-type]
     measures = measures_of(study)
-    values = {name: compare(by_point.get(point, {}), by_point.get(plain, {}), measures) for name, point in controls.items()}
+    values = {
+        name: compare(by_point.get(point, {}), by_point.get(plain, {}), measures) for name, point in controls.items()
+    }
     clean = "clean_nats" if study.by_characters else "clean"
     learned = values["frozen_routers"].get(clean)
     concludes = learned is not None and learned.low is not None and learned.low > null_of(clean)
@@ -149,26 +151,37 @@ def _variance(values: Sequence[float]) -> float:
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
-def sight_page(sight: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a report that say what the study can see."""
-    lines = ["## What this study can see", ""]
+def sight_sentence(sight: Mapping[str, Any]) -> str:
+    """Return whether anything can be concluded, and from what."""
     learned = sight["measures"][sight["clean"]].get("frozen_routers")
     if learned is None:
-        lines.append("**Nothing can be concluded**: the control with frozen routers has no run beside SMoE yet.")
-    elif sight["concludes"]:
-        lines.append(
-            f"Learning the routers is worth {difference_text(learned, sight['clean'])} on clean text (routers frozen at "
-            "random against SMoE, 95% interval over seeds), so a form of the routing can matter here."
+        return "**Nothing can be concluded**: the control with frozen routers has no run beside SMoE yet."
+    text = difference_text(learned, sight["clean"])
+    if sight["concludes"]:
+        return (
+            f"Learning the routers is worth {text} on clean text (routers frozen at random against SMoE, 95% interval "
+            "over seeds), so the form of the routing can matter here."
         )
-    else:
-        lines.append(
-            "**Nothing can be concluded** about routing from this study: routers that are frozen at random cannot be told "
-            f"from learned ones on clean text ({difference_text(learned, sight['clean'])}). No verdict is given."
-        )
+    return (
+        "**Nothing can be concluded** about routing from this study: routers that are frozen at random cannot be told "
+        f"from learned ones on clean text ({text}). No verdict is given."
+    )
+
+
+def sight_page(sight: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a report that say what the study can see."""
+    lines = ["## What this study can see", "", sight_sentence(sight)]
     rows = []
     for measure, values in sight["measures"].items():
         controls = [difference_text(values[name], measure) if name in values else "" for name in CONTROLS]
-        rows.append([title_of(measure), *controls, _smallest_text(values["smallest"], measure), "yes" if values["visible"] else "no"])
+        rows.append(
+            [
+                title_of(measure),
+                *controls,
+                _smallest_text(values["smallest"], measure),
+                "yes" if values["visible"] else "no",
+            ]
+        )
     header = ("measure", *(f"{label}, against SMoE" for label in CONTROLS.values()), "smallest difference", "verdicts")
     lines += [
         "",

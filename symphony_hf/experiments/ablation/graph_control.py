@@ -69,7 +69,6 @@ class GraphControl:
             graph.config = dataclasses.replace(graph.config, strength=strength)
 
 
-
 def shuffled(adjacency_EE: Tensor, order_E: Tensor) -> Tensor:
     """Permute the experts of a graph, which keeps its weights and spectrum.
 

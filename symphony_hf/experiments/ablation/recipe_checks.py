@@ -1,7 +1,6 @@
 """Checks of a study's recipe: a run supports a part of what recipes can say, and refuses the rest."""
 
 import dataclasses
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -37,9 +36,7 @@ def read_number(recipe: Recipe, name: str, default: float | None = None) -> floa
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}"
-        ) from error
+        raise ConfigError(f"{WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}") from error
 
 
 def check_recipe(recipe: Recipe) -> None:

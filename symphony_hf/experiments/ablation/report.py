@@ -1,34 +1,20 @@
 """The report of a study: a table with intervals over seeds, comparisons with the plain system, and pictures."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoConfig
 
-from symphony_hf.evaluation.statistics import interval_text, t_interval
+from symphony_hf.evaluation.statistics import t_interval
 from symphony_hf.files import write_json, write_text
-from symphony_hf.tables import Table
 
 from .cells import Results, StudyRun, all_cells, chosen_rates, tuning_losses
-from .comparison import (
-    NO_VERDICT,
-    WORD_MEASURES,
-    Runs,
-    compare,
-    difference_text,
-    find_sight,
-    is_share,
-    measures_of,
-    null_of,
-    sight_page,
-    title_of,
-    verdict_of,
-)
+from .comparison import Runs, compare, find_sight, is_share, measures_of, null_of, title_of, verdict_of
 from .graph_control import frozen_after
+from .page import compared_measures, markdown
 from .point import Point
 from .study import Study
 
@@ -38,13 +24,6 @@ KEPT = (
 )
 """Values of a run that the report lists besides its measures."""
 
-ROUTING_STABILITY = (
-    "Routing stability, or choices kept: the share of their experts that tokens keep under attack, over tokens that are "
-    "not attacked themselves and have an attacked one before them in their row. Load entropy: the normalized entropy of the "
-    "experts' load, 1 for an even load. A router that uses few experts is stable more easily, so read the two "
-    "together."
-)
-"""Explanation of these columns."""
 
 def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str]) -> dict[str, Any]:
     """Write `report.json`, `report.md` and the pictures into the results' folder.
@@ -123,9 +102,7 @@ def _start_left(study: Study, point: Point) -> float | None:
     return point.decay ** (frozen_after(point, study.steps) if point.graph == "frozen" else study.steps)
 
 
-def _row(
-    study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapping[str, Any]
-) -> dict[str, Any]:
+def _row(study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapping[str, Any]) -> dict[str, Any]:
     """Return a point's means, and its comparisons by seed: with the plain system, with itself without a graph, and with
     its shuffled graph."""
     runs, measures = by_point[point], measures_of(study)
@@ -162,116 +139,6 @@ def _tuning(study: Study, results: Results, rates: Mapping[Point, float]) -> lis
     return tuned
 
 
-def table_of(report: Mapping[str, Any]) -> Table:
-    """Return the table of a study's points."""
-    shown, compared = shown_measures(report), compared_measures(report)
-    header = ["point", "seeds", *map(title_of, shown), *(f"{title_of(name)} against no graph" for name in compared)]
-    rows = []
-    for row in report["rows"]:
-        cells = [row["label"], str(len(row["seeds"]))]
-        cells += [_level_text(row[name], name) for name in shown]
-        against = row.get("against_plain")
-        for name in compared:
-            cells.append(_verdict_text(against[name], name) if against else "")
-        rows.append(cells)
-    return Table("", header, rows)
-
-
-_UNSHOWN = ("validation", "validation_loss", "untouched_clean", "untouched_attacked")
-"""Measures that the table leaves out."""
-
-
-def shown_measures(report: Mapping[str, Any]) -> list[str]:
-    """Return the measures in the table of a report. Reports of earlier versions have those of words."""
-    measures = report["sight"]["measures"] if "sight" in report else WORD_MEASURES
-    return [name for name in measures if name not in _UNSHOWN]
-
-
-def compared_measures(report: Mapping[str, Any]) -> list[str]:
-    """Return the measures whose comparisons are in the table."""
-    return [name for name in shown_measures(report) if name not in ("ratio", "load_entropy")]
-
-
-def _level_text(values: Mapping[str, Any], measure: str) -> str:
-    if is_share(measure):
-        return interval_text(values, 2, 100, unit="%")
-    return interval_text(values, {"clean": 2, "attacked": 2, "load_entropy": 3}.get(measure, 4))
-
-
-def _verdict_text(values: Mapping[str, Any], measure: str) -> str:
-    verdict = "" if values["verdict"] == NO_VERDICT else f", {values['verdict']}"
-    return difference_text(values, measure) + verdict
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """Return the report as a Markdown page."""
-    settings = report["settings"]
-    lines = [
-        "# Ablation",
-        "",
-        *sight_page(report["sight"]),
-        "",
-        "## Points",
-        "",
-        f"{settings['tokens']:,} tokens per run, seeds {', '.join(map(str, settings['seeds']))}. "
-        f"{_UNITS[settings['tokenizer']]} Means with 95% t-intervals over seeds in brackets; comparisons are paired by "
-        "seed. Verdicts are not corrected for multiple comparisons: expect one in twenty to be chance.",
-        "",
-        ROUTING_STABILITY,
-        "",
-        table_of(report).to_markdown(),
-        *_own_comparisons(report),
-        *_tuning_page(report),
-    ]
-    failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
-    for title, problems in (("Missing", report["missing"]), ("Failed", failed), ("Left out", report["left_out"])):
-        if problems:
-            lines += ["", f"## {title}", "", *(f"- {problem}" for problem in problems)]
-    return "\n".join(lines) + "\n"
-
-
-_UNITS = {
-    "words": "Perplexities of the test text; comparisons are ratios, and below 1 is better.",
-    "characters": "Nats per character of the test text, on damaged text of the characters left alone; comparisons are "
-    "differences, and below 0 is better.",
-}
-
-
-def _own_comparisons(report: Mapping[str, Any]) -> list[str]:
-    """Return the comparisons of forms with themselves without a graph, and with a shuffled one."""
-    names = {"against_no_graph": "without a graph", "against_shuffled": "with its experts shuffled"}
-    shown = compared_measures(report)
-    rows = [
-        [f"{row['label']}, against itself {label}", *(_verdict_text(row[key][name], name) for name in shown)]
-        for row in report["rows"]
-        for key, label in names.items()
-        if key in row
-    ]
-    if not rows:
-        return []
-    return ["", "## Against themselves", "", Table("", ["point", *map(title_of, shown)], rows).to_markdown()]
-
-
-def _tuning_page(report: Mapping[str, Any]) -> list[str]:
-    settings = report["settings"]
-    if not report["tuning"]:
-        return []
-    rates = [f"{rate:g}" for rate in settings["learning_rates"]]
-    rows = []
-    for tuned in report["tuning"]:
-        losses = [f"{tuned['losses'][rate]:.4f}" if rate in tuned["losses"] else "" for rate in rates]
-        rows.append([tuned["label"], *losses, "" if tuned["chosen"] is None else f"{tuned['chosen']:g}"])
-    return [
-        "",
-        "## Learning rates",
-        "",
-        f"Mean nats per token of held-out training text over seeds {', '.join(map(str, settings['tuning_seeds']))}, by "
-        "learning rate. Each point was judged once, on the other seeds, at its chosen rate.",
-        "",
-        Table("", ["point", *rates, "chosen"], rows).to_markdown(),
-    ]
-
-
 def _write_pictures(
     study: Study,
     by_point: Mapping[Point, Mapping[int, Mapping[str, Any]]],
@@ -297,16 +164,3 @@ def _write_pictures(
     if with_graphs:
         graphs = next(iter(with_graphs[0].values()))["graphs"]
         plots.plot_graphs({name: torch.tensor(rows_) for name, rows_ in graphs.items()}, folder / "graphs.png")
-
-
-def print_ablation(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the table, the failed runs and the path of the report; or the plan of a dry run."""
-    console = console or Console()
-    if "plan" in report:
-        for line in report["plan"]:
-            console.print(line, highlight=False)
-        return
-    table_of(report).print(console)
-    for cell, words in report["failed"].items():
-        console.print(f"failed: {cell}: {words}", style="red", highlight=False, soft_wrap=True)
-    console.print(f"Written to {(Path(report['output']) / 'report.md').resolve()}", highlight=False, soft_wrap=True)

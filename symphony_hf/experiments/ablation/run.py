@@ -110,7 +110,8 @@ def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | N
     model = build_model(study, cell.point, text.vocab_size, checkpoint)
     stream, steps = text.train, study.steps
     if cell.stage == "pretrain":
-        assert study.pretraining is not None and text.pretrain is not None
+        assert study.pretraining is not None
+        assert text.pretrain is not None
         stream, steps = text.pretrain, study.pretraining.max_steps
     trained = train(model, study, cell.point, cell.seed, stream, rate=cell.rate, steps=steps)
     started = time.perf_counter()

@@ -19,7 +19,6 @@ from .graph_control import GraphControl
 from .point import SYSTEMS, Point
 from .study import Study
 
-
 CURVE_POINTS = 40
 """Number of points of a loss curve."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from symphony_hf.experiments.ablation.report import difference_text
+from symphony_hf.experiments.ablation.comparison import difference_text
 from symphony_hf.experiments.theory.report import theory_findings
 
 SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from symphony_hf.experiments.ablation.report import ROUTING_STABILITY, table_of
+from symphony_hf.experiments.ablation.page import ROUTING_STABILITY, table_of
 from symphony_hf.experiments.theory.report import convergence_table, share_table
 from symphony_hf.tables import Table
 

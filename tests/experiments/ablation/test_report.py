@@ -7,7 +7,8 @@ import pytest
 
 from symphony_hf.experiments.ablation.cells import Results, StudyRun, cells_of, chosen_rates, tuning_cells
 from symphony_hf.experiments.ablation.comparison import NO_VERDICT
-from symphony_hf.experiments.ablation.report import markdown, print_ablation, write_ablation
+from symphony_hf.experiments.ablation.page import markdown, print_ablation
+from symphony_hf.experiments.ablation.report import write_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
 
 GRAPH = [[0.5, 0.25], [0.25, 0.5]]
