@@ -12,12 +12,14 @@ from symphony_hf.tables import Table
 from .comparison import NO_VERDICT, WORD_MEASURES, difference_text, is_share, sight_page, sight_sentence, title_of
 
 ROUTING_STABILITY = (
-    "Routing stability, or choices kept: the share of their experts that tokens keep under attack, over tokens that are "
-    "not attacked themselves and have an attacked one before them in their row. Load entropy: the normalized entropy of "
-    "the experts' load, 1 for an even load. A router that uses few experts is stable more easily, so read the two "
+    "Routing stability: the share of their experts that words keep under attack, over words that are not attacked "
+    "themselves and have an attacked word before them in their row. Load entropy: the normalized entropy of the "
+    "experts' load, 1 for an even load. A router that uses few experts is stable more easily, so read the two "
     "together."
 )
 """Explanation of these columns."""
+
+_CHOICES_KEPT = ROUTING_STABILITY.replace("Routing stability", "Choices kept").replace("word", "character")
 
 
 def table_of(report: Mapping[str, Any]) -> Table:
@@ -86,7 +88,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{_UNITS[settings['tokenizer']]} Means with 95% t-intervals over seeds in brackets; comparisons are paired by "
         "seed. Verdicts are not corrected for multiple comparisons: expect one in twenty to be chance.",
         "",
-        ROUTING_STABILITY,
+        ROUTING_STABILITY if settings["tokenizer"] == "words" else _CHOICES_KEPT,
         "",
         table_of(report).to_markdown(),
         *_own_comparisons(report),
