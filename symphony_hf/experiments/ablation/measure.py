@@ -101,11 +101,11 @@ def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[st
         For words, the values of `_measure_words`; for characters, those of `_measure_characters`.
     """
     validation = read_stream(model, text.validation, block_size)
-    streams = {None: text.test, **text.attacked}
+    streams: dict[str | None, Tensor] = {None: text.test, **text.attacked}
     readings = measure_forms(lambda form: read_stream(model, streams[form], block_size), text.attacked)
     clean = readings.clean
     num_experts = int(model.config.num_experts)  # type: ignore[union-attr]
-    values = {
+    values: dict[str, Any] = {
         "validation_loss": validation.loss,
         "load_entropy": _load_entropy(clean.chosen, num_experts),
         "test_tokens": int(clean.predicted.sum()),

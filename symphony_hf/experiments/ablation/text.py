@@ -14,7 +14,7 @@ from symphony_hf.data.blocks import token_stream
 from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.documents import Corpus, Document
 from symphony_hf.data.rows import thinned
-from symphony_hf.data.tokenizer import cached_tokenizer
+from symphony_hf.data.tokenizer import TokenizerKind, cached_tokenizer
 from symphony_hf.errors import DataError
 from symphony_hf.evaluation.clean_attacked import WORD_SWAP, swap_words
 from symphony_hf.files import replacing
@@ -68,7 +68,7 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
     section, settings = study.recipe.data, study.recipe.eval
     corpus = _corpus(study, section.path)
     first = None if study.pretraining is None else _corpus(study, study.pretraining.path)
-    kind = "characters" if study.by_characters else "words"
+    kind: TokenizerKind = "characters" if study.by_characters else "words"
     # The vocabulary is that of the first text that a model is trained on.
     tokenizer = cached_tokenizer(first or corpus, section.vocab_size - 1, kind=kind)
     if not study.by_characters:

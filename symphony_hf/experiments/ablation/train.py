@@ -42,8 +42,8 @@ def build_model(study: Study, point: Point, vocab_size: int, checkpoint: Path | 
         model.load_state_dict(load_file(checkpoint))
     model = symphonize(model, point.symphony(study.recipe.symphony))
     if point.control == "frozen_routers":
-        for _, router in symphony_routers(model):
-            router.requires_grad_(False)
+        for name, _ in symphony_routers(model):
+            model.get_submodule(name).requires_grad_(False)
     return model
 
 
