@@ -1,6 +1,7 @@
 """Strict parsing of settings into dataclasses, and settings as the options of a command."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import shlex
@@ -47,11 +48,10 @@ def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **default
     Raises:
         ConfigError: If a name is unknown, a value has the wrong type, or the dataclass refuses it.
     """
-    from jsonargparse import ArgumentError, ArgumentParser  # slow to import, and not needed by `import symphony_hf`
+    from jsonargparse import ArgumentError  # slow to import, and not needed by `import symphony_hf`
 
     settings = check_names(settings, inspect.signature(cls).parameters, where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "settings")
+    parser = _parser_of(cls)
     try:
         values = parser.parse_object({"settings": {**defaults, **settings}})
         return parser.instantiate(values).settings
@@ -61,6 +61,16 @@ def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **default
         raise ConfigError(f"{where}: {problem}") from error
     except (ValueError, TypeError) as error:  # including the ConfigErrors of our dataclasses
         raise ConfigError(f"{where}: {error}") from error
+
+
+@functools.cache
+def _parser_of(cls: type) -> Any:
+    """Return a parser of a class's settings. It takes longer to build than to use: it reads the class's source."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "settings")
+    return parser
 
 
 def _of_wrong_type(cls: type, name: str, settings: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Fixtures that every test may use. The tiny models are in helpers/models.py."""
 
+import gc
 import importlib.metadata
 import os
 import sys
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # so that tests can 
 import hypothesis
 import pytest
 import torch
+from matplotlib.figure import Figure
 from models import CONFIGS
 from packaging.version import Version
 
@@ -23,9 +25,45 @@ hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=
 hypothesis.settings.load_profile("reproducible")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Exempt the objects that imports and collection create from garbage collections, which each Trainer forces."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _grey_pictures():
+    """Save each figure as one grey point: rendering takes most of the time of a small run.
+
+    Figures are still built. Tests of the pictures request `real_pictures`.
+    """
+    save = Figure.savefig
+
+    def save_point(figure, file, *, format=None, **settings):
+        if format != "png":
+            return save(figure, file, format=format, **settings)
+        return save(Figure(figsize=(0.01, 0.01)), file, format="png", dpi=100, facecolor="0.5")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_point)
+        yield save
+
+
+@pytest.fixture
+def real_pictures(_grey_pictures, monkeypatch):
+    """Figures as users see them."""
+    monkeypatch.setattr(Figure, "savefig", _grey_pictures)
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -39,6 +77,14 @@ def embedded():
     from symphony_hf.data.embedded import embedded_corpus
 
     return embedded_corpus()
+
+
+@pytest.fixture(scope="session")
+def shared_runs(tmp_path_factory):
+    from small_runs import SharedRuns
+
+    root = tmp_path_factory.getbasetemp()
+    return SharedRuns((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A Hub on the loopback, to which `huggingface_hub` and transformers are pointed for one test."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hub_server import TOKEN, LoopbackHub
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from models import make_model, move_graphs
+from small_runs import without_graph_figures
 
 from symphony_hf import symphonize
 
@@ -35,21 +37,10 @@ def hub(tmp_path, monkeypatch):
         enable_progress_bars()
 
 
-@pytest.fixture
-def real_picture():
-    """For a test that wants the graphs drawn."""
-
-
 @pytest.fixture(autouse=True)
-def _quick_picture(request, monkeypatch):
-    """Drawing takes most of a push's time here."""
-
-    def write(graphs, path):
-        path.write_bytes(b"\x89PNG" + repr(sorted(graphs)).encode())
-        return path
-
-    if "real_picture" not in request.fixturenames:
-        monkeypatch.setattr("symphony_hf.diagnostics.plots.heat_maps.plot_graphs", write)
+def _without_graph_figures(request):
+    with contextlib.nullcontext() if "real_pictures" in request.fixturenames else without_graph_figures():
+        yield
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_what_is_known_is_said_and_what_is_not_known_too(hub, checkpoint):
     assert "## Results" not in card.text
 
 
-def test_the_picture_is_of_the_graphs(hub, checkpoint, real_picture):
+def test_the_picture_is_of_the_graphs(hub, checkpoint, real_pictures):
     push(checkpoint, "me/it")
     assert hub.files("me/it")["graphs.png"].startswith(b"\x89PNG\r\n")
 

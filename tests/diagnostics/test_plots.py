@@ -26,6 +26,8 @@ from symphony_hf.errors import EvaluationError, GraphError
 from symphony_hf.evaluation.statistics import Interval
 from symphony_hf.routing.graph import count_coselections, initial_adjacency
 
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
 GRAPH_PLOTS = [plot_graphs, plot_expert_network]
 
 

@@ -28,6 +28,8 @@ from symphony_hf.diagnostics.plots.networks import plot_graph_evolution
 from symphony_hf.errors import EvaluationError, GraphError
 from symphony_hf.routing.graph import count_coselections, initial_adjacency
 
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
 LAYERS = [f"model.layers.{number}.mlp.gate" for number in range(3)]
 
 

@@ -1,8 +1,19 @@
-"""Settings that make the project's own commands a matter of seconds, on text that is made up."""
+"""Runs of the project's own commands, scaled down to seconds, on synthetic text."""
 
+import contextlib
+import pickle
+import shutil
 from pathlib import Path
 
-from symphony_hf.training.quickstart import QuickstartSettings
+import pytest
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from symphony_hf.diagnostics import plots
+from symphony_hf.diagnostics.plots import heat_maps
+from symphony_hf.recipe import load_recipe
+from symphony_hf.training.quickstart import QuickstartSettings, run_quickstart
+from symphony_hf.training.runner import run_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "config.yaml"
 
@@ -11,10 +22,10 @@ def quickstart_settings(folder):
     """A quickstart of eight steps, which writes to `out` in the folder."""
     text = folder / "text"
     for split, count in (("train", 30), ("validation", 4), ("test", 14)):
-        (text / split).mkdir(parents=True)
+        (text / split).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             offset = number * 31 + len(split)
-            lines = [f"line{(offset + n * 7) % 97} of text{n % 23} says value{offset % 19}" for n in range(40)]
+            lines = [f"line{(offset + n * 7) % 97} of text{n % 23} says value{offset % 19}" for n in range(16)]
             (text / split / f"{number}.txt").write_text("\n".join(lines))
     return QuickstartSettings(
         output=str(folder / "out"),
@@ -47,3 +58,57 @@ def recipe_overrides(folder):
         "dataloader_pin_memory": False,
         "output.directory": str(folder / "run"),
     }
+
+
+def smoke_overrides(folder):
+    """For a smoke recipe, which writes to `run` in the folder."""
+    return {"output.directory": str(folder / "run"), "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+@contextlib.contextmanager
+def without_graph_figures():
+    """Write pictures of graphs without building their figures, which take longer than the rest of a page or a card."""
+
+    def write(graphs, path):
+        Figure().savefig(path, format="png")  # one grey point, see conftest.py
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((plots, "plot_graphs"), (plots, "plot_expert_network"), (heat_maps, "plot_graphs")):
+            patch.setattr(module, name, write)
+        yield
+
+
+class SharedRuns:
+    """Runs that several test files read. Each is made once, by the first process that needs it; change a copy.
+
+    Args:
+        root: Folder that the processes of a test session share.
+    """
+
+    def __init__(self, root):
+        self.root = root
+
+    def make(self, name, run):
+        """Return the folder that `run(folder)` filled, and what it returned."""
+        folder, returned = self.root / name, self.root / f"{name}.pickle"
+        self.root.mkdir(exist_ok=True)
+        with FileLock(self.root / f"{name}.lock"):
+            if not returned.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+                folder.mkdir()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("SYMPHONY_HF_CACHE", str(self.root / "cache"))
+                    returned.write_bytes(pickle.dumps(run(folder)))
+        return folder, pickle.loads(returned.read_bytes())
+
+    def quickstart(self):
+        """Return the folder of a quickstart that wrote to `out`, and its report."""
+        return self.make("a quick start", lambda folder: run_quickstart(quickstart_settings(folder)))
+
+    def smoke(self, path):
+        """Return the folder of a smoke recipe that wrote to `run`, and its results."""
+        return self.make(
+            f"{path.parent.name}-{path.stem}",
+            lambda folder: run_recipe(load_recipe(path, smoke_overrides(folder)), "a command"),
+        )

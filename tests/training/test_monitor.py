@@ -52,7 +52,7 @@ def train(folder, *, steps=4, **settings):
     return trainer
 
 
-def test_metrics_are_in_every_log(tmp_path):
+def test_metrics_are_in_every_log(tmp_path, real_pictures):
     trainer = train(tmp_path, report_to="none")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 4
@@ -62,7 +62,7 @@ def test_metrics_are_in_every_log(tmp_path):
     assert (tmp_path / "graphs.png").stat().st_size > 10_000
 
 
-def test_the_loads_of_every_log_are_kept_and_drawn(tmp_path):
+def test_the_loads_of_every_log_are_kept_and_drawn(tmp_path, real_pictures):
     trainer = train(tmp_path, report_to="none")
     history = LoadHistory.read(tmp_path / "load_history.safetensors")
     assert history.steps == [1, 2, 3, 4]

@@ -23,12 +23,10 @@ from symphony_hf.training.quickstart import QuickstartSettings, run_quickstart
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("a quick start")  # blanks, which a command line quotes
-    settings = quickstart_settings(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SYMPHONY_HF_CACHE", str(folder / "cache"))
-        return settings, run_quickstart(settings), folder / "out"
+def quickstart(shared_runs):
+    folder, report = shared_runs.quickstart()
+    assert " " in str(folder)  # which a command line quotes
+    return quickstart_settings(folder), report, folder / "out"
 
 
 def test_everything_promised_is_written(quickstart):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from small_runs import smoke_overrides
 
 from symphony_hf.checkpoints.folder import open_folder
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training.arguments import training_arguments
 from symphony_hf.training.models import empty_model
-from symphony_hf.training.runner import run_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -82,28 +82,23 @@ def test_smoke_recipes_differ_only_in_size(path):
     assert yaml.safe_load(path.read_text())["base"] == "config.yaml"
 
 
-def small(path, folder):
-    return {"output.directory": str(folder / "run"), "disable_tqdm": True, "dataloader_pin_memory": False}
-
-
 @pytest.mark.parametrize("path", SMOKE, ids=name_of)
-def test_a_smoke_recipe_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
-    results = run_recipe(load_recipe(path, small(path, tmp_path)), "a command")
-    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+def test_a_smoke_recipe_runs(path, shared_runs):
+    folder, results = shared_runs.smoke(path)
+    stored = json.loads((folder / "run" / "results.json").read_text())
     assert stored["test"] == results["test"]
     assert results["steps"] == 2
-    page = (tmp_path / "run" / "report.md").read_text()
+    page = (folder / "run" / "report.md").read_text()
     assert "a command" in page
     for name, version in results["versions"].items():
         assert f"{name} {version}" in page
-    assert (tmp_path / "run" / "graphs.png").exists()
-    card = ModelCard.load(tmp_path / "run" / "final" / "README.md")
+    assert (folder / "run" / "graphs.png").exists()
+    card = ModelCard.load(folder / "run" / "final" / "README.md")
     assert card.data.tags[0] == "symphony-smoe"
     assert "NAMESPACE/run" in card.text
-    assert (tmp_path / "run" / "final" / "graphs.png").exists()
+    assert (folder / "run" / "final" / "graphs.png").exists()
     assert len(card.data.eval_results) > 0
-    open_folder(tmp_path / "run")  # nothing in it that a push would refuse
+    open_folder(folder / "run")  # nothing in it that a push would refuse
 
 
 LAUNCHERS = {
@@ -121,7 +116,7 @@ LAUNCHERS = {
 def test_a_smoke_recipe_runs_in_two_processes(path, strategy, tmp_path):
     if strategy != "ddp":
         pytest.importorskip("deepspeed")
-    overrides = {**small(path, tmp_path), "launch.strategy": strategy, "launch.processes": 2}
+    overrides = {**smoke_overrides(tmp_path), "launch.strategy": strategy, "launch.processes": 2}
     words = [word for name, value in overrides.items() for word in (f"--{name}", json.dumps(value))]
     result = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[strategy].split(), "-m", "symphony_hf.train", str(path), *words],

@@ -230,18 +230,21 @@ def test_documents_are_attacked_under_their_names():
 def test_attacks_are_the_same_in_every_process_and_version():
     program = (
         "import sys; from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS; "
-        "sys.stdout.buffer.write('|'.join(a('An empty hall of noise', .2, seed=7, name='n') "
-        "for a in TEXT_ATTACKS.values()).encode())"
+        "texts = ('An empty hall of noise', sys.stdin.buffer.read().decode()); "
+        "sys.stdout.buffer.write('|'.join(a(text, .2, seed=7, name='n') "
+        "for text in texts for a in TEXT_ATTACKS.values()).encode())"
     )
     other_hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     finished = subprocess.run(
         [sys.executable, "-c", program],
+        input=PROSE.encode(),
         env=os.environ | {"PYTHONHASHSEED": other_hash_seed},
         cwd=Path(__file__).parents[3],
         stdout=subprocess.PIPE,
         check=True,
     )
-    assert finished.stdout.decode().split("|") == PINNED
+    attacked = [attack(PROSE, 0.2, seed=7, name="n") for attack in TEXT_ATTACKS.values()]
+    assert finished.stdout.decode().split("|") == PINNED + attacked
 
 
 def test_an_unknown_attack_or_severity_is_refused_with_what_there_is():

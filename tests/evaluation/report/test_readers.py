@@ -41,7 +41,7 @@ def test_each_kind_is_recognised(folders):
 def test_an_evaluation_s_command_line_gives_its_settings(evaluated):
     (run,) = read_runs([evaluated])
     assert run.about.startswith("symphony against plain, ")
-    words = run.command.split()
+    words = shlex.split(run.command)
     assert words[:2] == ["symphony", "eval"]
     assert words[words.index("--attack") + 1] == "aaa,keyboard"
     assert words[words.index("--severity") + 1] == "1,3"

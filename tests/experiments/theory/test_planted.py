@@ -117,7 +117,7 @@ def test_the_findings_say_what_the_numbers_are(result):
     assert ("at noise " + (", ".join(f"{noise:g}" for noise in won) or "(none)") + ", and fewer") in sentences[-1]
 
 
-def test_one_seed_has_no_interval(tmp_path):
+def test_one_seed_has_no_interval(real_pictures, tmp_path):
     settings = TheorySettings(output=str(tmp_path), updates=(4, 8), noises=(0.1,), **{**SMALL, "seeds": 1})
     values = run_theory(settings)
     assert values["gains"][0]["low"] is None
