@@ -28,7 +28,8 @@ from symphony_hf.errors import ConfigError, EvaluationError, SymphonyError
 from symphony_hf.files import check_file_place
 from symphony_hf.tables import Table, TableCell
 
-from .results import number_cell, print_result, write_result
+from .results import number_cell, print_result, range_cell, write_result
+from .timing import quartiles
 
 _SHARD_LAYERS = 4
 _SETTINGS = {"to": "qwen2_moe", "num_experts": 4, "top_k": 2, "layers": "every-other"}
@@ -47,7 +48,7 @@ def run_bench_upcycle(
         output: Path of the JSON file.
 
     Returns:
-        Seconds, bytes and peak memory of each.
+        Seconds, bytes and peak memory of each, and the ratio within each round; a copy over a copy is the noise.
 
     Raises:
         ConfigError: If a number is out of range, or the folder does not exist.
@@ -62,10 +63,12 @@ def run_bench_upcycle(
         dense_bytes = write_random_phi3(dense, shrink)
         runs: list[dict[str, Any]] = []
         copies: list[float] = []
+        again: list[float] = []
         for number in tqdm(range(rounds), desc="bench-upcycle", unit=" rounds", disable=None):
             shutil.rmtree(target, ignore_errors=True)
             runs.append(_upcycle(dense, target, check=number == 0))
             copies.append(_copy(target, Path(scratch) / "copy"))
+            again.append(_copy(target, Path(scratch) / "copy"))
     seconds = [run["seconds_writing"] for run in runs]
     size = runs[0]["weight_bytes"]
     values = {
@@ -76,6 +79,8 @@ def run_bench_upcycle(
         "parameters": runs[0]["parameters"],
         "seconds": seconds,
         "seconds_of_a_copy": copies,
+        "ratio": _over(seconds, copies),
+        "noise": _over(again, copies),
         "bytes_per_second": size / float(np.median(seconds)),
         "bytes_per_second_of_a_copy": size / float(np.median(copies)),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs[1:] or runs),
@@ -83,6 +88,12 @@ def run_bench_upcycle(
         "check": {"seconds": runs[0]["seconds_checking"], **runs[0]["exactness"]},
     }
     return write_result(output, values)
+
+
+def _over(seconds: list[float], copies: list[float]) -> dict[str, float]:
+    """Return the median ratio within a round, and its quartiles."""
+    ratios = [one / other for one, other in zip(seconds, copies, strict=True)]
+    return dict(zip(("low", "median", "high"), quartiles(ratios), strict=True))
 
 
 def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
@@ -197,11 +208,17 @@ def print_bench_upcycle(result: dict[str, Any], console: Console | None = None) 
             f"{result['bytes'] / 1e9:.2f} GB",
             *(number_cell(result[f"bytes_per_second{of}"] / 1e9, ".2f", " GB/s") for of in ("", "_of_a_copy")),
         ],
+        ["over a copy, and quartiles", *_ratio_cells(result["ratio"])],
+        ["a copy over a copy", *_ratio_cells(result["noise"])],
         ["peak memory", number_cell(result["peak_memory_bytes"] / 1e9, ".2f", " GB"), ""],
         ["with the check", number_cell(result["peak_memory_bytes_with_check"] / 1e9, ".2f", " GB"), ""],
     ]
     title = f"{result['shapes']}, {result['parameters']:,} parameters"
     print_result(result, [Table(title, ["", "upcycling", "plain copy"], rows)], console)
+
+
+def _ratio_cells(ratio: dict[str, float]) -> tuple[TableCell, TableCell]:
+    return number_cell(ratio["median"], ".3f"), range_cell(ratio["low"], ratio["high"], ".3f")
 
 
 def _seconds(values: list[float]) -> TableCell:
