@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from models import assert_folded
 
 from symphony_hf import ConfigError
 from symphony_hf.experiments.bench import commit as bench_commit
 from symphony_hf.experiments.bench import experts as bench_experts
 from symphony_hf.experiments.bench import layer as bench_module
-from symphony_hf.experiments.bench.layer import AIMS, SHAPES, build_forms, print_bench, run_bench
+from symphony_hf.experiments.bench import layer_forms
+from symphony_hf.experiments.bench.layer import AIMS, print_bench, run_bench
+from symphony_hf.experiments.bench.layer_forms import SHAPES, build_forms
 
 TINY = {
     "tiny": {
@@ -28,7 +31,8 @@ TINY_EXPERTS = {"wide": (16, 24, 20, "gelu", 6), "square": (16, 24, 16, "quick_g
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(bench_module, "SHAPES", TINY)
+    for module in (bench_module, layer_forms):
+        monkeypatch.setattr(module, "SHAPES", TINY)
 
 
 def test_the_three_forms_share_experts_and_compute_the_same():
@@ -36,10 +40,10 @@ def test_the_three_forms_share_experts_and_compute_the_same():
     inputs = torch.randn(1, 9, 32)
     stock, symphony, folded = (forms[name].eval()(inputs_embeds=inputs)[0] for name in ("stock", "symphony", "folded"))
     assert torch.equal(stock, folded)
-    assert torch.equal(stock, symphony)
-    routers = {name: model.layers[0].mlp.gate for name, model in forms.items()}
+    assert_folded(stock, symphony)
+    routers = {name: model.model.layers[0].mlp.gate for name, model in forms.items()}
     assert not torch.equal(routers["symphony"].weight, routers["stock"].weight)
-    for name in ("layers.0.mlp.experts.gate_up_proj", "layers.0.self_attn.q_proj.weight"):
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_attn.q_proj.weight"):
         assert len({forms[form].get_parameter(name).data_ptr() for form in forms}) == 1
 
 
@@ -57,11 +61,40 @@ def test_rows_and_json(tmp_path, capsys):
     assert all(mode in AIMS or mode == "noise" for mode in ("training", "inference", "folded", "noise"))
 
 
+def test_several_lengths_generation_and_memory(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    result = run_bench(
+        ["tiny"], tokens=(1, 4), generate=True, threads=1, device="cpu", seconds=0.02, output=tmp_path / "b.json"
+    )
+    assert result["threads"] == 1
+    assert torch.get_num_threads() == threads
+    forward = ("training", "inference", "folded", "noise")
+    assert [(row["mode"], row["tokens"]) for row in result["rows"]] == [
+        *((mode, tokens) for tokens in (1, 4) for mode in forward),
+        *(("generate", 1), ("generate", 8), ("generate noise", 1)),
+    ]
+    memory = [(row["step"], row["tokens"]) for row in result["memory"]]
+    assert memory == [("training", 1), ("training", 4), ("generate", 1), ("generate", 8)]
+    for row in result["memory"]:
+        assert row["ratio"] == row["bytes"] / row["stock_bytes"] > 1  # a tiny layer's graph is no small part of it
+    print_bench(result)
+    assert "Peak memory over stock" in capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_weights_and_tensors():
+    model = torch.nn.Linear(1000, 10, bias=False)
+
+    peak = layer_forms.peak_bytes(model, lambda: torch.ones(5000).add(1))
+    assert peak == 4 * (10_000 + 2 * 5000)
+
+
 def test_bad_input(tmp_path):
     for settings, message in (
         ({"models": ["tini"]}, "did you mean `tiny`"),
         ({"device": "nowhere"}, "bench: device `nowhere` is not available"),
         ({"tokens": 0}, "`tokens` must be at least 1"),
+        ({"tokens": (8, 0)}, "`tokens` must be at least 1, got 0"),
+        ({"threads": 0}, "`threads` must be at least 1"),
         ({"dtype": "float8"}, "known names: bfloat16, float32"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -74,7 +107,7 @@ def test_the_true_shapes_are_those_of_the_models():
         name: (
             shape["hidden_size"],
             shape.get("moe_intermediate_size", shape["intermediate_size"]),
-            shape.get("num_local_experts", shape.get("num_experts")),
+            shape.get("num_local_experts", shape.get("num_experts", shape.get("n_routed_experts"))),
             shape["num_experts_per_tok"],
         )
         for name, shape in SHAPES.items()
@@ -83,6 +116,7 @@ def test_the_true_shapes_are_those_of_the_models():
         "mixtral-8x7b": (4096, 14336, 8, 2),
         "olmoe-1b-7b": (2048, 1024, 64, 8),
         "qwen3-30b-a3b": (2048, 768, 128, 8),
+        "deepseek-v3-router": (7168, 64, 256, 8),  # but for the experts' width, 2,048
     }
 
 

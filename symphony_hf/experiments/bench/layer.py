@@ -10,64 +10,38 @@ their experts and compute the same routing, so that the experts' work is the sam
 They run in alternation in one process, and the ratio is taken within each round.
 """
 
-import copy
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from symphony_hf.errors import ConfigError, nearest
 from symphony_hf.files import check_file_place
-from symphony_hf.patching.attachment import add_router_losses, update_graphs
-from symphony_hf.patching.expert_graph import active_graph
-from symphony_hf.patching.folding import fold
-from symphony_hf.patching.symphonize import symphonize, symphony_routers
 from symphony_hf.tables import Table, TableCell
 
+from .layer_forms import PROMPT, SHAPES, build_forms, generation_step, inference_step, peak_bytes, training_step
 from .results import number_cell, print_result, range_cell, write_result
 from .timing import alternate, find_device, quartiles
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "mixtral-8x7b": {
-        "model_type": "mixtral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "olmoe-1b-7b": {
-        "model_type": "olmoe",
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-    },
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-    },
+AIMS = {
+    "training": 1.01,
+    "inference": 1.005,
+    "folded": 1.0,
+    "generate": 1.005,
+    "training memory": 1.01,
+    "generate memory": 1.01,
 }
-AIMS = {"training": 1.02, "inference": 1.005, "folded": 1.0}
+BATCHES = (1, 8)
+"""Sequences of a generation."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +50,9 @@ class Measurement:
 
     Attributes:
         model: Model whose layer shapes were used.
-        mode: `training` (forward and backward) or `inference` of the symphony form; `folded`: inference of the folded
-            form; `noise`: stock against stock.
-        tokens: Tokens of one forward.
+        mode: `training` (forward and backward), `inference` or `generate` of the symphony form; `folded`: inference of
+            the folded form; `noise` and `generate noise`: stock against stock.
+        tokens: Tokens of one forward; for a generation, its sequences.
         rounds: Number of rounds.
         ratio: Median over rounds of its time over stock's in the same round.
         low: 25th percentile of these ratios.
@@ -96,12 +70,35 @@ class Measurement:
     stock_seconds: float
 
 
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak memory of a step.
+
+    Attributes:
+        model: Model whose layer shapes were used.
+        step: `training` or `generate`.
+        tokens: Tokens of one forward; for a generation, its sequences.
+        stock_bytes: Bytes of the stock form: its weights, and the peak of what the step allocates.
+        bytes: Bytes of the symphony form.
+        ratio: Its bytes over stock's.
+    """
+
+    model: str
+    step: str
+    tokens: int
+    stock_bytes: int
+    bytes: int
+    ratio: float
+
+
 def run_bench(
     models: Sequence[str] | None = None,
     *,
-    tokens: int = 1024,
+    tokens: int | Sequence[int] = (1024,),
+    generate: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    threads: int | None = None,
     seconds: float = 60.0,
     output: str | Path = "symphony-bench.json",
 ) -> dict[str, Any]:
@@ -109,9 +106,11 @@ def run_bench(
 
     Args:
         models: Keys of SHAPES; all if None.
-        tokens: Tokens of one forward; halved until they fit into memory.
+        tokens: Tokens of one forward, with commas between several numbers; each is halved until it fits into memory.
+        generate: Whether to measure generation with a cache, and the peak memory of a step, too.
         device: Device to measure on; if None, the accelerator, or the CPU if there is none.
         dtype: `float32` or `bfloat16`; if None, float32 on the CPU and bfloat16 elsewhere.
+        threads: Threads on the CPU; PyTorch's own number if None. With 1, CPU time is taken, not the clock's.
         seconds: Time for each measurement, after warm-up; at least five rounds are run.
         output: Path of the JSON file.
 
@@ -119,121 +118,126 @@ def run_bench(
         The measurements, their settings and the machine.
 
     Raises:
-        ConfigError: If a model, the device or the dtype is unknown.
+        ConfigError: If a model, the device or the dtype is unknown, or a number is too small.
     """
     check_file_place(output, "bench")
     names = list(models or SHAPES)
     for name in names:
         if name not in SHAPES:
             raise ConfigError(f"bench: unknown model `{name}`; {nearest(name, SHAPES)}")
-    if tokens < 1:
-        raise ConfigError(f"bench: `tokens` must be at least 1, got {tokens}")
+    sizes = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    for option, values in (("tokens", sizes), ("threads", () if threads is None else (threads,))):
+        if min(values, default=1) < 1:
+            raise ConfigError(f"bench: `{option}` must be at least 1, got {min(values)}")
     chosen = find_device(device)
     kind = dtype or ("float32" if chosen.type == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16"):
         raise ConfigError(f"bench: `dtype` is {kind!r}; known names: bfloat16, float32")
     rows: list[Measurement] = []
-    with tqdm(total=len(names) * 4, desc="bench", unit=" rows", disable=None) as bar:
+    memory: list[PeakMemory] = []
+    with _with_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
         for name in names:
-            rows += _bench_model(name, tokens, chosen, getattr(torch, kind), seconds, bar)
-    values = {
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "aims": AIMS,
-        "dtype": kind,
-        "seconds_per_row": seconds,
-    }
-    return write_result(output, values, chosen)
+            bench = _Bench(name, build_forms(name, chosen, getattr(torch, kind)), seconds, rows, bar)
+            for size in sizes:
+                bench.forward(size)
+            if generate:
+                bench.generations()
+                memory += bench.memory(sizes)
+            del bench  # before the next model is built
+            bar.update()
+        result = {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "memory": [dataclasses.asdict(row) for row in memory],
+            "aims": AIMS,
+            "dtype": kind,
+            "seconds_per_row": seconds,
+        }
+        return write_result(output, result, chosen)
 
 
-def build_forms(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """Build the three forms of one decoder layer. They share all parameters but their routers'.
-
-    Returns:
-        The `stock`, `symphony` and `folded` models, which compute the same outputs.
-    """
-    config = AutoConfig.for_model(**SHAPES[name], num_hidden_layers=1, vocab_size=8, pad_token_id=0)
-    torch.manual_seed(0)
-    with torch.device(device):
-        symphony = AutoModel.from_config(config, dtype=dtype)
-    shared = {id(p): p for p_name, p in symphony.named_parameters() if not p_name.endswith("gate.weight")}
-    folded = copy.deepcopy(symphony, memo=dict(shared))
-    for model in (symphony, folded):
-        symphonize(model)
-        for seed, (_, router) in enumerate(symphony_routers(model)):
-            graph = active_graph(router.symphony)
-            random = torch.rand(graph.num_experts, graph.num_experts, generator=torch.Generator().manual_seed(seed))
-            with torch.no_grad():
-                # Mostly diagonal, as a learned graph is, so that the routing stays as even as the stock one's.
-                graph.adjacency.add_((0.02 * (random + random.T)).to(device) * graph.adjacency.diagonal().mean())
-    fold(folded)
-    stock = copy.deepcopy(folded, memo={id(p): p for p in folded.parameters()})
-    return {"stock": stock, "symphony": symphony, "folded": folded}
+@contextlib.contextmanager
+def _with_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _bench_model(
-    name: str, tokens: int, device: torch.device, dtype: torch.dtype, seconds: float, bar: "tqdm[Any]"
-) -> list[Measurement]:
-    forms = build_forms(name, device, dtype)
-    hidden_size = SHAPES[name]["hidden_size"]
-    while True:
-        inputs = torch.randn(1, tokens, hidden_size, device=device, dtype=dtype)
-        try:
-            _symphony_training_step(forms["symphony"], inputs)
-            break
-        except (torch.OutOfMemoryError, MemoryError):
-            tokens //= 2
-            if tokens == 0:
-                raise
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error) or tokens == 1:  # the message of PyTorch's CPU allocator
-                raise
-            tokens //= 2
-    modes = [
-        ("training", "symphony", _training_step, _symphony_training_step),
-        ("inference", "symphony", _inference_step, _inference_step),
-        ("folded", "folded", _inference_step, _inference_step),
-        ("noise", "stock", _inference_step, _inference_step),
-    ]
-    rows = []
-    for mode, form, stock_step, step in modes:
-        bar.set_postfix_str(f"{name}, {mode}")
+class _Bench:
+    """Measurements of one model's forms."""
+
+    def __init__(
+        self, name: str, forms: dict[str, PreTrainedModel], seconds: float, rows: list[Measurement], bar: "tqdm[Any]"
+    ) -> None:
+        self.name, self.forms, self.seconds, self.rows, self.bar = name, forms, seconds, rows, bar
+        weight = next(forms["stock"].parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def _inputs(self, tokens: int) -> Tensor:
+        return torch.randn(1, tokens, SHAPES[self.name]["hidden_size"], device=self.device, dtype=self.dtype)
+
+    def _prompt(self, batch: int) -> Tensor:
+        return torch.arange(batch * PROMPT, device=self.device).view(batch, PROMPT) % 7 + 1
+
+    def forward(self, tokens: int) -> None:
+        """Measure the forward of a number of tokens, or of half as many until they fit."""
+        inputs = self._fitting(tokens)
+        self._measure("training", "symphony", inputs.shape[1], training_step, inputs)
+        for mode, form in (("inference", "symphony"), ("folded", "folded"), ("noise", "stock")):
+            self._measure(mode, form, inputs.shape[1], inference_step, inputs)
+
+    def generations(self) -> None:
+        """Measure generation of 1 and of 8 sequences, and its noise."""
+        for batch in BATCHES:
+            self._measure("generate", "symphony", batch, generation_step, self._prompt(batch))
+        self._measure("generate noise", "stock", BATCHES[0], generation_step, self._prompt(BATCHES[0]))
+
+    def memory(self, sizes: Sequence[int]) -> Iterator[PeakMemory]:
+        """Measure the peak memory of a training step and of a generation, whose steps decode a token."""
+        steps: list[tuple[str, int, Callable[..., None], Tensor]] = [
+            ("training", size, training_step, self._inputs(size)) for size in sizes
+        ]
+        steps += [("generate", batch, generation_step, self._prompt(batch)) for batch in BATCHES]
+        for step, tokens, run, inputs in steps:
+            stock, symphony = (
+                peak_bytes(self.forms[form], functools.partial(run, self.forms[form], inputs))
+                for form in ("stock", "symphony")
+            )
+            yield PeakMemory(self.name, step, tokens, stock, symphony, symphony / stock)
+
+    def _measure(self, mode: str, form: str, tokens: int, step: Callable[..., None], inputs: Tensor) -> None:
+        self.bar.set_postfix_str(f"{self.name}, {mode}, {tokens}")
         ratios, stock_seconds = alternate(
-            functools.partial(stock_step, forms["stock"], inputs),
-            functools.partial(step, forms[form], inputs),
-            seconds,
-            device,
+            functools.partial(step, self.forms["stock"], inputs),
+            functools.partial(step, self.forms[form], inputs),
+            self.seconds,
+            self.device,
         )
         low, median, high = quartiles(ratios)
-        rows.append(Measurement(name, mode, tokens, len(ratios), median, low, high, stock_seconds))
-        bar.update()
-    return rows
+        self.rows.append(Measurement(self.name, mode, tokens, len(ratios), median, low, high, stock_seconds))
+
+    def _fitting(self, tokens: int) -> Tensor:
+        while True:
+            inputs = self._inputs(tokens)
+            try:
+                training_step(self.forms["symphony"], inputs)
+                return inputs
+            except (torch.OutOfMemoryError, MemoryError):
+                if tokens == 1:
+                    raise
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error) or tokens == 1:  # the message of PyTorch's CPU allocator
+                    raise
+            tokens //= 2
 
 
 def measure_layer(name: str, seconds: float, tokens: int = 1024) -> float:
     """Return the median seconds of a stock decoder layer's forward and backward, on the CPU in float32."""
     form = build_forms(name, torch.device("cpu"), torch.float32)["stock"]
-    step = functools.partial(_training_step, form, torch.randn(1, tokens, SHAPES[name]["hidden_size"]))
+    step = functools.partial(training_step, form, torch.randn(1, tokens, SHAPES[name]["hidden_size"]))
     return alternate(step, step, seconds, torch.device("cpu"))[1]
-
-
-def _training_step(model: nn.Module, inputs: Tensor) -> None:
-    model.train()
-    model(inputs_embeds=inputs.requires_grad_()).last_hidden_state.float().square().mean().backward()
-    model.zero_grad(set_to_none=True)
-
-
-def _symphony_training_step(model: nn.Module, inputs: Tensor) -> None:
-    model.train()
-    loss = model(inputs_embeds=inputs.requires_grad_()).last_hidden_state.float().square().mean()
-    add_router_losses(model, loss).backward()
-    update_graphs(model)
-    model.zero_grad(set_to_none=True)
-
-
-@torch.inference_mode()
-def _inference_step(model: nn.Module, inputs: Tensor) -> None:
-    model.eval()
-    model(inputs_embeds=inputs)
 
 
 def bench_table(result: dict[str, Any]) -> Table:
@@ -257,6 +261,23 @@ def bench_table(result: dict[str, Any]) -> Table:
     return Table(f"Time over stock, one decoder layer, {result['dtype']} on {result['device']}", header, rows)
 
 
+def memory_table(result: dict[str, Any]) -> Table:
+    """Return the peak memory of a result as a table."""
+    rows: list[list[TableCell | str]] = [
+        [
+            row["model"],
+            row["step"],
+            number_cell(row["tokens"], "d"),
+            number_cell(row["ratio"], ".4f"),
+            number_cell(row["stock_bytes"] / 1e9, ".3f"),
+            number_cell(result["aims"][f"{row['step']} memory"], "g"),
+        ]
+        for row in result["memory"]
+    ]
+    return Table("Peak memory over stock", ["model", "step", "tokens", "ratio", "stock, GB", "aim"], rows)
+
+
 def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the measurements, and the path of their file."""
-    print_result(result, [bench_table(result)], console)
+    tables = [bench_table(result), *([memory_table(result)] if result["memory"] else [])]
+    print_result(result, tables, console)

@@ -1,0 +1,141 @@
+"""The forms of one decoder layer at the true shapes of large models, their steps, and the memory of a step."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from symphony_hf.patching.attachment import add_router_losses, update_graphs
+from symphony_hf.patching.expert_graph import active_graph
+from symphony_hf.patching.folding import fold
+from symphony_hf.patching.symphonize import is_symphonized, symphonize, symphony_routers
+from symphony_hf.training.planning.step import LiveBytes
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "deepseek-v3-router": {  # its experts are 2,048 wide, and have 45 GB in float32
+        "model_type": "deepseek_v3",
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 64,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 0,
+    },
+}
+PROMPT, NEW_TOKENS = 8, 32
+"""Tokens of a generation: given, and generated with a cache."""
+
+
+def build_forms(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    """Build the three forms of one decoder layer. They share all parameters but their routers'.
+
+    Returns:
+        The `stock`, `symphony` and `folded` models, which compute the same outputs.
+    """
+    config = AutoConfig.for_model(**SHAPES[name], num_hidden_layers=1, vocab_size=8, pad_token_id=0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        symphony = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    shared = {id(p): p for p_name, p in symphony.named_parameters() if not p_name.endswith("gate.weight")}
+    folded = copy.deepcopy(symphony, memo=dict(shared))
+    for model in (symphony, folded):
+        symphonize(model)
+        for seed, (_, router) in enumerate(symphony_routers(model)):
+            graph = active_graph(router.symphony)
+            random = torch.rand(graph.num_experts, graph.num_experts, generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                # Mostly diagonal, as a learned graph is, so that the routing stays as even as the stock one's.
+                graph.adjacency.add_((0.02 * (random + random.T)).to(device) * graph.adjacency.diagonal().mean())
+    fold(folded)
+    stock = copy.deepcopy(folded, memo={id(p): p for p in folded.parameters()})
+    return {"stock": stock, "symphony": symphony, "folded": folded}
+
+
+def training_step(model: PreTrainedModel, inputs: Tensor) -> None:
+    """Run a forward and a backward pass; with graphs also the router losses, the counts and the update."""
+    model.train()
+    loss = model(inputs_embeds=inputs.requires_grad_()).logits.float().square().mean()
+    if not is_symphonized(model):
+        loss.backward()
+    else:
+        add_router_losses(model, loss).backward()
+        update_graphs(model)
+    model.zero_grad(set_to_none=True)
+
+
+@torch.inference_mode()
+def inference_step(model: PreTrainedModel, inputs: Tensor) -> None:
+    """Run a forward pass."""
+    model.eval()
+    model(inputs_embeds=inputs)
+
+
+def generation_step(model: Any, prompt: Tensor) -> None:
+    """Generate NEW_TOKENS tokens with a cache, greedily."""
+    model.eval()
+    model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+
+
+def peak_bytes(model: PreTrainedModel, step: Callable[[], None]) -> int:
+    """Return the bytes of a model's weights and graphs, and the peak of what two steps allocate.
+
+    Two, for what a step leaves behind, such as counts. Workspaces inside a kernel are not seen.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    with LiveBytes(held) as live:
+        step()
+        step()
+    return sum(tensor.nbytes for tensor in held) + live.peak
