@@ -11,11 +11,12 @@ from symphony_hf.errors import GraphError
 from symphony_hf.routing.graph import (
     initial_adjacency,
     mix_with_identity,
+    routing_residual,
     symmetrize,
     transition_matrix,
     without_autocast,
 )
-from symphony_hf.routing.smoothing import smooth_scores, smooth_sigmoid_scores, smooth_weight
+from symphony_hf.routing.smoothing import add_residual, add_residual_to_weight, smooth_scores, smooth_sigmoid_scores
 
 _NOT_LOADED = -1
 """Number of updates of a graph that a checkpoint has yet to be loaded into."""
@@ -83,23 +84,31 @@ class ExpertGraph(nn.Module):
             return self.config.strength
         return self.config.strength * (self.updates / self.config.warmup_steps).clamp(max=1.0)
 
-    def forward(self, smoothed: Tensor, scoring_func: str | None = None) -> Tensor:
+    def forward(self, tensor: Tensor, kind: str = "weight") -> Tensor:
         """Apply the graph. A call, not an attribute read, so that the hooks of accelerate and PEFT take part.
 
         Args:
-            smoothed: The router's weight (or bias), (num_experts, ...), where logits are smoothed; its logits,
-                (tokens, num_experts), where scores are.
-            scoring_func: Where scores are smoothed, the function that makes them: `softmax` or `sigmoid`.
+            tensor: The router's weight or bias, (num_experts, ...), or its logits, (..., num_experts).
+            kind: `weight`; `logits`; or, where scores are smoothed, the function that makes them of the logits:
+                `softmax` or `sigmoid`.
 
         Returns:
             The smoothed tensor. Same shape and type.
         """
         if self.awaits_checkpoint:
             self._check_loaded()
-        if self.config.smoothing == "logits":
-            return smooth_weight(smoothed, self.transition())
-        smooth = smooth_sigmoid_scores if scoring_func == "sigmoid" else smooth_scores
-        return smooth(smoothed, self.transition())
+        if kind == "weight":
+            return add_residual_to_weight(tensor, self.residual())
+        if kind == "logits":
+            return add_residual(tensor.flatten(0, -2), self.residual()).view_as(tensor).to(tensor.dtype)
+        smooth = smooth_sigmoid_scores if kind == "sigmoid" else smooth_scores
+        return smooth(tensor, self.transition())
+
+    def residual(self) -> Tensor:
+        """Compute A - I, which a forward adds. Shape: (num_experts, num_experts), float32."""
+        adjacency_EE = self.symmetrized()
+        with without_autocast(adjacency_EE):
+            return routing_residual(adjacency_EE, self.strength(), self.config.normalization, self.config.self_loops)
 
     def transition(self) -> Tensor:
         """Compute the matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.

@@ -14,7 +14,8 @@ from symphony_hf.config import Normalization
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Disable autocast on the tensor's device: bfloat16 would round the graph, and counts above 256."""
-    if tensor.is_meta:  # not a device type that autocast accepts
+    # The meta device is none that autocast knows; and entering its context costs more than to ask whether it is on.
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
         return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)  # type: ignore[return-value]
 
@@ -178,6 +179,34 @@ def mix_with_identity(transition_EE: Tensor, strength: Tensor | float) -> Tensor
     """
     identity_EE = torch.eye(transition_EE.shape[-1], device=transition_EE.device).to(transition_EE.dtype)
     return identity_EE + strength * (transition_EE - identity_EE)
+
+
+def routing_residual(
+    adjacency_EE: Tensor, strength: Tensor | float, normalization: Normalization = "row", self_loops: bool = True
+) -> Tensor:
+    """Return A - I for the matrix A used in routing: what a forward adds, in as few operations as it takes.
+
+    Args:
+        adjacency_EE: As for `transition_matrix`. Shape: (num_experts, num_experts), float32.
+        strength: Strength, as for `mix_with_identity`.
+        normalization: As for `transition_matrix`.
+        self_loops: As for `transition_matrix`.
+
+    Returns:
+        strength (P - I), exactly 0 if P = I or strength = 0. Same shape.
+    """
+    if normalization != "row":
+        transition_EE = transition_matrix(adjacency_EE, normalization, self_loops)
+        identity_EE = torch.eye(len(adjacency_EE), device=adjacency_EE.device).to(adjacency_EE.dtype)
+        return strength * (transition_EE - identity_EE)
+    mass_EE = adjacency_EE
+    if not self_loops:
+        mass_EE = torch.diagonal_scatter(mass_EE, torch.zeros_like(mass_EE[0]))
+    degree_E = mass_EE.sum(-1)
+    # Infinity makes 0 of the row of an expert without mass, in the gradient too.
+    alone_E = degree_E < torch.finfo(degree_E.dtype).tiny
+    factor_E = strength / degree_E.masked_fill(alone_E, torch.inf)
+    return torch.diagonal_scatter(mass_EE, mass_EE.diagonal() - degree_E) * factor_E.unsqueeze(-1)
 
 
 def adjacency_problems(adjacency_EE: Tensor, num_experts: int) -> list[str]:

@@ -32,16 +32,21 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
     Source: arXiv 2510.16411, the Symphony gate g_sym_j = sum_k a_jk g_k. Deviation: none.
     """
     _check_experts("the logits", logits_TE.shape[-1], transition_EE)
+    return add_residual(logits_TE, _minus_identity(transition_EE))
+
+
+def add_residual(logits_TE: Tensor, residual_EE: Tensor) -> Tensor:
+    """Smooth logits by A - I, from `routing_residual`: `smooth_logits` for a caller that does not need A itself."""
     with without_autocast(logits_TE):
         logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        return torch.addmm(logits, logits, _minus_identity(transition_EE).to(logits.dtype).T)
+        return torch.addmm(logits, logits, residual_EE.to(logits.dtype).T)
 
 
 def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
     """Return the router weight that produces smoothed logits: x (A W).T = (x W.T) A.T.
 
-    Used instead of `smooth_logits` at run time: the model's own forward does the rest, and a folded checkpoint stores
-    exactly these numbers, so folding is exact.
+    A folded checkpoint stores these numbers. In 16 bits a router multiplies by them at run time too, since their
+    rounding decides close choices; in float32 `smooth_logits` is cheaper, and equal up to rounding.
 
     Args:
         weight_ED: Router weight, or a bias of shape (num_experts,). Shape: (num_experts, hidden_size).
@@ -57,11 +62,16 @@ def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:
     Source: arXiv 2510.16411, rewritten by linearity. Deviation: none in exact arithmetic.
     """
     _check_experts("the router's weight", weight_ED.shape[0], transition_EE)
+    return add_residual_to_weight(weight_ED, _minus_identity(transition_EE))
+
+
+def add_residual_to_weight(weight_ED: Tensor, residual_EE: Tensor) -> Tensor:
+    """Smooth a weight by A - I, from `routing_residual`: `smooth_weight` for a caller that does not need A itself."""
     with without_autocast(weight_ED):
         dtype = torch.promote_types(weight_ED.dtype, torch.float32)
-        weight, change_EE = weight_ED.to(dtype), _minus_identity(transition_EE).to(dtype)
+        weight = weight_ED.to(dtype)
         product = torch.addmm if weight.dim() == 2 else torch.addmv
-        return product(weight, change_EE, weight).to(weight_ED.dtype)
+        return product(weight, residual_EE.to(dtype), weight).to(weight_ED.dtype)
 
 
 def smooth_probabilities(probabilities_TE: Tensor, transition_EE: Tensor) -> Tensor:
@@ -161,8 +171,8 @@ def fold_linear(weight_ED: Tensor, bias_E: Tensor | None, transition_EE: Tensor)
         transition_EE: Routing matrix A. Shape: (num_experts, num_experts).
 
     Returns:
-        The folded weight and bias, in their own dtypes and shapes: the numbers that a Symphony router uses at run
-        time, so folding is exact.
+        The folded weight and bias, in their own dtypes and shapes: in 16 bits the numbers that a Symphony router uses
+        at run time, in float32 those of its logits up to rounding.
 
     Raises:
         ValueError: If the numbers of experts differ.

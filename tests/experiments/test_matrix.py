@@ -171,7 +171,7 @@ def change_weights(model):
 
 def change_the_graph(model):
     for _, router in symphony_routers(model):
-        router.apply_graph = lambda tensor: 1.001 * tensor
+        router.smooth_logits = lambda logits: 1.001 * logits
 
 
 def lose_the_losses(model):

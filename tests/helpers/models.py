@@ -86,5 +86,14 @@ def move_graphs(model, *, seed=0):
     return model
 
 
+def assert_folded(folded, symphony):
+    """Compare the float32 logits of a folded model with those of the model it was folded from.
+
+    One multiplies by A W, the other smooths the logits: equal up to the rounding of sums. In 16 bits both multiply by
+    A W, and tests compare bits.
+    """
+    torch.testing.assert_close(folded, symphony, rtol=0, atol=1e-5 * max(1.0, float(symphony.detach().abs().max())))
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

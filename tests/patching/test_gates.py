@@ -16,8 +16,8 @@ from gates import (
     PlainModel,
     make_home_made,
 )
+from models import assert_folded, make_model, move_graphs
 from models import make_ids as text_ids
-from models import make_model, move_graphs
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def test_the_start_and_any_graph(case):
     # Float32 rounding of A W, in a product of a few tens of terms.
     torch.testing.assert_close(ours, logits_of(reference, ids), rtol=1e-4, atol=1e-5)
     folded = fold(model)
-    assert torch.equal(logits_of(folded, ids), ours)
+    assert_folded(logits_of(folded, ids), ours)
     assert list(folded.state_dict()) == list(reference.state_dict())
 
 
@@ -160,7 +160,7 @@ def test_save_load_and_folded_export(name, tmp_path):
     export_folded(model, tmp_path / "folded")
     folded = model_class.from_pretrained(tmp_path / "folded")
     assert list(folded.state_dict()) == list(make_home_made(model_class).state_dict())
-    torch.testing.assert_close(logits_of(folded, ids), logits_of(model, ids), rtol=1e-5, atol=1e-6)
+    assert_folded(logits_of(folded, ids), logits_of(model, ids))
 
 
 def test_a_model_without_transformers_keeps_its_graph_in_its_state_dict():

@@ -10,6 +10,7 @@ from symphony_hf.routing.graph import (
     count_coselections,
     initial_adjacency,
     mix_with_identity,
+    routing_residual,
     transition_matrix,
     update_adjacency,
     without_autocast,
@@ -449,6 +450,50 @@ def test_strength_zero_is_the_identity_to_the_bit(normalization, self_loops, str
 def test_identity_stays_the_identity_at_any_strength(num_experts, strength, as_tensor):
     mixed = mix_with_identity(torch.eye(num_experts), torch.tensor(strength) if as_tensor else strength)
     naive.assert_same_bits(mixed, torch.eye(num_experts))
+
+
+@every_form
+@naive.many
+@given(naive.graphs(), st.floats(0, 1, width=32), st.booleans())
+def test_residual_is_the_mixed_matrix_less_the_identity(normalization, self_loops, adjacency, strength, as_tensor):
+    before = adjacency.clone()
+    residual = routing_residual(adjacency, torch.tensor(strength) if as_tensor else strength, normalization, self_loops)
+    transition = naive.transition(adjacency.tolist(), normalization, self_loops)
+    expected = [[strength * (value - (j == k)) for k, value in enumerate(row)] for j, row in enumerate(transition)]
+    largest = max(abs(value) for row in transition for value in row)
+    naive.assert_near(residual, expected, rtol=2 * RTOL, atol=2 * RTOL * max(1.0, largest))
+    naive.assert_same_bits(adjacency, before)
+
+
+@every_form
+@pytest.mark.parametrize("strength", [1.0, 0.3, torch.tensor(0.3)])
+def test_residual_is_zero_to_the_bit_at_the_start(normalization, self_loops, strength):
+    for num_experts, top_k in ((1, 1), (7, 2), (60, 4), (128, 8)):
+        residual = routing_residual(initial_adjacency(num_experts, top_k), strength, normalization, self_loops)
+        assert not residual.any()
+
+
+@every_form
+@pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-42])
+def test_residual_is_zero_at_strength_zero_and_in_rows_without_mass(normalization, self_loops, tiny):
+    adjacency = naive.random_graph(6)
+    assert not routing_residual(adjacency, 0.0, normalization, self_loops).any()
+    adjacency[2] = adjacency[:, 2] = tiny
+    residual = routing_residual(adjacency, 1.0, normalization, self_loops)
+    assert not residual[2].any()
+    assert residual[3].any()
+
+
+@every_form
+@pytest.mark.parametrize("silent", [(), (1,), (0, 1, 2, 3, 4)])
+def test_gradient_of_the_residual_is_that_of_the_mixed_matrix(normalization, self_loops, silent):
+    gradients = []
+    for function in (routing_residual, lambda graph, s, *form: mix_with_identity(transition_matrix(graph, *form), s)):
+        adjacency = naive.random_graph(5, silent=silent).requires_grad_()
+        weights = torch.arange(25.0).reshape(5, 5)
+        (function(adjacency, 0.7, normalization, self_loops) * weights).sum().backward()
+        gradients.append(adjacency.grad)
+    naive.assert_near(gradients[0], gradients[1].tolist(), rtol=1e-4, atol=1e-4)
 
 
 def test_strength_has_a_gradient():

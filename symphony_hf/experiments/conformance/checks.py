@@ -17,7 +17,17 @@ from symphony_hf.patching.folding import export_folded, fold
 from symphony_hf.patching.symphonize import expert_graphs, symphony_routers, unsymphonize
 
 from .overrides import NO_LOSS
-from .routing_checks import backward, counts, fails_with_router_logits, identity, recorded, reference, scores, watched
+from .routing_checks import (
+    backward,
+    counts,
+    fails_with_router_logits,
+    identity,
+    recorded,
+    reference,
+    require_same_routing,
+    scores,
+    watched,
+)
 from .specimen import UPSTREAM_ERRORS, Specimen, put_random_graphs, require, require_close
 from .tiny import auto_class_of
 
@@ -74,7 +84,7 @@ def _loss(specimen: Specimen, model: nn.Module, **kwargs: Any) -> Tensor:
 
 
 def bfloat16(specimen: Specimen) -> str | None:
-    """Check bfloat16: bitwise the base at the start, float32 graphs, finite logits with a random graph."""
+    """Check bfloat16: bitwise the base at the start and folded, float32 graphs, finite logits with a random graph."""
     half = Specimen(specimen.family, torch.bfloat16)
     try:
         half.logits(half.base)
@@ -85,6 +95,8 @@ def bfloat16(specimen: Specimen) -> str | None:
     put_random_graphs(model)
     require(bool(torch.isfinite(half.logits(model)).all()), "logits are not finite with a graph")
     require({graph.dtype for graph in expert_graphs(model).values()} == {torch.float32}, "a graph is not float32")
+    ours = half.logits(model)
+    require(torch.equal(half.logits(fold(model)), ours), "folded, logits differ")
     return None
 
 
@@ -110,7 +122,7 @@ def _align(model: nn.Module) -> None:
 
 
 def folded(specimen: Specimen) -> str | None:
-    """Check that the folded export is a stock checkpoint with the base's names and bitwise equal logits."""
+    """Check that the folded export is a stock checkpoint with the base's names, and routes as the model does."""
     ours = specimen.logits(specimen.patched)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         specimen.base.save_pretrained(first)
@@ -121,9 +133,11 @@ def folded(specimen: Specimen) -> str | None:
     require(type(loaded) is type(specimen.base), f"it loads as {type(loaded).__name__}")
     require(not hasattr(loaded.config, "symphony"), "its config still has our settings")
     _align(loaded)
-    require(torch.equal(specimen.logits(loaded), ours), "logits differ")
+    plain = specimen.logits(loaded)
+    require_close(plain, ours, "logits, folded")
+    require_same_routing(specimen, specimen.patched, loaded)
     in_place = fold(put_random_graphs(specimen.symphonized()))
-    require(torch.equal(specimen.logits(in_place), ours), "logits differ, folded in place")
+    require(torch.equal(specimen.logits(in_place), plain), "logits differ, folded in place")
     return None
 
 

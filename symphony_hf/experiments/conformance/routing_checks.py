@@ -127,6 +127,22 @@ def watched(specimen: Specimen) -> str | None:
     return None
 
 
+def require_same_routing(specimen: Specimen, patched: nn.Module, folded: nn.Module) -> None:
+    """Compare routing before and after folding: the same experts, and float32 logits that differ by rounding alone."""
+    routed = []
+    for model in (patched, folded):
+        with watching_routers(model) as records:
+            specimen.logits(model)
+        routed.append(records)
+    for name, calls in routed[0].items():
+        for ours, theirs in zip(calls, routed[1][name], strict=True):
+            off = float((ours.logits_TE - theirs.logits_TE).abs().max())
+            bound = 1e-5 * max(1.0, float(ours.logits_TE.abs().max()))
+            require(off <= bound, f"{name}: folded, its logits are off by {off:.3g}")
+            chosen, wanted = (one.indices_TK.sort(-1).values for one in (ours, theirs))
+            require(torch.equal(chosen, wanted), f"{name}: folded, it chooses other experts")
+
+
 def counts(specimen: Specimen) -> str | None:
     """Check that a training step moves the graph by the choices that reach the experts, without padding."""
     model, batch = specimen.symphonized(decay=0.5), dict(specimen.batch)

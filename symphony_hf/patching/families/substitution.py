@@ -86,10 +86,63 @@ class Leaf:
         return getattr(self._linear, name)
 
 
+class DeferredWeight:
+    """A map's weight or bias that is to be changed along its rows, where the change is cheaper on the product.
+
+    `F.linear` multiplies by the stored numbers and changes what comes out. Every other operation gets the changed
+    tensor, so a forward that does something else with it computes the same.
+
+    Args:
+        stored: The weight or bias. Shape: (rows, ...).
+        change_rows: Changes a tensor along its first dimension.
+        change_product: Makes the same change along the last dimension. Shape: (..., rows), in and out.
+    """
+
+    def __init__(
+        self, stored: Tensor, change_rows: Callable[[Tensor], Tensor], change_product: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._stored = stored
+        self._change_rows = change_rows
+        self._change_product = change_product
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and isinstance(args[1], cls):
+            stored = [argument._stored if isinstance(argument, cls) else argument for argument in args[1:]]
+            return args[1]._change_product(func(args[0], *stored))
+        changed = [argument.changed() if isinstance(argument, cls) else argument for argument in args]
+        named = {name: value.changed() if isinstance(value, cls) else value for name, value in (kwargs or {}).items()}
+        return func(*changed, **named)
+
+    def changed(self) -> Tensor:
+        """Compute the changed tensor."""
+        return self._change_rows(self._stored)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._stored.dtype
+
+    def to(self, dtype: torch.dtype) -> Any:
+        return self if dtype == self.dtype else self.changed().to(dtype)
+
+    type = to
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.changed()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.changed(), name)
+
+
 class LinearStandIn(Leaf):
     """The map with another weight and bias."""
 
-    def __init__(self, linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, linear: nn.Module, weight: Any, bias: Any) -> None:
         super().__init__(linear)
         self.weight = weight
         self.bias = bias
