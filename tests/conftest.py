@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # so that tests can `import models`
 
 import hypothesis
+import pictures
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -44,26 +45,16 @@ def _seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def _grey_pictures():
-    """Save each figure as one grey point: rendering takes most of the time of a small run.
-
-    Figures are still built. Tests of the pictures request `real_pictures`.
-    """
-    save = Figure.savefig
-
-    def save_point(figure, file, *, format=None, **settings):
-        if format != "png":
-            return save(figure, file, format=format, **settings)
-        return save(Figure(figsize=(0.01, 0.01)), file, format="png", dpi=100, facecolor="0.5")
-
+    """Build each figure, and save it as one grey point. Tests of the pictures request `real_pictures`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", save_point)
-        yield save
+        patch.setattr(Figure, "savefig", pictures.save_point)
+        yield
 
 
 @pytest.fixture
 def real_pictures(_grey_pictures, monkeypatch):
     """Figures as users see them."""
-    monkeypatch.setattr(Figure, "savefig", _grey_pictures)
+    monkeypatch.setattr(Figure, "savefig", pictures.save)
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -85,6 +76,15 @@ def shared_runs(tmp_path_factory):
 
     root = tmp_path_factory.getbasetemp()
     return SharedRuns((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared")
+
+
+@pytest.fixture(scope="session")
+def plain_python(tmp_path_factory):
+    """Run code in a process that has imported transformers, and not us."""
+    from plain_python import PlainPython
+
+    with PlainPython(tmp_path_factory.mktemp("plain_python")) as server:
+        yield server.run
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hub_server import TOKEN, LoopbackHub
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from models import make_model, move_graphs
-from small_runs import without_graph_figures
+from pictures import without_graph_figures
 
 from symphony_hf import symphonize
 

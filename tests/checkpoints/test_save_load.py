@@ -1,8 +1,6 @@
 """A checkpoint holds the whole Symphony model, is refused when it does not, and folds into a plain one."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -55,16 +53,6 @@ def edit_config(folder, **symphony):
     config = json.loads((folder / "config.json").read_text())
     config["symphony"].update(symphony)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def run_plain(script, *arguments):
-    """Run a script in a process that never imports symphony_hf."""
-    script = f"import sys, torch\n{script}\nassert 'symphony_hf' not in sys.modules"
-    result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -450,7 +438,7 @@ def test_folded_export_runs_in_plain_transformers_to_the_same_logits(family, dty
     assert_folded(plain(ids).logits, model(ids).logits)
 
 
-def test_folded_export_in_a_process_without_us(tmp_path):
+def test_folded_export_in_a_process_without_us(tmp_path, plain_python):
     model, ids = move_graphs(symphonize(make_model())), make_ids(8, 32)
     export_folded(model, tmp_path / "folded")
     outputs = model(ids, output_router_logits=True)
@@ -462,8 +450,9 @@ def test_folded_export_in_a_process_without_us(tmp_path):
         },
         tmp_path / "expected.safetensors",
     )
-    run_plain(
+    plain_python(
         """
+import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -474,6 +463,7 @@ chosen = [logits.topk(3).indices.sort().values for logits in outputs.router_logi
 wanted = [logits.topk(3).indices.sort().values for logits in expected["routing"]]
 same = torch.stack([(a == b).all(-1).float().mean() for a, b in zip(chosen, wanted)]).mean()
 assert same >= 0.999, same
+assert "symphony_hf" not in sys.modules
 """,
         tmp_path / "folded",
         tmp_path / "expected.safetensors",

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from pictures import save_point
 from safetensors.torch import load_file
 
 from symphony_hf.train import main
@@ -86,6 +88,7 @@ def run(values, log, recipe=RECIPE, environment=None, kill_at=None, file_limit=N
     """
     os.environ.update({"SYMPHONY_HF_CACHE": str(Path(values["data.path"]).parent / "cache"), **(environment or {})})
     torch.set_num_threads(1)
+    Figure.savefig = save_point
     with open(log, "w", buffering=1) as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         warnings.simplefilter("ignore")
         if kill_at is not None:

@@ -1,16 +1,12 @@
 """Runs of the project's own commands, scaled down to seconds, on synthetic text."""
 
-import contextlib
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from matplotlib.figure import Figure
 
-from symphony_hf.diagnostics import plots
-from symphony_hf.diagnostics.plots import heat_maps
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training.quickstart import QuickstartSettings, run_quickstart
 from symphony_hf.training.runner import run_recipe
@@ -63,20 +59,6 @@ def recipe_overrides(folder):
 def smoke_overrides(folder):
     """For a smoke recipe, which writes to `run` in the folder."""
     return {"output.directory": str(folder / "run"), "disable_tqdm": True, "dataloader_pin_memory": False}
-
-
-@contextlib.contextmanager
-def without_graph_figures():
-    """Write pictures of graphs without building their figures, which take longer than the rest of a page or a card."""
-
-    def write(graphs, path):
-        Figure().savefig(path, format="png")  # one grey point, see conftest.py
-        return path
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((plots, "plot_graphs"), (plots, "plot_expert_network"), (heat_maps, "plot_graphs")):
-            patch.setattr(module, name, write)
-        yield
 
 
 class SharedRuns:

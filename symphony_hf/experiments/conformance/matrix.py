@@ -94,12 +94,14 @@ def inspect_family(family: str) -> FamilyResult:
 
 def check_family(family: str) -> FamilyResult:
     """Build a family's tiny model and run every check on it, unless its routers are refused."""
-    row = inspect_family(family)
-    if row.able is None or isinstance(row.able.logits, Unsupported):
-        return row
+    if reason := why_not_built(family):
+        return FamilyResult(family, not_built=reason)
     with quiet():
         specimen = Specimen(family)
-        return FamilyResult(family, row.able, {name: run_check(name, specimen) for name in CHECKS})
+        able = capabilities(specimen.base)
+        if isinstance(able.logits, Unsupported):
+            return FamilyResult(family, able)
+        return FamilyResult(family, able, {name: run_check(name, specimen) for name in CHECKS})
 
 
 def run_check(name: str, specimen: Specimen) -> Result:

@@ -24,10 +24,10 @@ from .specimen import UPSTREAM_ERRORS, Specimen, mix_rows, naive_transition, put
 
 def identity(specimen: Specimen) -> str | None:
     """Check that the logits are bitwise the base's at the start and, with any graph, at strength 0."""
-    base = specimen.logits(specimen.base)
-    require(torch.equal(specimen.logits(specimen.symphonized()), base), "logits differ at the start")
+    base, model = specimen.logits(specimen.base), specimen.symphonized()
+    require(torch.equal(specimen.logits(model), base), "logits differ at the start")
     with torch.no_grad():
-        ours, theirs = (specimen.training_outputs(model).logits for model in (specimen.symphonized(), specimen.base))
+        ours, theirs = (specimen.training_outputs(m).logits for m in (model, specimen.base))
     require(torch.equal(ours, theirs), "logits differ at the start, in training")
     off = put_random_graphs(specimen.symphonized(strength=0.0))
     require(torch.equal(specimen.logits(off), base), "logits differ at strength 0")

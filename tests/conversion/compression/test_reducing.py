@@ -1,8 +1,6 @@
 """Smaller models: what each tensor is made of, and what they compute."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -119,7 +117,7 @@ def test_a_smaller_top_k_is_the_config_alone():
     assert not torch.equal(logits(single), logits(model))
 
 
-def test_plain_transformers_loads_them(tmp_path):
+def test_plain_transformers_loads_them(tmp_path, plain_python):
     """In a process that has never heard of us, to the same logits."""
     expected = {}
     for family in FAMILIES:
@@ -140,9 +138,7 @@ def test_plain_transformers_loads_them(tmp_path):
         "assert 'symphony_hf' not in sys.modules\n"
         "print(json.dumps(found))"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), json.dumps(make_ids().tolist())]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    found = json.loads(result.stdout)
+    found = json.loads(plain_python(script, tmp_path, json.dumps(make_ids().tolist())))
     assert found.keys() == expected.keys()
     for family, values in expected.items():
         torch.testing.assert_close(torch.tensor(found[family]), values, rtol=0, atol=0)

@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests can `import pars
 
 import pytest
 import torch
-from small_runs import RECIPE, recipe_overrides, without_graph_figures
+from pictures import without_graph_figures
+from small_runs import RECIPE, recipe_overrides
 
 from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
 from symphony_hf.evaluation.report.find_runs import read_runs
