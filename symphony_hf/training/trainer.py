@@ -157,7 +157,8 @@ class ResumableFlow(TrainerCallback):
     """Callback that makes Trainer's control flow resumable.
 
     Losses are logged before each checkpoint, since the running sums of Trainer are not saved. A run that resumes from
-    its last step ends at once.
+    its last step ends at once. A run that was killed after it had completed a checkpoint, and before it had deleted
+    older ones, deletes them when it resumes.
     """
 
     def __init__(self) -> None:
@@ -167,6 +168,11 @@ class ResumableFlow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stepped = False
+        output = Path(args.output_dir)
+        newest = output / f"checkpoint-{state.global_step}"
+        if args.should_save and newest.is_dir():
+            best = state.best_model_checkpoint
+            delete_oldest(output, args.save_total_limit, {newest, *([Path(best)] if best else [])})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stepped = True

@@ -470,7 +470,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(full_at, runs, whole):
     text = runs.finish({**values, "resume_from_checkpoint": True}, code=1, file_limit=limit)
     error = text.splitlines()[-1]
     assert error.startswith(f"error: `{folder / f'checkpoint-{before + 3}'}` could not be written; the disk had ")
-    assert f"Make room, then resume from `{folder / f'checkpoint-{before}'}`, which is whole" in error
+    assert f"Free space, then resume from `{folder / f'checkpoint-{before}'}`, which is complete" in error
     assert "Traceback" not in text
     runs.resume_and_compare(values, expected)
 
@@ -628,10 +628,11 @@ def test_twenty_kills_of_one_launch(runs):
 # Trainers of transformers' own.
 
 
-def trained(trainer_class, model, folder, resume=None, **more):
+def trained(trainer_class, model, folder, resume=None, limit=None, **more):
     """Return the logs, weights and graphs after eight steps."""
     data = [{"input_ids": row, "labels": row} for row in make_ids(40, 12)]
     how = {"max_steps": 8, "save_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    how["save_total_limit"] = limit
     quiet = {"disable_tqdm": True, "report_to": "none", "dataloader_pin_memory": False}
     arguments = TrainingArguments(output_dir=str(folder), **how, **quiet)
     trainer = trainer_class(model.train(), arguments, train_dataset=data, **more)
@@ -660,3 +661,16 @@ def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_pa
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
     assert_equal(trained(ResumableTrainer, make_model(family, seed=1), tmp_path / "on", checkpoint), expected)
     assert ["Trainer would skip" in message for message in said] == [True]
+
+
+def test_checkpoints_that_a_kill_left_undeleted_are_deleted_when_the_run_resumes(tmp_path, monkeypatch):
+    """The kill came between the completion of the last checkpoint and the deletion of the one before it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "delete_oldest", lambda *arguments: None)
+        expected = trained(ResumableTrainer, make_model(), tmp_path, limit=1)
+    assert steps_of(tmp_path) == [4, 8]
+    assert_equal(trained(ResumableTrainer, make_model(), tmp_path, str(tmp_path / "checkpoint-8"), limit=1), expected)
+    assert steps_of(tmp_path) == [8]
+    (tmp_path / "checkpoint-8").rename(tmp_path / "elsewhere")
+    trained(ResumableTrainer, make_model(), tmp_path, str(tmp_path / "elsewhere"), limit=1)
+    assert steps_of(tmp_path) == []  # it was over, and there is nothing to delete
