@@ -140,10 +140,11 @@ class _Check:
         self._compare("its weights are not those of the mixed scores", wanted, self._forward(self.trial)[place])
 
     def _compare(self, complaint: str, wanted: Tensor, got: Tensor) -> None:
-        # Rounding alone: a few ulps of the weight's type, to which A W is rounded, on sums over the hidden size. The
-        # mean over many experts is smaller than what it is of.
+        # Rounding alone: a few ulps of the weight's type, to which A W is rounded, on sums over the hidden size; or of
+        # float32, in which the graph is. The mean over many experts is smaller than what it is of.
         weight: Any = linear_of(self.trial, self.contract.linear).weight
-        tolerance = 32 * torch.finfo(weight.dtype).eps * float(max(wanted.abs().max(), self.probe.raw.abs().max()))
+        eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+        tolerance = 32 * eps * float(max(wanted.abs().max(), self.probe.raw.abs().max()))
         off = float((wanted.float() - got.float()).abs().max())
         if not off <= tolerance:
             self._refuse(f"{complaint}, off by {off:.3g}")
