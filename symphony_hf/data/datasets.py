@@ -139,9 +139,12 @@ def _given(**settings: Any) -> dict[str, Any]:
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """Show progress bars of `datasets` only if they are wanted and stderr is a terminal; restore the setting after."""
+    if shown and sys.stderr.isatty():  # asked first: importing `datasets` takes seconds
+        yield
+        return
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled() or (shown and sys.stderr.isatty()):
+    if are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

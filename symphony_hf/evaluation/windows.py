@@ -172,12 +172,13 @@ def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
     """Find the tokens that both forms of a document share, in order and line by line, since no attack moves lines."""
     clean_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     attacked_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
-    for line in np.intersect1d(clean.lines, attacked.lines):
-        here = [np.searchsorted(form.lines, [line, line + 1]) for form in (clean, attacked)]
-        own, other = (form.ids[start:end] for form, (start, end) in zip((clean, attacked), here, strict=True))
-        positions, other_positions = aligned_positions(own, other)
-        clean_positions.append(here[0][0] + positions)
-        attacked_positions.append(here[1][0] + other_positions)
+    lines = np.intersect1d(clean.lines, attacked.lines)
+    # The first token of each line and of the next, in both forms.
+    bounds = [np.searchsorted(form.lines, ends).tolist() for form in (clean, attacked) for ends in (lines, lines + 1)]
+    for start, end, other_start, other_end in zip(*bounds, strict=True):
+        positions, other_positions = aligned_positions(clean.ids[start:end], attacked.ids[other_start:other_end])
+        clean_positions.append(start + positions)
+        attacked_positions.append(other_start + other_positions)
     return Untouched(np.concatenate(clean_positions), np.concatenate(attacked_positions))
 
 

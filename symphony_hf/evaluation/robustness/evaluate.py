@@ -1,5 +1,6 @@
 """The evaluation that `symphony eval` runs."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -25,7 +26,10 @@ def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
     Raises:
         SymphonyError: If a model's config, its tokenizer, or the data could not be loaded.
     """
-    with progress_bars(True):
+    # The default text is that of the running Python, and importing `datasets` for its bars takes seconds.
+    is_own = settings.task == "text" and settings.data is None
+    quiet = contextlib.nullcontext() if is_own else progress_bars(True)
+    with quiet:
         return TASKS[settings.task](settings, store)
 
 
