@@ -66,6 +66,7 @@ def run_bench_upcycle(
         again: list[float] = []
         for number in tqdm(range(rounds), desc="bench-upcycle", unit=" rounds", disable=None):
             shutil.rmtree(target, ignore_errors=True)
+            _settle()
             runs.append(_upcycle(dense, target, check=number == 0))
             copies.append(_copy(target, Path(scratch) / "copy"))
             again.append(_copy(target, Path(scratch) / "copy"))
@@ -188,7 +189,14 @@ def report(measure: Callable[[], dict[str, Any]]) -> None:
     print(json.dumps(values))
 
 
+def _settle() -> None:
+    """Wait for the disk: what was written or deleted before must not be flushed in the time of what follows."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
 def _copy(source: Path, target: Path) -> float:
+    _settle()
     started = time.perf_counter()
     target.mkdir()
     for file in sorted(source.iterdir()):
