@@ -1,6 +1,6 @@
 """ExpertGraph: the child `symphony` of a Symphony router. It holds the one thing that is saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -100,7 +100,8 @@ class ExpertGraph(nn.Module):
         if kind == "weight":
             return add_residual_to_weight(tensor, self.residual())
         if kind == "logits":
-            return add_residual(tensor.flatten(0, -2), self.residual()).view_as(tensor).to(tensor.dtype)
+            smoothed = add_residual(tensor.reshape(-1, self.num_experts), self.residual())
+            return smoothed.view_as(tensor).to(tensor.dtype)
         smooth = smooth_sigmoid_scores if kind == "sigmoid" else smooth_scores
         return smooth(tensor, self.transition())
 
@@ -197,10 +198,14 @@ def kept_in_adapters(model: nn.Module) -> set[int]:
     return {id(module) for copy in copies for module in copy.modules()}
 
 
-def put_aside(model: nn.Module) -> set[int]:
-    """Return the identities of the modules that PEFT's `modules_to_save` wrappers hold but do not run now."""
+def put_aside(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the identities of the modules that PEFT's `modules_to_save` wrappers hold but do not run now.
+
+    Args:
+        modules: All modules of a model.
+    """
     aside: set[int] = set()
-    for wrapper in model.modules():
+    for wrapper in modules:
         if "modules_to_save" in wrapper._modules:
             active = _active_module(wrapper)
             held: Any = (wrapper.original_module, *wrapper.modules_to_save.values())  # type: ignore[operator, union-attr]

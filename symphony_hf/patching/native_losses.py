@@ -20,22 +20,26 @@ _REPLACED = {
 class NativeLosses:
     """Hooks that keep native router losses out of a model's loss.
 
-    Their weights are 0 while the forward runs, and only then: outside it, the model and its config show the user's
-    values, and every way to save the config writes them. In training the output's losses are 0, too, since trainers
-    such as TRL's add them to a loss of their own. In evaluation they are as the model computes them.
+    Their weights are 0 while a forward with labels runs, and only then: outside it, the model and its config show the
+    user's values, and every way to save the config writes them. In training the output's losses are 0, too, since
+    trainers such as TRL's add them to a loss of their own. In evaluation they are as the model computes them.
 
     Args:
         weights: Names of the weights in the model and its config.
         outputs: Names of the losses in the model's output.
+        labels_position: Position of `labels` in the model's forward.
     """
 
-    def __init__(self, weights: list[str], outputs: list[str]) -> None:
+    def __init__(self, weights: list[str], outputs: list[str], labels_position: int) -> None:
         self.weights = weights
         self.outputs = outputs
+        self.labels_position = labels_position
         self._switched_off: list[tuple[Any, str, float]] = []
 
-    def switch_off(self, model: PreTrainedModel, args: Any) -> None:
+    def switch_off(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         """Set the weights to 0: a pre-hook. Some models read them from their config, most from themselves."""
+        if kwargs.get("labels") is None and len(args) <= self.labels_position:
+            return  # no loss, and setting an attribute of a config takes as long as a layer's attention
         for holder in (model, model.config, model.config.get_text_config()):
             for name in self.weights:
                 weight = holder.__dict__.get(name)
@@ -61,7 +65,10 @@ def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> Iter
         return
     weights, outputs = [name for names, _ in replaced for name in names], [output for _, output in replaced]
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and "labels" in inspect.signature(module.forward).parameters:
-            hooks = NativeLosses(weights, outputs)
-            yield module.register_forward_pre_hook(hooks.switch_off)
+        if not isinstance(module, PreTrainedModel):
+            continue
+        parameters = list(inspect.signature(module.forward).parameters)
+        if "labels" in parameters:
+            hooks = NativeLosses(weights, outputs, parameters.index("labels"))
+            yield module.register_forward_pre_hook(hooks.switch_off, with_kwargs=True)
             yield module.register_forward_hook(hooks.restore, always_call=True)

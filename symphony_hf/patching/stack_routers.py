@@ -1,7 +1,7 @@
 """The Symphony routers of one decoder stack, as they are in the model now."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class StackRouters:
         self.checks = checks
         self._block_ran: dict[int, bool] = {}  # by row, of the blocks that are watched
         self._adopt(routers)
-        self._num_stock = sum(1 for _ in self._stock_routers())
+        self._num_stock = self._count_stock(owner.modules())
 
     @property
     def routers(self) -> list[Any]:
@@ -56,10 +56,11 @@ class StackRouters:
         Raises:
             PatchError: If the number of chosen experts changed, and this family's cannot be followed.
         """
-        aside = put_aside(self.owner)
+        modules = list(self.owner.modules())
+        aside = put_aside(modules)
         found = [
             module
-            for module in self.owner.modules()
+            for module in modules
             if "contract" in module.__dict__ and id(module) not in aside and self._is_own(module)
         ]
         if not found:
@@ -72,7 +73,7 @@ class StackRouters:
         if len(found) != len(present) or any(a is not b for a, b in zip(found, present, strict=True)):
             self._block_ran.clear()
             self._adopt(found)
-        if sum(1 for _ in self._stock_routers()) > self._num_stock:
+        if self._count_stock(modules) > self._num_stock:
             self.checks.warn_once(
                 f"{type(self.owner).__name__} has routers that were put in after `symphonize`, and route without a "
                 "graph: `unsymphonize(model)`, then `symphonize(model)` again"
@@ -156,11 +157,10 @@ class StackRouters:
             homes.append((block, name))
         return homes
 
-    def _stock_routers(self) -> Iterator[nn.Module]:
+    def _count_stock(self, modules: Iterable[nn.Module]) -> int:
+        """Count the routers that are not patched."""
         classes = tuple({router.base_class for router in self.routers} - {nn.Linear})
-        for module in self.owner.modules():
-            if isinstance(module, classes) and "contract" not in module.__dict__:
-                yield module
+        return sum(isinstance(module, classes) and "contract" not in module.__dict__ for module in modules)
 
     def _chosen_by_blocks(self) -> Iterator[tuple[str, nn.Module, int]]:
         for router, (block, _) in zip(self.routers, self._homes, strict=True):

@@ -202,7 +202,7 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
     if not is_symphonized(model):
         _check_graphs_arrived(model)
         raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
-    aside = put_aside(model)
+    aside = put_aside(model.modules())
     for name, module in model.named_modules():
         if isinstance(module, SymphonyRouter) and id(module) not in aside:
             yield name, module

@@ -7,9 +7,12 @@ import contextlib
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from symphony_hf.config import Normalization
+
+_LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - 2.0**-149
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -204,8 +207,7 @@ def routing_residual(
         mass_EE = torch.diagonal_scatter(mass_EE, torch.zeros_like(mass_EE[0]))
     degree_E = mass_EE.sum(-1)
     # Infinity makes 0 of the row of an expert without mass, in the gradient too.
-    alone_E = degree_E < torch.finfo(degree_E.dtype).tiny
-    factor_E = strength / degree_E.masked_fill(alone_E, torch.inf)
+    factor_E = strength / F.threshold(degree_E, _LARGEST_SUBNORMAL, torch.inf)
     return torch.diagonal_scatter(mass_EE, mass_EE.diagonal() - degree_E) * factor_E.unsqueeze(-1)
 
 

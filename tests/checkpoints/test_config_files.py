@@ -90,6 +90,8 @@ def test_the_users_own_aux_weight_is_shown_while_ours_replaces_it():
     assert weights() == (0.5, 0.5)
     model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.25
     assert torch.equal(model(ids, labels=ids, output_router_logits=True).loss, plain)
+    by_position = model(ids, None, None, None, None, ids, output_router_logits=True)
+    assert torch.equal(by_position.loss, plain)
     assert weights() == (0.25, 0.25)
     with pytest.raises(RuntimeError):
         model(ids.float(), labels=ids)

@@ -482,6 +482,8 @@ def test_residual_is_zero_at_strength_zero_and_in_rows_without_mass(normalizatio
     residual = routing_residual(adjacency, 1.0, normalization, self_loops)
     assert not residual[2].any()
     assert residual[3].any()
+    adjacency[3, 4] = adjacency[4, 3] = torch.nan
+    assert routing_residual(adjacency, 1.0, normalization, self_loops)[3].isnan().any()
 
 
 @every_form

@@ -59,7 +59,7 @@ def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
         if not found:
             raise
         others = []  # an unknown model whose user named its routers
-    aside = put_aside(model)
+    aside = put_aside(model.modules())
     found |= {r.name: WatchedRouter(r.module, r.contract) for r in others if id(r.module) not in aside}
     return {name: found[name] for name, _ in model.named_modules() if name in found}
 
