@@ -1,7 +1,8 @@
 """Numbers that describe the co-selection graphs of experts.
 
-Functions take one adjacency of shape (num_experts, num_experts): symmetric and non-negative, the moving
-average of the share of tokens that select a pair of experts together, with each expert's load on the diagonal.
+Functions take one adjacency of shape (num_experts, num_experts): symmetric and non-negative, the moving average of the
+share of tokens that select a pair of experts together, with each expert's load on the diagonal. They raise GraphError
+for any other tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,7 @@ from .routing_metrics import DEAD, normalized_entropy
 
 
 def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tensor:
-    """Check an adjacency, and return it in float64 on the CPU.
-
-    Args:
-        adjacency_EE: Any tensor.
-        num_experts: Expected number of experts; any number if None.
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
-    """
+    """Return an adjacency in float64 on the CPU, or raise GraphError if it is not a co-selection graph."""
     if adjacency_EE.dim() != 2 or len(adjacency_EE) < 2:
         raise GraphError(f"an adjacency of at least 2 experts was expected, got shape {tuple(adjacency_EE.shape)}")
     problems = adjacency_problems(adjacency_EE, num_experts or len(adjacency_EE))
@@ -42,30 +35,13 @@ def checked_graph(adjacency_EE: Tensor, num_experts: int | None = None) -> Tenso
 
 
 def load(adjacency_EE: Tensor) -> Tensor:
-    """Compute each expert's share of all selections.
-
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-
-    Returns:
-        Shares that sum to 1, float64. Shape: (num_experts,).
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
-    """
+    """Compute each expert's share of all selections, float64. The shares sum to 1. Shape: (num_experts,)."""
     load_E = checked_graph(adjacency_EE).diagonal()
     return load_E / load_E.sum()
 
 
 def load_entropy(adjacency_EE: Tensor) -> float:
-    """Compute the entropy of the load over its maximum, log E: 1 for an even load, 0 if one expert takes every token.
-
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
-    """
+    """Compute the entropy of the load over its maximum, log E: 1 for an even load, 0 if one expert takes all tokens."""
     return normalized_entropy(load(adjacency_EE))
 
 
@@ -74,12 +50,6 @@ def off_diagonal_mass(adjacency_EE: Tensor) -> float:
 
     It starts at 0 and tends to (K - 1) / K, since a token with K experts adds K * K pairs, K of them of an expert with
     itself. The distance from that limit tells how far the moving average has come.
-
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
     """
     adjacency_EE = checked_graph(adjacency_EE)
     return 1.0 - float(adjacency_EE.trace() / adjacency_EE.sum())
@@ -88,19 +58,12 @@ def off_diagonal_mass(adjacency_EE: Tensor) -> float:
 def spectral_gap(adjacency_EE: Tensor) -> float:
     """Compute 1 minus the second largest eigenvalue of the row-stochastic transition matrix D^-1 A.
 
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
+    It is 0 for a graph in two or more parts (an expert never selected with another is a part of its own), and (K - 1) /
+    K * E / (E - 1) for uniform random top-K selections. The larger it is, the faster repeated smoothing would blur the
+    experts into one.
 
-    Returns:
-        0 for a graph in two or more parts (an expert never selected with another is a part of its own). For uniform
-        random top-K selections it is (K - 1) / K * E / (E - 1). The larger it is, the faster repeated smoothing would
-        blur the experts into one.
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
-
-    Source: Chung, Spectral Graph Theory (1997), chapter 1. D^-1 A has the eigenvalues of the symmetric
-    D^-1/2 A D^-1/2, to which it is similar.
+    Source: Chung, Spectral Graph Theory (1997), chapter 1. D^-1 A has the eigenvalues of the symmetric D^-1/2 A D^-1/2,
+    to which it is similar.
     """
     symmetric_EE = transition_matrix(checked_graph(adjacency_EE), "symmetric")
     return 1.0 - float(torch.linalg.eigvalsh(symmetric_EE)[-2])
@@ -111,19 +74,12 @@ def coselection_lift(adjacency_EE: Tensor, num_iterations: int = 200) -> Tensor:
 
     A token's experts are distinct, so the expectation is not load_j * load_k, by which even unrelated experts would
     seem to avoid each other. It is quasi-independence: expected_jk = u_j u_k off the diagonal and 0 on it, with u such
-    that every expert has as many pairs as in the graph.
-
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-        num_iterations: Number of iterations of iterative proportional fitting, which needs far fewer unless one expert
-            is in nearly every pair.
+    that every expert has as many pairs as in the graph. It is found by at most `num_iterations` of iterative
+    proportional fitting; far fewer are needed unless one expert is in nearly every pair.
 
     Returns:
         adjacency_jk / expected_jk, float64. It is 1 where the loads explain a pair, on the diagonal, and for an expert
         that was never selected with another. Shape: (num_experts, num_experts).
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
 
     Source: Goodman, "The Analysis of Cross-Classified Data: Independence, Quasi-Independence, and Interactions in
     Contingency Tables with or without Missing Entries" (1968).
@@ -145,26 +101,13 @@ def cluster_order(adjacency_EE: Tensor) -> list[int]:
     Average linkage on the distance 1 / (1 + lift), then the leaf order with the closest neighbours. It uses lift,
     because similarities that grow with load (cosine, Ochiai) order experts by popularity where communities are weak.
 
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-
-    Returns:
-        A permutation of the experts' indices.
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
-
     Source: Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering" (2001).
     """
     return leaf_order(1.0 / (1.0 + coselection_lift(adjacency_EE).numpy()))
 
 
 def leaf_order(distance_EE: np.ndarray) -> list[int]:
-    """Order experts so that close ones are next to each other: optimal leaf order of average linkage.
-
-    Args:
-        distance_EE: Distances, symmetric up to rounding. Shape: (num_experts, num_experts).
-    """
+    """Order experts by distance: optimal leaf order of average linkage. Distances are symmetric up to rounding."""
     distance_EE = distance_EE.copy()
     np.fill_diagonal(distance_EE, 0.0)
     # Unchecked, because rounding breaks the symmetry that `squareform` checks; it reads the upper triangle.
@@ -185,15 +128,8 @@ def _as_network(adjacency_EE: Tensor) -> nx.Graph:
 def communities(adjacency_EE: Tensor, seed: int = SEED) -> list[list[int]]:
     """Find groups of experts that are selected with one another more than with the rest.
 
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-        seed: Seed of the order in which experts are moved.
-
-    Returns:
-        A partition of the experts, the largest group first. An expert never selected with another is a group.
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
+    The groups are a partition, the largest first. An expert never selected with another is a group. `seed` is that of
+    the order in which experts are moved.
 
     Source: Blondel et al., "Fast unfolding of communities in large networks" (2008), by networkx.
     """
@@ -205,21 +141,12 @@ def communities(adjacency_EE: Tensor, seed: int = SEED) -> list[list[int]]:
 
 
 def modularity(adjacency_EE: Tensor, groups: Sequence[Sequence[int]] | None = None) -> float:
-    """Compute the share of the graph's weight within groups, minus its expectation by chance.
+    """Compute the share of the graph's weight within groups (`communities` if None), minus its expectation by chance.
 
     Q = sum over groups of w_in / w - (degree / 2w)^2, with w the weight of all edges between different experts, w_in of
-    those within the group, and degree the sum of its experts' edges.
-
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-        groups: Partition of the experts; `communities` if None.
-
-    Returns:
-        Value below 1; 0 for a single group, and for a graph without edges. The expectation includes pairs of an expert
-        with itself, so unrelated experts score slightly below 0, and the best groups of them above.
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
+    those within the group, and degree the sum of its experts' edges. Q is below 1, and 0 for a single group and for a
+    graph without edges. The expectation includes pairs of an expert with itself, so unrelated experts score slightly
+    below 0, and the best groups of them above.
 
     Source: Newman, "Modularity and community structure in networks" (2006), by networkx.
     """
@@ -230,19 +157,10 @@ def modularity(adjacency_EE: Tensor, groups: Sequence[Sequence[int]] | None = No
 
 
 def centrality(adjacency_EE: Tensor, damping: float = 0.85) -> Tensor:
-    """Compute the PageRank of each expert: the share of time that a random walk on the graph spends there.
+    """Compute the PageRank of each expert: the share of time that a random walk on the graph spends there, float64.
 
-    Unlike the leading eigenvector, it is also defined for graphs of several parts.
-
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-        damping: Share of steps along the graph; the others jump anywhere.
-
-    Returns:
-        Shares that sum to 1, float64. Shape: (num_experts,).
-
-    Raises:
-        GraphError: If it is not a co-selection graph.
+    Unlike the leading eigenvector, it is also defined for graphs of several parts. `damping` is the share of steps
+    along the graph; the others jump anywhere.
 
     Source: Brin and Page, "The Anatomy of a Large-Scale Hypertextual Web Search Engine" (1998), by networkx.
     """
@@ -252,25 +170,13 @@ def centrality(adjacency_EE: Tensor, damping: float = 0.85) -> Tensor:
 
 
 def drift(before_EE: Tensor, after_EE: Tensor) -> float:
-    """Compute the relative change of a graph, |after - before| / |after|, in the Frobenius norm.
-
-    Args:
-        before_EE: Co-selection graph. Shape: (num_experts, num_experts).
-        after_EE: The same graph later. Same shape.
-
-    Raises:
-        GraphError: If one is not a co-selection graph, or their numbers of experts differ.
-    """
+    """Compute the relative change of a graph, |after - before| / |after|, in the Frobenius norm."""
     before_EE, after_EE = checked_graph(before_EE, len(after_EE)), checked_graph(after_EE)
     return float((after_EE - before_EE).norm() / after_EE.norm())
 
 
 def graph_summary(graphs: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Summarize a model's graphs as means over its routers.
-
-    Args:
-        graphs: Adjacency by router. Shape of each: (num_experts, num_experts).
-        before: The graphs at an earlier time, for `drift`.
+    """Summarize a model's graphs, given by router, as means over its routers.
 
     Returns:
         `load_entropy`: normalized entropy of the load, 1 for an even load. `dead_experts`: share of experts with less

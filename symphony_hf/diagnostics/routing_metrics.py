@@ -17,18 +17,7 @@ DEAD = 0.1
 
 
 def load_of_choices(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """Compute each expert's share of all selections.
-
-    Args:
-        indices_TK: Selected experts of each token. Shape: (tokens, top_k).
-        num_experts: Number of experts, E.
-
-    Returns:
-        Shares that sum to 1, float64. Shape: (num_experts,).
-
-    Raises:
-        EvaluationError: If there are no tokens.
-    """
+    """Compute each expert's share of all selections, float64. Raises EvaluationError if there are no tokens."""
     if not indices_TK.numel():
         raise EvaluationError("no tokens, so no load")
     counts_E = torch.bincount(indices_TK.reshape(-1).long(), minlength=num_experts).double()
@@ -36,36 +25,21 @@ def load_of_choices(indices_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def normalized_entropy(load_E: Tensor) -> float:
-    """Compute the entropy of a load over its maximum, log E: 1 for an even load, 0 if one expert takes every token.
-
-    Args:
-        load_E: Shares that sum to 1. Shape: (num_experts,).
-    """
+    """Compute the entropy of a load over its maximum, log E: 1 for an even load, 0 if one expert takes every token."""
     return float(torch.special.entr(load_E.double()).sum()) / math.log(len(load_E))
 
 
 def dead_experts(load_E: Tensor, threshold: float = DEAD) -> list[int]:
-    """Return the experts with less than a tenth of the even load, 1 / E.
-
-    Args:
-        load_E: Shares that sum to 1. Shape: (num_experts,).
-        threshold: Share of the even load below which an expert is dead.
-    """
+    """Return the experts whose load is below `threshold` times the even load, 1 / E."""
     return (load_E < threshold / len(load_E)).nonzero().flatten().tolist()
 
 
 def router_margin(logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-    """Compute the margin of each token's selection: the lowest selected logit minus the highest other logit.
+    """Compute the margin of each token's selection: the lowest selected logit minus the highest other logit, in nats.
 
     For plain top-K selection it is the gap between the K-th and the (K + 1)-th highest logit. For families that select
-    with a bias or in groups, it is negative where the selection is not that of the highest logits.
-
-    Args:
-        logits_TE: Router logits, in nats. Shape: (tokens, num_experts).
-        indices_TK: Selected experts. Shape: (tokens, top_k).
-
-    Returns:
-        Margins in nats, float32; infinite where all experts are selected. Shape: (tokens,).
+    with a bias or in groups, it is negative where the selection is not that of the highest logits. It is float32, and
+    infinite where all experts are selected. Shape: (tokens,).
 
     Source: the margin of a classifier, applied to top-K selection.
     """
@@ -76,29 +50,16 @@ def router_margin(logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
 
 
 def flip_rate(before_TK: Tensor, after_TK: Tensor) -> Tensor:
-    """Compute the share of each token's experts that change, 1 - |before & after| / K.
+    """Compute the share of each token's experts that change, 1 - |before & after| / K, float64. Shape: (..., tokens).
 
-    The mean over tokens is the flip rate of the routing; 1 minus that mean is what tables call routing stability.
-
-    Args:
-        before_TK: Selected experts, in any order. Shape: (..., tokens, top_k).
-        after_TK: Selected experts of the same tokens after a change of the text or the model. Same shape.
-
-    Returns:
-        Values from 0 to 1, float64. Shape: (..., tokens).
+    The selections are of the same tokens before and after a change of the text or the model. The mean over tokens is
+    the flip rate of the routing; 1 minus that mean is what tables call routing stability.
     """
     return (before_TK.unsqueeze(-1) != after_TK.unsqueeze(-2)).all(-1).double().mean(-1)
 
 
 def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
-    """Compute the share of a checkpoint's selections that match those of the final checkpoint.
-
-    Args:
-        indices_TK: Selected experts of some tokens in a checkpoint. Shape: (tokens, top_k).
-        final_TK: Selected experts of the same tokens in the final checkpoint. Same shape.
-
-    Returns:
-        Value from 0 to 1; K / E by chance.
+    """Compute the share of a checkpoint's selections that match those of the final checkpoint; K / E by chance.
 
     Source: Muennighoff et al., "OLMoE" (arXiv 2409.02060), router saturation: 1/N sum_i |E_i(t) & E_i(T)| / k.
     """
@@ -106,15 +67,9 @@ def router_saturation(indices_TK: Tensor, final_TK: Tensor) -> float:
 
 
 def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
-    """Compute how often expert j is selected when expert i is: N_ij / N_i.
+    """Compute how often expert j is selected when expert i is: N_ij / N_i, float64. Shape: (num_experts, num_experts).
 
-    Args:
-        indices_TK: Selected experts. Shape: (tokens, top_k).
-        num_experts: Number of experts, E.
-
-    Returns:
-        Values from 0 to 1, float64: 1 on the diagonal, 0 in the row of an expert that was never selected. Not
-        symmetric. Shape: (num_experts, num_experts).
+    It is 1 on the diagonal, 0 in the row of an expert that was never selected, and not symmetric.
 
     Source: OLMoE (arXiv 2409.02060), expert co-activation.
     """
@@ -123,17 +78,9 @@ def coactivation(indices_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> Tensor:
-    """Compute the share of each domain's tokens that select each expert.
+    """Compute the share of each domain's tokens that select each expert, float64. Shape: (domains, num_experts).
 
-    Args:
-        indices_by_domain: Selected experts of each domain's tokens. Shape of each: (tokens, top_k).
-        num_experts: Number of experts, E.
-
-    Returns:
-        Rows that sum to K, float64; K / E in a domain without preferences. Shape: (domains, num_experts).
-
-    Raises:
-        EvaluationError: If a domain has no tokens.
+    Rows sum to K; without preferences a value is K / E. Raises EvaluationError if a domain has no tokens.
 
     Source: OLMoE (arXiv 2409.02060), domain specialization: N_i(k, D) / N_D.
     """
@@ -142,17 +89,11 @@ def domain_allocation(indices_by_domain: Sequence[Tensor], num_experts: int) -> 
 
 
 def domain_information(allocation_DE: Tensor) -> float:
-    """Compute the mutual information of expert and domain over the entropy of the domains.
+    """Compute the mutual information of expert and domain over the entropy of the domains, from `domain_allocation`.
 
-    It is the Jensen-Shannon divergence of the domains' distributions over experts, over its maximum. Each domain counts
-    alike, whatever its number of tokens.
-
-    Args:
-        allocation_DE: Result of `domain_allocation`. Shape: (domains, num_experts).
-
-    Returns:
-        0 if all domains use the experts alike, 1 if no two share an expert; 0 for a single domain. Slightly above 0 by
-        chance.
+    It is the Jensen-Shannon divergence of the domains' distributions over experts, over its maximum: 0 if all domains
+    use the experts alike, 1 if no two share an expert, and slightly above 0 by chance. Each domain counts alike,
+    whatever its number of tokens. A single domain has 0.
 
     Source: Lin, "Divergence Measures Based on the Shannon Entropy" (1991), with equal weights.
     """
@@ -167,25 +108,21 @@ def domain_information(allocation_DE: Tensor) -> float:
 def cka_matrix(outputs: Iterable[Tensor], unbiased: bool = True) -> Tensor:
     """Compute the linear centered kernel alignment (CKA) of every pair of experts' outputs on the same tokens.
 
-    It is 1 for outputs that differ by a rotation, a shift and a scale, and 0 for uncorrelated outputs.
-
-    The biased estimate is useless with fewer tokens than features, as in large models, where it is near 1 for unrelated
+    It is 1 for outputs that differ by a rotation, a shift and a scale, and 0 for uncorrelated or constant outputs. The
+    biased estimate is useless with fewer tokens than features, as in large models, where it is near 1 for unrelated
     outputs. The unbiased one is then 0 on average.
 
     Args:
-        outputs: Each expert's output on the same tokens. Only one of them and the Gram matrices are kept in memory.
-            Shape of each: (tokens, features).
+        outputs: Each expert's output. Only one of them and the Gram matrices are kept in memory. Shape of each:
+            (tokens, features).
         unbiased: Whether to use the unbiased estimate of HSIC.
-
-    Returns:
-        Symmetric matrix, float64: 1 on the diagonal, 0 if an expert's output is constant. Shape: (experts, experts).
 
     Raises:
         EvaluationError: If there are fewer than 4 tokens, or their numbers differ.
 
     Source: Kornblith et al. (arXiv 1905.00414): ||Y'X||^2 / (||X'X|| ||Y'Y||), with centered columns. Deviation, if
-    `unbiased`: HSIC is estimated as in Song et al., "Feature Selection via Dependence Maximization" (2012) and
-    in Nguyen et al. (arXiv 2010.15327).
+    `unbiased`: HSIC is estimated as in Song et al., "Feature Selection via Dependence Maximization" (2012) and in
+    Nguyen et al. (arXiv 2010.15327).
     """
     grams = [_gram(output_TD) for output_TD in outputs]
     sizes = {len(gram) for gram in grams}

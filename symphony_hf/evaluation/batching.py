@@ -34,9 +34,8 @@ class Batch(NamedTuple):
 def flatten(windows: Windows) -> tuple[list[Tensor], list[int]]:
     """Return all windows of all documents in one list, and the index of each window's document.
 
-    Raises:
-        EvaluationError: If there are no documents, a document has no windows, or a window is not a 1-D tensor of at
-            least two integer tokens (one to read, one to predict).
+    Raises EvaluationError if there are no documents, a document has no windows, or a window is not a 1-D tensor of at
+    least two integer tokens (one to read, one to predict).
     """
     if not windows:
         raise EvaluationError("no documents: an evaluation needs at least one")
@@ -59,19 +58,10 @@ def flatten(windows: Windows) -> tuple[list[Tensor], list[int]]:
 def padded_batches(
     flat: Sequence[Tensor], batch_size: int, device: torch.device, progress: str | None
 ) -> Iterator[Batch]:
-    """Group windows into batches, longest first, so that padding is small and memory peaks in the first batch.
+    """Yield batches of windows, longest first, so that padding is small and memory peaks in the first batch.
 
-    Args:
-        flat: Token ids, int64. Shape of each: (length,).
-        batch_size: Number of windows in a batch.
-        device: Device of the batches.
-        progress: Label of the progress bar; no bar when None.
-
-    Yields:
-        Batches that contain every window once. Padding is on the right, where causal models do not see it.
-
-    Raises:
-        EvaluationError: If `batch_size` is not positive.
+    Every window is in one batch. Padding is on the right, where causal models do not see it. `progress` is the label of
+    the progress bar; there is none when None.
     """
     if batch_size < 1:
         raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
@@ -89,11 +79,7 @@ def padded_batches(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put a model into eval mode without gradients, and restore the mode of each module afterwards.
-
-    Yields:
-        The device of the model's first parameter, for its token ids.
-    """
+    """Put a model into eval mode without gradients, and restore each module's mode afterwards. Yields its device."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -105,11 +91,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def chunked(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Yield items in lists of `batch_size`, the last one shorter.
-
-    Raises:
-        EvaluationError: If `batch_size` is not positive.
-    """
+    """Yield items in lists of `batch_size`, the last one shorter."""
     if batch_size < 1:
         raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
     remaining = iter(items)

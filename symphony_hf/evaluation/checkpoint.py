@@ -31,8 +31,6 @@ class ModelUnderTest:
         auto_class: Auto class of transformers that loads the model.
 
     Attributes:
-        source: Same as the argument.
-        dtype: Same as the argument.
         config: Config of the model.
         fingerprint: Identifier of the checkpoint's contents; see `fingerprint_of`.
 
@@ -52,11 +50,7 @@ class ModelUnderTest:
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        """The model, on the accelerator if there is one.
-
-        Raises:
-            ConfigError: If the weights could not be loaded.
-        """
+        """The model, on the accelerator if there is one. Raises ConfigError if its weights could not be loaded."""
         device_map = "auto" if torch.cuda.is_available() else None
         try:
             model = self.auto_class.from_pretrained(
@@ -72,11 +66,7 @@ class ModelUnderTest:
 
 
 def load_tokenizer(source: str, revision: str | None) -> Any:
-    """Load a checkpoint's tokenizer.
-
-    Raises:
-        ConfigError: If it has no tokenizer.
-    """
+    """Load a checkpoint's tokenizer. Raises ConfigError if it has none."""
     tokenizer = _load(AutoTokenizer, "tokenizer", source, revision)
     # Without files, transformers builds an empty tokenizer of the model's usual class.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
@@ -85,11 +75,7 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
 
 
 def load_processor(source: str, revision: str | None) -> Any:
-    """Load a vision-language checkpoint's processor.
-
-    Raises:
-        ConfigError: If it has no processor, or one that takes no images.
-    """
+    """Load a vision-language checkpoint's processor. Raises ConfigError if it has none, or one that takes no images."""
     processor = _load(AutoProcessor, "processor", source, revision)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ConfigError(f"`{source}`: {type(processor).__name__} is no processor of images and text; {_HINT}")

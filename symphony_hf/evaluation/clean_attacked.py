@@ -32,12 +32,7 @@ Scores = TypeVar("Scores")
 
 @dataclass(frozen=True, eq=False)
 class Measured(Generic[Scores]):
-    """One model on all forms of the inputs.
-
-    Attributes:
-        clean: Scores on the clean inputs.
-        attacked: Scores on each attacked form, by attack.
-    """
+    """Scores of one model on the clean inputs, and on each attacked form by attack."""
 
     clean: Scores
     attacked: dict[Any, Scores]
@@ -48,10 +43,8 @@ def measure_forms(
 ) -> Measured[Scores]:
     """Score a model on the clean inputs, and then on each attacked form.
 
-    Args:
-        score: Function that scores one form: the clean one for None, and otherwise that of an attack.
-        attacks: Attacks, in order.
-        progress: Label of the progress bar; no bar when None.
+    `score` is called with None for the clean form, and otherwise with the attack. `progress` is the label of the
+    progress bar; there is none when None.
     """
     clean = score(None)
     # disable=None: no bar where the output is not a terminal, such as a log file.

@@ -28,20 +28,10 @@ def _check_versions(clean: DocumentScores, attacked: DocumentScores) -> None:
 
 
 def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of one model's perplexity.
+    """Compute the 95% interval of one model's perplexity, a level without a verdict.
 
     Most of its width is the varying difficulty of documents, which models share: intervals of two models may overlap
     although their difference is clear. Compare models with `compare_perplexity`.
-
-    Args:
-        scores: Scores of one model.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The interval of a level, which has no verdict.
-
-    Raises:
-        EvaluationError: If there are fewer than 10 documents, or a score is not finite.
     """
 
     def statistic(nll: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
@@ -55,17 +45,7 @@ def compare_perplexity(
 ) -> Interval:
     """Compute the 95% interval of the log-perplexity of `a` minus that of `b`, in nats per token.
 
-    Args:
-        a: Scores of one model.
-        b: Scores of another model on the same documents.
-        seed: Seed of the bootstrap.
-        weights: See `paired_bootstrap`; each document's tokens when None.
-
-    Returns:
-        The interval, in nats; `.exp()` is that of the ratio of perplexities.
-
-    Raises:
-        EvaluationError: If the documents or their tokens differ, or there are fewer than 10 documents.
+    `.exp()` of it is the interval of the ratio of perplexities.
     """
 
     def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
@@ -79,19 +59,10 @@ def compare_perplexity(
 def compare_attacked(
     clean: DocumentScores, attacked: DocumentScores, *, seed: int = 0, weights: np.ndarray | None = None
 ) -> Interval:
-    """Compute the 95% interval of one model's log-perplexity on attacked documents minus that on clean ones.
+    """Compute the 95% interval of one model's log-perplexity on attacked documents minus that on clean ones, in nats.
 
-    Args:
-        clean: Scores of a model on the clean documents.
-        attacked: Its scores on the attacked versions of the same documents, which may have other numbers of tokens.
-        seed: Seed of the bootstrap.
-        weights: See `paired_bootstrap`; each document's tokens when None.
-
-    Returns:
-        The interval, in nats; `.exp()` is that of the attacked/clean ratio.
-
-    Raises:
-        EvaluationError: If the documents differ, or there are fewer than 10.
+    `.exp()` of it is the interval of the attacked/clean ratio. The attacked versions of the documents may have other
+    numbers of tokens.
     """
     _check_versions(clean, attacked)
 
@@ -115,17 +86,6 @@ def compare_robustness(
     """Compute the 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
 
     A model that is better on clean text is mostly better under attack too. This tells whether it also loses less.
-
-    Args:
-        clean_a: Scores of one model on the clean documents.
-        attacked_a: Its scores on the attacked versions of the same documents.
-        clean_b: Scores of another model on the clean documents.
-        attacked_b: Its scores on the attacked versions.
-        seed: Seed of the bootstrap.
-        weights: See `paired_bootstrap`; each document's tokens when None.
-
-    Raises:
-        EvaluationError: If the documents or their tokens differ, or there are fewer than 10 documents.
     """
     clean_tokens = _paired_tokens(clean_a, clean_b)
     attacked_tokens = _paired_tokens(attacked_a, attacked_b)

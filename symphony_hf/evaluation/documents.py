@@ -22,13 +22,7 @@ MIN_WORDS = 5
 
 @dataclass(frozen=True)
 class AttackedCorpus:
-    """Clean documents and their attacked forms.
-
-    Attributes:
-        source: Description of the data source.
-        documents: The clean documents.
-        attacked: Attacked form of the documents for each attack case.
-    """
+    """Clean documents, a description of their source, and the attacked form of the documents for each attack case."""
 
     source: str
     documents: list[Document]
@@ -36,11 +30,7 @@ class AttackedCorpus:
 
 
 def prepare_corpus(settings: EvaluationSettings, words: int | None = None) -> AttackedCorpus:
-    """Read the documents and attack them.
-
-    Args:
-        settings: Data, number of documents and attacks.
-        words: Approximate number of words kept of each document's beginning; None for all.
+    """Read the documents and attack them. Of each, keep the lines up to about the first `words` words; None for all.
 
     Raises:
         DataError: If the data does not exist, has too few documents for an interval, or an attack changes none of them.
@@ -72,11 +62,7 @@ def _shorten(document: Document, words: int | None) -> Document:
 
 
 def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
-    """Return a description of the data and all its documents.
-
-    Raises:
-        DataError: If the data or the split does not exist.
-    """
+    """Return a description of the data and all its documents."""
     path = None if settings.data is None else Path(settings.data).expanduser()
     if path is not None and path.is_file():
         # A file has no splits, so it is evaluated as a whole.
@@ -91,11 +77,7 @@ def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
 
 
 def _attack(documents: Sequence[Document], case: AttackCase, source: str) -> list[Document]:
-    """Attack all documents.
-
-    Raises:
-        DataError: If the attack changes none of them.
-    """
+    """Attack all documents. Raises DataError if the attack changes none of them."""
     attack = find_text_attack(case.attack)
     attacked = attack_documents(documents, attack, attack.rate(case.severity), case.seed)
     if attacked == documents:

@@ -64,9 +64,6 @@ def answer_freely(
         batch_size: Number of questions in a batch.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
-
-    Raises:
-        EvaluationError: If there are no questions.
     """
     tokenizer = asker.processor.tokenizer
     given: list[str] = []
@@ -100,7 +97,7 @@ def choose_answers(
     progress: str | None = None,
     total: int | None = None,
 ) -> ChoiceScores:
-    """Choose for each question the answer whose tokens are most likely.
+    """Choose for each question the answer whose tokens are most likely. Ties go to the first.
 
     Args:
         model: A model that takes the processor's inputs. Its mode is restored.
@@ -110,9 +107,6 @@ def choose_answers(
         batch_size: Number of question-answer pairs per forward pass.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
-
-    Returns:
-        The choices, in the order of the questions. Ties go to the first answer.
 
     Raises:
         DataError: If the tokenizer cannot tell two answers apart.

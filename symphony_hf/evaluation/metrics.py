@@ -96,11 +96,7 @@ METRICS = {
 
 
 def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of one model's metric, a level without a verdict.
-
-    Raises:
-        EvaluationError: If there are fewer than 10 questions.
-    """
+    """Compute the 95% interval of one model's metric, a level without a verdict."""
 
     def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
         return metric.value(*(column.sum(axis) for column in columns))
@@ -109,11 +105,7 @@ def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Inter
 
 
 def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of the metric of `a` minus that of `b`: two models, or attacked and clean questions.
-
-    Raises:
-        EvaluationError: If the questions differ, or there are fewer than 10.
-    """
+    """Compute the 95% interval of the metric of `a` minus that of `b`: two models, or attacked and clean questions."""
     _check_pairs(a, b)
     first, second = metric.columns(a), metric.columns(b)
     number = len(first)
@@ -132,9 +124,6 @@ def compare_changes(
     """Compute the 95% interval of the change of `a`'s metric under attack, attacked minus clean, minus that of `b`.
 
     A model that is better on clean questions is mostly better under attack too. This tells whether it also loses less.
-
-    Raises:
-        EvaluationError: If the questions differ, or there are fewer than 10.
     """
     for other in (attacked_a, clean_b, attacked_b):
         _check_pairs(clean_a, other)

@@ -49,9 +49,10 @@ def score_choices(
     progress: str | None = None,
     total: int | None = None,
 ) -> ChoiceScores:
-    """Choose the answer whose tokens are most likely after the prompt.
+    """Choose the answer whose tokens are most likely after the prompt. Ties go to the first answer.
 
-    One forward pass of the prompt scores all answers of one token; longer answers take rows of their own.
+    One forward pass of the prompt scores all answers of one token; longer answers take rows of their own. Batching
+    changes log-probabilities by rounding only.
 
     Args:
         model: A causal language model, or one with images. Its mode is restored.
@@ -59,10 +60,6 @@ def score_choices(
         batch_size: Number of questions per forward pass.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
-
-    Returns:
-        The choices, in the order of the questions. Ties go to the first answer. Batching changes log-probabilities by
-        rounding only.
 
     Raises:
         EvaluationError: If there are no questions, or a log-probability is not finite.

@@ -43,11 +43,8 @@ def score_documents(
         model: A causal language model: `model(input_ids=..., attention_mask=...)` returns an output with `.logits` of
             shape (windows, length, vocabulary). Its mode is restored.
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
-        batch_size: Number of windows per forward pass.
+        batch_size: Number of windows per forward pass, which changes scores by rounding only.
         progress: Label of the progress bar; no bar when None.
-
-    Returns:
-        One score per document, in the order of `windows`. Batching changes it by rounding only.
 
     Raises:
         EvaluationError: If a document has no valid window, or its NLL is not finite.
@@ -72,16 +69,13 @@ def score_stream(
         model: Model, as in `score_documents`.
         ids_T: Token ids, int64. Shape: (tokens,).
         block_size: Number of tokens in a window.
-        context: Number of these that are context from the window before and not scored again, from 1 to
-            `block_size - 1`.
+        context: Number of these that are context from the window before and not scored again, from 1 to `block_size -
+            1`.
         batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
 
     Returns:
         One score per window, named by its index. Each token but the first of the text is scored once.
-
-    Raises:
-        EvaluationError: If there are fewer than two tokens, or a value is not finite.
     """
     step = block_size - context
     starts = range(0, max(len(ids_T) - context, 1), step)
@@ -96,20 +90,11 @@ def score_stream(
 def score_tokens(
     model: nn.Module, windows: Windows, *, batch_size: int = 16, progress: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Compute the negative log-likelihood of every predicted token.
-
-    Args:
-        model: Model, as in `score_documents`.
-        windows: Windows, as in `score_documents`.
-        batch_size: Number of windows per forward pass.
-        progress: Label of the progress bar; no bar when None.
+    """Compute the negative log-likelihood of every predicted token, in nats. Arguments are those of `score_documents`.
 
     Returns:
-        Values in nats by document name, in reading order; the first token of each window is not predicted. Shape of
-        each: (predicted tokens,), float32.
-
-    Raises:
-        EvaluationError: If a document has no valid window, or a value is not finite.
+        Values by document name, in reading order; the first token of each window is not predicted. Shape of each:
+        (predicted tokens,), float32.
     """
     flat, owners = flatten(windows)
     names = list(windows)

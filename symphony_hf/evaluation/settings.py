@@ -16,13 +16,7 @@ _MINIMUM = {"documents": 1, "block_size": 2, "batch_size": 1, "max_new_tokens": 
 
 
 class InputKind(NamedTuple):
-    """Kind of input that attacks change.
-
-    Attributes:
-        name: Name of the kind in messages.
-        attacks: Attacks by name.
-        default: Attack that is used if none is given.
-    """
+    """Kind of input that attacks change, with the attacks by name, and the one that is used if none is given."""
 
     name: Literal["text", "images"]
     attacks: Mapping[str, TextAttack | ImageAttack]

@@ -32,15 +32,9 @@ class Interval:
     def verdict(self, lower_is_better: bool = True) -> Verdict:
         """Return the verdict on the first of the two compared models, at this confidence.
 
-        Args:
-            lower_is_better: True for a loss, False for a score.
-
-        Returns:
-            `better` or `worse` if the interval excludes `null`, and the exchange test, if there is one, also finds a
-            difference; otherwise `not distinguishable`.
-
-        Raises:
-            EvaluationError: If this is the interval of a level.
+        It is `better` or `worse` if the interval excludes `null`, and the exchange test, if there is one, also finds a
+        difference; otherwise `not distinguishable`. A lower value is better for a loss, and not for a score. The
+        interval of a level has no verdict, and raises EvaluationError.
         """
         if self.null is None:
             raise EvaluationError("this is the interval of one model, not of a comparison: it has no verdict")
@@ -187,15 +181,7 @@ def _exchange_test(
 
 @dataclass(frozen=True)
 class SeedInterval:
-    """A mean over seeds with its t-interval.
-
-    Attributes:
-        estimate: Mean.
-        low: Lower end; None with one seed, which has no spread.
-        high: Upper end; None with one seed.
-        num_seeds: Number of seeds.
-        confidence: Confidence level of the interval.
-    """
+    """A mean over seeds with its t-interval, whose ends are None with one seed, which has no spread."""
 
     estimate: float
     low: float | None
@@ -214,14 +200,9 @@ class SeedInterval:
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """Compute the mean of one value per seed, and its t-interval.
+    """Compute the mean of one value per seed, and its t-interval. Raises EvaluationError if a value is not finite.
 
-    Args:
-        values: Independent values; for runs that are paired by seed, their differences.
-        confidence: Confidence level, above 0 and below 1.
-
-    Raises:
-        EvaluationError: If there are no values, or one is not finite.
+    The values are independent; for runs that are paired by seed, they are their differences.
     """
     array = np.asarray(values, dtype=np.float64)
     if not len(array) or not np.isfinite(array).all():
@@ -234,16 +215,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterva
 
 
 def paired_ratio(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """Compute the geometric mean of the ratios of values to others, paired by seed.
-
-    Args:
-        values: Positive values, one per seed.
-        others: Positive values of the same seeds, in the same order.
-        confidence: Confidence level, above 0 and below 1.
-
-    Raises:
-        EvaluationError: If there are no pairs, or a value is not positive.
-    """
+    """Compute the geometric mean of the ratios of positive values to others of the same seeds, with its interval."""
     if len(values) != len(others) or min([*values, *others], default=0) <= 0:
         raise EvaluationError(f"ratios need pairs of positive values, got {list(values)} and {list(others)}")
     return t_interval([math.log(a / b) for a, b in zip(values, others, strict=True)], confidence).exp()

@@ -35,37 +35,24 @@ _GROWTH = 4
 
 
 class Tokens(NamedTuple):
-    """A document in tokens.
-
-    Attributes:
-        ids: Token ids, without special tokens.
-        lines: Line in which each token begins. Shape: (tokens,), int64, non-decreasing.
-    """
+    """A document as token ids, without special tokens, and the line in which each begins."""
 
     ids: list[int]
     lines: np.ndarray
 
 
 class Untouched(NamedTuple):
-    """Positions of the tokens that an attack leaves alone. Shape of each: (untouched,), int64.
-
-    Attributes:
-        clean: Positions in the document.
-        attacked: Positions in its attacked form.
-    """
+    """Positions of the tokens that an attack leaves alone, in the document and in its attacked form, int64."""
 
     clean: np.ndarray
     attacked: np.ndarray
 
 
 def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[Tokens]:
-    """Tokenize documents.
+    """Tokenize documents. Raises EvaluationError if one has no tokens.
 
     A tokenizer without offsets has all tokens in one line, which only makes the search for untouched tokens slower and
     less reliable.
-
-    Raises:
-        EvaluationError: If a document has no tokens.
     """
     found: list[Tokens] = []
     for start in range(0, len(documents), _BATCH):
@@ -93,11 +80,7 @@ def _lines(text: str, positions: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token that a window begins with: the beginning-of-text token, or else the end-of-text token.
-
-    Raises:
-        ConfigError: If the tokenizer has neither.
-    """
+    """Return the token that a window begins with: the beginning-of-text token, or else the end-of-text token."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise ConfigError(
@@ -114,13 +97,8 @@ def clean_cuts(num_tokens: int, block_size: int) -> np.ndarray:
 def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> np.ndarray:
     """Return the ends of the attacked form's windows: at the same tokens, or in proportion between untouched ones.
 
-    Args:
-        cuts: Ends of the document's windows, see `clean_cuts`.
-        untouched: Untouched tokens of both forms.
-        num_attacked: Number of tokens in the attacked form.
-
-    Returns:
-        The same number of ends, non-decreasing; two are equal where much is dropped.
+    There are as many as `cuts`, the ends of the document's windows. They are non-decreasing; two are equal where much
+    is dropped.
     """
     # Each end is between two untouched tokens: at the earliest right after the one, at the latest before the other.
     after_one = [np.append(0, positions + 1) for positions in untouched]
@@ -139,16 +117,7 @@ def cut(ids: Sequence[int], cuts: np.ndarray, first: int) -> list[Tensor]:
 
 
 def cut_clean(documents: Sequence[Tokens], block_size: int, first: int) -> list[list[Tensor]]:
-    """Cut documents into windows.
-
-    Args:
-        documents: Clean documents.
-        block_size: Number of tokens in a window, with the given one.
-        first: The given token.
-
-    Returns:
-        The windows of each document. Shape of each: (2 to block_size,), int64.
-    """
+    """Cut documents into windows of `block_size` tokens, the given first one included."""
     return [cut(tokens.ids, clean_cuts(len(tokens.ids), block_size), first) for tokens in documents]
 
 
@@ -189,10 +158,6 @@ of a document (20 ms for 2,000 tokens, of which a fifth are replaced)."""
 
 def aligned_positions(clean_ids: Sequence[int], attacked_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Pair the tokens of a clean text with the same tokens of its attacked version, in order.
-
-    Args:
-        clean_ids: Token ids of the clean document.
-        attacked_ids: Token ids of the attacked document, from the same tokenizer.
 
     Returns:
         Positions of equal tokens in the clean and in the attacked document. Both are strictly increasing integers of

@@ -40,14 +40,9 @@ class MlpParts:
 
 
 def read_mlp(name: str, module: nn.Module) -> MlpParts:
-    """Return the parts of an MLP.
+    """Return the parts of an MLP: two linear layers and an activation between them, or three with a gate.
 
-    Args:
-        name: Name of the module, for error messages.
-        module: Module with two linear layers and an activation between them, or three with a gate.
-
-    Raises:
-        UpcycleError: If it has another form, or does not compute what its parts do.
+    Raises UpcycleError if it has another form, or does not compute what its parts do. `name` is for the message.
     """
     linears = {child_name: child for child_name, child in module.named_children() if isinstance(child, nn.Linear)}
     acts = [child for child in module.children() if not isinstance(child, nn.Linear | nn.Dropout | nn.Identity)]

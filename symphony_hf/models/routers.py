@@ -24,11 +24,6 @@ class TopKRouter(nn.Module):
     """Router that selects the K highest logits, with a softmax over them as weights, which so sum to 1.
 
     With equal experts, the weighted sum equals the output of one expert, whatever the selection.
-
-    Args:
-        hidden_size: D.
-        num_experts: E.
-        top_k: K.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
@@ -37,13 +32,10 @@ class TopKRouter(nn.Module):
         self.top_k = top_k
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Select experts; the return value is that of transformers' own routers.
-
-        Args:
-            hidden_states: Shape: (T, D).
+        """Select experts for hidden states, (T, D).
 
         Returns:
-            Logits, shape (T, E); weights, shape (T, K); selected experts, shape (T, K).
+            Logits, shape (T, E); weights, shape (T, K); selected experts, shape (T, K), as transformers' own routers.
         """
         logits_TE = self.compute_logits(hidden_states)
         chosen_TK, indices_TK = logits_TE.topk(self.top_k, dim=-1)
@@ -56,14 +48,7 @@ class TopKRouter(nn.Module):
 
 
 class LinearRouter(TopKRouter):
-    """SMoE's router: one linear layer.
-
-    Args:
-        hidden_size: D.
-        num_experts: E.
-        top_k: K.
-        bias: Whether it has one.
-    """
+    """SMoE's router: one linear layer."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, bias: bool = False) -> None:
         super().__init__(hidden_size, num_experts, top_k)
@@ -79,17 +64,11 @@ class SmoothRouter(LinearRouter):
     With g_K the last selected logit, g the next one, and u = 1 - (g_K - g) / width its nearness, the next expert
     contributes with the logit g + S(u), S(u) = -softplus(SHARPNESS log(1 - u) - log u), if u > 0. The lift S is minus
     infinity at u = 0 and zero at u = 1, where the two experts swap ranks, so that the weights do not jump. If no expert
-    is near, this is `LinearRouter`. The selection is still the top-k; the added expert is not part of it.
-
-    Args:
-        hidden_size: D.
-        num_experts: E, more than K.
-        top_k: K.
-        bias: Whether it has one.
-        width: Width of the near zone, in nats.
+    is near, this is `LinearRouter`. The selection is still the top-k; the added expert is not part of it. E must be
+    more than K, and `width` is in nats.
 
     Source: arXiv 2606.19036. Deviation: the width is fixed, not learned by a loss on the number of experts; and only
-        one expert is added although several may be near, so the output jumps where two of these swap ranks.
+    one expert is added although several may be near, so the output jumps where two of these swap ranks.
     """
 
     def __init__(
@@ -118,13 +97,8 @@ class CosineRouter(TopKRouter):
     """XMoE's router: cosine similarity to expert embeddings in a low-dimensional space, over a learned temperature.
 
     Cosines are not linear in the embeddings, so a graph cannot be folded into these. It is folded into `mix` instead, a
-    linear layer that is the identity and never trained.
-
-    Args:
-        hidden_size: D.
-        num_experts: E.
-        top_k: K.
-        dimensions: R; by default half the number of experts, but at least LOW_DIMENSIONS.
+    linear layer that is the identity and never trained. The space has by default half as many dimensions as there are
+    experts, but at least LOW_DIMENSIONS.
 
     Source: arXiv 2204.09179. Deviation: the temperature is learned as its logarithm, so that it stays positive.
     """

@@ -27,16 +27,8 @@ def run_sorted(
 ) -> Tensor:
     """Sort tokens by expert, run the experts, and sum their weighted outputs for each token.
 
-    Args:
-        hidden_TD: Hidden states. Shape: (T, hidden_size).
-        indices_TK: Selected experts. Shape: (T, top_k).
-        weights_TK: Weights of these experts. Same shape.
-        num_experts: E.
-        run: Function from tokens sorted by expert, shape (T * top_k, hidden_size), and the number of tokens of each
-            expert to outputs, shape (T * top_k, output_size).
-
-    Returns:
-        Outputs. Shape: (T, output_size).
+    `run` maps tokens sorted by expert, shape (T * top_k, hidden_size), and the number of tokens of each expert to
+    outputs, shape (T * top_k, output_size). The sum has the shape (T, output_size).
     """
     top_k = indices_TK.shape[1]
     sorted_S, order_S = indices_TK.reshape(-1).sort(stable=True)
@@ -79,10 +71,10 @@ class _Permuted(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:
-    """Apply each expert's linear layer to its slice.
+    """Apply each expert's linear layer to its slice of the tokens, which are sorted by expert.
 
     Args:
-        x: Tokens, sorted by expert. Shape: (S, input_size).
+        x: Tokens. Shape: (S, input_size).
         weight: Stacked weights. Shape: (num_experts, output_size, input_size).
         bias: Stacked biases. Shape: (num_experts, output_size).
         lengths: Number of tokens of each expert, possibly 0.
@@ -154,13 +146,7 @@ class ExpertsSettings:
 
 
 class _Experts(nn.Module):
-    """Stacked experts, with the eager implementation that runs one after the other.
-
-    Args:
-        config: Config for the experts interface.
-        parts: Parts of the MLP that every expert is a copy of.
-        num_experts: E.
-    """
+    """Stacked experts, copies of one MLP, with the eager implementation that runs one after the other."""
 
     def __init__(self, config: ExpertsSettings, parts: MlpParts, num_experts: int) -> None:
         super().__init__()
@@ -176,16 +162,7 @@ class _Experts(nn.Module):
                     self.register_parameter(name + suffix, nn.Parameter(stacked))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sort tokens by expert and run each expert on its slice (`experts_implementation="eager"`).
-
-        Args:
-            hidden_states: Shape: (tokens, hidden_size).
-            top_k_index: Selected experts. Shape: (tokens, top_k).
-            top_k_weights: Weights of these experts. Same shape.
-
-        Returns:
-            Weighted sum of the selected experts' outputs. Shape: (tokens, output_size).
-        """
+        """Sort tokens by expert and run each expert on its slice (`experts_implementation="eager"`)."""
         return run_sorted(hidden_states, top_k_index, top_k_weights, self.num_experts, self._run)
 
     def _run(self, x_SI: Tensor, lengths: list[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """SymphonyCallback for transformers' Trainer: updates the graphs at each optimizer step and logs the router losses."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +15,14 @@ from symphony_hf.patching.training_state import parameters_of
 
 from .launch import check_launch_of_trainer
 from .reference_model import mix_graphs, synced_reference
+
+
+def add_to_log(values: Mapping[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+    """Add values to a log of Trainer and to its record of it, so that later callbacks see them."""
+    named = {f"symphony/{name}": value for name, value in values.items()}
+    logs.update(named)
+    if state.log_history:
+        state.log_history[-1].update(named)
 
 
 class SymphonyCallback(TrainerCallback):
@@ -77,11 +86,7 @@ class SymphonyCallback(TrainerCallback):
             return  # an evaluation's entry, or the summary at the end
         tracker = tracker_of(model)
         tracker.checks.warn_about_skipped()
-        values = {f"symphony/{name}": value for name, value in tracker.state.take_losses().items()}
-        # Trainer has already recorded this log: add to both, so that the callbacks after this one see the values.
-        logs.update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)
+        add_to_log(tracker.state.take_losses(), logs, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

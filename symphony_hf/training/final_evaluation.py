@@ -22,15 +22,9 @@ if TYPE_CHECKING:
 def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: PreparedData) -> dict[str, Any]:
     """Evaluate the trained model on the test split. Every process calls this.
 
-    Args:
-        recipe: Recipe of the run.
-        trainer: Trainer, after training.
-        processor: Tokenizer or processor of the model.
-        data: Training data, with the test split.
-
     Returns:
-        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss` and `perplexity` of
-        the split named by `split` (the validation split if there is no test split), and `accuracy` for multiple-choice
+        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss` and `perplexity` of the
+        split named by `split` (the validation split if there is no test split), and `accuracy` for multiple-choice
         questions. Empty without either split.
     """
     if data.documents is not None:

@@ -74,9 +74,6 @@ def train(
         processor: Tokenizer or processor of the model, for SFTTrainer.
         settings: Settings of the run to record in each checkpoint.
 
-    Returns:
-        The Trainer, after training.
-
     Raises:
         ConfigError: If another launch runs than was requested.
         CheckpointError: If a checkpoint cannot be written, or `resume_from` belongs to another model.

@@ -23,15 +23,9 @@ class Request(NamedTuple):
 
 
 def check_launch(requested: Sequence[Request], processes: int, strategy: str) -> None:
-    """Compare the requested launch with the one that runs, or is about to.
+    """Compare the requested launch with the one that runs, or is about to. Raises ConfigError if they differ.
 
-    Args:
-        requested: Requests, from `requests_of`.
-        processes: Number of processes that train together.
-        strategy: Strategy, from `expected_strategy` or `strategy_of`.
-
-    Raises:
-        ConfigError: If they differ.
+    `strategy` is that of `expected_strategy` or `strategy_of`.
     """
     running = {"processes": processes, "strategy": strategy}
     for who, what, wanted in requested:
@@ -73,11 +67,7 @@ def strategy_of(state: Any) -> str:
 
 
 def check_launch_of_trainer(arguments: TrainingArguments) -> None:
-    """Compare the launch of a user's own Trainer with what its arguments and the launcher request.
-
-    Raises:
-        ConfigError: If they differ.
-    """
+    """Compare the launch of a user's own Trainer with what its arguments and the launcher request."""
     from accelerate.state import AcceleratorState
 
     state = AcceleratorState()

@@ -41,11 +41,7 @@ def auto_class(recipe: Recipe) -> Any:
 
 
 def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    """Return the config that a model section spells out, with the vocabulary of the tokenizer.
-
-    Raises:
-        ConfigError: If transformers does not know the family, or its config refuses a value.
-    """
+    """Return the config that a model section spells out, with the vocabulary of the tokenizer."""
     fields, of_text = dict(section.config or {}), {}
     if tokenizer is not None:
         of_text = {
@@ -68,11 +64,7 @@ def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:
-    """Build the recipe's model on the meta device, without weights.
-
-    Raises:
-        ConfigError: If its config could not be loaded.
-    """
+    """Build the recipe's model on the meta device, without weights."""
     section = recipe.model
     if section.config is not None:
         fields = {"vocab_size": recipe.data.vocab_size} if section.path is None else {}
@@ -100,8 +92,7 @@ def _stored_config(section: ModelSection) -> PreTrainedConfig:
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load the model of a recipe, or build it with random weights.
 
-    Raises:
-        ConfigError: If the checkpoint differs from the recipe's `config`.
+    A checkpoint that differs from the recipe's `config` raises ConfigError.
     """
     section, auto = recipe.model, auto_class(recipe)
     settings: dict[str, Any] = {"dtype": section.dtype}
@@ -198,11 +189,7 @@ def _check_config(config: PreTrainedConfig, section: ModelSection) -> None:
 
 
 def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Symphonize the model with the recipe's settings. A Symphony checkpoint must have been saved with the same ones.
-
-    Raises:
-        ConfigError: If the checkpoint's settings differ from the recipe's.
-    """
+    """Symphonize the model with the recipe's settings. A Symphony checkpoint must have been saved with the same."""
     if not is_symphonized(model):
         if recipe.symphony is not None:
             symphonize(model, recipe.symphony)
@@ -218,11 +205,7 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
-    """Freeze all parameters except those that match a pattern, and the unused ones of a vision tower.
-
-    Raises:
-        ConfigError: If a pattern matches no parameter.
-    """
+    """Freeze all parameters except those that match a pattern, and the unused ones of a vision tower."""
     for parameter in _unread_parameters(model):
         parameter.requires_grad_(False)
     if patterns is None:

@@ -19,14 +19,13 @@ from symphony_hf.errors import SymphonyWarning
 from symphony_hf.files import replacing
 from symphony_hf.patching.symphonize import expert_graphs
 
+from .callback import add_to_log
+
 
 class LoadHistory:
     """Expert loads at up to `MAX_STEPS` evenly spaced steps. When there are more, every second one is dropped.
 
-    Attributes:
-        steps: Steps, increasing.
-        loads: For each router, one tensor per step: shares that sum to 1, float32, on the CPU. Shape of each:
-            (num_experts,).
+    `loads` has, for each router, one tensor per step: shares that sum to 1, float32, on the CPU. Shape: (num_experts,).
     """
 
     MAX_STEPS = 256
@@ -67,11 +66,7 @@ class LoadHistory:
 
     @classmethod
     def read(cls, path: Path) -> "LoadHistory":
-        """Read a history from a file.
-
-        Warns:
-            SymphonyWarning: If the file is damaged. The history is then empty.
-        """
+        """Read a history from a file. If it is damaged, the history is empty, with a SymphonyWarning."""
         history = cls()
         try:
             tensors = load(path.read_bytes())
@@ -126,14 +121,10 @@ class GraphMonitor(TrainerCallback):
         if logs is None or "loss" not in logs:
             return  # an evaluation's entry, or the summary at the end
         graphs = expert_graphs(model)
-        values = {f"symphony/{name}": value for name, value in graph_summary(graphs, self._logged).items()}
+        add_to_log(graph_summary(graphs, self._logged), logs, state)
         self._logged = graphs
         if state.is_world_process_zero:
             self._history.add(state.global_step, graphs)
-        # Trainer has already recorded this log: add to both.
-        logs.update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

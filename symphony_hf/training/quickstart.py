@@ -61,11 +61,7 @@ class Arm:
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     """Run the quickstart, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
 
-    Returns:
-        Values of the report, as in `report.json`.
-
-    Raises:
-        SymphonyError: If there is too little text, or a check fails.
+    Returns the values of `report.json`. Raises SymphonyError if there is too little text, or a check fails.
     """
     started = time.perf_counter()
     # Progress bars for milliseconds of work would bury those for minutes of it.
@@ -215,11 +211,7 @@ class _StepTimer(TrainerCallback):
 def _check_saved_forms(
     model: PreTrainedModel, windows: dict[str, list[torch.Tensor]], output: Path
 ) -> dict[str, float | bool]:
-    """Compare the logits of the reloaded and of the folded checkpoint with the model's.
-
-    Raises:
-        EvaluationError: If they differ by more than rounding.
-    """
+    """Compare the logits of the reloaded and of the folded checkpoint with the model's, up to rounding."""
     model.eval().cpu()  # where the checkpoints are loaded
     export_folded(model, output / "folded")
     starts = [texts[0] for texts in windows.values()][:16]

@@ -48,12 +48,7 @@ class QuickstartSettings:
             raise ConfigError(f"quickstart: `seed` must be between 0 and 2**32 - 1, got {self.seed}")
 
     def overrides(self, output: Path, steps: int) -> dict[str, object]:
-        """Return what one of the quickstart's trainings changes in its recipe.
-
-        Args:
-            output: Folder for the model.
-            steps: Number of optimizer steps.
-        """
+        """Return what a training of so many steps, whose model goes to `output`, changes in the recipe."""
         return {
             "data.path": self.data,
             "data.block_size": self.block_size,

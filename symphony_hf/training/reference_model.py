@@ -17,11 +17,6 @@ def synced_reference(callback: TrainerCallback, args: TrainingArguments, model: 
     TRL mixes only parameters, and a graph is a buffer. transformers does not give a callback its trainer, so the
     reference is found through TRL's own callback, in the trainer's list of callbacks.
 
-    Args:
-        callback: Callback of the same trainer.
-        args: Arguments of the trainer.
-        model: The policy.
-
     Raises:
         PatchError: If the reference has no graphs, or not those of the policy.
     """

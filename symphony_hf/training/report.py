@@ -32,11 +32,7 @@ _PACKAGES = ("accelerate", "peft", "trl", "deepspeed", "datasets", "bitsandbytes
 
 
 def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData", command: str) -> dict[str, Any]:
-    """Describe a run: settings, versions, sizes and losses. The final evaluation is added later.
-
-    Returns:
-        Values for `results.json`.
-    """
+    """Return a run's settings, versions, sizes and losses for `results.json`. The final evaluation is added later."""
     state, parameters = trainer.state, list(trainer.model.parameters())
     train = dict(state.log_history[-1])
     mean_loss = trainer.mean_loss()
@@ -81,15 +77,7 @@ def _device(device: torch.device) -> str:
 
 
 def write_run_report(results: Mapping[str, Any], output: Path) -> Path:
-    """Write `report.md`.
-
-    Args:
-        results: Values of `results.json`.
-        output: Output directory of the run.
-
-    Returns:
-        Path of the page.
-    """
+    """Write `report.md` from the values of `results.json`, and return its path."""
     page = output / REPORT
     write_text(page, "\n".join(_lines(results, output)) + "\n")
     return page
@@ -139,16 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_dry_run(recipe: Recipe, arguments: TrainingArguments, console: "Console | None" = None) -> None:
-    """Print the plan of a run: model, data, training and output.
-
-    Args:
-        recipe: Recipe, from `load_recipe`.
-        arguments: Training arguments, from `prepare_run`.
-        console: Console to print to.
-
-    Raises:
-        SymphonyError: If the model cannot be built or symphonized.
-    """
+    """Print the plan of a run: model, data, training and output."""
     from rich.console import Console
 
     console = console or Console()

@@ -115,10 +115,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
 
 
 def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
-    """Make the training arguments, and refuse what can be refused before data and weights are loaded.
-
-    Returns:
-        Training arguments, and the requested launch.
+    """Return the training arguments and the requested launch; refuse what can be refused before anything is loaded.
 
     Raises:
         ConfigError: If a setting is unknown or refused, a package or a device is missing, another launch runs than was
@@ -156,11 +153,7 @@ def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to resume with other settings than the run began with.
-
-    Raises:
-        ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
-    """
+    """Refuse to resume with other settings than the run began with. A checkpoint without a record is accepted."""
     before = (read_record(checkpoint) or {}).get("settings", settings)
     differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
@@ -172,11 +165,7 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _check_same_graphs(model: Any, checkpoint: Path) -> None:
-    """Refuse to resume with other settings of the graphs than the run began with.
-
-    Raises:
-        ConfigError: If the checkpoint's settings differ from the model's, or cannot be read.
-    """
+    """Refuse to resume with other settings of the graphs than the run began with."""
     if not (checkpoint / "config.json").exists():
         return  # sharded by FSDP, or adapters only
     hint = "resume from another checkpoint, or start a new run in another output directory"

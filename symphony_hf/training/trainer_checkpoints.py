@@ -78,11 +78,7 @@ def _recorded(folder: Path) -> set[str] | None:
 
 
 def clear_leftovers(output: Path) -> list[str]:
-    """Remove unfinished folders that a killed run left, and restore what one of them was about to replace.
-
-    Returns:
-        Names of the removed folders.
-    """
+    """Remove unfinished folders of a killed run, restore what one was about to replace, and return the removed."""
     removed = []
     for folder in sorted((output / UNFINISHED).glob("*")):
         known = _OURS.fullmatch(folder.name)
@@ -200,11 +196,7 @@ def _files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def reporting_failed_save(target: Path) -> Iterator[None]:
-    """Turn a failed write, as on a full disk, into an error of one line, and remove what was written.
-
-    Raises:
-        CheckpointError: In place of OSError and of the errors of safetensors and torch.
-    """
+    """Turn a failed write, as on a full disk, into a CheckpointError of one line, and remove what was written."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

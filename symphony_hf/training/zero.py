@@ -42,13 +42,10 @@ def gather_when_saving(plugin: Any) -> None:
 
 
 def set_aside_empty_parameters(model: nn.Module) -> int:
-    """Replace parameters without elements by buffers, since ZeRO-3 fails to gather them.
+    """Replace parameters without elements by buffers, since ZeRO-3 fails to gather them. Returns their number.
 
     An upcycled Phi-3 has such parameters: Qwen2-MoE, its container, has a shared expert of size 0. As buffers they keep
     their names in a checkpoint.
-
-    Returns:
-        Number of replaced parameters.
     """
     count = 0
     for module in model.modules():

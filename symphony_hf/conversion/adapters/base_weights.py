@@ -29,12 +29,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def sample_weights(model: nn.Module, routers: Sequence[str]) -> dict[str, list[float]]:
     """Return a few values of the input embedding and of the first and last router, by parameter name.
 
-    Args:
-        model: Base model, with adapters or without.
-        routers: Names of its routers.
-
-    Returns:
-        Values of the weights that are in memory as a whole: not those that are quantized, offloaded or partitioned.
+    Only weights that are in memory as a whole are sampled: not those that are quantized, offloaded or partitioned. The
+    model may have adapters.
     """
     if getattr(model, "tp_size", None) is not None:
         return {}
@@ -54,13 +50,8 @@ def sample_weights(model: nn.Module, routers: Sequence[str]) -> dict[str, list[f
 def check_base(stored: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]], folder: Path) -> None:
     """Compare the sampled weights in an adapter's record with those of the model that the adapter is to be put on.
 
-    Args:
-        stored: From the record; empty in records of earlier versions. Weights that only one of the two has are ignored.
-        own: From the model.
-        folder: Folder of the adapter, for messages.
-
-    Raises:
-        ConfigError: If the weights are unrelated. If they differ by more than rounding, there is a warning.
+    Weights that only one of the two has are ignored; records of earlier versions have none. Unrelated weights raise
+    ConfigError, and weights that differ by more than rounding give a warning.
     """
     distance = max(
         (_distance(stored[name], own[name]) for name in stored if len(stored[name]) == len(own.get(name, ()))),

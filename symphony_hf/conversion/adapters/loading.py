@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from symphony_hf.checkpoints.graph_files import read_graphs
+from symphony_hf.conversion.inspection.parts import Routing
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError, GraphError, PatchError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS
@@ -19,7 +20,7 @@ from symphony_hf.patching.symphonize import is_symphonized, symphonize, unsympho
 from symphony_hf.routing.graph import adjacency_problems
 
 from .base_weights import check_base, sample_weights
-from .record import AdapterRecord, RouterShape, keep_record
+from .record import AdapterRecord, keep_record
 from .targets import base_of, family_of
 from .untrusted import add_adapter, check_tensors, read_peft_config, refusals, try_config
 
@@ -78,15 +79,10 @@ def load_adapter(
 
 
 def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> None:
-    """Copy saved tensors into an adapter of a model, as the exact inverse of how PEFT saves them.
+    """Copy saved tensors into an adapter of a PEFT model, as the exact inverse of how PEFT saves them.
 
-    PEFT's own loader also renames tensors for older checkpoints, which for some families (DeepSeek-OCR 2,
-    Inkling 2, ...) silently drops LoRA tensors of current checkpoints.
-
-    Args:
-        model: PEFT model with the adapter.
-        folder: Folder of the saved adapter.
-        name: Name of the adapter in the model.
+    PEFT's own loader also renames tensors for older checkpoints, which for some families (DeepSeek-OCR 2, Inkling 2,
+    ...) silently drops LoRA tensors of current checkpoints.
 
     Raises:
         ConfigError: If the tensors do not match the adapter, or its record does not match the model. The model is
@@ -167,7 +163,7 @@ def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> bool:
     if is_symphonized(base):
         _check_ready(base, record, folder)
         return False
-    found = {router.name: RouterShape.of(router.contract) for router in routers_of(base, record.settings)}
+    found = {router.name: Routing.of(router.contract) for router in routers_of(base, record.settings)}
     _check_routers(record.routers, found, folder)
     symphonize(base, record.settings)
     return True
@@ -185,12 +181,12 @@ def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
     _check_routers(record.routers, own.routers, folder)
 
 
-def _check_routers(wanted: dict[str, RouterShape], found: dict[str, RouterShape], folder: Path) -> None:
+def _check_routers(wanted: dict[str, Routing], found: dict[str, Routing], folder: Path) -> None:
     if found != wanted:
         raise ConfigError(f"load_adapter: `{folder}` is for {_describe(wanted)}; the model has {_describe(found)}")
 
 
-def _describe(routers: dict[str, RouterShape]) -> str:
+def _describe(routers: dict[str, Routing]) -> str:
     kinds = sorted({f"top-{shape.top_k} of {shape.num_experts}" for shape in routers.values()})
     names = list(routers)
     return f"{len(names)} routers, {names[0]} to {names[-1]}, {' and '.join(kinds)} experts"

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from torch import nn
 
 from symphony_hf.config import SymphonyConfig
+from symphony_hf.conversion.inspection.parts import Routing
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, read_object, write_json
 from symphony_hf.patching.expert_graph import active_graph
-from symphony_hf.patching.families.contract import RouterContract
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 from symphony_hf.settings import parse_settings
 
@@ -29,18 +29,6 @@ FORMAT = 1
 """Format of the record. Higher numbers are refused."""
 
 RouterMode = Literal["graph", "train"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterShape:
-    """Number of experts of a router, and number that it selects."""
-
-    num_experts: int
-    top_k: int
-
-    @classmethod
-    def of(cls, contract: RouterContract) -> "RouterShape":
-        return cls(num_experts=contract.num_experts, top_k=contract.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +47,7 @@ class AdapterRecord:
 
     router: RouterMode
     symphony: dict[str, Any]
-    routers: dict[str, RouterShape]
+    routers: dict[str, Routing]
     model_type: str | None = None
     base_model: str | None = None
     base_weights: dict[str, list[float]] = field(default_factory=dict)
@@ -77,13 +65,9 @@ class AdapterRecord:
 
     @classmethod
     def of(cls, model: nn.Module, router: RouterMode) -> "AdapterRecord":
-        """Return the record of an adapter for a Symphony model.
-
-        Raises:
-            PatchError: If the model is not symphonized.
-        """
+        """Return the record of an adapter for a Symphony model."""
         found = list(symphony_routers(model))
-        shapes = {bare_name(name): RouterShape.of(router.contract) for name, router in found}
+        shapes = {bare_name(name): Routing.of(router.contract) for name, router in found}
         return cls(
             router=router,
             symphony=active_graph(found[0][1].symphony).config.to_dict(),
@@ -94,11 +78,7 @@ class AdapterRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> "AdapterRecord":
-        """Read the record beside an adapter.
-
-        Raises:
-            ConfigError: If it is missing or invalid, or has a newer format.
-        """
+        """Read the record beside an adapter. Raises ConfigError if it is missing or invalid, or has a newer format."""
         file = Path(folder) / ADAPTER_RECORD
         if not file.exists():
             raise ConfigError(
@@ -114,15 +94,7 @@ class AdapterRecord:
 
 
 def keep_record(config: Any, record: AdapterRecord) -> Any:
-    """Make PEFT write a record whenever it saves the adapter of this config.
-
-    Args:
-        config: PEFT's config. Its class and fields are unchanged.
-        record: Record of the adapter.
-
-    Returns:
-        The same config.
-    """
+    """Make PEFT write a record whenever it saves the adapter of this config. Returns the config."""
     config.save_pretrained = functools.partial(_save_with_record, config, record)
     return config
 
@@ -140,8 +112,7 @@ def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, *
 def record_adapters(model: nn.Module) -> None:
     """Make PEFT write a record of each adapter with graphs, including those without a config from `lora_config`.
 
-    Args:
-        model: Model; it is unchanged if it is not symphonized or has no adapters.
+    A model that is not symphonized or has no adapters is unchanged.
     """
     if not is_symphonized(model):
         return
@@ -154,12 +125,7 @@ def record_adapters(model: nn.Module) -> None:
 
 
 def graphs_in_adapter(model: nn.Module, adapter: str) -> RouterMode | None:
-    """Return whether an adapter has the routers with their graphs, only the graphs, or neither.
-
-    Args:
-        model: Model with the adapter.
-        adapter: Name of the adapter.
-    """
+    """Return whether an adapter of a model has the routers with their graphs, only the graphs, or neither."""
     for wrapper in model.modules():
         saved = wrapper._modules.get("modules_to_save")
         if saved is None or adapter not in saved._modules:

@@ -24,11 +24,8 @@ def shortest_ends(
 ) -> list[str]:
     """Return the shortest dotted suffixes that match all wanted names and no others.
 
-    Args:
-        wanted: Names of modules or parameters.
-        names: All names in the model.
-        matches: Whether PEFT matches a name with a suffix; for `modules_to_save` it ignores dots.
-        parts: Minimum number of parts of a suffix, for readability.
+    `matches` says whether PEFT matches a name with a suffix; for `modules_to_save` it ignores dots. `parts` is the
+    minimum number of parts of a suffix, for readability.
     """
     wanted = set(wanted)
     others = [name for name in names if name not in wanted]
@@ -68,11 +65,7 @@ class ExpertTargets:
 
 
 def attention_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Return name suffixes of the attention's linear layers in the decoder stacks that have routers.
-
-    Raises:
-        UnsupportedModelError: If there are none.
-    """
+    """Return name suffixes of the attention's linear layers in the decoder stacks that have routers."""
     ends = shortest_ends(_attention_maps(model, anatomy), anatomy.modules)
     lost = taken_for_experts(model, ends)
     if lost:
@@ -92,11 +85,7 @@ def attention_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
 
 
 def expert_targets(model: nn.Module, anatomy: Anatomy) -> ExpertTargets:
-    """Return the LoRA targets in the experts.
-
-    Raises:
-        UnsupportedModelError: If PEFT cannot address the experts' weights.
-    """
+    """Return the LoRA targets in the experts. Raises UnsupportedModelError if PEFT cannot address their weights."""
     held = {bare_name(tensor.name): tensor for tensor in held_tensors(model) if ".lora_" not in tensor.name}
     experts = {name: tensor for name, tensor in held.items() if anatomy.part_of(tensor) is Part.EXPERTS}
     stacked = {name: tensor for name, tensor in experts.items() if len(tensor.shape) == 3}

@@ -20,12 +20,10 @@ _OTHERS = "others"
 
 @dataclass(frozen=True)
 class TrainableCount:
-    """Numbers of parameters of one role.
+    """Numbers of parameters of one role: `routers`, `graphs`, `experts`, `attention` or `others`.
 
-    Attributes:
-        role: `routers`, `graphs`, `experts`, `attention` or `others`.
-        trainable: Number of parameters that an optimizer would train.
-        total: Number of all parameters, adapters included. Quantized weights count by their unpacked shape.
+    `trainable` counts those that an optimizer would train; `total` includes adapters. Quantized weights count by their
+    unpacked shape.
     """
 
     role: str

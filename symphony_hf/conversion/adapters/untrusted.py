@@ -35,11 +35,7 @@ _MOST_REPETITIONS = 3
 
 
 def read_peft_config(folder: Path) -> Any:
-    """Return the config of an adapter, as PEFT reads it.
-
-    Raises:
-        ConfigError: If it is invalid, or of a type or with a setting that is not allowed.
-    """
+    """Return the config of an adapter, as PEFT reads it. One that is invalid or not allowed raises ConfigError."""
     from peft import PeftConfig
 
     file = folder / ADAPTER_CONFIG
@@ -63,13 +59,7 @@ def read_peft_config(folder: Path) -> Any:
 
 
 def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
-    """Add an adapter to a copy of the model on the meta device, and compare it with the adapter's file.
-
-    Args:
-        model: Model symphonized for the adapter; it is unchanged.
-        config: Result of `read_peft_config`.
-        weights: Safetensors file of the adapter.
-        name: Name of the adapter.
+    """Add an adapter to a copy of the model on the meta device, and compare it with the adapter's safetensors file.
 
     Raises:
         ConfigError: If PEFT cannot make an adapter of the config, or its tensors are not those in the file.
@@ -89,11 +79,7 @@ def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
 def check_tensors(
     folder: Path, model: nn.Module, own: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]
 ) -> None:
-    """Compare the shapes of an adapter's tensors in a model with those that were saved.
-
-    Raises:
-        ConfigError: If a tensor is missing or unexpected, or has another shape.
-    """
+    """Compare the shapes of an adapter's tensors in a model with those that were saved."""
     lost = sorted({*saved} ^ {*own}) or sorted(key for key in own if own[key] != saved[key])
     if lost:
         raise ConfigError(
@@ -105,11 +91,7 @@ def check_tensors(
 def add_adapter(model: Any, config: Any, name: str, *, widens: bool = True) -> Any:
     """Add an adapter to a model and return PEFT's `PeftModel`, the same one if the model already is one.
 
-    Args:
-        model: Symphonized model, or its `PeftModel`.
-        config: PEFT's config.
-        name: Name of the adapter.
-        widens: Whether 16-bit LoRA becomes float32.
+    `widens` tells whether 16-bit LoRA becomes float32.
     """
     from peft import PeftModel, get_peft_model
 
@@ -121,11 +103,7 @@ def add_adapter(model: Any, config: Any, name: str, *, widens: bool = True) -> A
 
 @contextlib.contextmanager
 def refusals(where: str) -> Iterator[None]:
-    """Turn PEFT's errors about a config into ConfigErrors.
-
-    Args:
-        where: File of the config.
-    """
+    """Turn PEFT's errors about a config in a file into ConfigErrors."""
     try:
         yield
     except ConfigError:

@@ -112,18 +112,9 @@ def calibrate(
     outputs: bool = False,
     norms: bool = False,
 ) -> list[ExpertStatistics]:
-    """Run a model on text and collect statistics of its experts.
+    """Run a plain model on blocks of tokens without padding, and collect statistics of its experts by layer.
 
-    Args:
-        model: Plain model.
-        layers: Expert layers of the model.
-        blocks_NT: Token ids, without padding. Shape: (blocks, block size).
-        batch_size: Number of blocks in a batch.
-        outputs: Whether to compute `mean_outputs`, for which every expert runs on every token.
-        norms: Whether to compute `reap`.
-
-    Returns:
-        Statistics of each layer.
+    `outputs` and `norms` are those of `ExpertStatistics`.
 
     Raises:
         EvaluationError: If no token reaches a layer, or an output is not finite.

@@ -12,11 +12,7 @@ from .settings import FewerExpertsSettings
 
 
 def deciding_graphs(opened: Opened, seen: list[ExpertStatistics], settings: FewerExpertsSettings) -> list[Tensor]:
-    """Return one adjacency per layer. Shape of each: (num_experts, num_experts), float32.
-
-    Raises:
-        GraphError: If a learned graph is missing, or a graph has no co-selections.
-    """
+    """Return one adjacency per layer, float32. Raises GraphError if a graph is missing or has no co-selections."""
     where = f"{settings.command}: `{settings.model}`"
     if settings.graph == "counted":
         graphs = [statistics.adjacency for statistics in seen]
@@ -38,14 +34,10 @@ def deciding_graphs(opened: Opened, seen: list[ExpertStatistics], settings: Fewe
 
 
 def centrality(adjacency_EE: Tensor) -> Tensor:
-    """Compute the eigenvector centrality of each expert.
+    """Compute the eigenvector centrality of each expert, float64; the diagonal of the graph is ignored.
 
-    Args:
-        adjacency_EE: Co-selection graph, whose diagonal is ignored. Shape: (num_experts, num_experts).
-
-    Returns:
-        Leading eigenvector, with norm 1 and no negative entries, float64; 0 for experts outside the heaviest component
-        of a disconnected graph. Shape: (num_experts,).
+    It is the leading eigenvector, with norm 1 and no negative entries; 0 for experts outside the heaviest component of
+    a disconnected graph.
 
     Source: Bonacich, "Factoring and weighting approaches to status scores and clique identification" (1972). There is
     no degree centrality: each selection of K experts adds K - 1 pairs to each, so it is the load times K - 1.
@@ -55,12 +47,8 @@ def centrality(adjacency_EE: Tensor) -> Tensor:
 
 
 def graph_distance(adjacency_EE: Tensor) -> Tensor:
-    """Compute the distance 1 / (1 + lift) of experts, the lift being their co-selections relative to chance.
+    """Compute the distance 1 / (1 + lift) of experts, the lift being their co-selections relative to chance, float64.
 
-    Args:
-        adjacency_EE: Co-selection graph. Shape: (num_experts, num_experts).
-
-    Returns:
-        Distances: 0 on the diagonal, 1/2 for co-selection by chance, 1 for none. Same shape, float64.
+    It is 0 on the diagonal, 1/2 for co-selection by chance, and 1 for none.
     """
     return (1.0 / (1.0 + coselection_lift(adjacency_EE))).fill_diagonal_(0.0)

@@ -53,10 +53,7 @@ class ExpertLayer:
 
 
 def expert_layers(model: PreTrainedModel) -> list[ExpertLayer]:
-    """Find the expert layers of a model.
-
-    Args:
-        model: Plain model, without graphs.
+    """Find the expert layers of a plain model.
 
     Raises:
         UnsupportedModelError: If there are none, one has another form, or their numbers of experts differ.
@@ -104,13 +101,8 @@ def _layer(router: FoundRouter, modules: dict[str, nn.Module]) -> ExpertLayer:
 def check_number(layers: list[ExpertLayer], num_experts: int, command: str) -> None:
     """Refuse a number of experts that the layers cannot have.
 
-    Args:
-        layers: Expert layers of the model.
-        num_experts: Number of experts to leave in each.
-        command: Name of the command, for error messages.
-
-    Raises:
-        UnsupportedModelError: If there are fewer experts, a token selects more, or the groups do not divide the number.
+    Raises UnsupportedModelError if there are fewer experts, a token selects more, or the groups do not divide the
+    number.
     """
     layer = layers[0]
     if num_experts > layer.num_experts:

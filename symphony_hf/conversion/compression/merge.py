@@ -17,10 +17,10 @@ from .shrink import shrink
 
 
 def cluster_experts(distance_EE: Tensor, num_clusters: int, num_groups: int = 1) -> list[list[int]]:
-    """Cluster experts by agglomerative clustering with average linkage.
+    """Cluster experts by agglomerative clustering with average linkage, from symmetric distances.
 
     Args:
-        distance_EE: Symmetric distances, 0 on the diagonal. Shape: (num_experts, num_experts).
+        distance_EE: Distances, 0 on the diagonal.
         num_clusters: Number of clusters.
         num_groups: Number of groups of adjacent experts, for routers that select groups first. Clusters stay within a
             group, and every group has equally many.
@@ -56,9 +56,6 @@ def merge_experts(settings: MergeSettings) -> dict[str, Any]:
     With `by="outputs"`, experts are close if their mean outputs on the calibration tokens are. With `by="graph"`, they
     are close if they are selected together more often than by chance. The weights and the router row of a merged expert
     are the means of its members', weighted by their loads (see `with_fewer_experts`).
-
-    Args:
-        settings: Model, number of experts, and text.
 
     Returns:
         Content of the result file: clusters, perplexity on held-out text before and after with intervals, their ratio

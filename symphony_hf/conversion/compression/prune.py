@@ -13,17 +13,11 @@ from .shrink import shrink
 
 
 def prune_experts(settings: PruneSettings) -> dict[str, Any]:
-    """Remove experts, and write the smaller stock checkpoint.
+    """Remove experts, and write the smaller stock checkpoint. Returns the content of the result file.
 
     The removed experts are those with the lowest load (`by="load"`), eigenvector centrality in the graph
     (`by="centrality"`) or gate-weighted output norm (`by="reap"`). Their router rows and selection biases are removed
     too, so tokens that would select them use their next best expert.
-
-    Args:
-        settings: Model, number of experts to keep, and text.
-
-    Returns:
-        Content of the result file, as for `merge_experts`.
 
     Raises:
         SymphonyError: If the model cannot be pruned, or the output exists.
@@ -47,11 +41,7 @@ def prune_experts(settings: PruneSettings) -> dict[str, Any]:
 def highest(score_E: Tensor, num_kept: int, num_groups: int = 1) -> list[int]:
     """Return the indices of the experts with the highest scores, in order; the first of equal ones.
 
-    Args:
-        score_E: Scores. Shape: (num_experts,).
-        num_kept: Number of experts to keep.
-        num_groups: Number of groups of adjacent experts, for routers that select groups first; equally many experts
-            are kept in each.
+    With `num_groups` groups of adjacent experts, for routers that select groups first, equally many are kept in each.
     """
     size, numbers = len(score_E) // num_groups, list[int]()
     for start in range(0, len(score_E), size):

@@ -19,12 +19,7 @@ _TOP_K = re.compile(r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts")
 
 @dataclass(frozen=True)
 class NewExpert:
-    """Expert of the smaller model, as a mean of old experts.
-
-    Attributes:
-        members: Indices of old experts.
-        shares: Weight of each in the mean; they sum to 1.
-    """
+    """Expert of the smaller model, as a mean of old experts with these shares, which sum to 1."""
 
     members: tuple[int, ...]
     shares: tuple[float, ...]
@@ -38,15 +33,11 @@ def kept(numbers: Sequence[int]) -> list[NewExpert]:
 def with_fewer_experts(
     model: PreTrainedModel, layers: Sequence[ExpertLayer], plan: Sequence[list[NewExpert]]
 ) -> PreTrainedModel:
-    """Return the model with new experts in each layer and matching router rows.
+    """Return the model with new experts in each layer, equally many, and matching router rows.
 
     Tensors that depend on the number of experts are found by building the smaller model without weights and comparing
-    shapes. The weights of a new expert, its router row and its biases are the same mean over its members.
-
-    Args:
-        model: Plain model. It is unchanged, and shares the tensors that do not change.
-        layers: Expert layers of the model.
-        plan: New experts of each layer, equally many in every layer.
+    shapes. The weights of a new expert, its router row and its biases are the same mean over its members. The plain
+    model is unchanged, and shares the tensors that do not change.
 
     Raises:
         UnsupportedModelError: If the number of experts is not in the config, or tensors other than those of experts and
@@ -81,11 +72,7 @@ def with_fewer_experts(
 
 
 def with_top_k(model: PreTrainedModel, layers: Sequence[ExpertLayer], top_k: int) -> PreTrainedModel:
-    """Return the model with another top-k and the same, shared weights.
-
-    Raises:
-        UnsupportedModelError: If the top-k is not in the config.
-    """
+    """Return the model with another top-k and the same, shared weights."""
     config = _changed(model, _TOP_K, layers[0].top_k, top_k, "experts a token")
     return _filled(model, _empty(model, config), model.state_dict(), layers[0].num_experts, top_k)
 

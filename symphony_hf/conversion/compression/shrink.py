@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,16 +45,7 @@ class CalibrationAndTest:
 
 
 def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int = 0) -> CalibrationAndTest:
-    """Read and tokenize the text.
-
-    Args:
-        opened: Model.
-        settings: Text and its sizes.
-        calibration_tokens: Number of tokens of the train split, in random blocks.
-
-    Raises:
-        DataError: If the text is missing or too short.
-    """
+    """Read and tokenize the text, with some tokens of the train split in random blocks for calibration."""
     corpus = load_corpus(settings.data, text_column=settings.text_column)
     calibration_NT = torch.empty(0, opened.block_size, dtype=torch.int64)
     if calibration_tokens:
@@ -87,19 +77,6 @@ def ratio(after: DocumentScores, before: DocumentScores, seed: int) -> dict[str,
     """Return the ratio of two models' perplexities, paired by document, with interval and verdict."""
     interval = compare_perplexity(after, before, seed=seed).exp()
     return dataclasses.asdict(interval) | {"verdict": interval.verdict()}
-
-
-def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ratio of perplexities of the smaller models in two result files, paired by document.
-
-    Raises:
-        EvaluationError: If they were measured on different documents.
-    """
-    scores = [
-        DocumentScores(kept["names"], np.array(kept["nll"]), np.array(kept["num_tokens"]))
-        for kept in (a["documents"]["after"], b["documents"]["after"])
-    ]
-    return ratio(scores[0], scores[1], a["settings"]["seed"])
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int | None]:
@@ -135,60 +112,38 @@ def by_document(scores: DocumentScores) -> dict[str, list[Any]]:
 Planner = Callable[[Opened, list[ExpertStatistics]], list[list[NewExpert]]]
 
 
-@dataclass(frozen=True)
-class _Shrunk:
-    """Smaller model, with what is needed of the old one."""
-
-    smaller: PreTrainedModel
-    tokenizer: Any
-    texts: CalibrationAndTest
-    before: DocumentScores
-    result: dict[str, Any]
-
-
 def shrink(settings: FewerExpertsSettings, plan: Planner, *, outputs: bool, norms: bool) -> dict[str, Any]:
     """Write a checkpoint with fewer experts, load it with its Auto class, and evaluate it.
 
-    Args:
-        settings: Model and number of experts.
-        plan: Function that returns the new experts of each layer.
-        outputs: Whether `plan` needs each expert's mean output.
-        norms: Whether `plan` needs the gate-weighted norms.
-
-    Returns:
-        Content of the result file.
+    `plan` returns the new experts of each layer; `outputs` and `norms` say whether it needs each expert's mean output
+    and the gate-weighted norms. Returns the content of the result file.
     """
     started = time.perf_counter()
     target = settings.check_output()
     assert target is not None
-    shrunk = _shrink(settings, plan, outputs, norms)  # the old model is gone when it returns
-    result = shrunk.result
+    smaller, tokenizer, texts, before, result = _shrink(settings, plan, outputs, norms)  # frees the old model
     with writing(target, settings.command) as folder:
-        shrunk.smaller.save_pretrained(folder)
-        shrunk.tokenizer.save_pretrained(folder)
+        smaller.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         loaded = ModelUnderTest(str(folder), None, "auto").model
-        after = score(loaded, shrunk.texts, settings, "after")
+        after = score(loaded, texts, settings, "after")
         result["parameters"]["after"] = parameters(loaded)
         result["perplexity"]["after"] = level(after, settings)
-        result["perplexity"]["ratio"] = ratio(after, shrunk.before, settings.seed)
+        result["perplexity"]["ratio"] = ratio(after, before, settings.seed)
         result["documents"]["after"] = by_document(after)
         result["seconds"] = time.perf_counter() - started
         write_json(settings.result_file(target, folder), result)
     return result
 
 
-def _shrink(settings: FewerExpertsSettings, plan: Planner, outputs: bool, norms: bool) -> _Shrunk:
+def _shrink(
+    settings: FewerExpertsSettings, plan: Planner, outputs: bool, norms: bool
+) -> tuple[PreTrainedModel, Any, CalibrationAndTest, DocumentScores, dict[str, Any]]:
     opened = open_model(settings)
     check_number(opened.layers, settings.experts, settings.command)
     texts = read_texts(opened, settings, settings.calibration_tokens)
-    seen = calibrate(
-        opened.model,
-        opened.layers,
-        texts.calibration_NT,
-        batch_size=settings.batch_size,
-        outputs=outputs,
-        norms=norms,
-    )
+    calibration, batch_size = texts.calibration_NT, settings.batch_size
+    seen = calibrate(opened.model, opened.layers, calibration, batch_size=batch_size, outputs=outputs, norms=norms)
     new_experts = plan(opened, seen)
     before = score(opened.model, texts, settings, "before")
     layer = opened.layers[0]
@@ -204,7 +159,7 @@ def _shrink(settings: FewerExpertsSettings, plan: Planner, outputs: bool, norms:
         "documents": {"before": by_document(before)},
     }
     smaller = with_fewer_experts(opened.model, opened.layers, new_experts)
-    return _Shrunk(smaller, opened.tokenizer, texts, before, result)
+    return smaller, opened.tokenizer, texts, before, result
 
 
 def _load_kept(new_experts: list[NewExpert], statistics: ExpertStatistics) -> float:

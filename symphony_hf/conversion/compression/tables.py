@@ -1,68 +1,11 @@
-"""Tables of what merging, pruning and a smaller top-k cost, for the terminal and for a README."""
+"""Tables of what merging, pruning and a smaller top-k cost."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from symphony_hf.tables import Table
-
-from .shrink import compare_results
-
-_BY_GRAPH = ("graph", "centrality")
-
-
-def compression_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the results of merging and pruning as rows, header first."""
-    rows = [
-        ["model", "command", "experts", "parameters", "active", "perplexity [95%]", "after / before [95%]", "verdict"]
-    ]
-    for result in results:
-        perplexity, experts = result["perplexity"], result["experts"]
-        name = Path(result["settings"]["model"]).name
-        if not rows[1:] or rows[-1][0] != name:
-            rows.append([name, "", str(experts["before"]), *_parameters(result["parameters"]["before"])])
-            rows[-1] += [_interval(perplexity["before"], 2), "", ""]
-        rows.append([name, _how(result), str(experts["after"]), *_parameters(result["parameters"]["after"])])
-        rows[-1] += [
-            _interval(perplexity["after"], 2),
-            _interval(perplexity["ratio"], 3),
-            perplexity["ratio"]["verdict"],
-        ]
-    return rows
-
-
-def sweep_table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the results of top-k sweeps as rows, header first."""
-    rows = [["model", "top-k", "active parameters", "perplexity [95%]", "ratio to its own [95%]", "verdict"]]
-    for result in results:
-        for row in result["rows"]:
-            own = row["top_k"] == result["experts"]["top_k"]
-            cells = [Path(result["settings"]["model"]).name, str(row["top_k"]), _number(row["parameters"]["active"])]
-            cells += [_interval(row["perplexity"], 2)]
-            rows.append([*cells, *(("", "") if own else (_interval(row["ratio"], 3), row["ratio"]["verdict"]))])
-    return rows
-
-
-def findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return one sentence for each result with a graph criterion: its perplexity against a baseline's.
-
-    Only results of the same model with the same number of experts are compared: otherwise the larger model would win.
-    """
-    sentences = []
-    for result in results:
-        command, by = _command(result), result["settings"]["by"]
-        for other in results:
-            alike = _command(other) == command and other["settings"]["model"] == result["settings"]["model"]
-            alike = alike and other["experts"]["after"] == result["experts"]["after"]
-            if by in _BY_GRAPH and alike and other["settings"]["by"] not in _BY_GRAPH:
-                compared = compare_results(result, other)
-                sentences.append(
-                    f"{Path(result['settings']['model']).name}: {_how(result)}, against {other['settings']['by']}: "
-                    f"perplexity {_percent(compared)}: {compared['verdict']}."
-                )
-    return sentences
 
 
 def print_compression(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -82,7 +25,11 @@ def print_compression(result: Mapping[str, Any], console: Console | None = None)
 
 def print_sweep(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the result of a top-k sweep."""
-    rows = [row[1:] for row in sweep_table([result])]
+    rows = [["top-k", "active parameters", "perplexity [95%]", "ratio to its own [95%]", "verdict"]]
+    for row in result["rows"]:
+        own = row["top_k"] == result["experts"]["top_k"]
+        rows.append([str(row["top_k"]), _number(row["parameters"]["active"]), _interval(row["perplexity"], 2)])
+        rows[-1] += ["", ""] if own else [_interval(row["ratio"], 3), row["ratio"]["verdict"]]
     _print(console or Console(), rows, f"fewer experts a token: {result['settings']['model']}", result)
 
 
@@ -94,14 +41,10 @@ def _print(console: Console, rows: list[list[str]], title: str, result: Mapping[
         console.print(f"- A stock checkpoint: {result['settings']['output']}", highlight=False, soft_wrap=True)
 
 
-def _command(result: Mapping[str, Any]) -> str:
-    return str(result["command"].split()[1])
-
-
 def _how(result: Mapping[str, Any]) -> str:
-    settings = result["settings"]
-    graph = f" ({settings['graph']})" if settings["by"] in _BY_GRAPH else ""
-    return f"{_command(result)} by {settings['by']}{graph}"
+    settings, command = result["settings"], result["command"].split()[1]
+    graph = f" ({settings['graph']})" if settings["by"] in ("graph", "centrality") else ""
+    return f"{command} by {settings['by']}{graph}"
 
 
 def _parameters(counted: Mapping[str, int | None]) -> tuple[str, str]:

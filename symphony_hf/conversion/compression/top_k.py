@@ -19,9 +19,6 @@ RESULT_FILE = "symphony-topk.json"
 def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
     """Evaluate a model at smaller top-k, and optionally write the checkpoint of one of them.
 
-    Args:
-        settings: Model, numbers of experts per token, and text.
-
     Returns:
         Content of the result file: for each top-k its perplexity with an interval, the ratio to the model's own with
         its verdict, active parameters, and scores by document.

@@ -22,12 +22,8 @@ from .tensors import HeldTensor, held_tensors
 class PartCount:
     """Numbers of parameters of one part of a model.
 
-    Attributes:
-        part: The part.
-        total: Number of all parameters.
-        active: Number of parameters that one token uses, which for experts depends on the top-k. None if no router is
-            known.
-        trainable: Number of parameters that require a gradient.
+    `active` is the number of parameters that one token uses, which for experts depends on the top-k; None if no router
+    is known. `trainable` is the number of those that require a gradient.
     """
 
     part: Part
@@ -40,11 +36,7 @@ def count_parts(model: nn.Module, anatomy: Anatomy | None = None) -> list[PartCo
     """Count a model's parameters by part, in the order of `Part`, without the parts that it does not have.
 
     Tied weights count once, quantized weights by their unpacked shape. Adjacencies count as `Part.GRAPHS`, including
-    those that are buffers.
-
-    Args:
-        model: Model of transformers; it may be on the meta device, adapted by PEFT, or quantized.
-        anatomy: Anatomy of the model, if it was already built.
+    those that are buffers. The model may be on the meta device, adapted by PEFT, or quantized.
     """
     anatomy = anatomy or Anatomy(model)
     held_by_part: dict[Part, list[HeldTensor]] = {}
@@ -112,15 +104,9 @@ def state_bytes(state: Any) -> int:
 
 
 def stored_types(source: str | Path, revision: str | None = None) -> list[TypeCount] | None:
-    """Return the types in a checkpoint's safetensors files from their headers alone, the largest first.
+    """Return the types in a checkpoint's safetensors files, the largest first, by their headers alone; None if none.
 
-    Args:
-        source: Folder, or name on the Hub, of which only the headers are downloaded. A single file is a config
-            without weights.
-        revision: Branch, tag or commit on the Hub.
-
-    Returns:
-        Types, or None if there are no safetensors files.
+    Of a model on the Hub, only the headers are downloaded. A single file is a config without weights.
 
     Raises:
         DataError: If a header cannot be read, a shard is missing, or the Hub cannot be reached.

@@ -3,7 +3,8 @@
 import enum
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,6 +12,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.patching.expert_graph import ExpertGraph
+from symphony_hf.patching.families.contract import RouterContract
 from symphony_hf.patching.families.discovery import find_routers
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 
@@ -35,11 +37,16 @@ class Part(str, enum.Enum):
     OTHERS = "others"
 
 
-class Routing(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Routing:
     """Number of experts of a router, and number that each token selects."""
 
     num_experts: int
     top_k: int
+
+    @classmethod
+    def of(cls, contract: RouterContract) -> "Routing":
+        return cls(num_experts=contract.num_experts, top_k=contract.top_k)
 
 
 _ATTENTION = re.compile(r"Attention|MLA$")
@@ -165,7 +172,7 @@ def _routings(model: nn.Module) -> dict[str, Routing]:
             found = [(router.name, router.contract) for router in find_routers(model)]
         except UnsupportedModelError:
             return {}
-    return {bare_name(name): Routing(contract.num_experts, contract.top_k) for name, contract in found}
+    return {bare_name(name): Routing.of(contract) for name, contract in found}
 
 
 def _recorded_attention(module: nn.Module) -> Iterator[type[nn.Module]]:

@@ -22,15 +22,7 @@ from .packing import Packing, check_bitsandbytes, stacked_experts
 
 @dataclass(frozen=True)
 class PackedShape:
-    """Weights of one shape.
-
-    Attributes:
-        kind: `experts` or `linear maps`.
-        shape: Shape of each weight.
-        count: Number of weights.
-        plain_bytes: Bytes of one unpacked weight.
-        packed_bytes: Measured bytes of one weight in 4 bits, with its scales.
-    """
+    """Weights of one shape: `experts` or `linear maps`, their number, and one's measured bytes, packed and not."""
 
     kind: str
     shape: tuple[int, ...]
@@ -41,16 +33,7 @@ class PackedShape:
 
 @dataclass(frozen=True)
 class BytesPlan:
-    """Memory of a model with and without packing.
-
-    Attributes:
-        model: Class name of the model.
-        parameters: Number of parameters.
-        dtype: Data type of the weights that are not packed.
-        packing: Packing of the others.
-        plain_bytes: Bytes without any packing.
-        shapes: Measured shapes.
-    """
+    """Memory of a model with and without packing; `dtype` is that of the weights that are not packed."""
 
     model: str
     parameters: int
@@ -93,12 +76,7 @@ class BytesPlan:
 
 
 def plan_bytes(model: nn.Module, packing: Packing | None = None, dtype: torch.dtype = torch.bfloat16) -> BytesPlan:
-    """Pack one weight of each shape in a model, and count the others.
-
-    Args:
-        model: Model, also on the meta device. The measured weights are random.
-        packing: Form of the packing.
-        dtype: Data type of the weights that are not packed.
+    """Pack one random weight of each shape in a model, also on the meta device, and count the others.
 
     Raises:
         ConfigError: If bitsandbytes is missing.

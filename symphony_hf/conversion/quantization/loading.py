@@ -29,9 +29,7 @@ METHOD = "symphony_hf_experts_4bit"
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer of 4-bit linear layers, extended to stacked experts.
 
-    Args:
-        quantization_config: Config of the linear layers with the settings of this quantizer, from `_config_of_load`.
-        **kwargs: Arguments of the base class.
+    Its config is that of the linear layers with the settings of this quantizer, from `_config_of_load`.
     """
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -184,11 +182,9 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def guard_saving(model: PreTrainedModel, quantizer: ExpertsQuantizer | None = None) -> PreTrainedModel:
-    """Make transformers call `ExpertsQuantizer.is_serializable` before it saves the model.
+    """Make transformers call `ExpertsQuantizer.is_serializable` before it saves a model with packed experts.
 
-    Args:
-        model: Model with packed experts.
-        quantizer: Quantizer that packed them; by default a new one, for a model that was packed in place.
+    The quantizer is the one that packed them, or a new one for a model that was packed in place.
     """
     if quantizer is None:
         linears = getattr(model.config, "quantization_config", None)

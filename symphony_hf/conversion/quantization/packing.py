@@ -41,13 +41,7 @@ class Packing:
             )
 
     def pack(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Replace a parameter of a module by a packed weight; reading the parameter unpacks it.
-
-        Args:
-            module: Module whose parameter is replaced.
-            name: Name of the parameter.
-            weight: Floating-point weight, packed on its own device.
-        """
+        """Replace a parameter of a module by a weight packed on its own device; reading the parameter unpacks it."""
         from bitsandbytes.functional import quantize_4bit, quantize_blockwise
         from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 
@@ -66,11 +60,7 @@ class Packing:
 
 
 def check_bitsandbytes() -> None:
-    """Check that a bitsandbytes is installed that can pack any parameter.
-
-    Raises:
-        ConfigError: If it is missing or too old.
-    """
+    """Check that a bitsandbytes is installed that can pack any parameter."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("quantize_experts needs bitsandbytes: pip install 'symphony-hf[bitsandbytes]'")
     installed = importlib.metadata.version("bitsandbytes")
@@ -79,11 +69,7 @@ def check_bitsandbytes() -> None:
 
 
 def check_rows(experts: Mapping[str, HeldTensor]) -> None:
-    """Refuse weights that bitsandbytes unpacks wrongly on a CPU: those with a block of 64 values in two rows.
-
-    Raises:
-        UnsupportedModelError: If there is such a weight.
-    """
+    """Refuse weights that bitsandbytes unpacks wrongly on a CPU: those with a block of 64 values in two rows."""
     for name, held in experts.items():
         if held.shape[-1] % BLOCK:
             raise UnsupportedModelError(
@@ -94,9 +80,6 @@ def check_rows(experts: Mapping[str, HeldTensor]) -> None:
 
 def stacked_experts(model: nn.Module) -> dict[str, HeldTensor]:
     """Return the weights that hold all experts of a layer, which bitsandbytes alone does not quantize.
-
-    Args:
-        model: Model, also on the meta device.
 
     Raises:
         UnsupportedModelError: If there are none.

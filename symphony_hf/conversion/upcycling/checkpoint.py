@@ -33,14 +33,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Tensor in a file.
-
-    Attributes:
-        file: File that holds the tensor.
-        dtype: Data type, by its name in the safetensors format, such as BF16.
-        shape: Shape of the tensor.
-        offset: Position of its first byte in the file.
-    """
+    """Tensor in a file, with its data type's name in the safetensors format, and the position of its first byte."""
 
     file: Path
     dtype: str
@@ -59,10 +52,7 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """Tensors of a checkpoint's folder.
-
-    Args:
-        folder: Folder with `model.safetensors`, or with shards and their index.
+    """Tensors of a checkpoint's folder, which has `model.safetensors`, or shards and their index.
 
     Raises:
         CheckpointError: If a file is missing or truncated, or does not match the index.
@@ -111,12 +101,9 @@ class Checkpoint:
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
-    """Compare stored tensors with those of the model's class.
+    """Compare stored tensors with the shapes of those of the model's class.
 
-    Args:
-        checkpoint: Stored tensors.
-        expected: Shape of each expected tensor.
-        tied: Tensors that need not be stored -> tensors that they equal.
+    `tied` maps tensors that need not be stored to tensors that they equal.
 
     Raises:
         CheckpointError: If a tensor is missing or unexpected, or has another shape.

@@ -39,16 +39,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def container_config(
     dense: PreTrainedConfig, conversion: Conversion, layers: Collection[int], options: UpcycleOptions
 ) -> PreTrainedConfig:
-    """Return the config of the upcycled model.
+    """Return the config of the upcycled model, in which the MLPs of `layers` become experts.
 
-    Args:
-        dense: Config of the dense model.
-        conversion: Conversion to a container.
-        layers: Layers whose MLPs become experts.
-        options: Number of experts and other options.
-
-    Raises:
-        UpcycleError: If the dense model has a setting that the container cannot express.
+    Raises UpcycleError if the dense model has a setting that the container cannot express.
     """
     _check_neutral(dense, conversion)
     container = conversion.container

@@ -32,13 +32,7 @@ Reader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Exactness:
-    """Result of the check.
-
-    Attributes:
-        difference: Largest difference between two logits.
-        largest: Largest dense logit.
-        tokens: Number of random tokens in the sequence.
-    """
+    """Result of the check: the largest difference of two logits, the largest dense logit, and the number of tokens."""
 
     difference: float
     largest: float
@@ -52,15 +46,7 @@ class Exactness:
 
 @dataclass(frozen=True)
 class Upcycled:
-    """Upcycled checkpoint as it was written.
-
-    Attributes:
-        checkpoint: Tensors of the checkpoint.
-        config: Config, as read from its file.
-        container: Family of the checkpoint.
-        experts: Rows of each projection of each expert.
-        num_experts: Number of experts of each router.
-    """
+    """Upcycled checkpoint as it was written, with the rows of each projection of each expert."""
 
     checkpoint: Checkpoint
     config: PreTrainedConfig
@@ -69,11 +55,7 @@ class Upcycled:
     num_experts: int
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter of the stock class by its name in memory; experts share one copy.
-
-        Raises:
-            UpcycleError: If two experts differ.
-        """
+        """Return a parameter of the stock class by its name in memory. Experts share one copy, and must be equal."""
         prefix, _, kind = name.rpartition(".experts.")
         if not prefix:
             return _read(self.checkpoint, name.replace(self.container.router_in_memory, self.container.router))
@@ -92,13 +74,10 @@ class Upcycled:
 
 
 def check_exactness(dense: DenseModel, upcycled: Upcycled, dtype: str | None) -> Exactness:
-    """Compare the logits of a dense checkpoint and of its upcycled checkpoint.
+    """Compare the logits of a dense checkpoint and of its upcycled checkpoint, which has no noise on its experts.
 
-    Args:
-        dense: Dense checkpoint.
-        upcycled: Upcycled checkpoint without noise on its experts.
-        dtype: Data type that the weights were cast to, by its name in the safetensors format; the dense weights are
-            cast too.
+    `dtype` is the type that the weights were cast to, by its name in the safetensors format; the dense weights are cast
+    too.
 
     Raises:
         UpcycleError: If the logits differ by more than rounding, or the dense ones are not finite.

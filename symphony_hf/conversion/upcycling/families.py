@@ -192,11 +192,7 @@ INEXACT = {
 
 
 def find_conversion(model_type: str, to: str | None) -> Conversion:
-    """Return the conversion of a dense family to a container.
-
-    Args:
-        model_type: Model type of the dense checkpoint.
-        to: Model type of the container; by default that of the family.
+    """Return the conversion of a dense family to a container, by default to that of the family.
 
     Raises:
         UpcycleError: If the family is not dense or not known, or the container cannot compute what it does.

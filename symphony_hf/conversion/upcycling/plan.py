@@ -17,13 +17,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """One projection of one expert.
-
-    Attributes:
-        layer: Decoder layer index.
-        expert: Expert index.
-        part: `GATE`, `UP` or `DOWN`.
-    """
+    """One projection (`GATE`, `UP` or `DOWN`) of one expert of a decoder layer."""
 
     layer: int
     expert: int
@@ -64,18 +58,7 @@ def plan_tensors(
     layers: Collection[int],
     options: UpcycleOptions,
 ) -> list[PlannedTensor]:
-    """Plan the tensors of the upcycled checkpoint.
-
-    Args:
-        stored: Tensors of the dense checkpoint.
-        dense: Config of the dense checkpoint.
-        conversion: Conversion to a container.
-        layers: Layers whose MLPs become experts.
-        options: Number of experts and data type of the weights.
-
-    Returns:
-        Planned tensors, layer by layer.
-    """
+    """Plan the tensors of the upcycled checkpoint, layer by layer. The MLPs of `layers` become experts."""
     dtype, planned = options.stored_dtype, list[PlannedTensor]()
     mlps: dict[int, dict[str, Rows]] = {layer: {} for layer in layers}
     for name, rows in _split_projections(stored, dense, conversion.source):

@@ -67,12 +67,9 @@ def write_config(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
-    """Make sure that the same class reads the tokenizer's files.
+    """Make sure that the same class reads the tokenizer's files. Returns notes if the tokenizer cannot be read.
 
     transformers selects the class by the tokenizer's config and the model's family, which has changed.
-
-    Returns:
-        Notes for the user, if the tokenizer cannot be read.
     """
     file = folder / "tokenizer_config.json"
     if not file.exists():
@@ -97,13 +94,7 @@ WHOLE = (*CONFIG, "*.safetensors", "*.safetensors.index.json", *CARRIED, "additi
 
 @dataclass(frozen=True)
 class DenseModel:
-    """Dense checkpoint.
-
-    Attributes:
-        checkpoint: All stored tensors.
-        config: Config of the model.
-        tensors: Tensors to convert, by name, without a tied LM head and computed buffers.
-    """
+    """Dense checkpoint, and the tensors to convert by name, without a tied LM head and computed buffers."""
 
     checkpoint: Checkpoint
     config: PreTrainedConfig
@@ -111,15 +102,9 @@ class DenseModel:
 
 
 def find_folder(source: str | Path, revision: str | None, patterns: Sequence[str] = WHOLE) -> Path:
-    """Return the folder of a checkpoint, downloading it if it is a name on the Hub.
+    """Return the folder of a checkpoint, downloading files of these patterns if it is a name on the Hub.
 
-    Args:
-        source: Folder, or name on the Hub.
-        revision: Branch, tag or commit on the Hub.
-        patterns: Name patterns of the files to download.
-
-    Returns:
-        The folder, which is named after the commit if it was downloaded.
+    A downloaded folder is named after the commit.
 
     Raises:
         CheckpointError: If there is no such folder, and no such model can be downloaded.

@@ -11,11 +11,7 @@ from symphony_hf.files import place_to_write, remove_if_empty, replacing_folder
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it is a model that may be overwritten.
-
-    Raises:
-        UpcycleError: If it exists and may not be replaced.
-    """
+    """Refuse a target that exists, unless it is a model that may be overwritten."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -27,26 +23,14 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Refuse a target inside the source, or around it.
-
-    Raises:
-        UpcycleError: If one contains the other.
-    """
+    """Refuse a target inside the source, or around it."""
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UpcycleError(f"upcycle: the target `{target}` and the source `{source}` must not be in one another")
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Check that the disk has room for the target.
-
-    Args:
-        target: Folder to write. A folder that it replaces is deleted only afterwards.
-        needed: Bytes of the target.
-
-    Raises:
-        CheckpointError: If the disk has fewer bytes free.
-    """
+    """Check that the disk has room for the target's bytes. A folder that it replaces is deleted only afterwards."""
     free = shutil.disk_usage(_nearest_folder(target)).free
     if free < needed:
         raise CheckpointError(
@@ -59,14 +43,7 @@ def check_room(target: Path, needed: int) -> None:
 def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
     """Write a folder that appears only once it is complete; nothing of it stays if the block raises.
 
-    Leftovers of a killed process are removed first.
-
-    Args:
-        target: Final path of the folder.
-        command: Name of the command, for error messages.
-
-    Yields:
-        Folder to write to.
+    Leftovers of a killed process are removed first. Yields the folder to write to.
 
     Raises:
         CheckpointError: If writing fails, or another process is writing the same target.

@@ -27,10 +27,6 @@ class Contents:
 
     Random numbers come from one NumPy stream for each router and each projection of an expert, so they do not depend on
     other layers or on the block size, and are the same on every machine.
-
-    Args:
-        source: Dense checkpoint.
-        options: Seed, distribution of the routers' weights, and noise.
     """
 
     def __init__(self, source: Checkpoint, options: UpcycleOptions) -> None:
@@ -108,14 +104,9 @@ _HEADER_BYTES = 512
 
 
 class Shards:
-    """Planned tensors, split into files.
+    """Planned tensors, split into files of at most `max_shard_size`, in bytes or as in `5GB`.
 
-    Args:
-        planned: Tensors in their order.
-        max_shard_size: Maximum size of a file, in bytes or as in `5GB`. Larger tensors get their own files.
-
-    Raises:
-        ConfigError: If the size is invalid.
+    Larger tensors get their own files. An invalid size raises ConfigError.
     """
 
     def __init__(self, planned: Sequence[PlannedTensor], max_shard_size: int | str) -> None:

@@ -1,6 +1,7 @@
 """Figures as PNG files, and SVGs for HTML pages, readable in print and by the colour-blind.
 
-No other module of the package imports matplotlib.
+Functions named `plot_...` write a PNG file and return its path; those named `draw_...` return an SVG. Graphs are given
+by layer name, each an adjacency of shape (num_experts, num_experts). No other module of the package imports matplotlib.
 """
 
 from .attacks import plot_flips, plot_robustness, plot_saturation

@@ -25,15 +25,7 @@ _CHANGES = {"ratio": ("attacked / clean", 1), "difference": ("attacked - clean",
 def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Draw perplexity or accuracy, and its change under attack, by severity: a column per attack, a curve per model.
 
-    Args:
-        result: Result of `evaluate_robustness`, as in `result.json`.
-        path: Path of the PNG file.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: If the result has no attacks.
+    Raises EvaluationError if the result of `evaluate_robustness` has no attacks.
     """
     models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
     attacks = list(dict.fromkeys(row["attack"] for row in models["model"]["attacks"]))
@@ -115,9 +107,6 @@ def plot_flips(
         title: Title of the figure.
         path: Path of the PNG file.
 
-    Returns:
-        The path.
-
     Raises:
         EvaluationError: If there are no panels, or none has a number.
     """
@@ -165,15 +154,9 @@ def plot_saturation(
 
     Args:
         saturation: Saturation by layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
-        moments: Name of each checkpoint.
+        moments: Name of each checkpoint, at least two.
         path: Path of the PNG file.
         chance: Saturation of random selection, K / E; not drawn if None.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: If there are fewer than two checkpoints, or a layer lacks one.
     """
     if len(moments) < 2 or not saturation or any(len(row) != len(moments) for row in saturation.values()):
         raise EvaluationError(

@@ -43,16 +43,8 @@ def plot_curves(
 ) -> Path:
     """Draw the loss by step of several models, with a panel for training and one for evaluation.
 
-    Args:
-        curves: Losses by model, then by `train` or `eval`: pairs of (step, loss in nats per token). Either may be
-            missing or empty.
-        path: Path of the PNG file.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: If a curve is neither `train` nor `eval`.
+    Losses are given by model, then by `train` or `eval`, as pairs of (step, loss in nats per token). Either may be
+    missing or empty; another name raises EvaluationError.
     """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     panels = dict(zip(CURVES, figure.subplots(1, 2), strict=True))
@@ -111,9 +103,6 @@ def plot_comparison(
         ratios: Ratios by what is compared ("symphony / plain, clean"): `evaluation.compare_perplexity(...).exp()`.
         path: Path of the PNG file.
 
-    Returns:
-        The path.
-
     Raises:
         EvaluationError: If there are no models or no ratios.
     """
@@ -168,18 +157,7 @@ def _spread_wide(values: Sequence[float]) -> bool:
 
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) -> bytes:
-    """Draw the losses of several models by step.
-
-    Args:
-        curves: Losses by model: pairs of (step, loss in nats per token), at least one.
-        name: `train` or `eval`.
-
-    Returns:
-        An SVG.
-
-    Raises:
-        EvaluationError: If the name is unknown.
-    """
+    """Draw the `train` or `eval` losses of several models, pairs of (step, loss in nats per token), as an SVG."""
     if name not in CURVES:
         raise EvaluationError(f"unknown curve `{name}`; {nearest(name, CURVES)}")
     figure, axes = _panel()
@@ -190,16 +168,7 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) 
 
 
 def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: bool = False) -> bytes:
-    """Draw the levels of several models, one line each, with their intervals if known.
-
-    Args:
-        levels: Measured levels by model, then by text (`clean`, `attacked`): value and interval.
-        metric: Name of the metric, for the axis.
-        percent: Whether the levels are shares.
-
-    Returns:
-        An SVG.
-    """
+    """Draw the levels of several models on each text, one line each, with their intervals if known, as an SVG."""
     texts = list(dict.fromkeys(text for by_text in levels.values() for text in by_text))
     figure, axes = _panel(1.1 + 0.3 * len(levels) + 0.12 * len(levels) * (len(texts) - 1))
     for number, text in enumerate(texts):
@@ -231,16 +200,9 @@ def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: 
 def draw_attack(
     curves: Mapping[str, Mapping[int, Ends]], attack: str, metric: str, limits: tuple[float, float]
 ) -> bytes:
-    """Draw a metric of several models by the severity of an attack.
+    """Draw a metric of several models by the severity of an attack, as an SVG. Severity 0 is clean text.
 
-    Args:
-        curves: Measured values by model, then by severity. Severity 0 is clean text.
-        attack: Name of the attack, for the title.
-        metric: Name of the metric, for the axis.
-        limits: Limits of the axis, so that several attacks can be drawn to one scale.
-
-    Returns:
-        An SVG.
+    `limits` are those of the axis, so that several attacks can be drawn to one scale.
     """
     figure, axes = _panel(3.2)
     severities = sorted({severity for by_severity in curves.values() for severity in by_severity})

@@ -57,14 +57,7 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
 
     Experts are in the order of `cluster_order`, so that communities show as blocks; more than 32 are not numbered. All
     layers share one colour scale, which ends at the 99th percentile, so that one pair does not leave all others pale.
-
-    Args:
-        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers,
-            16 evenly spaced ones are drawn.
-        path: Path of the PNG file.
-
-    Returns:
-        The path.
+    Of more than 16 layers, 16 evenly spaced ones are drawn.
 
     Raises:
         GraphError: If there are no graphs, or one is not a co-selection graph.
@@ -99,21 +92,10 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
 
 
 def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Draw one heat map per layer of the similarity of experts' outputs on the same tokens.
+    """Draw one heat map per layer of the similarity of experts' outputs on the same tokens, from `cka_matrix`.
 
     Similar experts are next to each other; more than 32 are not numbered. The colour scale ends at the highest
-    similarity of two different experts.
-
-    Args:
-        matrices: Similarities by layer name, see `diagnostics.cka_matrix`. Shape of each: (num_experts,
-            num_experts). Of more than 16 layers, 16 evenly spaced ones are drawn.
-        path: Path of the PNG file.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: If there are no similarities.
+    similarity of two different experts. Of more than 16 layers, 16 evenly spaced ones are drawn.
     """
     if not matrices:
         raise EvaluationError("no similarities to draw")

@@ -27,18 +27,13 @@ _MOST_MOMENTS = 6
 def plot_load_history(
     loads: Mapping[str, Sequence[Sequence[float]]], moments: Sequence[str], path: str | os.PathLike[str]
 ) -> Path:
-    """Draw one heat map per layer of each expert's load over time.
-
-    Experts are in the order of their last load, the busiest on top.
+    """Draw one heat map per layer of each expert's load over time, the busiest at the end on top.
 
     Args:
         loads: Loads by layer name, shares that sum to 1. Shape of each: (moments, num_experts). Of more than 16 layers,
             16 evenly spaced ones are drawn.
         moments: Name of each moment, such as a step or a checkpoint.
         path: Path of the PNG file.
-
-    Returns:
-        The path.
 
     Raises:
         EvaluationError: If there are no layers or moments, or a layer lacks a moment.
@@ -76,12 +71,6 @@ def plot_allocation(
             `diagnostics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
         top_k: Experts per token, by layer name.
         path: Path of the PNG file.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: If there are no layers.
     """
     if not allocation:
         raise EvaluationError("no allocation to draw: there are no layers")

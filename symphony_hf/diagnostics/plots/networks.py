@@ -63,16 +63,9 @@ def _draw_network(axes: Axes, adjacency_EE: Tensor, edges: list[tuple[int, int, 
 def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
     """Draw one circle of experts per layer, with edges where experts are selected together more than loads explain.
 
-    A node's area is the expert's load; an edge's width and opacity its lift (`coselection_lift`), on one scale for
-    all layers. At most 2 E edges are drawn per layer, so a missing edge is no sign of avoidance.
-
-    Args:
-        graphs: Adjacency by layer name. Shape of each: (num_experts, num_experts). Of more than 16 layers,
-            16 evenly spaced ones are drawn.
-        path: Path of the PNG file.
-
-    Returns:
-        The path.
+    A node's area is the expert's load; an edge's width and opacity its lift (`coselection_lift`), on one scale for all
+    layers. At most 2 E edges are drawn per layer, so a missing edge is no sign of avoidance. Of more than 16 layers, 16
+    evenly spaced ones are drawn.
 
     Raises:
         GraphError: If there are no graphs, or one is not a co-selection graph.
@@ -107,16 +100,8 @@ def plot_graph_evolution(
     """Draw each layer's network of experts at several moments, with one row and one layout per layer.
 
     Positions and the colours of communities are those of the last graph, which shows how early its communities formed.
-    A node's area is the expert's load, an edge's width and opacity its lift. The modularity is below each network.
-
-    Args:
-        graphs: Adjacency by layer name at each moment, with the same layers. Shape of each: (num_experts, num_experts).
-            Of more than 4 layers or 5 moments, evenly spaced ones are drawn, including the last.
-        moments: Name of each moment.
-        path: Path of the PNG file.
-
-    Returns:
-        The path.
+    A node's area is the expert's load, an edge's width and opacity its lift. The modularity is below each network. Of
+    more than 4 layers or 5 moments, evenly spaced ones are drawn, including the last.
 
     Raises:
         GraphError: If there are no graphs, one is not a co-selection graph, or the layers differ.

@@ -16,12 +16,7 @@ from .figure import COLORS, save_png
 
 
 def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
-    """Draw the distance to the planted graph by tokens, on logarithmic scales, next to tokens^-1/2.
-
-    Args:
-        curves: Curves with `name`, `tokens`, `distance` (an interval per number of tokens) and optionally `expected`.
-        path: Path of the PNG file.
-    """
+    """Draw the distance to the planted graph by tokens, on logarithmic scales, next to tokens^-1/2."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for number, curve in enumerate(curves):
@@ -43,12 +38,7 @@ def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLik
 
 
 def plot_shares(shares: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
-    """Draw the share of correct experts that each routing selects, by noise.
-
-    Args:
-        shares: Intervals with their `noise`, by routing.
-        path: Path of the PNG file.
-    """
+    """Draw the share of correct experts that each routing selects, by noise."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for number, (name, points) in enumerate(shares.items()):
@@ -80,17 +70,8 @@ def plot_points(
 ) -> Path:
     """Draw each variant's comparisons, with one row per variant and one panel per measure.
 
-    Args:
-        points: Comparisons by variant, then by measure, each with `estimate`, `low` and `high`; the latter two are None
-            with one seed.
-        path: Path of the PNG file.
-        panels: Measure, title, value without a difference, and scale of each panel.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: If there are no variants.
+    Comparisons are given by variant, then by measure, with `estimate`, `low` and `high`; the latter two are None with
+    one seed. `panels` are the measure, title, value without a difference, and scale of each.
     """
     if not points:
         raise EvaluationError(

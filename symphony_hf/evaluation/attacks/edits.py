@@ -43,12 +43,7 @@ HOMOGLYPHS = str.maketrans(
 
 
 def typo_of(letter: str, draw: int) -> str:
-    """Return a neighbouring key in the letter's case.
-
-    Args:
-        letter: A letter from a to z, in either case.
-        draw: Random number that chooses the neighbour.
-    """
+    """Return a neighbouring key in the letter's case, chosen by a random number. The letter is from a to z."""
     near = KEYBOARD[letter.lower()]
     hit = near[draw % len(near)]
     return hit.upper() if letter.isupper() else hit
@@ -164,14 +159,9 @@ def _runs(text: str) -> list[list["re.Match[str]"]]:
 
 
 def seed_of(attack: str, seed: int, name: str) -> int:
-    """Return a seed of 256 bits.
+    """Return a seed of 256 bits for an attack on the document or image of a name.
 
     The severity is not part of it, so that a higher severity includes the changes of a lower one.
-
-    Args:
-        attack: Name of the attack, so that two attacks change different positions.
-        seed: Seed of the user.
-        name: Name of the document or image.
     """
     # surrogatepass: file names need not be valid text.
     digest = hashlib.sha256(f"{attack} {seed} {name}".encode(errors="surrogatepass")).digest()

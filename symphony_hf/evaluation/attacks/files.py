@@ -12,16 +12,7 @@ from .word_swap import word_swap
 
 @dataclass(frozen=True)
 class AttackedFile:
-    """Summary of an attacked file.
-
-    Attributes:
-        path: Path of the attacked text.
-        attack: Name of the attack.
-        rate: Requested share of words or letters to change.
-        seed: Seed of the attack.
-        num_lines: Number of lines in the file.
-        num_changed: Number of lines that differ.
-    """
+    """Path of an attacked file, the attack, and the numbers of all and of changed lines."""
 
     path: Path
     attack: str

@@ -32,12 +32,7 @@ _OWN_SEED = ("impulse_noise", "glass_blur")
 
 @dataclass(frozen=True)
 class ImageAttack:
-    """One corruption of images.
-
-    Attributes:
-        name: Name for commands and the library.
-        kind: noise, blur, weather or digital.
-    """
+    """One corruption of images, by its name in the library, and its kind: noise, blur, weather or digital."""
 
     name: str
     kind: str
@@ -48,17 +43,9 @@ class ImageAttack:
         return self.name not in _FIXED
 
     def __call__(self, image: "Image", severity: int, *, seed: int = 0, name: str = "") -> "Image":
-        """Corrupt one image.
+        """Corrupt an RGB image, scaled by `enlarged`. The result has the same size.
 
-        Args:
-            image: An RGB image, scaled by `enlarged`.
-            severity: Severity from 1 to 5.
-            seed: Seed of the randomness.
-            name: Name of the image, which also seeds it, so that the result is independent of other images and their
-                order.
-
-        Returns:
-            An image of the same size.
+        The image's name also seeds the randomness, so that the result is independent of other images and their order.
 
         Raises:
             ConfigError: If the severity is out of range, or a side has fewer than 32 pixels.
@@ -92,11 +79,7 @@ IMAGE_ATTACKS = {name: ImageAttack(name, kind) for kind, names in _BY_KIND.items
 
 
 def find_image_attack(name: str) -> ImageAttack:
-    """Return the corruption with a name.
-
-    Raises:
-        ConfigError: If it is unknown, with the nearest name.
-    """
+    """Return the corruption with a name, or raise ConfigError with the nearest name."""
     if name not in IMAGE_ATTACKS:
         raise ConfigError(f"attack: no attack on images is named {name!r}; {nearest(name, IMAGE_ATTACKS)}")
     return IMAGE_ATTACKS[name]
@@ -117,11 +100,7 @@ def enlarged(image: "Image") -> "Image":
 
 
 def library_version() -> str:
-    """Return the version of the corruptions, on which results depend.
-
-    Raises:
-        DataError: If the library is not installed.
-    """
+    """Return the version of the corruptions, on which results depend. Raises DataError without the library."""
     from importlib.metadata import version
 
     _library()

@@ -33,29 +33,15 @@ class TextAttack:
     _edit: Callable[[str, float, random.Random], str] | None = None
 
     def rate(self, severity: int) -> float:
-        """Return the share at a severity from 1 to 5.
-
-        Raises:
-            ConfigError: If the severity is out of range.
-        """
+        """Return the share at a severity from 1 to 5."""
         check_severity(severity)
         return self.rates[severity - 1]
 
     def __call__(self, text: str, rate: float, *, seed: int = 0, name: str = "") -> str:
-        """Attack one text.
+        """Attack a text of any number of lines, which is kept. Something is changed, if anything in it can be.
 
-        Args:
-            text: Any number of lines, which is kept.
-            rate: Share of the words or letters to change, from 0 to 1.
-            seed: Seed of the choice.
-            name: Name of the document, which also seeds the choice, so that it is independent of other documents and
-                their order.
-
-        Returns:
-            The text with at least one change, if anything in it can be changed.
-
-        Raises:
-            ConfigError: If `rate` is out of range.
+        The document's name also seeds the choice, so that it is independent of other documents and their order. Raises
+        ConfigError if `rate`, the share of the words or letters to change, is not between 0 and 1.
         """
         if not 0 <= rate <= 1:
             raise ConfigError(f"attack {self.name}: `rate` is a share and must be between 0 and 1; got {rate!r}")
@@ -82,38 +68,20 @@ TEXT_ATTACKS = {
 
 
 def find_text_attack(name: str) -> TextAttack:
-    """Return the attack with a name.
-
-    Raises:
-        ConfigError: If it is unknown, with the nearest name.
-    """
+    """Return the attack with a name, or raise ConfigError with the nearest name."""
     if name not in TEXT_ATTACKS:
         raise ConfigError(f"attack: no attack on text is named {name!r}; {nearest(name, TEXT_ATTACKS)}")
     return TEXT_ATTACKS[name]
 
 
 def check_severity(severity: int) -> None:
-    """Check a severity.
-
-    Raises:
-        ConfigError: If it is not an integer from 1 to 5.
-    """
+    """Refuse a severity that is not an integer from 1 to 5."""
     if severity not in SEVERITIES:
         raise ConfigError(f"attack: severity must be 1, 2, 3, 4 or 5; got {severity!r}")
 
 
 def attack_documents(documents: Sequence[Document], attack: TextAttack, rate: float, seed: int) -> list[Document]:
-    """Attack each document, seeded by its name.
-
-    Args:
-        documents: Documents, in any order.
-        attack: One of `TEXT_ATTACKS`.
-        rate: Share of the words or letters to change.
-        seed: Seed of the choice.
-
-    Returns:
-        Documents of the same names, in the same order.
-    """
+    """Attack each document, seeded by its name."""
     return [
         Document(document.name, attack(document.text, rate, seed=seed, name=document.name)) for document in documents
     ]

@@ -80,21 +80,7 @@ def attack(
     token: str = "AAA",
     seed: int = 0,
 ) -> list[Document]:
-    """Apply `word_swap` to each document, seeded by its name.
-
-    Args:
-        documents: Documents, in any order.
-        rate: Share of a line's words, from 0 to 1.
-        minimum: Minimum number of words replaced per line, as far as it has them.
-        token: Replacement, a single word.
-        seed: Seed of the choice of words.
-
-    Returns:
-        Documents of the same names, in the same order.
-
-    Raises:
-        ConfigError: If `rate` or `minimum` is out of range, or `token` is not one word.
-    """
+    """Apply `word_swap` to each document, seeded by its name."""
     return [
         Document(
             document.name,
@@ -105,18 +91,7 @@ def attack(
 
 
 def words_changed(original: str, attacked: str) -> int:
-    """Count the words that an attack replaced.
-
-    Args:
-        original: The text before.
-        attacked: The text after.
-
-    Returns:
-        Number of positions at which the words differ.
-
-    Raises:
-        DataError: If the texts have different numbers of words.
-    """
+    """Count the words that an attack replaced. Raises DataError if the texts have different numbers of words."""
     before, after = original.split(), attacked.split()
     if len(before) != len(after):
         raise DataError(f"expected a text and its word-swapped form; got {len(before):,} and {len(after):,} words")

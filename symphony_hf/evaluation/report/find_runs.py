@@ -76,11 +76,7 @@ def _read(folder: Path) -> Run:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Return the result files in a folder.
-
-    Raises:
-        ReportError: If there are none.
-    """
+    """Return the result files in a folder, or raise ReportError if there are none."""
     if not folder.exists():
         raise ReportError(f"report: `{folder}` does not exist: expected {_KINDS}")
     if not folder.is_dir():

@@ -22,19 +22,12 @@ _SECTIONS = (measured, compared, attacked, trained, differing, graphs, routing, 
 
 
 def write_page(runs: Sequence[Run], output: Path) -> Path:
-    """Write a page that compares runs.
+    """Write a page that compares one or more runs. An existing file is replaced.
 
     Contents of runs' files are escaped, and the page forbids the browser to fetch anything or to run any other script.
 
-    Args:
-        runs: One or more runs from `read_runs`.
-        output: An `.html` file; an existing one is replaced.
-
-    Returns:
-        The path of the file.
-
     Raises:
-        ReportError: If the file cannot be written, or a run's picture is invalid.
+        ReportError: If the file is not an `.html` file or cannot be written, or a run's picture is invalid.
         GraphError: If a run's graph is invalid.
     """
     if output.suffix.lower() not in (".html", ".htm"):

@@ -16,14 +16,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its texts.
-
-    Attributes:
-        source: Contents as a data URI.
-        alt: Description for readers who cannot see it.
-        caption: Caption below it.
-        wide: Whether its details are too small to shrink with the window.
-    """
+    """A picture as a data URI, with a description, a caption, and whether its details are too small to shrink."""
 
     source: str
     alt: str
@@ -37,11 +30,7 @@ def from_svg(content: bytes, alt: str, caption: str) -> Picture:
 
 
 def from_png(path: Path, alt: str, caption: str) -> Picture:
-    """Return a picture drawn by a run.
-
-    Raises:
-        ReportError: If the file is not a PNG.
-    """
+    """Return a picture drawn by a run. Raises ReportError if the file is not a PNG."""
     content = path.read_bytes()
     if not content.startswith(_PNG):
         raise ReportError(f"report: `{path}` is not a PNG: run its command again, or move the file away")

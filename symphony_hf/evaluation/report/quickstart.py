@@ -26,14 +26,7 @@ _PICTURES = {
 def write_report(
     report: Mapping[str, Any], graphs: Mapping[str, Tensor], curves: Mapping[str, Curves], output: Path
 ) -> None:
-    """Write `report.md` and its pictures into the output folder.
-
-    Args:
-        report: The quickstart's values, as in `report.json`.
-        graphs: Graphs of the symphony copy, by router.
-        curves: Losses by step of each model.
-        output: Output folder.
-    """
+    """Write `report.md` and its pictures into the output folder: graphs by router, and losses by step of each model."""
     from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
     perplexities = {

@@ -17,11 +17,7 @@ from .tables import show
 
 
 def read_run_graphs(model: Path) -> dict[str, Tensor]:
-    """Read the graphs of a checkpoint or an adapter by router; empty if it has none.
-
-    Raises:
-        GraphError: If a file is truncated, or a graph is invalid.
-    """
+    """Read the graphs of a checkpoint or an adapter by router; empty if it has none. Invalid ones raise GraphError."""
     adapter = model / ADAPTER_WEIGHTS
     if not model.exists():
         return {}

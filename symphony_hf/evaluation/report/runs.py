@@ -77,12 +77,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of training one model.
-
-    Attributes:
-        seconds_per_step: Seconds per step, including evaluations for a training run only.
-        memory: Peak memory in bytes, by measurement.
-    """
+    """Cost of training one model: seconds per step (with evaluations for a training run), and peak memory in bytes."""
 
     model: str = ""
     steps: int | None = None
@@ -141,11 +136,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Return a distinct name for each run: its folder's name, with parent folders if needed.
-
-    Raises:
-        ReportError: If a folder is given twice.
-    """
+    """Return a distinct name for each run: its folder's name, with parent folders if needed."""
     paths = [run.folder.resolve() for run in runs]
     for path in paths:
         if paths.count(path) > 1:
@@ -167,12 +158,7 @@ def is_interval(value: Any) -> bool:
 
 
 def as_interval(value: Mapping[str, Any]) -> Interval:
-    """Read an interval from a file.
-
-    Raises:
-        KeyError: If an entry is missing.
-        ValueError: If an entry is not a number.
-    """
+    """Read an interval from a file."""
     null, p_value = value.get("null"), value.get("p_value")
     return Interval(
         float(value["estimate"]),

@@ -38,9 +38,6 @@ def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
 
     Finished measurements are kept in `output/cells`, so an interrupted call resumes.
 
-    Args:
-        settings: Models, task, data and attacks.
-
     Returns:
         The contents of `output/result.json`, whose structure is the same for all tasks. `measure` names the entries of
         a row that are the level and the change under attack, and which is better. `models` by role, and `comparisons`

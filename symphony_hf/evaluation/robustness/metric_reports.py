@@ -37,9 +37,6 @@ class Perplexity(MetricReport[TextScores]):
     `comparison` has the `unit` that two models' likelihoods are divided by, which is words if their tokens differ. Rows
     also have `per_word` and `per_byte`, and `untouched`: the metrics on the tokens that the attack leaves alone, None
     if there are none or if two models' tokens differ.
-
-    Args:
-        names: Names of the documents.
     """
 
     level, change, lower_is_better = "perplexity", "ratio", True
@@ -131,10 +128,7 @@ def _unit_of(a: Measured[TextScores], b: Measured[TextScores]) -> Unit:
 class Accuracy(MetricReport[Choices]):
     """Report of accuracies, in which changes and comparisons of models are differences.
 
-    Rows have other metrics in `also`, by name, each with `level` and `difference`.
-
-    Args:
-        also: Names of further metrics of `evaluation.METRICS`.
+    Rows have other metrics of `evaluation.METRICS` in `also`, by name, each with `level` and `difference`.
     """
 
     level, change, lower_is_better = "accuracy", "difference", False

@@ -46,11 +46,7 @@ class QuestionTask(Task[Choices]):
 
     @abstractmethod
     def choose(self, role: str, case: AttackCase | None) -> dict[str, np.ndarray]:
-        """Ask all questions.
-
-        Returns:
-            `chosen`: indices of the answers, shape (questions,), integer. Other entries are stored with it.
-        """
+        """Ask all questions. Return the indices of the answers as `chosen`, and other entries to store with them."""
 
     def score(self, role: str, case: AttackCase | None) -> Choices:
         """Return the answers that a model chooses in one form."""
@@ -63,14 +59,7 @@ class QuestionTask(Task[Choices]):
 
 
 def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset", list[str]]:
-    """Select the rows to ask.
-
-    Args:
-        rows: Rows by split.
-        settings: Split and number of rows.
-
-    Returns:
-        A description, the rows, and the name of each, which is its split and index.
+    """Select the rows to ask. Return a description, the rows, and the name of each, which is its split and index.
 
     Raises:
         DataError: If the split does not exist, or has too few rows for an interval.
@@ -92,11 +81,7 @@ def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset
 
 
 def check_number(where: str, number: int) -> None:
-    """Check the number of questions.
-
-    Raises:
-        DataError: If there are too few for an interval.
-    """
+    """Refuse fewer questions than an interval needs."""
     if number < MIN_DOCUMENTS:
         raise DataError(
             f"{where}: {number} questions to ask; intervals need {MIN_DOCUMENTS}: give more, another --split, or raise "

@@ -12,13 +12,7 @@ from .task import MetricReport
 
 
 class Group(NamedTuple):
-    """Attacked forms that are reported as one row: the seeds of one severity, or of all of them.
-
-    Attributes:
-        attack: Name of the attack.
-        severity: Severity from 1 to 5; None for all that were measured.
-        cases: The attacked forms.
-    """
+    """Attacked forms that are reported as one row: the seeds of one severity, or of all of them if it is None."""
 
     attack: str
     severity: int | None
@@ -40,13 +34,11 @@ def groups_of(cases: Sequence[AttackCase]) -> list[Group]:
 def summarize(measured: Mapping[str, Measured[Scores]], report: MetricReport[Scores]) -> dict[str, Any]:
     """Return levels, and comparisons if there are two models.
 
-    Args:
-        measured: Scores by role: `model`, and `against` if there are two.
-        report: Metric report that turns scores into intervals.
+    `measured` has the scores of `model`, and of `against` if there are two; `report` turns them into intervals.
 
     Returns:
-        `measure`: how to read the rest, see `MetricReport`. `models` by role: `clean`, and `attacks`, a row for
-        each group. For two models also `comparisons`, see `compare_models`.
+        `measure`: how to read the rest, see `MetricReport`. `models` by role: `clean`, and `attacks`, a row for each
+        group. For two models also `comparisons`, see `compare_models`.
     """
     models = {}
     for role, own in measured.items():
@@ -60,16 +52,11 @@ def summarize(measured: Mapping[str, Measured[Scores]], report: MetricReport[Sco
 
 
 def compare_models(a: Measured[Scores], b: Measured[Scores], report: MetricReport[Scores]) -> dict[str, Any]:
-    """Compare two models on the same examples.
-
-    Args:
-        a: Model that verdicts are about.
-        b: Model to compare it with.
-        report: Metric report that turns scores into intervals.
+    """Compare two models on the same examples. Verdicts are about the first.
 
     Returns:
-        `clean`: one level against the other. `attacks`: for each row, the same of attacked examples and of the
-        changes. Each has a verdict. Further entries are those of the metric report.
+        `clean`: one level against the other. `attacks`: for each row, the same of attacked examples and of the changes.
+        Each has a verdict. Further entries are those of the metric report.
     """
     groups = groups_of(list(a.attacked))
     rows = [_labels(group) | report.compare_attacked(a, b, group.cases) for group in _progress(groups, "both")]

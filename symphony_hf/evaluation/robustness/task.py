@@ -30,21 +30,13 @@ _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 
 
 class Store:
-    """A folder of measurements, one for each combination of model, inputs and settings.
-
-    Args:
-        folder: The folder, created on the first write.
-    """
+    """A folder of measurements, one for each combination of model, inputs and settings. Created on the first write."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, label: str, identity: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-        """Return an earlier measurement, or None.
-
-        Warns:
-            SymphonyWarning: If the file is damaged; it is measured again.
-        """
+        """Return an earlier measurement, or None. A damaged file is measured again, with a SymphonyWarning."""
         path = self._path(label, identity)
         if not path.is_file():
             return None
@@ -131,10 +123,6 @@ class Task(ABC, Generic[Scores]):
 
     The constructor reads configs, tokenizers and data, so that their errors come before any weights are loaded.
 
-    Args:
-        settings: Models, data and attacks.
-        store: Earlier measurements.
-
     Attributes:
         auto_class: Auto class of transformers that loads the models.
         models_under_test: The models, by role.
@@ -159,11 +147,7 @@ class Task(ABC, Generic[Scores]):
         }
 
     def measure(self, role: str) -> Measured[Scores]:
-        """Score a model on all forms. Finished forms are kept if the process ends before the others.
-
-        Raises:
-            SymphonyError: If a form could not be scored.
-        """
+        """Score a model on all forms. Finished forms are kept if the process ends before the others."""
         measured = measure_forms(functools.partial(self.score, role), self.cases, progress=f"Measuring {role}")
         self.models_under_test[role].release()
         return measured
@@ -185,11 +169,7 @@ class Task(ABC, Generic[Scores]):
     ) -> dict[str, np.ndarray]:
         """Return an earlier measurement of a model on the same inputs, or measure and keep it.
 
-        Args:
-            role: Role of the model.
-            case: Attacked form; None for the clean one.
-            inputs: Everything besides the weights that determines the numbers, as JSON values.
-            measure: Function that measures.
+        `inputs` is everything besides the weights that determines the numbers, as JSON values.
         """
         model = self.models_under_test[role]
         identity = {"format": _FORMAT, "model": model.fingerprint, "dtype": model.dtype, **inputs}

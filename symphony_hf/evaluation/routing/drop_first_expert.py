@@ -24,17 +24,14 @@ def first_expert_dropped(model: nn.Module) -> Iterator[None]:
 
     The first expert is the selected one with the highest logit, and so the largest weight. Its logit is set to a very
     low value, and so is its selection bias, if there is one. Then the router's own head selects and weights again. This
-    happens in all layers at once, so later layers route the changed hidden states.
-
-    Args:
-        model: Model, as in `routers_to_watch`, in eval mode.
+    happens in all layers at once, so later layers route the changed hidden states. The model must be in eval mode.
 
     Raises:
         UnsupportedModelError: On entry or in the first forward pass, if a router's head cannot run on logits alone; in
             any forward pass, if it selects a token's first expert again.
 
-    Source: Dai et al., "DeepSeekMoE" (arXiv 2401.06066), section 4.5, which masks a share of the top routed experts
-    and selects from the remaining ones.
+    Source: Dai et al., "DeepSeekMoE" (arXiv 2401.06066), section 4.5, which masks a share of the top routed experts and
+    selects from the remaining ones.
     """
     droppers: list[_Dropper] = []
     try:

@@ -14,17 +14,9 @@ from .hooks import routers_to_watch
 
 
 class ExpertSample:
-    """Sampled input tokens of one layer's experts, and the experts.
+    """Sampled input tokens of one layer's experts, and the module that holds the experts.
 
-    Args:
-        name: Name of the layer's router.
-        experts: Module that holds all experts.
-        num_experts: Number of experts, E.
-
-    Attributes:
-        name: Same as the argument.
-        num_experts: Same as the argument.
-        hidden_TD: Sampled hidden states; None before a forward pass. Shape: (sampled, hidden_size).
+    `name` is that of the layer's router. `hidden_TD` are the sampled hidden states, None before a forward pass.
     """
 
     def __init__(self, name: str, experts: nn.Module, num_experts: int) -> None:
@@ -34,11 +26,7 @@ class ExpertSample:
         self._weight_type = torch.float32
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> None:
-        """Keep the tokens at some positions of one call of the experts.
-
-        Raises:
-            UnsupportedModelError: If the experts are not called with hidden states, indices and weights.
-        """
+        """Keep the tokens at some positions of one call of the experts with hidden states, indices and weights."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(tensors) != len(args) + len(kwargs) or not _are_arguments(tensors):
             raise UnsupportedModelError(
@@ -73,12 +61,8 @@ def _are_arguments(tensors: list[Tensor]) -> bool:
 def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[ExpertSample]]:
     """Sample input tokens of each MoE layer's experts in the forward pass that runs within this context.
 
-    Args:
-        model: Model, as in `routers_to_watch`.
-        positions: Positions of the sampled tokens in the flattened batch. Shape: (sampled,), int64.
-
-    Yields:
-        One sample per layer, empty for a layer that did not run.
+    `positions` are those of the sampled tokens in the flattened batch. Yields one sample per layer, empty for a layer
+    that did not run.
 
     Raises:
         UnsupportedModelError: On entry, if a router has no module `experts` next to it; in the forward pass, if that

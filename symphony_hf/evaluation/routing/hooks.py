@@ -32,9 +32,8 @@ class Routed(NamedTuple):
     """The decisions of one call of a router.
 
     Attributes:
-        logits_TE: Input logits of its head, smoothed if there is a graph. Shape: (tokens, num_experts), in the router's
-            dtype.
-        indices_TK: Distinct selected experts of each token, in any order. Shape: (tokens, top_k), integer.
+        logits_TE: Input logits of its head, smoothed if there is a graph, in the router's dtype.
+        indices_TK: Distinct selected experts of each token, in any order.
     """
 
     logits_TE: Tensor
@@ -44,11 +43,7 @@ class Routed(NamedTuple):
 def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
     """Return all routers of a model by module name, in module order.
 
-    Args:
-        model: A model that discovery supports, or a symphonized model with routers that its user named.
-
-    Raises:
-        UnsupportedModelError: If it has no router, or one of an unknown kind.
+    The model is one that discovery supports, or a symphonized one with routers that its user named.
     """
     found: dict[str, WatchedRouter] = {}
     if is_symphonized(model):
@@ -68,15 +63,9 @@ def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
 def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     """Record the decisions of each router within this context.
 
-    Args:
-        model: Model, as in `routers_to_watch`.
-
     Yields:
         Decisions by router, one entry per call, including padding; a layer that runs twice in a forward pass has two
         entries. Callers empty the lists. The tensors stay on the model's device and keep their gradient.
-
-    Raises:
-        UnsupportedModelError: As `routers_to_watch`.
     """
     watches = {name: _Watch(router) for name, router in routers_to_watch(model).items()}
     try:
@@ -87,14 +76,7 @@ def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
 
 
 class RouterReader:
-    """Reads the decisions of one router from its calls.
-
-    Args:
-        router: The router.
-
-    Attributes:
-        handles: Handles of its hooks.
-    """
+    """Reads the decisions of one router from its calls. `handles` are those of its hooks."""
 
     def __init__(self, router: WatchedRouter) -> None:
         self.router, self.contract = router

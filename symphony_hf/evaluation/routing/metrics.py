@@ -43,11 +43,6 @@ def coselection_graph(record: RoutingRecord, num_experts: int) -> Tensor:
 def measure_layer(record: RoutingRecord, num_experts: int, texts: ObservedTexts) -> dict[str, Any]:
     """Measure one router on clean text.
 
-    Args:
-        record: Decisions of the router.
-        num_experts: Number of experts, E.
-        texts: Texts of the decisions.
-
     Returns:
         `num_experts`, `top_k`; `load` (shares that sum to 1), `load_entropy`, `dead_experts` (indices), `busiest`
         (highest load over the even load); `margin` in nats (`mean`, `p10`, `p50`, `p90`, `not_by_logits`: the share of
@@ -123,13 +118,6 @@ def compare_attacked(
 ) -> dict[str, Any]:
     """Compare the routing of untouched tokens on clean and attacked text.
 
-    Args:
-        case: The attack.
-        form: The attacked text.
-        clean: Decisions of the routers on clean text.
-        attacked: Decisions of the routers on attacked text.
-        texts: Texts with the tokens' classes.
-
     Returns:
         `attack`, `severity`, `seed`, `tokens`; `change_rate`: the flip rate over all layers, with its interval over
         documents; `per_layer`: the flip rate by router; `flips_per_layer`: the share of tokens with any changed expert,
@@ -184,7 +172,7 @@ def compare_checkpoint(
         source: The checkpoint.
         records: Decisions of its routers.
         final: Decisions of the last checkpoint's routers.
-        graphs: Co-selection graph of each router of the last checkpoint. Shape of each: (num_experts, num_experts).
+        graphs: Co-selection graph of each router of the last checkpoint.
         learned: Learned graphs of the checkpoint; empty if it has none.
 
     Returns:

@@ -38,9 +38,6 @@ MATRICES = "matrices.safetensors"
 def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
     """Run a model and its earlier checkpoints on text, and measure their routing.
 
-    Args:
-        settings: Models, text and attacks.
-
     Returns:
         The contents of `output/result.json`: `routers` (those that ran, in order), `layers` by router (see
         `measure_layer`; with `learned_graph` and `similarity`), `overall`, `corruption` (see `compare_attacked`),
@@ -84,16 +81,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
 
 
 class _Observation:
-    """Measurements so far.
-
-    Args:
-        settings: Settings of the command.
-        texts: Texts that models run on.
-
-    Attributes:
-        result: Entries of the result, by name.
-        matrices: Matrices by name in the file.
-    """
+    """Measurements so far: entries of the result, and matrices, by name."""
 
     def __init__(self, settings: RoutingSettings, texts: ObservedTexts) -> None:
         self.settings, self.texts = settings, texts

@@ -47,15 +47,7 @@ def _captions_of(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw_observation(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw the result of `observe_routing`.
-
-    Args:
-        result: Contents of `result.json`.
-        folder: Folder of `matrices.safetensors`, and of the pictures.
-
-    Returns:
-        The paths of the pictures.
-    """
+    """Draw the result of `observe_routing` next to its `matrices.safetensors`. Return the paths of the pictures."""
     # disable=None: no bar where the output is not a terminal, such as a log file.
     return list(tqdm(_draw(result, folder), desc="Drawing", unit=" pictures", delay=2, disable=None))
 

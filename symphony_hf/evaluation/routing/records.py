@@ -37,8 +37,8 @@ class RoutingRecord(NamedTuple):
     """Decisions of one router for every token.
 
     Attributes:
-        indices_TK: Selected experts, sorted within a token. Shape: (tokens, top_k), int16.
-        margin_T: Margins in nats, see `diagnostics.router_margin`. Shape: (tokens,), float32.
+        indices_TK: Selected experts, sorted within a token, int16.
+        margin_T: Margins in nats, see `diagnostics.router_margin`, float32.
     """
 
     indices_TK: Tensor
@@ -61,13 +61,12 @@ def record_routing(
         progress: Label of the progress bar; no bar when None.
 
     Returns:
-        Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take
-        2 * K + 4 bytes per token and layer. Routers that did not run, such as those for images, are left out; a layer
-        that runs more than once has an entry for each pass.
+        Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take 2 *
+        K + 4 bytes per token and layer. Routers that did not run, such as those for images, are left out; a layer that
+        runs more than once has an entry for each pass.
 
     Raises:
         EvaluationError: If no router ran, or one did not see every token once.
-        UnsupportedModelError: If none of its routers is known.
     """
     flat, _ = flatten(windows)
     by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
@@ -144,20 +143,11 @@ def routing_stability(
     batch_size: int = 16,
     progress: str | None = None,
 ) -> RoutingStability:
-    """Compare the experts of untouched tokens in clean documents and in their attacked versions.
+    """Compare the experts of untouched tokens in clean documents and in their attacked versions, of the same names.
 
     Whole documents are aligned, so their windows may be cut at different words. Tokens near a cut then have another
-    context, alike for every model, so compare models on the same windows.
-
-    Args:
-        model: Model, as in `record_routing`.
-        clean_windows: Token ids by document name, in windows without overlap.
-        attacked_windows: Windows of the attacked documents, with the same names and tokenizer.
-        batch_size: Number of windows per forward pass.
-        progress: Label of the progress bars, before "clean" and "attacked"; no bars when None.
-
-    Returns:
-        The routing stability, exactly 1 for identical documents.
+    context, alike for every model, so compare models on the same windows. The stability is exactly 1 for identical
+    documents. `progress` is the label of the progress bars, before "clean" and "attacked"; no bars when None.
 
     Raises:
         EvaluationError: If the documents differ by name or have no token in common.
@@ -187,11 +177,7 @@ def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[
 
 
 def score_with_and_without_first(model: Any, form: Form, batch_size: int) -> tuple[DocumentScores, DocumentScores]:
-    """Score the documents with and without each token's first expert.
-
-    Raises:
-        UnsupportedModelError: If the model does not predict the next token, or a router does not support it.
-    """
+    """Score the documents with and without each token's first expert."""
     _check_predicts(model)
     with first_expert_dropped(model):
         without = score_documents(model, form.windows, batch_size=batch_size, progress="Without the first expert")
@@ -208,14 +194,7 @@ def _check_predicts(model: Any) -> None:
 
 
 def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int) -> dict[str, Tensor]:
-    """Compute the similarity of the experts of each layer on tokens spread over the text.
-
-    Returns:
-        Unbiased linear CKA of each pair of experts, by router. Shape of each: (num_experts, num_experts).
-
-    Raises:
-        UnsupportedModelError: If the experts of a layer cannot be run one by one.
-    """
+    """Compute the unbiased linear CKA of each pair of a layer's experts on tokens spread over the text, by router."""
     flat, _ = flatten(form.windows)
     longest = max(len(window) for window in flat)
     spread = flat[:: max(1, len(flat) // max(batch_size, -(-num_tokens // longest)))]

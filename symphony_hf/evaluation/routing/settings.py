@@ -61,13 +61,7 @@ class RoutingSettings(EvaluationSettings):
 class RoutedModel(ModelUnderTest):
     """An MoE checkpoint whose weights are loaded on first use.
 
-    Args:
-        source: A folder, or a name on the Hub.
-        revision: Revision on the Hub.
-        dtype: Dtype of the weights; `auto` keeps the stored one.
-
-    Attributes:
-        routers: Number of experts and experts per token of each router, by module name.
+    `routers` has the number of experts and the experts per token of each router, by module name.
 
     Raises:
         ConfigError: If transformers does not know the model, or it is an adapter.
@@ -81,11 +75,7 @@ class RoutedModel(ModelUnderTest):
         self.routers = {name: (router.contract.num_experts, router.contract.top_k) for name, router in watched.items()}
 
     def check_same_routers(self, other: "RoutedModel") -> None:
-        """Refuse another checkpoint that cannot be compared token by token and expert by expert.
-
-        Raises:
-            ConfigError: If its routers, experts or vocabulary are others.
-        """
+        """Refuse another checkpoint that cannot be compared token by token and expert by expert."""
         sizes = [checkpoint.config.get_text_config().vocab_size for checkpoint in (self, other)]
         if self.routers != other.routers or sizes[0] != sizes[1]:
             raise ConfigError(

@@ -43,12 +43,7 @@ CLASS_NAMES = ("word start", "word inside", "number", "punctuation", "space")
 
 @dataclass(frozen=True)
 class Form:
-    """All documents in one form, as windows.
-
-    Attributes:
-        windows: Windows by document name. Shape of each: (2 or more,), int64.
-        num_tokens: Number of tokens of each document, without the given first tokens.
-    """
+    """Windows of all documents in one form, by name, and their numbers of tokens without the given first ones."""
 
     windows: dict[str, list[Tensor]]
     num_tokens: list[int]
@@ -104,11 +99,7 @@ class ObservedTexts:
 
 
 def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerBase", block_size: int) -> ObservedTexts:
-    """Read the documents, attack them, and cut both into windows.
-
-    Raises:
-        DataError: If the data does not exist, has too few documents for an interval, or an attack changes none.
-    """
+    """Read the documents, attack them, and cut both into windows."""
     corpus = prepare_corpus(settings, settings.words)
     documents = corpus.documents
     first, clean = first_token(tokenizer), tokenize(documents, tokenizer)

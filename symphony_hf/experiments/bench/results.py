@@ -15,16 +15,7 @@ from symphony_hf.tables import Table, TableCell
 
 
 def write_result(output: str | Path, values: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """Write a result file.
-
-    Args:
-        output: Path of the JSON file.
-        values: The measurements and their settings.
-        device: Device they were measured on; the CPU if None.
-
-    Returns:
-        The values, with the machine, the versions and the path of the file.
-    """
+    """Write measurements with the machine, the versions and the path of the file, and return all of them."""
     on_gpu = device is not None and device.type == "cuda"
     result = {
         **values,

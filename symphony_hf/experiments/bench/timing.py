@@ -65,11 +65,7 @@ class Limits:
 
 
 def warm_up(steps: dict[str, Step], limits: Limits, tick: Callable[[], object]) -> None:
-    """Run each form a few times, untimed.
-
-    Raises:
-        TimeIsUpError: If the run's time ends meanwhile.
-    """
+    """Run each form a few times, untimed."""
     for _ in range(WARM_UP):
         for step in steps.values():
             limits.check()
@@ -78,16 +74,9 @@ def warm_up(steps: dict[str, Step], limits: Limits, tick: Callable[[], object]) 
 
 
 def run_rounds(steps: dict[str, Step], device: torch.device, limits: Limits, tick: Callable[[], object]) -> Timings:
-    """Time the steps.
+    """Time the steps of each form. `tick` is called after each step. Peak memory is recorded on CUDA devices.
 
-    Args:
-        steps: The step of each form.
-        device: Device to synchronize with. Peak memory is recorded on CUDA devices.
-        limits: When to stop.
-        tick: Called after each step.
-
-    Raises:
-        TimeIsUpError: If the run's time ends before there are enough rounds.
+    Raises TimeIsUpError if the run's time ends before there are enough rounds.
     """
     timings = Timings({form: [] for form in steps})
     started, enough = time.perf_counter(), min(MIN_ROUNDS, limits.rounds)
@@ -151,11 +140,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device of this name; for None the accelerator, or the CPU if there is none.
-
-    Raises:
-        ConfigError: If the device is not available.
-    """
+    """Return the device of this name; for None the accelerator, or the CPU if there is none."""
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

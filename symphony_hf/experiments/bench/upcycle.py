@@ -98,11 +98,7 @@ def _over(seconds: list[float], copies: list[float]) -> dict[str, float]:
 
 
 def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
-    """Check the folder for the checkpoints and the divisor of the shapes.
-
-    Raises:
-        ConfigError: If the folder does not exist, or the heads cannot be divided by `shrink`.
-    """
+    """Check the folder for the checkpoints, and that the divisor of the shapes divides the heads."""
     if not Path(folder).is_dir():
         raise ConfigError(f"{command}: `folder` is {str(folder)!r}, which is no folder: give an existing one")
     heads = Phi3Config().num_attention_heads
@@ -111,11 +107,7 @@ def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
 
 
 def write_random_phi3(folder: Path, shrink: int = 1) -> int:
-    """Write a bfloat16 checkpoint of Phi-3-mini's shapes with seeded random values, in shards with an index.
-
-    Returns:
-        The number of bytes of its weights.
-    """
+    """Write a bfloat16 checkpoint of Phi-3-mini's shapes with seeded random values, in shards. Returns its bytes."""
     default = Phi3Config()
     config = Phi3Config(
         vocab_size=default.vocab_size // shrink,
@@ -159,11 +151,6 @@ def _upcycle(dense: Path, target: Path, check: bool) -> dict[str, Any]:
 
 def run_alone(command: str, module: str, *arguments: str) -> dict[str, Any]:
     """Run a module in a process of its own, and return the values that it passes to `report`.
-
-    Args:
-        command: The user's command, for error messages.
-        module: Name of a module that runs as a program.
-        *arguments: Arguments of its command line.
 
     Raises:
         EvaluationError: If the process fails, with its reason if it has reported one.

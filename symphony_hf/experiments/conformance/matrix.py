@@ -19,22 +19,14 @@ from .tiny import moe_families, tiny_model, why_not_built
 
 @dataclass(frozen=True)
 class NotApplicable:
-    """A check that does not apply to the family.
-
-    Attributes:
-        reason: Reason why.
-    """
+    """A check that does not apply to the family, and why."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A check that fails: a bug of ours, or a family that changed.
-
-    Attributes:
-        complaint: Description of the failure.
-    """
+    """A check that fails: a bug of ours, or a family that changed."""
 
     complaint: str
 

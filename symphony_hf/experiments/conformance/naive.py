@@ -61,12 +61,7 @@ def _as_choices(value: Any, contract: RouterContract) -> Tensor | None:
 
 
 def naive_counts(notes: list[Tensor], mask: Tensor, num_experts: int) -> tuple[Tensor, int]:
-    """Count co-selections by loops.
-
-    Args:
-        notes: Choices of one router in one forward, from `watch_choices`. Shape of each: (tokens, K).
-        mask: 0 for padding. Shape: (rows, length).
-        num_experts: Number of experts, E.
+    """Count one router's co-selections in one forward by loops, from `watch_choices`. `mask` is 0 for padding.
 
     Returns:
         The count of each pair, shape (E, E), and the number of tokens.

@@ -40,15 +40,7 @@ UPSTREAM_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueErr
 
 
 class Specimen:
-    """One family under test. Models are built on first access.
-
-    Args:
-        family: Its model type, such as `mixtral`.
-        dtype: Data type of its weights.
-
-    Raises:
-        ValueError: If the family has no tiny model, with the reason.
-    """
+    """One family under test, by its model type. Models are built on first access."""
 
     def __init__(self, family: str, dtype: torch.dtype = torch.float32) -> None:
         self.family = family

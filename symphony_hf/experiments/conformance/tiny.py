@@ -66,12 +66,7 @@ _STACK_DEPTHS = ("num_hidden_layers", "n_layers", "num_layers")
 
 
 def shrink(config_class: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
-    """Build a tiny config of a class.
-
-    Args:
-        config_class: The family's config class.
-        overrides: Settings that replace the rule's; for a nested config, a dict under its name.
-    """
+    """Build a tiny config of a class. `overrides` replace the rule's settings; for a nested config, by a dict."""
     default = config_class()
     nested = config_class.sub_configs
     fields = [field.name for field in dataclasses.fields(config_class) if field.name not in nested]  # type: ignore[arg-type]
@@ -114,12 +109,7 @@ def _shrink(name: str, value: Any) -> Any:
 
 
 def _shrink_stack(own: dict[str, Any], per_layer: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Reduce the number of layers, keeping one of every kind in the family's lists of a value per layer.
-
-    Args:
-        own: Values of the config.
-        per_layer: Values of single layers that differ from the rest.
-    """
+    """Reduce the number of layers, keeping one of every kind in the family's lists of a value per layer."""
     depth_name = next((name for name in _STACK_DEPTHS if isinstance(own.get(name), int)), None)
     if depth_name is None:
         return {}
@@ -190,22 +180,14 @@ def why_not_built(model_type: str) -> str | None:
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """Return the family's own config, shrunk.
-
-    Raises:
-        ValueError: If the family cannot be built tiny, with the reason.
-    """
+    """Return the family's own config, shrunk, or raise ValueError with the reason."""
     if reason := why_not_built(model_type):
         raise ValueError(f"{model_type}: not built: {reason}")
     return shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
 
 
 def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a model of the family in eval mode, with seeded random weights and distinct experts' logits.
-
-    Raises:
-        ValueError: If the family cannot be built tiny, with the reason.
-    """
+    """Build a tiny model of the family in eval mode, with seeded random weights and distinct experts' logits."""
     config = tiny_config(model_type)
     auto_class = auto_class_of(model_type)
     if auto_class is None:

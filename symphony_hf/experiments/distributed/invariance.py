@@ -36,13 +36,7 @@ _GRADIENT = "gradient."
 
 @dataclass(frozen=True)
 class Trace:
-    """Record of a run, step by step.
-
-    Attributes:
-        graphs: Graphs of all routers after each step. Shape: (steps, routers, num_experts, num_experts).
-        weights: Weights of the routers after each step. Shape: (steps, routers, num_experts, hidden_size).
-        gradients: Gradients by parameter. Shape of each: (steps, *parameter shape).
-    """
+    """Graphs and weights of all routers, and gradients by parameter, after each step, the first dimension of each."""
 
     graphs: Tensor
     weights: Tensor
@@ -92,11 +86,7 @@ def run(arrangement: Arrangement, rank: int = 0) -> Trace:
 
 
 def run_ranks(names: list[str]) -> dict[str, list[Trace]]:
-    """Run arrangements of several ranks in child processes, over gloo on this machine.
-
-    Returns:
-        The traces of all ranks, by the arrangement's name.
-    """
+    """Run arrangements of several ranks in child processes, over gloo. Returns the traces of all ranks by name."""
     traces: dict[str, list[Trace]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in sorted({ARRANGEMENTS[name][0].ranks for name in names}):
@@ -151,11 +141,7 @@ def check_distributed(only: str | None = None) -> list[Comparison]:
 
 
 def compare(names: list[str] | None = None) -> list[Comparison]:
-    """Run arrangements and their references, which takes a minute or two for all.
-
-    Args:
-        names: Keys of ARRANGEMENTS; all if None.
-    """
+    """Run arrangements and their references, which takes a minute or two for all."""
     logging.set_verbosity_error()  # silences notes about settings that checkpointing changes
     wanted = list(ARRANGEMENTS if names is None else names)
     why_not = {name: reason for name in wanted if (reason := _why_not(ARRANGEMENTS[name][0]))}

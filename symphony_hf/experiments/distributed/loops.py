@@ -100,16 +100,11 @@ _TIMEOUT = timedelta(minutes=2)  # of collectives that a rank does not join
 
 @contextlib.contextmanager
 def local_group(rank: int, ranks: int, rendezvous: str | Path) -> Iterator[None]:
-    """Join a gloo group of `ranks` processes on this machine.
+    """Join a gloo group of `ranks` processes on this machine, through a file that does not exist yet.
 
     Objects that refer to the group, such as DistributedDataParallel's reducer, must not outlive it: keep them in the
     locals of a function that has returned. If the reducer holds the last reference, torch waits for gloo's threads
     while it holds the GIL, which a thread that frees a tensor needs, and can deadlock (pytorch/pytorch#56297).
-
-    Args:
-        rank: Rank of this process.
-        ranks: Number of processes.
-        rendezvous: Path of a file that does not exist yet, the same for all processes.
     """
     dist.init_process_group("gloo", f"file://{rendezvous}", _TIMEOUT, world_size=ranks, rank=rank)
     try:

@@ -23,12 +23,8 @@ _LOCAL = ("output",)
 def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> None:
     """Copy results of commands into the folder of result files, without paths of the machine.
 
-    Nothing is replaced unless a page can be generated from all of them.
-
-    Args:
-        folder: Folder of the result files.
-        about: Sentence that describes the studies' text. If None, the sentence of an earlier study on the same text.
-        **outputs: Output folders by name of the result; None keeps the present one.
+    `outputs` are output folders by name of the result; None keeps the present one. Without `about`, a study has the
+    sentence of an earlier study on the same text. Nothing is replaced unless a page can be generated from all of them.
 
     Raises:
         DataError: If a folder has no results or those of another command, or if a text has no sentence.
@@ -69,11 +65,7 @@ def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Read the paper's numbers and the results of the commands that were run.
-
-    Raises:
-        DataError: If the paper's numbers are missing, or a file is not JSON.
-    """
+    """Read the paper's numbers and the results of the commands that were run."""
     folder = Path(folder)
     run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
     paper = read_object(

@@ -35,11 +35,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class MemoryPeak:
-    """Context manager that measures peak memory growth. Linux only; elsewhere `taken` stays 0.
-
-    Attributes:
-        taken: Peak growth of the process, in bytes.
-    """
+    """Context manager that measures peak memory growth, in bytes. Linux only; elsewhere `taken` stays 0."""
 
     taken = 0
 
@@ -71,15 +67,10 @@ Verdict = Literal["loaded", "refused", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a case.
+    """Result of a case, whose number determines its files together with the seed.
 
-    Attributes:
-        case: Number of the case, which with the seed determines its files.
-        specimen: Checkpoint that was tampered with.
-        target: Tampered part.
-        change: Description of the change.
-        verdict: `loaded` with valid graphs, `refused` by a SymphonyError, or `failed` in any other way.
-        detail: The error, or the problems found.
+    `verdict` is `loaded` with valid graphs, `refused` by a SymphonyError, or `failed` in any other way; `detail` is the
+    error, or the problems found.
     """
 
     case: int
@@ -95,13 +86,7 @@ class _OutOfTime(BaseException):
 
 
 def try_case(case: int, seed: int, specimens: Path) -> Outcome:
-    """Tamper with a copy of a specimen, load it, and judge the outcome.
-
-    Args:
-        case: Number of the case.
-        seed: Seed of the campaign.
-        specimens: Folder written by `make_specimens`.
-    """
+    """Tamper with a copy of a specimen of `make_specimens`, load it, and judge the outcome."""
     rng = random.Random(f"{seed}/{case}")
     specimen = rng.choice(SPECIMENS)
     target = rng.choice(sorted(MUTATIONS[specimen]))

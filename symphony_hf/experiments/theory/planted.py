@@ -27,14 +27,7 @@ class Planted(NamedTuple):
 
 
 def plant(num_experts: int, num_communities: int, within: float, generator: torch.Generator) -> Planted:
-    """Draw a planted graph.
-
-    Args:
-        num_experts: Number of experts, E.
-        num_communities: Number of communities of equal size, with at least 2 experts each.
-        within: Probability that a token's two experts are in one community. Pairs within one differ in probability.
-        generator: Generator of the pairs' probabilities.
-    """
+    """Draw a planted graph with communities of equal size. Pairs of experts within one differ in probability."""
     pairs_P2 = torch.combinations(torch.arange(num_experts), TOP_K)
     community_E = torch.arange(num_experts) * num_communities // num_experts
     together_P = community_E[pairs_P2[:, 0]] == community_E[pairs_P2[:, 1]]
@@ -50,16 +43,9 @@ def plant(num_experts: int, num_communities: int, within: float, generator: torc
 
 
 def draw_tokens(planted: Planted, num_tokens: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw tokens.
+    """Draw tokens: noisy logits, (T, E), and the correct experts, (T, 2).
 
-    Args:
-        planted: The ground truth.
-        num_tokens: Number of tokens, T.
-        noise: Standard deviation of the noise added to each logit; correct experts have 1, all others 0.
-        generator: Generator of the tokens and their noise.
-
-    Returns:
-        Noisy logits, (T, E), and the correct experts, (T, 2).
+    `noise` is the standard deviation of the noise added to each logit; correct experts have 1, all others 0.
     """
     choices_T = torch.multinomial(planted.weights_P, num_tokens, replacement=True, generator=generator)
     right_T2 = planted.pairs_P2[choices_T]

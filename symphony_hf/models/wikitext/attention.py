@@ -35,17 +35,14 @@ class SpanAttention(nn.Module):
     def forward(
         self, hidden: Tensor, distance_keys_SD: Tensor, states: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Compute the attention output.
+        """Compute the attention output. Shape: (B, M, hidden_size).
 
         Args:
-            hidden: Hidden states of the block. Shape: (B, M, hidden_size).
+            hidden: Hidden states of the block. Same shape.
             distance_keys_SD: Key of each distance, from S down to 1, shared by all heads and blocks.
             states: Hidden states before the block, from which keys and values are recomputed so that the projections
                 learn from them. Shape: (B, up to S, hidden_size).
             cache: Keys and values before the block; those of the block are added.
-
-        Returns:
-            Output. Shape: (B, M, hidden_size).
         """
         context = hidden if states is None else torch.cat([states, hidden], dim=1)
         queries, keys, values = (
@@ -62,17 +59,14 @@ class SpanAttention(nn.Module):
 def attend_to_span(
     queries: Tensor, keys: Tensor, values: Tensor, distance_keys_SD: Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """Compute softmax attention of each query over the S positions before its own.
+    """Compute softmax attention of each query over the S positions before its own. Shape: (B, H, M, D).
 
     Args:
-        queries: Shape: (B, H, M, D).
+        queries: Same shape.
         keys: Keys up to the block's last position, padded with zeros in front to S + M. Shape: (B, H, N, D).
-        values: Same shape.
-        distance_keys_SD: Keys of the distances, from S down to 1. Shape: (S, D).
+        values: Shape: (B, H, N, D).
+        distance_keys_SD: Keys of the distances, from S down to 1.
         dropout: Dropout on the attention weights.
-
-    Returns:
-        Output. Shape: (B, H, M, D).
     """
     span, length = distance_keys_SD.shape[0], queries.shape[2]
     missing = span + length - keys.shape[2]
@@ -87,15 +81,7 @@ def attend_to_span(
 
 
 def _band(scores: Tensor, span: int) -> Tensor:
-    """Return columns m to m + span - 1 of each row m, as a view.
-
-    Args:
-        scores: Contiguous scores. Shape: (B, H, M, S + M).
-        span: S.
-
-    Returns:
-        Shape: (B, H, M, S).
-    """
+    """Return columns m to m + span - 1 of each row m of contiguous scores, (B, H, M, S + M): a view, (B, H, M, S)."""
     *outer, row, column = scores.stride()
     return scores.as_strided((*scores.shape[:-1], span), (*outer, row + column, column), scores.storage_offset())
 
@@ -104,14 +90,8 @@ class StreamMemory:
     """Last inputs of each attention layer, for the next block of the same streams in training.
 
     The next block computes keys and values from them with its current weights. They are detached, so gradients end at
-    the block. Without gradients, transformers' Cache is used instead, which stores keys and values.
-
-    Args:
-        span: Number of positions to keep.
-        num_layers: Number of attention layers.
-
-    Attributes:
-        states: Hidden states by layer; None before the first block. Shape: (rows, up to span, hidden_size).
+    the block. Without gradients, transformers' Cache is used instead, which stores keys and values. `states` has them
+    by layer, None before the first block. Shape: (rows, up to span, hidden_size).
     """
 
     def __init__(self, span: int, num_layers: int) -> None:
@@ -119,15 +99,7 @@ class StreamMemory:
         self.states: list[Tensor | None] = [None] * num_layers
 
     def push(self, layer_idx: int, hidden: Tensor) -> Tensor | None:
-        """Store a block's hidden states, and return those stored before.
-
-        Args:
-            layer_idx: Decoder layer index.
-            hidden: Inputs of the layer's attention. Shape: (rows, length, hidden_size).
-
-        Returns:
-            Earlier states, if any. Shape: (rows, up to span, hidden_size).
-        """
+        """Store a layer's hidden states, and return those stored before. Shape: (rows, up to span, hidden_size)."""
         before, now = self.states[layer_idx], hidden.detach()
         joined = now if before is None else torch.cat([before, now], dim=1)
         self.states[layer_idx] = joined[:, -self.span :]
@@ -135,12 +107,7 @@ class StreamMemory:
 
 
 def forget(memory: StreamMemory | Cache, continues_B: Tensor) -> None:
-    """Zero the rows of a memory that start another stream.
-
-    Args:
-        memory: Memory with one row per stream.
-        continues_B: False for each row that starts another stream. Shape: (rows,), bool.
-    """
+    """Zero the rows of a memory that start another stream, for which `continues_B` is False."""
     if isinstance(memory, StreamMemory):
         memory.states = [None if kept is None else _keep(kept, continues_B) for kept in memory.states]
         return

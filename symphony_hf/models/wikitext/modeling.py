@@ -112,11 +112,8 @@ class WikiTextMoeModel(WikiTextMoePreTrainedModel):
 class WikiTextMoeForCausalLM(WikiTextMoePreTrainedModel, GenerationMixin):
     """The language model.
 
-    Args:
-        config: Sizes and form.
-
-    Source: the code base of MomentumSMoE (arXiv 2410.14574), by the paper's own group. Deviation: it drops the words
-        of a batch after the last whole block; nothing is dropped here.
+    Source: the code base of MomentumSMoE (arXiv 2410.14574), by the paper's own group. Deviation: it drops the words of
+    a batch after the last whole block; nothing is dropped here.
     """
 
     def __init__(self, config: WikiTextMoeConfig) -> None:

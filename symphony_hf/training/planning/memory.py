@@ -56,11 +56,9 @@ class States:
 
 
 def states_of(model: nn.Module, quantized: bool) -> States:
-    """Measure a model, which may be on the meta device.
+    """Measure a model, which may be on the meta device, with its trained parameters marked.
 
-    Args:
-        model: Model, with its trained parameters marked.
-        quantized: Whether its frozen experts and linear layers will be packed in 4 bits.
+    `quantized` tells whether its frozen experts and linear layers will be packed in 4 bits.
     """
     anatomy, packed = Anatomy(model), packed_names(model) if quantized else set()
     weights = in_half = graph = 0
@@ -124,8 +122,8 @@ def memory_of(
         step: Bytes of one micro-batch, in the precision of the launch.
         optimizer: The recipe's optimizer.
         half: Dtype of mixed precision; None for full precision.
-        accumulates: Whether an optimizer step has several micro-batches, of which the later ones run with all
-            gradients allocated.
+        accumulates: Whether an optimizer step has several micro-batches, of which the later ones run with all gradients
+            allocated.
 
     Returns:
         Memory by part: `weights`, `gradients`, `optimizer` (with the float32 weights that DeepSpeed updates),

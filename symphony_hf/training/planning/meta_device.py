@@ -108,16 +108,7 @@ def head_is_tiled() -> bool:
 
 
 def tiled_loss(hidden_BTD: Tensor, weight_VD: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Compute a stand-in for TRL's tiled loss, with the same products and memory.
-
-    Args:
-        hidden_BTD: Inputs of the LM head.
-        weight_VD: Weight of the LM head.
-        compute_dtype: Dtype of the tiles.
-
-    Returns:
-        A float32 scalar.
-    """
+    """Compute a stand-in for TRL's tiled loss, a float32 scalar, with the same products and memory."""
     loss: Tensor = _TiledHead.apply(hidden_BTD.flatten(0, -2), weight_VD, compute_dtype)
     return loss.sum()
 

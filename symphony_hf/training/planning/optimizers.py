@@ -85,11 +85,7 @@ first moment. Paged states are counted as GPU memory, where they stay as long as
 
 
 def optimizer_of(name: str) -> Optimizer:
-    """Return the optimizer with a name of TrainingArguments.
-
-    Raises:
-        ConfigError: If its memory is not known.
-    """
+    """Return the optimizer with a name of TrainingArguments, or raise ConfigError if its memory is not known."""
     if name not in _OPTIMIZERS:
         raise ConfigError(
             f"train: the memory of `optim: {name}` is not known, so it cannot be planned; {nearest(name, _OPTIMIZERS)}"

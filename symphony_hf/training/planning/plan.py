@@ -124,16 +124,12 @@ def plan_recipe(
 ) -> Plan:
     """Plan a recipe under each launch with each number of GPUs, without loading or creating weights.
 
-    Args:
-        recipe: Recipe, from `load_recipe`.
-        launches: Launches, from `read_launches`.
-        gpus: Numbers of GPUs in one machine.
-        machine: The GPUs.
-        sequences: Number of sequences in one epoch, if the recipe's data is not available locally.
+    `gpus` are numbers of GPUs in one machine. `sequences` is the number of sequences in one epoch, if the recipe's data
+    is not available locally.
 
     Raises:
-        ConfigError: If a number is not above 0, a setting is unknown or cannot be planned, or the model's config
-            could not be loaded.
+        ConfigError: If a number is not above 0, a setting is unknown or cannot be planned, or the model's config could
+            not be loaded.
         UnsupportedModelError: If the model's forward depends on the values of tensors.
     """
     for number in [*gpus, *([] if sequences is None else [sequences])]:
@@ -237,12 +233,9 @@ class _Planner:
 def find_max_micro_batch_size(count: Callable[[int], StepBytes], fits: Callable[[StepBytes], bool]) -> int:
     """Return the largest micro-batch size that fits, up to MAX_MICRO_BATCH_SIZE; 0 if not even one sequence fits.
 
-    Steps are measured at powers of two and interpolated linearly in between. Interpolation never underestimates,
-    since the peak is a maximum of functions that grow linearly, and therefore convex.
-
-    Args:
-        count: Function that returns the bytes of a step by its micro-batch size.
-        fits: Function that returns whether a step fits.
+    `count` returns the bytes of a step by its micro-batch size. Steps are measured at powers of two and interpolated
+    linearly in between. Interpolation never underestimates, since the peak is a maximum of functions that grow
+    linearly, and therefore convex.
     """
     if not fits(count(1)):
         return 0

@@ -87,9 +87,8 @@ class LiveBytes(TorchDispatchMode):
 class StepBytes:
     """Peak bytes of one micro-batch's forward and backward, without weights and optimizer states.
 
-    Attributes:
-        activations: Peak of saved activations and temporaries, such as the gradient of the logits.
-        with_gradients: Peak of the same together with the gradients that are finished by then.
+    `activations` is the peak of saved activations and temporaries, such as the gradient of the logits; `with_gradients`
+    that of the same together with the gradients that are finished by then.
     """
 
     activations: int
@@ -97,11 +96,7 @@ class StepBytes:
 
 
 def meta_model(recipe: Recipe) -> nn.Module:
-    """Return the recipe's model on the meta device: symphonized, with adapters, and its trained parameters marked.
-
-    Raises:
-        ConfigError: If the model's config could not be loaded.
-    """
+    """Return the recipe's model on the meta device: symphonized, with adapters, and its trained parameters marked."""
     model = empty_model(recipe)
     add_graph(model, recipe)
     choose_trained(model, recipe.model.trainable)
@@ -115,7 +110,8 @@ class MetaStep:
     """Forward and backward of one micro-batch of a recipe, on the meta device.
 
     No formula is involved: the model's own code runs, with its experts, loss and checkpointing, and each tensor is
-    counted while it is alive. Sequences have the recipe's maximum length, and experts are chosen evenly.
+    counted while it is alive. Sequences have the recipe's maximum length, and experts are chosen evenly. A model whose
+    forward depends on the values of tensors raises UnsupportedModelError.
 
     Args:
         recipe: Recipe, from `load_recipe`.
@@ -143,14 +139,7 @@ class MetaStep:
                 router.stack.state.scale = torch.zeros((), device="meta")  # created only on real devices otherwise
 
     def bytes(self, micro_batch: int) -> StepBytes:
-        """Measure the memory of a step.
-
-        Args:
-            micro_batch: Number of sequences.
-
-        Raises:
-            UnsupportedModelError: If the model's forward depends on the values of tensors.
-        """
+        """Measure the memory of a step with a micro-batch of so many sequences."""
         batch = self._batch(micro_batch)
         tensors = [value for value in batch.values() if isinstance(value, Tensor)]
         live = LiveBytes([*self._model.parameters(), *self._model.buffers(), *tensors])
@@ -167,9 +156,6 @@ class MetaStep:
         """Count the FLOPs of one sequence: forward, backward and recomputation.
 
         A product with a weight is 2 FLOPs per weight and token. Causal attention counts as half of full attention.
-
-        Raises:
-            UnsupportedModelError: If the model's forward depends on the values of tensors.
         """
         counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         self._run(self._batch(1), counter)

@@ -22,14 +22,7 @@ from .shapes import Inputs, build, config_of, image_tokens, random_batch
 
 @dataclass(frozen=True)
 class Case:
-    """A model in a mode at a length.
-
-    Attributes:
-        model: One of `shapes.NAMES`.
-        mode: One of `flops.MODES`.
-        text_tokens: Number of text tokens in a sequence, without those of an image.
-        tiny: Whether the model is a tiny one of the same kind.
-    """
+    """A model of `shapes.NAMES` in a mode of `flops.MODES`, with sequences of so many text tokens besides an image."""
 
     model: str
     mode: str
@@ -42,15 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Device:
-    """The device to measure on.
-
-    Attributes:
-        name: Name of the device.
-        device: One GPU, or the CPU.
-        dtype: Dtype of the weights.
-        free_bytes: Free memory at the start; None for no bound.
-        peak_tflops: Peak TFLOP/s; None if unknown.
-    """
+    """The device to measure on, with the dtype of the weights, its free memory at the start and its peak, if known."""
 
     name: str
     device: torch.device
@@ -64,16 +49,7 @@ class DoesNotFitError(Exception):
 
 
 def measure(case: Case, device: Device, max_tokens: int, limits: Limits) -> list[FormMeasurement]:
-    """Measure a case with the largest micro-batch that fits.
-
-    Args:
-        case: Case to measure.
-        device: Device to measure on.
-        max_tokens: Maximum number of tokens in a step.
-        limits: Limits on rounds and time.
-
-    Returns:
-        One row per form.
+    """Measure a case with the largest micro-batch that fits. Returns one row per form.
 
     Raises:
         DoesNotFitError: If not even one sequence fits.

@@ -54,13 +54,7 @@ class ModelPart:
 
 
 def model_flops(config: PreTrainedConfig, mode: str, text_tokens: int) -> int:
-    """Return the model FLOPs of a step per sequence.
-
-    Args:
-        config: Config of the model, from `config_of`.
-        mode: One of MODES.
-        text_tokens: Number of text tokens in the sequence.
-    """
+    """Return the model FLOPs of a step per sequence."""
     return sum(part.flops for part in parts_of(config, mode, text_tokens))
 
 

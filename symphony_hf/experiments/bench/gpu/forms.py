@@ -23,11 +23,10 @@ LEARNING_RATE = 1e-5
 
 
 def training_forms(model: PreTrainedModel, mode: str) -> dict[str, nn.Module]:
-    """Return the stock and the symphonized form of a model, ready to train shared weights.
+    """Return the stock and the symphonized form of a new model, ready to train shared weights.
 
-    Args:
-        model: New model. It becomes the symphonized form.
-        mode: `lora` trains adapters on the text model's attention, and the routers. `full` trains everything.
+    `lora` trains adapters on the text model's attention, and the routers; `full` trains everything. The given model
+    becomes the symphonized form.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forms: dict[str, Any] = {"stock": _share_weights(model), "symphony": symphonize(model, decay=DECAY)}
@@ -39,10 +38,7 @@ def training_forms(model: PreTrainedModel, mode: str) -> dict[str, nn.Module]:
 def inference_forms(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the symphonized form, with graphs as after training, its folded form, and a stock one with folded routers.
 
-    The three compute the same, and share all weights except the routers'.
-
-    Args:
-        model: New model. It becomes the symphonized form.
+    The three compute the same, and share all weights except the routers'. The given model becomes the symphonized form.
     """
     symphonize(model)
     _move_graphs(model)

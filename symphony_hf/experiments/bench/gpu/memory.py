@@ -54,13 +54,7 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of a step. Training uses gradient checkpointing.
 
-    Args:
-        config: Config of the model, from `config_of`.
-        shapes: Shapes of the model's parameters.
-        mode: One of `flops.MODES`.
-        optimizer: A key of OPTIMIZERS; None in inference.
-        dtype: Dtype of the weights.
-        inputs: Size of the step.
+    `shapes` are those of the model's parameters; `optimizer` is a key of OPTIMIZERS, or None in inference.
     """
     size, text = dtype.itemsize, config.get_text_config()
     adapters = lora_weights(text) if mode == "lora" else 0
@@ -92,10 +86,8 @@ def _activation_bytes(text: PreTrainedConfig, mode: str, size: int) -> float:
 def fitting_micro_batch(needs: Callable[[int], float], limit: int, free_bytes: float | None) -> int:
     """Return the largest micro-batch size that fits, a power of two; 0 if not even one sequence fits.
 
-    Args:
-        needs: Function that returns the bytes of a step by its micro-batch size.
-        limit: Maximum micro-batch size. One sequence is always tried.
-        free_bytes: Free memory of the device; None for no bound.
+    `needs` returns the bytes of a step by its micro-batch size. One sequence is tried even if the limit is 0, and
+    nothing is too large if the free memory is None.
     """
     sequences = 1 << max(limit, 1).bit_length() - 1
     while sequences > 0 and free_bytes is not None and needs(sequences) > USABLE * free_bytes:

@@ -63,12 +63,8 @@ class FormMeasurement:
 class Record:
     """Measurements in a JSON file. Those that the file already has are kept.
 
-    Args:
-        path: Path of the JSON file.
-        measured_on: Device, versions and settings, which must be the same for all rows of a file.
-
-    Raises:
-        ConfigError: If the file is from another device or from other versions, or is not a record.
+    `measured_on` is the device, versions and settings, which must be the same for all rows of a file: one from
+    elsewhere raises ConfigError.
     """
 
     def __init__(self, path: Path, measured_on: dict[str, Any]) -> None:

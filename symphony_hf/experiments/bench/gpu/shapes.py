@@ -73,12 +73,7 @@ NAMES = ("7.4b", "4.2b")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Size of one step.
-
-    Attributes:
-        micro_batch: Number of sequences.
-        text_tokens: Number of text tokens in each, without those of an image.
-    """
+    """Size of one step: sequences, and text tokens in each, without those of an image."""
 
     micro_batch: int
     text_tokens: int
@@ -99,14 +94,7 @@ def config_of(name: str, tiny: bool = False) -> PreTrainedConfig:
 
 
 def build(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """Build a model with random weights on a device.
-
-    Args:
-        config: Config of the model, from `config_of`.
-        device: Device; `meta` for shapes only.
-        dtype: Dtype of the weights.
-        seed: Seed of the weights.
-    """
+    """Build a model with random weights on a device, `meta` for shapes only."""
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if vision_of(config) is None else AutoModelForImageTextToText
     with warnings.catch_warnings(), torch.device(device):
