@@ -50,12 +50,9 @@ def place_of_replaced(target: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name and rename it when the block ends; remove it if the block raises.
+    """Write a folder under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
 
     A checkpoint at `target` is replaced, other files there are kept, and leftovers of a killed process are removed.
-
-    Yields:
-        The empty folder to write to.
     """
     clear(target)
     folder = place_to_write(target)
@@ -69,13 +66,10 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def finish(target: Path, recorded: Collection[str] | None = None) -> None:
-    """Move a folder from its `place_to_write` to its final path, replacing an existing folder.
+    """Move a folder from its `place_to_write` to its final path, replacing an existing checkpoint. Other files stay.
 
-    If the process ends between the two renames, the replaced folder is in its `place_of_replaced`.
-
-    Args:
-        target: Final path of the folder. Files there that are not part of the replaced checkpoint are kept.
-        recorded: Names of the replaced checkpoint's files, from its own record. By default, see `stale_files`.
+    If the process ends between the two renames, the replaced folder is in its `place_of_replaced`. `recorded` are names
+    of the replaced checkpoint's files, from its own record; by default, see `stale_files`.
     """
     written = place_to_write(target)
     _keep_others(target, written, recorded)
@@ -182,13 +176,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file under a temporary name and rename it when the block ends; remove it if the block raises.
+    """Write a file under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
 
-    Args:
-        path: Final path of the file. Its folder is created if necessary.
-
-    Yields:
-        The temporary path, unique to this process. The file must be closed when the block ends.
+    Its folder is created if necessary. The temporary name is unique to this process. The file must be closed by then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -202,11 +192,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_file_place(path: str | Path, command: str) -> None:
-    """Check that a result file can be written, before the work that produces it.
-
-    Raises:
-        ConfigError: If `path` is a folder, or its parent folder cannot be created or written to.
-    """
+    """Check that a result file can be written, before the work that produces it, or raise ConfigError."""
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{command}: `{path}` is a folder, and the result is a file: give its name, too")
@@ -214,11 +200,7 @@ def check_file_place(path: str | Path, command: str) -> None:
 
 
 def check_folder_of(path: Path, command: str) -> None:
-    """Check that files can be created beside a path.
-
-    Raises:
-        ConfigError: If the nearest existing parent is a file, or is not writable.
-    """
+    """Check that files can be created beside a path: its nearest existing parent is a writable folder."""
     nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not nearest.is_dir():
         raise ConfigError(f"{command}: `{path}` cannot be written, because `{nearest}` is a file: give another place")
@@ -252,14 +234,8 @@ def read_object(
 ) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
-    Args:
-        file: Path of the file.
-        error: Class of the error to raise.
-        hint: Advice for a missing or invalid file, for the error message.
-        max_bytes: Maximum size of an untrusted file.
-
-    Raises:
-        SymphonyError: An `error`, if the file cannot be read, is too large, or does not contain an object.
+    Raises an `error`, with the hint, if the file is missing or invalid, or larger than `max_bytes`, for untrusted
+    files.
     """
     then = f": {hint}" if hint else ""
     try:
@@ -283,12 +259,7 @@ def read_object(
 def read_weight_map(index: Path, error: type[SymphonyError]) -> dict[str, str]:
     """Read the index of a sharded checkpoint: tensor name -> name of a safetensors file beside the index.
 
-    Args:
-        index: Path of the index.
-        error: Class of the error to raise.
-
-    Raises:
-        SymphonyError: An `error`, if the index cannot be read, names no files, or names files in other folders.
+    Raises an `error` if the index cannot be read, names no files, or names files in other folders.
     """
     files = read_object(index, error, hint="so it is no index of safetensors files").get("weight_map")
     is_named = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())

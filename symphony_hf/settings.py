@@ -14,18 +14,10 @@ from .errors import ConfigError, nearest
 
 
 def check_names(settings: Any, known: Iterable[str] | None, where: str) -> dict[str, Any]:
-    """Check the names of settings.
+    """Return settings by name as a dictionary; any name is known if `known` is None.
 
-    Args:
-        settings: Value that should be a mapping of names to settings.
-        known: Known names; any name when None.
-        where: Description of the settings for the error message, such as "recipe.yaml: data".
-
-    Returns:
-        The settings as a dictionary.
-
-    Raises:
-        ConfigError: If `settings` is not a mapping, or a name is unknown. The message has the most similar known name.
+    Raises ConfigError if they are no mapping, or a name is unknown, with the most similar known name. `where` describes
+    them in the message, such as "recipe.yaml: data".
     """
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where}: expected settings by name, got {settings!r}")
@@ -85,15 +77,9 @@ def _of_wrong_type(cls: type, name: str, settings: Mapping[str, Any]) -> str:
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Build a dataclass from a mapping.
+    """Build a dataclass from values of its fields by name.
 
-    Args:
-        cls: The dataclass.
-        values: Values of fields by name.
-        where: Description of the mapping for the error message, such as "symphony".
-
-    Raises:
-        ConfigError: If `values` is not a mapping, has an unknown key, or lacks a required one.
+    Raises ConfigError if `values` is not a mapping, has an unknown key, or lacks a required one.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = check_names(values, fields, where)

@@ -47,13 +47,9 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, all of which are in its own folder.
+    """Return the safetensors files of a checkpoint's folder or file, all of which are in its own folder.
 
-    Args:
-        path: Folder, or one file.
-
-    Raises:
-        GraphError: If a file is missing, or the index of the shards cannot be read.
+    Raises GraphError if a file is missing, or the index of the shards cannot be read.
     """
     if path.is_file():
         return [path]
@@ -69,13 +65,10 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def match_graphs(graphs: Mapping[str, Tensor], routers: Sequence[tuple[str, int]], where: str) -> list[Tensor]:
-    """Return the graphs in the order of a model's routers, each one checked.
+    """Return the graphs in the order of a model's routers, given by name and number of experts, each one checked.
 
-    Args:
-        graphs: Result of `read_graphs`. A router may have another name on disk (Mixtral's is `block_sparse_moe.gate`
-            there and `mlp.gate` in the model); it is then matched by the numbers in its name.
-        routers: Name and number of experts of each router.
-        where: Path, for error messages.
+    A router may have another name on disk (Mixtral's is `block_sparse_moe.gate` there and `mlp.gate` in the model); it
+    is then matched by the numbers in its name.
 
     Raises:
         GraphError: If a router has no graph, or its graph is not a co-selection graph of that many experts.

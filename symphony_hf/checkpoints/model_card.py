@@ -14,13 +14,7 @@ from .results import Results, eval_results, result_rows
 
 
 def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
-    """Return the text of the card's section on loading.
-
-    Args:
-        folder: Model to push.
-        repo_id: Name of the repository.
-        base_model: Base model of an adapter; if None, the text has a placeholder.
-    """
+    """Return the text of the card's section on loading. An adapter without a known base model has a placeholder."""
     auto = folder.auto_class
     if folder.kind == "plain" and not folder.has_our_modules:
         lines = [f"from transformers import {auto}", f'model = {auto}.from_pretrained("{repo_id}")']
@@ -91,15 +85,7 @@ _CITATION = f"""```bibtex
 def model_card(
     folder: ModelFolder, repo_id: str, origin: Origin, results: Results | None, tags: list[str]
 ) -> ModelCard:
-    """Return the card of a folder's model.
-
-    Args:
-        folder: Model to push.
-        repo_id: Name of the repository.
-        origin: Base model, license and data.
-        results: Results of its run.
-        tags: Tags to add to the usual ones.
-    """
+    """Return the card of a folder's model. `tags` are added to the usual ones."""
     data = _metadata(folder, repo_id, origin, results, tags)
     text = "\n\n".join([BEGIN, *_sections(folder, repo_id, origin, results), END])
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
@@ -199,16 +185,8 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
     """Merge a card into an existing README.
 
     Missing metadata is added, lists are joined, and the model-index is replaced. The part between the marks of an
-    earlier push is rewritten; all other text stays.
-
-    Args:
-        existing: Text of the existing README.
-        card: New card.
-        said: Origin as given by the user, which overrides existing metadata.
-        where: README's location, for error messages.
-
-    Raises:
-        PushError: If the existing metadata cannot be read.
+    earlier push is rewritten; all other text stays. `said` is the origin as given by the user, which overrides existing
+    metadata. Metadata that cannot be read raises PushError.
     """
     try:
         merged = ModelCard(existing)

@@ -50,14 +50,8 @@ def without_folders(path: str) -> str:
 def complete(origin: Origin | None, results: Results | None, folder: ModelFolder, api: HfApi | None) -> Origin:
     """Fill in what the user did not give, from the run's results, the adapter's config and the base model's card.
 
-    Args:
-        origin: Origin as given by the user.
-        results: Results of the run.
-        folder: Model to push.
-        api: Client of the Hub, to look up the base model's license; None for no lookup.
-
-    Raises:
-        PushError: If the given base model is not a name on the Hub.
+    The license is looked up on the Hub if there is a client. A given base model that is not a name on the Hub raises
+    PushError.
     """
     origin = origin or Origin()
     if origin.base_model is not None and hub_name(origin.base_model) is None:

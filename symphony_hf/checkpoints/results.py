@@ -82,11 +82,7 @@ class Results:
 
 
 def read_results(folder: ModelFolder) -> Results | None:
-    """Return the results of a folder's model; None if there are none.
-
-    Raises:
-        PushError: If the file of results cannot be read.
-    """
+    """Return the results of a folder's model; None if there are none. A file that cannot be read raises PushError."""
     if folder.results is None:
         return None
     values = read_object(folder.results, PushError)
@@ -151,13 +147,7 @@ def _ratio(scores: list[Score]) -> dict[str, str]:
 
 
 def eval_results(results: Results, data_name: str, data_id: str | None) -> list[EvalResult]:
-    """Return the scores in the form of the Hub's model-index.
-
-    Args:
-        results: Results of the run.
-        data_name: Name of the data as shown.
-        data_id: Name of the data on the Hub, if it has one.
-    """
+    """Return the scores in the form of the Hub's model-index, with the data's name on the Hub, if it has one."""
     entries = []
     for score in results.scores:
         name = f"{score.metric}, {score.text}"

@@ -49,22 +49,8 @@ def publish(
     """Upload a folder's model with its card in one commit, so that readers never see a partial model.
 
     After an interruption it can be called again; large files that were uploaded are not sent twice. Files of an earlier
-    push that loaders would take for parts of this model are deleted in the same commit, see `stale_files`.
-
-    Args:
-        folder: Result of `open_folder`.
-        repo_id: `namespace/name` on the Hub, created if missing.
-        origin: Base model, license and data, where the folder's results do not say.
-        private: Whether to create a private repository; by default as the account is set.
-        revision: Branch, created if missing; `main` by default.
-        token: Access token of the Hub; by default that of `hf auth login` or HF_TOKEN.
-        create_pr: Whether to open a pull request instead.
-        commit_message: Title of the commit.
-        commit_description: Description of the commit.
-        tags: Tags to add to the card.
-
-    Returns:
-        The commit.
+    push that loaders would take for parts of this model are deleted in the same commit, see `stale_files`. Arguments
+    are those of `push` and of `huggingface_hub.HfApi.create_commit`; `tags` are added to the card.
 
     Raises:
         PushError: If there is no token, the Hub refuses, or the connection fails. No message contains the token.
@@ -103,16 +89,9 @@ def publish(
 
 
 def write_card(directory: str | Path, name: str) -> Path:
-    """Write the model card of a run into its model's folder.
+    """Write the model card of a run into its model's folder, and return its path. `name` has no namespace.
 
     Each push rewrites the card; text that somebody adds around it stays.
-
-    Args:
-        directory: Argument of `open_folder`.
-        name: Name of the model on the Hub, without the namespace.
-
-    Returns:
-        Path of the README.md.
 
     Raises:
         PushError: If there is no model, or a file that must not be shared.

@@ -28,13 +28,10 @@ _PATIENCE = 2
 def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int) -> Tensor:
     """Concatenate all documents, each followed by the end-of-text token, and cut them into blocks.
 
-    Args:
-        documents: Texts, in order.
-        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
-        block_size: Number of tokens per block.
+    The tokenizer's other special tokens are not added. Tokens that do not fill a last block are dropped.
 
     Returns:
-        Token ids, int64. Tokens that do not fill a last block are dropped. Shape: (num_blocks, block_size).
+        Token ids, int64. Shape: (num_blocks, block_size).
 
     Raises:
         ConfigError: If `block_size` is less than 2, or the tokenizer has no end-of-text token.
@@ -47,17 +44,9 @@ def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBa
 
 
 def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """Concatenate all documents, each followed by the end-of-text token.
+    """Concatenate all documents, each followed by the end-of-text token, int64. Shape: (tokens,).
 
-    Args:
-        documents: Texts, in order.
-        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
-
-    Returns:
-        Token ids, int64. Shape: (tokens,).
-
-    Raises:
-        ConfigError: If the tokenizer has no end-of-text token.
+    The tokenizer's other special tokens are not added.
     """
     # A list of Python integers would take four times the memory.
     token_ids = array("q")
@@ -67,11 +56,7 @@ def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerB
 
 
 def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
-    """Return the number of blocks that the tokens of some documents fill.
-
-    Raises:
-        DataError: If there are too few tokens for one block.
-    """
+    """Return the number of blocks that tokens fill. Raises DataError if there are too few for one."""
     if num_tokens < block_size:
         raise DataError(
             f"{num_documents:,} documents have {num_tokens:,} tokens, less than one block of {block_size:,}; "
@@ -83,14 +68,9 @@ def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
 def document_windows(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int
 ) -> list[list[Tensor]]:
-    """Cut each document, followed by the end-of-text token, into its own windows.
+    """Cut each document, followed by the end-of-text token, into its own windows of at most `block_size` tokens.
 
     A statistic can then be computed per document and paired with that of the same document after an attack.
-
-    Args:
-        documents: Texts, in order.
-        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
-        block_size: Number of tokens per window. A document's last window may be shorter.
 
     Returns:
         The windows of each document, int64, in order and without overlap. A last window of one token has nothing to
@@ -114,11 +94,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, blocks: Tensor) -> None:
-        """Wrap blocks of token ids.
-
-        Args:
-            blocks: Token ids, int64. Shape: (num_blocks, block_size).
-        """
+        """Wrap blocks of token ids, int64. Shape: (num_blocks, block_size)."""
         self.blocks = blocks
 
     def __len__(self) -> int:
@@ -147,11 +123,7 @@ def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase
 
 
 def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the id of the end-of-text token.
-
-    Raises:
-        ConfigError: If the tokenizer has none.
-    """
+    """Return the id of the end-of-text token. Raises ConfigError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{type(tokenizer).__name__} has no end-of-text token; set its `eos_token`")
     return tokenizer.eos_token_id
@@ -171,14 +143,9 @@ NO_LABEL = -100
 
 
 def pad_rows(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
-    """Pad rows on the right, where no token of a causal model sees the padding, whatever the tokenizer's padding side.
+    """Pad `input_ids` and `labels`, and make an `attention_mask`. Shape of each: (rows, longest), int64.
 
-    Args:
-        rows: Rows with `input_ids` and `labels` of the same length.
-        pad_id: Id of the padding token.
-
-    Returns:
-        `input_ids`, `labels` and `attention_mask`. Shape of each: (rows, longest), int64.
+    Padding is on the right, where no token of a causal model sees it, whatever the tokenizer's padding side.
     """
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -192,11 +159,7 @@ def pad_rows(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[s
 
 @dataclass(frozen=True)
 class PadCollator:
-    """Data collator that pads with `pad_rows`.
-
-    Args:
-        pad_id: Id of the padding token.
-    """
+    """Data collator that pads with `pad_rows`."""
 
     pad_id: int
 

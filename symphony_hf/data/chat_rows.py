@@ -61,8 +61,7 @@ class RowSettings:
 def training_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the chat template that TRL replaces the tokenizer's with for `assistant_only_loss`; None for its own.
 
-    Raises:
-        ConfigError: If the tokenizer's template does not mark the assistant's tokens, and TRL knows no replacement.
+    Raises ConfigError if the tokenizer's template does not mark the assistant's tokens, and TRL knows no replacement.
     """
     if _GENERATION.search(tokenizer.get_chat_template()):
         return None
@@ -80,13 +79,7 @@ def training_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 def check_row(
     row: Mapping[str, Any], settings: RowSettings, tokenizer: "PreTrainedTokenizerBase", block_size: int
 ) -> dict[str, Any]:
-    """Convert a row to the columns that TRL reads, and check it.
-
-    Args:
-        row: Row with the columns of `settings.layout`.
-        settings: Settings of the layout and the loss.
-        tokenizer: The model's.
-        block_size: Maximum number of tokens that TRL keeps of a row.
+    """Convert a row to the columns that TRL reads, and check it. TRL keeps `block_size` tokens of it at most.
 
     Returns:
         `messages`, `prompt` and `completion`, or `text`; and `problem`.

@@ -74,14 +74,7 @@ def corpus_of(section: "DataSection") -> Corpus:
 
 
 def hub_name(path: str, config: str | None = None) -> tuple[str, str | None]:
-    """Split the name of a data set of the Hub from its configuration.
-
-    Args:
-        path: `owner/name` or `owner/name:configuration`.
-        config: Configuration, if `path` does not give it.
-
-    Returns:
-        The name, and the configuration or None.
+    """Split `owner/name` or `owner/name:configuration` of a data set of the Hub. `config` is used if the name has none.
 
     Raises:
         DataError: If `path` cannot be a name on the Hub, or two different configurations are given.

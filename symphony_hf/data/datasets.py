@@ -26,14 +26,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def load_table(path: Path) -> "Dataset":
-    """Read the rows of a local table.
-
-    Args:
-        path: File with one of the suffixes in `TABLE_FORMATS`.
-
-    Raises:
-        DataError: If the file cannot be parsed, or has no rows.
-    """
+    """Read the rows of a local table. Raises DataError if it cannot be parsed or has none."""
     import datasets
 
     suffix = path.suffix.lower()
@@ -46,13 +39,9 @@ def load_table(path: Path) -> "Dataset":
 
 
 def load_hub(name: str, config: str | None, revision: str | None, instead: str) -> "DatasetDict":
-    """Read all splits of a data set of the Hub.
+    """Read all splits of a data set of the Hub, at the head of the main branch if `revision` is None.
 
-    Args:
-        name: Name of the data set: `owner/name`.
-        config: Configuration, if the data set needs one.
-        revision: Branch, tag or commit; the head of the main branch when None.
-        instead: Alternative for the user, for the error message.
+    `instead` is an alternative for the user, for the error message.
 
     Raises:
         DataError: If there is no such data set, or it cannot be reached.
@@ -66,19 +55,10 @@ def load_hub(name: str, config: str | None, revision: str | None, instead: str) 
 def open_hub(
     name: str, config: str | None, revision: str | None, instead: str
 ) -> tuple[dict[str, "IterableDataset"], str | None]:
-    """Open all splits of a data set of the Hub as streams.
-
-    Args:
-        name: Name of the data set: `owner/name`.
-        config: Configuration, if the data set needs one.
-        revision: Branch, tag or commit; the head of the main branch when None.
-        instead: Alternative for the user, for the error message.
+    """Open all splits of a data set of the Hub as streams, as `load_hub` reads them.
 
     Returns:
         The splits by their names, and the commit, if it is known.
-
-    Raises:
-        DataError: If there is no such data set, or it cannot be reached.
     """
     import datasets
 
@@ -88,11 +68,7 @@ def open_hub(
 
 
 def open_table(path: Path) -> "IterableDataset":
-    """Open a local table as a stream.
-
-    Args:
-        path: File with one of the suffixes in `TABLE_FORMATS`.
-    """
+    """Open a local table as a stream."""
     import datasets
 
     suffix = path.suffix.lower()

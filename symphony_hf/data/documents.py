@@ -31,15 +31,9 @@ Rows = TypeVar("Rows")
 
 
 def rename_splits(loaded: Mapping[Any, Rows], source: str, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, Rows]:
-    """Return the splits of a data set by our names.
+    """Return the splits of a data set by our names. The first of the names that the source has is used.
 
-    Args:
-        loaded: Splits by the names of the source.
-        source: Name of the data set, for the error message.
-        names: Names in data sets -> our names. The first name that the source has is used.
-
-    Raises:
-        DataError: If there is no train split.
+    Raises DataError if there is no train split.
     """
     found: dict[str, Rows] = {}
     for name, split in names.items():
@@ -93,14 +87,9 @@ def by_text(document: Document) -> str:
 
 
 def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, list[Document]]:
-    """Cut the held-out splits that a source does not have from its train split; see `assign_splits`.
+    """Cut the held-out splits that a source does not have from its train split by a key of each document.
 
-    Args:
-        given: Documents by split, including "train".
-        key: Split key of a document, `by_name` or `by_text`.
-
-    Returns:
-        Documents of all three splits, in their given order.
+    See `assign_splits`. Documents are in their given order; keys are `by_name` or `by_text`.
     """
     splits: dict[str, list[Document]] = {"train": [], **{split: list(given.get(split, ())) for split in HELD_OUT}}
     missing = [split for split in HELD_OUT if split not in given]
@@ -111,18 +100,11 @@ def complete_splits(given: Splits, key: Callable[[Document], str]) -> dict[str, 
 
 
 def assign_splits(keys: Iterable[str | None], missing: Sequence[str]) -> list[str]:
-    """Assign keys to train and to the splits that are missing, by the hash of each key alone.
+    """Assign keys to train and to the splits that are missing, by the hash of each key alone. Returns each key's split.
 
-    A split that the hashes leave empty, as they may with few keys, gets the key of the smallest hash that the others
-    can spare.
-
-    Args:
-        keys: Keys in the order of their rows. Equal keys are in the same split; None, for a row without text, stays in
-            train and fills no split.
-        missing: Splits to cut from train.
-
-    Returns:
-        The split of each key. A split is empty only if there are fewer different keys than splits.
+    Equal keys are in the same split; None, for a row without text, stays in train. A split that the hashes leave empty,
+    as they may with few keys, gets the key of the smallest hash that the others can spare. It is empty only if there
+    are fewer different keys than splits.
     """
     digests = [None if key is None else _digest(key) for key in keys]
     assigned: dict[bytes, str] = {}
@@ -154,19 +136,7 @@ def _split_of_digest(digest: bytes) -> str:
 
 
 def build_corpus(splits: Splits, source: str, commit: str | None = None) -> Corpus:
-    """Build a corpus from the documents that have text.
-
-    Args:
-        splits: Documents of all three splits.
-        source: Description of the source, for reports and errors.
-        commit: Commit of a data set of the Hub, if it is known.
-
-    Returns:
-        The corpus. No split is empty.
-
-    Raises:
-        DataError: If a split has no text.
-    """
+    """Build a corpus from the documents that have text. No split is empty: that raises DataError."""
     kept = {split: [document for document in splits[split] if document.text.strip()] for split in splits}
     counts = ", ".join(f"{len(documents):,} {split}" for split, documents in kept.items())
     for split, documents in kept.items():

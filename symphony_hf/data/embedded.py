@@ -34,16 +34,11 @@ _ENOUGH = 1_000_000
 
 
 def embedded_corpus() -> Corpus:
-    """Read the source files of the running Python's standard library, each one document.
+    """Read the source files of the running Python's standard library, each one document, sorted by path.
 
     Nothing is downloaded or stored. Files are split by the hash of their path, so a file is in the same split on every
-    machine. The text varies slightly between versions of Python; `source` names the version.
-
-    Returns:
-        Documents sorted by path. Of files with equal text, the first is kept.
-
-    Raises:
-        DataError: If this Python comes without its sources.
+    machine. The text varies slightly between versions of Python; `source` names the version. Of files with equal text,
+    the first is kept. A Python without its sources raises DataError.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents: dict[str, Document] = {}  # by text
@@ -98,14 +93,10 @@ class Described(NamedTuple):
 
 
 def described_names() -> list[Described]:
-    """Collect the public names of well-known modules whose docstring begins with a sentence.
+    """Collect the public names of well-known modules whose docstring begins with a sentence, with that sentence.
 
-    Returns:
-        Names and summaries, sorted by module and name. Of names with equal summaries, the first is kept, so a summary
-        identifies its name.
-
-    Raises:
-        DataError: If this Python has no docstrings.
+    They are sorted by module and name. Of names with equal summaries, the first is kept, so a summary identifies its
+    name. A Python without docstrings raises DataError.
     """
     found: dict[str, Described] = {}  # by summary
     for name, value in _public_objects():

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 def read_table(path: Path, text_column: str, lines: bool = False) -> list[Document]:
     """Read the rows of a local table as documents named `<file>[<row>]`.
 
-    Args:
-        path: File with one of the suffixes in `TABLE_FORMATS`.
-        text_column: Column that holds the text.
-        lines: Whether rows are the lines of one text, which is cut into documents as a text file is.
-
-    Returns:
-        Documents in the order of the rows.
+    With `lines`, rows are the lines of one text, which is cut into documents as a text file is.
 
     Raises:
         DataError: If the file cannot be parsed, or the column is missing or is not text.
@@ -35,14 +29,7 @@ def read_table(path: Path, text_column: str, lines: bool = False) -> list[Docume
 def read_hub(
     name: str, config: str | None, text_column: str, revision: str | None = None, lines: bool = False
 ) -> tuple[dict[str, list[Document]], str | None]:
-    """Read the rows of a data set of the Hub as documents named `<split>[<row>]`.
-
-    Args:
-        name: Name of the data set: `owner/name`.
-        config: Configuration, if the data set needs one.
-        text_column: Column that holds the text.
-        revision: Branch, tag or commit; the head of the main branch when None.
-        lines: Whether rows are the lines of one text, which is cut into documents as a text file is.
+    """Read the rows of a data set of the Hub as documents named `<split>[<row>]`. Arguments: `load_hub`, `read_table`.
 
     Returns:
         Documents by split, and their commit, if it is known. A missing validation or test split is cut from train by
@@ -86,14 +73,8 @@ _SPLIT_SUFFIXES = (TEXT_SUFFIXES | TABLE_FORMATS.keys()) - {".py"}
 def read_file(path: Path, text_column: str, lines: bool = False) -> dict[str, list[Document]]:
     """Read one file as documents, split by the hash of their text.
 
-    Args:
-        path: Text file, which is cut at blank lines into documents of about 2,000 characters; or table, whose rows are
-            the documents.
-        text_column: Column of a table that holds the text.
-        lines: Whether rows of a table are the lines of one text, which is cut as a text file is.
-
-    Returns:
-        Documents by split.
+    A text file is cut at blank lines into documents of about 2,000 characters. The rows of a table are the documents,
+    or, with `lines`, the lines of a text file.
 
     Raises:
         DataError: If the file is neither UTF-8 text nor a readable table.
@@ -102,19 +83,12 @@ def read_file(path: Path, text_column: str, lines: bool = False) -> dict[str, li
 
 
 def read_folder(folder: Path, text_column: str, lines: bool = False) -> dict[str, list[Document]]:
-    """Read a folder, with its own splits if it has any.
+    """Read a folder of text files at any depth, each one document, with its own splits if it has any.
 
     A folder has splits if one entry is named after train (`train.txt`, `wiki.train.tokens`,
     `train-00000-of-00002.parquet`, or the subfolder `train`) and another after validation (or `valid`, `val`, `dev`) or
-    test. Other entries are then ignored.
-
-    Args:
-        folder: Folder of text files at any depth, each one document. Hidden and unfinished files are ignored.
-        text_column: Column that holds the text, in tables named after a split.
-        lines: Whether rows of a table are the lines of one text, which is cut as a text file is.
-
-    Returns:
-        Documents by split. Missing splits are cut from train by the hash of the file's path or the document's text.
+    test. Other entries are then ignored, as hidden and unfinished files always are. Missing splits are cut from train
+    by the hash of the file's path or the document's text. `text_column` and `lines` are for tables named after a split.
 
     Raises:
         DataError: If there is no text file, or one is not UTF-8.

@@ -41,11 +41,7 @@ _LENGTH = "num_tokens"
 class LabelledQuestions(Dataset[dict[str, list[int]]]):
     """Dataset of questions and their right answers for the Trainer. Only the answer's tokens are in the loss.
 
-    Args:
-        rows: Table with the columns `prompt`, `choices` and `answer`; see `Question`.
-
-    Attributes:
-        rows: The table.
+    Its `rows` are a table with the columns `prompt`, `choices` and `answer`; see `Question`.
     """
 
     def __init__(self, rows: "Table") -> None:
@@ -139,17 +135,7 @@ def read_glue(path: str | None, name: str, revision: str | None, notes: list[str
 
 
 def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tokenizer: Any) -> Question:
-    """Return a task's question about sentences, in tokens.
-
-    Args:
-        task: Task with the prompt and the answers.
-        sentences: Sentences by the task's columns.
-        answer: Index of the right answer.
-        tokenizer: The model's tokenizer.
-
-    Raises:
-        DataError: If the tokenizer cannot tell the answers apart.
-    """
+    """Return a task's question about sentences, by column, in tokens. `answer` is the index of the right answer."""
     prompt = task.prompt.format(**{column: sentences[column] for column in task.columns})
     return Question(*tokenize_choices([f"{prompt} {choice}" for choice in task.answers], tokenizer), answer)
 

@@ -113,11 +113,7 @@ STAND_IN = GlueTask(
 
 
 def find_task(name: str) -> GlueTask:
-    """Return the task of a name.
-
-    Raises:
-        DataError: If there is none, or its answers are not words to choose from.
-    """
+    """Return the task of a name. Raises DataError if there is none, or its answers are not words to choose from."""
     if name in _REFUSED:
         raise DataError(f"data.name: GLUE's `{name}` is not supported: {_REFUSED[name]}; there are {', '.join(TASKS)}")
     if name not in TASKS:

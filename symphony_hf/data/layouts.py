@@ -20,12 +20,7 @@ TEXT_COLUMN = "text"
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns that hold what a model is trained on.
-
-    Args:
-        columns: Column names in the source.
-        conversational: Whether the columns hold messages, which the chat template renders; plain text otherwise.
-    """
+    """Columns of a source that hold what a model is trained on: messages, if conversational, or plain text."""
 
     columns: tuple[str, ...]
     conversational: bool = True
@@ -45,16 +40,11 @@ _CANDIDATES = (("messages",), ("conversations",), ("prompt", "completion"))
 
 
 def find_layout(rows: "Dataset", text_column: str, where: str) -> Layout:
-    """Return the layout of a table.
-
-    Args:
-        rows: The table. Columns of no layout are ignored.
-        text_column: Column of plain text, which is read where there is no other layout.
-        where: Description of the table for errors.
+    """Return the layout of a table. Columns of no layout are ignored; `text_column` is read if there is no other.
 
     Raises:
-        DataError: If the columns are of no layout, or of several; if they have images or tokens instead of text; or
-            if a column holds both text and messages.
+        DataError: If the columns are of no layout, or of several; if they have images or tokens instead of text; or if
+            a column holds both text and messages.
     """
     names = set(rows.column_names)
     if names & {"image", "images"}:
@@ -80,11 +70,7 @@ def find_layout(rows: "Dataset", text_column: str, where: str) -> Layout:
 
 
 def _holds_text(rows: "Dataset", column: str, where: str) -> bool:
-    """Return whether a column holds text rather than messages.
-
-    Raises:
-        DataError: If it holds both, as a table read from JSON can.
-    """
+    """Return whether a column holds text rather than messages. One that holds both, as from JSON, raises DataError."""
     import datasets
 
     feature = rows.features[column]
@@ -102,11 +88,7 @@ def _holds_text(rows: "Dataset", column: str, where: str) -> bool:
 
 
 def _refuse(rows: "Dataset", where: str) -> NoReturn:
-    """Name the column that is missing.
-
-    Raises:
-        DataError: Always.
-    """
+    """Raise DataError, with the column that is missing."""
     names = set(rows.column_names)
     if {"instruction", "output"} <= names:
         raise DataError(
@@ -124,17 +106,7 @@ def _refuse(rows: "Dataset", where: str) -> NoReturn:
 
 
 def check_arguments(layout: Layout, section: "DataSection", train: Mapping[str, Any], where: str) -> None:
-    """Refuse settings that have no effect on a layout, or contradict the data section.
-
-    Args:
-        layout: Layout of the data.
-        section: Data section of the recipe.
-        train: Train section of the recipe.
-        where: Description of the data for errors.
-
-    Raises:
-        ConfigError: If there is such a setting.
-    """
+    """Refuse settings that have no effect on a layout, or contradict the data section."""
     data = f"{where} has {layout.describe()}"
     if train.get("completion_only_loss") and not layout.has_completion:
         instead = ", or set `assistant_only_loss: true`" if layout.conversational else ""

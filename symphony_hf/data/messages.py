@@ -25,9 +25,7 @@ def to_messages(
 ) -> tuple[list[Message], str]:
     """Convert one conversation to the form that chat templates take.
 
-    Args:
-        turns: Turns with `role` and `content`, or ShareGPT's `from` and `value`. Other fields are kept.
-        roles: Known names of roles -> the names that chat templates use.
+    Turns have `role` and `content`, or ShareGPT's `from` and `value`. Other fields are kept.
 
     Returns:
         The messages, and their problem: empty, or `<what>: <which>`.

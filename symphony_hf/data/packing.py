@@ -32,16 +32,9 @@ below it, in bfloat16 too; families that do not separate documents were above 0.
 class TokenBlocks(Dataset[dict[str, Tensor]]):
     """Dataset of blocks cut from concatenated documents, for the Trainer. The model shifts the labels.
 
-    There is no attention mask because there is no padding. Tokens that do not fill a last block are dropped.
-
-    Args:
-        store: Tokens of the documents.
-        block_size: Number of tokens per block.
-        packing: Whether each document, or the part of it in the block, attends only to itself. Its first token is then
-            not in the loss, since nothing precedes it.
-
-    Raises:
-        DataError: If there are too few tokens for one block.
+    There is no attention mask because there is no padding. Tokens that do not fill a last block are dropped. With
+    `packing`, each document, or the part of it in the block, attends only to itself; its first token is then not in the
+    loss, since nothing precedes it. Too few tokens for one block raise DataError.
     """
 
     def __init__(self, store: TokenStore, block_size: int, packing: bool = False) -> None:
@@ -67,16 +60,10 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
 
 def make_block(tokens: np.ndarray, starts: np.ndarray | None = None) -> dict[str, Tensor]:
-    """Build the Trainer's inputs for one block.
+    """Build the Trainer's inputs for one block: `input_ids` and `labels`. Shape of each: (block_size,).
 
-    Args:
-        tokens: Token ids of the block, int64. Shape: (block_size,).
-        starts: Ascending indices at which documents begin, for documents that attend only to themselves. Tokens before
-            the first are the end of another document. None if every token attends to all before it.
-
-    Returns:
-        `input_ids` and `labels`. With `starts`, first tokens of documents are not in the loss, and `position_ids`
-        restart at 0 with each document. Shape of each: (block_size,).
+    `starts` are ascending indices at which documents begin, for documents that attend only to themselves. Tokens before
+    the first are the end of another document. First tokens are then not in the loss, and `position_ids` restart at 0.
     """
     labels = tokens.copy()
     if starts is None:
@@ -91,16 +78,10 @@ def make_block(tokens: np.ndarray, starts: np.ndarray | None = None) -> dict[str
 
 @torch.no_grad()
 def check_packing(model: "PreTrainedModel") -> None:
-    """Refuse a model whose packed documents influence each other.
+    """Refuse a model whose packed documents influence each other, or that takes no positions.
 
     Recurrent layers ignore positions, and so does the attention of some families; no setting says which. So the check
     runs the model on two documents: the logits of the second must not change with the first.
-
-    Args:
-        model: Model to train, or a small one of its family with random weights.
-
-    Raises:
-        DataError: If the logits change, or the model takes no positions.
     """
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:

@@ -48,15 +48,9 @@ _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "imagecorruptions": "im
 
 
 def require(module: str, purpose: str, extra: str = "vision") -> None:
-    """Check that a module is installed.
+    """Check that a module is installed. If not, the DataError has the command that installs the extra.
 
-    Args:
-        module: Name of the module.
-        purpose: What needs it, in the plural, for the error message.
-        extra: Extra of this package that installs it.
-
-    Raises:
-        DataError: If it is not installed. The message has the command that installs it.
+    `purpose` is what needs it, in the plural.
     """
     if importlib.util.find_spec(module) is None:
         package = _PACKAGES.get(module, module)
@@ -64,15 +58,9 @@ def require(module: str, purpose: str, extra: str = "vision") -> None:
 
 
 def check_lengths(section: "DataSection", config: "PretrainedConfig") -> None:
-    """Check that the model has positions for the longest sequence.
+    """Check that the model has positions for the longest sequence, of `block_size` tokens for every kind of data.
 
-    Args:
-        section: Data section; `block_size` is the maximum length of a sequence for every kind.
-        config: Config of the model. Of a vision-language model, its text config counts. Without
-            `max_position_embeddings`, there is no limit.
-
-    Raises:
-        DataError: If sequences may be longer.
+    Of a vision-language model, its text config counts. Without `max_position_embeddings`, there is no limit.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and section.block_size > most:
@@ -86,13 +74,8 @@ def check_lengths(section: "DataSection", config: "PretrainedConfig") -> None:
 class Step:
     """Function of a row with its settings, for `Dataset.map`.
 
-    `datasets` caches the results of a step, and identifies a function by its name. The step includes the version of
-    this package, since the function may differ in another version.
-
-    Args:
-        function: Function of a row, defined at the top level of a module.
-        settings: Keyword arguments of the function.
-        version: Version of this package.
+    `datasets` caches the results of a step, and identifies a function by its name, at the top level of a module. The
+    step includes the version of this package, since the function may differ in another version.
     """
 
     function: Callable[..., dict[str, Any]]

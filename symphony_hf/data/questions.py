@@ -29,33 +29,19 @@ class Question(NamedTuple):
 
 
 def tokenize_choices(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[list[int]]]:
-    """Tokenize texts with a common beginning, and split it from the rest of each.
+    """Tokenize texts, the prompt followed by each answer, and split the common beginning from the rest of each.
 
-    Whole texts are tokenized because a token may cross the end of the prompt.
-
-    Args:
-        texts: The prompt followed by each answer.
-        tokenizer: The model's tokenizer, which adds its usual special tokens.
-
-    Returns:
-        The common token ids, and the remaining token ids of each text.
-
-    Raises:
-        DataError: If the tokens of one text are a prefix of another's.
+    Whole texts are tokenized because a token may cross the end of the prompt. Raises DataError if the tokens of one
+    text are a prefix of another's.
     """
     token_ids = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
     return split_shared(token_ids, texts)
 
 
 def split_shared(token_ids: Sequence[list[int]], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Split the common prefix of sequences of token ids from the rest of each.
+    """Split the common prefix of two or more sequences of token ids from the rest of each.
 
-    Args:
-        token_ids: One sequence per text, two or more.
-        texts: The texts, for the error message.
-
-    Raises:
-        DataError: If one sequence is a prefix of another.
+    Raises DataError, with the text, if one sequence is a prefix of another.
     """
     length = common_length(*token_ids)
     for ids, text in zip(token_ids, texts, strict=True):

@@ -64,11 +64,7 @@ def read_rows(
 
 
 def require_columns(rows: "Dataset", wanted: Sequence[str], where: str) -> None:
-    """Check that rows have some columns.
-
-    Raises:
-        DataError: If one is missing. The message names the columns that are there.
-    """
+    """Check that rows have some columns. The DataError names the columns that are there."""
     for column in wanted:
         if column not in rows.column_names:
             found = ", ".join(f"`{name}`" for name in rows.column_names)
@@ -80,13 +76,7 @@ def require_columns(rows: "Dataset", wanted: Sequence[str], where: str) -> None:
 def cut_held_out(
     splits: Mapping[str, "Dataset"], key: Callable[[dict[str, Any]], str], wanted: Sequence[str] = HELD_OUT
 ) -> dict[str, "Dataset"]:
-    """Cut the wanted splits that a source does not have from its train split; see `assign_splits`.
-
-    Args:
-        splits: Rows by split, including "train".
-        key: Split key of a row. Rows with equal keys are in the same split.
-        wanted: Held-out splits to return.
-    """
+    """Cut the wanted splits that a source does not have from train by a key of each row; see `assign_splits`."""
     missing = [split for split in wanted if split not in splits]
     if not missing:
         return dict(splits)
@@ -152,15 +142,7 @@ PROBLEM = "problem"
 
 
 def without_problems(rows: "Dataset", where: str, notes: list[str]) -> "Dataset":
-    """Drop the rows that have a problem.
-
-    Args:
-        rows: Rows with the column `problem`, which is removed.
-        where: Description of the rows, for notes and errors.
-        notes: List that a note is added to if any row is dropped.
-
-    Returns:
-        The other rows, in their order.
+    """Drop the rows with a `problem`, and this column. The order stays, and a note says how many were dropped.
 
     Raises:
         DataError: If more than a tenth of the rows have a problem, or no row is left.

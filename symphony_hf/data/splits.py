@@ -19,13 +19,7 @@ _NOT_TEXT = re.compile(r"(readme|contents|cats|licen[cs]e)(\.\w+)?", re.IGNORECA
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """Split of a corpus on the disk.
-
-    Attributes:
-        folder: Folder of the documents.
-        num_documents: Number of documents, one file each.
-        num_words: Number of words, separated by whitespace, in all documents.
-    """
+    """Folder of a split of a corpus, and the numbers of its documents, one file each, and words."""
 
     folder: Path
     num_documents: int
@@ -71,11 +65,7 @@ def prepare_split(
 
 
 def _add(texts: dict[PurePosixPath, str], name: PurePosixPath, text: str, source: Path) -> None:
-    """Add a document under the path of its file.
-
-    Raises:
-        DataError: If another document has the path, or a file has the name of its folder.
-    """
+    """Add a document under the path of its file, which no other document and no folder may have."""
     file = name.with_name(f"{name.name}.txt")
     for taken in (file, *file.parents):
         if taken in texts:

@@ -31,13 +31,7 @@ HELD_OUT_DOCUMENTS = 500
 
 
 class TextStream(NamedTuple):
-    """Stream of training blocks, with held-out documents in memory.
-
-    Attributes:
-        blocks: Blocks with the columns of `TokenBlocks`.
-        held_out: Documents of `validation` and `test`.
-        revision: Commit of a data set of the Hub, if it is known.
-    """
+    """Stream of training blocks with the columns of `TokenBlocks`, and held-out documents in memory."""
 
     blocks: "IterableDataset"
     held_out: dict[str, list[Document]]
@@ -83,17 +77,7 @@ def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", se
 
 
 def sample_stream(section: "DataSection") -> Corpus:
-    """Read the first training documents of a stream, to train a tokenizer on.
-
-    Args:
-        section: Data section of a recipe.
-
-    Returns:
-        A corpus of the first `SHUFFLED` documents, with empty held-out splits.
-
-    Raises:
-        DataError: If the source cannot be streamed, or has no such column.
-    """
+    """Read the first `SHUFFLED` training documents of a stream as a corpus, to train a tokenizer on."""
     splits, revision = _open(section)
     assert section.path is not None  # `_open` refuses it
     column, missing = section.text_column, [split for split in HELD_OUT if split not in splits]

@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
     """Read documents, tokenize them (or find them tokenized), and cut them into blocks.
 
-    Args:
-        section: Data section of a recipe.
-        tokenizer: The model's tokenizer.
-        seed: Seed of the order in which a stream is read.
-
-    Returns:
-        Splits of blocks, and the test documents. The train split of a stream is iterable.
+    Returns splits of blocks, and the test documents. The train split of a stream is iterable, in an order by the seed.
 
     Raises:
         DataError: If there is no such text, too little of it, or it cannot be streamed.

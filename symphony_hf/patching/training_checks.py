@@ -50,11 +50,7 @@ def left_out(
 
 
 def fingerprint(graph: ExpertGraph) -> Tensor:
-    """Hash a graph's bits by position, together with its number of updates.
-
-    Returns:
-        An int64 scalar. Products and sums wrap around in it.
-    """
+    """Hash a graph's bits by position, with its number of updates, to an int64 scalar. Sums wrap around."""
     bits = graph.adjacency.detach().contiguous().view(torch.int32).flatten().long()
     places = torch.arange(1, len(bits) + 1, device=bits.device) * _MULTIPLIER
     mixed = (bits + 1) * (places | 1)
@@ -111,11 +107,7 @@ class TrainingChecks:
             warnings.warn(message, SymphonyWarning, stacklevel=3)
 
     def refuse_join(self) -> None:
-        """Refuse uneven numbers of batches, which `Join` allows: every commit sums the counts of all ranks.
-
-        Raises:
-            PatchError: If the forward under way is DistributedDataParallel's, inside `Join`.
-        """
+        """Refuse uneven numbers of batches, which `Join` allows: every commit sums the counts of all ranks."""
         if num_ranks() == 1:
             return
         wrapper = DistributedDataParallel._get_active_ddp_module()
@@ -127,13 +119,7 @@ class TrainingChecks:
             )
 
     def before_commit(self, counters: Sequence[Stack], config: SymphonyConfig, state: TrainingState) -> None:
-        """Check what the commit needs, and what training leaves unchanged although the settings say otherwise.
-
-        Args:
-            counters: The model's stacks.
-            config: The settings, the same in every router.
-            state: The model's training state.
-        """
+        """Check what the commit needs, and what training leaves unchanged although the settings say otherwise."""
         graphs = [graph for counter in counters for graph in counter.graphs]
         self._widen(graphs)
         if self.num_commits == 0 and config.graph != "frozen":
@@ -188,13 +174,7 @@ class TrainingChecks:
     def check_optimizers(
         self, state: TrainingState, routers: list[tuple[str, Any]], parameters: Iterable[nn.Parameter]
     ) -> None:
-        """Warn, once, about optimizers that were made before the routers' parameters, or without them.
-
-        Args:
-            state: The model's training state, with what its optimizers hold.
-            routers: The routers with their names.
-            parameters: The model's parameters.
-        """
+        """Warn, once, about optimizers that were made before the routers' parameters, or without them."""
         missing, number = left_out(routers, parameters, state.optimizer_parameters or set())
         state.optimizer_parameters = None
         if missing:

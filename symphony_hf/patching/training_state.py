@@ -116,11 +116,8 @@ class TrainingState:
     def note_step(self, optimizer: torch.optim.Optimizer, held: set[int], is_own: bool, is_foreign: bool) -> None:
         """Note that an optimizer has stepped.
 
-        Args:
-            optimizer: The optimizer.
-            held: Identities of its parameters.
-            is_own: Whether parameters of this model are among them.
-            is_foreign: Whether parameters of another Symphony model are among them.
+        `held` are identities of its parameters. `is_own` and `is_foreign` say whether parameters of this model, and of
+        another Symphony model, are among them.
         """
         own = self._own_optimizer() if self._own_optimizer is not None else None
         if is_own:
@@ -159,11 +156,7 @@ class TrainingState:
         self.counted.clear()
 
     def log_losses(self, losses: Sequence[Tensor]) -> None:
-        """Add the losses of a commit to those of the next log.
-
-        Args:
-            losses: For each stack, balance loss, z-loss and number of forwards. Shape of each: (routers, 3).
-        """
+        """Add the balance loss, z-loss and number of forwards of each stack's commit to those of the next log."""
         of_routers = torch.cat(list(losses))
         mean = torch.cat([of_routers[:, :2].sum(0) / len(of_routers), of_routers[:, 2].max().reshape(1)])
         noted = torch.cat([mean.unsqueeze(0), of_routers])

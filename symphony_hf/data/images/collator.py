@@ -19,13 +19,9 @@ if TYPE_CHECKING:
 
 
 class VisualRow(NamedTuple):
-    """Conversation whose images are not decoded yet.
+    """Conversation whose images are not decoded yet, with one token per image, and labels of the answers alone.
 
-    Attributes:
-        input_ids: Token ids, one token per image.
-        labels: Labels of the same length: token ids of the answers, `NO_LABEL` elsewhere.
-        images: Encoded images, in the order of their tokens.
-        stand_in: Image of another row, if this one has none.
+    `stand_in` is the image of another row, if this one has none.
     """
 
     input_ids: list[int]
@@ -37,14 +33,8 @@ class VisualRow(NamedTuple):
 class VisualConversations(Dataset[VisualRow]):
     """Dataset of conversations about images, read from the disk one at a time.
 
-    Args:
-        rows: Table with the columns `input_ids`, `labels`, `images`, `num_images` and `messages`.
-
-    Attributes:
-        rows: The table.
-
-    Raises:
-        DataError: If no row has an image.
+    Its `rows` are a table with the columns `input_ids`, `labels`, `images`, `num_images` and `messages`. One without an
+    image in any row raises DataError.
     """
 
     def __init__(self, rows: "Table") -> None:
@@ -133,8 +123,7 @@ class VisualCollator:
 def make_collator(processor: Any, pad_id: int) -> VisualCollator:
     """Build a collator; count the tokens of an image by running the processor.
 
-    Raises:
-        DataError: If the tokenizer has no token for an image, or the number of tokens depends on an image's shape.
+    Raises DataError if the tokenizer has no token for an image, or the number of tokens depends on an image's shape.
     """
     token = processor.image_token
     ids = processor.tokenizer.encode(token, add_special_tokens=False)

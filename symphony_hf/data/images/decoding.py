@@ -42,11 +42,7 @@ def encoded_problem(image: Mapping[str, Any]) -> str:
 
 
 def decode(image: EncodedImage) -> "Image":
-    """Decode one image as RGB.
-
-    Raises:
-        DataError: If it does not decode any more.
-    """
+    """Decode one image as RGB. Raises DataError if it does not decode any more."""
     import datasets
 
     try:
@@ -58,11 +54,7 @@ def decode(image: EncodedImage) -> "Image":
 
 
 def handwritten_digits() -> tuple[list[EncodedImage], list[int]]:
-    """Load scikit-learn's handwritten digits, images of 8 x 8 pixels that ship with it.
-
-    Returns:
-        The images, as PNG files in memory, and the digits that they show.
-    """
+    """Load scikit-learn's handwritten digits: PNG files of 8 x 8 pixels in memory, and the digits that they show."""
     import PIL.Image
     from sklearn.datasets import load_digits
 

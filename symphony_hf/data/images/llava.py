@@ -219,14 +219,7 @@ def _tokenized(table: "Table", renderer: Renderer, collator: VisualCollator, blo
 def tokenize_row(
     row: Mapping[str, Any], renderer: Renderer, image_id: int, tokens_per_image: int, block_size: int
 ) -> dict[str, Any]:
-    """Check one row and tokenize it.
-
-    Args:
-        row: Row with `messages`, `images` and `problem`.
-        renderer: Renderer of the chat template.
-        image_id: Id of the token that stands for an image.
-        tokens_per_image: Number of tokens of an image in the model.
-        block_size: Maximum number of tokens of a row, including those of images.
+    """Check one row with `messages`, `images` and `problem`, and tokenize at most `block_size` tokens, images included.
 
     Returns:
         `input_ids` and `labels` with one token per image; `num_images`; `num_tokens`, including those of images; and

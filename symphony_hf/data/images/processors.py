@@ -78,11 +78,8 @@ class Renderer:
 def make_renderer(processor: Any) -> Renderer:
     """Build a renderer; determine by rendering a question how the chat template takes images.
 
-    Args:
-        processor: Processor with a tokenizer. The chat template is the processor's, or else the tokenizer's.
-
-    Raises:
-        DataError: If the template drops text or images in either form.
+    The template is the processor's, or else its tokenizer's. One that drops text or images in either form raises
+    DataError.
     """
     owner = processor if processor.chat_template is not None else processor.tokenizer
     asked, answered = f"{PLACEHOLDER}\nwhich?", "this."
@@ -102,13 +99,9 @@ def make_renderer(processor: Any) -> Renderer:
 
 
 class VisualExample(NamedTuple):
-    """Question about images.
+    """Question about images, with the messages up to the right answer.
 
-    Attributes:
-        name: Origin of the question, unique in its data. It also seeds the attacks on its images.
-        messages: Messages up to the answer, with placeholders for images.
-        images: Encoded images, at least one.
-        answer: Right answer.
+    `name` is its origin, unique in its data. It also seeds the attacks on its images.
     """
 
     name: str
@@ -126,12 +119,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Asker:
-    """Builds the inputs of questions with a model's own processor.
-
-    Args:
-        processor: Processor with a tokenizer and an image processor.
-        renderer: Renderer of its chat template.
-    """
+    """Builds the inputs of questions with a model's own processor and the renderer of its chat template."""
 
     processor: Any
     renderer: Renderer
@@ -164,12 +152,9 @@ class Asker:
 
 
 def make_asker(processor: Any, notes: list[str]) -> Asker:
-    """Build an asker for a processor.
+    """Build an asker for the processor of a vision-language model.
 
-    Args:
-        processor: Processor of a vision-language model. Its tokenizer is given a chat template and a padding token if
-            it has none.
-        notes: List that a note is added to for each of them.
+    Its tokenizer is given a chat template and a padding token if it has none, with a note for each.
 
     Raises:
         DataError: If there is no token for an image, or the chat template drops text or images.

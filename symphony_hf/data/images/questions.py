@@ -32,12 +32,7 @@ def first_question(row: Mapping[str, Any]) -> tuple[list[Message], list[EncodedI
 
 
 class VisualQuestions:
-    """First question of every conversation. Images are decoded when a question is built.
-
-    Args:
-        conversations: Split of a `PreparedData`.
-        collator: Collator of the same `PreparedData`.
-    """
+    """First question of every conversation. Images are decoded when a question is built."""
 
     def __init__(self, conversations: VisualConversations, collator: VisualCollator) -> None:
         self.rows = conversations.rows
@@ -53,11 +48,7 @@ class VisualQuestions:
         return [first_question(row)[2] for row in self.rows]
 
     def choices(self, answers: Sequence[str]) -> Iterator[Question]:
-        """Yield each question with the same answers to choose from.
-
-        Raises:
-            DataError: If a right answer is not among them, or the tokenizer cannot distinguish two of them.
-        """
+        """Yield each question with the same answers to choose from, among which is the right one."""
         for number in range(len(self)):
             asked, images, answer = first_question(self.rows[number])
             if answer not in answers:
@@ -96,13 +87,7 @@ def read_visual(data: str | None, images: str | None) -> Rows:
 
 
 def visual_examples(table: "Dataset", names: list[str], where: str, notes: list[str]) -> list[VisualExample]:
-    """Return the first question of each conversation, if it has an image.
-
-    Args:
-        table: Rows of `read_visual`.
-        names: Names of the rows.
-        where: Description of the rows, for notes and errors.
-        notes: List that a note is added to if any row is left out.
+    """Return the first question of each conversation, if it has an image. Rows that are left out are in a note.
 
     Raises:
         DataError: If more than a tenth of the rows cannot be used: an image is missing or does not decode, or there is

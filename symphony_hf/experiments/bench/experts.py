@@ -63,11 +63,7 @@ class ExpertsMeasurement:
 
 
 class ExpertsLoop(nn.Module):
-    """The same experts in a list, run one after the other, with their outputs added by index.
-
-    Args:
-        moe: Layer to take the router and a copy of the experts' weights from.
-    """
+    """The router of a layer and a copy of its experts in a list, run one by one, with outputs added by index."""
 
     def __init__(self, moe: UpcycledMoE) -> None:
         super().__init__()

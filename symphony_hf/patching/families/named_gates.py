@@ -45,12 +45,9 @@ def _seen_from_inside(model: nn.Module, patterns: tuple[str, ...]) -> tuple[str,
 
 
 def find_gates(model: nn.Module, patterns: tuple[str, ...], top_k: int | None) -> list[FoundRouter]:
-    """Return the modules whose names match.
+    """Return the modules whose names match shell-style patterns, such as `*.mlp.gate`.
 
-    Args:
-        model: Any model.
-        patterns: Shell-style patterns of module names, such as `*.mlp.gate`.
-        top_k: Experts chosen per token, by their highest logits; read from each gate's block when None.
+    Without `top_k`, the number of experts per token is read from each gate's block.
 
     Raises:
         UnsupportedModelError: If a pattern matches nothing, or a module that cannot be patched.

@@ -50,12 +50,7 @@ def same_draws() -> Iterator[None]:
 
 
 def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
-    """Make CPU tensors of given ones' shapes: matrices that keep a unit variance, vectors far from zero.
-
-    Args:
-        generator: Source of the random numbers.
-        dtype: Type of floating-point tensors. If None, that of the given tensor.
-    """
+    """Make CPU tensors of given ones' shapes: matrices that keep a unit variance, vectors far from zero."""
 
     def make(tensor: Tensor) -> Tensor:
         shape = full_shape(tensor)
@@ -70,13 +65,7 @@ def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) ->
 
 
 def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = False) -> nn.Module:
-    """Copy a module without its hooks.
-
-    Args:
-        module: Module of any class. It is not changed.
-        make: Gives a tensor for each parameter and buffer.
-        training: The copy's mode.
-    """
+    """Copy a module of any class without its hooks. `make` gives a tensor for each parameter and buffer."""
     copied = type(module).__new__(type(module))
     for name, value in module.__dict__.items():
         # A forward may note things in a list or a dictionary of its own.
