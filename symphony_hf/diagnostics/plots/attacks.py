@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from symphony_hf.diagnostics.labels import short_names
 from symphony_hf.errors import EvaluationError
 
-from .curves import LINES, MARKERS
+from .curves import LINES, MARKERS, lengths
 from .figure import COLORS, save_png, shown_names
 
 _MOST_COLUMNS = 4
@@ -69,12 +69,11 @@ def _draw(
     points = {0: model["clean"][measure]} if measure in model["clean"] else {}
     own = [row for row in model["attacks"] if row["attack"] == attack and row["severity"] is not None]
     points |= {row["severity"]: row[measure] for row in own}
-    estimate, low, high = np.array([[p["estimate"], p["low"], p["high"]] for p in points.values()]).T
+    ends = [(point["estimate"], point["low"], point["high"]) for point in points.values()]
     positions = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
-    # Rounding may put an end of an interval without width past the estimate.
-    lengths = np.maximum([estimate - low, high - estimate], 0)
+    estimates = [estimate for estimate, _, _ in ends]
     style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
-    axes.errorbar(positions, estimate, lengths, label=name, capsize=3, markersize=4, linewidth=1.3, **style)
+    axes.errorbar(positions, estimates, lengths(ends), label=name, capsize=3, markersize=4, linewidth=1.3, **style)
     axes.set_xticks(range(6))
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.3)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -81,11 +80,9 @@ def finish_curves(axes: Axes, name: str) -> None:
 def _draw_intervals(
     axes: Axes, positions: Sequence[float], intervals: Iterable[HasInterval], number: int, label: str | None = None
 ) -> None:
-    estimate, low, high = np.array([[interval.estimate, interval.low, interval.high] for interval in intervals]).T
+    ends = [(interval.estimate, interval.low, interval.high) for interval in intervals]
     style: dict[str, Any] = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": "", "capsize": 4}
-    # Rounding may put an end of an interval without width past the estimate.
-    lengths = np.maximum([estimate - low, high - estimate], 0)
-    axes.errorbar(positions, estimate, lengths, label=label, **style)
+    axes.errorbar(positions, [estimate for estimate, _, _ in ends], lengths(ends), label=label, **style)
 
 
 def plot_comparison(
@@ -145,7 +142,7 @@ def _panel(height: float = 3.4) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _lengths(values: Sequence[Ends]) -> list[list[float]]:
+def lengths(values: Sequence[Ends]) -> list[list[float]]:
     """Return the lengths below and above each value; 0 without an interval or where rounding makes it negative."""
     known = [(value, value if low is None else low, value if high is None else high) for value, low, high in values]
     return [[max(value - low, 0.0) for value, low, _ in known], [max(high - value, 0.0) for value, _, high in known]]
@@ -180,7 +177,7 @@ def draw_levels(levels: Mapping[str, Mapping[str, Ends]], metric: str, percent: 
             ends = by_text[text]
             style: dict[str, Any] = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "markersize": 5}
             axes.errorbar(
-                [ends[0]], [position + shift], xerr=_lengths([ends]), capsize=3, linestyle="", label=label, **style
+                [ends[0]], [position + shift], xerr=lengths([ends]), capsize=3, linestyle="", label=label, **style
             )
             label = None  # one entry of the legend for each text
     axes.set_yticks(range(len(levels)), [plain_label(model, 28) for model in levels], fontsize=9)
@@ -213,7 +210,7 @@ def draw_attack(
         axes.errorbar(
             [position + shift for position in positions],
             [value for value, _, _ in values],
-            _lengths(values),
+            lengths(values),
             label=plain_label(model),
             color=COLORS[number % 6],
             marker=MARKERS[number % 6],

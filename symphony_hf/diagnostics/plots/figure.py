@@ -7,7 +7,8 @@ figures.
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -71,6 +72,17 @@ def shown_layers(graphs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         raise GraphError("no graphs to plot: the model has no Symphony router")
     titles, left_out = shown_names(list(graphs))
     return {title: graphs[name] for title, name in titles.items()}, left_out
+
+
+def titled_panels(figure: Figure, rows: int, columns: int, titles: Collection[str]) -> np.ndarray:
+    """Add a grid of panels with these titles; those without one are empty. Shape: (rows, columns)."""
+    axes = np.array(figure.subplots(rows, columns, squeeze=False))
+    for panel, title in zip_longest(axes.flat, titles):
+        if title is None:
+            panel.set_axis_off()
+        else:
+            panel.set_title(title, fontsize=9)
+    return axes
 
 
 def grid(num_panels: int) -> tuple[int, int]:

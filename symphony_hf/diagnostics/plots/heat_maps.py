@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from symphony_hf.diagnostics.graph_metrics import cluster_order, leaf_order, loa
 from symphony_hf.errors import EvaluationError
 from symphony_hf.routing.graph import transition_matrix
 
-from .figure import grid, save_png, shown_layers, shown_names
+from .figure import grid, save_png, shown_layers, shown_names, titled_panels
 
 
 def _percent(share: float, _: float) -> str:
@@ -34,9 +35,9 @@ def _draw_load(axes: Axes, load_E: np.ndarray, top: float) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_neighbours(axes: Axes, shares_EE: np.ndarray, order: list[int], top: float) -> AxesImage:
+def _draw_pairs(axes: Axes, values_EE: np.ndarray, order: list[int], top: float, **style: Any) -> AxesImage:
     colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.8")
-    image = axes.imshow(shares_EE[np.ix_(order, order)], cmap=colors, vmin=0, vmax=top, aspect="auto")
+    image = axes.imshow(values_EE[np.ix_(order, order)], cmap=colors, vmin=0, vmax=top, **style)
     labels = [str(expert) for expert in order] if len(order) <= 32 else []
     size = np.interp(len(order), [16, 32], [7, 5])
     axes.set_xticks(range(len(labels)), labels, fontsize=size)
@@ -81,7 +82,7 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
         above = figure.add_subplot(halves[0])
         above.set_title(title, fontsize=9)
         _draw_load(above, loads[number][order], highest)
-        image = _draw_neighbours(figure.add_subplot(halves[1]), shares[number], order, top)
+        image = _draw_pairs(figure.add_subplot(halves[1]), shares[number], order, top, aspect="auto")
     figure.supxlabel("partner (above: its load; dashed: even load)", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     extend = "max" if np.nanmax(all_shares) > top else "neither"
@@ -107,19 +108,9 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]
     rows, columns = grid(len(arrays))
     figure = Figure(figsize=(2.5 * columns + 1.2, 2.6 * rows + 0.7), layout="constrained")
     figure.suptitle(f"Similarity of experts' outputs on the same tokens (CKA){left_out}", fontsize=11)
-    axes = np.array(figure.subplots(rows, columns, squeeze=False))
-    colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.8")
-    for panel, (title, array) in zip(axes.flat, arrays.items(), strict=False):
-        order = leaf_order(1.0 - np.nan_to_num(array, nan=1.0).clip(max=1.0))
-        image = panel.imshow(array[np.ix_(order, order)], cmap=colors, vmin=0, vmax=top)
-        labels = [str(expert) for expert in order] if len(order) <= 32 else []
-        size = float(np.interp(len(order), [16, 32], [7, 5]))
-        panel.set_xticks(range(len(labels)), labels, fontsize=size)
-        panel.set_yticks(range(len(labels)), labels, fontsize=size)
-        panel.tick_params(length=0, pad=2)
-        panel.set_title(title, fontsize=9)
-    for panel in axes.flat[len(arrays) :]:
-        panel.set_axis_off()
+    axes = titled_panels(figure, rows, columns, arrays)
+    for panel, array in zip(axes.flat, arrays.values(), strict=False):
+        image = _draw_pairs(panel, array, leaf_order(1.0 - np.nan_to_num(array, nan=1.0).clip(max=1.0)), top)
     bar = figure.colorbar(image, ax=axes, fraction=0.05, aspect=30)
     bar.ax.tick_params(labelsize=8)
     bar.set_label("similarity of two experts", fontsize=9)

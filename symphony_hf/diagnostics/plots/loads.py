@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 
 from symphony_hf.errors import EvaluationError
 
-from .figure import evenly_spaced, grid, save_png, shown_names
+from .figure import evenly_spaced, grid, save_png, shown_names, titled_panels
 
 _LIMIT = 2.0
 """Limit of the colour scale, as a logarithm to base 2: four times and a quarter of the even load."""
@@ -47,15 +47,12 @@ def plot_load_history(
     height = 1.1 + 0.09 * max(tallest, 14) if tallest <= _MOST_NUMBERED else 2.4
     figure = Figure(figsize=(2.3 * columns + 1.2, height * rows + 0.9), layout="constrained")
     figure.suptitle(f"Load of each expert over time{left_out}", fontsize=11)
-    axes = np.array(figure.subplots(rows, columns, squeeze=False))
-    for position, (title, load_ET) in enumerate(arrays.items()):
-        panel = axes.flat[position]
-        panel.set_title(title, fontsize=9)
+    axes = titled_panels(figure, rows, columns, arrays)
+    for panel, load_ET in zip(axes.flat, arrays.values(), strict=False):
         order = np.argsort(-load_ET[:, -1], kind="stable")
         image = _draw(panel, load_ET[order] * len(load_ET))
         _number_experts(panel.set_yticks, order, size=6)
         _name_moments(panel, moments)
-    _clear(axes, len(arrays))
     figure.supylabel("expert, the busiest at the end on top", fontsize=9)
     _bar(figure, axes, image)
     return save_png(figure, path)
@@ -79,16 +76,13 @@ def plot_allocation(
     rows, columns = _flat_grid(len(titles))
     figure = Figure(figsize=(3.4 * columns + 2.2, (0.24 * num_domains + 0.75) * rows + 0.9), layout="constrained")
     figure.suptitle(f"Experts by domain: share of its tokens over the even share{left_out}", fontsize=11)
-    axes = np.array(figure.subplots(rows, columns, squeeze=False))
-    for position, (title, name) in enumerate(titles.items()):
-        panel = axes.flat[position]
-        panel.set_title(title, fontsize=9)
+    axes = titled_panels(figure, rows, columns, titles)
+    for position, (panel, name) in enumerate(zip(axes.flat, titles.values(), strict=False)):
         share_DE = np.array(list(allocation[name].values()), dtype=float)
         image = _draw(panel, share_DE * share_DE.shape[1] / top_k[name])
         _number_experts(panel.set_xticks, np.arange(share_DE.shape[1]), size=6)
         domains = list(allocation[name]) if position % columns == 0 else []
         panel.set_yticks(range(len(domains)), domains, fontsize=8)
-    _clear(axes, len(titles))
     figure.supxlabel("expert", fontsize=9)
     _bar(figure, axes, image)
     return save_png(figure, path)
@@ -120,11 +114,6 @@ def _name_moments(axes: Axes, moments: Sequence[str]) -> None:
         {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest * len(positions) > 22 else {}
     )
     axes.set_xticks(positions, [moments[position] for position in positions], fontsize=7, **turned)
-
-
-def _clear(axes: np.ndarray, num_panels: int) -> None:
-    for panel in axes.flat[num_panels:]:
-        panel.set_axis_off()
 
 
 def _bar(figure: Figure, axes: np.ndarray, image: AxesImage) -> Colorbar:
