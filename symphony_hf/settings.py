@@ -94,6 +94,13 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
+def check_least(where: str, least: int, **values: int | None) -> None:
+    """Refuse settings below `least`. Those that are None are not checked."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{where}: `{name}` must be at least {least}, got {value}")
+
+
 def changed_settings(settings: Any) -> dict[str, Any]:
     """Return the fields of a settings dataclass that are not at their defaults, by name."""
     values = ((field, getattr(settings, field.name)) for field in dataclasses.fields(settings))

@@ -4,12 +4,14 @@ The intervals are over documents: they tell whether the same two checkpoints wou
 this kind. How other training seeds would compare takes more training runs.
 """
 
+from typing import Any
+
 import numpy as np
 
 from symphony_hf.errors import EvaluationError
 
 from .perplexity import DocumentScores
-from .statistics import Interval, paired_bootstrap
+from .statistics import Interval, of_sums, paired_bootstrap
 
 
 def _paired_tokens(a: DocumentScores, b: DocumentScores) -> np.ndarray:
@@ -33,11 +35,8 @@ def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
     Most of its width is the varying difficulty of documents, which models share: intervals of two models may overlap
     although their difference is clear. Compare models with `compare_perplexity`.
     """
-
-    def statistic(nll: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
-        return nll.sum(axis) / tokens.sum(axis)
-
-    return paired_bootstrap((scores.nll, scores.num_tokens), statistic, seed=seed, null=None).exp()
+    mean = of_sums(lambda nll, tokens: nll / tokens)
+    return paired_bootstrap((scores.nll, scores.num_tokens), mean, seed=seed, null=None).exp()
 
 
 def compare_perplexity(
@@ -47,13 +46,10 @@ def compare_perplexity(
 
     `.exp()` of it is the interval of the ratio of perplexities.
     """
-
-    def statistic(nll_a: np.ndarray, nll_b: np.ndarray, tokens: np.ndarray, axis: int) -> np.ndarray:
-        return nll_a.sum(axis) / tokens.sum(axis) - nll_b.sum(axis) / tokens.sum(axis)
-
     tokens = _paired_tokens(a, b)
+    difference = of_sums(lambda nll_a, nll_b, tokens: nll_a / tokens - nll_b / tokens)
     weights = tokens if weights is None else weights
-    return paired_bootstrap((a.nll, b.nll, tokens), statistic, seed=seed, weights=weights, swapped=[(0, 1)])
+    return paired_bootstrap((a.nll, b.nll, tokens), difference, seed=seed, weights=weights, swapped=[(0, 1)])
 
 
 def compare_attacked(
@@ -65,13 +61,10 @@ def compare_attacked(
     numbers of tokens.
     """
     _check_versions(clean, attacked)
-
-    def statistic(nll_a: np.ndarray, num_a: np.ndarray, nll: np.ndarray, num: np.ndarray, axis: int) -> np.ndarray:
-        return nll_a.sum(axis) / num_a.sum(axis) - nll.sum(axis) / num.sum(axis)
-
+    difference = of_sums(lambda nll_a, num_a, nll, num: nll_a / num_a - nll / num)
     columns = (attacked.nll, attacked.num_tokens, clean.nll, clean.num_tokens)
     weights = clean.num_tokens if weights is None else weights
-    return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(0, 2), (1, 3)])
+    return paired_bootstrap(columns, difference, seed=seed, weights=weights, swapped=[(0, 2), (1, 3)])
 
 
 def compare_robustness(
@@ -91,13 +84,11 @@ def compare_robustness(
     attacked_tokens = _paired_tokens(attacked_a, attacked_b)
     _check_versions(clean_a, attacked_a)
 
-    def statistic(clean: np.ndarray, attacked: np.ndarray, *nll: np.ndarray, axis: int) -> np.ndarray:
-        clean, attacked = clean.sum(axis), attacked.sum(axis)
-        nll_clean_a, nll_attacked_a, nll_clean_b, nll_attacked_b = (column.sum(axis) for column in nll)
+    def difference(clean: Any, attacked: Any, *nll: Any) -> Any:
+        nll_clean_a, nll_attacked_a, nll_clean_b, nll_attacked_b = nll
         ratio_a = np.exp(nll_attacked_a / attacked - nll_clean_a / clean)
-        ratio_b = np.exp(nll_attacked_b / attacked - nll_clean_b / clean)
-        return ratio_a - ratio_b
+        return ratio_a - np.exp(nll_attacked_b / attacked - nll_clean_b / clean)
 
     columns = (clean_tokens, attacked_tokens, clean_a.nll, attacked_a.nll, clean_b.nll, attacked_b.nll)
     weights = clean_tokens if weights is None else weights
-    return paired_bootstrap(columns, statistic, seed=seed, weights=weights, swapped=[(2, 4), (3, 5)])
+    return paired_bootstrap(columns, of_sums(difference), seed=seed, weights=weights, swapped=[(2, 4), (3, 5)])

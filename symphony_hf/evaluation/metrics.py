@@ -6,12 +6,13 @@ attacked forms of each question together.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from symphony_hf.errors import EvaluationError
 
-from .statistics import Interval, paired_bootstrap
+from .statistics import Interval, of_sums, paired_bootstrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +98,7 @@ METRICS = {
 
 def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Interval:
     """Compute the 95% interval of one model's metric, a level without a verdict."""
-
-    def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
-        return metric.value(*(column.sum(axis) for column in columns))
-
-    return paired_bootstrap(metric.columns(choices), statistic, seed=seed, null=None)
+    return paired_bootstrap(metric.columns(choices), of_sums(metric.value), seed=seed, null=None)
 
 
 def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) -> Interval:
@@ -110,12 +107,11 @@ def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) ->
     first, second = metric.columns(a), metric.columns(b)
     number = len(first)
 
-    def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
-        sums = [column.sum(axis) for column in columns]
+    def difference(*sums: Any) -> Any:
         return metric.value(*sums[:number]) - metric.value(*sums[number:])
 
     swapped = [(position, number + position) for position in range(number)]
-    return paired_bootstrap([*first, *second], statistic, seed=seed, swapped=swapped)
+    return paired_bootstrap([*first, *second], of_sums(difference), seed=seed, swapped=swapped)
 
 
 def compare_changes(
@@ -130,14 +126,13 @@ def compare_changes(
     groups = [metric.columns(choices) for choices in (attacked_a, clean_a, attacked_b, clean_b)]
     number = len(groups[0])
 
-    def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
-        sums = [column.sum(axis) for column in columns]
+    def difference(*sums: Any) -> Any:
         values = [metric.value(*sums[start : start + number]) for start in range(0, 4 * number, number)]
         return (values[0] - values[1]) - (values[2] - values[3])
 
     swapped = [(position, 2 * number + position) for position in range(2 * number)]
     columns = [column for group in groups for column in group]
-    return paired_bootstrap(columns, statistic, seed=seed, swapped=swapped)
+    return paired_bootstrap(columns, of_sums(difference), seed=seed, swapped=swapped)
 
 
 def _check_pairs(a: Choices, b: Choices) -> None:

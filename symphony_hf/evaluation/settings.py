@@ -6,13 +6,12 @@ from typing import ClassVar, Literal, NamedTuple
 
 from symphony_hf.data.documents import SPLITS
 from symphony_hf.errors import ConfigError
+from symphony_hf.settings import check_least
 
 from .attacks.image import IMAGE_ATTACKS, ImageAttack, find_image_attack
 from .attacks.text import SEVERITIES, TEXT_ATTACKS, TextAttack, check_severity, find_text_attack
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-_MINIMUM = {"documents": 1, "block_size": 2, "batch_size": 1, "max_new_tokens": 1}
 
 
 class InputKind(NamedTuple):
@@ -81,10 +80,9 @@ class EvaluationSettings:
         object.__setattr__(self, "attacks", self._expand_attacks())
         for severity in self.severities:
             check_severity(severity)
-        for name, minimum in _MINIMUM.items():
-            value = getattr(self, name, None)
-            if value is not None and value < minimum:
-                raise ConfigError(f"{self.command}: `{name}` must be at least {minimum}, got {value}")
+        at_least_one = {name: getattr(self, name, None) for name in ("documents", "batch_size", "max_new_tokens")}
+        check_least(self.command, 1, **at_least_one)
+        check_least(self.command, 2, block_size=self.block_size)
         if self.split not in (None, *SPLITS, "all"):
             raise ConfigError(f"{self.command}: `split` must be train, validation, test or all; got {self.split!r}")
         if self.dtype not in DTYPES:

@@ -69,6 +69,15 @@ def _expanded(confidence: float, num_documents: float) -> float:
     return float(1 - 2 * stats.norm.cdf(tail))
 
 
+def of_sums(value: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a statistic for `paired_bootstrap` that is a function of the sums of its columns."""
+
+    def statistic(*columns: np.ndarray, axis: int) -> Any:
+        return value(*(column.sum(axis) for column in columns))
+
+    return statistic
+
+
 def paired_bootstrap(
     columns: Sequence[np.ndarray],
     statistic: Callable[..., np.ndarray],

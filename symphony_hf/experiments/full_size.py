@@ -46,6 +46,7 @@ from symphony_hf.models.llava import build_llava
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs, symphonize
 from symphony_hf.patching.upcycle_modules import upcycle_modules
+from symphony_hf.settings import check_least
 from symphony_hf.tables import Table
 
 MODELS = ("7.4b", "4.2b")
@@ -81,8 +82,7 @@ def run_full_size(
     check_file_place(output, "check full-size")
     if model not in MODELS:
         raise ConfigError(f"check full-size: unknown model `{model}`; {nearest(model, MODELS)}")
-    if tokens < 1:
-        raise ConfigError(f"check full-size: `tokens` must be at least 1, got {tokens}")
+    check_least("check full-size", 1, tokens=tokens)
     check_scratch("check full-size", folder, shrink)
     with tempfile.TemporaryDirectory(prefix="symphony-full-size-", dir=folder) as scratch:
         settings = {"model": model, "scratch": scratch, "tokens": tokens, "shrink": shrink}

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from symphony_hf.errors import ConfigError
-from symphony_hf.settings import changed_settings, command_line
+from symphony_hf.settings import changed_settings, check_least, command_line
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
 _RECIPE = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
@@ -41,9 +41,8 @@ class QuickstartSettings:
     attack_rate: float = _RECIPE["eval"]["attack_rate"]
 
     def __post_init__(self) -> None:
-        for name in ("pretrain_steps", "finetune_steps", "batch_size", "documents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"quickstart: `{name}` must be at least 1, got {getattr(self, name)}")
+        names = ("pretrain_steps", "finetune_steps", "batch_size", "documents")
+        check_least("quickstart", 1, **{name: getattr(self, name) for name in names})
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"quickstart: `seed` must be between 0 and 2**32 - 1, got {self.seed}")
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from symphony_hf.errors import CheckpointError, ConfigError, nearest
 from symphony_hf.evaluation.settings import DTYPES
 from symphony_hf.files import check_file_place, check_folder_of
-from symphony_hf.settings import changed_settings, command_line
+from symphony_hf.settings import changed_settings, check_least, command_line
 
 MERGE_BY = ("graph", "outputs")
 PRUNE_BY = ("load", "centrality", "reap")
@@ -51,10 +51,9 @@ class TextSettings:
     command: ClassVar[str] = "compress"
 
     def __post_init__(self) -> None:
-        for name, least in (("documents", 1), ("block_size", 2), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{self.command}: `{name}` must be at least {least}, got {value}")
+        check_least(self.command, 2, block_size=self.block_size)
+        check_least(self.command, 1, documents=self.documents, batch_size=self.batch_size)
+        check_least(self.command, 0, seed=self.seed)
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
 
@@ -114,9 +113,7 @@ class FewerExpertsSettings(TextSettings):
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ConfigError(f"{self.command}: `{name}` is {value!r}; {nearest(value, known)}")
-        for name in ("experts", "calibration_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{self.command}: `{name}` must be at least 1, got {getattr(self, name)}")
+        check_least(self.command, 1, experts=self.experts, calibration_tokens=self.calibration_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

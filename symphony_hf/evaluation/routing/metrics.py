@@ -26,7 +26,7 @@ from symphony_hf.diagnostics.routing_metrics import (
     router_saturation,
 )
 from symphony_hf.evaluation.settings import AttackCase
-from symphony_hf.evaluation.statistics import paired_bootstrap
+from symphony_hf.evaluation.statistics import of_sums, paired_bootstrap
 from symphony_hf.routing.graph import count_coselections
 
 from .records import RoutingRecord
@@ -146,13 +146,8 @@ def _interval(change_T: np.ndarray, document: np.ndarray, num_documents: int) ->
     number = np.bincount(document, minlength=num_documents)
     total = np.bincount(document, weights=change_T, minlength=num_documents)
     kept = number > 0
-    interval = paired_bootstrap(
-        [total[kept], number[kept]],
-        lambda totals, numbers, axis: totals.sum(axis=axis) / numbers.sum(axis=axis),
-        null=None,
-        weights=number[kept],
-    )
-    return dataclasses.asdict(interval)
+    mean = of_sums(lambda totals, numbers: totals / numbers)
+    return dataclasses.asdict(paired_bootstrap([total[kept], number[kept]], mean, null=None, weights=number[kept]))
 
 
 def _means(changed: Mapping[str, np.ndarray], kind: np.ndarray, names: Sequence[str]) -> dict[str, list[float | None]]:

@@ -8,6 +8,7 @@ from symphony_hf.checkpoints.model_class import empty_model, model_class_of
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.checkpoint import ModelUnderTest
 from symphony_hf.evaluation.settings import EvaluationSettings
+from symphony_hf.settings import check_least
 
 from .hooks import routers_to_watch
 
@@ -47,8 +48,7 @@ class RoutingSettings(EvaluationSettings):
         super().__post_init__()
         if len(set(self.attacks)) < len(self.attacks):
             raise ConfigError(f"routing: `attacks` must differ from each other; got {list(self.attacks)}")
-        if self.words is not None and self.words < 1:
-            raise ConfigError(f"routing: `words` must be at least 1, got {self.words}")
+        check_least("routing", 1, words=self.words)
         if self.similarity_tokens and self.similarity_tokens < 4:
             raise ConfigError(f"routing: `similarity_tokens` must be 0, or at least 4; got {self.similarity_tokens}")
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from symphony_hf.errors import ConfigError
 from symphony_hf.files import check_file_place
 from symphony_hf.models.dense_mlp import MlpParts
 from symphony_hf.models.upcycled_moe import UpcycledMoE
+from symphony_hf.settings import check_least
 from symphony_hf.tables import Table
 
 from .results import number_cell, print_result, range_cell, write_result
@@ -130,8 +130,7 @@ def run_bench_experts(
         ConfigError: If the device is not available, or `images` is below 1.
     """
     check_file_place(output, "bench-experts")
-    if images < 1:
-        raise ConfigError(f"bench-experts: `images` must be at least 1, got {images}")
+    check_least("bench-experts", 1, images=images)
     chosen = find_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
     forms = [

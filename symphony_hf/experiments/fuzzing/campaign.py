@@ -23,9 +23,10 @@ from transformers.utils import logging
 
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.conversion.adapters.loading import load_adapter
-from symphony_hf.errors import ConfigError, SymphonyError
+from symphony_hf.errors import SymphonyError
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.routing.graph import adjacency_problems
+from symphony_hf.settings import check_least
 from symphony_hf.tables import Table, TableCell
 
 from .mutations import MUTATIONS
@@ -172,8 +173,7 @@ def fuzz(cases: int = 10_000, seed: int = 0) -> list[Outcome]:
     Raises:
         ConfigError: If `cases` is below 1.
     """
-    if cases < 1:
-        raise ConfigError(f"check fuzz: `cases` must be at least 1, got {cases}")
+    check_least("check fuzz", 1, cases=cases)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=cases, desc="Fuzzing", unit=" cases", delay=2) as bar:
         make_specimens(Path(scratch))
