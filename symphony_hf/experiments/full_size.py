@@ -24,23 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
 )
 
 from symphony_hf.conversion.upcycling.upcycle import upcycle
 from symphony_hf.errors import ConfigError, EvaluationError, nearest
+from symphony_hf.experiments.bench.gpu.shapes import CLIP_L_336, Inputs, random_batch
 from symphony_hf.experiments.bench.results import number_cell, print_result, write_result
-from symphony_hf.experiments.bench.upcycle import (
-    check_scratch,
-    peak_memory,
-    report,
-    run_alone,
-    write_random_phi3,
-)
+from symphony_hf.experiments.bench.upcycle import check_scratch, peak_memory, report, run_alone, write_random_phi3
 from symphony_hf.files import check_file_place
 from symphony_hf.models.llava import build_llava
 from symphony_hf.patching.attachment import update_graphs
@@ -139,14 +134,8 @@ def _make(clock: _Clock, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_random_vision(folder: Path, shrink: int) -> None:
-    config = CLIPVisionConfig(
-        hidden_size=1024 // shrink,
-        intermediate_size=4096 // shrink,
-        num_hidden_layers=24,
-        num_attention_heads=max(16 // shrink, 1),
-        image_size=336,
-        patch_size=14,
-    )
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    config = AutoConfig.for_model(**{**CLIP_L_336, **{name: max(CLIP_L_336[name] // shrink, 1) for name in names}})
     torch.manual_seed(0)
     CLIPVisionModel._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
@@ -191,17 +180,9 @@ def _load(settings: dict[str, Any], folder: Path) -> PreTrainedModel:
 
 
 def _batch(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
-    """Draw random text, after a random image for a multimodal model."""
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    limit = getattr(config, "image_token_id", config.get_text_config().vocab_size)
-    ids = torch.randint(limit, (1, tokens), generator=generator)
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        return {"input_ids": ids}
-    image = torch.full((1, (vision.image_size // vision.patch_size) ** 2), config.image_token_id)
-    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator, dtype=torch.float32)
-    return {"input_ids": torch.cat([image, ids], dim=1), "pixel_values": pixels.to(model.dtype)}
+    batch = random_batch(model, Inputs(1, tokens))
+    del batch["labels"]
+    return batch
 
 
 def _move_graphs(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:

@@ -121,7 +121,8 @@ def random_batch(model: PreTrainedModel, inputs: Inputs, seed: int = 0) -> dict[
     config, device = model.config, model.device
     generator = torch.Generator(device).manual_seed(seed)
     shape = inputs.micro_batch, inputs.text_tokens
-    ids = torch.randint(config.get_text_config().vocab_size - 1, shape, generator=generator, device=device)
+    limit = getattr(config, "image_token_id", config.get_text_config().vocab_size - 1)
+    ids = torch.randint(limit, shape, generator=generator, device=device)
     vision = vision_of(config)
     if vision is None:
         return {"input_ids": ids, "labels": ids}
