@@ -22,14 +22,14 @@ _VALUES: list[Any] = [
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "F128", "")
 
 
-def mutate_settings(folder: Path, rng: random.Random) -> str:
-    """Mutate `symphony` in config.json: one setting, or all of it."""
-    return _mutate_under(folder / "config.json", "symphony", rng)
+def of_entry(key: str) -> Mutation:
+    """Return a mutation of an entry of config.json: one of its settings, or all of it."""
+    return lambda folder, rng: _mutate_under(folder / "config.json", key, rng)
 
 
-def mutate_upcycled(folder: Path, rng: random.Random) -> str:
-    """Mutate `upcycled` in config.json."""
-    return _mutate_under(folder / "config.json", "upcycled", rng)
+def of_json(name: str) -> Mutation:
+    """Return a mutation of a JSON file: a field at any depth, or its bytes."""
+    return lambda folder, rng: _mutate_json(folder / name, rng)
 
 
 def mutate_config(folder: Path, rng: random.Random) -> str:
@@ -44,21 +44,6 @@ def mutate_config(folder: Path, rng: random.Random) -> str:
 def mutate_config_text(folder: Path, rng: random.Random) -> str:
     """Mutate the bytes of config.json."""
     return _mutate_text(folder / "config.json", rng)
-
-
-def mutate_record(folder: Path, rng: random.Random) -> str:
-    """Mutate the record beside an adapter: a field at any depth, or its bytes."""
-    return _mutate_json(folder / "symphony_config.json", rng)
-
-
-def mutate_peft_config(folder: Path, rng: random.Random) -> str:
-    """Mutate PEFT's config of an adapter: a field at any depth, or its bytes."""
-    return _mutate_json(folder / "adapter_config.json", rng)
-
-
-def mutate_generation_config(folder: Path, rng: random.Random) -> str:
-    """Mutate generation_config.json: a field at any depth, or its bytes."""
-    return _mutate_json(folder / "generation_config.json", rng)
 
 
 def mutate_index(folder: Path, rng: random.Random) -> str:
@@ -253,24 +238,24 @@ def _weights(folder: Path) -> Path:
 
 MUTATIONS: dict[str, dict[str, Mutation]] = {
     "graphs": {
-        "settings": mutate_settings,
+        "settings": of_entry("symphony"),
         "config": mutate_config,
         "config text": mutate_config_text,
-        "generation config": mutate_generation_config,
+        "generation config": of_json("generation_config.json"),
         "header": mutate_header,
         "index": mutate_index,
         "graph": mutate_graph,
     },
     "upcycled": {
-        "settings": mutate_settings,
-        "upcycled": mutate_upcycled,
+        "settings": of_entry("symphony"),
+        "upcycled": of_entry("upcycled"),
         "config": mutate_config,
         "header": mutate_header,
         "graph": mutate_graph,
     },
     "adapter": {
-        "record": mutate_record,
-        "PEFT's config": mutate_peft_config,
+        "record": of_json("symphony_config.json"),
+        "PEFT's config": of_json("adapter_config.json"),
         "header": mutate_header,
         "graph": mutate_graph,
     },
