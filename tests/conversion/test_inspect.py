@@ -1,4 +1,4 @@
-"""symphony inspect: counts against numbers worked out by hand, types as stored and as held, and where they are from."""
+"""symphony inspect: counts against numbers worked out by hand, and types as stored and in memory."""
 
 import http.server
 import json
@@ -76,7 +76,7 @@ PHI3_UPCYCLED = {  # Phi-3-mini in a Qwen2-MoE container, every other MLP in fou
 
 
 def described(config, tmp_path):
-    """A model by a config.json alone, as the Hub has it."""
+    """Return a model that is only a config.json, as on the Hub."""
     fields = dict(config)
     file = tmp_path / "config.json"
     AutoConfig.for_model(fields.pop("model_type"), **fields).save_pretrained(tmp_path)
@@ -131,8 +131,10 @@ def test_qwen3_30b_a3b(tmp_path):
 
 
 def test_phi_3_mini_upcycled(tmp_path):
-    """Phi-3-mini has 3,821,079,552; in 16 layers three more copies of the MLP, a router, and Qwen2-MoE's gate of a
-    shared expert that is not there."""
+    """Phi-3-mini has 3,821,079,552 parameters.
+
+    Each of 16 layers adds three copies of the MLP, a router, and Qwen2-MoE's gate of a shared expert that is not there.
+    """
     inspection = inspect_model(described(PHI3_UPCYCLED, tmp_path))
     of_expert = 3 * 3072 * 8192
     routers, gates = 16 * 4 * 3072, 16 * 3072
@@ -164,7 +166,7 @@ QUICK = {"mixtral", "qwen2_moe", "jetmoe", "gemma4", "longcat_flash", "granitemo
 
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_every_family_is_taken_apart(family):
-    """Nothing is counted twice or left out; routers, experts and what stands beside them are told apart."""
+    """Every parameter counts once, and routers, experts and the modules beside them are told apart."""
     model = tiny_model(family)
     inspection = inspect_model(model)
     parts = by_part(inspection)
@@ -210,7 +212,7 @@ def test_types_as_stored(tmp_path, max_shard_size):
 
 
 def test_types_of_a_stored_4_bit_checkpoint(tmp_path):
-    """bitsandbytes packs two numbers a byte, and stores the constants beside them."""
+    """bitsandbytes packs two numbers per byte, and stores the constants beside them."""
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file(
         {
@@ -253,7 +255,7 @@ def test_weights_that_are_no_safetensors(tmp_path):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A model repository as the Hub serves one; remembers how many bytes of weights it gave."""
+    """A model repository as the Hub serves one, which counts the bytes of weights that it served."""
 
     folder = None
     sent = 0
@@ -293,7 +295,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.mark.enable_socket
 @pytest.mark.allow_hosts(["127.0.0.1"])
 def test_a_model_on_the_hub(tmp_path, monkeypatch):
-    """Of its weights only the headers are asked for."""
+    """Only the headers of its weights are downloaded."""
     import huggingface_hub
     import huggingface_hub.constants as constants
 

@@ -64,12 +64,12 @@ def _peft_and_transformers_of_each_other():
 
 
 def make_model(family="olmoe", **settings):
-    """With rows of 64 values: bitsandbytes unpacks others wrongly on a CPU."""
+    """Build a model with rows of 64 values: bitsandbytes unpacks others wrongly on a CPU."""
     return models.make_model(family, **{**SIZES, **settings})
 
 
 def naive_nf4(weight, blocksize=64):
-    """Each block of 64 numbers, over its largest, by the nearest of the 16; in plain PyTorch."""
+    """Round each block of 64 numbers, over its largest, to the nearest of the 16 values, in plain PyTorch."""
     codes = torch.tensor(NF4)
     blocks = weight.float().reshape(-1, blocksize)
     scales = blocks.abs().amax(1, keepdim=True)
@@ -126,7 +126,7 @@ def test_packing_by_experts_is_bitsandbytes_own(quant_type, double_quant):
 
 
 def test_the_size_is_counted_by_hand():
-    """4 bits a number, and a byte a block of 64 for its scale, whose own constants are few."""
+    """It is 4 bits per number, and a byte per block of 64 for its scale, whose own constants are few."""
     model = make_model("mixtral", hidden_size=256, intermediate_size=256)
     before = inspect_model(model)
     numbers = next(part.total for part in before.parts if part.part is Part.EXPERTS)
@@ -175,7 +175,7 @@ def test_a_model_that_its_auto_class_loads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["mixtral", "afmoe"])
 def test_with_linear_maps_in_4_bits_in_the_same_load(tmp_path, family):
-    """Those of routers are left, also where bitsandbytes' own load would take them: AFMoE's is an nn.Linear."""
+    """Routers are not quantized, even where bitsandbytes' own load would: AFMoE's router is an nn.Linear."""
     import bitsandbytes as bnb
 
     config = tiny_config(family)
@@ -205,9 +205,9 @@ def test_with_linear_maps_in_4_bits_in_the_same_load(tmp_path, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [f for f in moe_families() if why_not_built(f) is None])
 def test_every_family(tmp_path, family, monkeypatch):
-    """Loaded and packed as in place, symphonized, and trained on; or refused with the cause.
+    """Packing while loading and in place agree, and the model trains with graphs; or it is refused with the cause.
 
-    Their rows are shorter than a block, and so unpacked wrongly; but always alike.
+    Their rows are shorter than a block, and so unpacked wrongly, but always in the same way.
     """
     for name in ("loading", "quantize_experts"):
         module = importlib.import_module(f"symphony_hf.conversion.quantization.{name}")
@@ -239,7 +239,7 @@ def test_every_family(tmp_path, family, monkeypatch):
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_every_experts_implementation(experts):
-    """Against the same model whose experts hold the unpacked numbers as plain weights."""
+    """The reference is the same model whose experts hold the unpacked numbers as plain weights."""
     packed = quantize_experts(make_model(experts=experts))
     reference = make_model(experts=experts)
     for name, weight in stacked(reference).items():
@@ -280,7 +280,7 @@ def test_checkpointing_gives_the_same_gradients(experts, use_reentrant):
 
 @pytest.mark.parametrize("linears", [False, True])
 def test_lora_with_router_and_graph_learns(tmp_path, linears):
-    """50 steps on a few sentences; and the adapter, loaded on a base packed anew, is the same to the bit."""
+    """Train 50 steps on a few sentences; the adapter on a base that is packed anew is bitwise the same."""
     import peft
 
     make_model("mixtral").save_pretrained(tmp_path / "base")
@@ -318,7 +318,7 @@ def test_lora_with_router_and_graph_learns(tmp_path, linears):
 
 
 def test_peft_cannot_train_lora_on_packed_experts():
-    """Why it is refused. A release of PEFT that passes this should be let through by `lora_config`."""
+    """This is why it is refused. If a release of PEFT passes this, `lora_config` should allow it."""
     import peft
 
     model = quantize_experts(make_model())
@@ -361,7 +361,7 @@ def test_trainer_trains_it(tmp_path):
 
 
 def test_a_recipe_asks_for_it(tmp_path):
-    """With the linear maps; under LoRA, as the Mixtral recipe has it."""
+    """The recipe packs linear layers too, and trains LoRA, as the Mixtral recipe does."""
     import bitsandbytes as bnb
 
     from symphony_hf.recipe import load_recipe
@@ -417,7 +417,7 @@ print(peak - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_the_peak_is_never_the_model_in_16_bits(tmp_path):
-    """A model of 0.4 GiB in bfloat16, loaded in processes of their own, plain and packed. Files are not counted."""
+    """A model of 0.4 GiB in bfloat16 is loaded in its own processes, plain and packed, not counting mapped files."""
     shapes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8, "num_hidden_layers": 16}
     model = make_model("mixtral", dtype=torch.bfloat16, **shapes)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -463,7 +463,7 @@ def test_a_plan_of_a_symphony_model_on_the_meta_device():
 
 @pytest.mark.parametrize(("name", "total"), [("olmoe-7b-sft", 6_919_161_856), ("mixtral-8x7b-qlora", 46_702_792_704)])
 def test_the_recorded_plans_add_up(name, total):
-    """At 0.516 bytes a number: 4 bits, and a byte for 64 of them."""
+    """A number takes 0.516 bytes: 4 bits, and a byte per 64 of them."""
     plan = json.loads((Path(__file__).parents[2] / "recipes" / name / "bytes_4bit.json").read_text())
     assert total <= plan["parameters"] <= total + 32 * 64 * 64  # with the graphs
     experts = [row for row in plan["measured"] if row["kind"] == "experts"]
@@ -498,7 +498,7 @@ def test_it_cannot_be_saved_but_its_adapter_can(tmp_path, native_adapters):
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the kernel for AVX-512 is wrong")
 def test_bitsandbytes_unpacks_partial_blocks_wrongly_with_avx512():
-    """Why such rows are refused: a release of bitsandbytes that unpacks them correctly should need no refusal."""
+    """This is why such rows are refused. If a release of bitsandbytes unpacks them correctly, remove the refusal."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(2, 32, 96)
@@ -507,7 +507,7 @@ def test_bitsandbytes_unpacks_partial_blocks_wrongly_with_avx512():
 
 
 def test_rows_that_end_within_a_block_are_refused(tmp_path):
-    """On every processor, so that a packed model computes the same on each."""
+    """They are refused on every processor, so that a packed model computes the same on each."""
     model = make_model("mixtral", intermediate_size=96)
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UnsupportedModelError, match=r"down_proj` has rows of 96 values.*accelerator"):

@@ -20,7 +20,7 @@ def tokenizer(small):
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path_factory):
-    """What `datasets` keeps is kept for one test."""
+    """Give each test its own cache of `datasets`."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

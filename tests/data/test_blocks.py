@@ -16,7 +16,7 @@ from symphony_hf.errors import ConfigError, DataError
 
 
 def naive_token_ids(documents, tokenizer):
-    """Each document's token ids and the end of text, one document at a time."""
+    """Tokenize one document at a time, each followed by the end-of-text token."""
     return [
         [*tokenizer.convert_tokens_to_ids(tokenizer.tokenize(document.text)), tokenizer.eos_token_id]
         for document in documents
@@ -60,7 +60,7 @@ def test_a_stream_is_the_concatenated_documents(tokenizer, documents):
 
 
 def test_a_text_of_words_has_one_end_for_each_line_and_none_more():
-    """As WikiText's own code counts them: the words of a line and one end, of blank lines, too."""
+    """WikiText's own code counts the words of a line and one end, for blank lines too."""
     documents = as_documents([" = Title = \n \n", "one two\n", "no end of line"])
     tokenizer = train_tokenizer(documents, 300, "words")
     lines = "".join(document.text for document in documents).split("\n")

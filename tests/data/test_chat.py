@@ -1,4 +1,4 @@
-"""Chat data: layouts, checks of rows, splits, and what a tokenizer without a template is given."""
+"""Chat data: layouts, checks of rows, splits, and the template for tokenizers without one."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ FORMS = {
 
 @pytest.fixture
 def own_tokenizer(tokenizer):
-    """A copy: it is given a template."""
+    """Return a copy, which is given a template."""
     return copy.deepcopy(tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""GLUE tasks as questions: their labels, their tokens, what is learned, and what is refused."""
+"""GLUE tasks as questions: labels, tokens, loss, and refusals."""
 
 import copy
 import csv
@@ -41,7 +41,7 @@ def glue_rows(task, number=20):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """GLUE as the Hub has it, with a hidden test split; `asked` lists what was loaded."""
+    """Stand in for GLUE on the Hub, with a hidden test split; `asked` lists what was loaded."""
     asked = []
 
     def load_dataset(name, config=None, revision=None):

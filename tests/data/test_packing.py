@@ -20,7 +20,7 @@ FAMILIES = ["mixtral", "olmoe", "qwen2_moe"]
 
 
 def packed_batch():
-    """Two blocks of documents of all lengths, and the documents. The second block begins in the midst of one."""
+    """Return two blocks of documents of all lengths, and the documents. The second block begins inside one."""
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
     block = torch.cat(documents).numpy()
@@ -49,7 +49,7 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(family, attention):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_gradients_and_counts_of_packed_documents_are_those_of_the_documents(family):
-    """No attention mask: every token counts, each once."""
+    """Without an attention mask every token counts, each once."""
     batch, documents = packed_batch()
     batch = {name: tensor[:1] for name, tensor in batch.items()}
     weights = {"balance_loss_weight": 0, "z_loss_weight": 0}

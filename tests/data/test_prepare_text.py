@@ -36,7 +36,7 @@ def rows_of(columns):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Offers splits of texts as a data set of the Hub that is streamed; its commit is forty times the letter a."""
+    """Stand in for a streamed data set of the Hub with these splits. Its commit is the letter a, forty times."""
     offered = {}
 
     def builder(name, config=None, revision=None):
@@ -125,7 +125,7 @@ def test_a_revision_and_a_configuration_reach_the_hub(monkeypatch, tokenizer):
 
 
 def test_the_commit_of_a_cached_data_set_is_its_revision(monkeypatch, tokenizer, tmp_path):
-    """`datasets` keeps what it read from the Hub in a folder that is named by the commit."""
+    """`datasets` keeps what it read from the Hub in a folder named after the commit."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     file = tmp_path / "owner___name" / "default" / "0.0.0" / commit / "name-train.arrow"
     file.parent.mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_the_commit_of_a_cached_data_set_is_its_revision(monkeypatch, tokenizer,
 
 
 def test_a_builder_of_the_hub_is_cached_under_its_commit(tmp_path):
-    """What the test above takes for granted: the last folder of a builder's cache is its `hash`."""
+    """The test above relies on this: the last folder of a builder's cache is its `hash`."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "some"}))
     builder = datasets.load_dataset_builder("json", data_files=str(tmp_path / "rows.jsonl"))
     assert builder.cache_dir.rstrip("/").endswith(builder.hash)

@@ -78,7 +78,7 @@ def test_what_cannot_be_prepared_is_refused(tagged, tmp_path):
 
 
 def hold_out(corpus):
-    """The splits without which a folder's train split is not taken for one."""
+    """Add the splits without which a folder's train split is not recognized."""
     for split in ("validation", "test"):
         (corpus / split).mkdir()
         (corpus / split / "one.txt").write_text("held out")
@@ -129,7 +129,7 @@ def test_an_archive_writes_nothing_outside_of_its_folder(tmp_path):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_file_is_cut_as_it_is_when_it_is_loaded(end, tmp_path):
-    """Other signs that `str.splitlines` ends a line at, form feeds say, do not make a blank line."""
+    """Other characters at which `str.splitlines` ends a line, such as form feeds, do not make a blank line."""
     rng = random.Random(0)
     lines = [
         " ".join(rng.choices(["word", "\x0c", "\x0c\x0c", "\x1c", "\x85", "\u2028", "another"], k=8))

@@ -25,7 +25,7 @@ def prepared(tmp_path, tokenizer):
 
 
 def text_batch(prepared):
-    """Rows of text alone as the collator makes them, and padded without an image."""
+    """Return rows of text as the collator makes them, and the same padded without an image."""
     rows = [prepared.train[number] for number in TEXT_ROWS]
     bare = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
     return prepared.collator(rows), pad_rows(bare, prepared.collator.pad_id)

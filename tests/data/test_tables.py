@@ -18,7 +18,7 @@ def _no_shared_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Offers data sets by (name, configuration); raises what is an exception."""
+    """Stand in for data sets of the Hub by (name, configuration). An exception among them is raised."""
     offered = {}
 
     def load_dataset(name, config=None):
@@ -87,7 +87,7 @@ def test_hub_splits_are_kept_and_blank_rows_left_out(hub):
 
 
 def test_rows_that_are_lines_are_one_text_with_its_blank_lines(hub, tmp_path):
-    """As the Hub has WikiText: a row a line, whose end some versions leave out; cut as the same text in a file."""
+    """The Hub has WikiText with a row per line, whose end some versions omit. It is cut as the same text in a file."""
     lines = [f" line {index} of an article" if index % 7 else "" for index in range(300)]
     text = "".join(f"{line}\n" for line in lines)
     ended = {split: {"text": [f"{line}\n" if line else "" for line in lines]} for split in ("train", "test")}

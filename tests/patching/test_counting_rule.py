@@ -91,7 +91,7 @@ def test_clause_3_the_number_of_chosen_experts_is_the_one_in_force(top_k):
 
 
 class ChoosingBlock(nn.Module):
-    """Its gate is a plain linear map: the block decides how many experts are chosen."""
+    """A block whose gate is a plain linear layer: the block decides how many experts are chosen."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ def test_clause_3_reordered_layers_keep_their_graphs():
 
 
 def test_clause_3_a_copied_layer_has_a_record_and_a_graph_of_its_own():
-    """Depth up-scaling: a layer is copied behind the others, and then sees other hidden states."""
+    """In depth up-scaling, a layer is copied behind the others, and then sees other hidden states."""
     model = model_of()
     step(model, 0)
     copied = copy.deepcopy(model.model.layers[0])
@@ -173,7 +173,7 @@ def test_clause_3_a_stock_layer_that_is_put_in_later_is_named():
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 def test_clause_5_a_forward_whose_backward_never_comes_leaves_no_trace(checkpointing):
-    """A loop that skips a batch whose loss is not finite, while the last loss is still referred to."""
+    """A loop skips a batch whose loss is not finite, while the last loss is still referenced."""
     model, alone = model_of(), model_of()
     for each in (model, alone):
         if checkpointing is not None:
@@ -221,7 +221,7 @@ def test_clause_5_a_second_backward_does_not_count_again():
 
 
 def test_clause_6_where_no_gradient_reaches_the_stack_its_forward_counts():
-    """A frozen trunk below a trained head."""
+    """The trunk is frozen below a trained head."""
     model, alone = model_of(), model_of()
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
@@ -233,7 +233,7 @@ def test_clause_6_where_no_gradient_reaches_the_stack_its_forward_counts():
 
 
 def test_clause_8_another_models_optimizer_moves_nothing():
-    """An actor that accumulates beside a critic that steps at every batch."""
+    """An actor accumulates beside a critic that steps at every batch."""
     actor, critic, alone = model_of(), model_of(), model_of()
     optimizers = {each: torch.optim.SGD(each.parameters(), lr=0.1) for each in (actor, critic, alone)}
     for seed in range(3):
@@ -263,7 +263,7 @@ def test_clause_8_a_stock_models_optimizer_moves_nothing_once_the_own_one_is_kno
 
 
 def test_clause_9_loading_a_state_dict_drops_what_is_pending():
-    """A step that is rolled back after its backward, and once more between its forward and its backward."""
+    """A step is rolled back after its backward, and once more between its forward and its backward."""
     model, alone = model_of(), model_of()
     saved = copy.deepcopy(model.state_dict())
     forward(model, 5).backward()

@@ -1,4 +1,4 @@
-"""Models without weights: built on the meta device, or by accelerate, and loaded afterwards."""
+"""Models that are built without weights, on the meta device or by accelerate, and loaded afterwards."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ ON_DISK = dict.fromkeys(ON_CPU, "cpu") | {"model.layers.1": "disk", "model.layer
 
 
 def load_empty(source, folder, device_map, *, patch=False, **settings):
-    """Load a model's checkpoint as accelerate's documentation says; `patch`: symphonize it before the weights come."""
+    """Load a checkpoint as accelerate's documentation shows; with `patch`, symphonize before the weights are loaded."""
     source.save_pretrained(folder / "model", save_original_format=False)
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(source.config)
@@ -58,7 +58,7 @@ def test_a_symphony_checkpoint_that_accelerate_loads(on_disk, tmp_path):
 
 
 def test_graphs_that_accelerate_leaves_out_are_named(tmp_path):
-    """Without `offload_buffers` it loads no buffer of a module on disk, and says nothing."""
+    """Without `offload_buffers`, accelerate loads no buffer of a module on disk, without a message."""
     loaded = load_empty(move_graphs(symphonize(make_model())), tmp_path, ON_DISK)
     with pytest.raises(GraphError, match="offload_buffers=True"):
         loaded(make_ids())

@@ -1,4 +1,4 @@
-"""What goes wrong in silence elsewhere is noticed here, and named once."""
+"""Failures that would otherwise be silent give one warning or an error."""
 
 import logging
 import warnings
@@ -32,7 +32,7 @@ def step(model, seed=0):
 
 
 def warned_once(run, match):
-    """Run twice: the first time it warns, the second it does not."""
+    """Run twice: the first time it warns, the second time it does not."""
     with pytest.warns(SymphonyWarning, match=match):
         run()
     with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def test_strength_zero_says_so(caplog):
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """This process as the first of two, whose other has what `other` makes of a tensor."""
+    """Make this process the first of two ranks. The other has what `other` makes of a tensor."""
     others = {"sum": lambda tensor: tensor.clone(), "max": lambda tensor: tensor}
 
     def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -199,7 +199,7 @@ def test_a_fingerprint_knows_every_bit_its_place_and_the_updates():
 
 
 def test_global_balance_takes_the_load_of_all_ranks(two_ranks):
-    """The other rank's tokens all chose experts 0 and 1: the gradient must push away from these."""
+    """The other rank's tokens all chose experts 0 and 1, so the gradient must push away from these."""
     gradients = {}
     for scope in ("local", "global"):
         model = move_graphs(symphonize(make_model("mixtral"), balance_loss_weight=1.0, balance_scope=scope)).train()
@@ -228,7 +228,7 @@ def test_global_balance_takes_the_load_of_all_ranks(two_ranks):
 
 
 def test_global_balance_gives_each_of_two_forwards_its_own_load(two_ranks):
-    """Two forwards before one backward: the sum of the gradients of each alone."""
+    """After two forwards and one backward, the gradient is the sum of each alone."""
 
     def gradient(*seeds):
         model = move_graphs(symphonize(make_model("mixtral"), balance_loss_weight=1.0, balance_scope="global")).train()
@@ -264,7 +264,7 @@ def test_global_balance_takes_models_of_images_whose_text_is_routed(case):
 
 
 def test_a_call_at_every_micro_batch_moves_the_graphs_once_per_optimizer_step():
-    """Once the optimizer is known, what it has not used yet stays pending."""
+    """Once the optimizer is known, counts stay pending until it steps."""
 
     def graphs(every_micro_batch):
         model = symphonize(make_model(), decay=0.5).train()

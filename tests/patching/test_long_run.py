@@ -1,4 +1,4 @@
-"""Twenty thousand steps: the graph stays one, memory does not grow, the disk holds what it was told to."""
+"""Twenty thousand steps: the graph stays valid, and neither memory nor the disk fills up."""
 
 import gc
 import resource
@@ -17,7 +17,7 @@ STEPS, EVERY = 20_000, 2_000
 
 
 def resident_megabytes():
-    """Now, not at its highest; the highest where the system does not say."""
+    """Return the present resident memory, or the peak if the system does not tell."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20
@@ -26,7 +26,7 @@ def resident_megabytes():
 
 
 def num_tensors():
-    """That Python holds: one that is kept at each step is too small to show in the memory of the process."""
+    """Count the tensors that Python holds: one more per step is too little to show in the memory of the process."""
     gc.collect()
     # By type: `isinstance` asks objects for their class, and torch's deprecated ones warn.
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

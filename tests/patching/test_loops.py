@@ -48,7 +48,7 @@ assert SETTINGS == {**WEIGHTS, "decay": DECAY}
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_a_plain_loop(accumulation):
-    """The reference itself, against naive formulas. Nothing is called before the loop's first optimizer step."""
+    """The reference is checked against naive formulas. Nothing is called before the loop's first optimizer step."""
     model = make()
     seen, before = spy_on_selections(model), expert_graphs(model)
     steps = steps_of(accumulation)
@@ -107,7 +107,7 @@ def only_warning(caught):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_forgotten_update_is_made_up_for_and_warned_about_once(accumulation):
-    """At the first forward after each optimizer step: all but the last step's."""
+    """It happens at the first forward after each optimizer step, and so for all but the last."""
     model, reference = make(), plain_loop(make(), steps_of(accumulation))
     optimizer = sgd(model)
     with warnings.catch_warnings(record=True) as caught:
@@ -127,7 +127,7 @@ def test_a_forgotten_update_is_made_up_for_and_warned_about_once(accumulation):
 
 @pytest.mark.parametrize("driver", ["loop", "trainer"])
 def test_an_update_that_is_forgotten_after_others_is_made_up_for_and_warned_about_once(driver, tmp_path):
-    """By the next loop, after one that moved the graphs; or after a Trainer that broke off."""
+    """The next loop forgets it, after one that moved the graphs, or after a Trainer that was interrupted."""
     model = make()
     if driver == "loop":
         plain_loop(model, steps_of(1))
@@ -159,7 +159,7 @@ def test_an_update_that_is_forgotten_after_others_is_made_up_for_and_warned_abou
 
 
 def test_training_in_evaluation_mode_is_warned_about_once(tmp_path):
-    """As the model comes from `from_pretrained`."""
+    """This is the mode in which `from_pretrained` returns a model."""
     make().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not update_graphs(model)  # nothing was done yet, and warnings are errors
@@ -198,7 +198,7 @@ def test_forgotten_router_losses_are_warned_about_once():
 
 
 class BrokenOffError(Exception):
-    """Of a Trainer that does not come to its end."""
+    """Ends a Trainer before its last step."""
 
 
 class BreakOff(TrainerCallback):
@@ -207,11 +207,7 @@ class BreakOff(TrainerCallback):
 
 
 class Recorder(SymphonyCallback):
-    """The callback that a user gives, which also records.
-
-    Attributes:
-        steps: For each optimizer step its micro-batches, each with its weight.
-    """
+    """The user's callback, which also records the micro-batches of each optimizer step with their weights."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, model=model, **kwargs)
@@ -234,12 +230,12 @@ class Recorder(SymphonyCallback):
 
 
 def recording():
-    """What the README says to give a Trainer, with the callback that records for ours."""
+    """Return the arguments that the README gives a Trainer, with the recording callback in place of ours."""
     return eval(f"dict({line_of('Trainer')})", {"symphony_hf": SimpleNamespace(SymphonyCallback=Recorder)})
 
 
 def run_trainer(trainer):
-    """Train with a Recorder; returns what was recorded, and the micro-batches of each step with their weights."""
+    """Train with a Recorder, and return its records and the micro-batches of each step with their weights."""
     (recorder,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Recorder))
     compute_loss = trainer.compute_loss
 
@@ -318,7 +314,7 @@ def test_sft_trainer(trl, tmp_path, variant, accumulation):
 
 
 def test_sft_trainers_counts_leave_padding_out(trl, tmp_path):
-    """The same rows padded, and one after the other without any padding."""
+    """The same rows run padded, and one after the other without padding."""
     results = []
     for variant in ("padded", "padding-free"):
         settings = {"gradient_accumulation_steps": 2, **VARIANTS[variant]}

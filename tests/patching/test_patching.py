@@ -1,4 +1,4 @@
-"""A patched model is the base model at the start, and the smoothed one after, whatever is done to it."""
+"""A patched model computes what the base does at the start, and the smoothed model afterwards, however it is used."""
 
 import copy
 import pickle
@@ -217,7 +217,7 @@ def test_accelerates_hooks_do_not_bypass_the_graph(when, offload_buffers):
     ids=str,
 )
 def test_torch_compile_fullgraph_gives_the_same(settings):
-    """aot_eager traces as inductor does. Not with grouped_mm experts, which transformers 5.17 cannot compile on CPU."""
+    """aot_eager traces as inductor does. transformers 5.17 cannot compile grouped_mm experts on a CPU."""
     torch._dynamo.reset()
     eager = move_graphs(symphonize(make_model("mixtral", experts="batched_mm", num_hidden_layers=2), **settings))
     eager.train()

@@ -107,7 +107,7 @@ def test_a_loss_scaler_scales_the_router_losses_alike():
 
 
 def test_micro_batches_of_different_size_weigh_as_their_tokens_do():
-    """As their cross-entropy does: with `num_items_in_batch` each token of the step counts the same."""
+    """With `num_items_in_batch`, each token of the step counts the same, as in their cross-entropy."""
     long, short = make_ids(2, 13), make_ids(2, 5, seed=1)
     num_items = 2 * 12 + 2 * 4
     plain = base("olmoe")
@@ -148,7 +148,7 @@ def test_a_loop_that_forgets_the_router_losses_is_told_once():
 
 
 def test_an_old_factor_is_not_used_again():
-    """A step whose loss is the loop's own must not start the routers' losses with the factor of the step before."""
+    """A step with a loss of the loop's own must not start the router losses with the factor of the step before."""
     model, ids = symphonize(base("mixtral"), **WEIGHTS).train(), make_ids()
     update_graphs(model)
     model(ids, labels=ids).loss.backward()
@@ -203,7 +203,7 @@ def test_logged_values_are_the_means():
 
 @pytest.mark.parametrize("text_alone", [(True,), (False, True, True), (True, False)])
 def test_logged_values_leave_out_forwards_that_a_router_had_none_of(text_alone):
-    """The projector's router, the first of the model, sees images alone."""
+    """The projector's router, the first of the model, sees only images."""
     model = symphonize(upcycle_modules(make_llava(), "*multi_modal_projector"), **WEIGHTS).train()
     routers, seen = dict(symphony_routers(model)), {}
     for name, router in routers.items():
@@ -234,7 +234,7 @@ def test_nothing_is_logged_where_no_router_ran():
 
 
 def test_the_returned_loss_is_the_cross_entropy_alone():
-    """So that perplexities and loss curves of symphonized and plain models mean the same."""
+    """Perplexities and loss curves of symphonized and plain models thus mean the same."""
     ids = make_ids()
     plain = base("olmoe")(ids, labels=ids).loss
     model = symphonize(base("olmoe"), **WEIGHTS).train()

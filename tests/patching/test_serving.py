@@ -1,4 +1,4 @@
-"""What a server is given: a folded checkpoint has the stock class's names, shapes and config, and the same logits."""
+"""A folded checkpoint, as a server loads it, has the stock class's names, shapes and config, and the same logits."""
 
 import json
 import re
@@ -80,14 +80,14 @@ def test_the_reader_sees_whether_the_graph_is_in_the_routers(form, tmp_path):
 
 
 def merged(name, family):
-    """An expert's tensor as llama.cpp's conversion names the stack of all experts'."""
+    """Return an expert's tensor name as llama.cpp's conversion names the stack of all experts."""
     if family == "mixtral":
         return re.sub(r"model\.(layers\.\d+)\.block_sparse_moe\.experts\.\d+", r"\1.feed_forward.experts", name)
     return re.sub(r"(experts)\.\d+", r"\1", name)
 
 
 def test_llama_cpp_has_a_place_for_every_tensor(form, tmp_path):
-    """By the tables of its own Python package, which its conversion script (not part of it) goes by."""
+    """The names are in the tables of its Python package, which its conversion script uses but does not come with."""
     gguf = pytest.importorskip("gguf")
     family = form[0]
     architecture = {"mixtral": "LLAMA", "olmoe": "OLMOE", "qwen2_moe": "QWEN2MOE", "qwen3_moe": "QWEN3MOE"}[family]

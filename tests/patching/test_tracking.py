@@ -1,4 +1,4 @@
-"""What moves the graph, and what does not: every forward of training once, nothing else, whatever the arrangement."""
+"""Every training forward moves the graph once, and nothing else does, whatever the arrangement."""
 
 import copy
 import warnings
@@ -89,7 +89,7 @@ def test_evaluation_and_no_grad_forwards_do_not_count():
 
 
 def test_a_forward_without_gradient_between_forward_and_backward_disturbs_nothing():
-    """As reference models and metrics do; the recomputation must still see its own batch's mask."""
+    """Reference models and metrics run such forwards. The recomputation must still see its own batch's mask."""
     results = []
     for extra in (False, True):
         model = move_graphs(symphonize(make_model("mixtral"))).train()
@@ -126,7 +126,7 @@ def test_a_loop_that_moves_no_graph_has_it_moved_at_the_first_forward_after_a_st
 
 
 def test_two_forwards_before_one_backward():
-    """In a loop that nothing drives, the graph waits for the backward: a recomputation must not see it moved."""
+    """In a loop that calls nothing, the graph waits for the backward: a recomputation must not see it moved."""
     results = []
     for use_reentrant in (None, True, False):
         model = move_graphs(symphonize(make_model("mixtral"), decay=0.0)).train()
@@ -146,7 +146,7 @@ def test_two_forwards_before_one_backward():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_recomputation_finds_the_padding_of_its_own_forward(use_reentrant):
-    """Two forwards with different padding before one backward: gradients and graphs are those without checkpointing."""
+    """After two forwards with different padding and one backward, all is as without checkpointing."""
     gradients, graphs = [], []
     for checkpointing in (False, True):
         model, ids = symphonize(make_model(), balance_loss_weight=1.0, decay=DECAY).train(), make_ids()
@@ -177,7 +177,7 @@ def test_routers_that_their_block_goes_past_are_named():
 
 
 def test_routers_of_skipped_layers_are_idle_by_right():
-    """As images' experts are in a batch of text, and layers that are dropped at random."""
+    """Experts for images are idle in a batch of text, and so are layers that are dropped at random."""
     model, ids = symphonize(make_model()).train(), make_ids()
     model.model.layers[1].mlp = torch.nn.Identity()
     for _ in range(3):
@@ -341,8 +341,7 @@ def test_evaluations_during_training_take_no_values_from_the_log(tmp_path):
 
 
 def test_resuming_through_trainer_is_the_uninterrupted_run(tmp_path):
-    """Trainer itself loses the experts of converted families on resume; a Symphony model's checkpoints are saved so
-    that it does not."""
+    """Trainer itself loses the experts of converted families on resume; our checkpoints are saved to avoid it."""
     rows = make_ids(32, 8)
     runs = {}
     for name in ("whole", "cut"):

@@ -33,7 +33,7 @@ def inspect_router(
     entry = entry_of(type(router))
     if refusal := entry.refusal(router):
         raise UnsupportedModelError(f"{type(router).__name__} `{name}`: {refusal}")
-    # In float32, in which a head answers to a shift of its logits exactly enough.
+    # In float32, where a head's response to a shift of its logits is exact enough.
     reading = _Reading(Probe(name, router, torch.float32))
     probe, indices = reading.probe, reading.indices
     top_k = top_k or entry.top_k
@@ -94,7 +94,7 @@ class _Reading:
             if num_experts == probe.rows:
                 changed.append(place)
         for place in changed:
-            # Scaled or capped, all alike: the logits still, as the rest of the router has them.
+            # All scaled or capped in the same way: still the logits, as the rest of the router sees them.
             if _keeps_order(probe.raw, probe.outputs[place]):
                 return place, probe.rows
         distributions = [place for place in changed if _is_distribution(probe.outputs[place])]
@@ -110,7 +110,7 @@ class _Reading:
         outputs = self.probe.outputs
         floats = [place for place, output in enumerate(outputs) if _is_float(output) and output.dim() > 0]
         others = [place for place in floats if place != self.logits]
-        # A row of all experts may be logits or probabilities, returned to be recorded.
+        # A row with all experts may be logits or probabilities, returned for recording.
         weights = [place for place in others if outputs[place].shape[-1] != self.probe.rows]
         # Switch returned each token's highest probability twice before it returned its logits, and used the second.
         return (weights or others or floats)[-1 if self.logits is None else 0]
@@ -147,7 +147,7 @@ class _Reading:
         own = getattr(probe.router, "top_k", None)
         if self.indices is not None:
             num_returned = probe.outputs[self.indices].shape[-1]
-            # Read in another way, since not all that are returned are chosen.
+            # Read in another way, because more are returned than are chosen.
             return min(num_returned, own) if has_choices and isinstance(own, int) else num_returned
         weights = probe.outputs[self.carrier]
         if isinstance(own, int) and (has_choices or torch.equal(weights != 0, _mask_of_highest(probe.raw, own))):

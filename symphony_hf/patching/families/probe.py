@@ -57,7 +57,7 @@ def random_like(generator: torch.Generator, dtype: torch.dtype | None = None) ->
         if not tensor.is_floating_point():
             return torch.zeros(shape, dtype=tensor.dtype, device="cpu")
         made_dtype = dtype or (torch.float32 if tensor.dtype.itemsize == 1 else tensor.dtype)  # float8: no arithmetic
-        if len(shape) < 2:  # a bias or a scale of zeros or ones would not show where it enters
+        if len(shape) < 2:  # zeros or ones would hide where a bias or a scale enters
             return (0.5 + uniform(shape, generator)).to(made_dtype)
         return (normal(shape, generator) / shape[-1] ** 0.5).to(made_dtype)
 
@@ -68,7 +68,7 @@ def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = F
     """Copy a module of any class without its hooks. `make` gives a tensor for each parameter and buffer."""
     copied = type(module).__new__(type(module))
     for name, value in module.__dict__.items():
-        # A forward may note things in a list or a dictionary of its own.
+        # A forward may write into a list or a dictionary of the module.
         copied.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
     for name in ("forward", "_old_forward", "_hf_hook"):  # of accelerate
         copied.__dict__.pop(name, None)
@@ -85,7 +85,7 @@ def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = F
 
 
 NUM_TOKENS = 24
-_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")  # DeepSpeed puts one of its own in place of `linear`
+_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")  # DeepSpeed replaces `linear` by its own
 WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
 """Errors that a forward raises for unsuitable inputs. Others are bugs of its own, and are not hidden."""
 
@@ -156,7 +156,7 @@ class Probe:
         self.arguments = _arguments_beside(self.base_class, self.rows, generator)
         hidden_TD = normal((NUM_TOKENS, hidden_size), generator).to(weight.dtype)
         problems = []
-        for hidden in (hidden_TD, hidden_TD[None]):  # some take (batch, length, hidden_size) alone
+        for hidden in (hidden_TD, hidden_TD[None]):  # some take only (batch, length, hidden_size)
             try:
                 self._run(hidden)
                 break

@@ -238,7 +238,7 @@ def substitute_logits(
     linear = linear_of(router, path)
     if calls_linear:
         return substitute(router, stand_in, path, GivenLogits(linear, logits)), hidden_states
-    # Times the identity the given logits stay what they are.
+    # Multiplying by the identity leaves the given logits as they are.
     rows = logits.shape[-1]
     weight = torch.eye(rows, device=logits.device).to(logits.dtype)
     bias = getattr(linear, "bias", None)

@@ -1,4 +1,4 @@
-"""Small adapted models, and what is compared of them."""
+"""Small adapted models, and helpers to compare them."""
 
 import peft
 import pytest
@@ -14,7 +14,7 @@ DECAY = 0.5
 
 
 def adapt(model, name="default", seed=0, **settings):
-    """An adapter as training would leave it: LoRA far from its start, and graphs that moved."""
+    """Return an adapter as training would leave it: LoRA far from its start, and graphs that moved."""
     torch.manual_seed(seed)
     config = lora_config(model, **{"r": 4, "init_lora_weights": False, **settings})
     if hasattr(model, "add_adapter") and hasattr(model, "get_base_model"):
@@ -50,7 +50,7 @@ def assert_same_graphs(ours, others):
 
 
 def refuses(model, folder, error, message, **settings):
-    """`load_adapter` raises this, and the model is what it was."""
+    """Check that `load_adapter` raises this error and leaves the model unchanged."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kinds, config = [type(module) for module in model.modules()], model.config.to_dict()
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""What one of two processes does in test_training.py: a module of its own, which a spawned process can import."""
+"""One of the two processes of test_training.py, in a module of its own that a spawned process can import."""
 
 import peft
 import torch
@@ -12,7 +12,7 @@ from symphony_hf import SymphonyCallback, expert_graphs, lora_config, update_gra
 
 
 def make_adapted(router="train", experts=True):
-    """The model of the loops, with an adapter in which everything is trained that can be."""
+    """Return the model of the loops with an adapter in which all that can be trained is trained."""
     model = make()
     torch.manual_seed(0)
     return peft.get_peft_model(model, lora_config(model, router=router, experts=experts, r=4)).train()
@@ -47,7 +47,7 @@ def run(rank, folder):
 
 
 def trainer_with_zero3(folder, rank):
-    """As users run it; Trainer gathers what it saves."""
+    """Train as users do; Trainer gathers the weights that it saves."""
     config = {
         "zero_optimization": {"stage": 3},
         "train_micro_batch_size_per_gpu": 2,

@@ -1,4 +1,4 @@
-"""So that these tests, and the processes that they spawn, can import what is beside them."""
+"""Let these tests, and the processes that they spawn, import the modules beside them."""
 
 import sys
 from pathlib import Path

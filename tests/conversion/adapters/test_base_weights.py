@@ -1,4 +1,4 @@
-"""An adapter's record tells its base model's weights from others, in whatever form they are loaded."""
+"""An adapter's record distinguishes its base model's weights from others, in whatever form they are loaded."""
 
 import json
 import warnings

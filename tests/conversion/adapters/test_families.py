@@ -25,7 +25,7 @@ def loss_of(outputs):
 
 
 def learning(specimen, model):
-    """The bare names of the parameters that a training step gives a gradient other than zero."""
+    """Return the bare names of the parameters with a gradient other than zero after a training step."""
     model.zero_grad()
     loss_of(specimen.training_outputs(model)).backward()
     return {bare_name(n) for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}

@@ -1,4 +1,4 @@
-"""lora_config: what is targeted, found by structure, and what is refused."""
+"""lora_config: targets, which are found by structure, and refusals."""
 
 import re
 import warnings
@@ -19,7 +19,7 @@ from symphony_hf.patching.router import SymphonyRouter
 
 
 def lora_names(model):
-    """The bare names of what PEFT put LoRA on; of a stacked parameter with its own name."""
+    """Return the bare names of what PEFT put LoRA on; a stacked parameter with its own name."""
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -90,7 +90,7 @@ def test_in_llava_the_vision_tower_is_left_alone():
 
 @pytest.mark.parametrize("router", ["graph", "train"])
 def test_what_is_in_the_adapter_as_a_whole(router):
-    """Qwen2-MoE has a `shared_expert_gate`, which PEFT would take for `gate`."""
+    """Qwen2-MoE has a `shared_expert_gate`, which PEFT would mistake for `gate`."""
     model = symphonize(make_model("qwen2_moe"))
     adapted = peft.get_peft_model(model, lora_config(model, router=router))
     wrapped = [m for m in adapted.modules() if "modules_to_save" in m._modules]
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(settings, message):
 
 @pytest.mark.parametrize("setting", ["dropout", "use_dora", "lora_bias", "init_lora_weights"])
 def test_peft_itself_cannot_do_what_is_refused_on_stacked_experts(setting):
-    """Where a release of PEFT can, the refusal should go."""
+    """If a release of PEFT can do it, remove the refusal."""
     values = {"dropout": ("lora_dropout", 0.1), "init_lora_weights": ("init_lora_weights", "pissa")}
     name, value = values.get(setting, (setting, True))
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"], **{name: value})
@@ -179,8 +179,10 @@ def test_peft_itself_cannot_do_what_is_refused_on_stacked_experts(setting):
 
 
 def test_names_that_peft_takes_for_experts():
-    """Of attention they are left out, with a warning; of the user they are refused. PEFT's own way with them is shown
-    first: where a release of PEFT does otherwise, both should go."""
+    """Attention targets of such names are left out with a warning; a user's are refused.
+
+    PEFT's own behaviour is shown first: if a release changes it, remove both.
+    """
     config = peft.LoraConfig(r=2, target_modules=["shared_experts.gate_proj", "shared_experts.up_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of ranks that it wrote for itself and does not find again

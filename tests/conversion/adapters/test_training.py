@@ -75,7 +75,7 @@ def test_resumed_by_trainer_it_is_the_uninterrupted_run(tmp_path, router, capsys
 
 
 def test_resumed_by_our_trainer_no_familys_lora_is_lost(tmp_path):
-    """PEFT's own loading, which Trainer resumes with, loses DeepSeek-OCR 2's."""
+    """PEFT's own loader, with which Trainer resumes, loses the LoRA of DeepSeek-OCR 2."""
 
     def run(seed, resume=None):
         model = symphonize(tiny_model("deepseek_ocr2"), decay=DECAY, balance_loss_weight=0, z_loss_weight=0)
@@ -113,7 +113,7 @@ def test_trls_trainer_takes_the_config(tmp_path):
 
 
 def test_trainer_on_a_base_without_graphs(tmp_path):
-    """As plain PEFT leaves an adapter that it loads on a plain base."""
+    """Plain PEFT loads an adapter onto a plain base like this."""
     adapted_model().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="symphony"):
         model = peft.PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
@@ -126,7 +126,7 @@ def test_trainer_on_a_base_without_graphs(tmp_path):
 
 @pytest.mark.slow
 def test_ddp_and_zero(tmp_path):
-    """On two ranks: graphs to the bit, gradients to rounding, what a plain loop over all micro-batches has."""
+    """On two ranks, graphs are bitwise those of a plain loop over all micro-batches; gradients differ by rounding."""
     pytest.importorskip("deepspeed")
     from adapter_ranks import make_adapted, run
     from loop_ranks import RANKS, assert_same, plain_loop, steps_of

@@ -1,4 +1,4 @@
-"""PEFT's config of an adapter from someone else: refused in our words, before the model is touched."""
+"""Untrusted PEFT configs are refused with our own errors, before the model is touched."""
 
 import json
 import sys

@@ -39,7 +39,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer):
-    """Called with a name and a model: its folder, with the tokenizer."""
+    """Return a function of a name and a model that saves both model and tokenizer, and returns the folder."""
 
     def save(name, model):
         folder = tmp_path_factory.mktemp(name)

@@ -19,7 +19,7 @@ def gpt_oss_expert(experts, number, x):
 
 
 def route_mixtral(router, x, allowed):
-    """(expert, weight) of each choice among the allowed experts."""
+    """Return (expert, weight) of each choice among the allowed experts."""
     probabilities = (router.weight[allowed] @ x).softmax(-1)
     chosen = probabilities.topk(router.top_k).indices.tolist()
     total = sum(probabilities[place] for place in chosen)
@@ -38,12 +38,12 @@ ROUTE = {"mixtral": route_mixtral, "gpt_oss": route_gpt_oss}
 
 
 def parts(family, block):
-    """The block's router and experts."""
+    """Return the block's router and experts."""
     return (block.gate, block.experts) if family == "mixtral" else (block.router, block.experts)
 
 
 def inputs_of(model, blocks, ids):
-    """What goes into each block, and what comes out. Shape of each: (tokens, hidden size)."""
+    """Return the inputs and outputs of each block. Shape of each: (tokens, hidden size)."""
     seen = {}
 
     def note(name):

@@ -1,4 +1,4 @@
-"""What is summed over calibration tokens, against loops over single tokens."""
+"""Sums over calibration tokens, against loops over single tokens."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_sums_equal_loops_over_tokens(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_experts_add_up_to_the_block(family):
-    """Every family's own experts, each run alone on a token, weighed: what the module computes of all together."""
+    """The weighted sum of single experts on a token is the output of the module, in every family."""
     model, ids = tiny_model(family), make_ids(2, 6)
     layer = expert_layers(model)[0]
     calls = []

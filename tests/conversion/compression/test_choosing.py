@@ -1,4 +1,4 @@
-"""Which experts are clustered or dropped: against brute force, and by hand."""
+"""The choice of experts to cluster or drop, against brute force and by hand."""
 
 import itertools
 import math

@@ -34,7 +34,7 @@ def logits(folder):
 
 
 def naive_perplexity(folder, data):
-    """One window at a time, in float64."""
+    """Compute the perplexity one window at a time, in float64."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     total, number = 0.0, 0
     for document in load_corpus(data).test:
@@ -177,7 +177,7 @@ def test_the_sweep_writes_the_one_that_is_kept(symphony, data_folder, tmp_path):
     ("command", "settings"), [("merge", MergeSettings), ("prune", PruneSettings), ("topk", TopKSettings)]
 )
 def test_a_command_has_a_parameter_for_each_setting_and_no_other(command, settings):
-    """They are handed on by name. Defaults that both have are the same."""
+    """Defaults that both have are the same."""
     parameters = {parameter.name: parameter for parameter in typer.main.get_command(app).commands[command].params}
     fields = {field.name: field for field in dataclasses.fields(settings)}
     assert set(parameters) == set(fields)

@@ -1,4 +1,4 @@
-"""What cannot be made smaller is refused, with the reason and what to do, before anything is written."""
+"""Models that cannot be made smaller are refused with the reason and a remedy, before anything is written."""
 
 import json
 from pathlib import Path

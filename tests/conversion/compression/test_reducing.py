@@ -1,4 +1,4 @@
-"""Smaller models: what each tensor is made of, and what they compute."""
+"""Smaller models: the parts of each tensor, and their outputs."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_pruned_block_is_the_naive_one_of_the_experts_that_are_left(family):
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "granitemoe"])
 def test_experts_that_are_never_chosen_are_not_missed(family):
-    """In families whose weights do not depend on the scores of those that are not chosen."""
+    """This holds in families whose weights do not depend on the scores of experts that are not chosen."""
     model, never = tiny_model(family), [1, 5]
     layers = expert_layers(model)
     ids = make_ids(2, 10)
@@ -94,7 +94,7 @@ def test_merged_tensors_by_hand(family):
 
 
 def test_twins_merged_compute_what_they_did():
-    """Each expert twice, with its router row: top-2 takes both, with half the weight each; merged, top-1 takes one."""
+    """Each expert is there twice, with its router row: top-2 takes both at half the weight; merged, top-1 takes one."""
     model = make_model("mixtral")
     layers = expert_layers(model)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_a_smaller_top_k_is_the_config_alone():
 
 
 def test_plain_transformers_loads_them(tmp_path, plain_python):
-    """In a process that has never heard of us, to the same logits."""
+    """A process that does not import this package computes the same logits."""
     expected = {}
     for family in FAMILIES:
         model = tiny_model(family)

@@ -1,4 +1,4 @@
-"""So that these tests can import what is beside them."""
+"""Let these tests import the modules beside them."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny dense checkpoints of the families that can be upcycled, and what each of them becomes."""
+"""Tiny dense checkpoints of the families that can be upcycled, and their containers."""
 
 import warnings
 from pathlib import Path
@@ -64,7 +64,7 @@ DENSE = {
 
 
 def make_dense(kind="phi3", *, dtype=torch.float32, seed=0, **overrides):
-    """A model whose every weight matters: none is zero, and no layer is a small change of what goes through it."""
+    """Build a model in which every weight matters: none is zero, and no layer changes its input only a little."""
     name, settings = DENSE[kind]
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings, **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -77,21 +77,21 @@ def make_dense(kind="phi3", *, dtype=torch.float32, seed=0, **overrides):
 
 
 def save_dense(folder, kind="phi3", *, dtype=torch.float32, seed=0, max_shard_size="5GB", **overrides):
-    """Write one, and return it with its folder."""
+    """Write a dense checkpoint, and return the model and its folder."""
     model = make_dense(kind, dtype=dtype, seed=seed, **overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model, Path(folder)
 
 
 def run(source, target, **options):
-    """`upcycle`, with its warnings left to `notes`."""
+    """Call `upcycle` without its warnings, which are also in `notes`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SymphonyWarning)
         return upcycle(source, target, **{"num_experts": 3, **options})
 
 
 def load(folder, dtype="auto"):
-    """The stock class, as any tool of transformers' loads it."""
+    """Load a checkpoint with the stock class, as any tool built on transformers does."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")  # no shared expert
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -101,12 +101,12 @@ def load(folder, dtype="auto"):
 
 @torch.no_grad()
 def logits(model, length=40):
-    """Of a sequence that is longer than the windows, and than what the rotations were scaled from."""
+    """Compute the logits of a sequence longer than the windows and than the original length of the rotations."""
     ids = torch.randint(VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
     return model(input_ids=ids).logits
 
 
 def files_of(folder):
-    """Relative path -> bytes, of everything in a folder; nothing if there is none."""
+    """Return the bytes of each file in a folder by relative path; empty if there is no folder."""
     folder = Path(folder)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

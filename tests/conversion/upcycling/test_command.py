@@ -1,4 +1,4 @@
-"""`symphony upcycle` and `symphony bench-upcycle`, as a terminal has them."""
+"""`symphony upcycle` and `symphony bench-upcycle` in a terminal."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_the_bench_refuses_what_it_cannot_do_before_it_writes(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path, capfd):
-    """What is refused on purpose is told by its reason alone; of all else there is a traceback."""
+    """A refusal is reported by its reason alone; any other error with a traceback."""
     values = {"source": str(tmp_path / "nowhere"), "target": str(tmp_path / "moe")}
     with pytest.raises(EvaluationError, match="nowhere`: no such folder"):
         run_alone("bench-upcycle", "symphony_hf.experiments.bench.upcycle", json.dumps(values))
@@ -95,7 +95,7 @@ def test_a_process_that_fails_says_why(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Eight layers against two: no more than half a layer's float32 weights, of which six were added."""
+    """Eight layers may take half a layer's float32 weights more than two, although six layers were added."""
     # What is freed goes back to the system at once, so that the peak is what was in use, not what malloc kept.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_key_value_heads": 4}

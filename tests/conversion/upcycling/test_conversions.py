@@ -42,7 +42,7 @@ def assert_same_logits(found, expected):
 
 
 def split_projections(dense):
-    """The dense model's weights by name, with Phi-3's fused projections cut as its own forward cuts them."""
+    """Return the dense model's weights by name, with Phi-3's fused projections split as in its own forward."""
     config, weights = dense.config, {}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
@@ -59,7 +59,7 @@ def split_projections(dense):
 
 
 def find_experts(layer):
-    """The module that holds a layer's experts, stacked."""
+    """Return the module that holds a layer's stacked experts."""
     (experts,) = [module for name, module in layer.named_modules() if name.endswith(".experts")]
     return experts
 
@@ -81,7 +81,7 @@ def test_the_logits_are_the_dense_models(kind, to, layers, tmp_path):
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def upcycled(request, tmp_path_factory):
-    """A bfloat16 checkpoint in several files, as several files; (dense model, layers, folder, result)."""
+    """Upcycle a bfloat16 checkpoint from several files to several files; (dense model, layers, folder, result)."""
     kind, to, layers = request.param
     folder = tmp_path_factory.mktemp("upcycled")
     dense, source = save_dense(folder / "dense", kind, dtype=torch.bfloat16, max_shard_size="40KB")
@@ -216,7 +216,7 @@ PUBLISHED = {  # what no test above has: as the Hub has these configs, written b
 @pytest.mark.parametrize("to", ["qwen2_moe", "mixtral"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_config_in_its_published_form(name, to, tmp_path):
-    """With code of its own in `auto_map`, which is neither run nor carried over, and settings by their old names."""
+    """It has code in `auto_map`, which is neither run nor copied, and settings under their old names."""
     kind, positions, settings = PUBLISHED[name]
     _, source = save_dense(tmp_path / "dense", kind, num_key_value_heads=4)
     file = source / "config.json"

@@ -17,7 +17,7 @@ KILLS = 8
 
 
 def forked(work):
-    """Do something in a process of its own; its exit code."""
+    """Run a function in a process of its own, and return its exit code."""
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     process.join(60)
@@ -87,7 +87,7 @@ def remove(folder):
 
 
 def test_a_disk_that_is_full_after_all(tmp_path):
-    """No file may grow beyond 30 KB here: the system refuses as it does on a full disk."""
+    """No file may grow beyond 30 KB here; the system then refuses as it does on a full disk."""
     _, source = save_dense(tmp_path / "dense")
     before = files_of(tmp_path)
 

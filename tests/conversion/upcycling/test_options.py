@@ -1,4 +1,4 @@
-"""What a user chooses: experts, top-k, routers, noise, types, sizes of files; and what is carried along."""
+"""Options of an upcycling: experts, top-k, routers, noise, types and file sizes; and the copied files."""
 
 import math
 import shutil
@@ -170,7 +170,7 @@ def test_tokenizer_chat_template_generation_config_and_license_are_carried(tmp_p
 
 
 def test_the_same_class_reads_the_tokenizer(tmp_path):
-    """Which class is used depends on the model's family, where the tokenizer's config does not say."""
+    """The class depends on the model's family if the tokenizer's config does not name one."""
     _, source = save_dense(tmp_path / "dense", "qwen2")
     make_tokenizer().save_pretrained(source)
     file = source / "tokenizer_config.json"

@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def refused(error, match, folder, source, **options):
-    """Upcycling raises this, and leaves no trace."""
+    """Check that upcycling raises this error and leaves no file behind."""
     before = files_of(folder), sorted(folder.rglob("*"))
     with pytest.raises(error, match=match):
         run(source, folder / "moe", **options)
@@ -192,7 +192,7 @@ def test_a_target_that_would_harm_something(tmp_path):
 
 
 def test_a_model_of_the_hub_is_downloaded_only_if_it_can_be_upcycled(tmp_path, monkeypatch):
-    """No byte before the target is seen to be free, then the config alone, then what that commit has."""
+    """First the target must be free; then the config alone is downloaded, and then the files of that commit."""
     _, source = save_dense(tmp_path / "dense")
     asked = []
 
