@@ -112,7 +112,8 @@ def cost(runs: Named) -> Section | None:
     for name, run in runs.items():
         for part in run.costs:
             seconds = number(part.seconds_per_step)
-            peaks = [number(_gib(part.memory.get(peak)), ".3f") for peak in memory]
+            sizes = [part.memory.get(peak) for peak in memory]
+            peaks = [number(None if size is None else size / 2**30, ".3f") for size in sizes]
             parameters = number(run.parameters)
             rows.append([text(name), text(part.model), parameters, number(part.steps), seconds, *peaks])
             rows[-1].append(number(run.seconds, ",.0f"))
@@ -127,10 +128,6 @@ def cost(runs: Named) -> Section | None:
         "quickstart, the median step. Seconds in all: the whole command. Compare times only on the same idle machine."
     )
     return Section("cost", "Cost", [note], tables=[make_table("Cost", (*header, "seconds in all"), rows, len(runs))])
-
-
-def _gib(size: float | None) -> float | None:
-    return None if size is None else size / 2**30
 
 
 def made(runs: Named) -> Section:

@@ -1,7 +1,7 @@
 """The task `vqa`: accuracy at questions about images, clean and corrupted."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
@@ -20,9 +20,6 @@ from .metric_reports import Accuracy
 from .questions import QuestionTask, check_number, select_rows
 from .settings import RobustnessSettings
 from .task import Store
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _MAX_NEW_TOKENS = 32
 
@@ -79,9 +76,9 @@ class VisualTask(QuestionTask):
         for example in self.examples:
             images = [enlarged(decode(image)) for image in example.images]
             if case is not None:
-                images = [
-                    _corrupted(image, case, f"{example.name} {position}") for position, image in enumerate(images)
-                ]
+                attack, names = find_image_attack(case.attack), (f"{example.name} {n}" for n in range(len(images)))
+                pairs = zip(images, names, strict=True)
+                images = [attack(image, case.severity, seed=case.seed, name=name) for image, name in pairs]
             yield Asked(example, images)
 
     def _choices_to_give(self, settings: RobustnessSettings) -> list[str]:
@@ -94,10 +91,6 @@ class VisualTask(QuestionTask):
                 f"eval: {self.source}: all answers are {different[0]!r}: let models answer, --answers free"
             )
         return different
-
-
-def _corrupted(image: "Image", case: AttackCase, name: str) -> "Image":
-    return find_image_attack(case.attack)(image, case.severity, seed=case.seed, name=name)
 
 
 def _check_vision(checkpoint: ModelUnderTest) -> None:

@@ -65,8 +65,13 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         observation.observe_earlier(number, other)
     observation.finish(checkpoint)
     result = observation.result | {
-        "documents": _documents(texts),
-        "domains": _domain_sizes(texts),
+        "documents": {
+            "source": texts.source,
+            "number": len(texts.clean.num_tokens),
+            "words": texts.num_words,
+            "tokens": sum(texts.clean.num_tokens),
+        },
+        "domains": {name: int((texts.domain == number).sum()) for number, name in enumerate(texts.domains)},
         "distances": list(DISTANCE_NAMES),
         "classes": list(CLASS_NAMES),
         "settings": dataclasses.asdict(settings) | {"block_size": block_size},
@@ -175,20 +180,6 @@ def learned_graphs(checkpoint: RoutedModel) -> dict[str, Tensor]:
     if not is_symphonized(checkpoint.model):
         return {}
     return {name: graph.float().cpu() for name, graph in expert_graphs(checkpoint.model).items()}
-
-
-def _documents(texts: ObservedTexts) -> dict[str, Any]:
-    number = len(texts.clean.num_tokens)
-    return {
-        "source": texts.source,
-        "number": number,
-        "words": texts.num_words,
-        "tokens": sum(texts.clean.num_tokens),
-    }
-
-
-def _domain_sizes(texts: ObservedTexts) -> dict[str, int]:
-    return {name: int((texts.domain == number).sum()) for number, name in enumerate(texts.domains)}
 
 
 def _write_matrices(path: Path, matrices: dict[str, Tensor]) -> None:

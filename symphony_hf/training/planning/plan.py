@@ -152,7 +152,8 @@ def plan_recipe(
         steps = _Steps(recipe, settings, bar)
         flops = steps.flops(launches[0])
         planner = _Planner(settings, states, optimizer, machine, steps, flops, sequences)
-        rows = [planner.row(launch, count) for launch in launches for count in _counts(launch, gpus)]
+        counts = {launch.name: [1] if launch.is_single else [n * launch.machines for n in gpus] for launch in launches}
+        rows = [planner.row(launch, count) for launch in launches for count in counts[launch.name]]
     return Plan(settings, recipe.data.block_size, machine, states, flops, tuple(rows), left_out)
 
 
@@ -163,10 +164,6 @@ def _why_not(recipe: Recipe, launch: Launch) -> str | None:
     if recipe.launch.strategy not in (None, launch.strategy):
         return f"the recipe's `launch` section asks for {recipe.launch.strategy}"
     return None
-
-
-def _counts(launch: Launch, gpus: Sequence[int]) -> list[int]:
-    return [1] if launch.is_single else [count * launch.machines for count in gpus]
 
 
 class _Steps:
