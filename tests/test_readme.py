@@ -6,11 +6,11 @@ import re
 import subprocess
 
 import pytest
+from compression_tables import compression_table, sweep_table
+from compression_tables import findings as compared
 from pages import FAMILIES, README, ROOT, block, items, links_of, named_code, table
 
 from symphony_hf import SymphonyConfig
-from symphony_hf.conversion.compression.tables import compression_table, sweep_table
-from symphony_hf.conversion.compression.tables import findings as compared
 from symphony_hf.evaluation.report.quickstart import findings, result_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table

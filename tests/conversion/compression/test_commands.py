@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from compression_tables import findings
 from models import make_ids
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,6 +185,24 @@ def test_a_command_has_a_parameter_for_each_setting_and_no_other(command, settin
     for name, parameter in parameters.items():
         if not parameter.required:
             assert parameter.default == fields[name].default
+
+
+def result_of(by, perplexity, *, experts=4, model="m", command="merge"):
+    documents = {"names": [f"{n}" for n in range(20)], "nll": [perplexity + n for n in range(20)]}
+    return {
+        "command": f"symphony {command} {model}",
+        "settings": {"model": model, "by": by, "graph": "learned", "seed": 0},
+        "experts": {"after": experts},
+        "documents": {"after": documents | {"num_tokens": [10] * 20}},
+    }
+
+
+def test_what_a_graph_decided_is_compared_with_the_baseline_of_as_many_experts():
+    graph, outputs = result_of("graph", 1.0), result_of("outputs", 2.0)
+    (sentence,) = findings([graph, outputs])
+    assert sentence.startswith("m: merge by graph (learned), against outputs: perplexity -")
+    for other in ({"experts": 6}, {"model": "other"}, {"command": "prune"}):
+        assert findings([graph, result_of("outputs", 2.0, **other)]) == []
 
 
 def test_nothing_is_left_of_what_could_not_be_measured(plain, data_folder, tmp_path, monkeypatch):
