@@ -5,11 +5,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from .config import SymphonyConfig
 from .errors import ConfigError, nearest
-from .settings import check_names, parse_settings
+from .settings import check_names, parse_settings, read_yaml
 
 Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 DataKind = Literal["text", "chat", "glue", "llava"]
@@ -259,12 +257,7 @@ def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
     """Read the sections of a recipe, merged over those of its base."""
     if path.resolve() in seen:
         raise ConfigError(f"recipe `{path}`: it is its own `base`")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"recipe `{path}`: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe `{path}` is not valid YAML: {error}") from error
+    values = read_yaml(path, f"recipe `{path}`")
     if not isinstance(values, dict):
         raise ConfigError(f"recipe `{path}`: expected sections by name, got {type(values).__name__}")
     if (base := values.pop("base", None)) is None:

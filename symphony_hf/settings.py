@@ -8,7 +8,10 @@ import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .errors import ConfigError, nearest
 
@@ -92,6 +95,16 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
         if name not in values:
             raise ConfigError(f"{where}: `{name}` is missing")
     return cls(**values)
+
+
+def read_yaml(source: Path | str, where: str) -> Any:
+    """Read a YAML file, or the text of a value. `where` begins the error message."""
+    try:
+        return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 
 def check_least(where: str, least: int, **values: int | None) -> None:

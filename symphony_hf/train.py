@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import ConfigError, SymphonyError
 from .recipe import load_recipe
+from .settings import read_yaml
 
 USAGE = """usage: python -m symphony_hf.train RECIPE.yaml [--NAME VALUE ...]
 
@@ -42,10 +41,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise ConfigError(f"`--{name}` has no value")
             value = words.pop(0)
-        try:
-            overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"`--{name}`: `{value}` is not valid YAML") from error
+        overrides[name] = read_yaml(value, f"`--{name}`: `{value}`")
     return overrides
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Recipe, load_recipe
-from symphony_hf.settings import check_names, parse_settings
+from symphony_hf.settings import check_names, parse_settings, read_yaml
 
 from .point import CONTROLS, SYSTEMS, Point
 from .recipe_checks import WHERE, check_recipe, check_routing, read_number
@@ -194,12 +194,7 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
     """
     path = Path(path)
     where = f"study `{path}`"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{where}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is no YAML: {error}") from error
+    values = read_yaml(path, where)
     known = ("recipe", "overrides", "base", "axes", "product", "test_tokens", "contamination", "pretraining", *_LISTS)
     values = check_names(values, known, where)
     changes = dict(overrides or {})
@@ -233,7 +228,8 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         if "=" not in text:
             raise ConfigError(f"symphony ablate: --set takes NAME=VALUE, got {text!r}")
-    return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts)}
+    pairs = [text.split("=", 1) for text in texts]
+    return {name: read_yaml(value, f"symphony ablate: --set {name}: `{value}`") for name, value in pairs}
 
 
 def _command(path: Path, overrides: dict[str, Any]) -> str:

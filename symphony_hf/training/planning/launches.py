@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Strategy
+from symphony_hf.settings import read_yaml
 
 _HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,12 +61,7 @@ def _order(launch: Launch) -> Any:
 
 def _read(path: Path) -> Launch:
     where = f"plan: `{path}`"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{where}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+    values = read_yaml(path, where)
     if not isinstance(values, Mapping) or "distributed_type" not in values:
         raise ConfigError(f"{where} is not an accelerate configuration: it has no `distributed_type`")
     kind, deepspeed = str(values["distributed_type"]), values.get("deepspeed_config") or {}

@@ -32,6 +32,12 @@ def test_settings_are_name_and_value(run):
     assert "NAME=VALUE" in str(result.exception)
 
 
+def test_a_value_that_is_not_yaml_is_refused_with_its_name(run):
+    result = run("--dry_run", "--set", "max_steps=[1")
+    assert isinstance(result.exception, ConfigError)
+    assert "--set max_steps: `[1` is not valid YAML" in str(result.exception)
+
+
 def test_no_workers_are_refused(run):
     result = run("--workers", "0")
     assert isinstance(result.exception, ConfigError)
