@@ -223,13 +223,6 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterva
     return SeedInterval(mean, mean - half, mean + half, len(array), confidence)
 
 
-def paired_ratio(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> SeedInterval:
-    """Compute the geometric mean of the ratios of positive values to others of the same seeds, with its interval."""
-    if len(values) != len(others) or min([*values, *others], default=0) <= 0:
-        raise EvaluationError(f"ratios need pairs of positive values, got {list(values)} and {list(others)}")
-    return t_interval([math.log(a / b) for a, b in zip(values, others, strict=True)], confidence).exp()
-
-
 def smallest_difference(deviation: float, num_seeds: int, confidence: float = 0.95, power: float = 0.8) -> float | None:
     """Compute the smallest mean difference that a paired t-test over seeds finds with a given power.
 

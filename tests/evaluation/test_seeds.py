@@ -5,7 +5,7 @@ import math
 import pytest
 
 from symphony_hf.errors import EvaluationError
-from symphony_hf.evaluation.statistics import paired_ratio, t_interval
+from symphony_hf.evaluation.statistics import t_interval
 
 
 def test_the_interval_is_student_s():
@@ -20,8 +20,8 @@ def test_the_interval_is_student_s():
     assert wider.high == pytest.approx(2 + 9.925 / math.sqrt(3), abs=1e-3)
 
 
-def test_what_pairs_share_is_not_in_the_interval_of_their_ratio():
-    interval = paired_ratio([9.0, 90.0, 900.0], [10.0, 100.0, 1000.0])
+def test_the_exponential_of_equal_differences_is_exact():
+    interval = t_interval([math.log(0.9)] * 3).exp()
     assert interval.estimate == pytest.approx(0.9)
     assert interval.low == pytest.approx(0.9)
     assert interval.high == pytest.approx(0.9)
@@ -32,16 +32,10 @@ def test_one_seed_excludes_nothing():
     interval = t_interval([4.0])
     assert (interval.estimate, interval.low, interval.high) == (4.0, None, None)
     assert not interval.excludes(100)
-    assert paired_ratio([2.0], [4.0]).estimate == pytest.approx(0.5)
+    assert interval.exp().low is None
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_missing_or_infinite_values_are_refused(values):
     with pytest.raises(EvaluationError, match="one finite value per seed"):
         t_interval(values)
-
-
-@pytest.mark.parametrize(("values", "others"), [([1.0], [1.0, 2.0]), ([0.0], [1.0]), ([], [])])
-def test_ratios_need_positive_pairs(values, others):
-    with pytest.raises(EvaluationError, match=r"pairs of positive values|one finite value"):
-        paired_ratio(values, others)
