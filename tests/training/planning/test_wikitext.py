@@ -36,7 +36,7 @@ def make_recipe(**config):
 
 @pytest.mark.parametrize("config", [{}, {"router_type": "cosine"}, {"moe_every": 2}, {"momentum": 0.7}], ids=str)
 def test_the_memory_of_a_step_is_what_is_measured(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(vocabulary, "_CPU_ROWS", MICRO_BATCH * TOKENS)  # a GPU's chunks are larger than a CPU's
+    monkeypatch.setattr(vocabulary, "_CPU_CHUNK", vocabulary._CHUNK)  # a GPU's chunks are larger than a CPU's
     recipe = make_recipe(**config)
     settings = read_settings(recipe)
     step = MetaStep(recipe, settings, None).bytes(MICRO_BATCH)
