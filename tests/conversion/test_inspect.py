@@ -17,7 +17,7 @@ from symphony_hf.checkpoints.model_class import empty_model
 from symphony_hf.cli import app
 from symphony_hf.conversion.inspection.counts import TypeCount, stored_types
 from symphony_hf.conversion.inspection.inspect import readable_bytes
-from symphony_hf.conversion.inspection.parts import Anatomy, Part
+from symphony_hf.conversion.inspection.parts import Anatomy, Part, Routing
 from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
 from symphony_hf.experiments.conformance.tiny import moe_families, tiny_model, why_not_built
 
@@ -105,7 +105,7 @@ def test_mixtral_8x7b(tmp_path):
     }
     assert inspection.total == 46_702_792_704
     assert inspection.active == 12_879_925_248
-    assert inspection.routers == {(8, 2): 32}
+    assert inspection.routers == {Routing(8, 2): 32}
     assert inspection.types is None
     assert inspection.settings is None
 
@@ -117,7 +117,7 @@ def test_olmoe_1b_7b(tmp_path):
     of_expert = 3 * 2048 * 1024
     assert inspection.total == rest + 16 * 64 * of_expert == 6_919_161_856
     assert inspection.active == rest + 16 * 8 * of_expert == 1_282_017_280
-    assert inspection.routers == {(64, 8): 16}
+    assert inspection.routers == {Routing(64, 8): 16}
 
 
 def test_qwen3_30b_a3b(tmp_path):
@@ -145,7 +145,7 @@ def test_phi_3_mini_upcycled(tmp_path):
     assert parts[Part.EXPERTS] == (16 * 4 * of_expert, 16 * 2 * of_expert)
     assert parts[Part.DENSE_MLPS] == (16 * of_expert, 16 * of_expert)
     assert parts[Part.SHARED_EXPERTS] == (gates, gates)
-    assert inspection.routers == {(4, 2): 16}
+    assert inspection.routers == {Routing(4, 2): 16}
 
 
 def test_llava(tmp_path):

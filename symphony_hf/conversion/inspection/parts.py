@@ -37,7 +37,7 @@ class Part(str, enum.Enum):
     OTHERS = "others"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Routing:
     """Number of experts of a router, and number that each token selects."""
 
@@ -46,7 +46,7 @@ class Routing:
 
     @classmethod
     def of(cls, contract: RouterContract) -> "Routing":
-        return cls(num_experts=contract.num_experts, top_k=contract.top_k)
+        return cls(contract.num_experts, contract.top_k)
 
 
 _ATTENTION = re.compile(r"Attention|MLA$")
