@@ -18,6 +18,7 @@ GRAPHS = ("ema", "frozen", "learned")
 Smoothing = Literal["logits", "scores"]
 Normalization = Literal["row", "conditional", "symmetric", "centred"]
 BalanceScope = Literal["local", "global"]
+RouterGradient = Literal["chosen", "dense", "neighbours", "random"]
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -58,6 +59,10 @@ class SymphonyConfig:
             is balanced, as of one batch, at the cost of one small all-reduce per forward. It is refused if a router is
             in a part that a rank's batch may skip, such as a vision tower.
         z_loss_weight: Weight of the router z-loss, averaged and added in the same way.
+        router_gradient: Experts whose outputs the router's gradient takes into account, in an unchanged forward: those
+            that are `chosen`, all (`dense`), or the chosen and `num_neighbours` others for each token: `neighbours`,
+            those that the graph, whatever its strength, says are chosen with them most; `random`, a control.
+        num_neighbours: Number of these others.
 
     Raises:
         ConfigError: If a value is unknown or out of range.
@@ -79,6 +84,8 @@ class SymphonyConfig:
     balance_loss_weight: float = 0.01
     balance_scope: BalanceScope = "local"
     z_loss_weight: float = 0.001
+    router_gradient: RouterGradient = "chosen"
+    num_neighbours: int = 2
 
     def __post_init__(self) -> None:
         _check_number("strength", self.strength, -1, 1)
@@ -89,6 +96,9 @@ class SymphonyConfig:
         _check_choice("smoothing", self.smoothing, get_args(Smoothing))
         _check_choice("normalization", self.normalization, get_args(Normalization))
         _check_choice("balance_scope", self.balance_scope, get_args(BalanceScope))
+        _check_choice("router_gradient", self.router_gradient, get_args(RouterGradient))
+        if type(self.num_neighbours) is not int or self.num_neighbours < 1:
+            raise ConfigError(f"symphony: `num_neighbours` must be a number from 1 on, got {self.num_neighbours!r}")
         if int(self.warmup_steps) != self.warmup_steps:
             raise ConfigError(f"symphony: `warmup_steps` must be a whole number, got {self.warmup_steps!r}")
         if not isinstance(self.self_loops, bool):

@@ -16,6 +16,7 @@ from symphony_hf.patching.families.discovery import FoundRouter
 
 from .counting import CoselectionCounter
 from .native_losses import switch_off_native_losses
+from .router_gradient import attach_gradients
 from .tracker import Tracker
 
 
@@ -60,6 +61,7 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
     model._symphony_tracker = tracker  # type: ignore[assignment]
     tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
     tracker.handles.append(model.register_forward_hook(_record_loss_of_output))
+    tracker.handles.extend(attach_gradients(model, found))
     if isinstance(model, PreTrainedModel):
         _attach_to_pretrained(model, found, settings, tracker)
 

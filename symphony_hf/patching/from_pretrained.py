@@ -24,6 +24,7 @@ from symphony_hf.routing.graph import adjacency_problems
 from .attachment import attach, check_balance_scope, detach
 from .expert_graph import ExpertGraph, active_graph
 from .router import SymphonyRouter
+from .router_gradient import check_router_gradient
 from .symphonize import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers, unpatch_router
 from .upcycle_modules import check_loaded, restore_modules
 
@@ -116,6 +117,7 @@ def _restore_routers(model: PreTrainedModel) -> None:
         if isinstance(module, SymphonyRouter) and id(module) not in wanted:
             unpatch_router(module)
     check_balance_scope(model, found, settings)
+    check_router_gradient(found, settings)
     for router in found:
         if not is_symphonized(router.module):
             patch_router(router, settings)

@@ -33,6 +33,7 @@ from symphony_hf.routing.losses import AttachLoss
 
 from .counting import CoselectionCounter
 from .expert_graph import active_graph
+from .router_gradient import GradientOfOthers
 
 
 class SymphonyRouter:
@@ -41,6 +42,7 @@ class SymphonyRouter:
     symphony: nn.Module
     contract: RouterContract
     stack: CoselectionCounter | None = None
+    gradient_of_others: GradientOfOthers | None = None
     layer_index: int = 0
     base_class: type[nn.Module]
     stand_in: type[StandIn]
@@ -58,12 +60,15 @@ class SymphonyRouter:
         if not self.training or self.stack is None:
             return outputs
         contract, parts = self.contract, as_tuple(outputs)
-        loss = self.stack.observe(self, logits_TE, contract.chosen_experts(parts, logits_TE))
-        if loss is None:
-            return outputs
+        chosen_TK = contract.chosen_experts(parts, logits_TE)
+        loss = self.stack.observe(self, logits_TE, chosen_TK)
         # On what the experts use: a recorded logit may lead to no loss at all.
         place = contract.carrier
-        carrier = AttachLoss.apply(parts[place], loss, self.stack.state.scale)
+        carrier = parts[place]
+        if self.gradient_of_others is not None and torch.is_grad_enabled() and logits_TE.requires_grad:
+            carrier = self.gradient_of_others.extend(self, logits_TE, carrier, chosen_TK)
+        if loss is not None:
+            carrier = AttachLoss.apply(carrier, loss, self.stack.state.scale)
         return (*parts[:place], carrier, *parts[place + 1 :]) if isinstance(outputs, tuple) else carrier
 
     def _forward_with_logits_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:

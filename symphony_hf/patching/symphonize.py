@@ -20,6 +20,7 @@ from symphony_hf.patching.families.substitution import linear_of
 from .attachment import attach, check_balance_scope, detach, tracker_of
 from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
+from .router_gradient import check_graph_of_neighbours, check_router_gradient
 from .self_check import check_routers
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def symphonize(
     _check_patchable(model, settings)
     found = routers_of(model, settings)
     check_balance_scope(model, found, settings)
+    check_router_gradient(found, settings)
+    check_graph_of_neighbours(found, settings, has_path=settings.graph not in GRAPHS)
     adjacencies = None
     if settings.graph not in GRAPHS:
         routers = [(router.name, router.contract.num_experts) for router in found]
@@ -184,7 +187,7 @@ def unpatch_router(router: SymphonyRouter) -> None:
     """Restore one Symphony router's own class."""
     swap_class(router, router.base_class)  # type: ignore[arg-type]
     del router.symphony
-    for name in ("contract", "stack", "layer_index"):
+    for name in ("contract", "stack", "layer_index", "gradient_of_others"):
         router.__dict__.pop(name, None)
 
 

@@ -48,12 +48,14 @@ class Capabilities:
         logits: Smoothing of logits, which can be folded.
         scores: Smoothing of scores, after softmax or sigmoid.
         learning: Whether training moves the graph.
+        gradient: A `router_gradient` of experts that were not chosen.
     """
 
     routers: tuple[str, ...]
     logits: Capability
     scores: Capability
     learning: Capability
+    gradient: Capability
 
 
 def capabilities(model: nn.Module) -> Capabilities:
@@ -66,9 +68,9 @@ def capabilities(model: nn.Module) -> Capabilities:
         found = find_routers(model)
     except UnsupportedModelError as error:
         refused = Unsupported(str(error))
-        return Capabilities((), refused, refused, refused)
+        return Capabilities((), refused, refused, refused, refused)
     classes = tuple(sorted({type(router.module).__name__ for router in found}))
-    return Capabilities(classes, Supported(), _scores(found), _learning(found))
+    return Capabilities(classes, Supported(), _scores(found), _learning(found), _gradient(found))
 
 
 def _scores(found: list[FoundRouter]) -> Capability:
@@ -80,3 +82,8 @@ def _learning(found: list[FoundRouter]) -> Capability:
     if all(router.contract.top_k == 1 for router in found):
         return Limited("one expert per token: no two are chosen together, so the graph stays the identity")
     return Supported()
+
+
+def _gradient(found: list[FoundRouter]) -> Capability:
+    reasons = {router.contract.no_weighting for router in found if router.contract.weighting is None}
+    return Unsupported(", ".join(sorted(reasons))) if reasons else Supported()

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-ScoringFunc = Literal["softmax", "sigmoid"]
+from symphony_hf.routing.gradient import ScoringFunc, Weighting
+
+EXPERTS = "experts"
+"""Name of the module beside a router that runs the chosen experts, in every family of transformers that has one."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class RouterContract:
         image_tokens: True where the router gets the tokens of images alone, False where it gets all others; None: all.
         scoring_func: Function that turns logits into weights, needed for smoothing `scores`; None if it is unknown.
         no_scoring_func: Reason why `scoring_func` is None.
+        weighting: How the weights in the output are made from its logits, needed for a `router_gradient` of experts
+            that were not chosen; None if that is not known.
+        no_weighting: Reason why `weighting` is None.
     """
 
     num_experts: int
@@ -39,6 +45,8 @@ class RouterContract:
     image_tokens: bool | None = None
     scoring_func: ScoringFunc | None = None
     no_scoring_func: str = ""
+    weighting: Weighting | None = None
+    no_weighting: str = ""
 
     def chosen_experts(self, outputs: tuple[Any, ...], logits_TE: Tensor) -> Tensor:
         """Return the experts that each token chose. Shape: (tokens, top_k), integer.

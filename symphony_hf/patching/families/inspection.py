@@ -1,5 +1,7 @@
 """Read a router's contract from what a twin of it returns."""
 
+import inspect
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -7,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from symphony_hf.errors import UnsupportedModelError
+from symphony_hf.routing.gradient import ScoringFunc, Weighting
 
-from .contract import RouterContract, ScoringFunc
+from .contract import EXPERTS, RouterContract
 from .entries import entry_of
 from .probe import NUM_TOKENS, Probe
 from .selection import HOW, BlockLook
@@ -49,6 +52,9 @@ def inspect_router(
     else:
         top_k = reading.top_k(has_choices=entry.choices is not None)
     scoring_func, no_scoring_func = reading.scoring_func()
+    weighting, no_weighting = reading.weighting(indices if entry.choices is None else None)
+    if weighting is not None and not _has_experts(name, modules):
+        weighting, no_weighting = None, f"no module `{EXPERTS}` beside it takes (hidden states, experts, weights)"
     return RouterContract(
         num_experts=reading.num_experts,
         top_k=top_k,
@@ -60,6 +66,8 @@ def inspect_router(
         choices=entry.choices,
         scoring_func=scoring_func,
         no_scoring_func=no_scoring_func,
+        weighting=weighting,
+        no_weighting=no_weighting,
     )
 
 
@@ -67,6 +75,13 @@ def _block_of(probe: Probe, name: str, modules: dict[str, nn.Module]) -> tuple[n
     """Return the module that calls a router, and the path of the router's linear map in it."""
     parent, _, own_name = name.rpartition(".")
     return modules[parent], f"{own_name}.{probe.linear}".strip(".")
+
+
+def _has_experts(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module beside the router runs the experts that it is given for each token."""
+    experts = modules[name.rpartition(".")[0]]._modules.get(EXPERTS)
+    parameters = inspect.signature(type(experts).forward).parameters.values() if experts is not None else ()
+    return sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters) > 3  # with `self`
 
 
 class _Reading:
@@ -178,9 +193,40 @@ class _Reading:
             return "sigmoid", ""
         return None, "its weights are neither a softmax nor a sigmoid of its logits"
 
+    def weighting(self, indices: int | None) -> tuple[Weighting | None, str]:
+        """Return how the chosen experts' weights are made from the logits in the output, or why that is not known.
+
+        Args:
+            indices: Position of the chosen experts; None where they are not returned, or not all of them are chosen.
+        """
+        probe, outputs = self.probe, self.probe.outputs
+        if self.is_logits_alone:
+            return None, "its block makes the weights"
+        weights = outputs[self.carrier].reshape(NUM_TOKENS, -1).float()
+        if indices is None or outputs[indices].numel() != weights.numel():
+            return None, "it does not return the chosen experts with a weight for each"
+        chosen = outputs[indices].reshape(NUM_TOKENS, -1).long()
+        logits = (probe.raw if self.logits is None else outputs[self.logits]).reshape(NUM_TOKENS, -1).float()
+        for scoring_func, score in _SCORING_FUNCS.items():
+            scores = score(logits[:, : self.num_experts]).gather(1, chosen)
+            totals, ratios = weights.sum(1), weights.sum(1) / scores.sum(1)
+            if not torch.allclose(weights, scores * ratios[:, None], rtol=1e-3):
+                continue
+            if torch.allclose(totals, totals[0], rtol=1e-3):
+                return Weighting(scoring_func, renormalized=True), ""
+            if torch.allclose(ratios, ratios[0], rtol=1e-3):
+                return Weighting(scoring_func, renormalized=False), ""
+        return None, "its weights are neither a softmax nor a sigmoid of its logits, times a constant"
+
     def _shapes(self) -> str:
         outputs = self.probe.outputs
         return ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
+
+
+_SCORING_FUNCS: dict[ScoringFunc, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+}
 
 
 def _is_float(value: Any) -> bool:
