@@ -83,6 +83,14 @@ def test_recorded_routing_is_what_the_routers_chose_in_document_order(model, doc
         assert (margin >= 0).all()  # OLMoE takes the highest; the token of padding has none
 
 
+def test_the_lm_head_runs_on_one_token_of_a_window(model, documents):
+    lengths = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    record_routing(model, windows_of(documents, 0), batch_size=4)
+    hook.remove()
+    assert set(lengths) == {1}
+
+
 def test_margins_are_in_document_order(model, documents):
     windows = windows_of(documents, 0)
     recorded = record_routing(model, windows, batch_size=4)
