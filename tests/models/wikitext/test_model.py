@@ -210,8 +210,8 @@ def test_the_symphony_form_of_each(form, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids, use_cache=False).logits, moved)
-    fold(model)
-    assert torch.equal(model(ids, use_cache=False).logits, moved)
+    # Float32 sums of another order: the router smooths its logits, the folded one multiplies by A W.
+    torch.testing.assert_close(fold(model)(ids, use_cache=False).logits, moved, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
