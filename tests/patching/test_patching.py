@@ -20,6 +20,8 @@ from symphony_hf import (
     unsymphonize,
     update_graphs,
 )
+from symphony_hf.patching import self_check
+from symphony_hf.patching.families import inspection
 from symphony_hf.patching.symphonize import symphony_routers
 
 
@@ -367,3 +369,18 @@ def test_a_graph_that_can_never_move_is_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", SymphonyWarning)
         symphonize(make_model(), decay=1.0, graph=str(tmp_path))
+
+
+def test_one_router_of_each_kind_is_run_however_many_layers(monkeypatch):
+    """A model of a hundred layers is symphonized as fast as it can be looked through."""
+    runs = []
+    for module in (inspection, self_check):
+        monkeypatch.setattr(module, "Probe", lambda *args, probe=module.Probe: (runs.append(args[0]), probe(*args))[1])
+    counts = []
+    for layers in (2, 9):
+        with torch.device("meta"):
+            symphonize(make_model(num_hidden_layers=layers))
+        counts.append(len(runs))
+        assert set(runs) == {"model.layers.0.mlp.gate"}
+        runs.clear()
+    assert counts[0] == counts[1] > 0
