@@ -1,4 +1,7 @@
-"""Fixtures that every test may use. The tiny models are in helpers/models.py."""
+"""Fixtures that every test may use. The tiny models are in helpers/models.py.
+
+Fixtures import torch and the like when they run: xdist's controller loads this file, too, before it starts any worker.
+"""
 
 import gc
 import importlib.metadata
@@ -14,11 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # so that tests can `import models`
 
 import hypothesis
-import pictures
 import pytest
-import torch
-from matplotlib.figure import Figure
-from models import CONFIGS
 from packaging.version import Version
 
 # No deadline, because a busy machine is no failure; and the same examples in every run.
@@ -40,12 +39,17 @@ def pytest_collection():
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _grey_pictures():
     """Build each figure, and save it as one grey point. Tests of the pictures request `real_pictures`."""
+    import pictures
+    from matplotlib.figure import Figure
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", pictures.save_point)
         yield
@@ -54,11 +58,17 @@ def _grey_pictures():
 @pytest.fixture
 def real_pictures(_grey_pictures, monkeypatch):
     """Figures as users see them."""
+    import pictures
+    from matplotlib.figure import Figure
+
     monkeypatch.setattr(Figure, "savefig", pictures.save)
 
 
-@pytest.fixture(params=sorted(CONFIGS))
+@pytest.fixture(params=["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def family(request):
+    from models import CONFIGS
+
+    assert request.param in CONFIGS
     return request.param
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from study_files import write_study
 
-STUDY = "seeds: [0, 1, 2]\nsystems: [smoe, glam]"
+STUDY = "seeds: [0, 1]\nsystems: [smoe, glam]"
+RUNS = 12
 
 
 def command(folder, *options):
@@ -31,6 +32,7 @@ def cells(folder):
 
 @pytest.mark.slow
 @pytest.mark.once
+@pytest.mark.timeout(900)  # three processes that import everything, and as many servers that fork their runs
 def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     for folder in (stopped, whole):
@@ -43,13 +45,13 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {name: path.stat().st_mtime_ns for name, path in cells(stopped).items()}
-    assert 2 <= len(before) < 18
+    assert 2 <= len(before) < RUNS
     for folder in (stopped, whole):
         arguments, environment = command(folder, "--set", "max_steps=40")
         subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=280)
     after = cells(stopped)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before  # what was done is not done again
-    assert len(after) == 18
+    assert len(after) == RUNS
     numbers = [json.loads((folder / "out" / "report.json").read_text()) for folder in (stopped, whole)]
     assert numbers[0]["missing"] == numbers[1]["missing"] == []
     measures = ("label", "seed", "clean", "attacked", "routing_kept")
