@@ -25,11 +25,11 @@ from .expert_graph import ExpertGraph, active_graph
 
 
 def check_router_gradient(found: list[FoundRouter], settings: SymphonyConfig) -> None:
-    """Refuse routers whose gradient cannot be had from experts that were not chosen, and too few experts.
+    """Refuse a `router_gradient` that a router's family does not support, or that needs more experts than there are.
 
     Raises:
-        UnsupportedModelError: If a router's experts cannot be run apart from it, or its weights are of an unknown form.
-        ConfigError: If tokens have too few other experts, or no graph says which are neighbours.
+        UnsupportedModelError: If it is not known how a router makes its weights, or its experts cannot be run alone.
+        ConfigError: If `num_neighbours` is more than the experts that a token does not choose.
     """
     if settings.router_gradient == "chosen":
         return
@@ -49,7 +49,7 @@ def check_router_gradient(found: list[FoundRouter], settings: SymphonyConfig) ->
 
 
 def check_graph_of_neighbours(found: list[FoundRouter], settings: SymphonyConfig, has_path: bool) -> None:
-    """Refuse neighbours by a graph that will never have any.
+    """Refuse `neighbours` where the graph stays the identity, in which no expert has a neighbour.
 
     Args:
         found: The routers.
@@ -74,7 +74,7 @@ def check_graph_of_neighbours(found: list[FoundRouter], settings: SymphonyConfig
 
 
 def attach_gradients(model: nn.Module, found: list[FoundRouter]) -> Iterator[Any]:
-    """Give routers the gradient that their settings ask for. Yields the handles of the hooks."""
+    """Attach the gradient that the settings ask for to every router. Yields the handles of the hooks."""
     for number, router in enumerate(found):
         if active_graph(router.module.symphony).config.router_gradient != "chosen":  # type: ignore[arg-type]
             block = model.get_submodule(router.name.rpartition(".")[0])
@@ -85,7 +85,7 @@ def attach_gradients(model: nn.Module, found: list[FoundRouter]) -> Iterator[Any
 
 
 class GradientOfOthers:
-    """Carries the gradient of experts that were not chosen from a block's experts to its router.
+    """Carries the gradient of experts that a token did not choose from a block's experts to its router.
 
     Args:
         name: The router's module name, for error messages.

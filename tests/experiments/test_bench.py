@@ -88,6 +88,18 @@ def test_peak_memory_is_that_of_weights_and_tensors():
     assert peak == 4 * (10_000 + 2 * 5000)
 
 
+def test_rows_of_the_router_gradient(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    result = run_bench(["tiny"], tokens=16, device="cpu", seconds=0.05, router_gradient=True, output=path)
+    forms = {row["gradient"]: row["experts"] for row in result["gradients"]}
+    assert forms == {"chosen": 1, "neighbours, 1": 1.5, "neighbours, 2": 2, "neighbours, 4": 3, "dense": 4}
+    assert result["gradients"][0]["ratio"] == result["gradients"][0]["memory"] == 1
+    assert all(row["rounds"] >= 5 for row in result["gradients"])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    print_bench(result)
+    assert "dense" in capsys.readouterr().out
+
+
 def test_bad_input(tmp_path):
     for settings, message in (
         ({"models": ["tini"]}, "did you mean `tiny`"),

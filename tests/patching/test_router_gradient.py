@@ -7,7 +7,8 @@ import torch
 from models import make_ids, make_model, move_graphs
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from symphony_hf import ConfigError, is_symphonized, symphonize, unsymphonize
+from symphony_hf import ConfigError, UnsupportedModelError, is_symphonized, symphonize, unsymphonize
+from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.patching.symphonize import symphony_routers
 
 QUIET = {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}  # the gradient of the main loss alone
@@ -196,6 +197,29 @@ def test_bad_settings_are_refused_before_anything_is_changed(family, settings, m
     with pytest.raises(ConfigError, match=message):
         symphonize(model, **settings)
     assert not is_symphonized(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("dbrx", "its block makes the weights"),
+        ("phimoe", "neither a softmax nor a sigmoid"),
+        ("switch_transformers", "does not return the chosen experts with a weight for each"),
+    ],
+)
+def test_families_of_another_form_are_refused_with_the_reason(model_type, reason):
+    model = tiny_model(model_type)
+    with pytest.raises(UnsupportedModelError, match=rf"router_gradient='dense' is not defined for it: .*{reason}"):
+        symphonize(model, router_gradient="dense")
+    assert not is_symphonized(model)
+
+
+def test_a_block_that_changes_the_weights_is_refused_when_it_runs():
+    model = symphonize(make_model("olmoe"), router_gradient="dense").train()
+    block = model.model.layers[0].mlp
+    block.experts.register_forward_pre_hook(lambda module, args: (*args[:2], args[2] * 2))
+    with pytest.raises(UnsupportedModelError, match=r"`model\.layers\.0\.mlp\.gate`.*changes the router's choices"):
+        model(make_ids(), labels=make_ids())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -28,6 +28,7 @@ from symphony_hf.errors import ConfigError, nearest
 from symphony_hf.files import check_file_place
 from symphony_hf.tables import Table, TableCell
 
+from .gradient import bench_gradients, gradient_table
 from .layer_forms import PROMPT, SHAPES, build_forms, generation_step, inference_step, peak_bytes, training_step
 from .results import number_cell, print_result, range_cell, write_result
 from .timing import alternate, find_device, quartiles
@@ -100,6 +101,7 @@ def run_bench(
     dtype: str | None = None,
     threads: int | None = None,
     seconds: float = 60.0,
+    router_gradient: bool = False,
     output: str | Path = "symphony-bench.json",
 ) -> dict[str, Any]:
     """Measure every model, and write the result as JSON.
@@ -112,6 +114,7 @@ def run_bench(
         dtype: `float32` or `bfloat16`; if None, float32 on the CPU and bfloat16 elsewhere.
         threads: Threads on the CPU; PyTorch's own number if None. With 1, CPU time is taken, not the clock's.
         seconds: Time for each measurement, after warm-up; at least five rounds are run.
+        router_gradient: Measure training steps with experts that were not chosen in the router's gradient instead.
         output: Path of the JSON file.
 
     Returns:
@@ -133,6 +136,12 @@ def run_bench(
     kind = dtype or ("float32" if chosen.type == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16"):
         raise ConfigError(f"bench: `dtype` is {kind!r}; known names: bfloat16, float32")
+    settings = {"dtype": kind, "seconds_per_row": seconds}
+    if router_gradient:
+        with _with_threads(threads):
+            rows_of = [bench_gradients(name, sizes, chosen, getattr(torch, kind), seconds) for name in names]
+            gradients = [dataclasses.asdict(row) for rows in rows_of for row in rows]
+            return write_result(output, {"gradients": gradients, **settings}, chosen)
     rows: list[Measurement] = []
     memory: list[PeakMemory] = []
     with _with_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
@@ -149,8 +158,7 @@ def run_bench(
             "rows": [dataclasses.asdict(row) for row in rows],
             "memory": [dataclasses.asdict(row) for row in memory],
             "aims": AIMS,
-            "dtype": kind,
-            "seconds_per_row": seconds,
+            **settings,
         }
         return write_result(output, result, chosen)
 
@@ -279,5 +287,7 @@ def memory_table(result: dict[str, Any]) -> Table:
 
 def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the measurements, and the path of their file."""
+    if "gradients" in result:
+        return print_result(result, [gradient_table(result)], console)
     tables = [bench_table(result), *([memory_table(result)] if result["memory"] else [])]
     print_result(result, tables, console)
