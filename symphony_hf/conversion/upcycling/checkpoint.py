@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +15,14 @@ from symphony_hf.errors import CheckpointError, UpcycleError
 from symphony_hf.files import WEIGHTS, read_weight_map
 from symphony_hf.files import WEIGHTS_INDEX as INDEX
 
-from .copying import BLOCK, copy_range
 from .options import DTYPES
+
+BLOCK = 2**20
+"""Bytes read and written at a time: larger blocks were slower, smaller ones no faster.
+
+So were `os.copy_file_range` and `os.sendfile`: with a flush, ranges of 2 MB took 1.4 times a plain copy's time on ext4,
+and this takes 1.04 times. The kernel moves them page by page, since tensors begin at any byte.
+"""
 
 TORCH_DTYPES = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
 ITEM_BYTES = {stored: dtype.itemsize for stored, dtype in TORCH_DTYPES.items()}
@@ -86,13 +92,6 @@ class Checkpoint:
                     raise CheckpointError(f"`{stored.file}` became shorter while `{rows.tensor}` was read from it")
                 yield buffer[:count]
                 left -= count
-
-    def copy(self, rows: Rows, target: BinaryIO) -> Iterator[int]:
-        """Append the bytes of rows to an unbuffered file, and yield the number of bytes of each part."""
-        stored = self.tensors[rows.tensor]
-        with stored.file.open("rb", buffering=0) as file:
-            offset = stored.offset + rows.start * stored.row_bytes
-            yield from copy_range(file, offset, (rows.stop - rows.start) * stored.row_bytes, target)
 
     def float_blocks(self, rows: Rows) -> Iterator[Tensor]:
         """Return the values of rows in float32, in blocks of shape (values,)."""

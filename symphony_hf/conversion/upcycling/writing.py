@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from symphony_hf.errors import ConfigError, UpcycleError
 from symphony_hf.files import WEIGHTS_INDEX
 
 from .checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint, Rows
-from .copying import write_all
 from .options import UpcycleOptions
 from .plan import PARTS, ExpertPart, Piece, PlannedTensor
 
@@ -34,20 +33,18 @@ class Contents:
         self.options = options
         self._scale = functools.cache(self._root_mean_square)
 
-    def write(self, tensor: PlannedTensor, file: BinaryIO) -> Iterator[int]:
-        """Append the bytes of a tensor to an unbuffered file, and yield the number of bytes of each part."""
-        if not tensor.pieces:
-            yield _append(file, _bytes_of(self._made(tensor).to(TORCH_DTYPES[tensor.dtype])))
+    def blocks(self, tensor: PlannedTensor) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in blocks, each valid until the next."""
+        if tensor.router is not None:
+            yield _bytes_of(self._router(tensor.router, tensor.shape).to(TORCH_DTYPES[tensor.dtype]))
+        elif not tensor.pieces:
+            yield _bytes_of(torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]))
         for piece in tensor.pieces:
             noisy = piece.expert is not None and self.options.noise > 0
             if noisy or tensor.dtype != self.source.tensors[piece.rows.tensor].dtype:
-                for block in self._computed(piece, TORCH_DTYPES[tensor.dtype]):
-                    yield _append(file, block)
+                yield from self._computed(piece, TORCH_DTYPES[tensor.dtype])
             else:
-                yield from self.source.copy(piece.rows, file)
-
-    def _made(self, tensor: PlannedTensor) -> Tensor:
-        return torch.zeros(tensor.shape) if tensor.router is None else self._router(tensor.router, tensor.shape)
+                yield from self.source.blocks(piece.rows)
 
     def _router(self, layer: int, shape: tuple[int, ...]) -> Tensor:
         stream, std = self._stream(layer), self.options.router_std
@@ -85,11 +82,6 @@ class Contents:
             squares += values.double().square().sum().item()
             count += len(values)
         return math.sqrt(squares / count)
-
-
-def _append(file: BinaryIO, block: memoryview) -> int:
-    write_all(file, block)
-    return len(block)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -165,8 +157,9 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], contents: Contents
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
-        write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            for size in contents.write(tensor, file):
-                progress.update(size)
+            for block in contents.blocks(tensor):
+                file.write(block)
+                progress.update(len(block))
