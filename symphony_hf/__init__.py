@@ -23,6 +23,7 @@ _HOMES = {
     "PatchError": "errors",
     "PushError": "errors",
     "ReportError": "errors",
+    "RoutingChoices": "patching.replay.choices",
     "SymphonyCallback": "training.callback",
     "SymphonyConfig": "config",
     "SymphonyError": "errors",
@@ -43,6 +44,8 @@ _HOMES = {
     "print_trainable_parameters": "conversion.adapters.trainable",
     "push": "conversion.push",
     "quantize_experts": "conversion.quantization.quantize_experts",
+    "record_routing": "patching.replay.contexts",
+    "replay_routing": "patching.replay.contexts",
     "symphonize": "patching.symphonize",
     "trainable_parameters": "conversion.adapters.trainable",
     "unsymphonize": "patching.symphonize",
@@ -50,6 +53,7 @@ _HOMES = {
     "upcycle_modules": "patching.upcycle_modules",
     "update_graphs": "patching.attachment",
     "with_router_losses": "training.router_losses",
+    "with_router_replay": "training.router_replay",
 }
 
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
     "PatchError",
     "PushError",
     "ReportError",
+    "RoutingChoices",
     "SymphonyCallback",
     "SymphonyConfig",
     "SymphonyError",
@@ -83,6 +88,8 @@ __all__ = [
     "print_trainable_parameters",
     "push",
     "quantize_experts",
+    "record_routing",
+    "replay_routing",
     "symphonize",
     "trainable_parameters",
     "unsymphonize",
@@ -90,6 +97,7 @@ __all__ = [
     "upcycle_modules",
     "update_graphs",
     "with_router_losses",
+    "with_router_replay",
 ]
 
 if TYPE_CHECKING:
@@ -104,10 +112,13 @@ if TYPE_CHECKING:
     from symphony_hf.models.upcycled_moe import UpcycledMoE
     from symphony_hf.patching.attachment import add_router_losses, update_graphs
     from symphony_hf.patching.folding import export_folded, fold
+    from symphony_hf.patching.replay.choices import RoutingChoices
+    from symphony_hf.patching.replay.contexts import record_routing, replay_routing
     from symphony_hf.patching.symphonize import expert_graphs, is_symphonized, symphonize, unsymphonize
     from symphony_hf.patching.upcycle_modules import upcycle_modules
     from symphony_hf.training.callback import SymphonyCallback
     from symphony_hf.training.router_losses import with_router_losses
+    from symphony_hf.training.router_replay import with_router_replay
 
     from .config import SymphonyConfig
     from .errors import (

@@ -65,6 +65,11 @@ def _of_trainer(*names: str) -> dict[str, PrivateName]:
     return {name: PrivateName("transformers", ("training",), reason) for name in names}
 
 
+def _of_online_trainers(*names: str) -> dict[str, PrivateName]:
+    reason = "wrapped: the forwards that generate a batch of completions and score it, before any callback sees them"
+    return {name: PrivateName("trl", ("training",), reason) for name in names}
+
+
 PRIVATE_NAMES = {
     "_modules": PrivateName(
         "torch",
@@ -91,6 +96,8 @@ PRIVATE_NAMES = {
     "_C": PrivateName("torch", ("patching",), "the way to `_functorch`"),
     "_functorch": PrivateName("torch", ("patching",), "whether a transform of torch.func is running"),
     "_execution_engine": PrivateName("torch", ("patching",), "a callback at the end of the whole backward pass"),
+    "_compiled_call_impl": PrivateName("torch", ("patching",), "whether `model.compile()` was called"),
+    "_orig_mod": PrivateName("torch", ("patching",), "whether a module was wrapped by torch.compile"),
     "_get_active_ddp_module": PrivateName("torch", ("patching",), "the wrapper whose forward is under way"),
     "_join_config": PrivateName("torch", ("patching",), "whether that wrapper is inside `Join`"),
     "_grouped_mm": PrivateName("torch", ("training",), "an operator whose FLOPs the planner counts"),
@@ -126,6 +133,9 @@ PRIVATE_NAMES = {
         "transformers", ("conversion",), "overridden: the one moment at which a quantizer may change the model"
     ),
     **_of_trainer("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"),
+    **_of_online_trainers(
+        "_generate_and_score_completions", "_generate_single_turn", "_get_per_token_logps_and_entropies"
+    ),
     "_hf_hook": PrivateName("accelerate", ("patching",), "the device of an offloaded router"),
     "_old_forward": PrivateName("accelerate", ("patching",), "the forward that accelerate's hook calls"),
 }

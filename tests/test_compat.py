@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.output_capturing import OutputRecorder
+from trl import GRPOTrainer
 
 import symphony_hf
 from symphony_hf.compat import PRIVATE_NAMES, supported_range, transformers_is_supported
@@ -43,6 +44,11 @@ HOLDERS = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda: torch.ops.aten,
     "_python_dispatch": lambda: torch.utils,
     "_pytree": lambda: torch.utils,
+    "_orig_mod": lambda: torch.compile(nn.Linear(1, 1), backend="eager"),
+    **dict.fromkeys(
+        ("_generate_and_score_completions", "_generate_single_turn", "_get_per_token_logps_and_entropies"),
+        lambda: GRPOTrainer,
+    ),
     "_loss_function": model_with_a_loss,
     "_experts_implementation": lambda: make_model().config,
     "_process_model_before_weight_loading": lambda: HfQuantizer,

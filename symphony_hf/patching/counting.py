@@ -132,7 +132,7 @@ class CoselectionCounter:
             record.visited.clear()
             return
         record.closed = True
-        reached = [tensor for tensor in _tensors_of(output) if tensor.requires_grad]
+        reached = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
         for tensor in reached:
             tensor.register_hook(functools.partial(self._begin_backward, record))
         if not reached:
@@ -252,14 +252,14 @@ def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 
-def _tensors_of(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> Iterator[Tensor]:
     """Yield the tensors in a stack's output, each once."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict | tuple | list):
         seen: set[int] = set()
         for value in output.values() if isinstance(output, dict) else output:
-            for tensor in _tensors_of(value):
+            for tensor in tensors_of(value):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield tensor

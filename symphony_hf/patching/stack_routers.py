@@ -54,7 +54,8 @@ class StackRouters:
         """Find the routers that are in the model now, and check that the number of chosen experts can be followed.
 
         Raises:
-            PatchError: If the number of chosen experts changed, and this family's cannot be followed.
+            PatchError: If something took the place of a router, or the number of chosen experts changed, and this
+                family's cannot be followed.
         """
         modules = list(self.owner.modules())
         aside = put_aside(modules)
@@ -63,6 +64,7 @@ class StackRouters:
             for module in modules
             if "contract" in module.__dict__ and id(module) not in aside and self._is_own(module)
         ]
+        self._refuse_replaced(modules, found)
         if not found:
             self.checks.warn_once(
                 f"no Symphony router is left in {type(self.owner).__name__}: what was symphonized was replaced, so "
@@ -85,6 +87,31 @@ class StackRouters:
                     "symphonized: the number of experts that this family chooses cannot be followed. Call "
                     "`unsymphonize(model)`, change it, then `symphonize(model)` again"
                 )
+
+    def _refuse_replaced(self, modules: list[nn.Module], found: list[Any]) -> None:
+        """Refuse a module in the place of a router or of what is around it, which routes without the graph.
+
+        A layer that was dropped or moved has nothing in its place: its list is shorter, or another one.
+        """
+        kept = {id(router) for router in found if hasattr(router, "base_class")}
+        if all(id(router) in kept for router in self.routers):
+            return
+        present = set(map(id, modules))
+        for router, above in zip(self.routers, self._above, strict=True):
+            if id(router) in present and hasattr(router, "base_class"):
+                continue
+            parent, name, size = next(entry for entry in above if id(entry[0]) in present)
+            now = parent._modules.get(name)
+            is_shorter = isinstance(parent, nn.ModuleList) and len(parent) != size
+            if now is None or is_shorter or isinstance(now, nn.ModuleList) or any(id(m) in kept for m in now.modules()):
+                continue
+            path = ".".join(entry[1] for entry in reversed(above))
+            raise PatchError(
+                f"the router `{path}` of {type(self.owner).__name__} was replaced after `symphonize`: `{name}` of "
+                f"{type(parent).__name__} is a {type(now).__name__} now, which goes past its graph. Turn off what put "
+                "it there (engines such as DeepSpeed's AutoEP bring MoE blocks of their own), or `unsymphonize(model)` "
+                "before it"
+            )
 
     def check_in_place(self) -> None:
         """Refuse a module that was put around, or in the place of, a linear router after `symphonize`.
@@ -138,20 +165,31 @@ class StackRouters:
         for index, router in enumerate(routers):
             # On the router, not on its graph: PEFT copies the graph, and must not copy the model with it.
             router.__dict__["stack"], router.__dict__["layer_index"] = self.counter, index
+        parents = {
+            id(child): (module, name, len(module._modules))
+            for module in self.owner.modules()
+            for name, child in module.named_children()
+        }
+        self._above = [self._find_above(router, parents) for router in routers]
         self._homes = self._find_homes()
         self._top_ks = list(self._chosen_by_blocks())
 
+    def _find_above(self, router: nn.Module, parents: dict[int, Any]) -> list[tuple[nn.Module, str, int]]:
+        """Return each module around a router, innermost first, with its child's name and its number of children."""
+        above, module = [], router
+        while id(module) in parents and module is not self.owner:
+            above.append(parents[id(module)])
+            module = above[-1][0]
+        return above
+
     def _find_homes(self) -> list[tuple[nn.Module, str]]:
         """Return each router's calling block and its name there, past PEFT's wrappers."""
-        parents = {
-            id(child): (module, name) for module in self.owner.modules() for name, child in module.named_children()
-        }
         homes = []
-        for router in self.routers:
-            block, name = parents.get(id(router), (self.owner, ""))
-            while isinstance(block, nn.ModuleDict) or "modules_to_save" in block._modules:
-                block, name = parents[id(block)]
-            homes.append((block, name))
+        for above in self._above:
+            around = [(self.owner, ""), *((module, name) for module, name, _ in reversed(above))]
+            while isinstance(around[-1][0], nn.ModuleDict) or "modules_to_save" in around[-1][0]._modules:
+                around.pop()
+            homes.append(around[-1])
         return homes
 
     def _count_stock(self, modules: Iterable[nn.Module]) -> int:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from symphony_hf.checkpoints.graph_files import match_graphs, read_graphs
 from symphony_hf.checkpoints.saving import own_config
 from symphony_hf.config import GRAPHS, SymphonyConfig
-from symphony_hf.errors import ConfigError, PatchError, nearest
-from symphony_hf.patching.families.discovery import FoundRouter
+from symphony_hf.errors import ConfigError, PatchError, UnsupportedModelError, nearest
+from symphony_hf.patching.families.discovery import FoundRouter, find_routers, layer_number
 from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.families.substitution import linear_of
 
@@ -209,6 +209,31 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
     for name, module in model.named_modules():
         if isinstance(module, SymphonyRouter) and id(module) not in aside:
             yield name, module
+
+
+def all_routers(model: nn.Module) -> list[FoundRouter]:
+    """Return all routers of a model, with a graph or without, in module order.
+
+    Args:
+        model: A model that discovery supports, or a symphonized model with routers that its user named.
+
+    Raises:
+        UnsupportedModelError: If it has no router, or one of an unknown kind.
+    """
+    named: dict[str, Any] = dict(symphony_routers(model)) if is_symphonized(model) else {}
+    found = {
+        name: FoundRouter(name, router, router.contract, getattr(router.stack, "owner", model), layer_number(name, row))
+        for row, (name, router) in enumerate(named.items())
+    }
+    try:
+        others = find_routers(model)
+    except UnsupportedModelError:
+        if not found:
+            raise
+        others = []  # an unknown model whose user named its routers
+    aside = put_aside(model.modules())
+    found |= {router.name: router for router in others if id(router.module) not in aside}
+    return [found[name] for name, _ in model.named_modules() if name in found]
 
 
 def check_whole(model: nn.Module, what: str) -> None:

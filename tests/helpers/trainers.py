@@ -3,7 +3,8 @@
 import torch
 from loop_ranks import LR, STEPS
 from models import make_ids
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 ROWS = [make_ids(1, length, seed=seed)[0].tolist() for seed, length in enumerate([8, 5, 7, 8, 6, 8, 4, 8, 8, 8, 3, 8])]
 ARGUMENTS = {
@@ -21,6 +22,20 @@ ARGUMENTS = {
     "max_grad_norm": 0.0,
     "bf16": False,
 }
+
+
+WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(str, range(92))])}
+
+
+def make_tokenizer():
+    """A tokenizer of numbers, with the vocabulary of the tiny models."""
+    raw = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
 
 
 class Rows(torch.utils.data.Dataset):

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from symphony_hf import (
     ConfigError,
+    PatchError,
     SymphonyCallback,
     SymphonyWarning,
     expert_graphs,
@@ -52,6 +53,58 @@ def test_a_graph_that_was_cast_past_the_model_is_widened(graph):
         assert router.symphony.adjacency.dtype == torch.float32
 
     warned_once(cast_and_step, "1 graphs were cast to another type than float32")
+
+
+def replace_block(model):
+    """As an engine does that brings MoE blocks of its own."""
+    model.model.layers[1].mlp = torch.nn.Linear(32, 32)
+
+
+def replace_router(model):
+    block = model.model.layers[1].mlp
+    block.gate = make_model().model.layers[1].mlp.gate
+
+
+def replace_layer(model):
+    model.model.layers[1] = make_model().model.layers[1]
+
+
+def replace_class(model):
+    router = model.model.layers[1].mlp.gate
+    router.__class__ = router.base_class
+
+
+@pytest.mark.parametrize(
+    ("replace", "now"),
+    [
+        (replace_block, "`mlp` of OlmoeDecoderLayer is a Linear"),
+        (replace_router, "`gate` of OlmoeSparseMoeBlock is a OlmoeTopKRouter"),
+        (replace_layer, "`1` of ModuleList is a OlmoeDecoderLayer"),
+        (replace_class, "`gate` of OlmoeSparseMoeBlock is a OlmoeTopKRouter"),
+    ],
+)
+def test_what_takes_the_place_of_a_router_is_refused_by_name(replace, now):
+    """After `accelerate.prepare`, `deepspeed.initialize` or any wrapping: at the first training forward."""
+    model = symphonize(make_model()).train()
+    replace(model)
+    wrapped = torch.nn.ModuleDict({"module": model})
+    with pytest.raises(PatchError, match=rf"`layers\.1\.mlp\.gate` of OlmoeModel was replaced .*{now} now"):
+        step(wrapped["module"])
+
+
+def test_layers_that_are_dropped_or_moved_have_nothing_in_their_place():
+    """In place, by a shorter list, by a dense layer that moves up, and in another order."""
+    for change in (
+        lambda layers: layers.__delitem__(1),
+        lambda layers: layers.insert(0, layers[2]),
+        lambda layers: layers._modules.update({"0": layers[2], "2": layers[0]}),
+    ):
+        model = symphonize(make_model("qwen3_moe", mlp_only_layers=[0], use_cache=False)).train()
+        step(model)
+        change(model.model.layers)
+        assert step(model)
+    model.model.layers = model.model.layers[:2]
+    assert step(model)
 
 
 def test_frozen_routers_are_named():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from models import make_ids, make_model, move_graphs
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trainers import make_tokenizer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -35,7 +35,6 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 from symphony_hf import ConfigError, PatchError, SymphonyCallback, symphonize, with_router_losses
 from symphony_hf.training.fit import train
 
-WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(str, range(92))])}
 NUMBERS = [str(i) for i in range(16)]
 COMMON = {
     "report_to": [],
@@ -83,13 +82,7 @@ TAUGHT = ("distillation", "gkd")
 
 @pytest.fixture
 def tokenizer():
-    raw = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    return tokenizer
+    return make_tokenizer()
 
 
 def model_for(kind, **settings):

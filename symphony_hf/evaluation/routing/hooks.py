@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from symphony_hf.errors import UnsupportedModelError
-from symphony_hf.patching.expert_graph import put_aside
 from symphony_hf.patching.families.contract import RouterContract
-from symphony_hf.patching.families.discovery import find_routers
 from symphony_hf.patching.families.probe import as_tuple
 from symphony_hf.patching.families.substitution import linear_of
 from symphony_hf.patching.router import SymphonyRouter
-from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
+from symphony_hf.patching.symphonize import all_routers
 
 
 class WatchedRouter(NamedTuple):
@@ -45,18 +42,7 @@ def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
 
     The model is one that discovery supports, or a symphonized one with routers that its user named.
     """
-    found: dict[str, WatchedRouter] = {}
-    if is_symphonized(model):
-        found = {name: WatchedRouter(r, r.contract) for name, r in symphony_routers(model)}  # type: ignore[arg-type]
-    try:
-        others = find_routers(model)
-    except UnsupportedModelError:
-        if not found:
-            raise
-        others = []  # an unknown model whose user named its routers
-    aside = put_aside(model.modules())
-    found |= {r.name: WatchedRouter(r.module, r.contract) for r in others if id(r.module) not in aside}
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    return {router.name: WatchedRouter(router.module, router.contract) for router in all_routers(model)}
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.evaluation.routing.hooks import routers_to_watch, watching_routers
 from symphony_hf.patching.attachment import tracker_of, update_graphs
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.patching.families.probe import LinearSpy
 from symphony_hf.patching.families.substitution import linear_of
+from symphony_hf.patching.replay.contexts import record_routing, replay_routing
 from symphony_hf.patching.symphonize import expert_graphs, symphony_routers
 
 from .naive import naive_counts, watch_choices
@@ -141,6 +143,38 @@ def require_same_routing(specimen: Specimen, patched: nn.Module, folded: nn.Modu
             require(off <= bound, f"{name}: folded, its logits are off by {off:.3g}")
             chosen, wanted = (one.indices_TK.sort(-1).values for one in (ours, theirs))
             require(torch.equal(chosen, wanted), f"{name}: folded, it chooses other experts")
+
+
+def replayed(specimen: Specimen) -> str | None:
+    """Check that a forward's own choices, replayed, change no bit, and that other choices reach the experts."""
+    other = copy.deepcopy(specimen.base)
+    for router in routers_to_watch(other).values():
+        linear: Any = linear_of(router.module, router.contract.linear)
+        with torch.no_grad():
+            linear.weight.copy_(linear.weight.flip(0))
+    try:
+        with record_routing(other) as given:
+            specimen.logits(other)
+    except UnsupportedModelError as error:
+        return str(error).rpartition(": ")[2]
+    for model in (copy.deepcopy(specimen.base), put_random_graphs(specimen.symphonized())):
+        with record_routing(model) as own:
+            logits = specimen.logits(model)
+        require(bool((own.experts != given.experts).any()), "the other choices are the same")
+        with replay_routing(model, own):
+            require(torch.equal(specimen.logits(model), logits), "replaying its own choices changes the logits")
+        with replay_routing(model, given), record_routing(model) as again:
+            require(bool(torch.isfinite(specimen.logits(model)).all()), "logits are not finite with other choices")
+        require(torch.equal(again.experts, given.experts), "the choices are not those given")
+        reached = watch_choices(model)
+        with replay_routing(model, given), watching_routers(model) as records:
+            specimen.logits(model)
+        for name in records:
+            for routed in records[name][:1]:
+                chosen = routed.indices_TK.sort(-1).values
+                for seen in reached[name][:1]:
+                    require(torch.equal(chosen, seen.sort(-1).values), f"{name}: not what reached the experts")
+    return None
 
 
 def counts(specimen: Specimen) -> str | None:

@@ -90,7 +90,7 @@ def look_at_routers(
         if key not in contracts:
             contracts[key] = inspect_router(name, router, modules, top_k)
         contract = replace(contracts[key], image_tokens=_image_tokens(name, router))
-        found.append(FoundRouter(name, router, contract, owner, _layer_number(name, place)))
+        found.append(FoundRouter(name, router, contract, owner, layer_number(name, place)))
     _check_untied(model, found)
     return found
 
@@ -197,7 +197,7 @@ def _settings_of(module: nn.Module | None) -> tuple[Any, ...]:
     return tuple(sorted((name, value) for name, value in values.items() if isinstance(value, int | float | str)))
 
 
-def _layer_number(name: str, place: int) -> int:
+def layer_number(name: str, place: int) -> int:
     """Return the first number in a module name such as `model.layers.3.mlp.gate`, or the router's index without one."""
     number = re.search(r"\.(\d+)\.", name)
     return int(number.group(1)) if number else place

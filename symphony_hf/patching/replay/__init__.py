@@ -1,0 +1,1 @@
+"""Router replay: the experts that were chosen in one forward are chosen again in another."""

@@ -1,0 +1,85 @@
+"""Sequences of a forward's tokens, read from its arguments: padding, packing and a cache are all undone here."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from symphony_hf.errors import PatchError
+
+
+class TokenLayout(NamedTuple):
+    """The sequence of each token that a forward gets, and its place there.
+
+    Attributes:
+        num_sequences: Rows, or the sequences that are packed into them.
+        continues: Whether the forward continues the sequences of the last one, whose keys are in a cache.
+        sequence_T: Sequence of each token. Shape: (tokens,).
+        index_T: Index of each token in its sequence, padding left out; -1 for padding. Shape: (tokens,).
+        ids_T: Token ids; None where the forward gets embeddings. Shape: (tokens,).
+    """
+
+    num_sequences: int
+    continues: bool
+    sequence_T: Tensor
+    index_T: Tensor
+    ids_T: Tensor | None
+
+
+def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
+    """Read the layout of a forward's tokens.
+
+    Args:
+        model: The model, for error messages.
+        arguments: The forward's arguments by name.
+
+    Raises:
+        PatchError: If it gets neither token ids nor embeddings.
+    """
+    ids = arguments.get("input_ids")
+    embeddings = arguments.get("inputs_embeds")
+    tokens = ids if isinstance(ids, Tensor) else embeddings
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        raise PatchError(
+            f"{type(model).__name__} was called without `input_ids` or `inputs_embeds` of shape (rows, positions), so "
+            "the tokens that its routers get are not known"
+        )
+    rows, length = tokens.shape[:2]
+    mask = arguments.get("attention_mask")
+    is_padding = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= length
+    past = max(_num_cached(arguments), mask.shape[1] - length if is_padding else 0)
+    if is_padding:
+        kept_RP = mask.bool()
+        index_RP = (kept_RP.cumsum(1) - 1).masked_fill(~kept_RP, -1)[:, -length:]
+    else:
+        index_RP = (past + torch.arange(length, device=tokens.device)).expand(rows, length)
+    sequence_RP = torch.arange(rows, device=tokens.device).unsqueeze(1).expand(rows, length)
+    num_sequences, positions = rows, arguments.get("position_ids")
+    if not past and isinstance(positions, Tensor) and positions.shape[-1] == length and positions.dim() <= 2:
+        starts_RP = (positions.expand(rows, length) == 0) & (index_RP >= 0)
+        if bool((starts_RP & (index_RP > 0)).any()):
+            num_sequences, sequence_RP, index_RP = _unpack(starts_RP, index_RP)
+    return TokenLayout(
+        num_sequences,
+        bool(past),
+        sequence_RP.reshape(-1),
+        index_RP.reshape(-1),
+        ids.reshape(-1) if isinstance(ids, Tensor) else None,
+    )
+
+
+def _num_cached(arguments: dict[str, Any]) -> int:
+    """Return the number of tokens in the cache, whatever this version of the model calls it."""
+    return max(
+        (int(value.get_seq_length()) for value in arguments.values() if hasattr(value, "get_seq_length")), default=0
+    )
+
+
+def _unpack(starts_RP: Tensor, index_RP: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Split rows into the sequences that are packed into them; each begins where its position is 0, or with its row."""
+    starts_RP = starts_RP | (index_RP == 0)
+    sequence_T = starts_RP.reshape(-1).cumsum(0) - 1
+    first_S = index_RP.reshape(-1)[starts_RP.reshape(-1)]
+    index_T = index_RP.reshape(-1)
+    index_T = torch.where(index_T >= 0, index_T - first_S[sequence_T.clamp_min(0)], index_T)
+    return len(first_S), sequence_T.clamp_min(0), index_T
