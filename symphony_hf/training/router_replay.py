@@ -1,7 +1,6 @@
 """Router replay in TRL's online trainers: a sequence is trained by the experts by which it was sampled."""
 
 import functools
-import inspect
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -46,7 +45,6 @@ def with_router_replay(trainer_class: TrainerClass) -> TrainerClass:
             f"{trainer_class!r}, without {', '.join(missing) or 'being one'}: use `record_routing` and "
             "`replay_routing` in its loop"
         )
-    parameters = inspect.signature(trainer_class._get_per_token_logps_and_entropies)  # type: ignore[attr-defined]
 
     def generate_single_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -64,13 +62,12 @@ def with_router_replay(trainer_class: TrainerClass) -> TrainerClass:
             self._replayed_routers = (choices.routers, choices.num_experts)
         return output
 
-    def log_probs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(self, *args, **kwargs).arguments
+    def log_probs(self: Any, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             rollout = getattr(self, "_router_replay", None)
-            if rollout is not None and _is_policy(self, given["model"]):
-                rollout.enter(stack, given["model"], len(given["input_ids"]))
-            return trainer_class._get_per_token_logps_and_entropies(self, *args, **kwargs)  # type: ignore[attr-defined]
+            if rollout is not None and _is_policy(self, model):
+                rollout.enter(stack, model, len(input_ids))
+            return trainer_class._get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs)  # type: ignore[attr-defined]
 
     @functools.wraps(trainer_class.compute_loss)
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

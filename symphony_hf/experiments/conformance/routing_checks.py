@@ -17,6 +17,7 @@ from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.patching.families.probe import LinearSpy
 from symphony_hf.patching.families.substitution import linear_of
 from symphony_hf.patching.replay.contexts import record_routing, replay_routing
+from symphony_hf.patching.replay.hooks import decoder_routers
 from symphony_hf.patching.symphonize import expert_graphs, symphony_routers
 
 from .naive import naive_counts, watch_choices
@@ -166,14 +167,15 @@ def replayed(specimen: Specimen) -> str | None:
         with replay_routing(model, given), record_routing(model) as again:
             require(bool(torch.isfinite(specimen.logits(model)).all()), "logits are not finite with other choices")
         require(torch.equal(again.experts, given.experts), "the choices are not those given")
-        reached = watch_choices(model)
-        with replay_routing(model, given), watching_routers(model) as records:
+        reached, routers = watch_choices(model), decoder_routers(model)
+        with replay_routing(model, given):
             specimen.logits(model)
-        for name in records:
-            for routed in records[name][:1]:
-                chosen = routed.indices_TK.sort(-1).values
-                for seen in reached[name][:1]:
-                    require(torch.equal(chosen, seen.sort(-1).values), f"{name}: not what reached the experts")
+        wanted = {routers[index].name: experts for index, experts in zip(given.routers, given.experts, strict=True)}
+        for router in routers:
+            # The router's own output comes first, and what its experts get last. ZAYA's has another form.
+            seen = reached[router.name][0 if router.contract.choices else -1].sort(-1).values
+            chosen = wanted[router.name].flatten(0, 1).long().sort(-1).values
+            require(torch.equal(chosen, seen), f"{router.name}: not what reached the experts")
     return None
 
 
