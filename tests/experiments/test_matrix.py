@@ -22,7 +22,7 @@ from symphony_hf.experiments.conformance.tiny import auto_class_of, moe_families
 from symphony_hf.patching.families.capability import Supported
 from symphony_hf.patching.families.discovery import find_routers
 from symphony_hf.patching.families.substitution import linear_of
-from symphony_hf.patching.replay.selection import SelectionTap
+from symphony_hf.patching.replay.hooks import RoutedForward
 from symphony_hf.patching.self_check import check_routers
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -187,11 +187,6 @@ def count_wrongly(model):
         router.stack.observe = lambda r, logits, indices, observe=observe: observe(r, logits, indices.flip(0).roll(1))
 
 
-def keep_the_own_choice(tap, scores, outcome):
-    tap.chosen_TK = outcome.indices.reshape(-1, outcome.indices.shape[-1])
-    return outcome
-
-
 def forget_a_class(model):
     next(symphony_routers(model))[1].__dict__["base_class"] = torch.nn.Identity
 
@@ -228,7 +223,7 @@ def test_every_check_can_fail(check, spoil, monkeypatch):
         monkeypatch.setattr("symphony_hf.patching.families.RouterContract.chosen_experts", lowest)
         spoiled = specimen
     elif check == "replay":
-        monkeypatch.setattr(SelectionTap, "_replace_choice", keep_the_own_choice)
+        monkeypatch.setattr(RoutedForward, "given_to", lambda self, router: None)
         spoiled = specimen
     else:
         spoiled = sabotaged(specimen, spoil)

@@ -29,6 +29,7 @@ QUIET = {
     "num_iterations": 2,  # each batch is used by two steps, so old log-probabilities are computed
     "save_strategy": "no",
     "disable_tqdm": True,
+    "logging_steps": 1,
     "learning_rate": 1e-2,
 }
 

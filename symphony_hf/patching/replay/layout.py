@@ -45,10 +45,11 @@ def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
             "the tokens that its routers get are not known"
         )
     rows, length = tokens.shape[:2]
-    mask = arguments.get("attention_mask")
-    is_padding = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= length
-    past = max(_num_cached(arguments), mask.shape[1] - length if is_padding else 0)
-    if is_padding:
+    mask = padding_mask(arguments)
+    if mask is not None and (len(mask) != rows or mask.shape[1] < length):
+        mask = None
+    past = max(_num_cached(arguments), 0 if mask is None else mask.shape[1] - length)
+    if mask is not None:
         kept_RP = mask.bool()
         index_RP = (kept_RP.cumsum(1) - 1).masked_fill(~kept_RP, -1)[:, -length:]
     else:
@@ -66,6 +67,12 @@ def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
         index_RP.reshape(-1),
         ids.reshape(-1) if isinstance(ids, Tensor) else None,
     )
+
+
+def padding_mask(arguments: dict[str, Any]) -> Tensor | None:
+    """Return the attention mask, if it says what is padding. Shape: (rows, positions)."""
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _num_cached(arguments: dict[str, Any]) -> int:

@@ -137,5 +137,6 @@ def _without_graph(router: Any) -> nn.Module:
     plain.__dict__.update(router.__dict__)
     for name in ("contract", "stack", "layer_index", "forward", "_old_forward"):
         plain.__dict__.pop(name, None)
-    plain.__dict__["_modules"] = {name: child for name, child in router._modules.items() if name != "symphony"}
+    children = {name: child for name, child in router.__dict__["_modules"].items() if name != "symphony"}
+    plain.__dict__["_modules"] = children
     return plain
