@@ -17,6 +17,7 @@ GRAPHS = ("ema", "frozen", "learned")
 
 Smoothing = Literal["logits", "scores"]
 Normalization = Literal["row", "conditional", "symmetric", "centred"]
+Balance = Literal["loss", "bias"]
 BalanceScope = Literal["local", "global"]
 RouterGradient = Literal["chosen", "dense", "neighbours", "random"]
 
@@ -54,6 +55,9 @@ class SymphonyConfig:
         routers: Shell-style patterns of module names (`*.mlp.gate`) of routers that are not detected: `nn.Linear` gates
             of remote-code and custom models. Only these are symphonized then.
         top_k: Number of experts per token of `routers`; read from the gate's block when None.
+        balance: `loss`: a loss balances the load. `bias`: the bias by which some families (DeepSeek-V3, GLM-4.5 and
+            others) choose experts is raised at each graph update for those below the mean load, and lowered for others.
+        bias_rate: Step of that bias, up or down.
         balance_loss_weight: Weight of the load-balancing loss, averaged over layers and added in the backward pass.
         balance_scope: `local`: each micro-batch of each rank is balanced separately. `global`: the load of all ranks
             is balanced, as of one batch, at the cost of one small all-reduce per forward. It is refused if a router is
@@ -68,7 +72,7 @@ class SymphonyConfig:
         ConfigError: If a value is unknown or out of range.
 
     Source: arXiv 2510.16411. Deviation: the paper publishes no decay, normalization or diagonal; the loss weights
-    are those of LibMoE's visual instruction tuning.
+    are those of LibMoE's visual instruction tuning. The bias and its rate are those of arXiv 2408.15664.
     """
 
     strength: float = 1.0
@@ -81,6 +85,8 @@ class SymphonyConfig:
     layers: tuple[int, ...] | None = None
     routers: tuple[str, ...] | None = None
     top_k: int | None = None
+    balance: Balance = "loss"
+    bias_rate: float = 0.001
     balance_loss_weight: float = 0.01
     balance_scope: BalanceScope = "local"
     z_loss_weight: float = 0.001
@@ -91,10 +97,12 @@ class SymphonyConfig:
         _check_number("strength", self.strength, -1, 1)
         _check_number("decay", self.decay, 0, 1)
         _check_number("warmup_steps", self.warmup_steps, 0, 2**53)
+        _check_number("bias_rate", self.bias_rate, 0, 1)
         _check_number("balance_loss_weight", self.balance_loss_weight, 0, 1e6)
         _check_number("z_loss_weight", self.z_loss_weight, 0, 1e6)
         _check_choice("smoothing", self.smoothing, get_args(Smoothing))
         _check_choice("normalization", self.normalization, get_args(Normalization))
+        _check_choice("balance", self.balance, get_args(Balance))
         _check_choice("balance_scope", self.balance_scope, get_args(BalanceScope))
         _check_choice("router_gradient", self.router_gradient, get_args(RouterGradient))
         if type(self.num_neighbours) is not int or self.num_neighbours < 1:
@@ -124,6 +132,10 @@ class SymphonyConfig:
             )
         self._check_layers()
         self._check_routers()
+        if self.balance == "bias":
+            if self.balance_loss_weight not in (0, type(self).balance_loss_weight):
+                raise ConfigError("symphony: `balance_loss_weight` needs balance `loss`: balance `bias` has no loss")
+            object.__setattr__(self, "balance_loss_weight", 0.0)
 
     def _check_layers(self) -> None:
         layers: Any = self.layers
@@ -153,6 +165,11 @@ class SymphonyConfig:
     def counts_selections(self) -> bool:
         """Whether training updates the graph with counts of experts chosen together."""
         return self.graph == "ema"
+
+    @property
+    def balances(self) -> bool:
+        """Whether the load of the experts is balanced, in place of the model's own balance loss."""
+        return self.balance == "bias" or self.balance_loss_weight > 0
 
     @property
     def weighs_losses(self) -> bool:

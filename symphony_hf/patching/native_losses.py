@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from symphony_hf.config import SymphonyConfig
 
 _REPLACED = {
-    "balance_loss_weight": (("router_aux_loss_coef", "aux_loss_coef"), "aux_loss"),
+    "balances": (("router_aux_loss_coef", "aux_loss_coef"), "aux_loss"),
     "z_loss_weight": (("router_z_loss_coef",), "z_loss"),
 }
-"""For each Symphony loss, the names of the native loss's weight in models and configs, and its name in outputs."""
+"""For each setting, the names of the native loss's weight in models and configs, and its name in outputs."""
 
 
 class NativeLosses:
@@ -60,7 +60,7 @@ class NativeLosses:
 
 def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> Iterator[Any]:
     """Register the hooks on every model that computes a loss, the given one or one inside it. Yields their handles."""
-    replaced = [names for weight, names in _REPLACED.items() if getattr(settings, weight) > 0]
+    replaced = [names for setting, names in _REPLACED.items() if getattr(settings, setting) > 0]
     if not replaced:
         return
     weights, outputs = [name for names, _ in replaced for name in names], [output for _, output in replaced]

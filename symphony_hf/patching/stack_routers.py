@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from symphony_hf.errors import PatchError
 
+from .correction_bias import correction_bias
 from .expert_graph import active_graph, put_aside
 from .training_checks import TrainingChecks
 from .training_state import TrainingState
@@ -129,6 +130,13 @@ class StackRouters:
                 "symphonized, which goes past its graph: leave routers out of `target_modules`, and train them by "
                 f"modules_to_save=[{name!r}]"
             )
+
+    def correction_biases(self) -> list[Tensor]:
+        """Return the correction bias of each router, where all of them have one."""
+        return [
+            correction_bias(router.contract, router, block)
+            for router, (block, _) in zip(self.routers, self._homes, strict=True)
+        ]
 
     def bypassed_blocks(self, ran_L: Tensor) -> list[nn.Module]:
         """Return the blocks that ran in this step without their router. A router is rightly idle where its block is.

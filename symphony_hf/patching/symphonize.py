@@ -18,6 +18,7 @@ from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.families.substitution import linear_of
 
 from .attachment import attach, check_balance_scope, detach, tracker_of
+from .correction_bias import check_correction_biases
 from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
 from .router_gradient import check_graph_of_neighbours, check_router_gradient
@@ -56,6 +57,7 @@ def symphonize(
     check_balance_scope(model, found, settings)
     check_router_gradient(found, settings)
     check_graph_of_neighbours(found, settings, has_path=settings.graph not in GRAPHS)
+    check_correction_biases(model, found, settings)
     adjacencies = None
     if settings.graph not in GRAPHS:
         routers = [(router.name, router.contract.num_experts) for router in found]

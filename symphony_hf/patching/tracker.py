@@ -13,6 +13,7 @@ from symphony_hf.config import SymphonyConfig
 from symphony_hf.routing.graph import update_adjacency
 from symphony_hf.routing.losses import RecordGradientScale
 
+from .correction_bias import move_bias
 from .counting import CoselectionCounter, is_functional
 from .expert_graph import ExpertGraph
 from .observations import Observations
@@ -169,6 +170,9 @@ class Tracker:
             self._log_losses(counters, pending)
         for counter, observed in zip(counters, self._sum_over_ranks(pending), strict=True):
             self._move(counter, *observed)
+            if self.config.balance == "bias":
+                for bias, counts_EE in zip(counter.placed.correction_biases(), observed[0], strict=True):
+                    move_bias(bias, counts_EE.diagonal(), self.config.bias_rate)
         state.finish_commit()
         self.checks.after_commit()
         return True

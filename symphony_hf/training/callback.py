@@ -48,7 +48,7 @@ class SymphonyCallback(TrainerCallback):
                 "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         # TRL's own balance loss is off, since the model's weight for it is 0, unless TRL's arguments set one.
-        if tracker.config.balance_loss_weight > 0 and getattr(args, "router_aux_loss_coef", None):
+        if tracker.config.balances and getattr(args, "router_aux_loss_coef", None):
             raise PatchError(
                 f"SymphonyCallback: router_aux_loss_coef={args.router_aux_loss_coef} would add TRL's balance loss to "
                 "this one: leave it out, or symphonize with balance_loss_weight=0"

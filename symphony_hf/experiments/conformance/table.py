@@ -14,7 +14,7 @@ from symphony_hf.tables import Table
 
 from .matrix import FamilyResult, NotApplicable, run_matrix
 
-HEADER = ["model type", "routers", "logits", "scores", "images", "notes"]
+HEADER = ["model type", "routers", "logits", "scores", "bias", "images", "notes"]
 _BLOCK = re.compile(r"(<!-- families table -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,13 +40,17 @@ def list_families(names: Sequence[str] = (), *, check: bool = False, readme: str
 def table_row(row: FamilyResult) -> list[str]:
     """Return the cells of one family."""
     if row.able is None:
-        return [f"`{row.family}`", "", "not built", "", "", row.not_built or ""]
+        return [f"`{row.family}`", "", "not built", "", "", "", row.not_built or ""]
     able = row.able
     if isinstance(able.logits, Unsupported):
         reason = able.logits.reason.partition(": ")[2] or able.logits.reason
-        return [f"`{row.family}`", "", "refused", "", "", reason.partition(". symphony_hf")[0]]
+        return [f"`{row.family}`", "", "refused", "", "", "", reason.partition(". symphony_hf")[0]]
     images = row.results.get("images")
-    cells = ["yes", "no" if isinstance(able.scores, Unsupported) else "yes", _image_cell(images)]
+    cells = [
+        "yes",
+        *("no" if isinstance(c, Unsupported) else "yes" for c in (able.scores, able.bias)),
+        _image_cell(images),
+    ]
     return [f"`{row.family}`", ", ".join(f"`{name}`" for name in able.routers), *cells, "; ".join(_notes(row))]
 
 

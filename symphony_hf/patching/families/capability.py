@@ -49,6 +49,7 @@ class Capabilities:
         scores: Smoothing of scores, after softmax or sigmoid.
         learning: Whether training moves the graph.
         gradient: A `router_gradient` of experts that were not chosen.
+        bias: Balancing without a loss, by the bias with which experts are chosen.
     """
 
     routers: tuple[str, ...]
@@ -56,6 +57,7 @@ class Capabilities:
     scores: Capability
     learning: Capability
     gradient: Capability
+    bias: Capability
 
 
 def capabilities(model: nn.Module) -> Capabilities:
@@ -68,9 +70,9 @@ def capabilities(model: nn.Module) -> Capabilities:
         found = find_routers(model)
     except UnsupportedModelError as error:
         refused = Unsupported(str(error))
-        return Capabilities((), refused, refused, refused, refused)
+        return Capabilities((), refused, refused, refused, refused, refused)
     classes = tuple(sorted({type(router.module).__name__ for router in found}))
-    return Capabilities(classes, Supported(), _scores(found), _learning(found), _gradient(found))
+    return Capabilities(classes, Supported(), _scores(found), _learning(found), _gradient(found), _bias(found))
 
 
 def _scores(found: list[FoundRouter]) -> Capability:
@@ -87,3 +89,8 @@ def _learning(found: list[FoundRouter]) -> Capability:
 def _gradient(found: list[FoundRouter]) -> Capability:
     reasons = {router.contract.no_weighting for router in found if router.contract.weighting is None}
     return Unsupported(", ".join(sorted(reasons))) if reasons else Supported()
+
+
+def _bias(found: list[FoundRouter]) -> Capability:
+    without = sorted({type(r.module).__name__ for r in found if r.contract.correction_bias is None})
+    return Unsupported(f"{', '.join(without)}: no bias to choose by") if without else Supported()

@@ -27,6 +27,8 @@ class RouterContract:
         indices: Place of the chosen experts, (tokens, K), in the output; None: the K highest logits are chosen.
         choices: Reads the chosen experts from the output instead, where that takes more.
         image_tokens: True where the router gets the tokens of images alone, False where it gets all others; None: all.
+        correction_bias: Path of the bias that is added to scores to choose experts and not to weigh them; None without.
+        bias_in_block: Whether the router's block holds that bias and passes it; otherwise the router does.
         scoring_func: Function that turns logits into weights, needed for smoothing `scores`; None if it is unknown.
         no_scoring_func: Reason why `scoring_func` is None.
         weighting: How the weights in the output are made from its logits, needed for a `router_gradient` of experts
@@ -43,6 +45,8 @@ class RouterContract:
     indices: int | None = None
     choices: Callable[[tuple[Any, ...]], Tensor] | None = None
     image_tokens: bool | None = None
+    correction_bias: str | None = None
+    bias_in_block: bool = False
     scoring_func: ScoringFunc | None = None
     no_scoring_func: str = ""
     weighting: Weighting | None = None

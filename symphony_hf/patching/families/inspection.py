@@ -55,6 +55,7 @@ def inspect_router(
     weighting, no_weighting = reading.weighting(indices if entry.choices is None else None)
     if weighting is not None and not _has_experts(name, modules):
         weighting, no_weighting = None, f"no module `{EXPERTS}` beside it takes (hidden states, experts, weights)"
+    bias, bias_in_block = reading.correction_bias(modules.get(name.rpartition(".")[0]))
     return RouterContract(
         num_experts=reading.num_experts,
         top_k=top_k,
@@ -64,6 +65,8 @@ def inspect_router(
         carrier=reading.carrier,
         indices=indices,
         choices=entry.choices,
+        correction_bias=bias,
+        bias_in_block=bias_in_block,
         scoring_func=scoring_func,
         no_scoring_func=no_scoring_func,
         weighting=weighting,
@@ -217,6 +220,34 @@ class _Reading:
             if torch.allclose(ratios, ratios[0], rtol=1e-3):
                 return Weighting(scoring_func, renormalized=False), ""
         return None, "its weights are neither a softmax nor a sigmoid of its logits, times a constant"
+
+    def correction_bias(self, block: nn.Module | None) -> tuple[str | None, bool]:
+        """Return the path of the bias that chooses experts without a change of logits, and whether the block holds it.
+
+        Args:
+            block: The module that calls the router.
+        """
+        router = self.probe.router
+        in_block = {name: value for name, value in self.probe.arguments.items() if hasattr(block, name)}
+        in_router = dict((*router.named_parameters(), *router.named_buffers()))
+        for is_in_block, tensors in ((True, in_block), (False, in_router)):
+            for path, tensor in tensors.items():
+                if tensor.numel() == self.num_experts and tensor.is_floating_point() and self._chooses(tensor):
+                    return path, is_in_block
+        return None, False
+
+    def _chooses(self, bias: Tensor) -> bool:
+        """Whether every token chooses an expert whose entry is raised, by the same logits."""
+        if self.indices is None or self.logits is None:
+            return False
+        own = bias.detach().clone()
+        with torch.no_grad():
+            bias.view(-1)[0] += 1e3
+            outputs = self.probe.run()
+            bias.copy_(own)
+        chosen_TK = outputs[self.indices].reshape(NUM_TOKENS, -1)
+        same_logits = torch.equal(outputs[self.logits], self.probe.outputs[self.logits])
+        return same_logits and bool((chosen_TK == 0).any(1).all())
 
     def _shapes(self) -> str:
         outputs = self.probe.outputs

@@ -191,6 +191,11 @@ class Probe:
         self._products = spy.outputs
         self.calls_linear = bool(self.linear and calls)
 
+    def run(self) -> tuple[Any, ...]:
+        """Run the router again on the same input, with what its tensors and arguments hold now."""
+        with same_draws():
+            return as_tuple(self.base_class.forward(self.router, self.hidden.clone(), **self.arguments))
+
     def finish(self, logits: Tensor, hidden: Tensor | None = None) -> tuple[Any, ...]:
         """Run the router's head alone on given logits.
 

@@ -1,0 +1,112 @@
+"""`balance="bias"`: the correction bias moves by the sign of each expert's missing load, at each graph update."""
+
+import copy
+
+import pytest
+import torch
+from models import make_ids, make_model
+
+from symphony_hf import ConfigError, PatchError, SymphonyConfig, export_folded, symphonize, update_graphs
+from symphony_hf.experiments.conformance.matrix import quiet
+from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
+from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.patching.correction_bias import correction_bias, move_bias
+from symphony_hf.patching.families.discovery import find_routers
+
+# In the router, given by the block, in a child of the router, a parameter, of logits, and in groups.
+FAMILIES = ("deepseek_v3", "minimax_m2", "ernie4_5_moe", "laguna", "kolibri1", "glm4_moe", "lfm2_moe", "longcat_flash")
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    with quiet():
+        return tiny_model(request.param)
+
+
+def biases_of(model):
+    modules = dict(model.named_modules())
+    return {
+        router.name: correction_bias(router.contract, router.module, modules[router.name.rpartition(".")[0]])
+        for router in find_routers(model)
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_commit_moves_the_bias_by_the_naive_loads(model):
+    """The loads of two micro-batches, one with padding. The buffer is the stock model's, in place."""
+    symphonize(model, balance="bias", bias_rate=0.125, z_loss_weight=0.0)
+    before = {name: bias.clone() for name, bias in biases_of(model).items()}
+    seen, masks = watch_choices(model), [torch.ones(2, 12).long(), torch.ones(2, 12).long()]
+    masks[1][0, :5] = 0
+    loads = {name: torch.zeros_like(bias.view(-1)) for name, bias in before.items()}
+    for seed, mask in enumerate(masks):
+        ids = make_ids(seed=seed)
+        model.train()(input_ids=ids, attention_mask=mask).logits.float().square().mean().backward()
+        for name, notes in seen.items():
+            loads[name] += naive_counts(notes, mask, len(loads[name]))[0].diagonal()
+            notes.clear()
+    assert update_graphs(model)
+    for name, bias in biases_of(model).items():
+        wanted = [
+            0.125 if load < loads[name].mean() else -0.125 if load > loads[name].mean() else 0.0 for load in loads[name]
+        ]
+        torch.testing.assert_close((bias - before[name]).view(-1), torch.tensor(wanted))
+    assert not update_graphs(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_bias_is_saved_and_exported_as_the_stock_buffer(tmp_path):
+    with quiet():
+        model = symphonize(tiny_model("deepseek_v3"), balance="bias", bias_rate=0.125)
+    ids = make_ids()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    update_graphs(model)
+    moved = biases_of(model)
+    assert all(bias.abs().max() > 0 for bias in moved.values())
+    model.save_pretrained(tmp_path / "saved")
+    export_folded(model, tmp_path / "folded")
+    for name in ("saved", "folded"):
+        loaded = type(model).from_pretrained(tmp_path / name)
+        assert all(torch.equal(bias, moved[router]) for router, bias in biases_of(loaded).items())
+        assert (getattr(loaded.config, "symphony", None) or {}).get("balance") == ("bias" if name == "saved" else None)
+
+
+def test_an_expert_without_load_is_raised_until_it_gets_some():
+    bias, load = torch.zeros(4), torch.tensor([3.0, 0.0, 1.0, 0.0])
+    move_bias(bias, load, 0.5)
+    assert bias.tolist() == [-0.5, 0.5, 0.0, 0.5]
+    move_bias(bias, torch.full((4,), torch.nan), 0.5)  # after non-finite logits
+    move_bias(bias, torch.zeros(4), 0.5)  # without any token
+    assert bias.tolist() == [-0.5, 0.5, 0.0, 0.5]
+
+
+def test_families_without_a_bias_refuse_it_and_stay_as_they_are():
+    model = make_model("mixtral")
+    with pytest.raises(ConfigError, match=r"`model\.layers\.0\.mlp\.gate` chooses by its scores alone"):
+        symphonize(model, balance="bias")
+    assert not any(hasattr(module, "symphony") for module in model.modules())
+    for family, has_bias in (("gpt_oss", False), ("gemma4_text", False), ("dots1", True)):
+        with quiet():
+            routers = find_routers(tiny_model(family))
+        assert {router.contract.correction_bias is not None for router in routers} == {has_bias}
+
+
+def test_a_bias_that_was_cast_is_refused():
+    with quiet():
+        model = tiny_model("deepseek_v3")
+    half = copy.deepcopy(model)
+    for _, buffer in half.named_buffers():
+        buffer.data = buffer.data.bfloat16()
+    with pytest.raises(PatchError, match=r"is torch.bfloat16 with .* keep it in float32"):
+        symphonize(half, balance="bias")
+
+
+def test_it_takes_the_place_of_the_balance_loss():
+    config = SymphonyConfig(balance="bias")
+    assert config.balance_loss_weight == 0
+    assert config.balances
+    assert SymphonyConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="`balance_loss_weight` needs balance `loss`"):
+        SymphonyConfig(balance="bias", balance_loss_weight=0.02)
+    with pytest.raises(ConfigError, match="`balance` is 'biases'"):
+        SymphonyConfig(balance="biases")
