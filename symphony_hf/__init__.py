@@ -24,6 +24,7 @@ _HOMES = {
     "PushError": "errors",
     "ReportError": "errors",
     "RoutingChoices": "patching.replay.choices",
+    "RoutingMonitor": "training.routing_monitor",
     "SymphonyCallback": "training.callback",
     "SymphonyConfig": "config",
     "SymphonyError": "errors",
@@ -67,6 +68,7 @@ __all__ = [
     "PushError",
     "ReportError",
     "RoutingChoices",
+    "RoutingMonitor",
     "SymphonyCallback",
     "SymphonyConfig",
     "SymphonyError",
@@ -119,6 +121,7 @@ if TYPE_CHECKING:
     from symphony_hf.training.callback import SymphonyCallback
     from symphony_hf.training.router_losses import with_router_losses
     from symphony_hf.training.router_replay import with_router_replay
+    from symphony_hf.training.routing_monitor import RoutingMonitor
 
     from .config import SymphonyConfig
     from .errors import (

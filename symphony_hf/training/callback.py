@@ -17,9 +17,11 @@ from .launch import check_launch_of_trainer
 from .reference_model import mix_graphs, synced_reference
 
 
-def add_to_log(values: Mapping[str, float], logs: dict[str, Any], state: TrainerState) -> None:
+def add_to_log(
+    values: Mapping[str, float], logs: dict[str, Any], state: TrainerState, prefix: str = "symphony"
+) -> None:
     """Add values to a log of Trainer and to its record of it, so that later callbacks see them."""
-    named = {f"symphony/{name}": value for name, value in values.items()}
+    named = {f"{prefix}/{name}": value for name, value in values.items()}
     logs.update(named)
     if state.log_history:
         state.log_history[-1].update(named)

@@ -95,15 +95,30 @@ class GraphMonitor(TrainerCallback):
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
     """
 
+    prefix = "symphony"
+
     def __init__(self, pictures: bool = True) -> None:
         self.pictures = pictures
         self._logged: dict[str, Tensor] | None = None
         self._history = LoadHistory()
 
+    def graphs_of(self, model: Any) -> dict[str, Tensor]:
+        """Return the graph of each router."""
+        return expert_graphs(model)
+
+    def metrics(self, graphs: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
+        """Return the values to log.
+
+        Args:
+            graphs: The graph of each router.
+            before: As of the last log.
+        """
+        return graph_summary(graphs, before)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._logged = expert_graphs(model)  # in a resumed run, as of its last log before the checkpoint
+        self._logged = self.graphs_of(model)  # in a resumed run, as of its last log before the checkpoint
         self._history, kept = LoadHistory(), Path(args.output_dir) / HISTORY
         if state.global_step and state.is_world_process_zero and kept.is_file():
             self._history = LoadHistory.read(kept)
@@ -120,8 +135,8 @@ class GraphMonitor(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return  # an evaluation's entry, or the summary at the end
-        graphs = expert_graphs(model)
-        add_to_log(graph_summary(graphs, self._logged), logs, state)
+        graphs = self.graphs_of(model)
+        add_to_log(self.metrics(graphs, self._logged), logs, state, self.prefix)
         self._logged = graphs
         if state.is_world_process_zero:
             self._history.add(state.global_step, graphs)
@@ -146,7 +161,7 @@ class GraphMonitor(TrainerCallback):
             return
         from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
-        pictures = [plots.plot_graphs(expert_graphs(model), output / PICTURE)]
+        pictures = [plots.plot_graphs(self.graphs_of(model), output / PICTURE)]
         if len(history.steps) > 1:
             loads = {name: torch.stack(rows).tolist() for name, rows in history.loads.items()}
             steps = [str(step) for step in history.steps]

@@ -1,0 +1,144 @@
+"""RoutingMonitor: the routing of any MoE in the logs of its training, without a change to the model."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from symphony_hf.diagnostics.graph_metrics import graph_summary
+from symphony_hf.diagnostics.routing_metrics import router_margin
+from symphony_hf.errors import SymphonyWarning
+from symphony_hf.evaluation.routing.hooks import RouterReader, WatchedRouter, routers_to_watch
+from symphony_hf.patching.replay.layout import padding_mask
+from symphony_hf.routing.graph import count_coselections, initial_adjacency, update_adjacency
+
+from .monitor import GraphMonitor
+
+_SHOWN = ("load_entropy", "dead_experts", "busiest")
+"""Metrics of each router; the others are means over all."""
+
+_EVERY = 50
+"""Steps between two observations where the trainer does not log by steps."""
+
+
+class RoutingMonitor(GraphMonitor):
+    """Callback that watches the routers of any MoE in training: `Trainer(model, ..., callbacks=[RoutingMonitor()])`.
+
+    It logs, under `routing/`, the metrics of `diagnostics.graph_summary` on a moving average of co-selections and the
+    mean margin of the choices, as means and for each router, to whatever `report_to` names. It draws what GraphMonitor
+    draws. The model needs no graph, and stays as it is: hooks read the routers in one forward before each log, of this
+    process, without padding.
+
+    Args:
+        pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
+        decay: Decay of the moving average, per observation.
+    """
+
+    prefix = "routing"
+
+    def __init__(self, pictures: bool = True, decay: float = 0.9) -> None:
+        super().__init__(pictures)
+        self.decay = decay
+        self._handles: list[Any] = []
+        self._readers: dict[str, RouterReader] = {}
+        self._graphs: dict[str, Tensor] = {}
+        self._margins: dict[str, Tensor] = {}
+        self._counts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._mask_T: Tensor | None = None
+        self._num_seen = 0
+
+    def graphs_of(self, model: Any) -> dict[str, Tensor]:
+        return {name: graph.clone() for name, graph in self._graphs.items()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._stop_watching()
+        self._num_seen = 0
+        self._graphs = {
+            name: initial_adjacency(router.contract.num_experts, router.contract.top_k, "cpu")
+            for name, router in routers_to_watch(model).items()
+        }
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        step, every = state.global_step + 1, state.logging_steps if args.logging_strategy == "steps" else _EVERY
+        if step % max(1, int(every)) == 0 or step == 1:
+            self._watch(model)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs and not self._num_seen:
+            warnings.warn(
+                "RoutingMonitor: no router was seen to run in training: does a compiled model go past its hooks?",
+                SymphonyWarning,
+                stacklevel=2,
+            )
+        super().on_log(args, state, control, model=model, logs=logs, **kwargs)
+
+    def metrics(self, graphs: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
+        values = super().metrics(graphs, before)
+        margins = {name: float(margin) for name, margin in self._margins.items()}
+        if margins:
+            values["margin"] = sum(margins.values()) / len(margins)
+        for name, graph in graphs.items():
+            own = graph_summary({name: graph})
+            values |= {f"{name}/{metric}": own[metric] for metric in _SHOWN}
+        return values | {f"{name}/margin": margin for name, margin in margins.items()}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._stop_watching()
+        super().on_train_end(args, state, control, model=model, **kwargs)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Read the routers in the next forward."""
+        self._stop_watching()
+        whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+        for name, router in routers_to_watch(model).items():
+            self._readers[name] = RouterReader(WatchedRouter(router.module, router.contract))
+            hook = lambda module, args, kwargs, output, name=name: self._read(name, args, kwargs, output)  # noqa: E731
+            self._handles.append(router.module.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(whole.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles.append(whole.register_forward_hook(self._after_forward))
+
+    def _stop_watching(self) -> None:
+        for handle in (*self._handles, *self._readers.values()):
+            handle.remove()
+        self._handles.clear()
+        self._readers.clear()
+        self._counts.clear()
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = padding_mask(kwargs)
+        self._mask_T = None if mask is None else mask.reshape(-1).bool()
+
+    @torch.no_grad()
+    def _read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        logits_TE, indices_TK = self._readers[name].read(args, kwargs, output)
+        mask_T = self._mask_T if self._mask_T is not None and len(self._mask_T) == len(logits_TE) else None
+        counts_EE = count_coselections(indices_TK, logits_TE.shape[-1], mask_T)
+        margin_T = router_margin(logits_TE.detach(), indices_TK)
+        kept_T = torch.ones_like(margin_T, dtype=torch.bool) if mask_T is None else mask_T.to(margin_T.device)
+        self._counts[name] = (counts_EE, kept_T.sum())
+        self._margins[name] = margin_T[kept_T & margin_T.isfinite()].mean()
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for name, (counts_EE, num_tokens) in self._counts.items():
+            self._graphs[name] = update_adjacency(
+                self._graphs[name], counts_EE.float().cpu(), num_tokens.float().cpu(), self.decay
+            )
+        self._num_seen += len(self._counts)
+        self._stop_watching()

@@ -1,0 +1,92 @@
+"""RoutingMonitor: metrics of the routing of a stock model in the logs of its Trainer."""
+
+import pytest
+import torch
+from models import make_ids, make_model
+from trainers import Rows
+from transformers import Trainer, TrainingArguments
+
+from symphony_hf import RoutingMonitor, SymphonyCallback, UnsupportedModelError, symphonize
+from symphony_hf.diagnostics.graph_metrics import graph_summary
+from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
+from symphony_hf.training.monitor import LoadHistory
+
+
+def train(model, folder, *callbacks, steps=4, **settings):
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+        per_device_train_batch_size=2, report_to="none", **{"logging_steps": 2, **settings},
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Rows(make_ids(8, 8)))
+    trainer.callback_handler.callbacks[:0] = callbacks
+    trainer.train()
+    return trainer
+
+
+def state_of(model):
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    return [type(module) for module in model.modules()], list(model.state_dict()), hooks
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stock_model_is_watched_and_trains_the_same(accumulation, tmp_path):
+    settings = {"gradient_accumulation_steps": accumulation, "gradient_checkpointing": accumulation == 2}
+    plain = train(make_model(), tmp_path / "plain", **settings).model
+    model = make_model()
+    before = state_of(model)
+    trainer = train(model, tmp_path / "watched", RoutingMonitor(), **settings)
+    assert state_of(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        assert 0 < entry["routing/load_entropy"] <= 1
+        assert entry["routing/margin"] > 0
+        assert {f"routing/model.layers.{layer}.mlp.gate/busiest" for layer in range(3)} < set(entry)
+        assert entry["routing/busiest"] == pytest.approx(
+            sum(entry[f"routing/model.layers.{layer}.mlp.gate/busiest"] for layer in range(3)) / 3
+        )
+    assert (tmp_path / "watched" / "graphs.png").stat().st_size > 10_000
+    assert LoadHistory.read(tmp_path / "watched" / "load_history.safetensors").steps == [2, 4]
+
+
+def test_the_graph_is_the_naive_count(tmp_path):
+    """One step, without a moving average, of one forward."""
+    model = make_model()
+    seen = watch_choices(model)
+    trainer = train(model, tmp_path, RoutingMonitor(pictures=False, decay=0.0), steps=1, logging_steps=1)
+    graphs = {}
+    for name, notes in seen.items():
+        pairs, num_tokens = naive_counts(notes, torch.ones(1, len(notes[0])), 8)
+        graphs[name] = pairs / num_tokens
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for name, value in graph_summary(graphs).items():
+        if name != "drift":
+            assert entry[f"routing/{name}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_padding_is_left_out():
+    model, monitor = make_model(), RoutingMonitor(pictures=False, decay=0.0)
+    arguments = TrainingArguments("unused", use_cpu=True, report_to="none")
+    state = Trainer(model, arguments).state
+    state.logging_steps, ids = 1, make_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    seen = watch_choices(model)
+    monitor.on_train_begin(arguments, state, None, model=model)
+    monitor.on_step_begin(arguments, state, None, model=model)
+    model(input_ids=ids, attention_mask=mask)
+    for name, graph in monitor.graphs_of(model).items():
+        pairs, num_tokens = naive_counts(seen[name], mask, 8)
+        torch.testing.assert_close(graph, pairs / num_tokens)
+
+
+def test_it_watches_a_symphonized_model_beside_its_own_metrics(tmp_path):
+    trainer = train(symphonize(make_model()), tmp_path, SymphonyCallback(), RoutingMonitor(pictures=False))
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {"symphony/balance_loss", "routing/margin"} < set(entry)
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="no router found"):
+        train(torch.nn.Linear(2, 2), tmp_path, RoutingMonitor())
