@@ -171,15 +171,15 @@ class RoutingHooks:
         tap.__exit__(None, None, None)
         if output is None or forward is None:
             return  # an error, or all that backward needs was computed again
-        router, num_tokens = self.routers[index], len(forward.layout.index_T)
-        chosen_TK, given_TK = tap.chosen_TK, tap.given_TK
-        shape = (
-            num_tokens,
-            chosen_TK.shape[-1] if given_TK is None and chosen_TK is not None else router.contract.top_k,
-        )
-        if chosen_TK is None or tuple(chosen_TK.shape) != shape:
-            got = "no top-k over its experts" if chosen_TK is None else f"a choice of shape {tuple(chosen_TK.shape)}"
-            raise PatchError(f"{self.call}: the router `{router.name}` made {got}, and not one of shape {shape}")
+        chosen_TK, given_TK, num_tokens = tap.chosen_TK, tap.given_TK, len(forward.layout.index_T)
+        got = () if chosen_TK is None else tuple(chosen_TK.shape)
+        wanted = (num_tokens, *got[1:]) if given_TK is None else tuple(given_TK.shape)
+        if chosen_TK is None or got != wanted:
+            choice = f"experts of shape {got}" if got else "no experts by a top-k"
+            raise PatchError(
+                f"{self.call}: the router `{self.routers[index].name}` chose {choice}, where (tokens, top_k) = {wanted} "
+                "was expected"
+            )
         if not forward.closed:
             forward.routers.append(index)
             if given_TK is None:
