@@ -177,8 +177,8 @@ class RoutingHooks:
         if chosen_TK is None or got != wanted:
             choice = f"experts of shape {got}" if got else "no experts by a top-k"
             raise PatchError(
-                f"{self.call}: the router `{self.routers[index].name}` chose {choice}, where (tokens, top_k) = {wanted} "
-                "was expected"
+                f"{self.call}: the router `{self.routers[index].name}` chose {choice}, where (tokens, top_k) = {wanted}"
+                " was expected"
             )
         if not forward.closed:
             forward.routers.append(index)
