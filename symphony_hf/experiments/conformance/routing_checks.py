@@ -171,11 +171,11 @@ def replayed(specimen: Specimen) -> str | None:
         with replay_routing(model, given):
             specimen.logits(model)
         wanted = {routers[index].name: experts for index, experts in zip(given.routers, given.experts, strict=True)}
-        for router in routers:
+        for found in routers:
             # The router's own output comes first, and what its experts get last. ZAYA's has another form.
-            seen = reached[router.name][0 if router.contract.choices else -1].sort(-1).values
-            chosen = wanted[router.name].flatten(0, 1).long().sort(-1).values
-            require(torch.equal(chosen, seen), f"{router.name}: not what reached the experts")
+            seen = reached[found.name][0 if found.contract.choices else -1].sort(-1).values
+            chosen = wanted[found.name].flatten(0, 1).long().sort(-1).values
+            require(torch.equal(chosen, seen), f"{found.name}: not what reached the experts")
     return None
 
 
