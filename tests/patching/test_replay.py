@@ -281,6 +281,13 @@ def test_families_that_choose_otherwise_are_refused(family, reason):
         pass
 
 
+def test_a_router_gradient_of_other_experts_is_refused(other):
+    """Its own top-k over the experts would be taken for the router's."""
+    model = symphonize(make_model(), router_gradient="random", balance_loss_weight=0.0)
+    with pytest.raises(PatchError, match="router_gradient='chosen'"), replay_routing(model, other):
+        pass
+
+
 def test_a_block_that_chooses_itself_replays():
     """The gate is an nn.Linear, and the top-k is in its block."""
     model, ids = make_home_made(), make_ids() % 64

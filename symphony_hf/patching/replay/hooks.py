@@ -86,6 +86,11 @@ class RoutingHooks:
         for reason, router in ((why_not_replayed(router), router) for router in self.routers):
             if reason:
                 raise UnsupportedModelError(f"{call}: {type(router.module).__name__} `{router.name}`: {reason}")
+        if any(getattr(router.module, "gradient_of_others", None) is not None for router in self.routers):
+            raise PatchError(
+                f"{call}: a `router_gradient` of other experts chooses these by a top-k of its own, which cannot be "
+                "told from the router's: symphonize with router_gradient='chosen'"
+            )
         self._parameters = inspect.signature(self.model.forward)
         self._current: RoutedForward | None = None
         self._taps: list[tuple[int, SelectionTap | None]] = []
