@@ -75,8 +75,7 @@ class CoselectionCounter:
         if id(self.owner) not in memo:
             return self
         copied = memo[id(self)] = CoselectionCounter.__new__(CoselectionCounter)
-        copied.__dict__.update(copy.deepcopy({**self.__dict__, "record": None, "handles": []}, memo))
-        copied.handles = self.handles
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "record": None}, memo))
         return copied
 
     @property

@@ -15,6 +15,7 @@ from symphony_hf import (
     SymphonyConfig,
     SymphonyWarning,
     expert_graphs,
+    fold,
     is_symphonized,
     symphonize,
     unsymphonize,
@@ -155,6 +156,17 @@ def test_unsymphonize_restores_everything(family):
     assert torch.equal(model(ids).logits, base)
     symphonize(model)  # and again
     assert torch.equal(model(ids).logits, base)
+
+
+@pytest.mark.parametrize("undo", [unsymphonize, fold])
+def test_a_copy_is_undone_without_its_original(undo):
+    """Hooks that were left on a copy ran with an emptied tracker, and the original lost its own."""
+    original = symphonize(make_model())
+    twin = undo(copy.deepcopy(original))
+    assert not [name for name, module in twin.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+    twin.train()(make_ids()).logits.sum().backward()
+    original.train()(make_ids(), labels=make_ids()).loss.backward()
+    assert update_graphs(original)
 
 
 def test_deepcopy_is_independent_and_pickle_is_whole(family):
