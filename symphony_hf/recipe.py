@@ -98,8 +98,7 @@ class DataSection:
         name: Configuration of the data set on the Hub, or the task for `glue`: qnli, sst2, wnli, ...
         revision: Branch, tag or commit on the Hub.
         text_column: Column of text in a data set of kind `text`, or in one of kind `chat` without conversations.
-        rows: Kind of rows of a `text` data set: `documents`, or `lines` of one text, including blank ones, as in
-            WikiText, which is cut into documents as a text file is.
+        rows: Kind of rows of a `text` data set: `documents`, or `lines` of one text, which is cut as a text file is.
         images: Folder of the images of `llava`; that of the JSON when None.
         block_size: Maximum number of tokens of a training sequence.
         packing: Whether several short examples share a sequence, each attending only to itself.
@@ -107,6 +106,7 @@ class DataSection:
         limit: Maximum number of examples of each split.
         vocab_size: Vocabulary size of the tokenizer that is trained if the model is built from a config.
         tokenizer: Kind of that tokenizer: `bpe` for subwords, `words` for words separated by whitespace, `characters`.
+        damage: `attack` and `rate` of damage to the input of training, which is not scored there.
     """
 
     kind: DataKind = "text"
@@ -122,6 +122,7 @@ class DataSection:
     limit: int | None = None
     vocab_size: int = 4096
     tokenizer: Literal["bpe", "words", "characters"] = "bpe"
+    damage: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check(self.block_size >= 2, f"`block_size` must be at least 2, got {self.block_size}")

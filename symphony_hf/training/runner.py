@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from symphony_hf.checkpoints.model_card import BEGIN, END
 from symphony_hf.checkpoints.model_card import PICTURE as CARD_PICTURE
@@ -23,6 +23,7 @@ from symphony_hf.recipe import Recipe
 from symphony_hf.results import check_results, remove_results
 
 from .arguments import training_arguments
+from .damage import DamageEpochs, damage_of, damaged
 from .final_evaluation import measure
 from .fit import train
 from .launch import Request, check_launch, expected_strategy, requests_of
@@ -67,6 +68,10 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the other processes find it in the cache
         data = prepare_data(recipe.data, processor, seed=arguments.seed, train=recipe.train)
+    callbacks: list[TrainerCallback] = []
+    if (damage := damage_of(recipe)) is not None:
+        data = damaged(data, damage, processor, arguments.seed)
+        callbacks.append(DamageEpochs(data.train))
     if data.validation is None and arguments.eval_strategy.value != "no":
         raise ConfigError(
             f"train: eval_strategy `{arguments.eval_strategy.value}` needs a validation split, and "
@@ -88,7 +93,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         data.train,
         data.validation,
         arguments,
-        [GraphMonitor()] if is_symphonized(model) else None,
+        [*callbacks, *([GraphMonitor()] if is_symphonized(model) else [])],
         checkpoint,
         requested,
         data.collator,
@@ -122,6 +127,7 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
             requested, or the output directory has files that would be overwritten.
     """
     check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
+    damage_of(recipe)
     arguments = training_arguments(recipe)
     requested = requests_of(recipe.launch, arguments)
     strategy = expected_strategy(arguments)

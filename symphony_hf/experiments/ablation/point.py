@@ -26,7 +26,7 @@ CONTROLS = {
 """Positive controls, with their labels: what learning the routers is worth, and what more experts are worth."""
 
 
-_WITHOUT_A_GRAPH = ("system", "damage", "control")
+_WITHOUT_A_GRAPH = ("system", "damage", "selection", "control")
 """Settings that have an effect without a graph."""
 
 
@@ -49,6 +49,8 @@ class Point:
         freeze_after: Share of the steps before a `frozen` graph stops.
         layers: Decoder layer indices with a graph; all when None.
         damage: Share of the training input that is replaced at random, anew in each batch, and not scored.
+        selection: `top_k`; `conditional`: experts after the first by their logit given the chosen ones, by the counted
+            graph, see `selection.py`; it needs `graph: identity` and linear routers.
         control: `frozen_routers` or `chosen_experts`: a control of the study, see `CONTROLS`; it has no graph.
 
     Raises:
@@ -65,6 +67,7 @@ class Point:
     freeze_after: float = 0.25
     layers: tuple[int, ...] | None = None
     damage: float = 0.0
+    selection: Literal["top_k", "conditional"] = "top_k"
     control: Control = "none"
 
     def __post_init__(self) -> None:
@@ -74,6 +77,13 @@ class Point:
             raise ConfigError(f"`control` {self.control} has no graph: set `graph: identity`, got {self.graph}")
         if not 0 < self.freeze_after <= 1:
             raise ConfigError(f"`freeze_after` is a share of the steps, above 0 and up to 1; got {self.freeze_after}")
+        if self.selection == "conditional":
+            linear = SYSTEMS[self.system].get("router_type", "linear") == "linear"
+            if self.graph != "identity" or self.control != "none" or not linear:
+                raise ConfigError(
+                    "`selection` conditional is a form of its own: it needs `graph: identity`, no control, and linear "
+                    f"routers; got graph {self.graph}, control {self.control}, system {self.system}"
+                )
         self.symphony()  # raises on contradictory settings
 
     def symphony(self, base: SymphonyConfig | None = None) -> SymphonyConfig:

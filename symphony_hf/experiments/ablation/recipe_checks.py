@@ -66,6 +66,7 @@ def check_recipe(recipe: Recipe) -> None:
         "eval.context": (recipe.eval.context, 0),
         "data.streaming": (recipe.data.streaming, False),
         "data.packing": (recipe.data.packing, False),
+        "data.damage": (recipe.data.damage, None),  # the points have their own
         "peft": (recipe.peft, None),
         **{f"model.{name}": (getattr(recipe.model, name), default) for name, default in _MODEL_DEFAULTS.items()},
     }

@@ -17,6 +17,7 @@ from symphony_hf.patching.symphonize import symphonize, symphony_routers
 from .damage import damage_batch
 from .graph_control import GraphControl
 from .point import SYSTEMS, Point
+from .selection import follow_graphs, select_conditionally
 from .study import Study
 
 CURVE_POINTS = 40
@@ -38,6 +39,8 @@ def build_model(study: Study, point: Point, vocab_size: int, checkpoint: Path | 
     if point.control == "chosen_experts":
         config.num_experts = config.num_experts_per_tok
     model = AutoModelForCausalLM.from_config(config)
+    if point.selection == "conditional":
+        select_conditionally(model)
     if checkpoint is not None:
         model.load_state_dict(load_file(checkpoint))
     model = symphonize(model, point.symphony(study.recipe.symphony))
@@ -118,6 +121,8 @@ def train(
         control.before_update()
         update_graphs(model)
         control.after_update()
+        if point.selection == "conditional":
+            follow_graphs(model)
         losses.append(loss.detach())
         if step % every == 0 or step == steps:
             curve.append((step, float(torch.stack(losses).mean())))

@@ -191,3 +191,34 @@ def test_controls_pretrain_as_they_are_fine_tuned(tuned):
         point = Point(graph="identity", control=control).canonical()
         assert pretraining_of(tuned, StudyRun(point, 5, "tune", 0.1)) == StudyRun(point, 5, "pretrain")
     assert pretraining_of(tuned, StudyRun(Point(damage=0.1), 5)) == StudyRun(PLAIN, 5, "pretrain")
+
+
+def test_conditional_selection_is_that_of_a_loop(study, text):
+    point = Point(graph="identity", selection="conditional").canonical()
+    torch.manual_seed(0)
+    model = build_model(study, point, text.vocab_size)
+    router = model.model.layers[0].moe.gate
+    hidden = torch.randn(50, 16)
+    logits, weights, indices = router(hidden)
+    assert torch.equal(indices, logits.topk(2).indices)  # without edges, it is the top-k
+    train(model, study, point, 0, text.train)
+    adjacency = router.symphony.adjacency
+    model.eval()
+    logits, weights, indices = router(hidden)
+    router.preference_EE.mul_(20)  # large enough for the graph to matter in every run
+    changed = router(hidden)[2]
+    for row, loads in zip(range(50), [adjacency.diagonal()] * 50, strict=True):
+        first = int(logits[row].argmax())
+        for factor, chosen in ((1, indices), (20, changed)):
+            given = [float(logits[row, j] + factor * (adjacency[first, j] / loads[first] - loads[j])) for j in range(4)]
+            given[first] = -math.inf
+            assert chosen[row].tolist() == [first, given.index(max(given))]
+        expected = logits[row, indices[row]].softmax(0)
+        torch.testing.assert_close(weights[row], expected)
+    assert not torch.equal(changed, indices)
+
+
+def test_conditional_selection_is_a_form_of_its_own(make):
+    made = make("axes: {selection: [{graph: identity, selection: conditional}]}")
+    assert made.points()[-1].label(made.base) == "smoe, no graph, selection conditional"
+    assert made.points()[-1].plain == PLAIN
