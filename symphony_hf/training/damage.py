@@ -149,18 +149,18 @@ class DamagedRows(Dataset[dict[str, Tensor]]):
         if self.damage.rate == 0:
             return row
         ids, starts = row["input_ids"].tolist(), self._starts(row)
+        parts = [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
         new_ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
-        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
-            name = f"{self.epoch} {index} {number}"
-            piece, kept = self._damage(ids[start:stop], name)
-            was_scored = int(row["labels"][start]) != NO_LABEL
-            scored = [token if keep else NO_LABEL for token, keep in zip(piece, kept, strict=True)]
-            new_ids += piece
-            labels += scored if was_scored else [NO_LABEL, *scored[1:]]
+        for start, (part, kept) in zip(starts, self._damage(parts, f"{self.epoch} {index}"), strict=True):
+            scored = [token if keep else NO_LABEL for token, keep in zip(part, kept, strict=True)]
+            if int(row["labels"][start]) == NO_LABEL:
+                scored[:1] = [NO_LABEL] * len(scored[:1])
             first = int(row["position_ids"][start]) if "position_ids" in row else 0
-            positions += range(first, first + len(piece))
+            new_ids += part
+            labels += scored
+            positions += range(first, first + len(part))
         filled = max(0, len(ids) - len(new_ids))
         columns = {
             "input_ids": new_ids + [self.end] * filled,
@@ -177,13 +177,41 @@ class DamagedRows(Dataset[dict[str, Tensor]]):
             begins = ((row["input_ids"] == self.end).nonzero().flatten() + 1).tolist()
         return sorted({0, *(begin for begin in begins if begin < len(row["input_ids"]))})
 
-    def _damage(self, ids: list[int], name: str) -> tuple[list[int], list[bool]]:
-        """Return the damaged tokens of a document's part, and whether each was left alone."""
-        closed = ids[-1] == self.end
-        text_ids = ids[:-1] if closed else ids
-        new = self._encode(self.attack(self._decode(text_ids), self.damage.rate, seed=self.seed, name=name))
-        kept = left_alone(text_ids, new)
-        return [*new, *ids[len(text_ids) :]], [*kept, *[True] * closed]
+    def _damage(self, parts: list[list[int]], name: str) -> list[tuple[list[int], list[bool]]]:
+        """Return the damaged tokens of each document's part, and whether each was left alone.
+
+        The row is damaged as one text, of which the rate is a share. No attack adds or removes a line.
+        """
+        bodies = [part[:-1] if part[-1] == self.end else part for part in parts]
+        texts = [self._decode(body) for body in bodies]
+        lines = self.attack("\n".join(texts), self.damage.rate, seed=self.seed, name=name).split("\n")
+        damaged = []
+        for part, body, text in zip(parts, bodies, texts, strict=True):
+            count = text.count("\n") + 1
+            attacked, lines = "\n".join(lines[:count]), lines[count:]
+            new = self._encode(attacked)
+            kept = self._left_alone(text, attacked, body, new)
+            closing = part[len(body) :]
+            damaged.append(([*new, *closing], [*kept, *[True] * len(closing)]))
+        return damaged
+
+    def _left_alone(self, text: str, attacked: str, before: list[int], after: list[int]) -> list[bool]:
+        """Return whether each token of a damaged text was left alone.
+
+        If no letter moved, these are the tokens that stand for the same letters in the same place; otherwise, those
+        that both texts have in the same order.
+        """
+        if len(text) != len(attacked) or not self.tokenizer.is_fast:
+            return left_alone(before, after)
+        spans = [
+            list(zip(encoded["offset_mapping"], encoded["input_ids"], strict=True))
+            for encoded in (
+                self.tokenizer(one, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+                for one in (text, attacked)
+            )
+        ]
+        known = set(spans[0])
+        return [span in known and text[slice(*span[0])] == attacked[slice(*span[0])] for span in spans[1]]
 
 
 def left_alone(before: list[int], after: list[int]) -> list[bool]:

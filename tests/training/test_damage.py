@@ -41,12 +41,13 @@ def test_rows_are_those_of_a_loop_over_documents(tokenizer):
                 documents.append(current)
                 current = []
         documents += [current] if current else []
+        texts = [tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id]) for ids in documents]
+        lines = iter(attack("\n".join(texts), 0.1, seed=0, name=f"0 {index}").split("\n"))
         wanted = []
-        for number, ids in enumerate(documents):
-            ends = ids[-1] == tokenizer.eos_token_id
-            text = tokenizer.decode(ids[:-1] if ends else ids)
-            wanted += tokenizer(attack(text, 0.1, seed=0, name=f"0 {index} {number}"))["input_ids"]
-            wanted += ids[-1:] if ends else []
+        for ids, text in zip(documents, texts, strict=True):
+            damaged = "\n".join(next(lines) for _ in text.split("\n"))
+            wanted += tokenizer(damaged)["input_ids"]
+            wanted += [token for token in ids if token == tokenizer.eos_token_id]
         row = rows[index]
         assert row["input_ids"].tolist() == (wanted + [tokenizer.eos_token_id] * 48)[:48]
         assert row["labels"].shape == (48,)
@@ -61,9 +62,9 @@ def test_damaged_characters_are_the_ones_that_are_not_scored():
     for index in range(6):
         row = rows[index]
         changed = row["input_ids"] != blocks[index]  # a letter becomes a letter, so no position moves
-        # A run that was typed over may be matched with its neighbours instead, but no wrong token is ever scored.
-        assert (row["labels"][changed] == NO_LABEL).float().mean() > 0.9
-        assert (row["labels"][~changed] == blocks[index][~changed]).float().mean() > 0.9
+        assert changed.any()
+        assert (row["labels"][changed] == NO_LABEL).all()
+        assert torch.equal(row["labels"][~changed], blocks[index][~changed])
 
 
 def test_each_epoch_has_damage_of_its_own_and_repeats_it(tokenizer):
@@ -86,7 +87,7 @@ def test_a_rate_of_0_changes_nothing(tokenizer):
     assert torch.equal(rows[3]["labels"], blocks[3])
 
 
-@pytest.mark.parametrize("name", ["word_drop", "char_insert", "word_swap"])
+@pytest.mark.parametrize("name", ["word_drop", "char_insert", "aaa"])
 def test_packed_documents_keep_their_places(tokenizer, name):
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS[:4]]
     flat = torch.tensor([token for part in ids for token in part]).numpy()
@@ -120,7 +121,10 @@ def test_a_tokenizer_that_does_not_read_back_is_refused(tokenizer, monkeypatch):
         ({"data.damage": {"attack": "keyboard", "rate": -0.1}}, "`rate` is a share of words or letters, .* got -0.1"),
         ({"data.damage": {"attack": "keybord", "rate": 0.1}}, "'keybord'; did you mean `keyboard`"),
         ({"data.damage": {"attack": "keyboard", "share": 0.1}}, "unknown setting `share`"),
-        ({"data.damage": {"attack": "keyboard", "rate": 0.1}, "data.kind": "chat"}, "not data of kind `chat`"),
+        (
+            {"data.damage": {"attack": "keyboard", "rate": 0.1}, "data.kind": "chat", "eval.documents": 200},
+            "not data of kind `chat`",
+        ),
         ({"data.damage": {"attack": "keyboard", "rate": 0.1}, "data.streaming": True}, "not a stream"),
     ],
 )

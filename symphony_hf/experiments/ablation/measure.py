@@ -101,8 +101,11 @@ def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[st
         For words, the values of `_measure_words`; for characters, those of `_measure_characters`.
     """
     validation = read_stream(model, text.validation, block_size)
-    streams: dict[str | None, Tensor] = {None: text.test, **text.attacked}
-    readings = measure_forms(lambda form: read_stream(model, streams[form], block_size), text.attacked)
+
+    def read(form: str | None) -> Reading:
+        return read_stream(model, text.test if form is None else text.attacked[form], block_size)
+
+    readings = measure_forms(read, text.attacked)
     clean = readings.clean
     num_experts = int(model.config.num_experts)  # type: ignore[union-attr]
     values: dict[str, Any] = {

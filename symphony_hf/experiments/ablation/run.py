@@ -89,7 +89,8 @@ def _run_stages(study: Study, results: Results, workers: int) -> dict[StudyRun, 
     for cells_of_stage in (tuning_cells, lambda study: cells_of(study, chosen_rates(study, results))):
         cells = [cell for cell in cells_of_stage(study) if results.load(cell) is None]
         first = dict.fromkeys(run for cell in cells if (run := pretraining_of(study, cell)) is not None)
-        failed |= _run_cells(study, results, [run for run in first if results.load(run) is None], workers)
+        waiting = [run for run in first if results.load(run) is None or not results.checkpoint(run).is_file()]
+        failed |= _run_cells(study, results, waiting, workers)
         failed |= _run_cells(study, results, [c for c in cells if pretraining_of(study, c) not in failed], workers)
     return failed
 

@@ -55,7 +55,7 @@ def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
 def _variants(ablation: Mapping[str, Any]) -> str:
     """Return the number of other graph forms, and those that differ from no graph."""
     at_base = [find_row(ablation, row["point"]["system"], graph=True) for row in ablation["rows"]]
-    variants = [row for row in ablation["rows"] if "against_plain" in row and row not in at_base]
+    variants = [row for row in _compared(ablation) if row not in at_base]
     if not variants:
         return "not run"
     found = []
@@ -63,6 +63,11 @@ def _variants(ablation: Mapping[str, Any]) -> str:
         for verdict in ("better", "worse"):
             found.append(f"{measure} {verdict} with {_labels_of(variants, name, verdict) or 'none'}")
     return f"of {len(variants)}, {'; '.join(found)}"
+
+
+def _compared(ablation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows of forms that are compared with no graph. Reports of earlier versions have no controls."""
+    return [row for row in ablation["rows"] if "against_plain" in row and row["point"].get("control", "none") == "none"]
 
 
 def _labels_of(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -> str:
@@ -87,7 +92,7 @@ def _control(ablation: Mapping[str, Any]) -> list[str]:
 
 def _defaults(pairs: Mapping[str, Any], ablation: Mapping[str, Any]) -> str:
     """Return what the evidence says about the defaults, their own harm first."""
-    compared = [row for row in ablation["rows"] if "against_plain" in row]
+    compared = _compared(ablation)
     better = _labels_of(compared, "clean", "better")
     if better:
         return f"clean perplexity is better than without a graph with {better}; the defaults should follow"

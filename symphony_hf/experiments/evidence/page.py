@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from symphony_hf.experiments.ablation.comparison import sight_sentence
 from symphony_hf.experiments.ablation.page import ROUTING_STABILITY, table_of
 from symphony_hf.experiments.theory.report import convergence_table, share_table
 from symphony_hf.tables import Table
@@ -66,8 +67,21 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
         f"second, on one core of a CPU ({'; '.join(machines)}). Perplexities do not compare with the paper's, "
         "which has other sizes, text and vocabulary; ratios do.",
         "",
+        f"This is the paper's own protocol at a smaller size. {_sight(ablation)}",
+        "",
         f"{ROUTING_STABILITY} Such words: {settings['reached_tokens']:,}.",
     ]
+
+
+def _sight(ablation: Mapping[str, Any]) -> str:
+    """Return what a study can see. Studies of earlier versions had no controls."""
+    if "sight" in ablation:
+        return sight_sentence(ablation["sight"])
+    return (
+        "It was run without the controls that show whether learning the routers matters in it at all. The vocabulary "
+        "is half of the parameters, and the attack touches few words, so a difference that it does not find may be "
+        "there."
+    )
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

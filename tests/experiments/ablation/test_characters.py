@@ -205,11 +205,11 @@ def test_conditional_selection_is_that_of_a_loop(study, text):
     adjacency = router.symphony.adjacency
     model.eval()
     logits, weights, indices = router(hidden)
-    router.preference_EE.mul_(20)  # large enough for the graph to matter in every run
+    router.preference_EE.mul_(1000)  # large enough for the graph to matter in every run
     changed = router(hidden)[2]
     for row, loads in zip(range(50), [adjacency.diagonal()] * 50, strict=True):
         first = int(logits[row].argmax())
-        for factor, chosen in ((1, indices), (20, changed)):
+        for factor, chosen in ((1, indices), (1000, changed)):
             given = [float(logits[row, j] + factor * (adjacency[first, j] / loads[first] - loads[j])) for j in range(4)]
             given[first] = -math.inf
             assert chosen[row].tolist() == [first, given.index(max(given))]
