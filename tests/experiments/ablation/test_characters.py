@@ -199,12 +199,12 @@ def test_conditional_selection_is_that_of_a_loop(study, text):
     model = build_model(study, point, text.vocab_size)
     router = model.model.layers[0].moe.gate
     hidden = torch.randn(50, 16)
-    logits, weights, indices = router(hidden)
+    logits, weights, indices = (part.detach() for part in router(hidden))
     assert torch.equal(indices, logits.topk(2).indices)  # without edges, it is the top-k
     train(model, study, point, 0, text.train)
     adjacency = router.symphony.adjacency
     model.eval()
-    logits, weights, indices = router(hidden)
+    logits, weights, indices = (part.detach() for part in router(hidden))
     router.preference_EE.mul_(1000)  # large enough for the graph to matter in every run
     changed = router(hidden)[2]
     for row, loads in zip(range(50), [adjacency.diagonal()] * 50, strict=True):
