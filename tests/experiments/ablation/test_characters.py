@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from symphony_hf.experiments.ablation.graph_control import GraphControl
 from symphony_hf.experiments.ablation.measure import measure
 from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.ablation.run import run_ablation, run_cell
+from symphony_hf.experiments.ablation.study import load_study
 from symphony_hf.experiments.ablation.text import prepare_streams, read_streams
 from symphony_hf.experiments.ablation.train import build_model, train
 from symphony_hf.patching.symphonize import symphony_routers
@@ -222,3 +224,29 @@ def test_conditional_selection_is_a_form_of_its_own(make):
     made = make("axes: {selection: [{graph: identity, selection: conditional}]}")
     assert made.points()[-1].label(made.base) == "smoe, no graph, selection conditional"
     assert made.points()[-1].plain == PLAIN
+
+
+def test_gradients_of_the_router_are_forms_with_and_without_a_graph(make, text):
+    forms = "[{graph: identity, router_gradient: dense}, {graph: identity, router_gradient: neighbours}, dense]"
+    made = make(f"test_tokens: 300\naxes: {{router_gradient: {forms}}}")
+    labels = [point.label(made.base) for point in made.points()]
+    assert labels[-3:] == [
+        "smoe, no graph, router_gradient dense",
+        "smoe, no graph, router_gradient neighbours",
+        "smoe, router_gradient dense",
+    ]
+    centred = Point(graph="identity", router_gradient="neighbours", normalization="centred")
+    assert centred.canonical() == Point(
+        graph="identity", strength=0.0, router_gradient="neighbours", normalization="centred"
+    )
+    assert Point(graph="identity", num_neighbours=3, normalization="centred").canonical() == PLAIN
+    curves = [run_cell(made, StudyRun(point, 0), text)["curve"] for point in (PLAIN, *made.points()[-3:-1])]
+    # The forward is the plain one: the first losses are equal, and the gradients differ.
+    assert curves[0][0] == curves[1][0] == curves[2][0]
+    assert curves[0][-1] != curves[1][-1] != curves[2][-1]
+
+
+def test_the_studies_of_the_recipe_are_valid():
+    folder = Path(__file__).parents[3] / "recipes" / "wikitext103-216m" / "ablation"
+    for name in ("pretraining", "contamination", "fine-tuning", "pairs", "axes"):
+        assert load_study(folder / f"{name}.yaml").left_out() == []
