@@ -93,7 +93,11 @@ def pretraining_of(study: Study, cell: StudyRun) -> StudyRun | None:
     if study.pretraining is None or cell.stage == "pretrain":
         return None
     point = cell.point if cell.point.control != "none" else cell.point.plain
-    return StudyRun(dataclasses.replace(point, damage=0.0, selection="top_k"), cell.seed, "pretrain")
+    return StudyRun(
+        dataclasses.replace(point, damage=0.0, selection="top_k", router_gradient="chosen").canonical(),
+        cell.seed,
+        "pretrain",
+    )
 
 
 def _base_of(study: Study, point: Point) -> Point:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from symphony_hf.config import Normalization, Smoothing, SymphonyConfig
+from symphony_hf.config import Normalization, RouterGradient, Smoothing, SymphonyConfig
 from symphony_hf.errors import ConfigError
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -26,8 +26,14 @@ CONTROLS = {
 """Positive controls, with their labels: what learning the routers is worth, and what more experts are worth."""
 
 
-_WITHOUT_A_GRAPH = ("system", "damage", "selection", "control")
+_WITHOUT_A_GRAPH = ("system", "damage", "selection", "control", "router_gradient")
 """Settings that have an effect without a graph."""
+
+_OTHERS = ("neighbours", "random")
+"""Gradients of the router that also take some of the experts that were not chosen."""
+
+_OF_NEIGHBOURS = ("normalization", "self_loops", "decay")
+"""Settings of the graph that decide which experts are neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,9 @@ class Point:
         freeze_after: Share of the steps before a `frozen` graph stops.
         layers: Decoder layer indices with a graph; all when None.
         damage: Share of the training input that is replaced at random, anew in each batch, and not scored.
+        router_gradient: See `SymphonyConfig`, as for the next one. `neighbours` are those of the counted graph, by
+            `normalization`, with `graph: identity`, too.
+        num_neighbours: Number of neighbours.
         selection: `top_k`; `conditional`: experts after the first by their logit given the chosen ones, by the counted
             graph, see `selection.py`; it needs `graph: identity` and linear routers.
         control: `frozen_routers` or `chosen_experts`: a control of the study, see `CONTROLS`; it has no graph.
@@ -67,6 +76,8 @@ class Point:
     freeze_after: float = 0.25
     layers: tuple[int, ...] | None = None
     damage: float = 0.0
+    router_gradient: RouterGradient = "chosen"
+    num_neighbours: int = SymphonyConfig.num_neighbours
     selection: Literal["top_k", "conditional"] = "top_k"
     control: Control = "none"
 
@@ -100,19 +111,25 @@ class Point:
             self_loops=self.self_loops,
             decay=self.decay,
             graph="learned" if self.graph == "learned" else "ema",
+            router_gradient=self.router_gradient,
+            num_neighbours=self.num_neighbours,
             layers=self.layers if base is None or self.layers is not None else base.layers,
         )
 
     def canonical(self) -> "Point":
         """Return the simplest point with the same routing, so that none is run twice under two names."""
         if self.graph == "identity" or self.strength == 0:
-            kept = {name: getattr(self, name) for name in _WITHOUT_A_GRAPH}
-            return Point(graph="identity", strength=0.0, **kept)
+            names = [*_WITHOUT_A_GRAPH]
+            names += ["num_neighbours"] if self.router_gradient in _OTHERS else []
+            names += _OF_NEIGHBOURS if self.router_gradient == "neighbours" else ()
+            return Point(graph="identity", strength=0.0, **{name: getattr(self, name) for name in names})
         changes: dict[str, Any] = {}
         if self.graph != "frozen":
             changes["freeze_after"] = Point.freeze_after
         if self.graph == "learned":
             changes["decay"] = Point.decay
+        if self.router_gradient not in _OTHERS:
+            changes["num_neighbours"] = Point.num_neighbours
         return dataclasses.replace(self, **changes)
 
     @property
