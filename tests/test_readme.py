@@ -190,6 +190,15 @@ def test_the_number_of_families_is_that_of_the_table():
     assert f"{number} model types of Transformers" in README.read_text(encoding="utf-8")
 
 
+def test_the_example_of_a_router_gradient_runs():
+    names = {}
+    page = ROOT / "symphony_hf" / "patching" / "README.md"
+    exec(compile(named_code(page, "gradient example"), "README.md", "exec"), names)
+    router = names["model"].model.layers[0].mlp.gate
+    assert int(router.symphony.updates) == 3
+    assert router.gradient_of_others is not None
+
+
 def test_the_example_of_a_custom_gate_runs(capsys):
     names = {}
     exec(

@@ -14,7 +14,7 @@ from symphony_hf.tables import Table
 
 from .matrix import FamilyResult, NotApplicable, run_matrix
 
-HEADER = ["model type", "routers", "logits", "scores", "bias", "images", "notes"]
+HEADER = ["model type", "routers", "logits", "scores", "bias", "gradient", "images", "notes"]
 _BLOCK = re.compile(r"(<!-- families table -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,17 +40,14 @@ def list_families(names: Sequence[str] = (), *, check: bool = False, readme: str
 def table_row(row: FamilyResult) -> list[str]:
     """Return the cells of one family."""
     if row.able is None:
-        return [f"`{row.family}`", "", "not built", "", "", "", row.not_built or ""]
+        return [f"`{row.family}`", "", "not built", "", "", "", "", row.not_built or ""]
     able = row.able
     if isinstance(able.logits, Unsupported):
         reason = able.logits.reason.partition(": ")[2] or able.logits.reason
-        return [f"`{row.family}`", "", "refused", "", "", "", reason.partition(". symphony_hf")[0]]
+        return [f"`{row.family}`", "", "refused", "", "", "", "", reason.partition(". symphony_hf")[0]]
     images = row.results.get("images")
-    cells = [
-        "yes",
-        *("no" if isinstance(c, Unsupported) else "yes" for c in (able.scores, able.bias)),
-        _image_cell(images),
-    ]
+    able_to = (able.scores, able.bias, able.gradient)
+    cells = ["yes", *("no" if isinstance(value, Unsupported) else "yes" for value in able_to), _image_cell(images)]
     return [f"`{row.family}`", ", ".join(f"`{name}`" for name in able.routers), *cells, "; ".join(_notes(row))]
 
 
@@ -61,11 +58,12 @@ def _image_cell(result: object) -> str:
 def _notes(row: FamilyResult) -> list[str]:
     assert row.able is not None
     notes = [f"**{name} fails**: {row.results[name]}" for name in row.failures]
-    if isinstance(row.able.scores, Unsupported):
-        notes.append(f"scores: {row.able.scores.reason}")
+    for name, value in (("scores", row.able.scores), ("gradient", row.able.gradient)):
+        if isinstance(value, Unsupported):
+            notes.append(f"{name}: {value.reason}")
     if isinstance(row.able.learning, Limited):
         notes.append(row.able.learning.note)
-    silent = ("images", "scores")  # shown in columns of their own
+    silent = ("images", "scores", "router gradient")  # shown in columns of their own
     reasons = {name: r.reason for name, r in row.results.items() if isinstance(r, NotApplicable) and name not in silent}
     return notes + [f"{name}: {reason}" for name, reason in reasons.items()]
 

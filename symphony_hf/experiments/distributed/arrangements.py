@@ -1,5 +1,6 @@
 """The arrangements to compare, the small model that they train, and their parts of the batch."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
+from symphony_hf.config import RouterGradient
 from symphony_hf.patching.symphonize import symphonize
 
 NUM_STEPS, NUM_ROWS, NUM_TOKENS, LENGTH, VOCAB = 8, 8, 12, 16, 64
@@ -29,6 +31,7 @@ class Arrangement:
         scope: Scope of the balance loss; None without that loss.
         z_loss_weight: Weight of the z-loss; with 0.01 its gradient at the routers is a hundred times the
             cross-entropy's.
+        router_gradient: Experts that the routers' gradient takes into account.
     """
 
     accumulation: int = 1
@@ -40,11 +43,13 @@ class Arrangement:
     compiled: bool = False
     scope: str | None = None
     z_loss_weight: float = 0.01
+    router_gradient: RouterGradient = "chosen"
 
 
 UNION = "union batch"
 UNION_ENTROPY = "union batch, cross-entropy alone"
 UNION_BALANCE = "union batch, balance loss"
+UNION_NEIGHBOURS = "union batch, neighbours"
 ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
     UNION: (Arrangement(), UNION),
     "accumulation 2": (Arrangement(accumulation=2), UNION),
@@ -79,6 +84,21 @@ ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
     ),
     "balance global, ZeRO-2, 2 ranks": (Arrangement(scope="global", ranks=2, zero=2), UNION_BALANCE),
     "balance global, ZeRO-3, 2 ranks": (Arrangement(scope="global", ranks=2, zero=3), UNION_BALANCE),
+    **{
+        name: (dataclasses.replace(arrangement, router_gradient="neighbours"), UNION_NEIGHBOURS)
+        for name, arrangement in {
+            UNION_NEIGHBOURS: Arrangement(),
+            "neighbours, accumulation 2": Arrangement(accumulation=2),
+            "neighbours, checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
+            "neighbours, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
+            "neighbours, packed": Arrangement(packed=True),
+            "neighbours, torch.compile": Arrangement(compiled=True),
+            "neighbours, DDP, 2 ranks": Arrangement(ranks=2),
+            "neighbours, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
+            "neighbours, ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
+            "neighbours, ZeRO-3, 2 ranks, checkpointing": Arrangement(ranks=2, zero=3, checkpointing="non-reentrant"),
+        }.items()
+    },
 }
 
 
@@ -108,7 +128,12 @@ def make_model(arrangement: Arrangement) -> PreTrainedModel:
     balance = 0.0 if arrangement.scope is None else 0.1
     scope: Any = arrangement.scope or "local"
     symphonize(
-        model, decay=0.8, balance_loss_weight=balance, z_loss_weight=arrangement.z_loss_weight, balance_scope=scope
+        model,
+        decay=0.8,
+        balance_loss_weight=balance,
+        z_loss_weight=arrangement.z_loss_weight,
+        balance_scope=scope,
+        router_gradient=arrangement.router_gradient,
     )
     if arrangement.checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": arrangement.checkpointing == "reentrant"})

@@ -16,12 +16,14 @@ class Entry:
         top_k: Experts chosen per token, where neither the router nor its block says.
         choices: Reads the chosen experts from the router's output, where they are not one tensor of it.
         image_tokens: By the name of the router's block: whether it gets the tokens of images alone, or all others.
+        no_weighting: Reason why experts that a token did not choose cannot take part in the router's gradient.
         refusal: Says of a router of the class why it cannot be patched; None where it can.
     """
 
     top_k: int | None = None
     choices: Callable[[tuple[Any, ...]], Tensor] | None = None
     image_tokens: Mapping[str, bool] = field(default_factory=dict)
+    no_weighting: str = ""
     refusal: Callable[[nn.Module], str | None] = lambda router: None
 
 
@@ -67,6 +69,7 @@ VISUAL = ("multi_modal_projector", "vision_tower", "vision_model", "visual", "co
 ENTRIES = {
     "SwitchTransformersTop1Router": Entry(top_k=1),  # the choice is a one-hot mask, less what is over capacity
     "NllbMoeTop2Router": Entry(top_k=2, refusal=_refuse_drawn_choices),  # likewise
+    "LongcatFlashTopkRouter": Entry(no_weighting="its experts do not run with one expert for each token"),
     "ZayaRouter": Entry(choices=_choices_with_skip_expert),
     "Ernie4_5_VLMoeMoeTopKRouter": Entry(image_tokens={"text_moe": False, "vision_moe": True}),
     # Ours, in the place of an MLP of a vision tower or of a projector, where there is no padding.

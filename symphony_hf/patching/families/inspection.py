@@ -53,6 +53,8 @@ def inspect_router(
         top_k = reading.top_k(has_choices=entry.choices is not None)
     scoring_func, no_scoring_func = reading.scoring_func()
     weighting, no_weighting = reading.weighting(indices if entry.choices is None else None)
+    if entry.no_weighting:
+        weighting, no_weighting = None, entry.no_weighting
     if weighting is not None and not _has_experts(name, modules):
         weighting, no_weighting = None, f"no module `{EXPERTS}` beside it takes (hidden states, experts, weights)"
     bias, bias_in_block = reading.correction_bias(modules.get(name.rpartition(".")[0]))
