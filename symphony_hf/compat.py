@@ -13,6 +13,8 @@ from packaging.version import Version
 
 __version__ = "0.1.0"
 OLDEST_TRANSFORMERS = "5.17.0"
+ENGINES = ("vllm", "sglang", "mergekit")
+"""Libraries that read a config through transformers, and choose classes or tensor names of their own by it."""
 
 
 def transformers_version() -> str:
@@ -110,6 +112,9 @@ PRIVATE_NAMES = {
     ),
     "_adjust_missing_and_unexpected_keys": PrivateName(
         "transformers", ("patching",), "wrapped: sees the tensors of a checkpoint that no module takes"
+    ),
+    "_dict_from_json_file": PrivateName(
+        "transformers", ("patching",), "wrapped: the one place where a config's file becomes its values"
     ),
     "_is_hf_initialized": PrivateName(
         "transformers", ("conversion", "patching"), "set by the loader on what it has loaded"

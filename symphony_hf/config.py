@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError, nearest
 from .settings import from_mapping
 
-FORMAT = 1
+FORMAT = 2
 """Format version of the settings in a checkpoint's config.json. Higher versions are refused."""
 
 GRAPHS = ("ema", "frozen", "learned")
@@ -194,6 +194,7 @@ class SymphonyConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: expected settings by name, got {values!r}")
         values = dict(values)
+        values.pop("model_class", None)  # for the config's file, and not a setting
         version = values.pop("format", FORMAT)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ConfigError(f"{where}: `format` must be a whole number from 1 on, got {version!r}")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.output_capturing import OutputRecorder
 from trl import GRPOTrainer
@@ -52,6 +52,7 @@ HOLDERS = {
     "_loss_function": model_with_a_loss,
     "_experts_implementation": lambda: make_model().config,
     "_process_model_before_weight_loading": lambda: HfQuantizer,
+    "_dict_from_json_file": lambda: PreTrainedConfig,
     **dict.fromkeys(("_hf_hook", "_old_forward"), lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook())),
     **dict.fromkeys(
         ("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"), lambda: Trainer

@@ -16,6 +16,7 @@ from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS, C
 from symphony_hf.routing.graph import adjacency_problems
 
 from .graph_files import read_graphs
+from .marks import unmark
 
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".png", ".svg", ".yaml", ".yml"}
 _NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
@@ -154,7 +155,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
     path, results = _find(Path(directory))
     is_adapter = (path / ADAPTER_CONFIG).exists()
     name = ADAPTER_CONFIG if is_adapter else CONFIG
-    config = read_object(path / name, PushError)
+    config = unmark(read_object(path / name, PushError), path / name)
     stored = config.get("symphony")
     settings = None if stored is None else SymphonyConfig.from_stored(stored, where=f"{path / name}: symphony")
     if not is_adapter and settings is None and not _names_experts(config):

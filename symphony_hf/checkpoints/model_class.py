@@ -19,7 +19,7 @@ from transformers import (
 from symphony_hf.errors import ConfigError, SymphonyError
 from symphony_hf.files import ADAPTER_CONFIG, CONFIG
 
-from .saving import ARCHITECTURE_PREFIX
+from .marks import ARCHITECTURE_PREFIX
 
 _MAPPINGS = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,  # a model with images comes whole

@@ -1,44 +1,30 @@
-"""`save_pretrained` and `push_to_hub` of Symphony models, and the mark that their saved configs carry."""
+"""`save_pretrained` and `push_to_hub` of Symphony models."""
 
 import contextlib
 import copy
-import functools
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .folder import open_folder
 from .provenance import Origin, hub_name
 from .upload import publish
 
-ARCHITECTURE_PREFIX = "Symphony"
-"""Prefix of the class name in a saved config's `architectures`, so that other software refuses to load it."""
-
 
 @contextlib.contextmanager
-def without_settings(model: PreTrainedModel, named: Sequence[Any]) -> Iterator[None]:
-    """Remove what `symphonize` added to a model's configs while a plain config is written.
-
-    Args:
-        model: The model.
-        named: Configs in which `symphonize` named a model class.
-    """
+def without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Remove what `symphonize` added to a model's configs while a plain config is written."""
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     kept = [(config, config.__dict__.pop("symphony")) for config in configs.values() if "symphony" in config.__dict__]
-    names = [config.architectures for config in named]
-    for config in named:
-        config.architectures = None
     try:
         yield
     finally:
-        for config, name in zip(named, names, strict=True):
-            config.architectures = name
         for config, settings in kept:
             config.symphony = settings
 
@@ -136,44 +122,3 @@ def own_config(model: PreTrainedModel) -> None:
             config = getattr(holder, "__dict__", {}).get("config")
             if id(config) in copies:
                 holder.config = copies[id(config)]  # type: ignore[union-attr]
-
-
-def wrap_to_json_file(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the method that writes configs so that those of Symphony models are always marked.
-
-    The mark keeps other software from mistaking such a config for a stock model's.
-    """
-
-    @functools.wraps(original)
-    def to_json_file(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        if getattr(self, "symphony", None) is None and getattr(self, "upcycled", None) is None:
-            return original(self, *args, **kwargs)
-        with _marked(self):
-            return original(self, *args, **kwargs)
-
-    to_json_file._symphony_wrap = True  # type: ignore[attr-defined]
-    return to_json_file
-
-
-@contextlib.contextmanager
-def _marked(config: Any) -> Iterator[None]:
-    names = config.architectures
-    config.architectures = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in names or ()]
-    # TRL reads it, by attribute, when it does not know an architecture, and then takes AutoModelForCausalLM.
-    has_map = hasattr(config, "auto_map")
-    if not has_map:
-        config.auto_map = {}
-    try:
-        yield
-    finally:
-        config.architectures = names
-        if not has_map:
-            del config.auto_map
-
-
-def unmark_architectures(config: PreTrainedConfig) -> None:
-    """Restore the stock architecture name in a loaded config, for software that reads it from the model."""
-    names = getattr(config, "architectures", None) or []
-    config.architectures = [name.removeprefix(ARCHITECTURE_PREFIX) for name in names] or None
-    if getattr(config, "auto_map", None) == {}:
-        del config.auto_map

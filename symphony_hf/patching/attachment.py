@@ -1,7 +1,6 @@
 """Attach a tracker to a patched model: hooks on its decoder stacks, its loss function and `save_pretrained`."""
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,27 +73,14 @@ def _attach_to_pretrained(
         tracker.own_loss = model.__dict__.get("_loss_function")
         model.loss_function = RecordedLoss(model.loss_function, tracker)
     patched = {id(router.module) for router in found}
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # a config that two models share names the outer one
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
-            tracker.named_configs.extend(_mark_config(module, settings))
+            # A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
+            module.config.symphony = {**settings, "model_class": type(module).__name__}
             module.save_pretrained = SymphonySaver(module)  # type: ignore[method-assign]
             module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
-
-
-def _mark_config(model: PreTrainedModel, settings: dict[str, Any]) -> Iterator[Any]:
-    """Write the settings into a model's config, and the class where none is named, as `save_pretrained` would.
-
-    A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
-
-    Yields:
-        The config, if it named no class.
-    """
-    model.config.symphony = dict(settings)
-    if not model.config.architectures:
-        model.config.architectures = [type(model).__name__]
-        yield model.config
 
 
 def detach(module: nn.Module) -> None:
@@ -110,8 +96,6 @@ def detach(module: nn.Module) -> None:
             del part.save_pretrained
             del part.push_to_hub
     mark_savers(module)
-    for config in tracker.named_configs:
-        config.architectures = None
     if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
         del module._loss_function
         if tracker.own_loss is not None:

@@ -16,7 +16,6 @@ from symphony_hf.errors import UNREADABLE, FoldError, PatchError
 from symphony_hf.files import ADAPTER_CONFIG, stale_files
 from symphony_hf.patching.families.substitution import linear_of
 
-from .attachment import tracker_of
 from .expert_graph import active_graph, is_adapted
 from .symphonize import check_whole, symphony_routers, unsymphonize
 
@@ -116,7 +115,7 @@ def export_folded(
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
     try:
-        with without_settings(model, tracker_of(model).named_configs):
+        with without_settings(model):
             type(model).save_pretrained(model, unfinished, state_dict=state, max_shard_size=max_shard_size)
         if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
             _save_tokenizer(model, unfinished, tokenizer)

@@ -1,9 +1,9 @@
 """Saving and loading: graphs in the safetensors, settings in config.json, and a folded form that needs none of us.
 
-Loading works through transformers' own Auto and concrete classes. Four methods of theirs are wrapped, and act only on
+Loading works through transformers' own Auto and concrete classes. Five methods of theirs are wrapped, and act only on
 Symphony models and checkpoints: `PreTrainedModel.post_init` turns the routers into Symphony routers before the weights
 arrive, `_initialize_weights` checks what arrived, `_adjust_missing_and_unexpected_keys` reports graphs that were left
-out, and `PreTrainedConfig.to_json_file` marks the config that is written.
+out, `PreTrainedConfig.to_json_file` marks the config that is written, and `_dict_from_json_file` removes the marks.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from symphony_hf.checkpoints.saving import unmark_architectures, wrap_to_json_file
+from symphony_hf.checkpoints.marks import wrap_dict_from_json_file, wrap_to_json_file
 from symphony_hf.compat import supported_range, transformers_is_supported
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import GraphError, SymphonyError, SymphonyWarning, UnsupportedModelError
@@ -44,6 +44,8 @@ def install_loading_wraps() -> None:
             PreTrainedModel._adjust_missing_and_unexpected_keys
         )
         PreTrainedConfig.to_json_file = wrap_to_json_file(PreTrainedConfig.to_json_file)  # type: ignore[method-assign]
+        reader = wrap_dict_from_json_file(PreTrainedConfig._dict_from_json_file.__func__)
+        PreTrainedConfig._dict_from_json_file = classmethod(reader)
 
 
 def _wrap_post_init(original: Any) -> Any:
@@ -52,7 +54,6 @@ def _wrap_post_init(original: Any) -> Any:
         original(self)
         if getattr(self.config, "upcycled", None) is not None:
             restore_modules(self)
-            unmark_architectures(self.config)
         if getattr(self.config, "symphony", None) is not None:
             _restore_routers(self)
 
@@ -100,7 +101,6 @@ def _restore_routers(model: PreTrainedModel) -> None:
     is raised when a checkpoint is loaded into the outermost one, or when that is first run.
     """
     settings = SymphonyConfig.from_stored(model.config.symphony, where="config.json: symphony")
-    unmark_architectures(model.config)
     check_nothing_bypasses(model)
     for module in model.modules():
         detach(module)
@@ -122,7 +122,7 @@ def _restore_routers(model: PreTrainedModel) -> None:
         if not is_symphonized(router.module):
             patch_router(router, settings)
     if found:
-        attach(model, found, model.config.symphony)
+        attach(model, found, settings.to_dict())
 
 
 def _refuse(model: PreTrainedModel, args: Any) -> None:

@@ -49,7 +49,6 @@ class Tracker:
         checks: Checks for failures that would otherwise be silent.
         counters: One for each decoder stack and number of experts.
         handles: Hooks to remove when the model is restored.
-        named_configs: Configs that named no model class before.
         own_loss: The model's own loss function, if it was set on the instance.
         log_probs_hook: The hook for TRL's SFTTrainer, while one is training.
     """
@@ -59,7 +58,6 @@ class Tracker:
         self.checks = TrainingChecks()
         self.counters: list[CoselectionCounter] = []
         self.handles: list[Any] = []
-        self.named_configs: list[Any] = []
         self.own_loss: Any = None
         self.log_probs_hook: Any = None
         _watch_optimizers()

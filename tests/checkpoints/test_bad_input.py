@@ -187,7 +187,7 @@ def test_config_round_trip_and_format():
     config = SymphonyConfig(strength=0.5, layers=(3, 1, 1))
     assert config.layers == (1, 3)
     stored = json.loads(json.dumps(config.to_dict()))
-    assert stored["format"] == 1
+    assert stored["format"] == 2
     assert SymphonyConfig.from_dict(stored) == config
     with pytest.raises(ConfigError, match="format 9"):
         SymphonyConfig.from_dict({**stored, "format": 9})

@@ -20,7 +20,9 @@ MODELS = {
 
 def config_in(folder):
     config = json.loads((folder / "config.json").read_text())
-    config.pop("dtype", None)  # transformers takes it from the weights
+    for entry in (config, *(value for value in config.values() if isinstance(value, dict))):
+        entry.pop("dtype", None)  # transformers takes it from the weights
+        entry.get("symphony_hf", {}).get("replaced", {}).pop("dtype", None)
     return config
 
 

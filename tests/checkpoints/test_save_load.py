@@ -1,6 +1,8 @@
 """A checkpoint holds the whole Symphony model, is refused when it does not, and folds into a plain one."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -172,7 +174,9 @@ def test_a_model_inside_is_saved_with_its_graph_and_its_mark(tmp_path):
         assert not info["unexpected_keys"]
         assert torch.equal(loaded(ids).last_hidden_state, inner(ids).last_hidden_state)
     # Settings in its own config, too: a vision-language checkpoint may be loaded as its language model alone.
-    assert llava.model.language_model.config.symphony == llava.config.symphony
+    stored = [model.config.symphony for model in (llava.model.language_model, llava)]
+    assert [settings.pop("model_class") for settings in stored] == ["OlmoeModel", "LlavaForConditionalGeneration"]
+    assert stored[0] == stored[1]
 
 
 def test_a_config_object_may_be_used_again():
@@ -332,7 +336,7 @@ def test_a_graph_of_another_shape_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("symphony", "message"),
     [
-        ({"format": 2}, "format 2.*reads up to 1"),
+        ({"format": 3}, "format 3.*reads up to 2"),
         ({"format": "1"}, "whole number"),
         ({"strenght": 1}, "did you mean `strength`"),
         ({"decay": 1.5}, "decay"),
@@ -509,16 +513,48 @@ def test_what_cannot_be_folded_is_refused(tmp_path):
 # Other software that reads the checkpoint.
 
 
-def test_the_saved_architecture_is_ours_alone_and_the_loaded_one_is_stock(tmp_path):
+def test_the_marks_are_in_the_file_alone(tmp_path):
     model = saved(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["SymphonyMixtralForCausalLM"]
-    assert not hasattr(transformers, "SymphonyMixtralForCausalLM")
+    assert config["model_type"] == "symphony_hf"
+    assert config["symphony_hf"] == {"replaced": {"model_type": "mixtral", "dtype": "float32"}}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.architectures == ["MixtralForCausalLM"]
+    for found in (loaded.config, transformers.AutoConfig.from_pretrained(tmp_path)):
+        assert found.architectures == ["MixtralForCausalLM"]
+        assert found.to_dict()["model_type"] == "mixtral"
+        assert found.dtype == torch.float32
+        assert not hasattr(found, "symphony_hf")
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
     assert model.config.architectures == ["MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("entry", [None, 3, {}, {"replaced": {"model_type": 3}}, {"replaced": {"hidden_size": 1}}])
+def test_marks_that_were_damaged_are_refused(entry, tmp_path):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"symphony_hf": entry}))
+    with pytest.raises(ConfigError, match=r"config\.json`: `symphony_hf` must hold the values"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "mergekit"])
+def test_an_engine_with_classes_of_its_own_sees_the_mark(engine, tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.setitem(sys.modules, engine, types.ModuleType(engine))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (config.architectures, config.model_type) == (["SymphonyMixtralForCausalLM"], "mixtral")
+
+
+def test_a_loaded_and_folded_config_names_no_nested_class(tmp_path):
+    make_llava().save_pretrained(tmp_path / "plain")
+    move_graphs(symphonize(make_llava())).save_pretrained(tmp_path / "graphs")
+    plain, loaded = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("plain", "graphs"))
+    plain.save_pretrained(tmp_path / "plain again")
+    fold(loaded).save_pretrained(tmp_path / "folded")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain again", "folded")]
+    assert configs[0] == configs[1]
 
 
 def test_trl_and_peft_read_it(tmp_path):

@@ -64,22 +64,27 @@ def train(model, rows, tmp_path, callbacks=(), eval_dataset=None, resume=None, *
     return trainer
 
 
-def sft(trl, model, tmp_path, callbacks, rows=ROWS, **settings):
-    """Return TRL's SFTTrainer on rows of tokens."""
-    from datasets import Dataset
+def tiny_tokenizer():
+    """Return a tokenizer of the tiny models' 96 words."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     special = {"<pad>": 0, "<s>": 1, "</s>": 2}
     words = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(3, 96)}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def sft(trl, model, tmp_path, callbacks, rows=ROWS, **settings):
+    """Return TRL's SFTTrainer on rows of tokens."""
+    from datasets import Dataset
+
     peft_config = settings.pop("peft_config", None)
     arguments = trl.SFTConfig(str(tmp_path), **{**ARGUMENTS, **settings})
     return trl.SFTTrainer(
         model,
         arguments,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=tokenizer,
+        processing_class=tiny_tokenizer(),
         callbacks=callbacks,
         peft_config=peft_config,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from symphony_hf.checkpoints.saving import ARCHITECTURE_PREFIX
+from symphony_hf.checkpoints.marks import ARCHITECTURE_PREFIX
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.evaluation.checkpoint import ModelUnderTest, load_tokenizer
 from symphony_hf.evaluation.windows import default_block_size

@@ -1,0 +1,47 @@
+"""Processes of other people's programs, which never import symphony_hf themselves."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_entry_points(folder):
+    """Write the metadata that an installation of this package has, so that `import torch` finds its entry point."""
+    declared = re.search(
+        r'\[project\.entry-points\."(torch\.backends)"\].*\nsymphony_hf = "(.*)"', (ROOT / "pyproject.toml").read_text()
+    )
+    metadata = folder / "symphony_hf-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: symphony-hf\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text("[{}]\nsymphony_hf = {}\n".format(*declared.groups()))
+    return folder
+
+
+def environment(site, installed=True):
+    """Return the variables of a process for which the package is installed, or as if it were not."""
+    paths = os.pathsep.join([str(site), str(ROOT)])
+    return os.environ | {
+        "PYTHONPATH": paths,
+        "SYMPHONY_HF_AUTOLOAD": str(int(installed)),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run_client(script, site, *arguments, installed=True):
+    """Run a script that assigns to `found`, and return its value, which is written as JSON."""
+    script = f"import json, sys\n{script}\nprint('found:' + json.dumps(found))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment(site, installed),
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("found:")[2])
