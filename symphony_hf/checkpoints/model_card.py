@@ -29,11 +29,17 @@ def loading(folder: ModelFolder, repo_id: str, base_model: str | None) -> str:
     return f"{_python(lines)}\n\n{_served(folder)}"
 
 
+_NEEDED = (
+    "**Not without `symphony_hf`** (`pip install symphony-hf`). Where it is installed, programs that do not import it "
+    "load the model too; where it is not, transformers refuses it."
+)
+
+
 def _served(folder: ModelFolder) -> str:
     """Return what other software can do with the model."""
     if folder.has_our_modules:
-        return "**Not without `symphony_hf`**: software that does not know it has no place for its experts."
-    warning = "**Not without `symphony_hf`**: software that does not know it would route without the graphs."
+        return f"{_NEEDED} Other software has no place for its experts."
+    warning = f"{_NEEDED} Other software would route without the graphs."
     if folder.settings is None or folder.settings.smoothing != "logits":
         return (
             f"{warning} It smooths scores, which no plain router computes: it cannot be folded into a plain checkpoint."

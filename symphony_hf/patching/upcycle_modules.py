@@ -82,7 +82,7 @@ def upcycle_modules(
     CLIP's and SigLIP's MLPs, LLaVA's projector, and any other of two linear maps, or of three with a gate. Every
     expert begins as a copy of the MLP and a token's weights sum to 1, so the model computes what it did, but for
     rounding, until it is trained. `symphonize` then gives the new routers a graph. The model's config records it;
-    transformers' own classes restore it after `import symphony_hf`.
+    transformers' own classes restore it.
 
     Args:
         model: A transformers model, not yet symphonized.

@@ -1,10 +1,7 @@
 """Programs that never import symphony_hf load a Symphony checkpoint right, or are refused with the package's name."""
 
-import json
-import shutil
-
 import pytest
-from clients import run_client, write_entry_points
+from clients import run_client, write_entry_points, write_format_1
 from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
 from safetensors.torch import save_file
 from trainers import tiny_tokenizer
@@ -61,16 +58,6 @@ for name, load in clients.items():
         found[name] = str(error)
 assert "symphony_hf" not in sys.modules
 """
-
-
-def write_format_1(source, folder):
-    """Write a checkpoint as the first releases wrote it: with a mark in `architectures` alone."""
-    shutil.copytree(source, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= config.pop("symphony_hf")["replaced"] | {"auto_map": {}}
-    config["symphony"] = {name: value for name, value in config["symphony"].items() if name != "model_class"}
-    config["symphony"]["format"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,13 @@ def run_client(script, site, *arguments, installed=True):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("found:")[2])
+
+
+def write_format_1(source, folder):
+    """Write a checkpoint as the first releases wrote it: with a mark in `architectures` alone."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= config.pop("symphony_hf")["replaced"] | {"auto_map": {}}
+    config["symphony"] = {name: value for name, value in config["symphony"].items() if name != "model_class"}
+    config["symphony"]["format"] = 1
+    (folder / "config.json").write_text(json.dumps(config))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from clients import write_format_1
 from datasets import Dataset
 from models import make_ids, make_model, move_graphs
 from trainers import make_tokenizer
@@ -259,5 +260,6 @@ symphony_hf.symphonize(model)
 
 
 def test_a_checkpoint_that_was_loaded_before_the_import_is_refused(tmp_path, plain_python):
-    move_graphs(symphonize(make_model())).save_pretrained(tmp_path)
-    plain_python(LATE, tmp_path)
+    move_graphs(symphonize(make_model())).save_pretrained(tmp_path / "new")
+    write_format_1(tmp_path / "new", tmp_path / "old")  # a later format is refused without the import
+    plain_python(LATE, tmp_path / "old")
