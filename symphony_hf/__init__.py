@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from symphony_hf.patching.from_pretrained import install_loading_wraps
+from symphony_hf_autoload import when_defined
 
 from .compat import __version__
 
@@ -153,5 +154,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _install_adapter_wraps(tuners: Any) -> None:
+    importlib.import_module(".conversion.adapters.peft_wraps", __name__).install_adapter_wraps(tuners)
+
+
 install_loading_wraps()
+when_defined("peft.tuners.tuners_utils", "BaseTuner", _install_adapter_wraps)
 importlib.import_module(".models.wikitext", __name__)  # transformers' Auto classes learn of its config

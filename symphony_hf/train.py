@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(words[0], parse_overrides(words[1:]))
         # Only once the recipe is valid: these imports take seconds.
         from symphony_hf.training.launch import launch_command
-        from symphony_hf.training.runner import prepare_run, run_recipe
+        from symphony_hf.training.runner import prepare_dry_run, run_recipe
 
         command = shlex.join([*launch_command(), "-m", "symphony_hf.train", *words])
 
         if dry_run:
             from symphony_hf.training.report import print_dry_run
 
-            print_dry_run(recipe, prepare_run(recipe)[0])
+            print_dry_run(recipe, *prepare_dry_run(recipe))
             return 0
         results = run_recipe(recipe, command)
     except SymphonyError as error:

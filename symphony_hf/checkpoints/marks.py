@@ -87,7 +87,7 @@ def unmark(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
 
 def _replaced(entry: Any, where: str | Path) -> dict[str, Any]:
     replaced = entry.get("replaced") if isinstance(entry, dict) else None
-    known = ("model_type", "dtype")
+    known = ("model_type", "dtype", "task_type")
     if not isinstance(replaced, dict) or any(
         name not in known or not isinstance(value, str | None) for name, value in replaced.items()
     ):

@@ -56,12 +56,15 @@ def _adapter(folder: ModelFolder, repo_id: str, base_model: str) -> str:
     peft = f'model = PeftModel.from_pretrained(model, "{repo_id}")'
     if not folder.graphs:
         return _python(["from peft import PeftModel", auto, base, peft])
-    silent = "PEFT's own loader silently loads an adapter without its graphs if the base is not symphonized"
     if ADAPTER_RECORD in folder.files:
         lines = ["import symphony_hf", auto, base, f'model = symphony_hf.load_adapter(model, "{repo_id}")']
-        return f"{_python(lines)}\n\nThe plain base is symphonized as the adapter needs it. {silent}."
+        return (
+            f"{_python(lines)}\n\nThe plain base is symphonized as the adapter needs it, also by PEFT's own "
+            "`PeftModel.from_pretrained`. Where `symphony_hf` is not installed, PEFT refuses the adapter."
+        )
     symphonize = "symphony_hf.symphonize(model)  # with the settings that it was trained with"
     lines = ["import symphony_hf", "from peft import PeftModel", auto, base, symphonize, peft]
+    silent = "PEFT's own loader silently loads it without its graphs if the base is not symphonized"
     return f"{_python(lines)}\n\n{silent}: symphonize first."
 
 

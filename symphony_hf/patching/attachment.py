@@ -61,6 +61,7 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
     tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
     tracker.handles.append(model.register_forward_hook(_record_loss_of_output))
     tracker.handles.extend(attach_gradients(model, found))
+    tracker.handles.append(model.register_state_dict_pre_hook(_begin_state_dict))
     if isinstance(model, PreTrainedModel):
         _attach_to_pretrained(model, found, settings, tracker)
 
@@ -111,7 +112,20 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     tracker: Any = model._symphony_tracker
     if model.training and torch.is_grad_enabled():
         tracker.state.recorded_in_forward = False
+    else:
+        tracker.settle_alone()
     tracker.state.outer_mask = kwargs.get("attention_mask")
+
+
+def _begin_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    settle(model)
+
+
+def settle(model: nn.Module) -> None:
+    """Commit the last optimizer step if the loop did not, before the graphs of a model, or a part of one, are read."""
+    for module in model.modules():
+        if "_symphony_tracker" in module.__dict__:
+            module._symphony_tracker.settle_alone()  # type: ignore[operator, union-attr]
 
 
 def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -16,6 +16,7 @@ from symphony_hf.errors import UNREADABLE, FoldError, PatchError
 from symphony_hf.files import ADAPTER_CONFIG, stale_files
 from symphony_hf.patching.families.substitution import linear_of
 
+from .attachment import settle
 from .expert_graph import active_graph, is_adapted
 from .symphonize import check_whole, symphony_routers, unsymphonize
 
@@ -33,6 +34,7 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
         raise FoldError("fold: the model has PEFT's adapters in it: `merge_and_unload()` first")
     routers = list(symphony_routers(model))
     check_whole(model, "fold")
+    settle(model)
     folded: dict[str, Tensor] = {}
     for name, router in routers:
         contract = router.contract

@@ -17,7 +17,7 @@ from symphony_hf.patching.families.discovery import FoundRouter, find_routers, l
 from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.families.substitution import linear_of
 
-from .attachment import attach, check_balance_scope, detach, tracker_of
+from .attachment import attach, check_balance_scope, detach, settle, tracker_of
 from .correction_bias import check_correction_biases
 from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
@@ -267,6 +267,7 @@ def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
 
     Under FSDP2 a learned graph is gathered, so every rank must call this.
     """
+    settle(model)
     graphs = ((name, active_graph(router.symphony)) for name, router in symphony_routers(model))
     return {name: _whole(graph.symmetrized().detach()).clone() for name, graph in graphs}
 

@@ -140,10 +140,26 @@ class Tracker:
         self.commit()
         if not torch.compiler.is_compiling():
             self.checks.warn_once(
-                "nothing moved the graphs after an optimizer step, so they move at the next training forward, and the "
-                "last step of a run is left out. Call `symphony_hf.update_graphs(model)` after `optimizer.step()`, or "
-                "give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
+                "nothing moved the graphs after an optimizer step, so they move at the next forward, and on several "
+                "ranks the last step of a run is left out. Call `symphony_hf.update_graphs(model)` after "
+                "`optimizer.step()`, or give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
             )
+
+    def settle_alone(self) -> None:
+        """Commit the last optimizer step if the loop did not. Called before the graphs are read, as by a save.
+
+        Several ranks must commit together, and a save or an evaluation may be of one of them, so they are warned.
+        """
+        if torch.compiler.is_compiling() or not self.state.stepped:
+            return
+        if num_ranks() == 1:
+            with torch.inference_mode(False):
+                self.commit()
+            return
+        self.checks.warn_once(
+            "the graphs are read, and the last optimizer step has not moved them yet: call "
+            "`symphony_hf.update_graphs(model)` on every rank after `optimizer.step()`"
+        )
 
     @torch.no_grad()
     def commit(self) -> bool:

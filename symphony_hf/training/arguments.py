@@ -1,7 +1,9 @@
 """TrainingArguments of a recipe, and checks for missing packages and devices."""
 
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,31 @@ from symphony_hf.settings import parse_settings
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def training_arguments(recipe: Recipe, not_checked: list[str] | None = None) -> TrainingArguments:
     """Return TrainingArguments for a recipe's train section; TRL's SFTConfig for conversations.
+
+    Args:
+        recipe: Recipe, from `load_recipe`.
+        not_checked: For a dry run: what this machine lacks is added to it, and not refused.
 
     Raises:
         ConfigError: If a setting is unknown, TrainingArguments refuses a value, a stream has no `max_steps`, or a
             package or device that the recipe needs is missing.
     """
-    _check_packages(recipe)
-    _check_devices(recipe)
+    problems = [*_missing_packages(recipe), *_missing_devices(recipe)]
+    if problems and not_checked is None:
+        raise ConfigError(problems[0])
     # Trainer also accepts True for it, which TrainingArguments' type does not.
     settings = {name: value for name, value in recipe.train.items() if name != "resume_from_checkpoint"}
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if settings.get(name) is False:
             settings[name] = "no"  # YAML reads `no` as False
+    if not_checked is not None:
+        not_checked += problems
+        settings = _settings_anywhere(settings, not_checked)
     fixed: dict[str, Any] = {"output_dir": str(Path(recipe.output.directory)), "report_to": "none"}
     kind: type[TrainingArguments] = TrainingArguments
-    if recipe.data.kind == "chat":
+    if recipe.data.kind == "chat" and (not_checked is None or _is_installed("trl")):
         from trl import SFTConfig
 
         kind = SFTConfig
@@ -49,8 +59,27 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def _check_packages(recipe: Recipe) -> None:
-    """Check for missing packages before anything is loaded: the libraries check at first use, minutes later."""
+def _settings_anywhere(settings: dict[str, Any], not_checked: list[str]) -> dict[str, Any]:
+    """Return the settings that TrainingArguments accepts on any machine, and list those that it would not."""
+    dropped = {"trl": set(settings) - {field.name for field in dataclasses.fields(TrainingArguments)}}
+    dropped["deepspeed"] = {"deepspeed"}
+    unknown = {name for package, names in dropped.items() if not _is_installed(package) for name in names}
+    if not torch.accelerator.is_available() and not settings.get("use_cpu"):
+        unknown |= {"fp16", "fp16_full_eval", "tf32"}
+        settings = settings | {"use_cpu": True}
+        not_checked.append("train: there is no GPU here: whether the run fits on one, and the precision that it has")
+    skipped = [name for name in settings if name in unknown]
+    if skipped:
+        not_checked.append(f"train: {', '.join(f'`{name}`' for name in skipped)}")
+    return {name: value for name, value in settings.items() if name not in unknown}
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _missing_packages(recipe: Recipe) -> Iterator[str]:
+    """Yield missing packages before anything is loaded: the libraries check at first use, minutes later."""
     optimizer, report_to = str(recipe.train.get("optim", "")), recipe.train.get("report_to") or []
     needs = {
         "bitsandbytes": recipe.model.quantization is not None or "8bit" in optimizer or "paged" in optimizer,
@@ -59,11 +88,9 @@ def _check_packages(recipe: Recipe) -> None:
         **{tracker: tracker in ([report_to] if isinstance(report_to, str) else report_to) for tracker in _TRACKERS},
     }
     for package, needed in needs.items():
-        if needed and importlib.util.find_spec(package) is None:
+        if needed and not _is_installed(package):
             extra = "tracking" if package in _TRACKERS else package
-            raise ConfigError(
-                f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{extra}]'"
-            )
+            yield f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{extra}]'"
 
 
 def _asks_for_deepspeed(recipe: Recipe) -> bool:
@@ -72,24 +99,24 @@ def _asks_for_deepspeed(recipe: Recipe) -> bool:
     return by_launcher or by_launch or bool(recipe.train.get("deepspeed"))
 
 
-def _check_devices(recipe: Recipe) -> None:
-    """Refuse settings that need a GPU on a machine without one, and more processes than GPUs."""
+def _missing_devices(recipe: Recipe) -> Iterator[str]:
+    """Yield settings that need a GPU on a machine without one, and more processes than GPUs."""
     on_gpu = torch.accelerator.is_available() and not recipe.train.get("use_cpu")
     num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpu and num_here > torch.accelerator.device_count():
-        raise ConfigError(
+        yield (
             f"launch: {num_here} processes were started on a machine with {torch.accelerator.device_count()} GPUs, and "
             "each process needs its own: lower `--num_processes`"
         )
     if not on_gpu and not recipe.train.get("use_cpu") and _is_for_a_gpu():
-        raise ConfigError(
+        yield (
             "launch: the launcher's configuration is for a GPU, and there is none here: launch with "
             "recipes/accelerate/cpu.yaml, or set `use_cpu: true` in the train section"
         )
     if not on_gpu and recipe.train.get("fp16"):
-        raise ConfigError("train: `fp16` needs a GPU: set `fp16: false`, or `bf16: true`")
+        yield "train: `fp16` needs a GPU: set `fp16: false`, or `bf16: true`"
     if not on_gpu and "flash" in (recipe.model.attention or ""):
-        raise ConfigError(f"model: attention `{recipe.model.attention}` needs a GPU: use `sdpa`, or leave it out")
+        yield (f"model: attention `{recipe.model.attention}` needs a GPU: use `sdpa`, or leave it out")
 
 
 def _is_for_a_gpu() -> bool:

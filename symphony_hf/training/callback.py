@@ -30,8 +30,8 @@ def add_to_log(
 class SymphonyCallback(TrainerCallback):
     """Callback for any Trainer with a symphonized model: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
 
-    Without it, the graphs are updated at the first training forward after each optimizer step, so the update of the
-    last step is missing.
+    Without it, the graphs are updated at the first forward or save after each optimizer step. On several ranks, the
+    update of the last step is missing then.
 
     Raises:
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.

@@ -129,5 +129,10 @@ def _requests_of_launcher() -> Iterator[Request]:
         yield Request("the launcher", "strategy", "fsdp")
 
 
+def is_launched() -> bool:
+    """Whether a launcher (accelerate, torchrun) started this process."""
+    return any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"))
+
+
 def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from symphony_hf.compat import versions
 from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
+from symphony_hf.errors import ConfigError
 from symphony_hf.files import write_text
 from symphony_hf.recipe import Recipe
 from symphony_hf.tables import Table
@@ -126,14 +127,32 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def print_dry_run(recipe: Recipe, arguments: TrainingArguments, console: "Console | None" = None) -> None:
-    """Print the plan of a run: model, data, training and output."""
+def print_dry_run(
+    recipe: Recipe, arguments: TrainingArguments, not_checked: list[str], console: "Console | None" = None
+) -> None:
+    """Print the plan of a run: model, data, training and output.
+
+    Args:
+        recipe: Recipe, from `load_recipe`.
+        arguments: Training arguments, from `prepare_dry_run`.
+        not_checked: What could not be checked on this machine, from there.
+        console: Console to print to.
+
+    Raises:
+        SymphonyError: If the model cannot be built or symphonized.
+    """
     from rich.console import Console
 
     console = console or Console()
-    model = empty_model(recipe)
-    add_graph(model, recipe)
-    print_inspection(inspect_model(model), console)
+    try:
+        model = empty_model(recipe)
+    except ConfigError as error:
+        if recipe.model.config is not None:
+            raise
+        not_checked = [*not_checked, str(error)]  # the checkpoint is elsewhere
+    else:
+        add_graph(model, recipe)
+        print_inspection(inspect_model(model), console)
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     length = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
     rows = {
@@ -148,6 +167,8 @@ def print_dry_run(recipe: Recipe, arguments: TrainingArguments, console: "Consol
         "output": recipe.output.directory,
     }
     Table("The run", ("", ""), list(rows.items())).print(console, show_header=False)
+    for problem in not_checked:
+        console.print(f"Not checked here: {problem}", highlight=False, markup=False)
     console.print("This was a dry run: nothing was loaded, trained or written.", highlight=False)
 
 

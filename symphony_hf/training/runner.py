@@ -26,7 +26,7 @@ from .arguments import training_arguments
 from .damage import DamageEpochs, damage_of, damaged
 from .final_evaluation import measure
 from .fit import train
-from .launch import Request, check_launch, expected_strategy, requests_of
+from .launch import Request, check_launch, expected_strategy, is_launched, requests_of
 from .models import add_adapters, add_graph, choose_trained, load_model
 from .monitor import GraphMonitor
 from .processors import load_processor
@@ -131,14 +131,43 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
     arguments = training_arguments(recipe)
     requested = requests_of(recipe.launch, arguments)
     strategy = expected_strategy(arguments)
-    if recipe.model.quantization is not None and strategy in ("zero3", "fsdp"):
-        raise ConfigError("model: 4-bit weights cannot be partitioned over processes: use `ddp` or `zero2`")
+    _check_partitioning(recipe, strategy)
     check_launch(requested, arguments.world_size, strategy)
     if strategy.startswith("zero"):
         prepare_deepspeed(arguments.device)
     if strategy == "zero3":
         gather_when_saving(arguments.deepspeed_plugin)
     return arguments, requested
+
+
+def prepare_dry_run(recipe: Recipe) -> tuple[TrainingArguments, list[str]]:
+    """Make the training arguments of a dry run, on any machine.
+
+    Returns:
+        Training arguments, and what could not be checked here.
+
+    Raises:
+        ConfigError: If a setting is unknown or refused, the launch under way is not the one that was requested, or the
+            output directory has files that would be overwritten.
+    """
+    check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
+    not_checked: list[str] = []
+    arguments = training_arguments(recipe, not_checked)
+    for strategy in (recipe.launch.strategy, expected_strategy(arguments)):
+        _check_partitioning(recipe, strategy)
+    try:
+        check_launch(requests_of(recipe.launch, arguments), arguments.world_size, expected_strategy(arguments))
+    except ConfigError:
+        if is_launched():
+            raise
+        asked = recipe.launch
+        not_checked.append(f"launch: processes {asked.processes or 'any'}, strategy {asked.strategy or 'any'}")
+    return arguments, not_checked
+
+
+def _check_partitioning(recipe: Recipe, strategy: str | None) -> None:
+    if recipe.model.quantization is not None and strategy in ("zero3", "fsdp"):
+        raise ConfigError("model: 4-bit weights cannot be partitioned over processes: use `ddp` or `zero2`")
 
 
 def _remove_card(final: Path) -> None:

@@ -10,7 +10,15 @@ from naive_graphs import DECAY, naive_update, spy_on_selections
 from trainers import Rows, train
 from transformers import TrainingArguments
 
-from symphony_hf import PatchError, SymphonyCallback, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf import (
+    PatchError,
+    SymphonyCallback,
+    SymphonyWarning,
+    expert_graphs,
+    export_folded,
+    symphonize,
+    update_graphs,
+)
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -364,3 +372,42 @@ def test_trainer_without_the_callback_still_moves_the_graph(tmp_path):
     with pytest.warns(SymphonyWarning, match="SymphonyCallback"):
         train(model, make_ids(16), tmp_path)
     assert all(not torch.equal(before[name], graph) for name, graph in expert_graphs(model).items())
+
+
+READERS = {
+    "expert_graphs": lambda model, folder: expert_graphs(model),
+    "state_dict": lambda model, folder: model.state_dict(),
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+    "evaluation": lambda model, folder: model.eval()(make_ids()),
+    "inference mode": lambda model, folder: torch.inference_mode()(model.eval())(make_ids()),
+    "fold": lambda model, folder: export_folded(model, folder),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_last_step_moves_the_graphs_before_they_are_read(reader, tmp_path):
+    ids, graphs = make_ids(), []
+    for driven in (True, False):
+        model = symphonize(make_model(), decay=DECAY).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        if driven:
+            update_graphs(model)
+        READERS[reader](model, tmp_path / str(driven))
+        graphs.append([router.symphony.adjacency.clone() for _, router in symphony_routers(model)])
+        assert not update_graphs(model)
+    assert all(torch.equal(a, b) for a, b in zip(*graphs, strict=True))
+    assert not torch.equal(graphs[0][0], torch.eye(8) * 3 / 8)
+
+
+def test_a_read_before_the_optimizers_step_moves_nothing():
+    model, ids = symphonize(make_model(), decay=DECAY).train(), make_ids()
+    before = expert_graphs(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    model.state_dict()
+    model.eval()(ids)
+    assert all(torch.equal(graph, before[name]) for name, graph in expert_graphs(model).items())
+    optimizer.step()
+    assert update_graphs(model)

@@ -8,6 +8,7 @@ import transformers
 from typer.testing import CliRunner
 
 from symphony_hf.cli import app
+from symphony_hf.recipe import load_recipe
 from symphony_hf.train import main as train_main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,6 +39,30 @@ def test_a_dry_run_touches_nothing(name, empty, capsys):
     for word in ("1, single", "7 steps", "This was a dry run: nothing was loaded, trained or written."):
         assert word in out
     assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [str(path.relative_to(RECIPES)) for path in sorted(RECIPES.glob("*/*.yaml"))])
+def test_every_recipe_prints_its_plan_on_a_laptop(name, empty, monkeypatch, capsys):
+    """Without a GPU, a network, and the packages that only its training needs."""
+    if name.startswith("accelerate/"):
+        pytest.skip("a launch, not a recipe")
+    monkeypatch.setattr("symphony_hf.training.arguments._is_installed", lambda package: False)
+    assert train_main([str(RECIPES / name), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "This was a dry run: nothing was loaded, trained or written." in out
+    listed = "\n".join(line for line in out.split("Not checked here: ")[1:])
+    recipe = load_recipe(RECIPES / name, {})
+    assert ("there is no GPU here" in listed) == (not recipe.train.get("use_cpu"))
+    assert ("needs bitsandbytes" in listed) == (recipe.model.quantization is not None)
+    assert ("strategy zero3" in listed) == (recipe.launch.strategy == "zero3")
+    assert ("needs trl" in listed) == (recipe.data.kind == "chat")
+    assert list(empty.iterdir()) == []
+
+
+def test_what_is_wrong_anywhere_is_refused_in_a_dry_run(empty, capsys):
+    words = [str(RECIPES / "mixtral-8x7b-qlora" / "config.yaml"), "--launch.strategy", "zero3", "--dry_run"]
+    assert train_main(words) == 1
+    assert "4-bit weights cannot be partitioned" in capsys.readouterr().err
 
 
 def test_symphony_train_is_the_same_without_accelerate(empty):

@@ -47,7 +47,7 @@ def sample_weights(model: nn.Module, routers: Sequence[str]) -> dict[str, list[f
     return sampled
 
 
-def check_base(stored: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]], folder: Path) -> None:
+def check_base(stored: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]], folder: str | Path) -> None:
     """Compare the sampled weights in an adapter's record with those of the model that the adapter is to be put on.
 
     Weights that only one of the two has are ignored; records of earlier versions have none. Unrelated weights raise

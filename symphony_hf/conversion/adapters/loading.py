@@ -1,5 +1,6 @@
 """load_adapter: load an adapter with graphs onto a base model, which is symphonized first."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from symphony_hf.patching.symphonize import is_symphonized, symphonize, unsympho
 from symphony_hf.routing.graph import adjacency_problems
 
 from .base_weights import check_base, sample_weights
-from .record import AdapterRecord, keep_record
+from .record import NEEDS, AdapterRecord, keep_record
 from .targets import base_of, family_of
 from .untrusted import add_adapter, check_tensors, read_peft_config, refusals, try_config
 
@@ -60,18 +61,13 @@ def load_adapter(
     if name in getattr(model, "peft_config", {}):
         raise PatchError(f"load_adapter: the model has an adapter `{name}` already: give another name=")
     config = keep_record(read_peft_config(folder), record)
+    config.__dict__.pop(NEEDS, None)  # the graphs are brought here
     config.inference_mode = not trainable
-    made_ready = _make_ready(model, record, folder)
-    try:
-        try_config(model, config, folder / ADAPTER_WEIGHTS, name)
-        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
-    except ConfigError:
-        if made_ready:
-            unsymphonize(base_of(model))
-        raise
+    weights = folder / ADAPTER_WEIGHTS
+    prepare_base(model, record, folder, lambda: try_config(model, config, weights, name))
     # On a 16-bit model PEFT's LoRA is float32 unless it was trained otherwise, as TRL does on 4-bit models.
     with refusals(f"{folder / ADAPTER_CONFIG}"):
-        adapted = add_adapter(model, config, name, widens=_is_wide(folder / ADAPTER_WEIGHTS))
+        adapted = add_adapter(model, config, name, widens=_is_wide(weights))
     _copy_tensors(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
@@ -155,8 +151,32 @@ def _is_wide(weights: Path) -> bool:
         return any(file.get_slice(name).get_dtype() == "F32" for name in file.keys() if ".lora_" in name)  # noqa: SIM118
 
 
-def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> bool:
-    """Symphonize a plain base model for the adapter, or check a symphonized one. Return whether it was plain."""
+def prepare_base(
+    model: nn.Module, record: AdapterRecord, folder: str | Path, check: Callable[[], None] = lambda: None
+) -> None:
+    """Symphonize a plain base model for an adapter, or check a symphonized one.
+
+    Args:
+        model: Base model, plain or symphonized, with or without other adapters. Unchanged if it is refused.
+        record: Record of the adapter.
+        folder: Folder of the adapter, for error messages.
+        check: Further check of the model, once it is symphonized.
+
+    Raises:
+        ConfigError: If the adapter is for another base model, or for other settings.
+    """
+    made_ready = _make_ready(model, record, folder)
+    try:
+        check()
+        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
+    except ConfigError:
+        if made_ready:
+            unsymphonize(base_of(model))
+        raise
+
+
+def _make_ready(model: nn.Module, record: AdapterRecord, folder: str | Path) -> bool:
+    """Return whether the base model was plain."""
     base = base_of(model)
     if record.model_type != getattr(getattr(base, "config", None), "model_type", None):
         raise ConfigError(f"load_adapter: `{folder}` is for a model of type {record.model_type}, not {family_of(base)}")
@@ -169,7 +189,7 @@ def _make_ready(model: nn.Module, record: AdapterRecord, folder: Path) -> bool:
     return True
 
 
-def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
+def _check_ready(base: nn.Module, record: AdapterRecord, folder: str | Path) -> None:
     own = AdapterRecord.of(base, record.router)
     wanted, stored = record.settings.to_dict(), own.settings.to_dict()
     differing = [f"{key} {stored[key]!r}, not {value!r}" for key, value in wanted.items() if stored[key] != value]
@@ -181,7 +201,7 @@ def _check_ready(base: nn.Module, record: AdapterRecord, folder: Path) -> None:
     _check_routers(record.routers, own.routers, folder)
 
 
-def _check_routers(wanted: dict[str, Routing], found: dict[str, Routing], folder: Path) -> None:
+def _check_routers(wanted: dict[str, Routing], found: dict[str, Routing], folder: str | Path) -> None:
     if found != wanted:
         raise ConfigError(f"load_adapter: `{folder}` is for {_describe(wanted)}; the model has {_describe(found)}")
 

@@ -1,8 +1,8 @@
 """Record beside an adapter: its graph settings and its base model, which PEFT's own files do not contain.
 
 PEFT saves an adapter's config with the config's `save_pretrained`, which is replaced on the instance, not the class.
-The settings are also in adapter_config.json: PEFT warns that it does not know them, and that is its only warning when
-such an adapter is loaded onto a model without graphs.
+The record is also in adapter_config.json, where `peft_wraps` finds it. A `task_type` that PEFT refuses, with the name
+of this package, keeps PEFT alone from loading such an adapter onto a model without graphs.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from symphony_hf.checkpoints.marks import MARK, NEEDED
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.conversion.inspection.parts import Routing
 from symphony_hf.conversion.inspection.tensors import bare_name
@@ -27,6 +28,9 @@ from .base_weights import sample_weights
 
 FORMAT = 1
 """Format of the record. Higher numbers are refused."""
+
+NEEDS = "_symphony_needs"
+"""Attribute of an adapter's config from a file: its record, or the settings of its graphs if they are all it has."""
 
 RouterMode = Literal["graph", "train"]
 
@@ -86,11 +90,19 @@ class AdapterRecord:
                 "and SymphonyCallback, and its base model is unknown. Load it with PEFT onto a model that is ready for "
                 "it"
             )
-        values = read_object(file, ConfigError)
-        version = values.get("format")
+        return cls.parse(read_object(file, ConfigError), str(file))
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str) -> "AdapterRecord":
+        """Return the record with these values.
+
+        Raises:
+            ConfigError: If they are invalid, or of a newer format.
+        """
+        version = values.get("format") if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT:
-            raise ConfigError(f"`{file}` has format {version}, this symphony_hf reads up to {FORMAT}: upgrade it")
-        return parse_settings(cls, values, str(file))
+            raise ConfigError(f"`{where}` has format {version}, this symphony_hf reads up to {FORMAT}: upgrade it")
+        return parse_settings(cls, values, where)
 
 
 def keep_record(config: Any, record: AdapterRecord) -> Any:
@@ -103,10 +115,11 @@ def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, *
     type(config).save_pretrained(config, save_directory, **kwargs)
     folder = Path(save_directory)
     stored = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    stored["symphony"] = record.symphony
-    write_json(folder / ADAPTER_CONFIG, stored)
     record = dataclasses.replace(record, base_model=stored.get("base_model_name_or_path"))
-    write_json(folder / ADAPTER_RECORD, dataclasses.asdict(record))
+    values = dataclasses.asdict(record)
+    marks = {"task_type": NEEDED, MARK: {"replaced": {"task_type": stored.get("task_type")}, "record": values}}
+    write_json(folder / ADAPTER_CONFIG, stored | {"symphony": record.symphony} | marks)
+    write_json(folder / ADAPTER_RECORD, values)
 
 
 def record_adapters(model: nn.Module) -> None:

@@ -49,9 +49,7 @@ def read_peft_config(folder: Path) -> Any:
                 "more than the tensors of the file"
             )
     _check_patterns(file, values)
-    with refusals(str(file)), warnings.catch_warnings():
-        # The settings are for software that loads the adapter without its record.
-        warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['symphony'\]")
+    with refusals(str(file)):
         config = PeftConfig.from_pretrained(str(folder))
     # It is '' for a model without a name, which PEFT would compare with the base model's.
     config.base_model_name_or_path = config.base_model_name_or_path or None

@@ -45,10 +45,8 @@ def test_a_round_trip_is_exact(tmp_path, family, settings):
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), logits(make_model(family)))
     assert torch.equal(logits(loaded), wanted)
-    # With PEFT alone, on a base that is symphonized; which says that it does not know all of the config.
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['symphony'\]"):
-        again = peft.PeftModel.from_pretrained(symphonize(make_model(family), decay=DECAY), tmp_path)
-    assert torch.equal(logits(again), wanted)
+    for base in (make_model(family), symphonize(make_model(family), decay=DECAY)):  # with PEFT's own loader
+        assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path)), wanted)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -257,15 +255,41 @@ def test_a_graph_outside_the_adapter_is_warned_about_in_training():
         update_graphs(adapted)
 
 
-# What plain PEFT does in silence, and why the loader is ours.
+# PEFT's own loader, and why there is one of ours.
 
 
-def test_plain_peft_drops_the_graph_on_a_plain_base_and_says_little(tmp_path):
+def test_pefts_own_loader_refuses_what_does_not_fit(tmp_path):
     adapted_model().save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['symphony'\]") as caught:
-        loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
-    assert sum(warning.category is UserWarning for warning in caught) == 1
-    assert not is_symphonized(loaded)
+    for base, message in (
+        (symphonize(make_model(), decay=DECAY, strength=0.5), "strength 0.5, not 1.0"),
+        (make_model("mixtral"), "for a model of type olmoe, not mixtral"),
+        (make_model(seed=1), "other weights"),
+    ):
+        plain = not is_symphonized(base)
+        with pytest.raises(ConfigError, match=message):
+            peft.PeftModel.from_pretrained(base, tmp_path)
+        assert is_symphonized(base) != plain
+
+
+def test_a_second_adapter_through_pefts_own_loader(tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        move_graphs(adapted_model(), seed=seed).save_pretrained(tmp_path / name)
+    loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path / "one", adapter_name="one")
+    loaded.load_adapter(tmp_path / "two", "two")
+    for name in ("one", "two"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(load_adapter(make_model(), tmp_path / name)))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path / "again" / "two")), logits(loaded))
+
+
+def test_an_adapter_of_format_1_through_pefts_own_loader(tmp_path):
+    adapted = adapted_model()
+    adapted.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    values |= values.pop("symphony_hf")["replaced"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(make_model(), tmp_path)), logits(adapted))
 
 
 def test_plain_peft_loses_the_lora_of_some_families(tmp_path):
