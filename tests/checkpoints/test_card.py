@@ -160,6 +160,7 @@ def test_an_adapter(graphs, hub, tmp_path):
     config = peft.LoraConfig(
         target_modules=["q_proj"],
         modules_to_save=["symphony"] if graphs else None,
+        inference_mode=not graphs,  # a new adapter that is to be trained holds the graphs unasked
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )

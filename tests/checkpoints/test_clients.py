@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from symphony_hf import expert_graphs, lora_config, symphonize, upcycle_modules
+from symphony_hf import expert_graphs, load_adapter, lora_config, symphonize, upcycle_modules
 
 CLIENTS = """
 from transformers import (
@@ -151,7 +151,7 @@ found = "symphony_hf" in sys.modules
 
 @pytest.mark.clients
 def test_trls_sft_script(folder, tmp_path):
-    (folder / "text").mkdir()
+    (folder / "text").mkdir(exist_ok=True)
     (folder / "text" / "train.jsonl").write_text(json.dumps({"text": "w3 w4 w5 w6"}) + "\n")
     assert run_client(TRL, folder / "site", folder, tmp_path / "run")
     trained, before = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run", folder / "mixtral"))
@@ -159,6 +159,21 @@ def test_trls_sft_script(folder, tmp_path):
     with pytest.raises(AssertionError, match="model type `symphony_hf`"):
         run_client(TRL, folder / "site", folder, tmp_path / "refused", installed=False)
     assert not list((tmp_path / "refused").glob("*.safetensors"))
+
+
+@pytest.mark.clients
+def test_trls_sft_script_with_peft(folder, tmp_path):
+    (folder / "text").mkdir(exist_ok=True)
+    (folder / "text" / "train.jsonl").write_text(json.dumps({"text": "w3 w4 w5 w6"}) + "\n")
+    run_client(TRL, folder / "site", folder, tmp_path, "--use_peft", "--lora_target_modules", "q_proj")
+    trained, before = (
+        load_adapter(make_model("mixtral"), tmp_path),
+        AutoModelForCausalLM.from_pretrained(folder / "mixtral"),
+    )
+    assert all(
+        not torch.equal(graph, expert_graphs(before)[name.removeprefix("base_model.model.")])
+        for name, graph in expert_graphs(trained).items()
+    )
 
 
 EVALUATION = """

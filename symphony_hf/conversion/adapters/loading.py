@@ -61,7 +61,7 @@ def load_adapter(
     if name in getattr(model, "peft_config", {}):
         raise PatchError(f"load_adapter: the model has an adapter `{name}` already: give another name=")
     config = keep_record(read_peft_config(folder), record)
-    config.__dict__.pop(NEEDS, None)  # the graphs are brought here
+    config.__dict__[NEEDS] = None  # the graphs are brought here
     config.inference_mode = not trainable
     weights = folder / ADAPTER_WEIGHTS
     prepare_base(model, record, folder, lambda: try_config(model, config, weights, name))

@@ -1,21 +1,23 @@
-"""PEFT's own ways of loading an adapter, which bring its graphs: `PeftModel.from_pretrained`, `model.load_adapter`, ...
+"""PEFT's own ways of loading and making adapters, which bring the graphs: `PeftModel.from_pretrained`, TRL's scripts.
 
-Two methods of PEFT are wrapped, and act only on adapters with graphs: `from_peft_type` makes the config of a saved
-adapter, without the mark in its file, and `inject_adapter` puts an adapter into a model, which is symphonized first.
+Two methods of PEFT are wrapped, and act only on adapters with graphs and on Symphony models: `from_peft_type` makes the
+config of a saved adapter, without the mark in its file, and `inject_adapter` puts an adapter into a model. The model is
+symphonized first, if the adapter was saved with graphs; a new adapter of a Symphony model gets a copy of its graphs.
 """
 
 import functools
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from symphony_hf.checkpoints.marks import MARK, unmark
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.files import ADAPTER_CONFIG
-from symphony_hf.patching.symphonize import is_symphonized, symphonize
+from symphony_hf.patching.symphonize import is_symphonized, symphonize, symphony_routers
 
 from .loading import prepare_base
-from .record import NEEDS, AdapterRecord, keep_record
+from .record import NEEDS, AdapterRecord, graphs_in_adapter, keep_record
 
 
 def install_adapter_wraps(tuners: Any) -> None:
@@ -35,7 +37,9 @@ def _wrap_from_peft_type(original: Any) -> Any:
     @functools.wraps(original)
     def from_peft_type(cls: Any, **values: Any) -> Any:
         if "symphony" not in values and MARK not in values:
-            return original(cls, **values)
+            config = original(cls, **values)
+            config.__dict__.setdefault(NEEDS, None)
+            return config
         entry, values = values.get(MARK), unmark(values, ADAPTER_CONFIG)
         where, settings = f"{ADAPTER_CONFIG}: {MARK}", values.pop("symphony", None)
         needs: Any = SymphonyConfig.from_stored(settings, f"{ADAPTER_CONFIG}: symphony")
@@ -49,14 +53,31 @@ def _wrap_from_peft_type(original: Any) -> Any:
     return from_peft_type
 
 
+def _keep_graphs(model: nn.Module, config: Any, others: list[str]) -> None:
+    """Have a new adapter hold the graphs too: they move while it is trained, and are saved with nothing else."""
+    is_trained = hasattr(config, "modules_to_save") and not config.inference_mode
+    if not (is_trained and isinstance(model, PreTrainedModel) and is_symphonized(model)):
+        return
+    if any(graphs_in_adapter(model, other) == "train" for other in others):
+        return  # PEFT cannot hold a router in one adapter and its graph alone in another
+    named = list(config.modules_to_save or ())
+    routers = [name for name, _ in symphony_routers(model)]
+    if not any(f"{name}.symphony".endswith(end) or name.endswith(end) for name in routers for end in named):
+        keep_record(config, AdapterRecord.of(model, "graph"))
+        config.modules_to_save = [*named, "symphony"]
+
+
 def _wrap_inject_adapter(original: Any) -> Any:
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        needs = self.peft_config[adapter_name].__dict__.get(NEEDS)
+        config = self.peft_config[adapter_name]
+        needs = config.__dict__.get(NEEDS)
         if isinstance(needs, AdapterRecord):
             prepare_base(model, needs, ADAPTER_CONFIG)
         elif needs is not None and not is_symphonized(model):
             symphonize(model, needs)  # type: ignore[arg-type]
+        elif NEEDS not in config.__dict__:
+            _keep_graphs(model, config, others=[name for name in self.peft_config if name != adapter_name])
         return original(self, model, adapter_name, *args, **kwargs)
 
     inject_adapter._symphony_wrap = True  # type: ignore[attr-defined]

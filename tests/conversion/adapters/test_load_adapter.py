@@ -237,22 +237,39 @@ def test_a_config_of_the_users_own_gets_a_record(tmp_path):
 
 
 def test_an_adapter_without_graphs_gets_no_record(tmp_path):
-    adapted = peft.get_peft_model(symphonize(make_model()), peft.LoraConfig(target_modules=["q_proj"]))
+    config = peft.LoraConfig(target_modules=["q_proj"], inference_mode=True)
+    adapted = peft.get_peft_model(symphonize(make_model()), config)
     record_adapters(adapted)
     record_adapters(make_model())
     adapted.save_pretrained(tmp_path)
     assert not (tmp_path / "symphony_config.json").exists()
 
 
-def test_a_graph_outside_the_adapter_is_warned_about_in_training():
-    adapted = peft.get_peft_model(
-        symphonize(make_model(), z_loss_weight=0, balance_loss_weight=0), peft.LoraConfig(target_modules=["q_proj"])
-    )
+def test_a_graph_outside_the_adapter_is_warned_about_in_training(tmp_path):
+    """An adapter that was saved without graphs is trained on as it is."""
+    peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    base = symphonize(make_model(), z_loss_weight=0, balance_loss_weight=0)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     update_graphs(adapted)
     ids = make_ids()
     adapted.train()(input_ids=ids, labels=ids).loss.backward()
     with pytest.warns(SymphonyWarning, match="not saved with the adapter.*lora_config"):
         update_graphs(adapted)
+
+
+@pytest.mark.parametrize("named", [None, ["lm_head"]])
+def test_a_new_adapter_of_a_symphony_model_holds_the_graphs(named, tmp_path):
+    """As TRL's scripts make one with `--use_peft`."""
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=named, init_lora_weights=False)
+    adapted = peft.get_peft_model(symphonize(make_model(), decay=DECAY), config)
+    ids, before = make_ids(), expert_graphs(adapted)
+    adapted.train()(input_ids=ids, labels=ids).loss.backward()
+    update_graphs(adapted)
+    assert all(not torch.equal(graph, before[name]) for name, graph in expert_graphs(adapted).items())
+    adapted.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path)), logits(adapted))
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), logits(make_model()))
 
 
 # PEFT's own loader, and why there is one of ours.

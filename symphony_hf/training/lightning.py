@@ -1,0 +1,38 @@
+"""SymphonyLightningCallback: updates the graphs in Lightning's Trainer, and logs the router losses.
+
+    from symphony_hf.training.lightning import SymphonyLightningCallback
+    lightning.Trainer(callbacks=[SymphonyLightningCallback()])
+
+It stands alone because it is the only file that imports Lightning.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from symphony_hf.patching.attachment import tracker_of
+
+
+class SymphonyLightningCallback(Callback):
+    """Callback for a LightningModule that holds a symphonized model and returns the loss of its forward.
+
+    Raises:
+        PatchError: At the start of training, if no model in the module is symphonized.
+    """
+
+    _steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        tracker_of(pl_module)
+        self._steps = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self._steps:
+            return  # gradients are being accumulated
+        self._steps = trainer.global_step
+        tracker = tracker_of(pl_module)
+        tracker.commit()
+        if self._steps % trainer.log_every_n_steps == 0:
+            tracker.checks.warn_about_skipped()
+            losses = tracker.state.take_losses()
+            pl_module.log_dict({f"symphony/{name}": value for name, value in losses.items()})
