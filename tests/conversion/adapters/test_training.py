@@ -113,12 +113,13 @@ def test_trls_trainer_takes_the_config(tmp_path):
 
 
 def test_trainer_on_a_base_without_graphs(tmp_path):
-    """Plain PEFT loads an adapter onto a plain base like this."""
-    adapted_model().save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="symphony"):
-        model = peft.PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
     with pytest.raises(PatchError, match="not symphonized"):
-        train(tmp_path / "run", model)
+        train(tmp_path / "plain", peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])))
+    adapted_model().save_pretrained(tmp_path / "adapter")  # which brings its graphs, through PEFT's own loader too
+    model = peft.PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+    before = expert_graphs(model)
+    train(tmp_path / "run", model)
+    assert all(not torch.equal(graph, before[name]) for name, graph in expert_graphs(model).items())
 
 
 # Several ranks.
