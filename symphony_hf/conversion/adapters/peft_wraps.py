@@ -42,7 +42,7 @@ def _wrap_from_peft_type(original: Any) -> Any:
             return config
         entry, values = values.get(MARK), unmark(values, ADAPTER_CONFIG)
         where, settings = f"{ADAPTER_CONFIG}: {MARK}", values.pop("symphony", None)
-        needs: Any = SymphonyConfig.from_stored(settings, f"{ADAPTER_CONFIG}: symphony")
+        needs: Any = None if settings is None else SymphonyConfig.from_stored(settings, f"{ADAPTER_CONFIG}: symphony")
         config = original(cls, **values)
         if entry is not None and "record" in entry:
             needs = AdapterRecord.parse(entry["record"], where)
