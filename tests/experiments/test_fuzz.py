@@ -161,7 +161,7 @@ def edit_config(folder, **values):
     [
         ({"auto_map": {"AutoModel": "code.Model"}}, "code of a checkpoint is not run"),
         ({"quantization_config": {"quant_method": "x"}}, "quantized"),
-        ({"architectures": ["SymphonyNoneSuch"]}, "no model class SymphonyNoneSuch"),
+        ({"architectures": ["SymphonyNoneSuch"]}, "no model class NoneSuch"),
         ({"architectures": None}, "no model class in its config"),
         ({"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000, and the files have"),
         ({"hidden_size": 2**20}, "asks for .* weights, and the files have"),
