@@ -44,7 +44,7 @@ def fit(model, callbacks, accumulated, tmp_path):
     return trainer
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's, about itself
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_graphs_are_those_of_the_plain_loop(accumulated, tmp_path):
     from symphony_hf.training.lightning import SymphonyLightningCallback
