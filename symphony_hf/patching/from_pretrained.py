@@ -24,7 +24,7 @@ from symphony_hf.routing.graph import adjacency_problems
 from .attachment import attach, check_balance_scope, detach
 from .expert_graph import ExpertGraph, active_graph
 from .router import SymphonyRouter
-from .router_gradient import check_router_gradient
+from .router_gradient_checks import check_router_gradient
 from .symphonize import check_nothing_bypasses, is_symphonized, patch_router, symphony_routers, unpatch_router
 from .upcycle_modules import check_loaded, restore_modules
 

@@ -14,63 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import ConfigError, PatchError, UnsupportedModelError
+from symphony_hf.errors import PatchError, UnsupportedModelError
 from symphony_hf.patching.families.contract import EXPERTS
 from symphony_hf.patching.families.discovery import FoundRouter
 from symphony_hf.routing.gradient import all_others, mixture_weights, nearest_others, random_others
 from symphony_hf.routing.graph import transition_matrix
 
 from .expert_graph import ExpertGraph, active_graph
-
-
-def check_router_gradient(found: list[FoundRouter], settings: SymphonyConfig) -> None:
-    """Refuse a `router_gradient` that a router's family does not support, or that needs more experts than there are.
-
-    Raises:
-        UnsupportedModelError: If it is not known how a router makes its weights, or its experts cannot be run alone.
-        ConfigError: If `num_neighbours` is more than the experts that a token does not choose.
-    """
-    if settings.router_gradient == "chosen":
-        return
-    for router in found:
-        contract = router.contract
-        if contract.weighting is None:
-            raise UnsupportedModelError(
-                f"{type(router.module).__name__} `{router.name}`: router_gradient={settings.router_gradient!r} is not "
-                f"defined for it: {contract.no_weighting}; use router_gradient='chosen'"
-            )
-        num_others = contract.num_experts - contract.top_k
-        if settings.router_gradient != "dense" and settings.num_neighbours > num_others:
-            raise ConfigError(
-                f"symphony: `num_neighbours` is {settings.num_neighbours}, but `{router.name}` has "
-                f"{contract.num_experts} experts, of which a token chooses {contract.top_k}: at most {num_others}"
-            )
-
-
-def check_graph_of_neighbours(found: list[FoundRouter], settings: SymphonyConfig, has_path: bool) -> None:
-    """Refuse `neighbours` where the graph stays the identity, in which no expert has a neighbour.
-
-    Args:
-        found: The routers.
-        settings: The settings.
-        has_path: Whether the graph is continued from a checkpoint's.
-
-    Raises:
-        ConfigError: If the graph stays the identity.
-    """
-    if settings.router_gradient != "neighbours":
-        return
-    is_fixed = settings.graph == "frozen" or (settings.graph == "ema" and settings.decay == 1)
-    reason = "it starts as the identity and is never learned: start from a checkpoint's with graph=PATH"
-    if all(router.contract.top_k == 1 for router in found):
-        is_fixed, reason = True, "a token chooses one expert, so no two are chosen together"
-    elif has_path:
-        return
-    if is_fixed:
-        raise ConfigError(
-            f"symphony: router_gradient='neighbours' needs a graph, and here no expert has a neighbour: {reason}"
-        )
 
 
 def attach_gradients(model: nn.Module, found: list[FoundRouter]) -> Iterator[Any]:
@@ -175,12 +125,14 @@ class GradientOfOthers:
             return output + (term_TD - term_TD.detach())
         exchange.autocast = _autocast_of(hidden_TD)
         if not self._is_checked:
-            self._check(exchange, hidden_TD, chosen_TK, weights_TK)
+            self._check(exchange, experts, hidden_TD, chosen_TK, weights_TK)
         noted: Tensor = _NoteGradient.apply(output, hidden_TD.detach(), exchange)
         return noted
 
-    def _check(self, exchange: "_Exchange", hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> None:
-        """Check, in the first forward, that the experts got what the router gave."""
+    def _check(
+        self, exchange: "_Exchange", experts: nn.Module, hidden_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor
+    ) -> None:
+        """Check, in the first forward, that the experts got what the router gave, and that they can run again."""
         is_flat = hidden_TD.dim() == 2 and len(hidden_TD) == len(chosen_TK) and chosen_TK.shape == weights_TK.shape
         is_given = is_flat and torch.equal(chosen_TK, exchange.chosen_TK)
         if not is_given or not torch.equal(weights_TK, exchange.weights_TK.to(weights_TK.dtype)):
@@ -188,6 +140,11 @@ class GradientOfOthers:
                 f"`{self.name}`: its block {type(self.block).__name__} changes the router's choices or weights before "
                 "the experts get them, so the gradient of experts that were not chosen is not known: use "
                 "router_gradient='chosen'"
+            )
+        if any(hasattr(parameter, "ds_id") for parameter in experts.parameters()):
+            raise UnsupportedModelError(
+                f"`{self.name}`: router_gradient runs experts in the backward pass, where ZeRO-3 cannot gather their "
+                "weights: use ZeRO-2, or router_gradient='chosen'"
             )
         self._is_checked = True
 

@@ -92,7 +92,8 @@ class StackRouters:
     def _refuse_replaced(self, modules: list[nn.Module], found: list[Any]) -> None:
         """Refuse a module in the place of a router or of what is around it, which routes without the graph.
 
-        A layer that was dropped or moved has nothing in its place: its list is shorter, or another one.
+        A layer that was dropped or moved has nothing in its place: its list is shorter, or another one. Nor does a
+        module without parameters, such as an Identity, route.
         """
         kept = {id(router) for router in found if hasattr(router, "base_class")}
         if all(id(router) in kept for router in self.routers):
@@ -105,6 +106,8 @@ class StackRouters:
             now = parent._modules.get(name)
             is_shorter = isinstance(parent, nn.ModuleList) and len(parent) != size
             if now is None or is_shorter or isinstance(now, nn.ModuleList) or any(id(m) in kept for m in now.modules()):
+                continue
+            if next(now.parameters(), None) is None:
                 continue
             path = ".".join(entry[1] for entry in reversed(above))
             raise PatchError(

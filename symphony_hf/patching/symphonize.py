@@ -21,7 +21,7 @@ from .attachment import attach, check_balance_scope, detach, settle, tracker_of
 from .correction_bias import check_correction_biases
 from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
 from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
-from .router_gradient import check_graph_of_neighbours, check_router_gradient
+from .router_gradient_checks import check_graph_of_neighbours, check_router_gradient
 from .self_check import check_routers
 
 logger = logging.getLogger(__name__)

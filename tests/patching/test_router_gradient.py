@@ -222,6 +222,15 @@ def test_a_block_that_changes_the_weights_is_refused_when_it_runs():
         model(make_ids(), labels=make_ids())
 
 
+def test_experts_that_zero_3_partitions_are_refused_when_they_run():
+    """Two ranks waited for each other's gather until the time limit: the check saw it with DeepSpeed."""
+    model = symphonize(make_model(), router_gradient="dense").train()
+    for parameter in model.model.layers[0].mlp.experts.parameters():
+        parameter.ds_id = 0  # as DeepSpeed marks a parameter
+    with pytest.raises(UnsupportedModelError, match="ZeRO-3 cannot gather"):
+        model(make_ids())
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("how", ["dense", "neighbours"])
 @pytest.mark.filterwarnings("ignore")  # of checkpointing

@@ -93,6 +93,8 @@ ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
             "neighbours, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
             "neighbours, packed": Arrangement(packed=True),
             "neighbours, torch.compile": Arrangement(compiled=True),
+            "neighbours, DDP, 2 ranks": Arrangement(ranks=2),
+            "neighbours, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
         }.items()
     },
 }
