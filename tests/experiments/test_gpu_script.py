@@ -325,7 +325,8 @@ def clock(monkeypatch):
             return run
 
     moved = Clock()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: moved.now)
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(timing.time, name, lambda: moved.now)
     return moved
 
 

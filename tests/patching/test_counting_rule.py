@@ -165,9 +165,16 @@ def test_clause_3_a_copied_layer_has_a_record_and_a_graph_of_its_own():
 
 
 def test_clause_3_a_stock_layer_that_is_put_in_later_is_named():
+    stock = make_model(seed=1).model.layers[1].train()
     model = model_of()
-    model.model.layers[1] = make_model(seed=1).model.layers[1].train()
+    model.model.layers.append(stock)
     with pytest.warns(SymphonyWarning, match="put in after `symphonize`"):
+        forward(model)
+    model = model_of()
+    model.model.layers[1] = stock
+    with pytest.raises(
+        PatchError, match=r"`layers\.1\.mlp\.gate` .* was replaced .*`1` of ModuleList is a OlmoeDecoder"
+    ):
         forward(model)
 
 

@@ -62,9 +62,19 @@ def _keep_graphs(model: nn.Module, config: Any, others: list[str]) -> None:
         return  # PEFT cannot hold a router in one adapter and its graph alone in another
     named = list(config.modules_to_save or ())
     routers = [name for name, _ in symphony_routers(model)]
+    if any(isinstance(router, nn.Linear) and _is_target(config, name) for name, router in symphony_routers(model)):
+        return  # refused by the first forward, with the reason
     if not any(f"{name}.symphony".endswith(end) or name.endswith(end) for name in routers for end in named):
         keep_record(config, AdapterRecord.of(model, "graph"))
         config.modules_to_save = [*named, "symphony"]
+
+
+def _is_target(config: Any, name: str) -> bool:
+    """Return whether an adapter changes what a linear map returns."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = getattr(config, "target_modules", None)
+    return targets is not None and (targets == "all-linear" or bool(check_target_module_exists(config, name)))
 
 
 def _wrap_inject_adapter(original: Any) -> Any:

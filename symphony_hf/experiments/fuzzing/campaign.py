@@ -139,7 +139,8 @@ def _problems(model: torch.nn.Module) -> list[str]:
             problems.append(f"{name}: of type {graph.adjacency.dtype}")
         problems += [f"{name}: {problem}" for problem in adjacency_problems(graph.adjacency, graph.num_experts)]
         transition_EE = graph.transition().detach()
-        if not torch.isfinite(transition_EE).all() or (transition_EE < 0).any():
+        is_signed = graph.config.strength < 0 or graph.config.normalization == "centred"
+        if not torch.isfinite(transition_EE).all() or (not is_signed and (transition_EE < 0).any()):
             problems.append(f"{name}: routes by a matrix that is not finite, or negative somewhere")
         elif graph.config.normalization == "row" and (transition_EE.sum(-1) - 1).abs().max() > 1e-4:
             problems.append(f"{name}: routes by a matrix whose rows do not sum to 1")
