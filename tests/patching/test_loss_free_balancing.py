@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from models import make_ids, make_model
+from packaging.version import Version
 
 from symphony_hf import ConfigError, PatchError, SymphonyConfig, export_folded, symphonize, update_graphs
 from symphony_hf.experiments.conformance.matrix import quiet
 from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
-from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.experiments.conformance.tiny import moe_families, tiny_model
 from symphony_hf.patching.correction_bias import correction_bias, move_bias
 from symphony_hf.patching.families.discovery import find_routers
 
@@ -19,6 +21,10 @@ FAMILIES = ("deepseek_v3", "minimax_m2", "ernie4_5_moe", "laguna", "kolibri1", "
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
+    if request.param not in moe_families():
+        pytest.skip("this transformers does not have the family")
+    if request.param == "longcat_flash" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("the probe does not find this family's bias in older transformers, so it is refused there")
     with quiet():
         return tiny_model(request.param)
 
