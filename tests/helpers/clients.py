@@ -43,6 +43,7 @@ def run_client(script, site, *arguments, installed=True):
         text=True,
         timeout=280,
         env=environment(site, installed),
+        cwd=site,  # not where an earlier installation may have left its metadata
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("found:")[2])
