@@ -219,10 +219,10 @@ class CoselectionCounter:
         mask = kwargs.get("attention_mask")
         if mask is None and self.mask_position is not None and len(args) > self.mask_position:
             mask = args[self.mask_position]
-        if mask is not None and not _is_padding_mask(mask):
+        if mask is not None and not is_padding_mask(mask):
             # A 4-D mask, or one for each kind of layer, is causal structure: the model outside was given the padding.
             mask = self.state.outer_mask
-        return mask.reshape(-1).bool() if _is_padding_mask(mask) else None
+        return mask.reshape(-1).bool() if is_padding_mask(mask) else None
 
     def _mask_for(self, record: ForwardRecord, router: Any, num_tokens: int) -> Tensor | None:
         mask_T, image_T = record.mask_T, record.image_T
@@ -247,7 +247,8 @@ def is_functional() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
+def is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
+    """Whether an attention mask says which tokens are padding. Shape: (rows, positions)."""
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 

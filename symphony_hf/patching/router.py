@@ -35,6 +35,9 @@ from .counting import CoselectionCounter
 from .expert_graph import active_graph
 from .router_gradient import GradientOfOthers
 
+ATTACHED = ("contract", "stack", "layer_index", "gradient_of_others")
+"""Attributes that a router gets when it is patched and attached, beside its child `symphony`."""
+
 
 class SymphonyRouter:
     """Mixin of the generated subclasses. What it declares is set when an instance is patched, and attached."""

@@ -20,7 +20,7 @@ from symphony_hf.patching.families.substitution import linear_of
 from .attachment import attach, check_balance_scope, detach, settle, tracker_of
 from .correction_bias import check_correction_biases
 from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
-from .router import SymphonyRouter, check_swappable, swap_class, symphony_router_class
+from .router import ATTACHED, SymphonyRouter, check_swappable, swap_class, symphony_router_class
 from .router_gradient_checks import check_graph_of_neighbours, check_router_gradient
 from .self_check import check_routers
 
@@ -189,7 +189,7 @@ def unpatch_router(router: SymphonyRouter) -> None:
     """Restore one Symphony router's own class."""
     swap_class(router, router.base_class)  # type: ignore[arg-type]
     del router.symphony
-    for name in ("contract", "stack", "layer_index", "gradient_of_others"):
+    for name in ATTACHED:
         router.__dict__.pop(name, None)
 
 

@@ -155,8 +155,9 @@ def expected_probabilities(conditional_EE: Tensor, degree_E: Tensor) -> Tensor:
         diagonal is 0. Every row sums to that of `conditional_EE`. Same shape.
 
     Source: ours. Independent choices give M_jk = w_j w_k off the diagonal, hence m_k = w_k (sum(w) - w_k), and
-    m_k / (sum(m) - m_k) is the first step of solving that for w. It is exact for even loads; for loads that differ
-    fivefold among 16 experts, of which 2 are chosen, the largest error is 0.001.
+    m_k / (sum(m) - m_k) is the first step of solving that for w; `coselection_lift` in `diagnostics` solves it, which a
+    forward has no time for. It is exact for even loads; for loads that differ fivefold among 16 experts, of which 2 are
+    chosen, the largest error is 0.001.
     """
     total = degree_E.sum(-1, keepdim=True)
     tiny = torch.finfo(degree_E.dtype).tiny

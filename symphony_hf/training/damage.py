@@ -189,29 +189,28 @@ class DamagedRows(Dataset[dict[str, Tensor]]):
         for part, body, text in zip(parts, bodies, texts, strict=True):
             count = text.count("\n") + 1
             attacked, lines = "\n".join(lines[:count]), lines[count:]
-            new = self._encode(attacked)
-            kept = self._left_alone(text, attacked, body, new)
+            new, kept = self._tokenize(text, attacked, body)
             closing = part[len(body) :]
             damaged.append(([*new, *closing], [*kept, *[True] * len(closing)]))
         return damaged
 
-    def _left_alone(self, text: str, attacked: str, before: list[int], after: list[int]) -> list[bool]:
-        """Return whether each token of a damaged text was left alone.
+    def _tokenize(self, text: str, attacked: str, before: list[int]) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a damaged text, and whether each was left alone.
 
         If no letter moved, these are the tokens that stand for the same letters in the same place; otherwise, those
         that both texts have in the same order.
         """
         if len(text) != len(attacked) or not self.tokenizer.is_fast:
-            return left_alone(before, after)
-        spans = [
-            list(zip(encoded["offset_mapping"], encoded["input_ids"], strict=True))
-            for encoded in (
-                self.tokenizer(one, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-                for one in (text, attacked)
-            )
-        ]
-        known = set(spans[0])
-        return [span in known and text[slice(*span[0])] == attacked[slice(*span[0])] for span in spans[1]]
+            after = self._encode(attacked)
+            return after, left_alone(before, after)
+        old, new = (
+            self.tokenizer(one, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            for one in (text, attacked)
+        )
+        known = set(zip(old["offset_mapping"], old["input_ids"], strict=True))
+        spans = zip(new["offset_mapping"], new["input_ids"], strict=True)
+        kept = [span in known and text[slice(*span[0])] == attacked[slice(*span[0])] for span in spans]
+        return new["input_ids"], kept
 
 
 def left_alone(before: list[int], after: list[int]) -> list[bool]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,9 +106,9 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
     Returns:
         `concludes`: whether learning the routers is worth something on the clean text, with an interval that excludes
         no difference; without it, no verdict is given at all. `measures`: for each measure, the control minus SMoE of
-        each control that was run; `smallest`, the smallest difference (or ratio) that as many seeds tell from none,
-        see `smallest_difference`; and `visible`, whether a
-        verdict can be given on this measure, which also needs one of the two controls to differ in it.
+        each control that was run; `smallest`, the smallest difference (or ratio) that as many seeds tell from none, see
+        `smallest_difference`; and `visible`, whether a verdict can be given on this measure, which also needs one of
+        the two controls to differ in it.
     """
     plain = Point(graph="identity").canonical()
     controls = {name: dataclasses.replace(plain, control=name) for name in CONTROLS}  # type: ignore[arg-type]
@@ -138,17 +139,12 @@ def _smallest(by_point: Mapping[Point, Runs], plain: Point, controls: list[Point
     forms = [point for point in by_point if point not in controls and point != plain]
     for group in (forms, controls):
         pairs = [_differences(by_point.get(point, {}), by_point.get(plain, {}), measure) for point in group]
-        spreads = [(len(values), _variance(values)) for values in pairs if len(values) > 1]
+        spreads = [(len(values), statistics.variance(values)) for values in pairs if len(values) > 1]
         if spreads:
             deviation = math.sqrt(sum(variance for _, variance in spreads) / len(spreads))
             smallest = smallest_difference(deviation, min(count for count, _ in spreads))
             return math.exp(smallest) if smallest is not None and measure in PERPLEXITIES else smallest
     return None
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
 def sight_sentence(sight: Mapping[str, Any]) -> str:

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from symphony_hf.patching.expert_graph import active_graph
+from symphony_hf.experiments.conformance.specimen import put_random_graphs
 from symphony_hf.patching.families.discovery import find_routers
-from symphony_hf.patching.symphonize import symphonize, symphony_routers, unsymphonize
+from symphony_hf.patching.symphonize import symphonize
 from symphony_hf.tables import Table, TableCell
 
 from .layer_forms import build_forms, peak_bytes, training_step
@@ -65,7 +64,7 @@ def build_gradient_forms(name: str, device: torch.device, dtype: torch.dtype) ->
     Returns:
         By form, the model and the number of other experts that take part for each token.
     """
-    base = unsymphonize(build_forms(name, device, dtype)["symphony"])
+    base = build_forms(name, device, dtype)["stock"]
     router = find_routers(base)[0].contract
     settings: dict[str, tuple[dict[str, Any], int]] = {"chosen": ({}, 0)}
     num_others = router.num_experts - router.top_k
@@ -76,18 +75,8 @@ def build_gradient_forms(name: str, device: torch.device, dtype: torch.dtype) ->
     forms = {}
     for form, (values, n) in settings.items():
         model = symphonize(copy.deepcopy(base, memo={id(p): p for p in base.parameters()}), strength=0, **values)
-        _put_random_graphs(model)
-        forms[form] = model, n
+        forms[form] = put_random_graphs(model), n  # a fresh graph has no neighbours
     return forms
-
-
-@torch.no_grad()
-def _put_random_graphs(model: nn.Module) -> None:
-    """Give every expert neighbours: a fresh graph has none."""
-    for seed, (_, router) in enumerate(symphony_routers(model)):
-        graph = active_graph(router.symphony)
-        random = torch.rand(graph.num_experts, graph.num_experts, generator=torch.Generator().manual_seed(seed))
-        graph.adjacency.copy_(random + random.T)
 
 
 def bench_gradients(

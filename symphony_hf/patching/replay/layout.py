@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from symphony_hf.errors import PatchError
+from symphony_hf.patching.counting import is_padding_mask
 
 
 class TokenLayout(NamedTuple):
@@ -72,7 +73,7 @@ def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
 def padding_mask(arguments: dict[str, Any]) -> Tensor | None:
     """Return the attention mask, if it says what is padding. Shape: (rows, positions)."""
     mask = arguments.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return mask if is_padding_mask(mask) else None
 
 
 def _num_cached(arguments: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from symphony_hf.patching.families.discovery import FoundRouter
 from symphony_hf.patching.families.probe import WRONG_INPUT, Probe, as_tuple, same_draws
-from symphony_hf.patching.router import SymphonyRouter
+from symphony_hf.patching.router import ATTACHED, SymphonyRouter
 
 _NOT_TOP_K = "it does not choose its experts by one top-k over their scores"
 
@@ -135,7 +135,7 @@ def _without_graph(router: Any) -> nn.Module:
         return router
     plain = router.base_class.__new__(router.base_class)
     plain.__dict__.update(router.__dict__)
-    for name in ("contract", "stack", "layer_index", "forward", "_old_forward"):
+    for name in (*ATTACHED, "forward", "_old_forward"):
         plain.__dict__.pop(name, None)
     children = {name: child for name, child in router.__dict__["_modules"].items() if name != "symphony"}
     plain.__dict__["_modules"] = children

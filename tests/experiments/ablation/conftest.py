@@ -10,6 +10,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from study_files import write_study
 
 from symphony_hf.experiments.ablation.study import load_study
+from symphony_hf.experiments.ablation.text import prepare_streams
+
+
+@pytest.fixture
+def text(study, tmp_path):
+    """The streams of a test file's `study`."""
+    return prepare_streams(study, tmp_path / "out")
 
 
 @pytest.fixture

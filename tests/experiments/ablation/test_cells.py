@@ -13,7 +13,7 @@ from symphony_hf.experiments.ablation.graph_control import GraphControl, shuffle
 from symphony_hf.experiments.ablation.measure import measure
 from symphony_hf.experiments.ablation.point import SYSTEMS, Point
 from symphony_hf.experiments.ablation.run import run_cell
-from symphony_hf.experiments.ablation.text import prepare_streams, read_streams
+from symphony_hf.experiments.ablation.text import read_streams
 from symphony_hf.experiments.ablation.train import batches, build_model, train
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs
@@ -22,11 +22,6 @@ from symphony_hf.patching.symphonize import expert_graphs
 @pytest.fixture
 def study(make_study):
     return make_study("")
-
-
-@pytest.fixture
-def text(study, tmp_path):
-    return prepare_streams(study, tmp_path / "out")
 
 
 def test_the_attacked_text_is_the_test_text_with_a_word_of_its_own(study, text, tmp_path):

@@ -35,11 +35,6 @@ def study(make):
     return make("damage: [0.1, 0.4]\ntest_tokens: 300")
 
 
-@pytest.fixture
-def text(study, tmp_path):
-    return prepare_streams(study, tmp_path / "out")
-
-
 def test_the_text_is_its_characters(study, text, tmp_path):
     documents = [path.read_text() for path in sorted((tmp_path / "text" / "test").iterdir())]
     alphabet = sorted({letter for path in (tmp_path / "text" / "train").iterdir() for letter in path.read_text()})
