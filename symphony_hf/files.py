@@ -200,7 +200,11 @@ def check_file_place(path: str | Path, command: str) -> None:
 
 
 def check_folder_of(path: Path, command: str) -> None:
-    """Check that files can be created beside a path: its nearest existing parent is a writable folder."""
+    """Check that files can be created beside a path.
+
+    Raises:
+        ConfigError: If the nearest existing parent is a file, or is not writable.
+    """
     nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not nearest.is_dir():
         raise ConfigError(f"{command}: `{path}` cannot be written, because `{nearest}` is a file: give another place")
@@ -234,8 +238,14 @@ def read_object(
 ) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
-    Raises an `error`, with the hint, if the file is missing or invalid, or larger than `max_bytes`, for untrusted
-    files.
+    Args:
+        file: Path of the file.
+        error: Class of the error to raise.
+        hint: Advice for a missing or invalid file, for the error message.
+        max_bytes: Maximum size of an untrusted file.
+
+    Raises:
+        SymphonyError: An `error`, if the file cannot be read, is too large, or does not contain an object.
     """
     then = f": {hint}" if hint else ""
     try:
@@ -259,7 +269,12 @@ def read_object(
 def read_weight_map(index: Path, error: type[SymphonyError]) -> dict[str, str]:
     """Read the index of a sharded checkpoint: tensor name -> name of a safetensors file beside the index.
 
-    Raises an `error` if the index cannot be read, names no files, or names files in other folders.
+    Args:
+        index: Path of the index.
+        error: Class of the error to raise.
+
+    Raises:
+        SymphonyError: An `error`, if the index cannot be read, names no files, or names files in other folders.
     """
     files = read_object(index, error, hint="so it is no index of safetensors files").get("weight_map")
     is_named = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())

@@ -44,9 +44,17 @@ def pack_blocks(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBa
 
 
 def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """Concatenate all documents, each followed by the end-of-text token, int64. Shape: (tokens,).
+    """Concatenate all documents, each followed by the end-of-text token.
 
-    The tokenizer's other special tokens are not added.
+    Args:
+        documents: Texts, in order.
+        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
+
+    Returns:
+        Token ids, int64. Shape: (tokens,).
+
+    Raises:
+        ConfigError: If the tokenizer has no end-of-text token.
     """
     # A list of Python integers would take four times the memory.
     token_ids = array("q")

@@ -86,7 +86,11 @@ def _read(section: "DataSection") -> Rows:
 
 
 def _common_layout(rows: Rows, section: "DataSection") -> Layout:
-    """Return the layout of all splits, the same for each: TRL decides by train which tokens are in the loss."""
+    """Return the layout of all splits.
+
+    Raises:
+        DataError: If they differ, since TRL decides by the train split which tokens are in every split's loss.
+    """
     layouts = {
         split: find_layout(table, section.text_column, f"{rows.source}, {split} split")
         for split, table in rows.splits.items()

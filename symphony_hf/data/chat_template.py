@@ -29,7 +29,11 @@ REFUSED = "a conversation that the chat template refuses"
 
 
 def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase", notes: list[str]) -> None:
-    """Give a tokenizer without a chat template `CHAT_TEMPLATE`, which needs an end-of-text token, and add a note."""
+    """Give a tokenizer without a chat template `CHAT_TEMPLATE`, and add a note.
+
+    Raises:
+        DataError: If the tokenizer has no end-of-text token for the template to use.
+    """
     if tokenizer.chat_template is not None:
         return
     if tokenizer.eos_token is None:
@@ -45,6 +49,9 @@ def ensure_padding(tokenizer: "PreTrainedTokenizerBase", notes: list[str]) -> in
     """Return the id of the padding token; a tokenizer without one gets its end-of-text token, and a note is added.
 
     Padding is neither attended to nor part of the loss, so the choice of token makes no difference.
+
+    Raises:
+        DataError: If the tokenizer has no end-of-text token either.
     """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

@@ -55,10 +55,19 @@ def load_hub(name: str, config: str | None, revision: str | None, instead: str) 
 def open_hub(
     name: str, config: str | None, revision: str | None, instead: str
 ) -> tuple[dict[str, "IterableDataset"], str | None]:
-    """Open all splits of a data set of the Hub as streams, as `load_hub` reads them.
+    """Open all splits of a data set of the Hub as streams.
+
+    Args:
+        name: Name of the data set: `owner/name`.
+        config: Configuration, if the data set needs one.
+        revision: Branch, tag or commit; the head of the main branch when None.
+        instead: Alternative for the user, for the error message.
 
     Returns:
         The splits by their names, and the commit, if it is known.
+
+    Raises:
+        DataError: If there is no such data set, or it cannot be reached.
     """
     import datasets
 

@@ -135,7 +135,17 @@ def read_glue(path: str | None, name: str, revision: str | None, notes: list[str
 
 
 def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tokenizer: Any) -> Question:
-    """Return a task's question about sentences, by column, in tokens. `answer` is the index of the right answer."""
+    """Return a task's question about sentences, in tokens.
+
+    Args:
+        task: Task with the prompt and the answers.
+        sentences: Sentences by the task's columns.
+        answer: Index of the right answer.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        DataError: If the tokenizer cannot tell the answers apart.
+    """
     prompt = task.prompt.format(**{column: sentences[column] for column in task.columns})
     return Question(*tokenize_choices([f"{prompt} {choice}" for choice in task.answers], tokenizer), answer)
 

@@ -106,7 +106,17 @@ def _refuse(rows: "Dataset", where: str) -> NoReturn:
 
 
 def check_arguments(layout: Layout, section: "DataSection", train: Mapping[str, Any], where: str) -> None:
-    """Refuse settings that have no effect on a layout, or contradict the data section."""
+    """Refuse settings that have no effect on a layout, or contradict the data section.
+
+    Args:
+        layout: Layout of the data.
+        section: Data section of the recipe.
+        train: Train section of the recipe.
+        where: Description of the data for errors.
+
+    Raises:
+        ConfigError: If there is such a setting.
+    """
     data = f"{where} has {layout.describe()}"
     if train.get("completion_only_loss") and not layout.has_completion:
         instead = ", or set `assistant_only_loss: true`" if layout.conversational else ""

@@ -78,10 +78,16 @@ def make_block(tokens: np.ndarray, starts: np.ndarray | None = None) -> dict[str
 
 @torch.no_grad()
 def check_packing(model: "PreTrainedModel") -> None:
-    """Refuse a model whose packed documents influence each other, or that takes no positions.
+    """Refuse a model whose packed documents influence each other.
 
     Recurrent layers ignore positions, and so does the attention of some families; no setting says which. So the check
     runs the model on two documents: the logits of the second must not change with the first.
+
+    Args:
+        model: Model to train, or a small one of its family with random weights.
+
+    Raises:
+        DataError: If the logits change, or the model takes no positions.
     """
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:

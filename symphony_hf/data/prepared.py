@@ -58,9 +58,15 @@ def require(module: str, purpose: str, extra: str = "vision") -> None:
 
 
 def check_lengths(section: "DataSection", config: "PretrainedConfig") -> None:
-    """Check that the model has positions for the longest sequence, of `block_size` tokens for every kind of data.
+    """Check that the model has positions for the longest sequence.
 
-    Of a vision-language model, its text config counts. Without `max_position_embeddings`, there is no limit.
+    Args:
+        section: Data section; `block_size` is the maximum length of a sequence for every kind.
+        config: Config of the model. Of a vision-language model, its text config counts. Without
+            `max_position_embeddings`, there is no limit.
+
+    Raises:
+        DataError: If sequences may be longer.
     """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and section.block_size > most:

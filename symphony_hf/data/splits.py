@@ -65,7 +65,11 @@ def prepare_split(
 
 
 def _add(texts: dict[PurePosixPath, str], name: PurePosixPath, text: str, source: Path) -> None:
-    """Add a document under the path of its file, which no other document and no folder may have."""
+    """Add a document under the path of its file.
+
+    Raises:
+        DataError: If another document has the path, or a file has the name of its folder.
+    """
     file = name.with_name(f"{name.name}.txt")
     for taken in (file, *file.parents):
         if taken in texts:

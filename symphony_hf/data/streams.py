@@ -77,7 +77,17 @@ def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", se
 
 
 def sample_stream(section: "DataSection") -> Corpus:
-    """Read the first `SHUFFLED` training documents of a stream as a corpus, to train a tokenizer on."""
+    """Read the first training documents of a stream, to train a tokenizer on.
+
+    Args:
+        section: Data section of a recipe.
+
+    Returns:
+        A corpus of the first `SHUFFLED` documents, with empty held-out splits.
+
+    Raises:
+        DataError: If the source cannot be streamed, or has no such column.
+    """
     splits, revision = _open(section)
     assert section.path is not None  # `_open` refuses it
     column, missing = section.text_column, [split for split in HELD_OUT if split not in splits]

@@ -19,10 +19,17 @@ _COLUMN = "input_ids"
 
 
 class TokenStore:
-    """Concatenated tokens of documents, each followed by the end-of-text token and no other special one.
+    """Concatenated tokens of documents, each followed by the end-of-text token.
 
-    `starts` is the index of each document's first token, and the total number of tokens. Shape: (documents + 1,),
-    int64.
+    Args:
+        texts: Texts of the documents.
+        tokenizer: Tokenizer with an end-of-text token. Its other special tokens are not added.
+
+    Attributes:
+        starts: Index of each document's first token, and the total number of tokens. Shape: (documents + 1,), int64.
+
+    Raises:
+        ConfigError: If the tokenizer has no end-of-text token.
     """
 
     def __init__(self, texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -58,10 +58,19 @@ def flatten(windows: Windows) -> tuple[list[Tensor], list[int]]:
 def padded_batches(
     flat: Sequence[Tensor], batch_size: int, device: torch.device, progress: str | None
 ) -> Iterator[Batch]:
-    """Yield batches of windows, longest first, so that padding is small and memory peaks in the first batch.
+    """Group windows into batches, longest first, so that padding is small and memory peaks in the first batch.
 
-    Every window is in one batch. Padding is on the right, where causal models do not see it. `progress` is the label of
-    the progress bar; there is none when None.
+    Args:
+        flat: Token ids, int64. Shape of each: (length,).
+        batch_size: Number of windows in a batch.
+        device: Device of the batches.
+        progress: Label of the progress bar; no bar when None.
+
+    Yields:
+        Batches that contain every window once. Padding is on the right, where causal models do not see it.
+
+    Raises:
+        EvaluationError: If `batch_size` is not positive.
     """
     if batch_size < 1:
         raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
@@ -91,7 +100,11 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def chunked(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Yield items in lists of `batch_size`, the last one shorter."""
+    """Yield items in lists of `batch_size`, the last one shorter.
+
+    Raises:
+        EvaluationError: If `batch_size` is not positive.
+    """
     if batch_size < 1:
         raise EvaluationError(f"`batch_size` must be at least 1, got {batch_size}")
     remaining = iter(items)

@@ -30,10 +30,20 @@ def _check_versions(clean: DocumentScores, attacked: DocumentScores) -> None:
 
 
 def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of one model's perplexity, a level without a verdict.
+    """Compute the 95% interval of one model's perplexity.
 
     Most of its width is the varying difficulty of documents, which models share: intervals of two models may overlap
     although their difference is clear. Compare models with `compare_perplexity`.
+
+    Args:
+        scores: Scores of one model.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The interval of a level, which has no verdict.
+
+    Raises:
+        EvaluationError: If there are fewer than 10 documents, or a score is not finite.
     """
     mean = of_sums(lambda nll, tokens: nll / tokens)
     return paired_bootstrap((scores.nll, scores.num_tokens), mean, seed=seed, null=None).exp()
@@ -44,7 +54,17 @@ def compare_perplexity(
 ) -> Interval:
     """Compute the 95% interval of the log-perplexity of `a` minus that of `b`, in nats per token.
 
-    `.exp()` of it is the interval of the ratio of perplexities.
+    Args:
+        a: Scores of one model.
+        b: Scores of another model on the same documents.
+        seed: Seed of the bootstrap.
+        weights: See `paired_bootstrap`; each document's tokens when None.
+
+    Returns:
+        The interval, in nats; `.exp()` is that of the ratio of perplexities.
+
+    Raises:
+        EvaluationError: If the documents or their tokens differ, or there are fewer than 10 documents.
     """
     tokens = _paired_tokens(a, b)
     difference = of_sums(lambda nll_a, nll_b, tokens: nll_a / tokens - nll_b / tokens)
@@ -55,10 +75,19 @@ def compare_perplexity(
 def compare_attacked(
     clean: DocumentScores, attacked: DocumentScores, *, seed: int = 0, weights: np.ndarray | None = None
 ) -> Interval:
-    """Compute the 95% interval of one model's log-perplexity on attacked documents minus that on clean ones, in nats.
+    """Compute the 95% interval of one model's log-perplexity on attacked documents minus that on clean ones.
 
-    `.exp()` of it is the interval of the attacked/clean ratio. The attacked versions of the documents may have other
-    numbers of tokens.
+    Args:
+        clean: Scores of a model on the clean documents.
+        attacked: Its scores on the attacked versions of the same documents, which may have other numbers of tokens.
+        seed: Seed of the bootstrap.
+        weights: See `paired_bootstrap`; each document's tokens when None.
+
+    Returns:
+        The interval, in nats; `.exp()` is that of the attacked/clean ratio.
+
+    Raises:
+        EvaluationError: If the documents differ, or there are fewer than 10.
     """
     _check_versions(clean, attacked)
     difference = of_sums(lambda nll_a, num_a, nll, num: nll_a / num_a - nll / num)
@@ -79,6 +108,17 @@ def compare_robustness(
     """Compute the 95% interval of the ratio of attacked to clean perplexity of `a` minus that of `b`.
 
     A model that is better on clean text is mostly better under attack too. This tells whether it also loses less.
+
+    Args:
+        clean_a: Scores of one model on the clean documents.
+        attacked_a: Its scores on the attacked versions of the same documents.
+        clean_b: Scores of another model on the clean documents.
+        attacked_b: Its scores on the attacked versions.
+        seed: Seed of the bootstrap.
+        weights: See `paired_bootstrap`; each document's tokens when None.
+
+    Raises:
+        EvaluationError: If the documents or their tokens differ, or there are fewer than 10 documents.
     """
     clean_tokens = _paired_tokens(clean_a, clean_b)
     attacked_tokens = _paired_tokens(attacked_a, attacked_b)

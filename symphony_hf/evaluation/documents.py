@@ -62,7 +62,11 @@ def _shorten(document: Document, words: int | None) -> Document:
 
 
 def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
-    """Return a description of the data and all its documents."""
+    """Return a description of the data and all its documents.
+
+    Raises:
+        DataError: If the data or the split does not exist.
+    """
     path = None if settings.data is None else Path(settings.data).expanduser()
     if path is not None and path.is_file():
         # A file has no splits, so it is evaluated as a whole.

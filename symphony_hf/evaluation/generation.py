@@ -64,6 +64,9 @@ def answer_freely(
         batch_size: Number of questions in a batch.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
+
+    Raises:
+        EvaluationError: If there are no questions.
     """
     tokenizer = asker.processor.tokenizer
     given: list[str] = []

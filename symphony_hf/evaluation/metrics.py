@@ -97,12 +97,20 @@ METRICS = {
 
 
 def metric_interval(metric: Metric, choices: Choices, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of one model's metric, a level without a verdict."""
+    """Compute the 95% interval of one model's metric, a level without a verdict.
+
+    Raises:
+        EvaluationError: If there are fewer than 10 questions.
+    """
     return paired_bootstrap(metric.columns(choices), of_sums(metric.value), seed=seed, null=None)
 
 
 def compare_choices(metric: Metric, a: Choices, b: Choices, *, seed: int = 0) -> Interval:
-    """Compute the 95% interval of the metric of `a` minus that of `b`: two models, or attacked and clean questions."""
+    """Compute the 95% interval of the metric of `a` minus that of `b`: two models, or attacked and clean questions.
+
+    Raises:
+        EvaluationError: If the questions differ, or there are fewer than 10.
+    """
     _check_pairs(a, b)
     first, second = metric.columns(a), metric.columns(b)
     number = len(first)
@@ -120,6 +128,9 @@ def compare_changes(
     """Compute the 95% interval of the change of `a`'s metric under attack, attacked minus clean, minus that of `b`.
 
     A model that is better on clean questions is mostly better under attack too. This tells whether it also loses less.
+
+    Raises:
+        EvaluationError: If the questions differ, or there are fewer than 10.
     """
     for other in (attacked_a, clean_b, attacked_b):
         _check_pairs(clean_a, other)

@@ -69,13 +69,16 @@ def score_stream(
         model: Model, as in `score_documents`.
         ids_T: Token ids, int64. Shape: (tokens,).
         block_size: Number of tokens in a window.
-        context: Number of these that are context from the window before and not scored again, from 1 to `block_size -
-            1`.
+        context: Number of these that are context from the window before and not scored again, from 1 to
+            `block_size - 1`.
         batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
 
     Returns:
         One score per window, named by its index. Each token but the first of the text is scored once.
+
+    Raises:
+        EvaluationError: If there are fewer than two tokens, or a value is not finite.
     """
     step = block_size - context
     starts = range(0, max(len(ids_T) - context, 1), step)
@@ -90,11 +93,20 @@ def score_stream(
 def score_tokens(
     model: nn.Module, windows: Windows, *, batch_size: int = 16, progress: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Compute the negative log-likelihood of every predicted token, in nats. Arguments are those of `score_documents`.
+    """Compute the negative log-likelihood of every predicted token.
+
+    Args:
+        model: Model, as in `score_documents`.
+        windows: Windows, as in `score_documents`.
+        batch_size: Number of windows per forward pass.
+        progress: Label of the progress bar; no bar when None.
 
     Returns:
-        Values by document name, in reading order; the first token of each window is not predicted. Shape of each:
-        (predicted tokens,), float32.
+        Values in nats by document name, in reading order; the first token of each window is not predicted. Shape of
+        each: (predicted tokens,), float32.
+
+    Raises:
+        EvaluationError: If a document has no valid window, or a value is not finite.
     """
     flat, owners = flatten(windows)
     names = list(windows)

@@ -35,7 +35,12 @@ _GROWTH = 4
 
 
 class Tokens(NamedTuple):
-    """A document as token ids, without special tokens, and the line in which each begins."""
+    """A document in tokens.
+
+    Attributes:
+        ids: Token ids, without special tokens.
+        lines: Line in which each token begins. Shape: (tokens,), int64, non-decreasing.
+    """
 
     ids: list[int]
     lines: np.ndarray
@@ -80,7 +85,11 @@ def _lines(text: str, positions: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token that a window begins with: the beginning-of-text token, or else the end-of-text token."""
+    """Return the token that a window begins with: the beginning-of-text token, or else the end-of-text token.
+
+    Raises:
+        ConfigError: If the tokenizer has neither.
+    """
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise ConfigError(

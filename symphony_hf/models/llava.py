@@ -15,7 +15,11 @@ from symphony_hf.errors import ConfigError
 
 
 def vision_config_of(path: str) -> PreTrainedConfig:
-    """Return the config of a checkpoint's vision tower, which may be part of CLIP or SigLIP."""
+    """Return the config of a checkpoint's vision tower, which may be part of CLIP or SigLIP.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     config = AutoConfig.from_pretrained(path)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):

@@ -162,7 +162,16 @@ class _Experts(nn.Module):
                     self.register_parameter(name + suffix, nn.Parameter(stacked))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sort tokens by expert and run each expert on its slice (`experts_implementation="eager"`)."""
+        """Sort tokens by expert and run each expert on its slice (`experts_implementation="eager"`).
+
+        Args:
+            hidden_states: Shape: (tokens, hidden_size).
+            top_k_index: Selected experts. Shape: (tokens, top_k).
+            top_k_weights: Weights of these experts. Same shape.
+
+        Returns:
+            Weighted sum of the selected experts' outputs. Shape: (tokens, output_size).
+        """
         return run_sorted(hidden_states, top_k_index, top_k_weights, self.num_experts, self._run)
 
     def _run(self, x_SI: Tensor, lengths: list[int]) -> Tensor:

@@ -121,6 +121,9 @@ class StackRouters:
         """Refuse a module that was put around, or in the place of, a linear router after `symphonize`.
 
         LoRA there would add its own logits, which are not smoothed, to the smoothed ones.
+
+        Raises:
+            PatchError: If there is one.
         """
         for router, (block, name) in zip(self.routers, self._homes, strict=True):
             present = block._modules.get(name)

@@ -107,7 +107,11 @@ class TrainingChecks:
             warnings.warn(message, SymphonyWarning, stacklevel=3)
 
     def refuse_join(self) -> None:
-        """Refuse uneven numbers of batches, which `Join` allows: every commit sums the counts of all ranks."""
+        """Refuse uneven numbers of batches, which `Join` allows: every commit sums the counts of all ranks.
+
+        Raises:
+            PatchError: If the forward under way is DistributedDataParallel's, inside `Join`.
+        """
         if num_ranks() == 1:
             return
         wrapper = DistributedDataParallel._get_active_ddp_module()

@@ -58,7 +58,11 @@ class UpcycledSettings:
 
     @classmethod
     def from_dict(cls, values: Any) -> "UpcycledSettings":
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: If it is something else, or of a newer format.
+        """
         where = "config.json: upcycled"
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, Mapping) else values
@@ -191,7 +195,11 @@ def restore_modules(model: PreTrainedModel) -> None:
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Refuse a checkpoint that did not have all weights of the experts: they would be whatever was in memory."""
+    """Refuse a checkpoint that did not have all weights of the experts: they would be whatever was in memory.
+
+    Raises:
+        UpcycleError: If one is missing.
+    """
     missing = [
         f"{name}.{parameter_name}"
         for name, module in model.named_modules()

@@ -67,7 +67,11 @@ def strategy_of(state: Any) -> str:
 
 
 def check_launch_of_trainer(arguments: TrainingArguments) -> None:
-    """Compare the launch of a user's own Trainer with what its arguments and the launcher request."""
+    """Compare the launch of a user's own Trainer with what its arguments and the launcher request.
+
+    Raises:
+        ConfigError: If they differ.
+    """
     from accelerate.state import AcceleratorState
 
     state = AcceleratorState()

@@ -41,7 +41,11 @@ def auto_class(recipe: Recipe) -> Any:
 
 
 def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    """Return the config that a model section spells out, with the vocabulary of the tokenizer."""
+    """Return the config that a model section spells out, with the vocabulary of the tokenizer.
+
+    Raises:
+        ConfigError: If transformers does not know the family, or its config refuses a value.
+    """
     fields, of_text = dict(section.config or {}), {}
     if tokenizer is not None:
         of_text = {
@@ -64,7 +68,11 @@ def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:
-    """Build the recipe's model on the meta device, without weights."""
+    """Build the recipe's model on the meta device, without weights.
+
+    Raises:
+        ConfigError: If its config could not be loaded.
+    """
     section = recipe.model
     if section.config is not None:
         fields = {"vocab_size": recipe.data.vocab_size} if section.path is None else {}
@@ -189,7 +197,11 @@ def _check_config(config: PreTrainedConfig, section: ModelSection) -> None:
 
 
 def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Symphonize the model with the recipe's settings. A Symphony checkpoint must have been saved with the same."""
+    """Symphonize the model with the recipe's settings. A Symphony checkpoint must have been saved with the same ones.
+
+    Raises:
+        ConfigError: If the checkpoint's settings differ from the recipe's.
+    """
     if not is_symphonized(model):
         if recipe.symphony is not None:
             symphonize(model, recipe.symphony)
@@ -205,7 +217,11 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def choose_trained(model: PreTrainedModel, patterns: list[str] | None) -> None:
-    """Freeze all parameters except those that match a pattern, and the unused ones of a vision tower."""
+    """Freeze all parameters except those that match a pattern, and the unused ones of a vision tower.
+
+    Raises:
+        ConfigError: If a pattern matches no parameter.
+    """
     for parameter in _unread_parameters(model):
         parameter.requires_grad_(False)
     if patterns is None:

@@ -27,6 +27,9 @@ def load_processor(recipe: Recipe) -> Any:
 
     For a model that is built, a tokenizer is trained on the recipe's text, or on the first documents of a stream, and
     cached.
+
+    Raises:
+        ConfigError: If the checkpoint's tokenizer could not be loaded.
     """
     if recipe.model.tokenizer is not None or recipe.model.path is not None:
         return _stored_processor(recipe)

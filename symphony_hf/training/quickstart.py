@@ -211,7 +211,11 @@ class _StepTimer(TrainerCallback):
 def _check_saved_forms(
     model: PreTrainedModel, windows: dict[str, list[torch.Tensor]], output: Path
 ) -> dict[str, float | bool]:
-    """Compare the logits of the reloaded and of the folded checkpoint with the model's, up to rounding."""
+    """Compare the logits of the reloaded and of the folded checkpoint with the model's.
+
+    Raises:
+        EvaluationError: If they differ by more than rounding.
+    """
     model.eval().cpu()  # where the checkpoints are loaded
     export_folded(model, output / "folded")
     starts = [texts[0] for texts in windows.values()][:16]

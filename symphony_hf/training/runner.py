@@ -188,7 +188,11 @@ def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to resume with other settings than the run began with. A checkpoint without a record is accepted."""
+    """Refuse to resume with other settings than the run began with.
+
+    Raises:
+        ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
+    """
     before = (read_record(checkpoint) or {}).get("settings", settings)
     differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
@@ -200,7 +204,11 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _check_same_graphs(model: Any, checkpoint: Path) -> None:
-    """Refuse to resume with other settings of the graphs than the run began with."""
+    """Refuse to resume with other settings of the graphs than the run began with.
+
+    Raises:
+        ConfigError: If the checkpoint's settings differ from the model's, or cannot be read.
+    """
     if not (checkpoint / "config.json").exists():
         return  # sharded by FSDP, or adapters only
     hint = "resume from another checkpoint, or start a new run in another output directory"

@@ -115,7 +115,11 @@ class ResumableTrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def save_final(self, target: Path, *others: Any) -> None:
-        """Save the trained model, and other objects with a `save_pretrained`, to a folder that appears at once."""
+        """Save the trained model, and other objects with a `save_pretrained`, to a folder that appears at once.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
         written = place_to_write(target)
         with reporting_failed_save(target):
             self.save_model(str(written))
@@ -191,7 +195,11 @@ class ResumableFlow(TrainerCallback):
 def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
     """Find and print the checkpoint that `resume_from_checkpoint` means, after clearing leftovers of a killed save.
 
-    Every process calls this, with the same result. Raises as `find_checkpoint`.
+    Every process calls this, with the same result.
+
+    Raises:
+        ConfigError: If the setting is neither true, false nor a path.
+        CheckpointError: If the checkpoint at the path is not complete.
     """
     output = Path(arguments.output_dir)
     with arguments.main_process_first(local=arguments.save_on_each_node, desc="clearing unfinished checkpoints"):

@@ -69,7 +69,11 @@ class AdapterRecord:
 
     @classmethod
     def of(cls, model: nn.Module, router: RouterMode) -> "AdapterRecord":
-        """Return the record of an adapter for a Symphony model."""
+        """Return the record of an adapter for a Symphony model.
+
+        Raises:
+            PatchError: If the model is not symphonized.
+        """
         found = list(symphony_routers(model))
         shapes = {bare_name(name): Routing.of(router.contract) for name, router in found}
         return cls(

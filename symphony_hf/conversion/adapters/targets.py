@@ -65,7 +65,11 @@ class ExpertTargets:
 
 
 def attention_targets(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Return name suffixes of the attention's linear layers in the decoder stacks that have routers."""
+    """Return name suffixes of the attention's linear layers in the decoder stacks that have routers.
+
+    Raises:
+        UnsupportedModelError: If there are none.
+    """
     ends = shortest_ends(_attention_maps(model, anatomy), anatomy.modules)
     lost = taken_for_experts(model, ends)
     if lost:

@@ -77,7 +77,11 @@ def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
 def check_tensors(
     folder: Path, model: nn.Module, own: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]
 ) -> None:
-    """Compare the shapes of an adapter's tensors in a model with those that were saved."""
+    """Compare the shapes of an adapter's tensors in a model with those that were saved.
+
+    Raises:
+        ConfigError: If a tensor is missing or unexpected, or has another shape.
+    """
     lost = sorted({*saved} ^ {*own}) or sorted(key for key in own if own[key] != saved[key])
     if lost:
         raise ConfigError(

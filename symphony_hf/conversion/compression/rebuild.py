@@ -72,7 +72,11 @@ def with_fewer_experts(
 
 
 def with_top_k(model: PreTrainedModel, layers: Sequence[ExpertLayer], top_k: int) -> PreTrainedModel:
-    """Return the model with another top-k and the same, shared weights."""
+    """Return the model with another top-k and the same, shared weights.
+
+    Raises:
+        UnsupportedModelError: If the top-k is not in the config.
+    """
     config = _changed(model, _TOP_K, layers[0].top_k, top_k, "experts a token")
     return _filled(model, _empty(model, config), model.state_dict(), layers[0].num_experts, top_k)
 

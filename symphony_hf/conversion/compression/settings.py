@@ -58,7 +58,12 @@ class TextSettings:
             raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
 
     def check_output(self) -> Path | None:
-        """Return the folder to write, if there is one. One that is not empty or cannot be written is refused."""
+        """Return the folder to write, if there is one.
+
+        Raises:
+            CheckpointError: If it exists and is not empty.
+            ConfigError: If it, or the result file, cannot be written.
+        """
         if self.result is not None:
             check_file_place(Path(self.result).expanduser(), self.command)
         if self.output is None:

@@ -45,7 +45,16 @@ class CalibrationAndTest:
 
 
 def read_texts(opened: Opened, settings: TextSettings, calibration_tokens: int = 0) -> CalibrationAndTest:
-    """Read and tokenize the text, with some tokens of the train split in random blocks for calibration."""
+    """Read and tokenize the text.
+
+    Args:
+        opened: Model.
+        settings: Text and its sizes.
+        calibration_tokens: Number of tokens of the train split, in random blocks.
+
+    Raises:
+        DataError: If the text is missing or too short.
+    """
     corpus = load_corpus(settings.data, text_column=settings.text_column)
     calibration_NT = torch.empty(0, opened.block_size, dtype=torch.int64)
     if calibration_tokens:

@@ -60,7 +60,11 @@ class Packing:
 
 
 def check_bitsandbytes() -> None:
-    """Check that a bitsandbytes is installed that can pack any parameter."""
+    """Check that a bitsandbytes is installed that can pack any parameter.
+
+    Raises:
+        ConfigError: If it is missing or too old.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("quantize_experts needs bitsandbytes: pip install 'symphony-hf[bitsandbytes]'")
     installed = importlib.metadata.version("bitsandbytes")
@@ -69,7 +73,11 @@ def check_bitsandbytes() -> None:
 
 
 def check_rows(experts: Mapping[str, HeldTensor]) -> None:
-    """Refuse weights that bitsandbytes unpacks wrongly on a CPU: those with a block of 64 values in two rows."""
+    """Refuse weights that bitsandbytes unpacks wrongly on a CPU: those with a block of 64 values in two rows.
+
+    Raises:
+        UnsupportedModelError: If there is such a weight.
+    """
     for name, held in experts.items():
         if held.shape[-1] % BLOCK:
             raise UnsupportedModelError(

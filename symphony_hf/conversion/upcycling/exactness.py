@@ -55,7 +55,11 @@ class Upcycled:
     num_experts: int
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter of the stock class by its name in memory. Experts share one copy, and must be equal."""
+        """Return a parameter of the stock class by its name in memory; experts share one copy.
+
+        Raises:
+            UpcycleError: If two experts differ.
+        """
         prefix, _, kind = name.rpartition(".experts.")
         if not prefix:
             return _read(self.checkpoint, name.replace(self.container.router_in_memory, self.container.router))

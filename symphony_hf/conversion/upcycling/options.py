@@ -56,7 +56,11 @@ class UpcycleOptions:
         return None if self.dtype is None else DTYPES[self.dtype]
 
     def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
-        """Return the layers whose MLPs become experts, in a model with `num_layers` layers."""
+        """Return the layers whose MLPs become experts, in a model with `num_layers` layers.
+
+        Raises:
+            ConfigError: If a layer does not exist or is named twice, or none is named.
+        """
         if self.layers == ALL:
             return tuple(range(num_layers))
         if self.layers == EVERY_OTHER:

@@ -11,7 +11,11 @@ from symphony_hf.files import place_to_write, remove_if_empty, replacing_folder
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it is a model that may be overwritten."""
+    """Refuse a target that exists, unless it is a model that may be overwritten.
+
+    Raises:
+        UpcycleError: If it exists and may not be replaced.
+    """
     if not target.exists():
         return
     if not target.is_dir():
@@ -23,14 +27,26 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Refuse a target inside the source, or around it."""
+    """Refuse a target inside the source, or around it.
+
+    Raises:
+        UpcycleError: If one contains the other.
+    """
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UpcycleError(f"upcycle: the target `{target}` and the source `{source}` must not be in one another")
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Check that the disk has room for the target's bytes. A folder that it replaces is deleted only afterwards."""
+    """Check that the disk has room for the target.
+
+    Args:
+        target: Folder to write. A folder that it replaces is deleted only afterwards.
+        needed: Bytes of the target.
+
+    Raises:
+        CheckpointError: If the disk has fewer bytes free.
+    """
     free = shutil.disk_usage(_nearest_folder(target)).free
     if free < needed:
         raise CheckpointError(

@@ -48,7 +48,11 @@ class VisualQuestions:
         return [first_question(row)[2] for row in self.rows]
 
     def choices(self, answers: Sequence[str]) -> Iterator[Question]:
-        """Yield each question with the same answers to choose from, among which is the right one."""
+        """Yield each question with the same answers to choose from.
+
+        Raises:
+            DataError: If a right answer is not among them, or the tokenizer cannot distinguish two of them.
+        """
         for number in range(len(self)):
             asked, images, answer = first_question(self.rows[number])
             if answer not in answers:

@@ -153,9 +153,15 @@ def plot_saturation(
 
     Args:
         saturation: Saturation by layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
-        moments: Name of each checkpoint, at least two.
+        moments: Name of each checkpoint.
         path: Path of the PNG file.
         chance: Saturation of random selection, K / E; not drawn if None.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there are fewer than two checkpoints, or a layer lacks one.
     """
     if len(moments) < 2 or not saturation or any(len(row) != len(moments) for row in saturation.values()):
         raise EvaluationError(

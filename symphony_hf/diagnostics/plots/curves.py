@@ -154,7 +154,18 @@ def _spread_wide(values: Sequence[float]) -> bool:
 
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], name: str) -> bytes:
-    """Draw the `train` or `eval` losses of several models, pairs of (step, loss in nats per token), as an SVG."""
+    """Draw the losses of several models by step.
+
+    Args:
+        curves: Losses by model: pairs of (step, loss in nats per token), at least one.
+        name: `train` or `eval`.
+
+    Returns:
+        An SVG.
+
+    Raises:
+        EvaluationError: If the name is unknown.
+    """
     if name not in CURVES:
         raise EvaluationError(f"unknown curve `{name}`; {nearest(name, CURVES)}")
     figure, axes = _panel()

@@ -93,10 +93,21 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
 
 
 def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
-    """Draw one heat map per layer of the similarity of experts' outputs on the same tokens, from `cka_matrix`.
+    """Draw one heat map per layer of the similarity of experts' outputs on the same tokens.
 
     Similar experts are next to each other; more than 32 are not numbered. The colour scale ends at the highest
-    similarity of two different experts. Of more than 16 layers, 16 evenly spaced ones are drawn.
+    similarity of two different experts.
+
+    Args:
+        matrices: Similarities by layer name, see `diagnostics.cka_matrix`. Shape of each: (num_experts,
+            num_experts). Of more than 16 layers, 16 evenly spaced ones are drawn.
+        path: Path of the PNG file.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there are no similarities.
     """
     if not matrices:
         raise EvaluationError("no similarities to draw")

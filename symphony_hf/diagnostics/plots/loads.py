@@ -68,6 +68,12 @@ def plot_allocation(
             `diagnostics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
         top_k: Experts per token, by layer name.
         path: Path of the PNG file.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: If there are no layers.
     """
     if not allocation:
         raise EvaluationError("no allocation to draw: there are no layers")

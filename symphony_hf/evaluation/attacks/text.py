@@ -33,7 +33,11 @@ class TextAttack:
     _edit: Callable[[str, float, random.Random], str] | None = None
 
     def rate(self, severity: int) -> float:
-        """Return the share at a severity from 1 to 5."""
+        """Return the share at a severity from 1 to 5.
+
+        Raises:
+            ConfigError: If the severity is out of range.
+        """
         check_severity(severity)
         return self.rates[severity - 1]
 
@@ -75,7 +79,11 @@ def find_text_attack(name: str) -> TextAttack:
 
 
 def check_severity(severity: int) -> None:
-    """Refuse a severity that is not an integer from 1 to 5."""
+    """Check a severity.
+
+    Raises:
+        ConfigError: If it is not an integer from 1 to 5.
+    """
     if severity not in SEVERITIES:
         raise ConfigError(f"attack: severity must be 1, 2, 3, 4 or 5; got {severity!r}")
 

@@ -80,7 +80,21 @@ def attack(
     token: str = "AAA",
     seed: int = 0,
 ) -> list[Document]:
-    """Apply `word_swap` to each document, seeded by its name."""
+    """Apply `word_swap` to each document, seeded by its name.
+
+    Args:
+        documents: Documents, in any order.
+        rate: Share of a line's words, from 0 to 1.
+        minimum: Minimum number of words replaced per line, as far as it has them.
+        token: Replacement, a single word.
+        seed: Seed of the choice of words.
+
+    Returns:
+        Documents of the same names, in the same order.
+
+    Raises:
+        ConfigError: If `rate` or `minimum` is out of range, or `token` is not one word.
+    """
     return [
         Document(
             document.name,

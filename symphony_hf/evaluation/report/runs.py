@@ -136,7 +136,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Return a distinct name for each run: its folder's name, with parent folders if needed."""
+    """Return a distinct name for each run: its folder's name, with parent folders if needed.
+
+    Raises:
+        ReportError: If a folder is given twice.
+    """
     paths = [run.folder.resolve() for run in runs]
     for path in paths:
         if paths.count(path) > 1:
@@ -158,7 +162,12 @@ def is_interval(value: Any) -> bool:
 
 
 def as_interval(value: Mapping[str, Any]) -> Interval:
-    """Read an interval from a file."""
+    """Read an interval from a file.
+
+    Raises:
+        KeyError: If an entry is missing.
+        ValueError: If an entry is not a number.
+    """
     null, p_value = value.get("null"), value.get("p_value")
     return Interval(
         float(value["estimate"]),

@@ -81,7 +81,11 @@ def select_rows(rows: Rows, settings: RobustnessSettings) -> tuple[str, "Dataset
 
 
 def check_number(where: str, number: int) -> None:
-    """Refuse fewer questions than an interval needs."""
+    """Check the number of questions.
+
+    Raises:
+        DataError: If there are too few for an interval.
+    """
     if number < MIN_DOCUMENTS:
         raise DataError(
             f"{where}: {number} questions to ask; intervals need {MIN_DOCUMENTS}: give more, another --split, or raise "

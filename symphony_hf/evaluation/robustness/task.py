@@ -147,7 +147,11 @@ class Task(ABC, Generic[Scores]):
         }
 
     def measure(self, role: str) -> Measured[Scores]:
-        """Score a model on all forms. Finished forms are kept if the process ends before the others."""
+        """Score a model on all forms. Finished forms are kept if the process ends before the others.
+
+        Raises:
+            SymphonyError: If a form could not be scored.
+        """
         measured = measure_forms(functools.partial(self.score, role), self.cases, progress=f"Measuring {role}")
         self.models_under_test[role].release()
         return measured

@@ -26,7 +26,11 @@ class ExpertSample:
         self._weight_type = torch.float32
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> None:
-        """Keep the tokens at some positions of one call of the experts with hidden states, indices and weights."""
+        """Keep the tokens at some positions of one call of the experts.
+
+        Raises:
+            UnsupportedModelError: If the experts are not called with hidden states, indices and weights.
+        """
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(tensors) != len(args) + len(kwargs) or not _are_arguments(tensors):
             raise UnsupportedModelError(
@@ -61,8 +65,12 @@ def _are_arguments(tensors: list[Tensor]) -> bool:
 def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[ExpertSample]]:
     """Sample input tokens of each MoE layer's experts in the forward pass that runs within this context.
 
-    `positions` are those of the sampled tokens in the flattened batch. Yields one sample per layer, empty for a layer
-    that did not run.
+    Args:
+        model: Model, as in `routers_to_watch`.
+        positions: Positions of the sampled tokens in the flattened batch. Shape: (sampled,), int64.
+
+    Yields:
+        One sample per layer, empty for a layer that did not run.
 
     Raises:
         UnsupportedModelError: On entry, if a router has no module `experts` next to it; in the forward pass, if that

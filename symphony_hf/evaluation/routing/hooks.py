@@ -40,7 +40,11 @@ class Routed(NamedTuple):
 def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
     """Return all routers of a model by module name, in module order.
 
-    The model is one that discovery supports, or a symphonized one with routers that its user named.
+    Args:
+        model: A model that discovery supports, or a symphonized model with routers that its user named.
+
+    Raises:
+        UnsupportedModelError: If it has no router, or one of an unknown kind.
     """
     return {router.name: WatchedRouter(router.module, router.contract) for router in all_routers(model)}
 
@@ -49,9 +53,15 @@ def routers_to_watch(model: nn.Module) -> dict[str, WatchedRouter]:
 def watching_routers(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     """Record the decisions of each router within this context.
 
+    Args:
+        model: Model, as in `routers_to_watch`.
+
     Yields:
         Decisions by router, one entry per call, including padding; a layer that runs twice in a forward pass has two
         entries. Callers empty the lists. The tensors stay on the model's device and keep their gradient.
+
+    Raises:
+        UnsupportedModelError: As `routers_to_watch`.
     """
     watches = {name: _Watch(router) for name, router in routers_to_watch(model).items()}
     try:

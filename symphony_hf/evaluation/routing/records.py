@@ -62,12 +62,13 @@ def record_routing(
         progress: Label of the progress bar; no bar when None.
 
     Returns:
-        Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take 2 *
-        K + 4 bytes per token and layer. Routers that did not run, such as those for images, are left out; a layer that
-        runs more than once has an entry for each pass.
+        Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take
+        2 * K + 4 bytes per token and layer. Routers that did not run, such as those for images, are left out; a layer
+        that runs more than once has an entry for each pass.
 
     Raises:
         EvaluationError: If no router ran, or one did not see every token once.
+        UnsupportedModelError: If none of its routers is known.
     """
     flat, _ = flatten(windows)
     by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
@@ -180,7 +181,11 @@ def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[
 
 
 def score_with_and_without_first(model: Any, form: Form, batch_size: int) -> tuple[DocumentScores, DocumentScores]:
-    """Score the documents with and without each token's first expert."""
+    """Score the documents with and without each token's first expert.
+
+    Raises:
+        UnsupportedModelError: If the model does not predict the next token, or a router does not support it.
+    """
     _check_predicts(model)
     with first_expert_dropped(model):
         without = score_documents(model, form.windows, batch_size=batch_size, progress="Without the first expert")
@@ -197,7 +202,14 @@ def _check_predicts(model: Any) -> None:
 
 
 def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int) -> dict[str, Tensor]:
-    """Compute the unbiased linear CKA of each pair of a layer's experts on tokens spread over the text, by router."""
+    """Compute the similarity of the experts of each layer on tokens spread over the text.
+
+    Returns:
+        Unbiased linear CKA of each pair of experts, by router. Shape of each: (num_experts, num_experts).
+
+    Raises:
+        UnsupportedModelError: If the experts of a layer cannot be run one by one.
+    """
     flat, _ = flatten(form.windows)
     longest = max(len(window) for window in flat)
     spread = flat[:: max(1, len(flat) // max(batch_size, -(-num_tokens // longest)))]

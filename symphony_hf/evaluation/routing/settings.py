@@ -75,7 +75,11 @@ class RoutedModel(ModelUnderTest):
         self.routers = {name: (router.contract.num_experts, router.contract.top_k) for name, router in watched.items()}
 
     def check_same_routers(self, other: "RoutedModel") -> None:
-        """Refuse another checkpoint that cannot be compared token by token and expert by expert."""
+        """Refuse another checkpoint that cannot be compared token by token and expert by expert.
+
+        Raises:
+            ConfigError: If its routers, experts or vocabulary are others.
+        """
         sizes = [checkpoint.config.get_text_config().vocab_size for checkpoint in (self, other)]
         if self.routers != other.routers or sizes[0] != sizes[1]:
             raise ConfigError(

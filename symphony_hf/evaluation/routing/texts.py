@@ -99,7 +99,11 @@ class ObservedTexts:
 
 
 def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerBase", block_size: int) -> ObservedTexts:
-    """Read the documents, attack them, and cut both into windows."""
+    """Read the documents, attack them, and cut both into windows.
+
+    Raises:
+        DataError: If the data does not exist, has too few documents for an interval, or an attack changes none.
+    """
     corpus = prepare_corpus(settings, settings.words)
     documents = corpus.documents
     first, clean = first_token(tokenizer), tokenize(documents, tokenizer)

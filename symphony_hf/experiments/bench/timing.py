@@ -65,7 +65,11 @@ class Limits:
 
 
 def warm_up(steps: dict[str, Step], limits: Limits, tick: Callable[[], object]) -> None:
-    """Run each form a few times, untimed."""
+    """Run each form a few times, untimed.
+
+    Raises:
+        TimeIsUpError: If the run's time ends meanwhile.
+    """
     for _ in range(WARM_UP):
         for step in steps.values():
             limits.check()
@@ -140,7 +144,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device of this name; for None the accelerator, or the CPU if there is none."""
+    """Return the device of this name; for None the accelerator, or the CPU if there is none.
+
+    Raises:
+        ConfigError: If the device is not available.
+    """
     if name is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

@@ -98,7 +98,11 @@ def _over(seconds: list[float], copies: list[float]) -> dict[str, float]:
 
 
 def check_scratch(command: str, folder: str | Path, shrink: int) -> None:
-    """Check the folder for the checkpoints, and that the divisor of the shapes divides the heads."""
+    """Check the folder for the checkpoints and the divisor of the shapes.
+
+    Raises:
+        ConfigError: If the folder does not exist, or the heads cannot be divided by `shrink`.
+    """
     if not Path(folder).is_dir():
         raise ConfigError(f"{command}: `folder` is {str(folder)!r}, which is no folder: give an existing one")
     heads = Phi3Config().num_attention_heads

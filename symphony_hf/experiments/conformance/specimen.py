@@ -40,7 +40,15 @@ UPSTREAM_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueErr
 
 
 class Specimen:
-    """One family under test, by its model type. Models are built on first access."""
+    """One family under test. Models are built on first access.
+
+    Args:
+        family: Its model type, such as `mixtral`.
+        dtype: Data type of its weights.
+
+    Raises:
+        ValueError: If the family has no tiny model, with the reason.
+    """
 
     def __init__(self, family: str, dtype: torch.dtype = torch.float32) -> None:
         self.family = family

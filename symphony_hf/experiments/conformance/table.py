@@ -88,7 +88,11 @@ def readme_block(rows: list[FamilyResult]) -> str:
 
 
 def write_readme(path: Path, rows: list[FamilyResult]) -> None:
-    """Write the table into a page, between `<!-- families table -->` and `<!-- end -->`."""
+    """Write the table into a page, between `<!-- families table -->` and `<!-- end -->`.
+
+    Raises:
+        ConfigError: If the page has no such marks.
+    """
     page = path.read_text(encoding="utf-8")
     if not _BLOCK.search(page):
         raise ConfigError(f"{path}: no `<!-- families table -->` ... `<!-- end -->` to put the table between")

@@ -187,7 +187,11 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a tiny model of the family in eval mode, with seeded random weights and distinct experts' logits."""
+    """Build a model of the family in eval mode, with seeded random weights and distinct experts' logits.
+
+    Raises:
+        ValueError: If the family cannot be built tiny, with the reason.
+    """
     config = tiny_config(model_type)
     auto_class = auto_class_of(model_type)
     if auto_class is None:

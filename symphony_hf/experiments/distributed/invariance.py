@@ -36,7 +36,13 @@ _GRADIENT = "gradient."
 
 @dataclass(frozen=True)
 class Trace:
-    """Graphs and weights of all routers, and gradients by parameter, after each step, the first dimension of each."""
+    """Record of a run, step by step.
+
+    Attributes:
+        graphs: Graphs of all routers after each step. Shape: (steps, routers, num_experts, num_experts).
+        weights: Weights of the routers after each step. Shape: (steps, routers, num_experts, hidden_size).
+        gradients: Gradients by parameter. Shape of each: (steps, *parameter shape).
+    """
 
     graphs: Tensor
     weights: Tensor

@@ -65,7 +65,11 @@ def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Read the paper's numbers and the results of the commands that were run."""
+    """Read the paper's numbers and the results of the commands that were run.
+
+    Raises:
+        DataError: If the paper's numbers are missing, or a file is not JSON.
+    """
     folder = Path(folder)
     run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
     paper = read_object(

@@ -87,7 +87,14 @@ class TheorySettings:
 
 
 def run_theory(settings: TheorySettings) -> dict[str, Any]:
-    """Run the benchmark, and write `theory.json`, whose values it returns, `convergence.png` and `shares.png`."""
+    """Run the benchmark, and write `theory.json`, `convergence.png` and `shares.png`.
+
+    Returns:
+        The values of `theory.json`.
+
+    Raises:
+        ConfigError: If the folder is not writable.
+    """
     output = Path(settings.output)
     check_file_place(output / "theory.json", "theory")
     started = time.perf_counter()

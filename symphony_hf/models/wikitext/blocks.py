@@ -28,7 +28,16 @@ class WikiTextMoeExperts(nn.Module):
         self.act_fn = nn.Sequential(nn.ReLU(), nn.Dropout(config.dropout))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sort the tokens by expert and run each expert on its slice (`experts_implementation="eager"`)."""
+        """Sort the tokens by expert and run each expert on its slice (`experts_implementation="eager"`).
+
+        Args:
+            hidden_states: Shape: (tokens, hidden_size).
+            top_k_index: Experts of each token. Shape: (tokens, top_k).
+            top_k_weights: Weights of those experts. Same shape.
+
+        Returns:
+            The weighted sum of the experts' outputs. Shape: (tokens, hidden_size).
+        """
         return run_sorted(hidden_states, top_k_index, top_k_weights, self.num_experts, self._run)
 
     def _run(self, x_SD: Tensor, lengths: list[int]) -> Tensor:

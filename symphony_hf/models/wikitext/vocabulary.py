@@ -62,10 +62,14 @@ class VocabularyHead(nn.Linear):
 def next_word_loss(
     head: nn.Module, hidden: Tensor, *, shift_labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Compute the mean negative log-likelihood of the next words, from hidden states, (rows, length, hidden_size).
+    """Compute the mean negative log-likelihood of the next words.
 
-    `shift_labels` is the word after each position; -100 is ignored. The sum is divided by `num_items_in_batch`, the
-    number of predicted words in the whole optimizer step, if Trainer gives it.
+    Args:
+        head: `VocabularyHead`.
+        hidden: Hidden states. Shape: (rows, length, hidden_size).
+        shift_labels: Word after each position; -100 is ignored. Shape: (rows, length).
+        num_items_in_batch: Number of predicted words in the whole optimizer step, as counted by Trainer, to divide by
+            instead of this batch's.
     """
     total = head(hidden, shift_labels)
     return total / ((shift_labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -46,7 +46,11 @@ class Launch:
 
 
 def read_launches(path: str | Path) -> list[Launch]:
-    """Read one accelerate configuration, or all in a folder."""
+    """Read one accelerate configuration, or all in a folder.
+
+    Raises:
+        ConfigError: If there is none, or one cannot be read or is of a kind that cannot be planned.
+    """
     path = Path(path)
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not files:

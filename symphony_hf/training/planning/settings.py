@@ -38,7 +38,11 @@ class TrainSettings:
 
 
 def read_settings(recipe: Recipe) -> TrainSettings:
-    """Read a recipe's train section, without the devices and packages that training itself needs."""
+    """Read a recipe's train section, without the devices and packages that training itself needs.
+
+    Raises:
+        ConfigError: If a setting is unknown, or is not a number where it must be one.
+    """
     kind: Any = TrainingArguments
     if recipe.data.kind == "chat":
         kind = _sft_config()
@@ -91,7 +95,11 @@ GLUE_EXAMPLES = {
 
 
 def sequences_of_data(recipe: Recipe) -> int | None:
-    """Count the sequences of one epoch. Returns None if the data or the tokenizer is not available locally."""
+    """Count the sequences of one epoch. Returns None if the data or the tokenizer is not available locally.
+
+    Raises:
+        DataError: If local data does not have the format of the recipe's kind.
+    """
     data, source = recipe.data, recipe.model.tokenizer or recipe.model.path
     if data.kind == "glue" and data.path is None and data.name in GLUE_EXAMPLES:
         count = GLUE_EXAMPLES[data.name]

@@ -96,7 +96,11 @@ class StepBytes:
 
 
 def meta_model(recipe: Recipe) -> nn.Module:
-    """Return the recipe's model on the meta device: symphonized, with adapters, and its trained parameters marked."""
+    """Return the recipe's model on the meta device: symphonized, with adapters, and its trained parameters marked.
+
+    Raises:
+        ConfigError: If the model's config could not be loaded.
+    """
     model = empty_model(recipe)
     add_graph(model, recipe)
     choose_trained(model, recipe.model.trainable)
@@ -139,7 +143,14 @@ class MetaStep:
                 router.stack.state.scale = torch.zeros((), device="meta")  # created only on real devices otherwise
 
     def bytes(self, micro_batch: int) -> StepBytes:
-        """Measure the memory of a step with a micro-batch of so many sequences."""
+        """Measure the memory of a step.
+
+        Args:
+            micro_batch: Number of sequences.
+
+        Raises:
+            UnsupportedModelError: If the model's forward depends on the values of tensors.
+        """
         batch = self._batch(micro_batch)
         tensors = [value for value in batch.values() if isinstance(value, Tensor)]
         live = LiveBytes([*self._model.parameters(), *self._model.buffers(), *tensors])
@@ -156,6 +167,9 @@ class MetaStep:
         """Count the FLOPs of one sequence: forward, backward and recomputation.
 
         A product with a weight is 2 FLOPs per weight and token. Causal attention counts as half of full attention.
+
+        Raises:
+            UnsupportedModelError: If the model's forward depends on the values of tensors.
         """
         counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         self._run(self._batch(1), counter)

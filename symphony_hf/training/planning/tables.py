@@ -127,7 +127,11 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 
 
 def parse_bytes(text: str) -> int:
-    """Parse a size such as `80GB`, `79.6 GiB` or `512 MB`. A GB is 10^9 bytes, a GiB 2^30."""
+    """Parse a size such as `80GB`, `79.6 GiB` or `512 MB`. A GB is 10^9 bytes, a GiB 2^30.
+
+    Raises:
+        ConfigError: If the text is not a size above 0.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"`{text}` is not a size: expected a number above 0 and a unit, such as 80GB or 79.6GiB")
