@@ -1,7 +1,8 @@
 """Python processes that have imported what `transformers.modeling_utils` imports, which takes seconds, and no more.
 
 A server imports it once and forks them. What they share with a new process: they know nothing of symphony_hf, they have
-their own `__main__` and arguments, and they end as Python ends, with a traceback and an exit code.
+their own `__main__` and arguments, and they end as Python ends, with a traceback and an exit code. The installed
+package's entry point is switched off, so that what they see does not depend on how the project was installed.
 """
 
 import json
@@ -23,7 +24,10 @@ class PlainPython:
 
     def __enter__(self):
         command = [sys.executable, "-W", "ignore", __file__]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"SYMPHONY_HF_AUTOLOAD": "0"}
+        self.server = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         return self
 
     def __exit__(self, *error):
