@@ -40,6 +40,9 @@ RESULTS = "results.json"
 _FIXED = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
 """Training arguments that must be the same when a run is resumed."""
 
+_FIXED_OF_SFT = ("completion_only_loss", "assistant_only_loss", "packing", "max_length", "chat_template_path")
+"""Arguments of TRL's SFTTrainer that decide which tokens are trained. The first releases did not record them."""
+
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """Train the model of a recipe, save it to `final/`, evaluate it, and write a report.
@@ -184,6 +187,7 @@ def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
     sections = {"data": asdict(recipe.data), "peft": {} if recipe.peft is None else asdict(recipe.peft)}
     settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     settings |= {name: getattr(arguments, name) for name in _FIXED}
+    settings |= {name: getattr(arguments, name) for name in _FIXED_OF_SFT if hasattr(arguments, name)}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -194,6 +198,7 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
         ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
     """
     before = (read_record(checkpoint) or {}).get("settings", settings)
+    before = {**{name: settings[name] for name in _FIXED_OF_SFT if name in settings}, **before}
     differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
         changes = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)

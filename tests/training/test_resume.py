@@ -294,6 +294,7 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
         ({"seed": 0}, {"seed": 1}, "seed 0, now 1"),
         ({"seed": 0}, {"seed": 0, "peft.r": 8}, "peft.r None, now 8"),
         ({"seed": 0, "peft.r": 8}, {"seed": 0}, "peft.r 8, now None"),
+        ({"assistant_only_loss": False}, {"assistant_only_loss": True}, "assistant_only_loss False, now True"),
     ],
 )
 def test_settings_of_only_one_run_differ_too(before, now, changed, tmp_path):
@@ -303,6 +304,7 @@ def test_settings_of_only_one_run_differ_too(before, now, changed, tmp_path):
     runner._check_same_settings(before, target)
     with pytest.raises(ConfigError, match=rf"a run with other settings \({changed}\)"):
         runner._check_same_settings(now, target)
+    runner._check_same_settings({**before, "packing": True}, target)  # as of a release that did not record it
 
 
 # Runs in processes of their own, killed. A server that has imported everything forks them.
