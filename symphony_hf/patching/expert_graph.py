@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import GraphError
 from symphony_hf.routing.graph import (
+    adjacency_problems,
     initial_adjacency,
     mix_with_identity,
     routing_residual,
@@ -142,6 +143,17 @@ class ExpertGraph(nn.Module):
             with torch.no_grad():
                 self.adjacency.data.copy_(self.symmetrized())  # `.data`: a backward may still be to come
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse a graph with impossible values, also where PEFT or a plain loop loads it: `args` ends in the errors."""
+        loaded = state_dict.get(f"{prefix}adjacency")
+        if loaded is not None and not (loaded.is_meta or self.is_partitioned or hasattr(loaded, "full_tensor")):
+            learned = self.config.graph == "learned" and loaded.shape == self.adjacency.shape
+            problems = adjacency_problems(symmetrize(loaded) if learned else loaded, self.num_experts)
+            if problems:
+                args[-1].append(f"the graph {prefix}adjacency is not usable: {'; '.join(problems)}.")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertGraph":
         """Follow the model to another device, but keep the graph in float32 when the model is cast."""

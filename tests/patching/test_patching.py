@@ -278,6 +278,18 @@ def test_the_cached_matrix_follows_the_graph():
     assert torch.equal(model(ids).logits, first)
 
 
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_state_dict_with_an_impossible_graph_is_refused(graph):
+    model = move_graphs(symphonize(make_model(), graph=graph))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    name = "model.layers.1.mlp.gate.symphony.adjacency"
+    state[name][0, 0] = float("inf")
+    kept = model.get_buffer(name).clone() if graph == "ema" else model.get_parameter(name).clone()
+    with pytest.raises(RuntimeError, match=f"the graph {name} is not usable: 1 non-finite"):
+        model.load_state_dict(state, strict=False)
+    assert torch.equal(model.state_dict()[name], kept)
+
+
 def test_layers_picks_the_layers():
     model, ids = make_model(), make_ids()
     hidden = model(ids, output_hidden_states=True).hidden_states

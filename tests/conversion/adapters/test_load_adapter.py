@@ -288,6 +288,16 @@ def test_pefts_own_loader_refuses_what_does_not_fit(tmp_path):
         assert is_symphonized(base) != plain
 
 
+def test_pefts_own_loader_refuses_a_graph_with_impossible_values(tmp_path):
+    adapted_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("symphony.adjacency"))
+    tensors[name][0, 1] = float("nan")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match=r"symphony\..*adjacency is not usable: 1 non-finite entries"):
+        peft.PeftModel.from_pretrained(make_model(), tmp_path)
+
+
 def test_a_second_adapter_through_pefts_own_loader(tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
         move_graphs(adapted_model(), seed=seed).save_pretrained(tmp_path / name)
