@@ -145,7 +145,7 @@ class ExpertGraph(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse a graph with impossible values, also where PEFT or a plain loop loads it: `args` ends in the errors."""
+        """Refuse a graph with impossible values, by whatever loads it. The last of `args` is the list of errors."""
         loaded = state_dict.get(f"{prefix}adjacency")
         if loaded is not None and not (loaded.is_meta or self.is_partitioned or hasattr(loaded, "full_tensor")):
             learned = self.config.graph == "learned" and loaded.shape == self.adjacency.shape

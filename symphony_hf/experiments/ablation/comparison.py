@@ -164,31 +164,31 @@ def sight_sentence(sight: Mapping[str, Any]) -> str:
     )
 
 
-def sight_page(sight: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a report that say what the study can see."""
-    lines = ["## What this study can see", "", sight_sentence(sight)]
+def sight_table(sight: Mapping[str, Any]) -> Table:
+    """Return what the controls are worth, and the smallest difference, by measure."""
     rows = []
     for measure, values in sight["measures"].items():
         controls = [difference_text(values[name], measure) if name in values else "" for name in CONTROLS]
-        rows.append(
-            [
-                title_of(measure),
-                *controls,
-                _smallest_text(values["smallest"], measure),
-                "yes" if values["visible"] else "no",
-            ]
-        )
+        smallest, visible = _smallest_text(values["smallest"], measure), "yes" if values["visible"] else "no"
+        rows.append([title_of(measure), *controls, smallest, visible])
     header = ("measure", *(f"{label}, against SMoE" for label in CONTROLS.values()), "smallest difference", "verdicts")
-    lines += [
+    return Table("", header, rows)
+
+
+def sight_page(sight: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a report that say what the study can see."""
+    return [
+        "## What this study can see",
         "",
-        Table("", header, rows).to_markdown(),
+        sight_sentence(sight),
+        "",
+        sight_table(sight).to_markdown(),
         "",
         "Smallest difference: what a paired t-test over these seeds, two-sided at 95%, finds four times out of five: "
         "(t at 97.5% + t at 80%) times the standard deviation of the differences by seed, over the square root of the "
         "number of seeds; the deviation is pooled over the forms. A difference below it may be there and not be found. "
         "Verdicts are given on measures in which a control differs from SMoE.",
     ]
-    return lines
 
 
 def _smallest_text(value: float | None, measure: str) -> str:

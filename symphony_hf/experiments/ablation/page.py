@@ -19,7 +19,7 @@ ROUTING_STABILITY = (
 )
 """Explanation of these columns."""
 
-_CHOICES_KEPT = ROUTING_STABILITY.replace("Routing stability", "Choices kept").replace("word", "character")
+CHOICES_KEPT = ROUTING_STABILITY.replace("Routing stability", "Choices kept").replace("word", "character")
 
 
 def table_of(report: Mapping[str, Any]) -> Table:
@@ -88,10 +88,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{_UNITS[settings['tokenizer']]} Means with 95% t-intervals over seeds in brackets; comparisons are paired by "
         "seed. Verdicts are not corrected for multiple comparisons: expect one in twenty to be chance.",
         "",
-        ROUTING_STABILITY if settings["tokenizer"] == "words" else _CHOICES_KEPT,
+        ROUTING_STABILITY if settings["tokenizer"] == "words" else CHOICES_KEPT,
         "",
         table_of(report).to_markdown(),
-        *_own_comparisons(report),
+        *own_comparisons(report),
         *_tuning_page(report),
     ]
     failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
@@ -108,7 +108,7 @@ _UNITS = {
 }
 
 
-def _own_comparisons(report: Mapping[str, Any]) -> list[str]:
+def own_comparisons(report: Mapping[str, Any]) -> list[str]:
     """Return the comparisons of forms with themselves without a graph, and with a shuffled one."""
     names = {"against_no_graph": "without a graph", "against_shuffled": "with its experts shuffled"}
     shown = compared_measures(report)

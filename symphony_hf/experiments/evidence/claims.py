@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from symphony_hf.experiments.ablation.comparison import difference_text
+from symphony_hf.experiments.ablation.comparison import NO_VERDICT, difference_text, sight_sentence, title_of
 from symphony_hf.experiments.theory.report import theory_findings
 
 SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
@@ -14,9 +14,10 @@ def summarize(
     pairs: Mapping[str, Any] | None,
     ablation: Mapping[str, Any] | None,
     theory: Mapping[str, Any] | None,
+    characters: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
-    """Return the claims confirmed, refuted and not tested."""
-    lines = []
+    """Return the claims confirmed, refuted and not tested. Studies of characters come first: they can see routing."""
+    lines = [line for study in characters for line in _of_characters(study)]
     if pairs is not None:
         for measure, claim in (
             ("clean", "lower clean perplexity"),
@@ -34,6 +35,28 @@ def summarize(
         lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
     lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
     return lines
+
+
+def _of_characters(study: Mapping[str, Any]) -> list[str]:
+    """Return what a study of characters can see, and each of its forms against SMoE."""
+    damage = max(study["settings"]["damage"])
+    lines = [f"- **{study_title(study)}**: {sight_sentence(study['sight'])}"]
+    for measure in ("clean_nats", f"damaged_nats_{damage:g}", f"routing_kept_{damage:g}"):
+        found = []
+        for row in _compared(study):
+            values = row["against_plain"][measure]
+            verdict = "" if values["verdict"] == NO_VERDICT else f", {values['verdict']}"
+            found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
+        lines.append(f"- **{study_title(study)}, {title_of(measure)}**, against SMoE: {'; '.join(found)}.")
+    return lines
+
+
+def study_title(study: Mapping[str, Any]) -> str:
+    """Return the heading of a study of characters: its regime."""
+    settings = study["settings"]
+    if settings["contamination"]:
+        return "Characters, contaminated text"
+    return "Characters, fine-tuning" if settings["pretraining_steps"] else "Characters, pre-training"
 
 
 def _outcome(ablation: Mapping[str, Any], measure: str) -> str:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from symphony_hf.experiments.ablation.comparison import sight_sentence
-from symphony_hf.experiments.ablation.page import ROUTING_STABILITY, table_of
+from symphony_hf.experiments.ablation.comparison import sight_sentence, sight_table
+from symphony_hf.experiments.ablation.page import CHOICES_KEPT, ROUTING_STABILITY, own_comparisons, table_of
 from symphony_hf.experiments.theory.report import convergence_table, share_table
 from symphony_hf.tables import Table
 
-from .claims import SYSTEM_NAMES, find_row, summarize
+from .claims import SYSTEM_NAMES, find_row, study_title, summarize
+
+CHARACTERS = "characters"
+"""First part of the names of studies of characters."""
 
 _ABSENT = "not known"
 
@@ -17,12 +20,14 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Write the page.
 
     Args:
-        results: `paper`, and those of `ablation`, `pairs` and `theory` that were run; see `read_results`.
+        results: `paper`, and those of `ablation`, `pairs`, `theory` and studies of characters, whose names begin with
+            `characters`, that were run; see `read_results`.
     """
     paper, theory = results["paper"], results.get("theory")
     # A study without runs is left out.
     ablation, pairs = (study if study and study["rows"] else None for study in map(results.get, ("ablation", "pairs")))
     pairs = pairs or ablation
+    characters = [study for name, study in sorted(results.items()) if name.startswith(CHARACTERS) and study["rows"]]
     lines = [
         "# Evidence",
         "",
@@ -31,8 +36,10 @@ def evidence_page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "the same initial weights, batches and budget; below 1, the graph has the lower perplexity. Verdicts are not "
         "corrected for multiple comparisons: expect one in twenty to be chance.",
         "",
-        *_section("Summary", summarize(paper, pairs, ablation, theory)),
+        *_section("Summary", summarize(paper, pairs, ablation, theory, characters)),
     ]
+    for study in characters:
+        lines += _section(study_title(study), _characters(study))
     if pairs is not None:
         missing = _missing(pairs) if pairs is not ablation else []
         lines += _section("The three pairs", [*_how(pairs), "", _pairs(paper, pairs).to_markdown(), *missing])
@@ -70,6 +77,34 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
         f"This is the paper's own protocol at a smaller size. {_sight(ablation)}",
         "",
         f"{ROUTING_STABILITY} Such words: {settings['reached_tokens']:,}.",
+    ]
+
+
+def _characters(study: Mapping[str, Any]) -> list[str]:
+    settings, machines = study["settings"], sorted({_machine(machine) for machine in study["machines"]})
+    parameters = [cell["parameters"] for cell in study["cells"]]
+    seeds = ", ".join(map(str, settings["seeds"]))
+    tuned = (
+        f"each form at the best of {len(settings['learning_rates'])} learning rates for held-out training text"
+        if settings["learning_rates"]
+        else f"all at a learning rate of {settings['learning_rate']}, which was not tuned for each form"
+    )
+    return [
+        f"`{study['command']}`",
+        "",
+        f"{study['about']} {settings['test_tokens']:,} test characters. Each run: {settings['tokens']:,} characters "
+        f"({settings['steps']:,} steps of {settings['rows']} rows of {settings['block_size']}), {max(parameters):,} "
+        f"parameters, {settings['model']['num_hidden_layers']} layers, width {settings['hidden_size']}, Adam, {tuned}, "
+        f"seeds {seeds}, on one core of a CPU ({'; '.join(machines)}). Nats per character; comparisons are differences "
+        "paired by seed, and below 0 is better. Damage: characters replaced at random; the others are scored.",
+        "",
+        f"{sight_sentence(study['sight'])} {CHOICES_KEPT}",
+        "",
+        sight_table(study["sight"]).to_markdown(),
+        "",
+        table_of(study).to_markdown(),
+        *own_comparisons(study),
+        *_missing(study),
     ]
 
 

@@ -6,15 +6,21 @@ from typing import Any
 from symphony_hf.errors import DataError
 from symphony_hf.files import read_object, write_json, write_text
 
-from .page import evidence_page
+from .page import CHARACTERS, evidence_page
 
 REQUIRED, RUN = "paper", ("pairs", "ablation", "theory")
-SOURCES = {"pairs": "report.json", "ablation": "report.json", "theory": "theory.json"}
+_REPORT = "report.json"
+SOURCES = {"pairs": _REPORT, "ablation": _REPORT, CHARACTERS: _REPORT, "theory": "theory.json"}
 """File names of the commands' results."""
 
-_COMMANDS = {"pairs": "`symphony ablate`", "ablation": "`symphony ablate`", "theory": "`symphony theory`"}
+_COMMANDS = dict.fromkeys(SOURCES, "`symphony ablate`") | {"theory": "`symphony theory`"}
 _STUDY = ("rows", "cells", "missing", "failed", "settings", "machines", "command")
-_KEYS = {"pairs": _STUDY, "ablation": _STUDY, "theory": ("settings", "convergence", "shares", "command", "seconds")}
+_KEYS = {
+    "pairs": _STUDY,
+    "ablation": _STUDY,
+    CHARACTERS: (*_STUDY, "sight"),
+    "theory": ("settings", "convergence", "shares", "command", "seconds"),
+}
 
 _LOCAL = ("output",)
 """Keys that hold paths of a machine, which are left out."""
@@ -31,6 +37,9 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
     """
     known = read_results(folder)
     added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
+    if CHARACTERS in added:
+        study = added.pop(CHARACTERS)
+        added[f"{CHARACTERS}-{_study_name(study['command'])}"] = study
     try:
         evidence_page({**known, **added})
     except (KeyError, TypeError, ValueError) as error:
@@ -52,16 +61,23 @@ def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str
         return values
     if name == "ablation" and not values["settings"]["axes"]:
         raise DataError(f"evidence: --ablation: `{file}` is of a study without axes: take it in by --pairs")
+    if (values["settings"].get("tokenizer") == "characters") != (name == CHARACTERS):
+        raise DataError(f"evidence: --{name}: `{file}` is of a study of {values['settings'].get('tokenizer', 'words')}")
     text = values["settings"].get("text")
     same_text = (
         study["about"]
-        for study in (known.get("pairs"), known.get("ablation"))
-        if text is not None and study is not None and study["settings"].get("text") == text
+        for study in known.values()
+        if text is not None and study.get("settings", {}).get("text") == text and "about" in study
     )
     sentence = about or next(same_text, None)
     if not sentence:
         raise DataError(f"evidence: --{name}: say by --about what text `{file}` is of, in a sentence: it is a new one")
     return {**values, "about": sentence}
+
+
+def _study_name(command: str) -> str:
+    """Return the name of the study's file in a command."""
+    return next(Path(word).stem for word in command.split() if word.endswith((".yaml", ".yml")))
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -72,6 +88,7 @@ def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
     folder = Path(folder)
     run = {name: _read(folder / f"{name}.json") for name in RUN if (folder / f"{name}.json").is_file()}
+    run |= {path.stem: _read(path) for path in sorted(folder.glob(f"{CHARACTERS}-*.json"))}
     paper = read_object(
         folder / f"{REQUIRED}.json", DataError, hint="run this in the project's folder, or give --folder"
     )
@@ -86,6 +103,7 @@ def write_evidence(
     pairs: str | None = None,
     about: str | None = None,
     theory: str | None = None,
+    characters: str | None = None,
 ) -> Path:
     """Add new results, write the page of all, and return its path.
 
@@ -96,11 +114,12 @@ def write_evidence(
         pairs: Output folder of the three pairs, if they were run at another size.
         about: One sentence that describes the text of the studies.
         theory: Output folder of `symphony theory` to add.
+        characters: Output folder of a study of characters to add, or to replace that of the same study file.
 
     Raises:
         DataError: As `add_results`.
     """
-    add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory)
+    add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory, characters=characters)
     write_text(Path(page), evidence_page(read_results(folder)))
     return Path(page)
 
