@@ -20,7 +20,7 @@ ORDER = (
     ("data",),
     ("checkpoints",),
     ("patching",),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("conversion",),
     ("training",),
     ("train", "experiments"),
@@ -33,6 +33,8 @@ ONLY_IN = {  # rooms that may import it; True: inside functions alone
     "peft": ({"conversion", "training", "experiments"}, True),
     "deepspeed": ({"training", "experiments"}, True),
     "accelerate": ({"training", "experiments"}, True),
+    "vllm": ({"serving"}, True),
+    "sglang": ({"serving"}, True),
     "bitsandbytes": ({"conversion", "training", "experiments"}, True),
 }
 OWN_PROGRAMS = ("experiments/bench/gpu/",)

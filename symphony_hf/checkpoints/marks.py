@@ -27,6 +27,9 @@ A class that is named in code only warns of another model type."""
 ARCHITECTURE_PREFIX = "Symphony"
 """Prefix of the class name in a file's `architectures`, for software that chooses classes of its own by it."""
 
+CHOOSES_BY_MARK: dict[str, Callable[[], bool]] = dict.fromkeys(ENGINES, lambda: True)
+"""For each engine, whether it chooses classes or tensor names by the mark in `architectures`; its plugin may not."""
+
 _RECORDS = ("symphony", "upcycled")
 
 
@@ -80,7 +83,7 @@ def unmark(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
         found["architectures"] = [
             str(name).removeprefix(ARCHITECTURE_PREFIX) for name in found["architectures"]
         ] or None
-    if any(engine in sys.modules for engine in ENGINES) and "architectures" in values:
+    if "architectures" in values and any(engine in sys.modules and CHOOSES_BY_MARK[engine]() for engine in ENGINES):
         found["architectures"] = values["architectures"]
     return found
 

@@ -12,14 +12,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_entry_points(folder):
-    """Write the metadata that an installation of this package has, so that `import torch` finds its entry point."""
-    declared = re.search(
-        r'\[project\.entry-points\."(torch\.backends)"\].*\nsymphony_hf = "(.*)"', (ROOT / "pyproject.toml").read_text()
+    """Write the metadata that an installation of this package has, by which torch and engines find its entry points."""
+    declared = re.findall(
+        r'\[project\.entry-points\."(.*)"\].*\nsymphony_hf = "(.*)"', (ROOT / "pyproject.toml").read_text()
     )
+    assert len(declared) == 3
     metadata = folder / "symphony_hf-0.1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: symphony-hf\nVersion: 0.1.0\n")
-    (metadata / "entry_points.txt").write_text("[{}]\nsymphony_hf = {}\n".format(*declared.groups()))
+    entries = (f"[{group}]\nsymphony_hf = {function}\n" for group, function in declared)
+    (metadata / "entry_points.txt").write_text("".join(entries))
     return folder
 
 
@@ -34,14 +36,14 @@ def environment(site, installed=True):
     }
 
 
-def run_client(script, site, *arguments, installed=True):
+def run_client(script, site, *arguments, installed=True, python=sys.executable, timeout=280):
     """Run a script that assigns to `found`, and return its value, which is written as JSON."""
     script = f"import json, sys\n{script}\nprint('found:' + json.dumps(found))"
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [python, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         env=environment(site, installed),
         cwd=site,  # not where an earlier installation may have left its metadata
     )

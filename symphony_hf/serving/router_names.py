@@ -1,0 +1,33 @@
+"""Names of the routers' tensors in the checkpoints of each family that an engine can serve.
+
+It stands alone because adding a family changes nothing else.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RouterNames:
+    """Names of a family's router tensors in a checkpoint, where they may differ from those in its model.
+
+    Attributes:
+        router: Name of the router within its decoder layer. Its graph is `<router>.symphony`.
+        parameters: Names of the linear map's parameters within the router. Other tensors of the router, such as a bias
+            by which experts are chosen, are not smoothed.
+    """
+
+    router: str
+    parameters: tuple[str, ...] = ("weight",)
+
+
+ROUTERS = {
+    "MixtralForCausalLM": RouterNames("block_sparse_moe.gate"),
+    "OlmoeForCausalLM": RouterNames("mlp.gate"),
+    "Qwen2MoeForCausalLM": RouterNames("mlp.gate"),
+    "Qwen3MoeForCausalLM": RouterNames("mlp.gate"),
+}
+"""Router names by the name of the family's model class in Transformers. Each family was run in vLLM.
+
+An engine reads the names of the checkpoint, and knows neither Transformers' model nor how it renames weights; so these
+names are written down here, and a test compares the result with `export_folded` for each family.
+"""

@@ -1,0 +1,123 @@
+"""vLLM serves unfolded checkpoints: its greedy tokens are those of Transformers, for every sequence.
+
+vLLM comes with versions of torch and Transformers of its own, so it has an environment of its own. Its Python is given
+in `SYMPHONY_HF_VLLM_PYTHON`; without it, vLLM is looked for in this environment.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from clients import run_client, write_entry_points
+from models import VOCAB, make_model, move_graphs
+
+from symphony_hf import symphonize
+
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
+
+PYTHON = os.environ.get("SYMPHONY_HF_VLLM_PYTHON", sys.executable)
+LENGTH = 16
+SIZES = {"hidden_size": 128, "head_dim": 32}  # the CPU's attention has no smaller heads
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+
+SERVE = """
+import os
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+os.environ |= {"VLLM_CACHE_ROOT": sys.argv[1] + "/cache"}
+"""
+
+IN_PROCESS = """
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+prompts = [{"prompt_token_ids": ids} for ids in json.load(open(sys.argv[1] + "/prompts.json"))]
+settings = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True}
+settings |= {"skip_tokenizer_init": True, "distributed_executor_backend": "uni"}
+sampling = SamplingParams(temperature=0, max_tokens=16, min_tokens=16, ignore_eos=True, detokenize=False)
+
+
+def serve(name, **more):
+    outputs = LLM(f"{sys.argv[1]}/{name}", **settings | more).generate(prompts, sampling)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+found = {}
+for name in sys.argv[2:]:
+    try:
+        found[name] = serve(name)
+    except (ValueError, RuntimeError) as error:
+        found[name] = f"{type(error).__name__}: {error}"
+    cleanup_dist_env_and_memory()
+"""
+
+IN_TWO_PARTS = """
+from vllm import LLM, SamplingParams
+prompts = [{"prompt_token_ids": ids} for ids in json.load(open(sys.argv[1] + "/prompts.json"))]
+model = LLM(
+    sys.argv[1] + "/mixtral", dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True,
+    tensor_parallel_size=2,
+)
+sampling = SamplingParams(temperature=0, max_tokens=16, min_tokens=16, ignore_eos=True, detokenize=False)
+found = [list(output.outputs[0].token_ids) for output in model.generate(prompts, sampling)]
+"""
+
+
+def greedy(model, prompts):
+    rows = []
+    for ids in map(torch.tensor, prompts):
+        output = model.generate(ids[None], do_sample=False, max_new_tokens=LENGTH, eos_token_id=None, pad_token_id=0)
+        rows.append(output[0, len(ids) :].tolist())
+    return rows
+
+
+def big_weights(model):
+    """Draw weights so large that no rounding decides a token."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints, with the tokens of Transformers with and without the graphs."""
+    if subprocess.run([PYTHON, "-c", "import vllm"], capture_output=True).returncode:
+        pytest.skip("vLLM is not installed: name the Python of its environment in SYMPHONY_HF_VLLM_PYTHON")
+    folder = tmp_path_factory.mktemp("vllm")
+    write_entry_points(folder / "site")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in range(5, 13)]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    expected = {}
+    for family in FAMILIES:
+        model = big_weights(make_model(family, **SIZES))
+        plain = greedy(model, prompts)
+        move_graphs(symphonize(model)).save_pretrained(folder / family)
+        expected[family] = greedy(model, prompts)
+        assert sum(a != b for a, b in zip(plain, expected[family], strict=True)) > 4  # the graph matters
+    symphonize(make_model("mixtral", **SIZES), smoothing="scores").save_pretrained(folder / "scores")
+    (folder / "unknown").mkdir()
+    config = json.loads((folder / "olmoe" / "config.json").read_text())
+    config["architectures"] = ["SymphonyNobodysForCausalLM"]
+    (folder / "unknown" / "config.json").write_text(json.dumps(config))
+    return folder, expected
+
+
+def test_the_tokens_are_those_of_transformers(folder):
+    folder, expected = folder
+    names = (*FAMILIES, "scores", "unknown")
+    found = run_client(SERVE + IN_PROCESS, folder / "site", folder, *names, python=PYTHON, timeout=1700)
+    scores, unknown = found.pop("scores"), found.pop("unknown")
+    assert found == expected
+    assert "FoldError: MixtralForCausalLM: this checkpoint smooths scores" in scores
+    assert "['SymphonyNobodysForCausalLM'] are not supported for now" in unknown
+
+
+def test_tensor_parallel(folder):
+    folder, expected = folder
+    found = run_client(SERVE + IN_TWO_PARTS, folder / "site", folder, python=PYTHON, timeout=1700)
+    assert found == expected["mixtral"]

@@ -1,0 +1,161 @@
+"""Folding while a checkpoint's tensors pass by: the result is `export_folded`'s, in any order, or a refusal."""
+
+import random
+
+import pytest
+import torch
+from models import make_model, move_graphs
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from symphony_hf import ConfigError, FoldError, GraphError, export_folded, symphonize
+from symphony_hf.checkpoints.graph_files import SUFFIX
+from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.serving.router_names import ROUTERS
+from symphony_hf.serving.weight_stream import WeightStream
+
+MODEL_TYPES = {name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def written(model, folder):
+    """Save a model both ways. Returns its config, its tensors, and those of its folded form."""
+    model.save_pretrained(folder / "symphony")
+    export_folded(model, folder / "folded", tokenizer=False)
+    tensors, folded = (load_file(folder / name / "model.safetensors") for name in ("symphony", "folded"))
+    return AutoConfig.from_pretrained(folder / "symphony"), tensors, folded
+
+
+def orders_of(tensors):
+    """The file's order, every weight before its graph, every graph before its weight, and a random one."""
+    names = list(tensors)
+    yield names
+    yield sorted(names, key=lambda name: ".symphony." in name)
+    yield sorted(names, key=lambda name: ".symphony." not in name)
+    yield random.Random(0).sample(names, len(names))
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def assert_folds(model, folder):
+    config, tensors, folded = written(model, folder)
+    (architecture,) = config.architectures
+    for order in orders_of(tensors):
+        found = list(WeightStream(config, architecture).fold((name, tensors[name]) for name in order))
+        assert len(found) == len(folded)
+        assert_same(dict(found), folded)
+    return tensors, folded
+
+
+@pytest.mark.parametrize("architecture", ROUTERS)
+def test_the_result_is_the_folded_export(architecture, tmp_path):
+    model = move_graphs(symphonize(tiny_model(MODEL_TYPES[architecture])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    tensors, folded = assert_folds(model, tmp_path)
+    graphs = [name for name in tensors if name.endswith(SUFFIX)]
+    changed = [name for name, tensor in folded.items() if not torch.equal(tensor, tensors[name])]
+    assert len(changed) == len(graphs) * len(ROUTERS[architecture].parameters) > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": (1,)},
+        {"strength": -0.5, "normalization": "centred"},
+        {"warmup_steps": 10},
+        {"graph": "learned"},
+    ],
+)
+def test_every_setting_that_folds(settings, tmp_path):
+    model = move_graphs(symphonize(make_model("mixtral"), **settings))
+    for module in model.modules():
+        if hasattr(module, "symphony"):
+            module.symphony.updates.fill_(3)
+    assert_folds(model, tmp_path)
+
+
+def test_sixteen_bits_whatever_the_default_dtype(tmp_path):
+    config, tensors, folded = written(move_graphs(symphonize(make_model(dtype=torch.bfloat16))), tmp_path)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as engines do while they load
+    try:
+        found = dict(WeightStream(config, "OlmoeForCausalLM").fold(tensors.items()))
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(found, folded)
+
+
+def test_a_reused_buffer_does_no_harm(tmp_path):
+    config, tensors, folded = written(move_graphs(symphonize(make_model())), tmp_path)
+
+    def reader():
+        for name in sorted(tensors, key=lambda name: ".symphony." in name):
+            buffer = tensors[name].clone()
+            yield name, buffer
+            buffer.zero_()
+
+    found = {name: tensor.clone() for name, tensor in WeightStream(config, "OlmoeForCausalLM").fold(reader())}
+    assert_same(found, folded)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return written(move_graphs(symphonize(make_model())), tmp_path_factory.mktemp("olmoe"))
+
+
+ROUTER = "model.layers.1.mlp.gate"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{ROUTER}{SUFFIX}": None}, rf"lack {ROUTER}{SUFFIX}: a router's weight and its graph must come together"),
+        ({f"{ROUTER}.symphony.updates": None}, rf"lack {ROUTER}.symphony.updates"),
+        ({f"{ROUTER}{SUFFIX}": None, f"{ROUTER}.symphony.updates": None}, rf"lack {ROUTER}{SUFFIX}, "),
+        ({f"{ROUTER}.weight": None}, rf"lack {ROUTER}.weight"),
+        ({f"{ROUTER}{SUFFIX}": torch.eye(7)}, rf"graph of `{ROUTER}` is not usable: shape \(7, 7\)"),
+        ({f"{ROUTER}{SUFFIX}": -torch.eye(8)}, rf"graph of `{ROUTER}` is not usable: 8 negative entries"),
+        ({f"{ROUTER}.symphony.updates": torch.tensor(-1)}, rf"graph of `{ROUTER}` is not usable: -1, where a number"),
+        ({f"other.layer{SUFFIX}": torch.eye(8)}, r"`other.layer.symphony.adjacency`: .* expected at `\*.mlp.gate"),
+    ],
+)
+def test_graphs_that_are_missing_or_invalid(checkpoint, changes, message):
+    config, tensors, _ = checkpoint
+    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    with pytest.raises(GraphError, match=message):
+        list(WeightStream(config, "OlmoeForCausalLM").fold(tensors.items()))
+
+
+def test_weights_without_any_graph(checkpoint):
+    config, _, folded = checkpoint
+    with pytest.raises(GraphError, match=r"hold no expert graph \(no tensor is named `\*.mlp.gate.symphony.adjacency`"):
+        list(WeightStream(config, "OlmoeForCausalLM").fold(folded.items()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_a_quantized_weight(checkpoint, dtype):
+    config, tensors, _ = checkpoint
+    changed = tensors | {f"{ROUTER}.weight": tensors[f"{ROUTER}.weight"].to(dtype)}
+    with pytest.raises(FoldError, match=rf"weight of `{ROUTER}` is quantized \({dtype}\): load it in 16 bits"):
+        list(WeightStream(config, "OlmoeForCausalLM").fold(changed.items()))
+
+
+@pytest.mark.parametrize(
+    ("entries", "architecture", "error", "message"),
+    [
+        ({"symphony": {"smoothing": "scores"}}, "OlmoeForCausalLM", FoldError, "smooths scores, .* use transformers"),
+        ({"symphony": {"format": 99}}, "OlmoeForCausalLM", ConfigError, "has format 99, .* upgrade it"),
+        ({"symphony": {}, "upcycled": {}}, "OlmoeForCausalLM", FoldError, "modules of `upcycle_modules`"),
+        ({}, "OlmoeForCausalLM", FoldError, "config.json has no `symphony` settings"),
+        ({"symphony": {}}, "DbrxForCausalLM", FoldError, "serves unfolded .* `symphony_hf.export_folded`"),
+    ],
+)
+def test_configs_that_cannot_be_served(entries, architecture, error, message):
+    with pytest.raises(error, match=message):
+        WeightStream(PreTrainedConfig(**entries), architecture)
