@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from symphony_hf.checkpoints.saving import without_settings
-from symphony_hf.errors import UNREADABLE, FoldError, PatchError
+from symphony_hf.errors import UNREADABLE, FoldError, PatchError, SymphonyWarning
 from symphony_hf.files import ADAPTER_CONFIG, stale_files
 from symphony_hf.patching.families.substitution import linear_of
 
 from .attachment import settle
+from .engines import engine_warnings
 from .expert_graph import active_graph, is_adapted
 from .symphonize import check_whole, symphony_routers, unsymphonize
 
@@ -86,7 +88,7 @@ def export_folded(
 
     It has the stock tensor names and config and nothing of ours in it; any server runs it, to the logits of `fold`. But
     for a model with modules of `upcycle_modules`: without graphs, these still need this package. The model itself is
-    left as it is.
+    left as it is. A warning names settings that vLLM or llama.cpp are known to ignore and that have another value here.
 
     Args:
         model: A Symphony model, not wrapped.
@@ -122,6 +124,8 @@ def export_folded(
         if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
             _save_tokenizer(model, unfinished, tokenizer)
             _replace_checkpoint(directory, unfinished)
+            for warning in engine_warnings(model.config):
+                warnings.warn(f"export_folded: {warning}", SymphonyWarning, stacklevel=2)
     finally:
         shutil.rmtree(unfinished)
     model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))

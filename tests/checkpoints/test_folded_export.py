@@ -1,17 +1,19 @@
 """Folded checkpoints: files beside them, shards, tokenizers, and the command `symphony fold`."""
 
 import logging
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import make_ids, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from models import make_config, make_ids, make_llava, make_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DbrxConfig, DeepseekV3Config
 from typer.testing import CliRunner
 
-from symphony_hf import ConfigError, FoldError, export_folded, is_symphonized, symphonize
+from symphony_hf import ConfigError, FoldError, SymphonyWarning, export_folded, is_symphonized, symphonize
 from symphony_hf.cli import app
 from symphony_hf.data.tokenizer import train_tokenizer
+from symphony_hf.patching.engines import FIXED, Needed, engine_warnings
 
 
 def test_files_of_the_user_are_kept(tmp_path):
@@ -88,3 +90,54 @@ def test_the_command(loaded, tmp_path):
         refused = CliRunner().invoke(app, ["fold", str(tmp_path / source), str(tmp_path / output)])
         assert isinstance(refused.exception, ConfigError)
         assert message in str(refused.exception)
+
+
+def test_settings_that_engines_ignore_are_said(tmp_path):
+    known = "vLLM 0.32.0 and llama.cpp (llama-cpp-python 0.3.36)"
+    with pytest.warns(SymphonyWarning, match="`norm_topk_prob` of this `olmoe` is True, and always False in") as said:
+        export_folded(symphonize(make_model("olmoe", norm_topk_prob=True)), tmp_path)
+    assert [known in str(warning.message) for warning in said] == [True]
+    shared = {"shared_expert_intermediate_size": 0, "qkv_bias": False}
+    texts = engine_warnings(make_config("qwen2_moe", norm_topk_prob=True, mlp_only_layers=[0], **shared))
+    assert [text.split("`")[1] for text in texts] == [
+        "shared_expert_intermediate_size",
+        "qkv_bias",
+        "mlp_only_layers",
+        "norm_topk_prob",
+    ]
+    assert [known in text for text in texts] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_a_model_that_engines_compute_right_is_written_without_a_warning(family, tmp_path):
+    settings = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_folded(symphonize(make_model(family, **settings)), tmp_path)
+
+
+def test_the_text_part_and_sub_configs_are_read():
+    llava = make_llava("mixtral").config
+    llava.text_config.sliding_window = 4
+    assert [text.split("`")[1] for text in engine_warnings(llava)] == ["sliding_window"]
+    dbrx = DbrxConfig()
+    assert engine_warnings(dbrx) == []
+    dbrx.ffn_config.moe_normalize_expert_weights = None
+    assert [text.split("`")[1] for text in engine_warnings(dbrx)] == ["ffn_config.moe_normalize_expert_weights"]
+
+
+def test_settings_that_transformers_does_not_write_are_said_where_they_are_missing():
+    texts = engine_warnings(DeepseekV3Config())
+    assert [text.split("`")[1] for text in texts] == ["scoring_func", "topk_method"]
+    assert engine_warnings(DeepseekV3Config(scoring_func="sigmoid", topk_method="noaux_tc")) == []
+
+
+def test_every_entry_is_of_a_setting_that_its_family_has():
+    for families in FIXED.values():
+        for family, settings in families.items():
+            for name, value in settings.items():
+                config = CONFIG_MAPPING[family]()
+                *parents, last = name.split(".")
+                for parent in parents:
+                    config = getattr(config, parent)
+                assert hasattr(config, last) != isinstance(value, Needed), (family, name)

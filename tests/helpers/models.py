@@ -30,7 +30,13 @@ CONFIGS = {
     ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
-        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+        },
     ),
 }
 

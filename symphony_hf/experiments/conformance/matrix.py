@@ -69,6 +69,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", category=SymphonyWarning)
             warnings.filterwarnings("ignore", ".*one expert per token", SymphonyWarning)
+            warnings.filterwarnings("ignore", "export_folded: ", SymphonyWarning)  # settings that engines ignore
             yield
     finally:
         logging.set_verbosity(verbosity)
