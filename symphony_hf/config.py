@@ -22,6 +22,17 @@ BalanceScope = Literal["local", "global"]
 RouterGradient = Literal["chosen", "dense", "neighbours", "random"]
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        **{"strength": 1.0, "smoothing": "logits", "normalization": "row", "self_loops": True, "graph": "ema"},
+        **{"decay": 0.99, "warmup_steps": 0, "router_gradient": "chosen", "balance": "loss"},
+    },
+    "dense_gradient": {"strength": 0.0, "router_gradient": "dense"},
+}
+"""Settings by the name of a preset. `paper`: our reading of the paper's form, whatever the defaults become.
+`dense_gradient`: the stock forward, with all experts in the router's gradient, as DenseMixer."""
+
+
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"symphony: `{name}` must be a number, got {value!r}")
@@ -205,6 +216,17 @@ class SymphonyConfig:
         if isinstance(values.get("layers"), list):
             values["layers"] = tuple(values["layers"])
         return from_mapping(cls, values, where)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "SymphonyConfig":
+        """Return the settings of a preset, with single ones changed.
+
+        Raises:
+            ConfigError: If the preset or a setting is unknown, or a value is out of range.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"symphony: preset {name!r} is unknown; {nearest(str(name), PRESETS)}")
+        return from_mapping(cls, {**PRESETS[name], **overrides}, "symphony")
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any], where: str = "symphony") -> "SymphonyConfig":

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def symphonize(
-    model: PreTrainedModel, config: SymphonyConfig | Mapping[str, Any] | None = None, **overrides: Any
+    model: PreTrainedModel,
+    config: SymphonyConfig | Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """Route a MoE model through the graph of its experts, in place.
 
@@ -38,6 +42,8 @@ def symphonize(
     Args:
         model: A MoE model of transformers, or one with a MoE inside, such as LLaVA; with `routers`, any module.
         config: Settings; the defaults when None.
+        preset: Name of settings that go together, in place of `config`: `paper` or `dense_gradient`; see
+            `symphony_hf.config.PRESETS`.
         **overrides: Single settings, such as `strength=0.5`.
 
     Returns:
@@ -46,11 +52,16 @@ def symphonize(
     Raises:
         UnsupportedModelError: If no router is found, or one is of a kind that cannot be patched.
         PatchError: If the model is already symphonized, or wrapped by PEFT or another wrapper.
-        ConfigError: If a setting is unknown or out of range, or the model cannot be balanced in its `balance_scope`.
+        ConfigError: If a setting or preset is unknown, a value is out of range, or the model cannot be balanced in its
+            `balance_scope`.
         GraphError: If `graph` is a path without a usable graph for every router.
 
     Source: arXiv 2510.16411.
     """
+    if preset is not None:
+        if config is not None:
+            raise ConfigError("symphonize: `preset` takes the place of `config`: give one of them, and single settings")
+        config = SymphonyConfig.preset(preset)
     settings = _settings(config, overrides)
     _check_patchable(model, settings)
     found = routers_of(model, settings)

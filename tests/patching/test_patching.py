@@ -11,6 +11,7 @@ from naive_graphs import naive_transition
 from transformers import AutoModelForCausalLM
 
 from symphony_hf import (
+    ConfigError,
     PatchError,
     SymphonyConfig,
     SymphonyWarning,
@@ -371,6 +372,21 @@ def test_llava_keeps_working_with_images():
     assert len(expert_graphs(model)) == 3
     generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
+
+
+def graph_settings(model):
+    return model.model.layers[0].mlp.gate.symphony.config
+
+
+def test_presets():
+    paper = symphonize(make_model("olmoe"), preset="paper", decay=0.9)
+    assert graph_settings(paper) == SymphonyConfig(decay=0.9)  # while the defaults are the paper's form
+    dense = symphonize(make_model("olmoe"), preset="dense_gradient")
+    assert graph_settings(dense) == SymphonyConfig(strength=0.0, router_gradient="dense")
+    with pytest.raises(ConfigError, match="preset 'papers' is unknown; did you mean `paper`"):
+        symphonize(make_model("olmoe"), preset="papers")
+    with pytest.raises(ConfigError, match="`preset` takes the place of `config`"):
+        symphonize(make_model("olmoe"), SymphonyConfig(), preset="paper")
 
 
 def test_settings_as_object_mapping_and_overrides():
