@@ -20,12 +20,12 @@ from .tracker import Tracker
 
 
 def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:
-    """Refuse a global balance loss where a rank may skip a router: all ranks must take part in each all-reduce.
+    """Refuse a balance loss over all ranks where one may skip a router: all must take part in each all-reduce.
 
     The model itself and its language model run in every forward. An image or audio encoder does not.
 
     Raises:
-        ConfigError: If `balance_scope` is `global`, and a router is in such an encoder.
+        ConfigError: If `balance_scope` is `global` or `step`, and a router is in such an encoder.
     """
     if settings.balance_scope == "local" or settings.balance_loss_weight == 0 or not isinstance(model, PreTrainedModel):
         return
@@ -33,7 +33,7 @@ def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: Sy
     for router in found:
         if type(router.owner.config) not in always_run:
             raise ConfigError(
-                f"symphony: `balance_scope` is 'global', but the router `{router.name}` is in a "
+                f"symphony: `balance_scope` is '{settings.balance_scope}', but the router `{router.name}` is in a "
                 f"{type(router.owner).__name__}, which a batch without its inputs (of text alone, say) leaves out, and "
                 "the other ranks would wait for its load: use balance_scope='local', or leave this router out by "
                 "`layers` or `routers`"

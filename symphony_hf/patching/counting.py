@@ -15,13 +15,13 @@ from torch.autograd import Variable
 
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.routing.graph import count_coselections
-from symphony_hf.routing.losses import load_balancing_loss, z_loss
+from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
 from .expert_graph import ExpertGraph, active_graph
 from .observations import ForwardRecord
 from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
-from .training_state import TrainingState, shares_loads
+from .training_state import TrainingState, num_ranks, shares_loads
 
 
 class CoselectionCounter:
@@ -151,12 +151,23 @@ class CoselectionCounter:
 
     @torch.no_grad()
     def _share_loads(self, record: ForwardRecord) -> None:
-        """Sum the loads of this forward over the ranks: one all-reduce for all layers, before any backward reads."""
-        loads_LE = record.counts_LEE.diagonal(dim1=1, dim2=2).contiguous()
-        dist.all_reduce(loads_LE)
+        """Sum the loads over the step so far, where the scope is `step`, and over the ranks, before any backward.
+
+        It costs one all-reduce for all layers. The step so far is what is pending: it counts by the same rule, and is
+        committed or dropped with it. A recomputation reads the load that its own forward had.
+        """
+        loads_LE = record.counts_LEE.diagonal(dim1=1, dim2=2).clone()
+        if self.config.balance_scope == "step":
+            pending = self.state.gather(self.key, self.num_experts, self.device)
+            # Non-finite logits poisoned the counts: after a loss scaler skipped such a step, training goes on.
+            loads_LE += pending.counts_LEE.diagonal(dim1=1, dim2=2).nan_to_num(0.0)
+        if num_ranks() > 1:
+            dist.all_reduce(loads_LE)
         top_k = active_graph(self.routers[0].symphony).top_k
         # Every token chose K experts. A router that saw none has no load.
         record.loads_LE.copy_(loads_LE / (loads_LE.sum(1, keepdim=True) / top_k).clamp_min(1.0))
+        # Logged is the loss whose gradient the routers get.
+        record.losses_L3[:, 0] = self.num_experts * (record.loads_LE * record.probabilities_LE).sum(1)
 
     def observe(self, router: Any, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
         """Record what a training router chose, and return the loss to attach.
@@ -180,12 +191,13 @@ class CoselectionCounter:
         needs_loss = config.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
         with torch.set_grad_enabled(needs_loss):
             load_E = record.loads_LE[row] if shares_loads(config) else None
-            balance = load_balancing_loss(logits_TE, indices_TK, mask_T, load_E)
+            share_E, probability_E = load_and_probability(logits_TE, indices_TK, mask_T)
+            balance = weigh_probability(share_E, probability_E, load_E)
             z = z_loss(logits_TE, mask_T)
             total = (config.balance_loss_weight * balance + config.z_loss_weight * z) / self.state.num_routers
         if self.active and not record.closed:
             losses = torch.stack([balance, z, torch.ones_like(z)]).detach()
-            self._write(record, row, logits_TE.detach(), indices_TK, mask_T, losses)
+            self._write(record, row, logits_TE.detach(), indices_TK, mask_T, losses, probability_E.detach())
         return total if needs_loss else None
 
     @torch.no_grad()
@@ -197,6 +209,7 @@ class CoselectionCounter:
         indices_TK: Tensor,
         mask_T: Tensor | None,
         losses: Tensor,
+        probability_E: Tensor,
     ) -> None:
         finite_T = torch.isfinite(logits_TE).all(-1)
         tokens = torch.full_like(losses[0], len(logits_TE))
@@ -206,7 +219,9 @@ class CoselectionCounter:
         counts_EE = count_coselections(indices_TK, self.num_experts, mask_T)
         # Top-k of NaN is arbitrary: poison the counts, and `update_adjacency` leaves the graph as it was.
         counts_EE = torch.where(finite_T.all(), counts_EE, torch.full_like(counts_EE, torch.nan))
-        written = ((record.counts_LEE, counts_EE), (record.tokens_L, tokens), (record.losses_L3, losses))
+        written = [(record.counts_LEE, counts_EE), (record.tokens_L, tokens), (record.losses_L3, losses)]
+        if shares_loads(self.config):
+            written.append((record.probabilities_LE, probability_E))
         for total, value in written:
             # In place: an attribute assigned under torch.compile with checkpointing breaks the graph.
             if row in record.visited:  # a layer that a forward goes through more than once

@@ -75,7 +75,9 @@ class ForwardRecord(Observations):
     Attributes:
         mask_T: The attention mask, flattened; None without one. Shape: (tokens,), bool.
         image_T: True for image tokens, if the model says so; None where all experts get all tokens.
-        loads_LE: The share of all ranks' tokens that chose each expert. Shape: (L, num_experts), float32.
+        loads_LE: The load that the balance loss uses, where it is not this forward's own: the share of the tokens in
+            `balance_scope` that chose each expert. Shape: (L, num_experts), float32.
+        probabilities_LE: Mean probability of each expert, kept where `loads_LE` is used. Shape: (L, num_experts).
         visited: Rows of the routers that ran in this forward.
         closed: Whether the forward has ended. What runs after that is a recomputation.
     """
@@ -86,7 +88,12 @@ class ForwardRecord(Observations):
         self.mask_T: Tensor | None = None
         self.image_T: Tensor | None = None
         self.loads_LE = torch.zeros(len(self.routers), num_experts, device=device).to(torch.float32)
+        self.probabilities_LE = torch.zeros_like(self.loads_LE)
         self.visited: set[int] = set()
         self.closed = False
         self.counted = False
         self.generation = 0
+
+    def zero(self) -> None:
+        super().zero()
+        self.probabilities_LE.zero_()

@@ -185,8 +185,9 @@ class TrainingState:
 
 
 def shares_loads(config: SymphonyConfig) -> bool:
-    """Whether the balance loss takes the load of all ranks."""
-    return config.balance_scope == "global" and config.balance_loss_weight > 0 and num_ranks() > 1
+    """Whether the balance loss takes a load of more than its own micro-batch."""
+    is_wider = config.balance_scope == "step" or (config.balance_scope == "global" and num_ranks() > 1)
+    return is_wider and config.balance_loss_weight > 0
 
 
 def parameters_of(optimizer: Any) -> set[int]:

@@ -38,8 +38,8 @@ def load_balancing_loss(
         logits_TE: Smoothed logits, from which experts are chosen. Shape: (tokens, num_experts).
         indices_TK: Chosen experts. Shape: (tokens, top_k), integer.
         mask_T: True for real tokens, False for padding. Shape: (tokens,).
-        load_E: Buffer that will hold each expert's share of all ranks' tokens by the time of the backward pass, which
-            then uses it instead of the local share. Shape: (num_experts,).
+        load_E: Buffer that will hold each expert's share of more tokens, of all ranks or of the whole step, by the time
+            of the backward pass, which then uses it instead of the local share. Shape: (num_experts,).
 
     Returns:
         A float32 scalar over the local tokens; K when load and probabilities are even. The gradient flows through
@@ -48,15 +48,32 @@ def load_balancing_loss(
     Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, in the form that transformers uses for top-k.
     Deviation: each layer has its own product; transformers pools all layers into one.
     """
-    num_experts = logits_TE.shape[-1]
+    share_E, probability_E = load_and_probability(logits_TE, indices_TK, mask_T)
+    return weigh_probability(share_E, probability_E, load_E)
+
+
+def load_and_probability(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute the two factors of the load balancing loss.
+
+    Args:
+        logits_TE: Smoothed logits. Shape: (tokens, num_experts).
+        indices_TK: Chosen experts. Shape: (tokens, top_k), integer.
+        mask_T: True for real tokens, False for padding. Shape: (tokens,).
+
+    Returns:
+        Each expert's share of the tokens, and its mean probability, with gradient. Shape of each: (num_experts,).
+    """
     with without_autocast(logits_TE):
         probabilities_TE = _without_padding(logits_TE, mask_T).softmax(-1)
         chosen_TE = torch.zeros_like(probabilities_TE).scatter(1, indices_TK.long(), 1.0)
-        share_E = _masked_mean(chosen_TE, mask_T)
-        probability_E = _masked_mean(probabilities_TE, mask_T)
-        if load_E is not None:
-            return num_experts * WeighByLoad.apply(probability_E, share_E, load_E)
-        return num_experts * (share_E * probability_E).sum()
+        return _masked_mean(chosen_TE, mask_T), _masked_mean(probabilities_TE, mask_T)
+
+
+def weigh_probability(share_E: Tensor, probability_E: Tensor, load_E: Tensor | None = None) -> Tensor:
+    """Return the load balancing loss of its two factors; the arguments are those of `load_balancing_loss`."""
+    if load_E is not None:
+        return len(share_E) * WeighByLoad.apply(probability_E, share_E, load_E)
+    return len(share_E) * (share_E * probability_E).sum()
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -91,7 +108,7 @@ def _(gradient: Tensor, scale: Tensor) -> Tensor:
 class WeighByLoad(torch.autograd.Function):
     """Sum of share x probability over experts, whose gradient uses `load_E`, read in backward, instead of the share.
 
-    The load over all ranks is only known after the forward pass, from one all-reduce for all layers.
+    The load of all ranks is only known after the forward pass, from one all-reduce for all layers.
     """
 
     @staticmethod

@@ -1,5 +1,6 @@
 """The same training in every arrangement: graphs to the bit, weights to rounding."""
 
+import dataclasses
 import importlib.util
 import io
 
@@ -50,6 +51,9 @@ def test_every_arrangement_is_there():
     for zero in (None, 2, 3):
         for scope in ("local", "global"):
             assert Arrangement(ranks=2, zero=zero, scope=scope) in present
+        assert Arrangement(ranks=2, zero=zero, scope="step", accumulation=2) in present
+        for kind in ("moves_bias", "replays"):
+            assert Arrangement(ranks=2, zero=zero, **{kind: True}) in present
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,19 @@ def test_a_graph_that_counts_twice_is_seen(monkeypatch):
 def test_local_balance_is_the_mean_over_micro_batches_and_not_the_unions():
     union, parts = (run(Arrangement(scope="local", accumulation=n)) for n in (1, 2))
     assert (union.weights - parts.weights).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("field", ["moves_bias", "replays", "scope"])
+def test_rows_of_a_setting_are_not_those_without_it(field, monkeypatch):
+    """A bias that did not move, choices that were the model's own, or a load of one micro-batch would show nothing."""
+    plain = {"moves_bias": Arrangement(), "replays": Arrangement(), "scope": Arrangement(scope="local", accumulation=2)}
+    setting = {"moves_bias": True, "replays": True, "scope": "step"}[field]
+    first, other = plain[field], dataclasses.replace(plain[field], **{field: setting})
+    if field == "moves_bias":
+        biases = run(other).graphs[:, -16:]
+        assert (biases[1:] != biases[:-1]).any(1).all()
+        return
+    assert not torch.equal(run(first).graphs, run(other).graphs)
 
 
 def test_deepspeed_that_is_not_installed_is_a_reason(monkeypatch):

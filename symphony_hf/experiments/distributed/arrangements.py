@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from symphony_hf.config import RouterGradient
 from symphony_hf.patching.symphonize import symphonize
@@ -32,6 +32,8 @@ class Arrangement:
         z_loss_weight: Weight of the z-loss; with 0.01 its gradient at the routers is a hundred times the
             cross-entropy's.
         router_gradient: Experts that the routers' gradient takes into account.
+        moves_bias: Whether the model is a GLM-4.5, and balanced by moving its correction bias.
+        replays: Whether training replays the experts that a model with other weights chooses.
     """
 
     accumulation: int = 1
@@ -44,12 +46,17 @@ class Arrangement:
     scope: str | None = None
     z_loss_weight: float = 0.01
     router_gradient: RouterGradient = "chosen"
+    moves_bias: bool = False
+    replays: bool = False
 
 
 UNION = "union batch"
 UNION_ENTROPY = "union batch, cross-entropy alone"
 UNION_BALANCE = "union batch, balance loss"
 UNION_NEIGHBOURS = "union batch, neighbours"
+UNION_BIAS = "union batch, correction bias"
+UNION_REPLAY = "union batch, replay"
+STEP_BALANCE = "balance step, accumulation 2"
 ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
     UNION: (Arrangement(), UNION),
     "accumulation 2": (Arrangement(accumulation=2), UNION),
@@ -97,28 +104,79 @@ ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
             "neighbours, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
         }.items()
     },
+    **{
+        name: (dataclasses.replace(arrangement, moves_bias=True), UNION_BIAS)
+        for name, arrangement in {
+            UNION_BIAS: Arrangement(),
+            "correction bias, accumulation 2": Arrangement(accumulation=2),
+            "correction bias, checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
+            "correction bias, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
+            "correction bias, torch.compile": Arrangement(compiled=True),
+            "correction bias, DDP, 2 ranks": Arrangement(ranks=2),
+            "correction bias, DDP, 2 ranks, accumulation 2": Arrangement(ranks=2, accumulation=2),
+            "correction bias, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
+            "correction bias, ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
+        }.items()
+    },
+    **{
+        name: (dataclasses.replace(arrangement, replays=True), UNION_REPLAY)
+        for name, arrangement in {
+            UNION_REPLAY: Arrangement(),
+            "replay, accumulation 2": Arrangement(accumulation=2),
+            "replay, checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
+            "replay, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
+            "replay, packed": Arrangement(packed=True),
+            "replay, DDP, 2 ranks": Arrangement(ranks=2),
+            "replay, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
+            "replay, ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
+        }.items()
+    },
+    # One micro-batch is a step of its own; of two, the first is balanced by itself, and the second by both.
+    "balance step, checkpointing": (Arrangement(scope="step", checkpointing="reentrant"), UNION_BALANCE),
+    "balance step, DDP, 2 ranks": (Arrangement(scope="step", ranks=2), UNION_BALANCE),
+    "balance step, ZeRO-3, 2 ranks": (Arrangement(scope="step", ranks=2, zero=3), UNION_BALANCE),
+    **{
+        name: (dataclasses.replace(arrangement, scope="step", accumulation=2), STEP_BALANCE)
+        for name, arrangement in {
+            STEP_BALANCE: Arrangement(),
+            "balance step, accumulation 2, reentrant": Arrangement(checkpointing="reentrant"),
+            "balance step, accumulation 2, non-reentrant": Arrangement(checkpointing="non-reentrant"),
+            "balance step, accumulation 2, packed": Arrangement(packed=True),
+            "balance step, accumulation 2, torch.compile": Arrangement(compiled=True),
+            "balance step, accumulation 2, DDP, 2 ranks": Arrangement(ranks=2),
+            "balance step, accumulation 2, DDP, checkpointing": Arrangement(ranks=2, checkpointing="non-reentrant"),
+            "balance step, accumulation 2, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
+            "balance step, accumulation 2, ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
+        }.items()
+    },
+}
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
 }
 
 
-def make_model(arrangement: Arrangement) -> PreTrainedModel:
-    """Build a small symphonized OLMoE, with the same weights for every arrangement."""
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        use_cache=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    experts = "batched_mm" if arrangement.compiled else "eager"
-    model = OlmoeForCausalLM(config).float()
-    model.set_experts_implementation(experts)
+def make_model(arrangement: Arrangement, seed: int = 0) -> PreTrainedModel:
+    """Build a small symphonized OLMoE or GLM-4.5, with the same weights for every arrangement."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel
+    if arrangement.moves_bias:
+        experts = {"n_routed_experts": 8, "moe_intermediate_size": 16, "first_k_dense_replace": 0, "head_dim": 8}
+        model = Glm4MoeForCausalLM(Glm4MoeConfig(**_SIZES, **experts)).float()
+    else:
+        model = OlmoeForCausalLM(OlmoeConfig(**_SIZES, num_experts=8, intermediate_size=16)).float()
+    # Eager experts run only where they got tokens. ZeRO-3 needs every rank to run the same modules.
+    is_whole = arrangement.compiled or arrangement.zero == 3
+    model.set_experts_implementation("batched_mm" if is_whole else "eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):
@@ -132,6 +190,8 @@ def make_model(arrangement: Arrangement) -> PreTrainedModel:
         z_loss_weight=arrangement.z_loss_weight,
         balance_scope=scope,
         router_gradient=arrangement.router_gradient,
+        balance="bias" if arrangement.moves_bias else "loss",
+        bias_rate=0.01,
     )
     if arrangement.checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": arrangement.checkpointing == "reentrant"})
@@ -139,7 +199,7 @@ def make_model(arrangement: Arrangement) -> PreTrainedModel:
 
 
 def micro_batches(arrangement: Arrangement, step: int, rank: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the micro-batches of one rank in a step.
+    """Yield the micro-batches of one rank in a step. All ranks together run the same rows at once as a single one.
 
     All rows have the same number of tokens, with padding on either or both sides, so that all parts weigh the same.
     """
@@ -147,7 +207,7 @@ def micro_batches(arrangement: Arrangement, step: int, rank: int) -> Iterator[di
     tokens = torch.randint(1, VOCAB, (NUM_ROWS, NUM_TOKENS), generator=generator)
     num_parts = arrangement.accumulation * arrangement.ranks
     size = NUM_ROWS // num_parts
-    for part in range(rank * arrangement.accumulation, (rank + 1) * arrangement.accumulation):
+    for part in range(rank, num_parts, arrangement.ranks):
         rows = tokens[part * size : (part + 1) * size]
         yield _packed(rows) if arrangement.packed else _padded(rows)
 

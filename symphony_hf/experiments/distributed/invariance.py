@@ -39,7 +39,7 @@ class Trace:
     """Record of a run, step by step.
 
     Attributes:
-        graphs: Graphs of all routers after each step. Shape: (steps, routers, num_experts, num_experts).
+        graphs: Graphs and correction biases of all routers after each step, flattened. Shape: (steps, entries).
         weights: Weights of the routers after each step. Shape: (steps, routers, num_experts, hidden_size).
         gradients: Gradients by parameter. Shape of each: (steps, *parameter shape).
     """
@@ -56,7 +56,7 @@ class Comparison:
     Attributes:
         name: Name of the arrangement.
         reference: Name of the reference run; its own name for a reference.
-        graphs_equal: Whether all graphs are bitwise equal, at every step and on every rank.
+        graphs_equal: Whether all graphs and correction biases are bitwise equal, at every step and on every rank.
         gradient_difference: Largest difference of a gradient, over parameters, steps and ranks, relative to that
             parameter's largest in that step.
         weight_difference: Largest difference of a router's weight, relative to the largest weight.
@@ -85,7 +85,8 @@ def run(arrangement: Arrangement, rank: int = 0) -> Trace:
     for step in range(NUM_STEPS):
         gradients.append(loop.step(list(micro_batches(arrangement, step, rank))))
         update_graphs(model)
-        graphs.append(torch.stack(list(expert_graphs(model).values())))
+        biases = [buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+        graphs.append(torch.cat([tensor.flatten() for tensor in (*expert_graphs(model).values(), *biases)]))
         weights.append(loop.router_weights())
     stacked = {name: torch.stack([step[name] for step in gradients]) for name in gradients[0]}
     return Trace(torch.stack(graphs), torch.stack(weights), stacked)

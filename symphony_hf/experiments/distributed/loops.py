@@ -12,10 +12,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from symphony_hf.patching.replay.contexts import record_routing, replay_routing
 from symphony_hf.patching.symphonize import symphony_routers
 from symphony_hf.training.zero import prepare_deepspeed
 
-from .arrangements import LEARNING_RATE, NUM_ROWS, Arrangement
+from .arrangements import LEARNING_RATE, NUM_ROWS, Arrangement, make_model
+
+
+class Replay:
+    """Replays the experts that a model with other weights chooses for each micro-batch, if the arrangement does so."""
+
+    def __init__(self, model: PreTrainedModel, arrangement: Arrangement) -> None:
+        self.model = model
+        self.sampler = make_model(Arrangement(), seed=1).eval() if arrangement.replays else None
+
+    @contextlib.contextmanager
+    def __call__(self, batch: dict[str, Tensor]) -> Iterator[None]:
+        if self.sampler is None:
+            yield
+            return
+        with torch.no_grad(), record_routing(self.sampler) as choices:
+            self.sampler(**batch)
+        with replay_routing(self.model, choices):
+            yield
 
 
 class PlainLoop:
@@ -25,6 +44,7 @@ class PlainLoop:
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         self.accumulation = arrangement.accumulation
+        self.replay = Replay(model, arrangement)
         self.forward: Any = model
         if arrangement.ranks > 1:
             reentrant = arrangement.checkpointing == "reentrant"
@@ -37,7 +57,7 @@ class PlainLoop:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             is_ddp = isinstance(self.forward, nn.parallel.DistributedDataParallel)
-            with contextlib.nullcontext() if last or not is_ddp else self.forward.no_sync():
+            with contextlib.nullcontext() if last or not is_ddp else self.forward.no_sync(), self.replay(batch):
                 (self.forward(**batch).loss / self.accumulation).backward()
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.step()
@@ -57,6 +77,7 @@ class DeepSpeedLoop:
 
         prepare_deepspeed(model.device)
         self.model = model
+        self.replay = Replay(model, arrangement)
         zero: dict[str, Any] = {"stage": arrangement.zero}
         if arrangement.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -79,7 +100,9 @@ class DeepSpeedLoop:
 
         seen: dict[str, Tensor] = {}
         for batch in batches:
-            self.engine.backward(self.engine(**batch).loss)
+            with self.replay(batch):
+                loss = self.engine(**batch).loss
+            self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
                 gradients = {name: safe_get_full_grad(p) for name, p in self.model.named_parameters()}
                 seen = {name: gradient.detach().clone() for name, gradient in gradients.items() if gradient is not None}
