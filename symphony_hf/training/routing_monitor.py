@@ -9,9 +9,10 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from symphony_hf.diagnostics.graph_metrics import graph_summary
 from symphony_hf.diagnostics.routing_metrics import router_margin
-from symphony_hf.errors import SymphonyWarning
+from symphony_hf.errors import SymphonyWarning, UnsupportedModelError
 from symphony_hf.evaluation.routing.hooks import RouterReader, WatchedRouter, routers_to_watch
 from symphony_hf.patching.replay.layout import padding_mask
+from symphony_hf.patching.symphonize import is_symphonized
 from symphony_hf.routing.graph import count_coselections, initial_adjacency, update_adjacency
 
 from .monitor import GraphMonitor
@@ -142,3 +143,17 @@ class RoutingMonitor(GraphMonitor):
             )
         self._num_seen += len(self._counts)
         self._stop_watching()
+
+
+def monitors_of(model: nn.Module) -> list[GraphMonitor]:
+    """Return the monitor of a recipe's model: of its graphs, or of the routing of a stock MoE.
+
+    A dense model has none, nor has one whose routers cannot be read.
+    """
+    if is_symphonized(model):
+        return [GraphMonitor()]
+    try:
+        routers_to_watch(model)
+    except UnsupportedModelError:
+        return []
+    return [RoutingMonitor()]

@@ -18,7 +18,6 @@ from symphony_hf.data.packing import check_packing
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import read_object, write_json
-from symphony_hf.patching.symphonize import is_symphonized
 from symphony_hf.recipe import Recipe
 from symphony_hf.results import check_results, remove_results
 
@@ -28,9 +27,9 @@ from .final_evaluation import measure
 from .fit import train
 from .launch import Request, check_launch, expected_strategy, is_launched, requests_of
 from .models import add_adapters, add_graph, choose_trained, load_model
-from .monitor import GraphMonitor
 from .processors import load_processor
 from .report import REPORT, describe_run, write_run_report
+from .routing_monitor import monitors_of
 from .trainer import checkpoint_to_resume
 from .trainer_checkpoints import read_record, reporting_failed_save
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
@@ -96,7 +95,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         data.train,
         data.validation,
         arguments,
-        [*callbacks, *([GraphMonitor()] if is_symphonized(model) else [])],
+        [*callbacks, *monitors_of(model)],
         checkpoint,
         requested,
         data.collator,

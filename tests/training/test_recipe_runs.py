@@ -9,11 +9,20 @@ import sys
 import pytest
 import torch
 import yaml
+from models import make_model
 from small_runs import RECIPE, recipe_overrides
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from visual import entry, write_llava
 
-from symphony_hf import ConfigError, DataError, SymphonyConfig, expert_graphs, is_symphonized
+from symphony_hf import (
+    ConfigError,
+    DataError,
+    RoutingMonitor,
+    SymphonyConfig,
+    expert_graphs,
+    is_symphonized,
+    symphonize,
+)
 from symphony_hf.checkpoints.folder import open_folder
 from symphony_hf.data.documents import Document
 from symphony_hf.data.tokenizer import train_tokenizer
@@ -21,6 +30,8 @@ from symphony_hf.errors import ReportError
 from symphony_hf.evaluation.report.find_runs import read_runs
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training import runner
+from symphony_hf.training.monitor import HISTORY, GraphMonitor, LoadHistory
+from symphony_hf.training.routing_monitor import monitors_of
 from symphony_hf.training.runner import run_recipe
 
 
@@ -100,9 +111,21 @@ def test_a_stream_trains_its_own_tokenizer(small, tmp_path):
 
 
 def test_a_plain_recipe_runs(small, tmp_path):
+    """It is watched by RoutingMonitor."""
     recipe = load_recipe(RECIPE, small)
     run_recipe(recipe.__class__(**{**recipe.__dict__, "symphony": None}))
     assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
+    assert len(LoadHistory.read(tmp_path / "run" / HISTORY).steps) > 0
+
+
+def test_each_kind_of_model_has_its_monitor():
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=16, num_hidden_layers=1))
+    models = (symphonize(make_model()), make_model(), dense)
+    assert [[type(monitor) for monitor in monitors_of(model)] for model in models] == [
+        [GraphMonitor],
+        [RoutingMonitor],
+        [],
+    ]
 
 
 CHAT = RECIPE.parents[1] / "olmoe-7b-sft" / "smoke.yaml"
