@@ -50,7 +50,7 @@ def test_the_three_forms_share_experts_and_compute_the_same():
 def test_rows_and_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     result = run_bench(["tiny"], tokens=16, device="cpu", seconds=0.05, output=path)
-    assert [row["mode"] for row in result["rows"]] == ["training", "inference", "folded", "noise"]
+    assert [row["mode"] for row in result["rows"]] == ["training", "inference", "folded", "noise", "watched"]
     for row in result["rows"]:
         assert row["rounds"] >= 5
         assert 0 < row["low"] <= row["ratio"] <= row["high"]
@@ -58,7 +58,7 @@ def test_rows_and_json(tmp_path, capsys):
     print_bench(result)
     printed = capsys.readouterr().out
     assert str(path) in printed.replace("\n", "")
-    assert all(mode in AIMS or mode == "noise" for mode in ("training", "inference", "folded", "noise"))
+    assert {row["mode"] for row in result["rows"]} - AIMS.keys() == {"noise", "watched"}
 
 
 def test_several_lengths_generation_and_memory(tmp_path, capsys):
@@ -68,7 +68,7 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
     )
     assert result["threads"] == 1
     assert torch.get_num_threads() == threads
-    forward = ("training", "inference", "folded", "noise")
+    forward = ("training", "inference", "folded", "noise", "watched")
     assert [(row["mode"], row["tokens"]) for row in result["rows"]] == [
         *((mode, tokens) for tokens in (1, 4) for mode in forward),
         *(("generate", 1), ("generate", 8), ("generate noise", 1)),

@@ -7,10 +7,10 @@ their experts and compute the same routing, so that the experts' work is the sam
 - symphony: the Symphony router, with W and the graph; in training it also counts, adds both losses, and commits
 - folded: the Symphony form after `fold`
 
-They run in alternation in one process, and the ratio is taken within each round.
+They run in alternation in one process, and the ratio is taken within each round. A fourth row, `watched`, is a training
+step of the stock form that RoutingMonitor reads, as if every step were logged.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +29,18 @@ from symphony_hf.files import check_file_place
 from symphony_hf.tables import Table, TableCell
 
 from .gradient import bench_gradients, gradient_table
-from .layer_forms import PROMPT, SHAPES, build_forms, generation_step, inference_step, peak_bytes, training_step
+from .layer_forms import (
+    PROMPT,
+    SHAPES,
+    build_forms,
+    generation_step,
+    inference_step,
+    peak_bytes,
+    training_step,
+    watched,
+)
 from .results import number_cell, print_result, range_cell, write_result
-from .timing import alternate, find_device, quartiles
+from .timing import Step, alternate, find_device, quartiles, using_threads
 
 AIMS = {
     "training": 1.01,
@@ -52,7 +61,8 @@ class Measurement:
     Attributes:
         model: Model whose layer shapes were used.
         mode: `training` (forward and backward), `inference` or `generate` of the symphony form; `folded`: inference of
-            the folded form; `noise` and `generate noise`: stock against stock.
+            the folded form; `watched`: training of the stock form that RoutingMonitor reads; `noise` and `generate
+            noise`: stock against stock.
         tokens: Tokens of one forward; for a generation, its sequences.
         rounds: Number of rounds.
         ratio: Median over rounds of its time over stock's in the same round.
@@ -138,13 +148,13 @@ def run_bench(
         raise ConfigError(f"bench: `dtype` is {kind!r}; known names: bfloat16, float32")
     settings = {"dtype": kind, "seconds_per_row": seconds}
     if router_gradient:
-        with _with_threads(threads):
+        with using_threads(threads):
             rows_of = [bench_gradients(name, sizes, chosen, getattr(torch, kind), seconds) for name in names]
             gradients = [dataclasses.asdict(row) for rows in rows_of for row in rows]
             return write_result(output, {"gradients": gradients, **settings}, chosen)
     rows: list[Measurement] = []
     memory: list[PeakMemory] = []
-    with _with_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
+    with using_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
         for name in names:
             bench = _Bench(name, build_forms(name, chosen, getattr(torch, kind)), seconds, rows, bar)
             for size in sizes:
@@ -161,16 +171,6 @@ def run_bench(
             **settings,
         }
         return write_result(output, result, chosen)
-
-
-@contextlib.contextmanager
-def _with_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Bench:
@@ -195,6 +195,8 @@ class _Bench:
         self._measure("training", "symphony", inputs.shape[1], training_step, inputs)
         for mode, form in (("inference", "symphony"), ("folded", "folded"), ("noise", "stock")):
             self._measure(mode, form, inputs.shape[1], inference_step, inputs)
+        step = functools.partial(training_step, self.forms["stock"], inputs)
+        self._compare("watched", inputs.shape[1], step, watched(self.forms["stock"], step))
 
     def generations(self) -> None:
         """Measure generation of 1 and of 8 sequences, and its noise."""
@@ -216,13 +218,12 @@ class _Bench:
             yield PeakMemory(self.name, step, tokens, stock, symphony, symphony / stock)
 
     def _measure(self, mode: str, form: str, tokens: int, step: Callable[..., None], inputs: Tensor) -> None:
+        base, other = (functools.partial(step, self.forms[name], inputs) for name in ("stock", form))
+        self._compare(mode, tokens, base, other)
+
+    def _compare(self, mode: str, tokens: int, base: Step, other: Step) -> None:
         self.bar.set_postfix_str(f"{self.name}, {mode}, {tokens}")
-        ratios, stock_seconds = alternate(
-            functools.partial(step, self.forms["stock"], inputs),
-            functools.partial(step, self.forms[form], inputs),
-            self.seconds,
-            self.device,
-        )
+        ratios, stock_seconds = alternate(base, other, self.seconds, self.device)
         low, median, high = quartiles(ratios)
         self.rows.append(Measurement(self.name, mode, tokens, len(ratios), median, low, high, stock_seconds))
 

@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerControl, TrainerState
 
 from symphony_hf.patching.attachment import add_router_losses, update_graphs
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.folding import fold
 from symphony_hf.patching.symphonize import is_symphonized, symphonize, symphony_routers
 from symphony_hf.training.planning.step import LiveBytes
+from symphony_hf.training.routing_monitor import RoutingMonitor
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
@@ -106,6 +108,20 @@ def training_step(model: PreTrainedModel, inputs: Tensor) -> None:
         add_router_losses(model, loss).backward()
         update_graphs(model)
     model.zero_grad(set_to_none=True)
+
+
+def watched(model: PreTrainedModel, step: Callable[[], None]) -> Callable[[], None]:
+    """Return a step of a model that RoutingMonitor watches, with the log that it then makes."""
+    monitor, state, control = RoutingMonitor(pictures=False), TrainerState(logging_steps=1), TrainerControl()
+    arguments: Any = SimpleNamespace(output_dir=".", logging_strategy="steps")  # the attributes that it reads
+    monitor.on_train_begin(arguments, state, control, model=model)
+
+    def run() -> None:
+        monitor.on_step_begin(arguments, state, control, model=model)
+        step()
+        monitor.on_log(arguments, state, control, model=model, logs={"loss": 0.0})
+
+    return run
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Timing of steps in alternation: in each round every form runs once, in an order that turns from round to round."""
 
+import contextlib
 import math
 import sys
 import time
@@ -156,3 +157,14 @@ def find_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"bench: device `{name}` is not available: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """Run on this number of CPU threads within the context; None for PyTorch's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
