@@ -187,6 +187,14 @@ def count_wrongly(model):
         router.stack.observe = lambda r, logits, indices, observe=observe: observe(r, logits, indices.flip(0).roll(1))
 
 
+def shift_the_choices(model):
+    for _, router in symphony_routers(model):
+        observe = router.stack.observe
+        router.stack.observe = lambda r, logits, indices, observe=observe: observe(
+            r, logits, (indices + 1) % logits.shape[-1]
+        )
+
+
 def change_the_products(model):
     for _, router in symphony_routers(model):
         others = router.gradient_of_others
@@ -209,6 +217,8 @@ def forget_a_class(model):
         ("counts", count_wrongly),
         ("gradients", lose_the_losses),
         ("router gradient", change_the_products),
+        ("bias", shift_the_choices),
+        ("step balance", shift_the_choices),
         ("own loss", lambda model: model._forward_pre_hooks.clear()),
         ("bfloat16", None),
         ("save, load", lambda model: change_forward(lambda output: (output[0], output[1] * 1.01, output[2]))(model)),
@@ -220,7 +230,7 @@ def forget_a_class(model):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_check_can_fail(check, spoil, monkeypatch):
-    specimen = specimen_of("mixtral")
+    specimen = specimen_of("deepseek_v3" if check == "bias" else "mixtral")
     if check == "bfloat16":
         monkeypatch.setattr("symphony_hf.patching.expert_graph.ExpertGraph._apply", torch.nn.Module._apply)
         cast = Specimen.symphonized

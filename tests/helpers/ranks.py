@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from symphony_hf import PatchError, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.experiments.distributed.loops import local_group
 
 STEPS = 3
@@ -50,6 +51,18 @@ def train(rank):
     assert reduces == [(dist.ReduceOp.MAX,), *[()] * STEPS]
     dist.all_reduce = original
     return {**expert_graphs(model), **{f"grad.{n}": g for n, g in gradients(model).items()}}
+
+
+def move_biases(rows_of, wrap=lambda model: model):
+    """Correction biases after STEPS steps; `rows_of` gives this process its part of each batch."""
+    torch.manual_seed(0)
+    model = symphonize(tiny_model("deepseek_v3"), balance="bias", bias_rate=0.125).train()
+    wrapped = wrap(model)
+    for step in range(STEPS):
+        ids = rows_of(make_ids(4, 8, seed=step))
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        assert update_graphs(wrapped)
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
 
 
 def refusal_of_join(rank):
@@ -100,6 +113,8 @@ def run_rank(rank, folder):
     torch.set_num_threads(1)
     with local_group(rank, 2, folder / "rendezvous"):
         save_file(train(rank), folder / f"{rank}.st")
+        biases = move_biases(lambda ids: ids[2 * rank : 2 * rank + 2], DistributedDataParallel)
+        save_file(biases, folder / f"biases.{rank}.st")
         messages = messages_of_ranks_that_differ(rank)
         (folder / f"{rank}.json").write_text(json.dumps([*messages, refusal_of_join(rank)]))
         learn_under_fsdp2(rank, folder)

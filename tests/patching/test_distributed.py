@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from models import gradients, make_ids, make_model
-from ranks import STEPS, learn, learned_model, run_rank
+from ranks import STEPS, learn, learned_model, move_biases, run_rank
 from safetensors.torch import load_file
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
@@ -36,6 +36,18 @@ def test_the_ranks_graphs_are_those_of_the_union_batch(folder):
     for name, gradient in gradients(model).items():
         for rank in ranks:
             torch.testing.assert_close(rank[f"grad.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_ranks_correction_biases_are_those_of_the_union_batch(folder):
+    """The sign rule is of integers summed over the ranks: equal to the bit, and moved."""
+    expected = move_biases(lambda ids: ids)
+    assert expected
+    for rank in range(2):
+        biases = load_file(folder / f"biases.{rank}.st")
+        assert biases.keys() == expected.keys()
+        for name, bias in expected.items():
+            assert torch.equal(biases[name], bias), name
+            assert bias.abs().max() >= 0.125
 
 
 def test_graphs_that_differ_between_ranks_are_named(folder):

@@ -16,6 +16,7 @@ from symphony_hf.patching.families.substitution import linear_of
 from symphony_hf.patching.folding import export_folded, fold
 from symphony_hf.patching.symphonize import expert_graphs, symphony_routers, unsymphonize
 
+from .balance_checks import bias, step_balance
 from .gradient_check import router_gradient
 from .overrides import NO_LOSS
 from .routing_checks import (
@@ -201,6 +202,8 @@ CHECKS: dict[str, Check] = {
     "counts": counts,
     "gradients": gradients,
     "router gradient": router_gradient,
+    "bias": bias,
+    "step balance": step_balance,
     "own loss": own_loss,
     "bfloat16": bfloat16,
     "save, load": save_load,

@@ -63,7 +63,8 @@ def _notes(row: FamilyResult) -> list[str]:
             notes.append(f"{name}: {value.reason}")
     if isinstance(row.able.learning, Limited):
         notes.append(row.able.learning.note)
-    silent = ("images", "scores", "router gradient")  # shown in columns of their own
+    # Shown in columns of their own; the page says which models have no balance over the step.
+    silent = ("images", "scores", "router gradient", "bias", "step balance")
     reasons = {name: r.reason for name, r in row.results.items() if isinstance(r, NotApplicable) and name not in silent}
     return notes + [f"{name}: {reason}" for name, reason in reasons.items()]
 
