@@ -1,4 +1,4 @@
-"""`symphony bench` and its kin, `ablate`, `check`, `evidence`, `families` and `theory`."""
+"""`symphony bench` and its kin, `ablate`, `balance`, `check`, `evidence`, `families` and `theory`."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import typer
 
 from symphony_hf.experiments.ablation.page import print_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
+from symphony_hf.experiments.balancing.study import print_balance, run_balance
 from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
 from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts
 from symphony_hf.experiments.bench.layer import print_bench, run_bench
@@ -71,6 +72,13 @@ def ablate(values: dict[str, Any]) -> None:
     print_ablation(values)
     if values.get("failed"):
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: symphony balance --output balance.json --seeds 3")
+@command_from(run_balance)
+def balance(result: dict[str, Any]) -> None:
+    """Compare ways to balance experts: scopes of the loss on two domains, and the correction bias."""
+    print_balance(result)
 
 
 check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes.")

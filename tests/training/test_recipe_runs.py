@@ -119,7 +119,9 @@ def test_a_plain_recipe_runs(small, tmp_path):
 
 
 def test_each_kind_of_model_has_its_monitor():
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", hidden_size=16, num_hidden_layers=1))
+    dense = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    )
     models = (symphonize(make_model()), make_model(), dense)
     assert [[type(monitor) for monitor in monitors_of(model)] for model in models] == [
         [GraphMonitor],

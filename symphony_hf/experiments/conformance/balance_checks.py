@@ -64,7 +64,7 @@ def _biases(model: nn.Module) -> dict[str, Tensor]:
 
 def _train(specimen: Specimen, model: Any) -> Iterator[dict[str, tuple[Tensor, int]]]:
     """Run two micro-batches, the first with padding. Yields each router's naive load and tokens so far, by name."""
-    seen, totals = watch_choices(model), {}
+    seen, totals = watch_choices(model), dict[str, tuple[Tensor, int]]()
     for padding in (3, 0):
         batch = dict(specimen.batch)
         if padding and not model.config.is_encoder_decoder:

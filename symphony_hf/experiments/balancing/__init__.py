@@ -1,0 +1,1 @@
+"""`symphony balance`: what the ways to balance the experts' load do to it, and to specialization by domain."""
