@@ -12,6 +12,7 @@ from pages import FAMILIES, README, ROOT, block, items, links_of, named_code, ta
 
 from symphony_hf import SymphonyConfig
 from symphony_hf.evaluation.report.quickstart import findings, result_table
+from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
 from symphony_hf.experiments.bench.layer import AIMS, bench_table
@@ -48,6 +49,13 @@ def test_the_bench_table_is_the_result_file():
     assert table(EXPERIMENTS, "bench table") == cells_of(bench_table(result))
     assert {row["model"] for row in result["rows"]} == {"mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"}
     assert result["aims"] == AIMS
+
+
+def test_the_tables_of_balancing_are_the_result_file():
+    result = result_of("evidence", "balance")
+    assert table(EXPERIMENTS, "scopes table") == cells_of(balance_table(result, ("olmoe",), ""))
+    assert table(EXPERIMENTS, "bias table") == cells_of(balance_table(result, BIAS_FAMILIES, ""))
+    assert [result[name] for name in ("seeds", "steps")] == [3, 200]
 
 
 def test_the_commit_table_is_the_result_file():
