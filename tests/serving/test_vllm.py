@@ -12,16 +12,26 @@ import sys
 import pytest
 import torch
 from clients import run_client, write_entry_points
-from models import VOCAB, make_model, move_graphs
+from models import COMMON, VOCAB, move_graphs
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from symphony_hf import symphonize
+from symphony_hf import export_folded, symphonize
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
 
 PYTHON = os.environ.get("SYMPHONY_HF_VLLM_PYTHON", sys.executable)
 LENGTH = 16
-SIZES = {"hidden_size": 128, "head_dim": 32}  # the CPU's attention has no smaller heads
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+SIZES = {**COMMON, "hidden_size": 128, "intermediate_size": 64, "max_position_embeddings": 256}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}  # vLLM's smallest head on a CPU
+GLM = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+FAMILIES = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 32},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "qwen2_moe": {"num_experts": 6, "shared_expert_intermediate_size": 64, **EXPERTS},
+    "qwen3_moe": {"num_experts": 8, **EXPERTS},
+    "glm4_moe": {**GLM, **EXPERTS},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}
 
 SERVE = """
 import os
@@ -54,6 +64,7 @@ for name in sys.argv[2:]:
 """
 
 IN_TWO_PARTS = """
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else it wants a NUMA node for each part
 from vllm import LLM, SamplingParams
 prompts = [{"prompt_token_ids": ids} for ids in json.load(open(sys.argv[1] + "/prompts.json"))]
 model = LLM(
@@ -73,12 +84,16 @@ def greedy(model, prompts):
     return rows
 
 
-def big_weights(model):
-    """Draw weights so large that no rounding decides a token."""
+def make_model(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("bias"):  # also GLM's, by which experts are chosen, and which no graph smooths
+                tensor.normal_(std=0.1)
+            elif tensor.dim() > 1:
+                tensor.mul_(4)  # so that no rounding decides a token
     return model
 
 
@@ -89,17 +104,20 @@ def folder(tmp_path_factory):
         pytest.skip("vLLM is not installed: name the Python of its environment in SYMPHONY_HF_VLLM_PYTHON")
     folder = tmp_path_factory.mktemp("vllm")
     write_entry_points(folder / "site")
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in range(5, 13)]
+    prompts = [
+        torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        for length in range(5, 13)
+    ]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     expected = {}
     for family in FAMILIES:
-        model = big_weights(make_model(family, **SIZES))
+        model = make_model(family)
         plain = greedy(model, prompts)
         move_graphs(symphonize(model)).save_pretrained(folder / family)
         expected[family] = greedy(model, prompts)
         assert sum(a != b for a, b in zip(plain, expected[family], strict=True)) > 4  # the graph matters
-    symphonize(make_model("mixtral", **SIZES), smoothing="scores").save_pretrained(folder / "scores")
+    export_folded(AutoModelForCausalLM.from_pretrained(folder / "mixtral"), folder / "folded", tokenizer=False)
+    symphonize(make_model("mixtral"), smoothing="scores").save_pretrained(folder / "scores")
     (folder / "unknown").mkdir()
     config = json.loads((folder / "olmoe" / "config.json").read_text())
     config["architectures"] = ["SymphonyNobodysForCausalLM"]
@@ -109,10 +127,10 @@ def folder(tmp_path_factory):
 
 def test_the_tokens_are_those_of_transformers(folder):
     folder, expected = folder
-    names = (*FAMILIES, "scores", "unknown")
+    names = (*FAMILIES, "folded", "scores", "unknown")
     found = run_client(SERVE + IN_PROCESS, folder / "site", folder, *names, python=PYTHON, timeout=1700)
     scores, unknown = found.pop("scores"), found.pop("unknown")
-    assert found == expected
+    assert found == {**expected, "folded": expected["mixtral"]}
     assert "FoldError: MixtralForCausalLM: this checkpoint smooths scores" in scores
     assert "['SymphonyNobodysForCausalLM'] are not supported for now" in unknown
 
