@@ -144,5 +144,5 @@ def test_another_family_is_refused_in_sglang(sglang):
     sglang.apply()
     config = PreTrainedConfig(architectures=["DbrxForCausalLM"], symphony={})
     model_class, _ = sglang.utils.get_model_architecture(SimpleNamespace(hf_config=config))
-    with pytest.raises(FoldError, match="DbrxForCausalLM: symphony_hf serves unfolded checkpoints of .*Mixtral"):
+    with pytest.raises(FoldError, match=r"DbrxForCausalLM: symphony_hf serves unfolded checkpoints of .*Mixtral"):
         model_class(config=config)
