@@ -1,8 +1,9 @@
 """Config values that serving engines take whatever a checkpoint's config says.
 
 An engine has its own code for each family, and this code reads some settings and not others. A checkpoint with another
-value is loaded and computed wrongly, or refused. Each entry was found in the engine's source; those in `RUN` were seen
-with the engine running, too.
+value is loaded and computed wrongly, or refused. Each entry was read in the engine's source. Some were seen with the
+engine running, too: `norm_topk_prob` of OLMoE in both, and of Qwen2-MoE in llama.cpp; in vLLM, `attention_bias` of
+GraniteMoE and Qwen3-MoE, and `qkv_bias`, `shared_expert_intermediate_size` and `layer_types` of Qwen2-MoE.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,10 @@ class Other:
     value: Any
 
 
+class Alike:
+    """List of equal values, one for each layer; the engine takes one for all."""
+
+
 @dataclass(frozen=True)
 class Needed:
     """Value that transformers computes with but does not write, while the engine's default is another."""
@@ -34,6 +39,7 @@ NO_BIAS: dict[str, Any] = {"attention_bias": False}
 SILU: dict[str, Any] = {"hidden_act": "silu"}
 NORMALIZED: dict[str, Any] = {"norm_topk_prob": True}
 ALL_SPARSE: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+NO_WINDOW: dict[str, Any] = {"sliding_window": None}
 SIGMOID: dict[str, Any] = {"scoring_func": Needed("sigmoid")}
 SHARED: dict[str, Any] = {"shared_expert_intermediate_size": Other(0)}
 SWIGLU: dict[str, Any] = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
@@ -58,7 +64,8 @@ FIXED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "mimo_v2_flash": {"routed_scaling_factor": 1.0},
         "mixtral": SILU,
         "olmoe": NO_BIAS | SILU | {"clip_qkv": None, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
-        "qwen2_moe": SHARED | {"qkv_bias": True},
+        "qwen2_moe": SHARED | {"qkv_bias": True, "layer_types": Alike()},
+        "qwen3_moe": NO_BIAS,
         "qwen3_next": NO_BIAS,
     },
     "llama.cpp": {
@@ -79,17 +86,14 @@ FIXED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "mellum": SILU | NORMALIZED,
         "mimo_v2_flash": SILU | NORMALIZED | {"routed_scaling_factor": 1.0},
         "minimax_m2": SILU,
-        "mixtral": SILU | {"sliding_window": None},
+        "mixtral": SILU | NO_WINDOW,
         "olmoe": SILU | {"norm_topk_prob": False},
-        "qwen2_moe": SILU | ALL_SPARSE | SHARED | {"norm_topk_prob": False},
-        "qwen3_moe": SILU | ALL_SPARSE | NORMALIZED,
+        "qwen2_moe": SILU | ALL_SPARSE | SHARED | NO_WINDOW | {"norm_topk_prob": False},
+        "qwen3_moe": SILU | ALL_SPARSE | NO_WINDOW | NORMALIZED,
         "qwen3_next": SILU | ALL_SPARSE | NORMALIZED,
     },
 }
 """Engine -> model type -> setting -> its value in the engine. A dotted name is a setting of a sub-config."""
-
-RUN: frozenset[tuple[str, str, str]] = frozenset()
-"""Engines, model types and settings that were seen with the engine running."""
 
 _MISSING = object()
 
@@ -114,6 +118,9 @@ def _difference(config: PreTrainedConfig, name: str, value: Any) -> str | None:
         return f"{setting} is not in its config: add {value.value!r}, without which {{}} computes something else"
     if isinstance(value, Other):
         return f"{setting} is {found!r}, which {{}} cannot load" if found == value.value else None
+    if isinstance(value, Alike):
+        different = found is not _MISSING and len(set(found or ())) > 1
+        return f"{setting} differs between layers, and {{}} takes one for all" if different else None
     if found is _MISSING or found == value or (not found and value in ([], None)):
         return None
-    return f"{setting} is {found!r}, and always {value!r} in {{}}, which computes something else"
+    return f"{setting} is {found!r}, and always {value!r} in {{}}, which computes something else or refuses it"

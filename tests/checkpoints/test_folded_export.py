@@ -116,6 +116,17 @@ def test_a_model_that_engines_compute_right_is_written_without_a_warning(family,
         export_folded(symphonize(make_model(family, **settings)), tmp_path)
 
 
+def test_windows_in_some_layers_are_said():
+    window = {"use_sliding_window": True, "sliding_window": 4}
+    texts = [engine_warnings(make_config("qwen2_moe", max_window_layers=layers, **window)) for layers in (0, 2)]
+    vllm, llama_cpp = (
+        "differs between layers, and vLLM",
+        "`sliding_window` of this `qwen2_moe` is 4, and always None in",
+    )
+    assert [any(vllm in text for text in some) for some in texts] == [False, True]
+    assert all(any(llama_cpp in text for text in some) for some in texts)
+
+
 def test_the_text_part_and_sub_configs_are_read():
     llava = make_llava("mixtral").config
     llava.text_config.sliding_window = 4

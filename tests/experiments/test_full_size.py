@@ -11,6 +11,7 @@ from symphony_hf.experiments.full_size import print_full_size, run_full_size
 
 @pytest.mark.slow
 @pytest.mark.once
+@pytest.mark.filterwarnings("ignore:upcycle. .* of this `qwen2_moe`")  # settings that llama.cpp ignores
 @pytest.mark.parametrize("model", full_size.MODELS)
 def test_a_small_copy_of_each_goes_all_the_way(model, tmp_path, capsys):
     file = tmp_path / "seen.json"

@@ -23,10 +23,11 @@ SMOKE = [path for path in FILES if path.name.startswith("smoke")]
 PHI3_MINI, PHI3_MLP = 3_821_079_552, 3 * 3072 * 8192
 UPCYCLED = PHI3_MINI + 16 * (3 * PHI3_MLP + 4 * 3072)  # three more copies and a router in every other layer
 assert UPCYCLED == 7_445_154_816
+# Zeros that servers ask of Qwen2-MoE: biases of queries, keys and values; a shared expert of width 16, and its gate.
+ZEROS = 32 * 3 * 3072 + 16 * (3 * 3072 * 16 + 3072)
 PARAMETERS = {
-    # Qwen2-MoE has a gate for its shared expert, which is of size 0 here.
-    "phi3-smoe-7.4b-glue": UPCYCLED + 16 * 3072,
-    "phi3-smoe-7.4b-sft": UPCYCLED + 16 * 3072,
+    "phi3-smoe-7.4b-glue": UPCYCLED + ZEROS,
+    "phi3-smoe-7.4b-sft": UPCYCLED + ZEROS,
     "olmoe-7b-sft": 6_919_161_856,
     "mixtral-8x7b-qlora": 46_702_792_704,
     "llava-smoe-4.2b": 4_174_947_328,

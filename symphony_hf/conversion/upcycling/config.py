@@ -46,7 +46,7 @@ def container_config(
     _check_neutral(dense, conversion)
     container = conversion.container
     values = {name: getattr(dense, name) for name in (*COMMON, *conversion.source.copied)}
-    values |= {**container.settings, **conversion.settings}
+    values |= container.settings
     values |= _layer_settings(container, layers, dense.num_hidden_layers)
     values["rope_parameters"] = _rope_parameters(dense, container)
     values[container.expert_size] = dense.intermediate_size

@@ -44,12 +44,12 @@ class Container:
             is one tensor per expert; one without holds all experts along its first dimension.
         router: Name of the router's weight within the layer.
         router_in_memory: Its name in the model, if transformers renames it during loading.
-        empty: Names of tensors without effect within the layer -> their shapes, where `hidden` is the hidden size.
+        zeros: Names of tensors of zeros within the layer -> their shapes, where `hidden` is the hidden size.
         num_experts: Name of the setting for the number of experts.
         expert_size: Name of the setting for an expert's inner size.
         windows: Layers that may have a sliding attention window: `none`, `all` (all or none), or `any`.
         chooses_layers: Whether some layers can stay dense.
-        settings: Fixed settings: the weights of the selected experts sum to 1, and there is no shared expert.
+        settings: Fixed settings: the weights of the selected experts sum to 1, and no shared expert adds to them.
         needs: Reason why other families do not fit, for error messages.
     """
 
@@ -62,18 +62,32 @@ class Container:
     windows: str
     chooses_layers: bool
     needs: str
-    empty: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    zeros: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Dense family and container, with the settings that only this pair needs."""
+    """Dense family and container.
+
+    Attributes:
+        source: Dense family.
+        container: MoE family that it becomes.
+        zero_biases: Projections that have a bias in the container and none in the dense family.
+    """
 
     source: DenseFamily
     container: Container
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    zero_biases: tuple[str, ...] = ()
 
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+SHARED_WIDTH = 16
+"""Width of a shared expert of zeros: servers load neither Qwen2-MoE without one, nor without biases.
+
+All of its gradients are zero, so it stays zero in training.
+"""
 
 _QWEN_EXPERTS = {f"mlp.experts.{{expert}}.{part.removeprefix('mlp.')}.weight": (part,) for part in (GATE, UP, DOWN)}
 
@@ -97,17 +111,17 @@ QWEN2_MOE = Container(
     experts=_QWEN_EXPERTS,
     router="mlp.gate.weight",
     router_in_memory="mlp.gate.weight",
-    empty={
-        "mlp.shared_expert.gate_proj.weight": (0, "hidden"),
-        "mlp.shared_expert.up_proj.weight": (0, "hidden"),
-        "mlp.shared_expert.down_proj.weight": ("hidden", 0),
+    zeros={
+        "mlp.shared_expert.gate_proj.weight": (SHARED_WIDTH, "hidden"),
+        "mlp.shared_expert.up_proj.weight": (SHARED_WIDTH, "hidden"),
+        "mlp.shared_expert.down_proj.weight": ("hidden", SHARED_WIDTH),
         "mlp.shared_expert_gate.weight": (1, "hidden"),
     },
     num_experts="num_experts",
     expert_size="moe_intermediate_size",
     windows="any",
     chooses_layers=True,
-    settings={"norm_topk_prob": True, "shared_expert_intermediate_size": 0},
+    settings={"norm_topk_prob": True, "qkv_bias": True, "shared_expert_intermediate_size": SHARED_WIDTH},
     needs="it has no norms on queries and keys, and no multipliers",
 )
 QWEN3_MOE = Container(
@@ -155,23 +169,23 @@ GRANITE = DenseFamily(
 PHI3 = DenseFamily(
     "phi3",
     fused={
-        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.qkv_proj": QKV,
         "mlp.gate_up_proj": (GATE, UP),
     },
     neutral={"resid_pdrop": 0.0},
     unused=("embd_pdrop", "original_max_position_embeddings"),  # the latter is in rope_parameters, too
 )
 
-CONVERSIONS = (  # the first of a family is its default
+CONVERSIONS = (  # the default of a family is its first one in which the layers to upcycle can have experts
     Conversion(MISTRAL, MIXTRAL),
-    Conversion(MISTRAL, QWEN2_MOE, {"qkv_bias": False}),
+    Conversion(MISTRAL, QWEN2_MOE, QKV),
     Conversion(LLAMA, MIXTRAL),
-    Conversion(LLAMA, QWEN2_MOE, {"qkv_bias": False}),
-    Conversion(QWEN2, QWEN2_MOE, {"qkv_bias": True}),
+    Conversion(LLAMA, QWEN2_MOE, QKV),
+    Conversion(QWEN2, QWEN2_MOE),
     Conversion(QWEN3, QWEN3_MOE),
     Conversion(GRANITE, GRANITE_MOE),
-    Conversion(PHI3, QWEN2_MOE, {"qkv_bias": False}),
     Conversion(PHI3, MIXTRAL),
+    Conversion(PHI3, QWEN2_MOE, QKV),
 )
 
 INEXACT = {
@@ -191,8 +205,13 @@ INEXACT = {
 """MoE families that are no containers -> what they compute that no dense family here does."""
 
 
-def find_conversion(model_type: str, to: str | None) -> Conversion:
-    """Return the conversion of a dense family to a container, by default to that of the family.
+def find_conversion(model_type: str, to: str | None, every_layer: bool) -> Conversion:
+    """Return the conversion of a dense family to a container, by default to the family's first that fits.
+
+    Args:
+        model_type: Model type of the dense family.
+        to: Model type of the container, or None for the default.
+        every_layer: Whether the MLPs of all layers become experts.
 
     Raises:
         UpcycleError: If the family is not dense or not known, or the container cannot compute what it does.
@@ -205,15 +224,16 @@ def find_conversion(model_type: str, to: str | None) -> Conversion:
             f"{nearest(model_type, families)}"
         )
     if to is None:
-        return found[0]
+        fitting = [conversion for conversion in found if every_layer or conversion.container.chooses_layers]
+        return (fitting or found)[0]
     for conversion in found:
         if conversion.container.model_type == to:
             return conversion
-    fitting = " or ".join(f"`{conversion.container.model_type}`" for conversion in found)
+    choices = " or ".join(f"`{conversion.container.model_type}`" for conversion in found)
     reasons = INEXACT | {conversion.container.model_type: conversion.container.needs for conversion in CONVERSIONS}
     if to not in reasons:
         raise UpcycleError(
-            f"upcycle: `{to}` is not known to compute what `{model_type}` does: take {fitting}; of all containers, "
+            f"upcycle: `{to}` is not known to compute what `{model_type}` does: take {choices}; of all containers, "
             f"{nearest(to, {conversion.container.model_type for conversion in CONVERSIONS})}"
         )
-    raise UpcycleError(f"upcycle: `{to}` cannot compute what `{model_type}` does: {reasons[to]}; take {fitting}")
+    raise UpcycleError(f"upcycle: `{to}` cannot compute what `{model_type}` does: {reasons[to]}; take {choices}")

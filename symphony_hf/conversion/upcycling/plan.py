@@ -73,6 +73,8 @@ def plan_tensors(
         source = stored[rows.tensor]
         shape = (rows.stop - rows.start, *source.shape[1:]) if len(source.shape) > 1 else source.shape
         planned.append(PlannedTensor(name, shape, dtype or source.dtype, (Piece(rows),)))
+        if match and match[2] in conversion.zero_biases and match[3] == "weight":
+            planned.append(PlannedTensor(f"{name.removesuffix('weight')}bias", shape[:1], dtype or source.dtype))
     return planned
 
 
@@ -105,7 +107,7 @@ def _sparse_block(
 ) -> Iterator[PlannedTensor]:
     container, prefix = conversion.container, f"model.layers.{layer}."
     yield PlannedTensor(prefix + container.router, (num_experts, dense.hidden_size), dtype, router=layer)
-    for name, shape in container.empty.items():
+    for name, shape in container.zeros.items():
         yield PlannedTensor(prefix + name, tuple(dense.hidden_size if n == "hidden" else n for n in shape), dtype)  # type: ignore[misc]
     for name, parts in container.experts.items():
         width = dense.intermediate_size if DOWN in parts else dense.hidden_size

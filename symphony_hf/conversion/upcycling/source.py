@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +168,7 @@ def open_dense(folder: Path, config: PreTrainedConfig) -> DenseModel:
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the stock causal language model of a config in float32, without weights."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors is a no-op")  # no shared expert
+    with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, experts_implementation="eager"
         )

@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from symphony_hf.errors import SymphonyWarning
+from symphony_hf.patching.engines import engine_warnings
 
 from .checkpoint import TORCH_DTYPES, Checkpoint
 from .config import container_config, notes_on
@@ -91,8 +92,8 @@ def upcycle(
     Args:
         source: Dense checkpoint: a folder with safetensors files, or a name on the Hub.
         target: Folder to write.
-        to: Target MoE family. Mistral and Llama become mixtral (default) or qwen2_moe, Phi-3 and Phi-3.5 qwen2_moe
-            (default) or mixtral, Qwen2 qwen2_moe, Qwen3 qwen3_moe, Granite granitemoe.
+        to: Target MoE family. Llama, Mistral, Phi-3 and Phi-3.5 become mixtral (default for all layers) or qwen2_moe
+            (default for some), Qwen2 qwen2_moe, Qwen3 qwen3_moe, Granite granitemoe.
         num_experts: Number of copies of each MLP.
         top_k: Number of experts that process a token.
         layers: Layers whose MLPs become experts: `all`, `every-other` (1, 3, 5, ...), or layer numbers from 0.
@@ -165,8 +166,8 @@ class _Plan:
 def _settings(folder: Path, to: str | None, options: UpcycleOptions) -> _Settings:
     """Check everything that depends on the source's config."""
     dense = read_config(folder)
-    conversion = find_conversion(dense.model_type, to)
     layers = options.layer_numbers(dense.num_hidden_layers)
+    conversion = find_conversion(dense.model_type, to, len(layers) == dense.num_hidden_layers)
     config = container_config(dense, conversion, layers, options)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     return _Settings(dense, conversion, config, layers)
@@ -181,7 +182,7 @@ def _plan(folder: Path, settings: _Settings, options: UpcycleOptions) -> _Plan:
 
 
 def _write(plan: _Plan, target: Path, check: bool) -> UpcycleResult:
-    notes = notes_on(plan.settings.config, plan.settings.conversion)
+    notes = notes_on(plan.settings.config, plan.settings.conversion) + engine_warnings(plan.settings.config)
     started, exactness, seconds_checking = time.perf_counter(), None, 0.0
     with writing(target) as folder:
         carry_files(plan.dense.checkpoint.folder, folder)

@@ -15,6 +15,8 @@ from symphony_hf.cli import app
 from symphony_hf.conversion.upcycling.upcycle import print_result
 from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_alone, run_bench_upcycle
 
+pytestmark = pytest.mark.filterwarnings("ignore:upcycle. .* of this `qwen2_moe`")  # settings that llama.cpp ignores
+
 
 def invoke(*words):
     return CliRunner().invoke(app, ["upcycle", *map(str, words)])
@@ -49,7 +51,7 @@ def test_refusals_reach_the_terminal(tmp_path):
 def test_what_was_not_checked_is_said(tmp_path):
     _, source = save_dense(tmp_path / "dense", "phi3, windows")
     console = Console(record=True, width=200)
-    print_result(run(source, tmp_path / "moe", noise=0.1), console)
+    print_result(run(source, tmp_path / "moe", to="qwen2_moe", noise=0.1), console)
     text = console.export_text()
     assert "not checked against the dense model" in text
     assert "FlashAttention" in text

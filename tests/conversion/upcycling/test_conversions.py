@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from symphony_hf import symphonize
+from symphony_hf.patching.engines import engine_warnings
 from symphony_hf.patching.symphonize import symphony_routers
 
 CASES = [
@@ -185,6 +186,31 @@ def test_symphony_begins_as_the_upcycled_model(kind, to, tmp_path):
     assert torch.equal(logits(model), before)  # the graph of no counts is the identity, to the bit
     for _, router in symphony_routers(model):
         assert torch.equal(router.symphony.transition(), torch.eye(3))
+
+
+def test_the_default_is_a_container_that_servers_compute_right(tmp_path):
+    """All layers become Mixtral; where some stay dense, Qwen2-MoE, with all tensors that servers ask of it."""
+    _, source = save_dense(tmp_path / "dense", "llama")
+    assert run(source, tmp_path / "all", check=False).model_type == "mixtral"
+    assert run(source, tmp_path / "half", layers="every-other", check=False).model_type == "qwen2_moe"
+    config = load(tmp_path / "half").config
+    assert (config.qkv_bias, config.shared_expert_intermediate_size) == (True, 16)
+    assert [text for text in engine_warnings(config) if "vLLM" in text] == []
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    added = [name for name in tensors if name.endswith("bias") or "shared_expert" in name]
+    assert len(added) == 4 * 3 + 2 * 4  # biases in every layer, a shared expert in the sparse ones
+    assert not any(tensors[name].any() for name in added)
+
+
+def test_a_shared_expert_of_zeros_stays_zero_in_training(tmp_path):
+    _, source = save_dense(tmp_path / "dense")
+    run(source, tmp_path / "moe", layers="every-other", check=False)
+    model = load(tmp_path / "moe").train()
+    ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    shared = [parameter for name, parameter in model.named_parameters() if "shared_expert" in name]
+    assert len(shared) == 2 * 4
+    assert not any(parameter.grad.any() for parameter in shared)
 
 
 def test_the_experts_part_when_they_are_trained(tmp_path):

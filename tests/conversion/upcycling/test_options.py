@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from symphony_hf import SymphonyWarning, UpcycleError, upcycle
 
+pytestmark = pytest.mark.filterwarnings("ignore:upcycle. .* of this `qwen2_moe`")  # settings that llama.cpp ignores
+
 ROUTER = "model.layers.1.mlp.gate.weight"
 
 
@@ -45,7 +47,7 @@ def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
 
 
 def test_a_router_does_not_depend_on_which_other_layers_have_one(source, tmp_path):
-    run(source, tmp_path / "all", layers="all", check=False)
+    run(source, tmp_path / "all", to="qwen2_moe", layers="all", check=False)
     run(source, tmp_path / "one", layers=[1], check=False)
     every, one = weights(tmp_path / "all"), weights(tmp_path / "one")
     assert torch.equal(every[ROUTER], one[ROUTER])
@@ -193,6 +195,6 @@ def test_a_tokenizer_that_cannot_be_read_is_carried_and_said(source, tmp_path):
 def test_what_a_user_should_know_is_said(kind, said, tmp_path):
     _, source = save_dense(tmp_path / "dense", kind)
     with pytest.warns(SymphonyWarning, match=said):
-        result = upcycle(source, tmp_path / "moe", num_experts=2)
+        result = upcycle(source, tmp_path / "moe", to="qwen2_moe", num_experts=2)
     assert any(said in note for note in result.notes)
     assert load(tmp_path / "moe").config.vocab_size == VOCAB

@@ -54,7 +54,7 @@ def test_options_out_of_range(options, match, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "to", "match"),
     [
-        ("phi3", "phimoe", "do not sum to 1.*take `qwen2_moe` or `mixtral`"),
+        ("phi3", "phimoe", "do not sum to 1.*take `mixtral` or `qwen2_moe`"),
         ("qwen2", "mixtral", "neither biases"),
         ("qwen3", "qwen2_moe", "no norms on queries and keys"),
         ("granite", "mixtral", "no multipliers"),
@@ -73,7 +73,7 @@ def test_containers_that_cannot_be_exact(kind, to, match, tmp_path):
         ("llama", {"attention_bias": True}, {}, "`attention_bias: True`"),
         ("llama", {"mlp_bias": True}, {}, "`mlp_bias: True`"),
         ("phi3", {"resid_pdrop": 0.1}, {}, "`resid_pdrop: 0.1`"),
-        ("mistral", {}, {"layers": [1]}, "every layer of `mixtral` has experts, and 1 of 4"),
+        ("mistral", {}, {"to": "mixtral", "layers": [1]}, "every layer of `mixtral` has experts, and 1 of 4"),
         (
             "qwen3",
             {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
@@ -240,7 +240,7 @@ def test_another_process_writes_the_same_target(tmp_path):
 def test_the_check_sees_a_container_that_computes_something_else(tmp_path, monkeypatch):
     _, source = save_dense(tmp_path / "dense")
     monkeypatch.setitem(QWEN2_MOE.settings, "norm_topk_prob", False)  # the chosen weights no longer sum to 1
-    refused(UpcycleError, "differ from the dense model's by", tmp_path, source)
+    refused(UpcycleError, "differ from the dense model's by", tmp_path, source, to="qwen2_moe")
 
 
 def test_the_check_sees_an_expert_that_is_no_copy(tmp_path, monkeypatch):
@@ -254,7 +254,8 @@ def test_the_check_sees_an_expert_that_is_no_copy(tmp_path, monkeypatch):
             yield block
 
     monkeypatch.setattr(Contents, "blocks", with_one_wrong_byte)
-    refused(UpcycleError, "layer 2: `mlp.up_proj` of expert 1 is not that of expert 0", tmp_path, source)
+    match = "layer 2: `mlp.up_proj` of expert 1 is not that of expert 0"
+    refused(UpcycleError, match, tmp_path, source, to="qwen2_moe")
 
 
 def test_a_dense_model_that_computes_no_numbers(tmp_path):

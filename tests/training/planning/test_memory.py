@@ -185,8 +185,9 @@ def test_seven_billion_by_hand():
     states = states_of(meta_model(recipe), quantized=False)
     embeddings, attention, norms = 2 * 32064 * 3072, 32 * 4 * 3072**2, 65 * 3072
     mlp = 3 * 3072 * 8192
-    routers = 16 * (4 + 1) * 3072  # with the gates of shared experts, which have no size themselves
-    assert states.total == embeddings + attention + norms + (16 + 16 * 4) * mlp + routers
+    routers = 16 * 4 * 3072
+    zeros = 32 * 3 * 3072 + 16 * (3 * 16 + 1) * 3072  # biases, and shared experts of width 16 with their gates
+    assert states.total == embeddings + attention + norms + (16 + 16 * 4) * mlp + routers + zeros
     assert states.weights == states.weights_in_half == states.gradients == 2 * states.total
     assert states.largest == 4 * mlp
     assert states.graph == 16 * 4 * 4 * 4  # 16 routers, 4 x 4 experts, float32
