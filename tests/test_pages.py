@@ -23,7 +23,7 @@ from symphony_hf.training.arguments import training_arguments
 MARKS = ("needs a GPU", "needs the network")
 """Comments above code that no test runs."""
 
-OTHER_PROGRAMS = ("git", "hf", "mypy", "pip", "pre-commit", "pytest", "python", "ruff", "source")
+OTHER_PROGRAMS = (".ci/clients", "git", "hf", "mypy", "pip", "pre-commit", "pytest", "python", "ruff", "source")
 OPEN_ENDED = ("train", "plan")
 """Commands that take any setting of a recipe as an option."""
 

@@ -40,7 +40,8 @@ def mark(values: dict[str, Any]) -> dict[str, Any]:
     # None is named before a model's first save; nested configs, and those that are saved on their own, have one here.
     named = (values.get("symphony") or {}).get("model_class")
     classes = values.get("architectures") or ([] if named is None else [named])
-    marks = {"architectures": [ARCHITECTURE_PREFIX + name for name in classes], "model_type": MARK}
+    names = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in classes]  # also of a marked name
+    marks = {"architectures": names, "model_type": MARK}
     return {**_mark_checked(values, {"model_type": values.get("model_type")}), **marks}
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -59,3 +61,15 @@ def write_format_1(source, folder):
     config["symphony"] = {name: value for name, value in config["symphony"].items() if name != "model_class"}
     config["symphony"]["format"] = 1
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+def greedy_tokens(model, prompts, length=16):
+    """Return the greedy continuation of each prompt by the model itself, without a cache or an end."""
+    rows = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(length):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        rows.append(ids[len(prompt) :])
+    return rows
