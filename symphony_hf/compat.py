@@ -95,6 +95,9 @@ PRIVATE_NAMES = {
     "_save_to_state_dict": PrivateName(
         "torch", ("patching",), "the public pre-hook does not see the module's own storage in time"
     ),
+    "_load_from_state_dict": PrivateName(
+        "torch", ("patching",), "the public pre-hook cannot keep a refused tensor from being loaded"
+    ),
     "_C": PrivateName("torch", ("patching",), "the way to `_functorch`"),
     "_functorch": PrivateName("torch", ("patching",), "whether a transform of torch.func is running"),
     "_execution_engine": PrivateName("torch", ("patching",), "a callback at the end of the whole backward pass"),

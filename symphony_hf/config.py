@@ -243,3 +243,20 @@ class SymphonyConfig:
                 "`symphonize(model, graph=PATH)` takes a path"
             )
         return settings
+
+
+def settings_of(
+    config: SymphonyConfig | Mapping[str, Any] | None, preset: str | None, overrides: Mapping[str, Any]
+) -> SymphonyConfig:
+    """Return the settings that the arguments of `symphonize` give; it documents them."""
+    if config is not None and preset is not None:
+        raise ConfigError("symphonize: `preset` takes the place of `config`: give one of them, and single settings")
+    if config is None:
+        config = SymphonyConfig() if preset is None else SymphonyConfig.preset(preset)
+    elif not isinstance(config, SymphonyConfig):
+        config = SymphonyConfig.from_dict(config)
+    known = {field.name for field in dataclasses.fields(SymphonyConfig)}
+    for name in overrides:
+        if name not in known:
+            raise ConfigError(f"symphonize: unknown setting `{name}`; {nearest(name, known)}")
+    return dataclasses.replace(config, **overrides)

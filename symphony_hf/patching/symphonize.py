@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from symphony_hf.checkpoints.graph_files import match_graphs, read_graphs
 from symphony_hf.checkpoints.saving import own_config
-from symphony_hf.config import GRAPHS, SymphonyConfig
+from symphony_hf.config import GRAPHS, SymphonyConfig, settings_of
 from symphony_hf.errors import ConfigError, PatchError, UnsupportedModelError, nearest
 from symphony_hf.patching.families.discovery import FoundRouter, find_routers, layer_number
 from symphony_hf.patching.families.named_gates import routers_of
@@ -58,11 +58,7 @@ def symphonize(
 
     Source: arXiv 2510.16411.
     """
-    if preset is not None:
-        if config is not None:
-            raise ConfigError("symphonize: `preset` takes the place of `config`: give one of them, and single settings")
-        config = SymphonyConfig.preset(preset)
-    settings = _settings(config, overrides)
+    settings = settings_of(config, preset, overrides)
     _check_patchable(model, settings)
     found = routers_of(model, settings)
     check_balance_scope(model, found, settings)
@@ -105,18 +101,6 @@ def symphonize(
             "and Symphony has no effect",
         )
     return model
-
-
-def _settings(config: SymphonyConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> SymphonyConfig:
-    if config is None:
-        config = SymphonyConfig()
-    elif not isinstance(config, SymphonyConfig):
-        config = SymphonyConfig.from_dict(config)
-    known = {field.name for field in dataclasses.fields(SymphonyConfig)}
-    for name in overrides:
-        if name not in known:
-            raise ConfigError(f"symphonize: unknown setting `{name}`; {nearest(name, known)}")
-    return dataclasses.replace(config, **overrides)
 
 
 def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
