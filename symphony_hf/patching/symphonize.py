@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from symphony_hf.checkpoints.graph_files import match_graphs, read_graphs
 from symphony_hf.checkpoints.saving import own_config
 from symphony_hf.config import GRAPHS, SymphonyConfig, settings_of
-from symphony_hf.errors import ConfigError, PatchError, UnsupportedModelError, nearest
+from symphony_hf.errors import PatchError, UnsupportedModelError
 from symphony_hf.patching.families.discovery import FoundRouter, find_routers, layer_number
 from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.families.substitution import linear_of
