@@ -318,7 +318,7 @@ def test_save_and_load(case, tmp_path):
     assert ours == stock  # the weight of the model's own balance loss, too
 
 
-@pytest.mark.filterwarnings("ignore:export_folded: `norm_topk_prob`")  # llama.cpp takes another for qwen3_moe
+@pytest.mark.filterwarnings("ignore:export_folded. `norm_topk_prob`")  # llama.cpp takes another for qwen3_moe
 def test_the_folded_export_is_a_stock_checkpoint(case, tmp_path):
     batch = image_batch(case, padded=True)
     model = move_graphs(symphonized(case))
