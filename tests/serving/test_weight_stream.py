@@ -15,6 +15,7 @@ from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.serving.router_names import ROUTERS
 from symphony_hf.serving.weight_stream import WeightStream
 
+pytestmark = pytest.mark.filterwarnings("ignore:export_folded. ")  # settings that an engine takes differently
 MODEL_TYPES = {name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
 
 
