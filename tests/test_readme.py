@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import statistics
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ from pages import FAMILIES, README, ROOT, block, items, links_of, named_code, ta
 
 from symphony_hf import SymphonyConfig
 from symphony_hf.evaluation.report.quickstart import findings, result_table
+from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
@@ -127,7 +129,24 @@ def test_the_figures_of_4_bits_are_the_result_files():
 
 
 def test_the_findings_are_those_of_the_result_files():
-    quality, forms, compression, cost = items(README, "findings")
+    routing, quality, forms, compression, cost = items(README, "findings")
+
+    study = result_of("evidence", "characters-short")
+    of_form = {row["label"]: row["against_plain"] for row in study["rows"] if "against_plain" in row}
+    graph, dense = of_form["smoe, graph"], of_form["smoe, no graph, router_gradient dense"]
+    assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, three seeds" in routing
+    assert {len(row["seeds"]) for row in study["rows"]} == {3}
+    assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')})" in routing
+    assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in routing
+    assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in routing
+    assert f"a difference of {study['sight']['measures']['clean_nats']['smallest']:.4f} four times" in routing
+    seconds = [
+        statistics.median(cell["train_cpu_seconds"] for cell in study["cells"] if cell["label"] == label)
+        for label in ("smoe, no graph, router_gradient dense", "smoe, no graph")
+    ]
+    assert f"for {seconds[0] / seconds[1]:.1f} times the CPU time" in routing
+    verdicts = [values["verdict"] for values in (graph["clean_nats"], dense["clean_nats"], graph["routing_kept_0.15"])]
+    assert verdicts == ["not distinguishable", "better", "better"]
 
     pairs = result_of("evidence", "pairs")
     of_graph = {row["label"]: row["against_plain"] for row in pairs["rows"] if "against_plain" in row}

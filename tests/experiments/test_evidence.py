@@ -242,6 +242,25 @@ def test_what_did_not_help_is_said(verdict):
     assert "| smoothsmoe, graph | not known, not known, not known | not known, not known | not run |" in page
 
 
+def test_a_study_of_characters_replaces_that_of_the_same_file(tmp_path):
+    folder, output = tmp_path / "evidence", tmp_path / "output"
+    shutil.copytree(RECIPES / "evidence", folder)
+    output.mkdir()
+    study = json.loads((folder / "characters-short.json").read_text())
+    arguments = ["evidence", "--folder", str(folder), "--page", str(tmp_path / "page.md"), "--characters", str(output)]
+    blind = {**study, "sight": {**study["sight"], "concludes": False}, "output": "/somewhere"}
+    (output / "report.json").write_text(json.dumps(blind))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (tmp_path / "page.md").read_text().count("**Nothing can be concluded**") == 2
+    other = {**study, "command": study["command"].replace("short", "pretraining")}
+    (output / "report.json").write_text(json.dumps(other))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    names = {path.stem for path in folder.glob("characters-*")}
+    assert names == {"characters-short", "characters-pretraining"}
+    (output / "report.json").write_text(json.dumps({**study, "settings": {**study["settings"], "tokenizer": "words"}}))
+    assert "is of a study of words" in str(CliRunner().invoke(app, arguments).exception)
+
+
 def test_a_study_without_runs_is_left_out():
     paper = read_results(RECIPES / "evidence")["paper"]
     empty = {"rows": [], "cells": [], "missing": ["smoe, graph, seed 0"], "failed": {}, "settings": {}}

@@ -48,6 +48,12 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
             verdict = "" if values["verdict"] == NO_VERDICT else f", {values['verdict']}"
             found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
         lines.append(f"- **{study_title(study)}, {title_of(measure)}**, against SMoE: {'; '.join(found)}.")
+    better = _labels_of(_compared(study), "clean_nats", "better")
+    if better and not study["settings"]["learning_rates"]:
+        lines.append(
+            f"- **{study_title(study)}, defaults**: {better} is a candidate. No default follows from this study, which "
+            "did not tune the learning rate of each form."
+        )
     return lines
 
 

@@ -177,7 +177,10 @@ def _missing(ablation: Mapping[str, Any]) -> list[str]:
         if cell not in ablation["failed"]:
             point, _, seed = cell.rpartition(", seed ")
             by_point.setdefault(point, []).append(seed)
-    lines = [f"- not run: {point}, seeds {', '.join(seeds)}" for point, seeds in by_point.items()]
+    lines = [
+        f"- not run: {point}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+        for point, seeds in by_point.items()
+    ]
     lines += [f"- failed: {cell}, {words}" for cell, words in ablation["failed"].items()]
     return ["", *lines] if lines else []
 
