@@ -137,7 +137,6 @@ def test_the_command_of_the_report_gives_its_settings(quickstart):
     assert "--seed" not in given
 
 
-@pytest.mark.xfail(strict=True, reason="the committed report is of the model with norm_topk_prob: true")
 def test_the_committed_report_is_of_the_recipe():
     report = json.loads((RECIPE.parent / "report.json").read_text())
     assert report["settings"] == dataclasses.asdict(QuickstartSettings())
