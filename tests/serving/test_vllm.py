@@ -46,7 +46,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 prompts = [{"prompt_token_ids": ids} for ids in json.load(open(sys.argv[1] + "/prompts.json"))]
 settings = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True}
 settings |= {"skip_tokenizer_init": True, "distributed_executor_backend": "uni"}
-sampling = SamplingParams(temperature=0, max_tokens=16, min_tokens=16, ignore_eos=True, detokenize=False)
+sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
 
 
 def serve(name, **more):
@@ -71,7 +71,7 @@ model = LLM(
     sys.argv[1] + "/mixtral", dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True,
     tensor_parallel_size=2,
 )
-sampling = SamplingParams(temperature=0, max_tokens=16, min_tokens=16, ignore_eos=True, detokenize=False)
+sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
 found = [list(output.outputs[0].token_ids) for output in model.generate(prompts, sampling)]
 """
 
