@@ -219,15 +219,15 @@ class SymphonyConfig:
         return from_mapping(cls, values, where)
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "SymphonyConfig":
-        """Return the settings of a preset, with single ones changed.
+    def preset(cls, name: str) -> "SymphonyConfig":
+        """Return the settings of a preset.
 
         Raises:
-            ConfigError: If the preset or a setting is unknown, or a value is out of range.
+            ConfigError: If the preset is unknown.
         """
         if name not in PRESETS:
             raise ConfigError(f"symphony: preset {name!r} is unknown; {nearest(str(name), PRESETS)}")
-        return from_mapping(cls, {**PRESETS[name], **overrides}, "symphony")
+        return cls(**PRESETS[name])
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any], where: str = "symphony") -> "SymphonyConfig":

@@ -54,7 +54,7 @@ def _wrap_from_peft_type(original: Any) -> Any:
 
 
 def _keep_graphs(model: nn.Module, config: Any, others: list[str]) -> None:
-    """Have a new adapter hold the graphs too: they move while it is trained, and are saved with nothing else."""
+    """Put the graphs into a new adapter too: they move while it is trained, and are saved with nothing else."""
     is_trained = hasattr(config, "modules_to_save") and not config.inference_mode
     if not (is_trained and isinstance(model, PreTrainedModel) and is_symphonized(model)):
         return

@@ -1,7 +1,7 @@
 """The arrangements to compare, the small model that they train, and their parts of the batch."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,28 +57,43 @@ UNION_NEIGHBOURS = "union batch, neighbours"
 UNION_BIAS = "union batch, correction bias"
 UNION_REPLAY = "union batch, replay"
 STEP_BALANCE = "balance step, accumulation 2"
+_PLAIN = {
+    "accumulation 2": Arrangement(accumulation=2),
+    "accumulation 4": Arrangement(accumulation=4),
+    "accumulation 8": Arrangement(accumulation=8),
+    "checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
+    "checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
+    "packed": Arrangement(packed=True),
+    "torch.compile": Arrangement(compiled=True),
+    "DDP, 2 ranks": Arrangement(ranks=2),
+    "DDP, 2 ranks, accumulation 2": Arrangement(ranks=2, accumulation=2),
+    "DDP, 2 ranks, checkpointing": Arrangement(ranks=2, checkpointing="non-reentrant"),
+    "ZeRO-1, 2 ranks": Arrangement(ranks=2, zero=1),
+    "ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
+    "ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
+    "ZeRO-1, 2 ranks, offload": Arrangement(ranks=2, zero=1, offload=True),
+    "ZeRO-2, 2 ranks, offload, accumulation 2": Arrangement(ranks=2, zero=2, offload=True, accumulation=2),
+    "ZeRO-3, 2 ranks, offload": Arrangement(ranks=2, zero=3, offload=True),
+}
+"""Arrangements of the model as it is, by name."""
+
+
+def _with(kind: str, union: str, names: Sequence[str], **changes: Any) -> dict[str, tuple[Arrangement, str]]:
+    """Return some of the plain arrangements with other settings, and the union batch with which they are compared."""
+    changed = {f"{kind}, {name}": dataclasses.replace(_PLAIN[name], **changes) for name in names}
+    return {name: (arrangement, union) for name, arrangement in {union: Arrangement(**changes), **changed}.items()}
+
+
+_CHECKPOINTED = ("checkpointing, reentrant", "checkpointing, non-reentrant")
 ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
     UNION: (Arrangement(), UNION),
-    "accumulation 2": (Arrangement(accumulation=2), UNION),
-    "accumulation 4": (Arrangement(accumulation=4), UNION),
-    "accumulation 8": (Arrangement(accumulation=8), UNION),
-    "checkpointing, reentrant": (Arrangement(checkpointing="reentrant"), UNION),
-    "checkpointing, non-reentrant": (Arrangement(checkpointing="non-reentrant"), UNION),
-    "packed": (Arrangement(packed=True), UNION),
-    "torch.compile": (Arrangement(compiled=True), UNION),
-    "DDP, 2 ranks": (Arrangement(ranks=2), UNION),
-    "DDP, 2 ranks, accumulation 2": (Arrangement(ranks=2, accumulation=2), UNION),
-    "DDP, 2 ranks, checkpointing": (Arrangement(ranks=2, checkpointing="non-reentrant"), UNION),
-    "ZeRO-1, 2 ranks": (Arrangement(ranks=2, zero=1), UNION),
-    "ZeRO-2, 2 ranks": (Arrangement(ranks=2, zero=2), UNION),
-    "ZeRO-3, 2 ranks": (Arrangement(ranks=2, zero=3), UNION),
-    "ZeRO-1, 2 ranks, offload": (Arrangement(ranks=2, zero=1, offload=True), UNION),
-    "ZeRO-2, 2 ranks, offload, accumulation 2": (Arrangement(ranks=2, zero=2, offload=True, accumulation=2), UNION),
-    "ZeRO-3, 2 ranks, offload": (Arrangement(ranks=2, zero=3, offload=True), UNION),
-    UNION_ENTROPY: (Arrangement(z_loss_weight=0.0), UNION_ENTROPY),
-    "cross-entropy alone, accumulation 8": (Arrangement(z_loss_weight=0.0, accumulation=8), UNION_ENTROPY),
-    "cross-entropy alone, DDP, 2 ranks": (Arrangement(z_loss_weight=0.0, ranks=2), UNION_ENTROPY),
-    "cross-entropy alone, ZeRO-3, 2 ranks": (Arrangement(z_loss_weight=0.0, ranks=2, zero=3), UNION_ENTROPY),
+    **{name: (arrangement, UNION) for name, arrangement in _PLAIN.items()},
+    **_with(
+        "cross-entropy alone",
+        UNION_ENTROPY,
+        ["accumulation 8", "DDP, 2 ranks", "ZeRO-3, 2 ranks"],
+        z_loss_weight=0.0,
+    ),
     UNION_BALANCE: (Arrangement(scope="local"), UNION_BALANCE),
     "balance local, accumulation 2": (Arrangement(scope="local", accumulation=2), "balance local, accumulation 2"),
     "balance local, DDP, 2 ranks": (Arrangement(scope="local", ranks=2), "balance local, accumulation 2"),
@@ -91,46 +106,27 @@ ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
     ),
     "balance global, ZeRO-2, 2 ranks": (Arrangement(scope="global", ranks=2, zero=2), UNION_BALANCE),
     "balance global, ZeRO-3, 2 ranks": (Arrangement(scope="global", ranks=2, zero=3), UNION_BALANCE),
-    **{
-        name: (dataclasses.replace(arrangement, router_gradient="neighbours"), UNION_NEIGHBOURS)
-        for name, arrangement in {
-            UNION_NEIGHBOURS: Arrangement(),
-            "neighbours, accumulation 2": Arrangement(accumulation=2),
-            "neighbours, checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
-            "neighbours, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
-            "neighbours, packed": Arrangement(packed=True),
-            "neighbours, torch.compile": Arrangement(compiled=True),
-            "neighbours, DDP, 2 ranks": Arrangement(ranks=2),
-            "neighbours, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
-        }.items()
-    },
-    **{
-        name: (dataclasses.replace(arrangement, moves_bias=True), UNION_BIAS)
-        for name, arrangement in {
-            UNION_BIAS: Arrangement(),
-            "correction bias, accumulation 2": Arrangement(accumulation=2),
-            "correction bias, checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
-            "correction bias, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
-            "correction bias, torch.compile": Arrangement(compiled=True),
-            "correction bias, DDP, 2 ranks": Arrangement(ranks=2),
-            "correction bias, DDP, 2 ranks, accumulation 2": Arrangement(ranks=2, accumulation=2),
-            "correction bias, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
-            "correction bias, ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
-        }.items()
-    },
-    **{
-        name: (dataclasses.replace(arrangement, replays=True), UNION_REPLAY)
-        for name, arrangement in {
-            UNION_REPLAY: Arrangement(),
-            "replay, accumulation 2": Arrangement(accumulation=2),
-            "replay, checkpointing, reentrant": Arrangement(checkpointing="reentrant"),
-            "replay, checkpointing, non-reentrant": Arrangement(checkpointing="non-reentrant"),
-            "replay, packed": Arrangement(packed=True),
-            "replay, DDP, 2 ranks": Arrangement(ranks=2),
-            "replay, ZeRO-2, 2 ranks": Arrangement(ranks=2, zero=2),
-            "replay, ZeRO-3, 2 ranks": Arrangement(ranks=2, zero=3),
-        }.items()
-    },
+    **_with(
+        "neighbours",
+        UNION_NEIGHBOURS,
+        ["accumulation 2", *_CHECKPOINTED, "packed", "torch.compile", "DDP, 2 ranks", "ZeRO-2, 2 ranks"],
+        router_gradient="neighbours",
+    ),
+    **_with(
+        "correction bias",
+        UNION_BIAS,
+        [
+            *("accumulation 2", *_CHECKPOINTED, "torch.compile"),
+            *("DDP, 2 ranks", "DDP, 2 ranks, accumulation 2", "ZeRO-2, 2 ranks", "ZeRO-3, 2 ranks"),
+        ],
+        moves_bias=True,
+    ),
+    **_with(
+        "replay",
+        UNION_REPLAY,
+        ["accumulation 2", *_CHECKPOINTED, "packed", "DDP, 2 ranks", "ZeRO-2, 2 ranks", "ZeRO-3, 2 ranks"],
+        replays=True,
+    ),
     # One micro-batch is a step of its own; of two, the first is balanced by itself, and the second by both.
     "balance step, checkpointing": (Arrangement(scope="step", checkpointing="reentrant"), UNION_BALANCE),
     "balance step, DDP, 2 ranks": (Arrangement(scope="step", ranks=2), UNION_BALANCE),
