@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from clients import run_client, write_entry_points
+from clients import greedy_tokens, run_client, write_entry_points
 from models import COMMON, VOCAB, move_graphs
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,7 +20,6 @@ from symphony_hf import export_folded, symphonize
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]
 
 PYTHON = os.environ.get("SYMPHONY_HF_VLLM_PYTHON", sys.executable)
-LENGTH = 16
 SIZES = {**COMMON, "hidden_size": 128, "intermediate_size": 64, "max_position_embeddings": 256}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}  # vLLM's smallest head on a CPU
 GLM = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
@@ -76,14 +75,6 @@ found = [list(output.outputs[0].token_ids) for output in model.generate(prompts,
 """
 
 
-def greedy(model, prompts):
-    rows = []
-    for ids in map(torch.tensor, prompts):
-        output = model.generate(ids[None], do_sample=False, max_new_tokens=LENGTH, eos_token_id=None, pad_token_id=0)
-        rows.append(output[0, len(ids) :].tolist())
-    return rows
-
-
 def make_model(family):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
@@ -112,9 +103,9 @@ def folder(tmp_path_factory):
     expected = {}
     for family in FAMILIES:
         model = make_model(family)
-        plain = greedy(model, prompts)
+        plain = greedy_tokens(model, prompts)
         move_graphs(symphonize(model)).save_pretrained(folder / family)
-        expected[family] = greedy(model, prompts)
+        expected[family] = greedy_tokens(model, prompts)
         assert sum(a != b for a, b in zip(plain, expected[family], strict=True)) > 4  # the graph matters
     export_folded(AutoModelForCausalLM.from_pretrained(folder / "mixtral"), folder / "folded", tokenizer=False)
     symphonize(make_model("mixtral"), smoothing="scores").save_pretrained(folder / "scores")
