@@ -46,10 +46,11 @@ def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **default
     from jsonargparse import ArgumentError  # slow to import, and not needed by `import symphony_hf`
 
     settings = check_names(settings, inspect.signature(cls).parameters, where)
+    given = {**defaults, **settings}
     parser = _parser_of(cls)
     try:
-        values = parser.parse_object({"settings": {**defaults, **settings}})
-        return parser.instantiate(values).settings
+        values = parser.instantiate(parser.parse_object({"settings": given})).settings
+        return cls(**{name: values[name] for name in given})
     except ArgumentError as error:
         named = re.search(r'Parser key "settings\.(\w+)', str(error))
         problem = str(error) if named is None else _of_wrong_type(cls, named.group(1), settings)
@@ -60,11 +61,16 @@ def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **default
 
 @functools.cache
 def _parser_of(cls: type) -> Any:
-    """Return a parser of a class's settings. It takes longer to build than to use: it reads the class's source."""
+    """Return a parser of a class's settings.
+
+    Their types are those that the class annotates: HfArgumentParser changes the fields' own, so that a class that
+    inherits them after a script was parsed has others.
+    """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "settings")
+    parser, hints = ArgumentParser(exit_on_error=False), typing.get_type_hints(cls)
+    for name in inspect.signature(cls).parameters:
+        parser.add_argument(f"--settings.{name}", type=hints[name])
     return parser
 
 

@@ -11,9 +11,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from small_runs import smoke_overrides
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from symphony_hf.checkpoints.folder import open_folder
 from symphony_hf.recipe import load_recipe
+from symphony_hf.settings import parse_settings
 from symphony_hf.training.arguments import training_arguments
 from symphony_hf.training.models import empty_model
 
@@ -55,6 +58,16 @@ def test_every_recipe_loads(path):
     whole = load_recipe(path)
     assert dataclasses.replace(baseline, symphony=whole.symphony) == whole
     assert dataclasses.replace(baseline.symphony, strength=whole.symphony.strength) == whole.symphony
+
+
+def test_settings_have_their_annotated_types_after_a_script_was_parsed(tmp_path):
+    """HfArgumentParser narrows `SchedulerType | str` to SchedulerType in the fields that later classes inherit."""
+    HfArgumentParser(TrainingArguments)
+    later = dataclasses.make_dataclass("Later", [], bases=(TrainingArguments,))
+    assert later.__init__.__annotations__["lr_scheduler_type"] is SchedulerType
+    given = {"lr_scheduler_type": "cosine", "learning_rate": "1e-4", "output_dir": str(tmp_path), "use_cpu": True}
+    arguments = parse_settings(later, given, "train")
+    assert (arguments.lr_scheduler_type, arguments.learning_rate) == (SchedulerType.COSINE, 1e-4)
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)

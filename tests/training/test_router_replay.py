@@ -1,11 +1,15 @@
 """with_router_replay: GRPO trains its completions by the experts that sampled them."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
 from models import COMMON, make_model
 from trainers import make_tokenizer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from symphony_hf import (
@@ -18,6 +22,7 @@ from symphony_hf import (
 )
 from symphony_hf.patching.replay.hooks import decoder_routers
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "olmoe-7b-grpo" / "train.py"
 QUIET = {
     "report_to": [],
     "use_cpu": True,
@@ -112,6 +117,24 @@ def test_it_combines_with_router_losses_and_graphs(tmp_path):
     assert torch.equal(trainer.ratios[0], torch.ones_like(trainer.ratios[0]))
     assert all(not torch.equal(graph, before[name]) for name, graph in expert_graphs(model).items())
     assert any("symphony/balance_loss" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_trains_and_saves_its_graphs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--smoke"])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    assert "'reward': " in capsys.readouterr().out
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/smoke/olmoe-7b-grpo/final")
+    independent = torch.full((8, 8), 1 / 8)
+    assert all((graph - independent).abs().max() > 1e-3 for graph in expert_graphs(trained).values())
+
+
+def test_the_reward_of_the_recipe_falls_with_the_distance():
+    script = runpy.run_path(str(RECIPE))
+    assert script["closeness"]([" 42", "41.", "so", "9 42"], [42] * 4) == [1, 1 / 2, 0, 1 / 34]
+    rows = script["additions"](3, seed=0)
+    assert [eval(row["prompt"].rstrip(" =")) for row in rows] == rows["answer"]
 
 
 def test_only_online_trainers_are_accepted():
