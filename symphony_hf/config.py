@@ -18,7 +18,7 @@ GRAPHS = ("ema", "frozen", "learned")
 Smoothing = Literal["logits", "scores"]
 Normalization = Literal["row", "conditional", "symmetric", "centred"]
 Balance = Literal["loss", "bias"]
-BalanceScope = Literal["local", "global", "step"]
+BalanceScope = Literal["local", "global", "step", "last_step"]
 RouterGradient = Literal["chosen", "dense", "neighbours", "random"]
 
 
@@ -73,7 +73,8 @@ class SymphonyConfig:
         balance_scope: `local`: each micro-batch of each rank is balanced separately. `global`: the load of all ranks
             is balanced, as of one batch, at the cost of one small all-reduce per forward. `step`: also that of the
             optimizer step's micro-batches so far. Both are refused if a router is in a part that a rank's batch may
-            skip, such as a vision tower.
+            skip, such as a vision tower. `last_step`: every micro-batch is balanced by the load of the whole optimizer
+            step before, of all ranks; the first step is not balanced.
         z_loss_weight: Weight of the router z-loss, averaged and added in the same way.
         router_gradient: Experts whose outputs the router's gradient takes into account, in an unchanged forward: those
             that are `chosen`, all (`dense`), or the chosen and `num_neighbours` others for each token: `neighbours`,

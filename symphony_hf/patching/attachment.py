@@ -20,14 +20,15 @@ from .tracker import Tracker
 
 
 def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:
-    """Refuse a balance loss over all ranks where one may skip a router: all must take part in each all-reduce.
+    """Refuse a balance loss that waits for all ranks where one may skip a router.
 
     The model itself and its language model run in every forward. An image or audio encoder does not.
 
     Raises:
         ConfigError: If `balance_scope` is `global` or `step`, and a router is in such an encoder.
     """
-    if settings.balance_scope == "local" or settings.balance_loss_weight == 0 or not isinstance(model, PreTrainedModel):
+    waits = settings.balance_scope in ("global", "step") and settings.balance_loss_weight > 0
+    if not waits or not isinstance(model, PreTrainedModel):
         return
     always_run = (type(model.config), type(model.config.get_text_config()))
     for router in found:

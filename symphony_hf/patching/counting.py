@@ -21,7 +21,7 @@ from .expert_graph import ExpertGraph, active_graph
 from .observations import ForwardRecord
 from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
-from .training_state import TrainingState, num_ranks, shares_loads
+from .training_state import TrainingState, keeps_loads, num_ranks, shares_loads
 
 
 class CoselectionCounter:
@@ -115,6 +115,8 @@ class CoselectionCounter:
             self.placed.find()
             self.placed.check_in_place()
             self.record = self.state.begin_record(self.key, self.num_experts, self.device)
+        if keeps_loads(self.config):
+            self.record.loads_LE.copy_(self.last_loads())
         self.record.mask_T = self._find_mask(args, kwargs)
         types = kwargs.get("moe_mm_token_type_ids")
         self.record.image_T = types.reshape(-1).bool() if isinstance(types, Tensor) else None
@@ -125,7 +127,10 @@ class CoselectionCounter:
         if not self.active or record is None:
             return
         if shares_loads(self.config):
-            self._share_loads(record)
+            if not keeps_loads(self.config):
+                self._share_loads(record)
+            # Logged is the loss whose gradient the routers get.
+            record.losses_L3[:, 0] = self.num_experts * (record.loads_LE * record.probabilities_LE).sum(1)
         if torch.compiler.is_compiling():
             self.state.add_pending(self.key, record)
             record.visited.clear()
@@ -166,8 +171,23 @@ class CoselectionCounter:
         top_k = active_graph(self.routers[0].symphony).top_k
         # Every token chose K experts. A router that saw none has no load.
         record.loads_LE.copy_(loads_LE / (loads_LE.sum(1, keepdim=True) / top_k).clamp_min(1.0))
-        # Logged is the loss whose gradient the routers get.
-        record.losses_L3[:, 0] = self.num_experts * (record.loads_LE * record.probabilities_LE).sum(1)
+
+    def last_loads(self) -> Tensor:
+        """Return the load of the last step, by which this one is balanced: even, without a gradient, before the first.
+
+        It is the same for every micro-batch, however a step is split.
+        """
+        top_k = active_graph(self.routers[0].symphony).top_k
+        even_LE = torch.full((len(self.routers), self.num_experts), top_k / self.num_experts, device=self.device)
+        return self.state.loads_of_last_step(self.key, even_LE.to(torch.float32))
+
+    @torch.no_grad()
+    def keep_loads(self, counts_LEE: Tensor, tokens_L: Tensor) -> None:
+        """Keep the load of the step that is being committed. A router without tokens, or with NaN, keeps its last."""
+        last_LE, tokens_L1 = self.last_loads(), tokens_L.unsqueeze(1)
+        loads_LE = counts_LEE.diagonal(dim1=1, dim2=2) / tokens_L1.clamp_min(1.0)
+        usable_L1 = torch.isfinite(loads_LE).all(1, keepdim=True) & (tokens_L1 > 0)
+        last_LE.copy_(torch.where(usable_L1, loads_LE, last_LE))
 
     def observe(self, router: Any, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
         """Record what a training router chose, and return the loss to attach.

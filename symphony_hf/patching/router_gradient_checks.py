@@ -10,18 +10,23 @@ def check_router_gradient(found: list[FoundRouter], settings: SymphonyConfig) ->
 
     Raises:
         UnsupportedModelError: If it is not known how a router makes its weights, or its experts cannot be run alone.
-        ConfigError: If `num_neighbours` is more than the experts that a token does not choose.
+        ConfigError: If a token chooses all experts, or `num_neighbours` is more than those that it does not choose.
     """
     if settings.router_gradient == "chosen":
         return
     for router in found:
         contract = router.contract
+        num_others = contract.num_experts - contract.top_k
+        if num_others == 0:
+            raise ConfigError(
+                f"symphony: router_gradient={settings.router_gradient!r} has nothing to add: a token chooses all "
+                f"{contract.num_experts} experts of `{router.name}`; use router_gradient='chosen'"
+            )
         if contract.weighting is None:
             raise UnsupportedModelError(
                 f"{type(router.module).__name__} `{router.name}`: router_gradient={settings.router_gradient!r} is not "
                 f"defined for it: {contract.no_weighting}; use router_gradient='chosen'"
             )
-        num_others = contract.num_experts - contract.top_k
         if settings.router_gradient != "dense" and settings.num_neighbours > num_others:
             raise ConfigError(
                 f"symphony: `num_neighbours` is {settings.num_neighbours}, but `{router.name}` has "

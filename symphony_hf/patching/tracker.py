@@ -18,7 +18,7 @@ from .counting import CoselectionCounter, is_functional
 from .expert_graph import ExpertGraph
 from .observations import Observations
 from .training_checks import TrainingChecks
-from .training_state import TrainingState, num_ranks, parameters_of
+from .training_state import TrainingState, keeps_loads, num_ranks, parameters_of
 
 _TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
 
@@ -184,6 +184,8 @@ class Tracker:
             self._log_losses(counters, pending)
         for counter, observed in zip(counters, self._sum_over_ranks(pending), strict=True):
             self._move(counter, *observed)
+            if keeps_loads(counter.config):
+                counter.keep_loads(*observed)
             if self.config.balance == "bias":
                 for bias, counts_EE in zip(counter.placed.correction_biases(), observed[0], strict=True):
                     move_bias(bias, counts_EE.diagonal(), self.config.bias_rate)

@@ -4,7 +4,7 @@ README.md states the counting rule that this file carries out.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class TrainingState:
         stepped_uncounted: Whether an optimizer stepped after such a forward, with nothing pending.
         optimizer_parameters: Identities of the parameters that optimizers which stepped hold; None once they were
             checked.
+        last_loads: Each expert's share of the tokens of the last committed step, of all ranks, by the stack's key; even
+            where there was none. Shape of each: (L, num_experts). Kept where `balance_scope` is `last_step`.
         logged_losses: Balance loss, z-loss and number of forwards since the last log: of their mean, then of each
             router. Shape: (1 + number of routers, 3).
     """
@@ -49,6 +51,7 @@ class TrainingState:
         self.evaluated = False
         self.stepped_uncounted = False
         self.optimizer_parameters: set[int] | None = set()
+        self.last_loads: dict[int, Tensor] = {}
         self.logged_losses: Tensor | None = None
         self.commits_without_step = 0
         self._generation = 0
@@ -93,6 +96,25 @@ class TrainingState:
         if key in self.counted:
             total.add(self.pending[key])
         return total
+
+    def loads_of_last_step(self, key: int, even_LE: Tensor) -> Tensor:
+        """Return the load of a stack's experts in the last step, and begin with `even_LE` where it is not known.
+
+        Layers that were added or removed begin anew.
+        """
+        known = self.last_loads.get(key)
+        if known is None or known.shape != even_LE.shape or known.device != even_LE.device:
+            fits = known is not None and known.shape == even_LE.shape
+            self.last_loads[key] = known.to(even_LE.device) if fits and known is not None else even_LE
+        return self.last_loads[key]
+
+    def saved_loads(self) -> dict[str, list[list[float]]]:
+        """Return the loads of the last step for JSON, which a resumed run needs to go on exactly."""
+        return {str(key): loads_LE.tolist() for key, loads_LE in self.last_loads.items()}
+
+    def restore_loads(self, saved: Mapping[str, list[list[float]]]) -> None:
+        """Take the loads of the last step from `saved_loads`, in place of those that are known."""
+        self.last_loads = {int(key): torch.tensor(loads_LE, dtype=torch.float32) for key, loads_LE in saved.items()}
 
     def begin_record(self, key: int, num_experts: int, device: torch.device) -> ForwardRecord:
         """Return an empty record for a forward that begins."""
@@ -147,6 +169,7 @@ class TrainingState:
     def drop(self) -> None:
         """Drop what is pending, and void the records whose backward has not run: the model's state was replaced."""
         self._clear_pending()
+        self.last_loads.clear()
         self._generation += 1
         self.stepped = self.loss_recorded = False
 
@@ -186,8 +209,13 @@ class TrainingState:
 
 def shares_loads(config: SymphonyConfig) -> bool:
     """Whether the balance loss takes a load of more than its own micro-batch."""
-    is_wider = config.balance_scope == "step" or (config.balance_scope == "global" and num_ranks() > 1)
+    is_wider = config.balance_scope in ("step", "last_step") or (config.balance_scope == "global" and num_ranks() > 1)
     return is_wider and config.balance_loss_weight > 0
+
+
+def keeps_loads(config: SymphonyConfig) -> bool:
+    """Whether the balance loss takes the load of the step before."""
+    return config.balance_scope == "last_step" and shares_loads(config)
 
 
 def parameters_of(optimizer: Any) -> set[int]:

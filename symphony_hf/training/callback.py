@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from symphony_hf.conversion.adapters.record import record_adapters
 from symphony_hf.conversion.adapters.trainable import print_trainable_parameters
@@ -27,11 +28,12 @@ def add_to_log(
         state.log_history[-1].update(named)
 
 
-class SymphonyCallback(TrainerCallback):
+class SymphonyCallback(TrainerCallback, ExportableState):
     """Callback for any Trainer with a symphonized model: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
 
     Without it, the graphs are updated at the first forward or save after each optimizer step. On several ranks, the
-    update of the last step is missing then.
+    update of the last step is missing then. With `balance_scope="last_step"`, the load of the last step is saved in
+    each checkpoint's trainer_state.json, so that a resumed run goes on exactly.
 
     Raises:
         PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
@@ -39,6 +41,12 @@ class SymphonyCallback(TrainerCallback):
     """
 
     _reference: Any = None
+    _tracker: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what Trainer saves of this callback in a checkpoint."""
+        loads = {} if self._tracker is None else self._tracker.state.saved_loads()
+        return {"args": {}, "attributes": {"last_loads": loads}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -57,6 +65,11 @@ class SymphonyCallback(TrainerCallback):
             )
         check_launch_of_trainer(args)
         self._reference = synced_reference(self, args, model)
+        self._tracker = tracker
+        # Of the checkpoint that is resumed, if there is one: a new run balances nothing by an earlier one's load.
+        stored: Any = state.stateful_callbacks.get(type(self).__name__, {})  # type: ignore[union-attr]
+        stored = stored[-1] if isinstance(stored, list) else stored
+        tracker.state.restore_loads(stored.get("attributes", {}).get("last_loads", {}))
         tracker.remove_log_probs_hook()  # left by a training that was interrupted
         # SFTTrainer computes its loss from the tokens' log-probabilities. With `dft` it weights them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":

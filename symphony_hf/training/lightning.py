@@ -22,8 +22,21 @@ class SymphonyLightningCallback(Callback):
 
     _steps = 0
 
+    _tracker: Any = None
+    _stored: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Lightning saves of this callback in a checkpoint: the load of the last step."""
+        return {"last_loads": {} if self._tracker is None else self._tracker.state.saved_loads()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the load of the last step from the checkpoint that is resumed, once training starts."""
+        self._stored = state_dict
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tracker_of(pl_module)
+        self._tracker = tracker_of(pl_module)
+        self._tracker.state.restore_loads(self._stored.get("last_loads", {}))
+        self._stored = {}
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from symphony_hf import ConfigError
 from symphony_hf.experiments.balancing import study
-from symphony_hf.experiments.balancing.domains import VOCAB, Domain, draw, two_domains
+from symphony_hf.experiments.balancing.domains import SCRIPT, VOCAB, Domain, draw, two_domains
 from symphony_hf.experiments.balancing.training import _SIZES, FAMILIES, LENGTH, ROWS, train_and_measure
 
 
@@ -43,13 +43,24 @@ def test_the_violation_is_that_of_the_chosen_experts(family, domains):
     assert 0 < values["information"] < 1
 
 
+def test_experts_can_begin_as_specialists():
+    tokens = {name: torch.randint(first, first + 90, (2000,)) for name, first in (("code", 9), ("prose", SCRIPT + 9))}
+    domains = {name: Domain(text[:1500], text[1500:]) for name, text in tokens.items()}
+    sizes = {"seed": 0, "steps": 1, "micro_batches": 2}
+    plain, special = (
+        train_and_measure("olmoe", {}, domains, **sizes, specialists=specialists) for specialists in (False, True)
+    )
+    assert plain["information_before"] < 0.2
+    assert special["information_before"] > 0.5
+
+
 def test_every_way_to_balance_has_a_row(domains, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "two_domains", lambda: domains)
     path = tmp_path / "balance.json"
     result = study.run_balance(path, seeds=2, steps=1, micro_batches=2)
     assert json.loads(path.read_text()) == result
     assert [(row["family"], row["balance"]) for row in result["rows"]] == [
-        *(("olmoe", scope) for scope in ("none", "local", "step")),
+        *(("olmoe", scope) for scope in ("none", "local", "step", "last_step")),
         *((family, balance) for family in study.BIAS_FAMILIES for balance in ("neither", "loss", "bias")),
     ]
     for row in result["rows"]:
@@ -63,10 +74,11 @@ def test_every_way_to_balance_has_a_row(domains, tmp_path, monkeypatch, capsys):
         study.run_balance(path, steps=0)
 
 
-def test_the_domains_are_of_one_length_and_ascii():
+def test_the_domains_are_of_one_length_and_share_no_token():
     domains = two_domains()
     assert list(domains) == ["code", "prose"]
     assert len({(len(domain.train), len(domain.held_out)) for domain in domains.values()}) == 1
+    assert int(domains["code"].train.max()) < SCRIPT <= int(domains["prose"].train.min())
     for domain in domains.values():
         assert int(domain.train.max()) < VOCAB
         assert len(domain.held_out) > 10_000

@@ -132,17 +132,21 @@ def test_local_balance_is_the_mean_over_micro_batches_and_not_the_unions():
     assert (union.weights - parts.weights).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("field", ["moves_bias", "replays", "scope"])
-def test_rows_of_a_setting_are_not_those_without_it(field, monkeypatch):
+@pytest.mark.parametrize(
+    ("field", "setting"), [("moves_bias", True), ("replays", True), ("scope", "step"), ("scope", "last_step")]
+)
+def test_rows_of_a_setting_are_not_those_without_it(field, setting):
     """A bias that did not move, choices that were the model's own, or a load of one micro-batch would show nothing."""
-    plain = {"moves_bias": Arrangement(), "replays": Arrangement(), "scope": Arrangement(scope="local", accumulation=2)}
-    setting = {"moves_bias": True, "replays": True, "scope": "step"}[field]
-    first, other = plain[field], dataclasses.replace(plain[field], **{field: setting})
+    first = Arrangement(scope="local", accumulation=2) if field == "scope" else Arrangement()
+    other = dataclasses.replace(first, **{field: setting})
     if field == "moves_bias":
         biases = run(other).graphs[:, -16:]
         assert (biases[1:] != biases[:-1]).any(1).all()
         return
-    assert not torch.equal(run(first).graphs, run(other).graphs)
+    graphs, others = run(first).graphs, run(other).graphs
+    assert not torch.equal(graphs, others)
+    if setting == "last_step":
+        assert not torch.equal(others, run(Arrangement(accumulation=2)).graphs)
 
 
 def test_deepspeed_that_is_not_installed_is_a_reason(monkeypatch):

@@ -214,6 +214,14 @@ def test_families_of_another_form_are_refused_with_the_reason(model_type, reason
     assert not is_symphonized(model)
 
 
+@pytest.mark.parametrize("router_gradient", ["dense", "neighbours"])
+def test_a_model_that_chooses_all_experts_has_no_others(router_gradient):
+    model = make_model("mixtral", num_experts_per_tok=4, num_local_experts=4)
+    with pytest.raises(ConfigError, match="nothing to add: a token chooses all 4 experts"):
+        symphonize(model, router_gradient=router_gradient)
+    assert not is_symphonized(model)
+
+
 def test_a_block_that_changes_the_weights_is_refused_when_it_runs():
     model = symphonize(make_model("olmoe"), router_gradient="dense").train()
     block = model.model.layers[0].mlp

@@ -1,6 +1,7 @@
-"""`balance_scope="step"`: each micro-batch is balanced by the load of the optimizer step's micro-batches so far."""
+"""Balancing over the optimizer step: by the load of its micro-batches so far, or of the whole step before."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def backward(model, batches, divide_by=None):
         (model(**inputs).loss / (divide_by or len(batches))).backward()
 
 
-def naive_step(batches, family="olmoe"):
-    """Gradients and mean balance loss of a step of the stock model in float64, with naive loads."""
+def naive_step(batches, family="olmoe", loads=None):
+    """Gradients and mean balance loss of a step of the stock model in float64, with naive loads or those given."""
     model = stock(family, experts="eager").double()
     top_k = model.config.num_experts_per_tok
     chosen, num_tokens, values = None, 0, []
@@ -55,7 +56,7 @@ def naive_step(batches, family="olmoe"):
         balance = z = 0
         for layer, logits in enumerate(layers):
             chosen[layer] += logits.topk(top_k).indices.flatten().bincount(minlength=logits.shape[1])
-            load = (chosen[layer] / num_tokens).clone()
+            load = (chosen[layer] / num_tokens).clone() if loads is None else loads[layer]
             balance += len(load) * (load * logits.softmax(-1).mean(0)).sum() / len(layers)
             z += logits.logsumexp(-1).square().mean() / len(layers)
         values.append(float(balance.detach()))
@@ -154,3 +155,88 @@ def test_trainer_balances_its_optimizer_steps(tmp_path, accumulation):
     assert len(seen) == 2
     for step, found in enumerate(seen):
         assert_gradients(found, naive_step(batches[step * accumulation : (step + 1) * accumulation])[0])
+
+
+# The whole step before.
+
+
+def naive_loads(batches, family="olmoe"):
+    """Each layer's share of a step's tokens that chose each expert."""
+    model = stock(family, experts="eager").double()
+    chosen = []
+    for inputs in batches:
+        keep = inputs["attention_mask"].flatten().bool()
+        routed = model(**inputs, output_router_logits=True).router_logits
+        chosen.append([logits[keep].topk(model.config.num_experts_per_tok).indices for logits in routed])
+    layers = [torch.cat(layer) for layer in zip(*chosen, strict=True)]
+    return [layer.flatten().bincount(minlength=model.config.num_experts).double() / len(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+def test_each_step_is_balanced_by_the_load_of_the_last(checkpointing):
+    first, second = batches_of(5)[:3], batches_of(5)[3:]
+    model = symphonized(checkpointing=checkpointing, balance_scope="last_step", strength=0.0)
+    num_experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    even = [torch.full((num_experts,), top_k / num_experts).double()] * model.config.num_hidden_layers
+    for batches, loads in ((first, even), (second, naive_loads(first))):
+        model.zero_grad()
+        backward(model, batches)
+        expected, balance = naive_step(batches, loads=loads)
+        assert_gradients(gradients(model), expected)
+        update_graphs(model)
+        assert tracker_of(model).state.take_losses()["balance_loss"] == pytest.approx(balance, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_load_of_the_last_step_makes_the_split_into_micro_batches_irrelevant(parts):
+    found = {}
+    for number in (1, parts):
+        model = symphonized(balance_scope="last_step", strength=0.0)
+        for seed in (0, 1):
+            model.zero_grad()
+            backward(model, [{"input_ids": ids, "labels": ids} for ids in make_ids(8, 9, seed=seed).chunk(number)])
+            update_graphs(model)
+        found[number] = gradients(model)
+    assert_gradients(found[parts], found[1])
+
+
+def test_the_load_of_the_last_step_belongs_to_the_weights_that_had_it():
+    batches = batches_of(3)
+    model = symphonized(balance_scope="last_step", strength=0.0)
+    saved = copy.deepcopy(model.state_dict())
+    for restore in (lambda: copy.deepcopy(model), lambda: model.load_state_dict(saved) and model):
+        backward(model, batches[:1])
+        update_graphs(model)
+        restored = restore()
+        restored.zero_grad()
+        backward(restored, batches[1:])
+        loads = naive_loads(batches[:1]) if restored is not model else None
+        even = [torch.full_like(load, model.config.num_experts_per_tok / len(load)) for load in naive_loads(batches)]
+        assert_gradients(gradients(restored), naive_step(batches[1:], loads=loads or even)[0])
+
+
+def test_a_resumed_run_is_balanced_by_the_step_before_it(tmp_path):
+    """And a new run of the same model is not."""
+    settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1e-2}
+    whole = symphonized(balance_scope="last_step")
+    run_trainer(whole, make_ids(16, 8), tmp_path, [SymphonyCallback()], **settings)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert (
+        len(state["stateful_callbacks"]["SymphonyCallback"]["attributes"]["last_loads"]["0"])
+        == whole.config.num_hidden_layers
+    )
+    for resumed_from, same in ((str(tmp_path / "checkpoint-2"), True), (None, False)):
+        model = symphonized(balance_scope="last_step")
+        backward(model, batches_of(1))
+        update_graphs(model)
+        seen = []
+        model.register_forward_hook(lambda *_, model=model, seen=seen: seen.append(loads_of(model)))
+        run_trainer(model, make_ids(16, 8), tmp_path / "again", [SymphonyCallback()], resume=resumed_from, **settings)
+        even = torch.full_like(seen[0], model.config.num_experts_per_tok / model.config.num_experts)
+        assert torch.equal(seen[0], even) is not same
+        equal = [torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True)]
+        assert all(equal) is same
+
+
+def loads_of(model):
+    return next(iter(tracker_of(model).state.last_loads.values())).clone()

@@ -1,4 +1,7 @@
-"""Two domains of text that every Python has: the source code of its standard library, and its reference in prose."""
+"""Two domains of text that every Python has: the source code of its standard library, and its reference in prose.
+
+The prose is in a script of its own, as another language would be: no token is in both domains.
+"""
 
 from typing import NamedTuple
 
@@ -8,8 +11,11 @@ from torch import Tensor
 from symphony_hf.data.embedded import embedded_corpus
 from symphony_hf.errors import DataError
 
-VOCAB = 128
-"""Tokens are the characters of ASCII; the few others are `?`."""
+SCRIPT = 128
+"""Tokens of a script: the characters of ASCII; the few others are `?`."""
+
+VOCAB = 2 * SCRIPT
+"""Tokens of code, then of prose."""
 
 _CHARACTERS = 500_000
 """Maximum number of characters of a domain. Both have as many, and the last tenth is held out."""
@@ -42,11 +48,11 @@ def two_domains() -> dict[str, Domain]:
         "prose": "\n".join(topics[name] for name in sorted(topics)),
     }
     length = min(_CHARACTERS, *map(len, texts.values()))
-    return {name: _split(text[:length]) for name, text in texts.items()}
+    return {name: _split(text[:length], first) for (name, text), first in zip(texts.items(), (0, SCRIPT), strict=True)}
 
 
-def _split(text: str) -> Domain:
-    tokens = torch.tensor(list(text.encode("ascii", "replace")))
+def _split(text: str, first_token: int) -> Domain:
+    tokens = first_token + torch.tensor(list(text.encode("ascii", "replace")))
     first = len(tokens) * 9 // 10
     return Domain(tokens[:first], tokens[first:])
 

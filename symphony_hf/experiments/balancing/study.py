@@ -22,8 +22,9 @@ SCOPES: dict[str, dict[str, Any]] = {
     "none": {"balance_loss_weight": 0.0},
     "local": {"balance_scope": "local"},
     "step": {"balance_scope": "step"},
+    "last_step": {"balance_scope": "last_step"},
 }
-"""Settings by the scope of the balance loss, for an OLMoE."""
+"""Settings by the scope of the balance loss, for an OLMoE whose experts begin as specialists of a domain."""
 
 BALANCES: dict[str, dict[str, Any]] = {
     "neither": {"balance_loss_weight": 0.0},
@@ -36,7 +37,14 @@ BIAS_FAMILIES = ("deepseek_v3", "glm4_moe")
 _BIAS_MICRO_BATCHES = 2
 """One of each domain, so that the scope of the loss matters little where it is compared with the bias."""
 
-_MEASURES = ("violation", "last_violation", "information", "loss")
+_MEASURES = {
+    "violation": "violation",
+    "last_violation": "of the last quarter",
+    "information_before": "information before",
+    "information": "information after",
+    "loss": "held-out loss",
+}
+"""Titles of the measures' columns."""
 
 
 def run_balance(
@@ -65,7 +73,8 @@ def run_balance(
         for family, form, number, settings in forms:
             runs = []
             for seed in range(seeds):
-                sizes = {"seed": seed, "steps": steps, "micro_batches": number}
+                sizes: dict[str, Any] = {"seed": seed, "steps": steps, "micro_batches": number}
+                sizes["specialists"] = family == "olmoe"
                 runs.append(train_and_measure(family, settings, domains, **sizes))
                 bar.update()
             rows.append({"family": family, "balance": form, "micro_batches": number, "runs": runs, **_intervals(runs)})
@@ -86,7 +95,7 @@ def _intervals(runs: list[dict[str, float]]) -> dict[str, Any]:
 
 def balance_table(result: Mapping[str, Any], families: tuple[str, ...], title: str) -> Table:
     """Return the rows of some families as a table, with 95% intervals over seeds."""
-    header = ["family", "balance", "violation", "of the last quarter", "information", "held-out loss"]
+    header = ["family", "balance", *_MEASURES.values()]
     rows: list[list[TableCell | str]] = [
         [
             row["family"],

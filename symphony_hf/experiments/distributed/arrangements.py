@@ -56,6 +56,7 @@ UNION_BALANCE = "union batch, balance loss"
 UNION_NEIGHBOURS = "union batch, neighbours"
 UNION_BIAS = "union batch, correction bias"
 UNION_REPLAY = "union batch, replay"
+UNION_LAST_STEP = "union batch, balance last step"
 STEP_BALANCE = "balance step, accumulation 2"
 _PLAIN = {
     "accumulation 2": Arrangement(accumulation=2),
@@ -126,6 +127,15 @@ ARRANGEMENTS: dict[str, tuple[Arrangement, str]] = {
         UNION_REPLAY,
         ["accumulation 2", *_CHECKPOINTED, "packed", "DDP, 2 ranks", "ZeRO-2, 2 ranks", "ZeRO-3, 2 ranks"],
         replays=True,
+    ),
+    **_with(
+        "balance last step",
+        UNION_LAST_STEP,
+        [
+            *("accumulation 2", "accumulation 4", *_CHECKPOINTED, "packed", "torch.compile"),
+            *("DDP, 2 ranks", "DDP, 2 ranks, accumulation 2", "ZeRO-2, 2 ranks", "ZeRO-3, 2 ranks"),
+        ],
+        scope="last_step",
     ),
     # One micro-batch is a step of its own; of two, the first is balanced by itself, and the second by both.
     "balance step, checkpointing": (Arrangement(scope="step", checkpointing="reentrant"), UNION_BALANCE),
