@@ -115,12 +115,12 @@ def _difference(config: PreTrainedConfig, name: str, value: Any) -> str | None:
     if isinstance(value, Needed):
         if found == value.value:
             return None
-        return f"{setting} is not in its config: add {value.value!r}, without which {{}} computes something else"
+        return f"{setting} is not in its config: add {value.value!r}, or it is another model in {{}}"
     if isinstance(value, Other):
         return f"{setting} is {found!r}, which {{}} cannot load" if found == value.value else None
     if isinstance(value, Alike):
         different = found is not _MISSING and len(set(found or ())) > 1
-        return f"{setting} differs between layers, and {{}} takes one for all" if different else None
+        return f"{setting} differs between layers, and is the same for all in {{}}" if different else None
     if found is _MISSING or found == value or (not found and value in ([], None)):
         return None
-    return f"{setting} is {found!r}, and always {value!r} in {{}}, which computes something else or refuses it"
+    return f"{setting} is {found!r}, and always {value!r} in {{}}: the model is another one there, or refused"

@@ -68,10 +68,10 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
     )
     assert result["threads"] == 1
     assert torch.get_num_threads() == threads
-    forward = ("training", "inference", "folded", "noise", "watched")
+    forward = ("training", "inference", "folded", "noise")
     assert [(row["mode"], row["tokens"]) for row in result["rows"]] == [
         *((mode, tokens) for tokens in (1, 4) for mode in forward),
-        *(("generate", 1), ("generate", 8), ("generate noise", 1)),
+        *(("watched", 4), ("generate", 1), ("generate", 8), ("generate noise", 1)),
     ]
     memory = [(row["step"], row["tokens"]) for row in result["memory"]]
     assert memory == [("training", 1), ("training", 4), ("generate", 1), ("generate", 8)]
@@ -79,6 +79,22 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
         assert row["ratio"] == row["bytes"] / row["stock_bytes"] > 1  # a tiny layer's graph is no small part of it
     print_bench(result)
     assert "Peak memory over stock" in capsys.readouterr().out
+
+
+def test_an_interrupted_bench_keeps_the_models_that_it_has_measured(tmp_path, monkeypatch):
+    path, build = tmp_path / "bench.json", bench_module.build_forms
+    for module in (bench_module, layer_forms):
+        monkeypatch.setattr(module, "SHAPES", {"tiny": TINY["tiny"], "second": TINY["tiny"]})
+
+    def interrupted(name, *arguments):
+        if name == "second":
+            raise KeyboardInterrupt
+        return build(name, *arguments)
+
+    monkeypatch.setattr(bench_module, "build_forms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(["tiny", "second"], tokens=4, device="cpu", seconds=0.02, output=path)
+    assert {row["model"] for row in json.loads(path.read_text())["rows"]} == {"tiny"}
 
 
 def test_peak_memory_is_that_of_weights_and_tensors():

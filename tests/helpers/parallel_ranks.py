@@ -39,6 +39,8 @@ FAMILIES = {
             "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 8,
             "v_head_dim": 8,
+            "scoring_func": "sigmoid",  # which engines ask for
+            "topk_method": "noaux_tc",
         },
     ),
 }

@@ -8,7 +8,7 @@ their experts and compute the same routing, so that the experts' work is the sam
 - folded: the Symphony form after `fold`
 
 They run in alternation in one process, and the ratio is taken within each round. A fourth row, `watched`, is a training
-step of the stock form that RoutingMonitor reads, as if every step were logged.
+step of the stock form, with most tokens, that RoutingMonitor reads, as if every step were logged.
 """
 
 import dataclasses
@@ -159,18 +159,17 @@ def run_bench(
             bench = _Bench(name, build_forms(name, chosen, getattr(torch, kind)), seconds, rows, bar)
             for size in sizes:
                 bench.forward(size)
+            bench.watched(max(sizes))
             if generate:
                 bench.generations()
                 memory += bench.memory(sizes)
             del bench  # before the next model is built
             bar.update()
-        result = {
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "memory": [dataclasses.asdict(row) for row in memory],
-            "aims": AIMS,
-            **settings,
-        }
-        return write_result(output, result, chosen)
+            found = {"rows": rows, "memory": memory}
+            values = {kind: [dataclasses.asdict(row) for row in measured] for kind, measured in found.items()}
+            # After each model: an interrupted bench keeps those that it has measured.
+            result = write_result(output, {**values, "aims": AIMS, **settings}, chosen)
+    return result
 
 
 class _Bench:
@@ -195,6 +194,10 @@ class _Bench:
         self._measure("training", "symphony", inputs.shape[1], training_step, inputs)
         for mode, form in (("inference", "symphony"), ("folded", "folded"), ("noise", "stock")):
             self._measure(mode, form, inputs.shape[1], inference_step, inputs)
+
+    def watched(self, tokens: int) -> None:
+        """Measure a training step of the stock form that is watched."""
+        inputs = self._fitting(tokens)
         step = functools.partial(training_step, self.forms["stock"], inputs)
         self._compare("watched", inputs.shape[1], step, watched(self.forms["stock"], step))
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from symphony_hf.checkpoints.untrusted import load_checkpoint
@@ -103,9 +104,8 @@ def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
     """Load a checkpoint within the limits. Any error but a SymphonyError is a failure."""
     base = make_base() if specimen == "adapter" else None
     try:
-        with _limited(MOST_SECONDS), MemoryPeak() as memory, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = load_checkpoint(folder) if base is None else load_adapter(base, folder)
+        with _limited(MOST_SECONDS), MemoryPeak() as memory:
+            model = _load(folder, specimen, base)
     except SymphonyError as error:
         verdict, detail = _refusal(error)
     except _OutOfTime:
@@ -118,6 +118,13 @@ def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
     if memory.taken > most_bytes:
         return "failed", f"{memory.taken:,} bytes of memory, where {most_bytes:,} are allowed"
     return verdict, detail
+
+
+def _load(folder: Path, specimen: str, base: PreTrainedModel | None = None) -> torch.nn.Module:
+    """Load a checkpoint, or an adapter onto its base, without warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_adapter(base or make_base(), folder) if specimen == "adapter" else load_checkpoint(folder)
 
 
 def _refusal(error: SymphonyError) -> tuple[Verdict, str]:
@@ -215,6 +222,8 @@ def _work(connection: Connection, cases: range, seed: int, specimens: Path) -> N
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     torch.set_num_threads(1)
+    for specimen in SPECIMENS:  # untouched, so that no case's memory has the modules that a first load imports
+        _load(specimens / specimen, specimen)
     for case in cases:
         connection.send(try_case(case, seed, specimens))
 
