@@ -171,6 +171,12 @@ def test_the_findings_are_those_of_the_result_files():
         runs[key]["perplexity"]["ratio"]["estimate"] - 1 for key in (("graph", "learned"), ("outputs", "learned"))
     ]
     assert re.findall(r"\d+%", compression) == [f"{loss:.0%}" for loss in losses]
+    assert "centrality in the graph loses less than by load or by REAP" in " ".join(compression.split())
+    pruned = [run for run in result_of("quickstart", "prune")["runs"] if run["settings"]["model"].endswith("symphony")]
+    ratio_of = {
+        (run["settings"]["by"], run["settings"]["graph"]): run["perplexity"]["ratio"]["estimate"] for run in pruned
+    }
+    assert min(ratio_of, key=ratio_of.get) == ("centrality", "learned")
 
     ratios = {(row["model"], row["mode"]): row["ratio"] for row in result_of("quickstart", "bench")["rows"]}
     training = [ratios[model, "training"] for model in ("olmoe-1b-7b", "qwen3-30b-a3b")]

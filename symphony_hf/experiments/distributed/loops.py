@@ -50,6 +50,7 @@ class PlainLoop:
             reentrant = arrangement.checkpointing == "reentrant"
             self.forward = nn.parallel.DistributedDataParallel(model, static_graph=reentrant)
         elif arrangement.compiled:
+            torch.compiler.reset()  # of the arrangements before, whose graphs count towards a limit of the same code
             self.forward = torch.compile(model, backend="aot_eager", fullgraph=True)
 
     def step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
