@@ -28,6 +28,16 @@ def add_to_log(
         state.log_history[-1].update(named)
 
 
+def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
+    """Return the attributes of a callback's `state()` in the checkpoint that is resumed; none at the start of a run.
+
+    Trainer restores them itself only where `restore_callback_states_from_checkpoint` is set.
+    """
+    stored: Any = (state.stateful_callbacks or {}) if state.global_step else {}
+    found = stored.get(type(callback).__name__, {})
+    return (found[-1] if isinstance(found, list) else found).get("attributes", {})
+
+
 class SymphonyCallback(TrainerCallback, ExportableState):
     """Callback for any Trainer with a symphonized model: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
 
@@ -66,10 +76,7 @@ class SymphonyCallback(TrainerCallback, ExportableState):
         check_launch_of_trainer(args)
         self._reference = synced_reference(self, args, model)
         self._tracker = tracker
-        # Of the checkpoint that is resumed, if there is one: a new run balances nothing by an earlier one's load.
-        stored: Any = state.stateful_callbacks.get(type(self).__name__, {})  # type: ignore[union-attr]
-        stored = stored[-1] if isinstance(stored, list) else stored
-        tracker.state.restore_loads(stored.get("attributes", {}).get("last_loads", {}))
+        tracker.state.restore_loads(saved_attributes(self, state).get("last_loads", {}))
         tracker.remove_log_probs_hook()  # left by a training that was interrupted
         # SFTTrainer computes its loss from the tokens' log-probabilities. With `dft` it weights them.
         if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) and args.loss_type == "nll":

@@ -1,11 +1,14 @@
 """RoutingMonitor: the routing of any MoE in the logs of its training, without a change to the model."""
 
+import base64
 import warnings
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from symphony_hf.diagnostics.graph_metrics import graph_summary
 from symphony_hf.diagnostics.routing_metrics import router_margin
@@ -15,6 +18,7 @@ from symphony_hf.patching.replay.layout import padding_mask
 from symphony_hf.patching.symphonize import is_symphonized
 from symphony_hf.routing.graph import count_coselections, initial_adjacency, update_adjacency
 
+from .callback import saved_attributes
 from .monitor import GraphMonitor
 
 _SHOWN = ("load_entropy", "dead_experts", "busiest")
@@ -24,13 +28,14 @@ _EVERY = 50
 """Steps between two observations where the trainer does not log by steps."""
 
 
-class RoutingMonitor(GraphMonitor):
+class RoutingMonitor(GraphMonitor, ExportableState):
     """Callback that watches the routers of any MoE in training: `Trainer(model, ..., callbacks=[RoutingMonitor()])`.
 
     It logs, under `routing/`, the metrics of `diagnostics.graph_summary` on a moving average of co-selections and the
     mean margin of the choices, as means and for each router, to whatever `report_to` names. It draws what GraphMonitor
     draws. The model needs no graph, and stays as it is: hooks read the routers in one forward before each log, of this
-    process, without padding.
+    process, without padding. The moving average is saved in a checkpoint's trainer_state.json, so that a resumed run
+    logs what an uninterrupted one does.
 
     Args:
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
@@ -62,7 +67,19 @@ class RoutingMonitor(GraphMonitor):
             name: initial_adjacency(router.contract.num_experts, router.contract.top_k, "cpu")
             for name, router in routers_to_watch(model).items()
         }
+        self._margins = {}
+        if seen := saved_attributes(self, state).get("seen"):
+            tensors = load(base64.b64decode(seen))
+            self._margins = {name: tensors[f"margin/{name}"] for name in self._graphs if f"margin/{name}" in tensors}
+            self._graphs = {name: tensors.get(f"graph/{name}", graph) for name, graph in self._graphs.items()}
         super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def state(self) -> dict[str, Any]:
+        """Return what Trainer saves of this callback in a checkpoint: its tensors as safetensors, in letters."""
+        graphs = {f"graph/{name}": graph for name, graph in self._graphs.items()}
+        seen = save(graphs | {f"margin/{name}": margin.cpu() for name, margin in self._margins.items()})
+        attributes = {"seen": base64.b64encode(seen).decode()}
+        return {"args": {"pictures": self.pictures, "decay": self.decay}, "attributes": attributes}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

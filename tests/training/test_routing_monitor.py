@@ -12,14 +12,14 @@ from symphony_hf.experiments.conformance.naive import naive_counts, watch_choice
 from symphony_hf.training.monitor import LoadHistory
 
 
-def train(model, folder, *callbacks, steps=4, **settings):
+def train(model, folder, *callbacks, steps=4, resume=None, **settings):
     arguments = TrainingArguments(
-        str(folder), max_steps=steps, use_cpu=True, disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
-        per_device_train_batch_size=2, report_to="none", **{"logging_steps": 2, **settings},
+        str(folder), max_steps=steps, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+        per_device_train_batch_size=2, report_to="none", **{"logging_steps": 2, "save_strategy": "no", **settings},
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=Rows(make_ids(8, 8)))
     trainer.callback_handler.callbacks[:0] = callbacks
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -62,6 +62,19 @@ def test_the_graph_is_the_naive_count(tmp_path):
     for name, value in graph_summary(graphs).items():
         if name != "drift":
             assert entry[f"routing/{name}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_a_resumed_run_goes_on_with_its_moving_average(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    logged = []
+    for folder, resume in ((tmp_path / "whole", None), (tmp_path / "again", str(tmp_path / "whole/checkpoint-3"))):
+        callbacks = (RoutingMonitor(pictures=False), SymphonyCallback())
+        model = symphonize(make_model())  # a stock Trainer would resume a stock model without its experts
+        trainer = train(model, folder, *callbacks, steps=6, resume=resume, **settings)
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] > 3]
+        logged.append([{k: v for k, v in entry.items() if k.startswith("routing/")} for entry in entries])
+    assert len(logged[0]) == 2
+    assert logged[1] == logged[0]
 
 
 def test_padding_is_left_out():

@@ -165,10 +165,13 @@ def run_bench(
                 memory += bench.memory(sizes)
             del bench  # before the next model is built
             bar.update()
-            found = {"rows": rows, "memory": memory}
-            values = {kind: [dataclasses.asdict(row) for row in measured] for kind, measured in found.items()}
-            # After each model: an interrupted bench keeps those that it has measured.
-            result = write_result(output, {**values, "aims": AIMS, **settings}, chosen)
+            measured = {
+                "rows": [dataclasses.asdict(row) for row in rows],
+                "memory": [dataclasses.asdict(row) for row in memory],
+                "aims": AIMS,
+                **settings,
+            }
+            result = write_result(output, measured, chosen)  # after each model: an interruption loses one at most
     return result
 
 
