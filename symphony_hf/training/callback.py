@@ -33,9 +33,11 @@ def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str
 
     Trainer restores them itself only where `restore_callback_states_from_checkpoint` is set.
     """
-    stored: Any = (state.stateful_callbacks or {}) if state.global_step else {}
-    found = stored.get(type(callback).__name__, {})
-    return (found[-1] if isinstance(found, list) else found).get("attributes", {})
+    stored: Any = state.stateful_callbacks
+    # Trainer saves to the entry of each callback, and a checkpoint of a run without this one has none.
+    found = stored.setdefault(type(callback).__name__, {})
+    own = found[-1] if isinstance(found, list) and found else found
+    return own.get("attributes", {}) if state.global_step and own else {}
 
 
 class SymphonyCallback(TrainerCallback, ExportableState):

@@ -122,7 +122,7 @@ def test_windows_in_some_layers_are_said():
     window = {"use_sliding_window": True, "sliding_window": 4}
     texts = [engine_warnings(make_config("qwen2_moe", max_window_layers=layers, **window)) for layers in (0, 2)]
     vllm, llama_cpp = (
-        "differs between layers, and vLLM",
+        "differs between layers, and is the same for all in vLLM",
         "`sliding_window` of this `qwen2_moe` is 4, and always None in",
     )
     assert [any(vllm in text for text in some) for some in texts] == [False, True]
