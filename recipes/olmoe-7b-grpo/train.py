@@ -61,7 +61,7 @@ def main() -> None:
     parser.set_defaults(**(SMOKE if "--smoke" in sys.argv else FULL))
     arguments, settings = parser.parse_args_and_config()
     torch.manual_seed(settings.seed)
-    model, tokenizer = tiny_model() if arguments.smoke else load(arguments.model_name_or_path, settings.bf16)
+    model, tokenizer = tiny_model() if arguments.smoke else load(arguments.model_name_or_path)
     symphonize(model, strength=arguments.strength)
     trainer_class = with_router_replay(GRPOTrainer) if arguments.replay else GRPOTrainer
     trainer = with_router_losses(trainer_class)(
@@ -92,9 +92,9 @@ def closeness(completions: list[str], answer: list[int], **_: Any) -> list[float
     ]
 
 
-def load(path: str, bf16: bool) -> tuple[Any, Any]:
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+def load(path: str) -> tuple[Any, Any]:
+    """Return a checkpoint with float32 weights, in which a step of 1e-6 is not rounded away, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
 
 def tiny_model() -> tuple[Any, Any]:

@@ -102,10 +102,9 @@ class TrainingState:
 
         Layers that were added or removed begin anew.
         """
-        known = self.last_loads.get(key)
-        if known is None or known.shape != even_LE.shape or known.device != even_LE.device:
-            fits = known is not None and known.shape == even_LE.shape
-            self.last_loads[key] = known.to(even_LE.device) if fits and known is not None else even_LE
+        known = self.last_loads.get(key, even_LE)
+        fitting = known if known.shape == even_LE.shape else even_LE
+        self.last_loads[key] = fitting.to(even_LE.device)
         return self.last_loads[key]
 
     def saved_loads(self) -> dict[str, list[list[float]]]:

@@ -31,10 +31,10 @@ def add_to_log(
 def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
     """Return the attributes of a callback's `state()` in the checkpoint that is resumed; none at the start of a run.
 
-    Trainer restores them itself only where `restore_callback_states_from_checkpoint` is set.
+    Trainer restores them itself only where `restore_callback_states_from_checkpoint` is set. Where the checkpoint is of
+    a run without this callback, its entry is added, since Trainer saves to entries that exist.
     """
     stored: Any = state.stateful_callbacks
-    # Trainer saves to the entry of each callback, and a checkpoint of a run without this one has none.
     found = stored.setdefault(type(callback).__name__, {})
     own = found[-1] if isinstance(found, list) and found else found
     return own.get("attributes", {}) if state.global_step and own else {}

@@ -23,7 +23,7 @@ class SymphonyLightningCallback(Callback):
     _steps = 0
 
     _tracker: Any = None
-    _stored: dict[str, Any] = {}
+    _resumed_loads: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning saves of this callback in a checkpoint: the load of the last step."""
@@ -31,12 +31,12 @@ class SymphonyLightningCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the load of the last step from the checkpoint that is resumed, once training starts."""
-        self._stored = state_dict
+        self._resumed_loads = state_dict["last_loads"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tracker = tracker_of(pl_module)
-        self._tracker.state.restore_loads(self._stored.get("last_loads", {}))
-        self._stored = {}
+        self._tracker.state.restore_loads(self._resumed_loads or {})
+        self._resumed_loads = None
         self._steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

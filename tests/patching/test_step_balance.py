@@ -43,7 +43,7 @@ def backward(model, batches, divide_by=None):
 
 
 def naive_step(batches, family="olmoe", loads=None):
-    """Gradients and mean balance loss of a step of the stock model in float64, with naive loads or those given."""
+    """Gradients, mean balance loss and loads of a step of the stock model in float64, by naive loads or those given."""
     model = stock(family, experts="eager").double()
     top_k = model.config.num_experts_per_tok
     chosen, num_tokens, values = None, 0, []
@@ -62,13 +62,14 @@ def naive_step(batches, family="olmoe", loads=None):
         values.append(float(balance.detach()))
         loss = out.loss + WEIGHTS["balance_loss_weight"] * balance + WEIGHTS["z_loss_weight"] * z
         (loss / len(batches)).backward()
-    return {name: gradient.float() for name, gradient in gradients(model).items()}, sum(values) / len(values)
+    found = {name: gradient.float() for name, gradient in gradients(model).items()}
+    return found, sum(values) / len(values), chosen / num_tokens
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
 def test_gradients_and_logged_loss_are_those_of_the_load_so_far(family, checkpointing):
     batches = batches_of(3)
-    expected, balance = naive_step(batches, family)
+    expected, balance, _ = naive_step(batches, family)
     model = symphonized(family, checkpointing)
     backward(model, batches)
     assert_gradients(gradients(model), expected)
@@ -160,28 +161,16 @@ def test_trainer_balances_its_optimizer_steps(tmp_path, accumulation):
 # The whole step before.
 
 
-def naive_loads(batches, family="olmoe"):
-    """Each layer's share of a step's tokens that chose each expert."""
-    model = stock(family, experts="eager").double()
-    chosen = []
-    for inputs in batches:
-        keep = inputs["attention_mask"].flatten().bool()
-        routed = model(**inputs, output_router_logits=True).router_logits
-        chosen.append([logits[keep].topk(model.config.num_experts_per_tok).indices for logits in routed])
-    layers = [torch.cat(layer) for layer in zip(*chosen, strict=True)]
-    return [layer.flatten().bincount(minlength=model.config.num_experts).double() / len(layer) for layer in layers]
-
-
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
 def test_each_step_is_balanced_by_the_load_of_the_last(checkpointing):
     first, second = batches_of(5)[:3], batches_of(5)[3:]
     model = symphonized(checkpointing=checkpointing, balance_scope="last_step", strength=0.0)
     num_experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
-    even = [torch.full((num_experts,), top_k / num_experts).double()] * model.config.num_hidden_layers
-    for batches, loads in ((first, even), (second, naive_loads(first))):
+    even = torch.full((model.config.num_hidden_layers, num_experts), top_k / num_experts).double()
+    for batches, loads in ((first, even), (second, naive_step(first)[2])):
         model.zero_grad()
         backward(model, batches)
-        expected, balance = naive_step(batches, loads=loads)
+        expected, balance, _ = naive_step(batches, loads=loads)
         assert_gradients(gradients(model), expected)
         update_graphs(model)
         assert tracker_of(model).state.take_losses()["balance_loss"] == pytest.approx(balance, rel=1e-5)
@@ -210,9 +199,10 @@ def test_the_load_of_the_last_step_belongs_to_the_weights_that_had_it():
         restored = restore()
         restored.zero_grad()
         backward(restored, batches[1:])
-        loads = naive_loads(batches[:1]) if restored is not model else None
-        even = [torch.full_like(load, model.config.num_experts_per_tok / len(load)) for load in naive_loads(batches)]
-        assert_gradients(gradients(restored), naive_step(batches[1:], loads=loads or even)[0])
+        loads = naive_step(batches[:1])[2]
+        even = torch.full_like(loads, model.config.num_experts_per_tok / model.config.num_experts)
+        wanted = even if restored is model else loads
+        assert_gradients(gradients(restored), naive_step(batches[1:], loads=wanted)[0])
 
 
 def test_a_resumed_run_is_balanced_by_the_step_before_it(tmp_path):

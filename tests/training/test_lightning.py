@@ -5,6 +5,7 @@ import torch
 from models import make_ids, make_model
 
 from symphony_hf import PatchError, expert_graphs, symphonize, update_graphs
+from symphony_hf.patching.attachment import tracker_of
 
 lightning = pytest.importorskip("lightning.pytorch")
 pytestmark = pytest.mark.clients
@@ -34,13 +35,13 @@ def module_of(model):
     return Module()
 
 
-def fit(model, callbacks, accumulated, tmp_path):
+def fit(model, callbacks, accumulated, tmp_path, max_epochs=1, resume=None):
     trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulated, callbacks=callbacks, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        default_root_dir=tmp_path,
+        accelerator="cpu", max_epochs=max_epochs, accumulate_grad_batches=accumulated, callbacks=callbacks,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(module_of(model.train()))
+    trainer.fit(module_of(model.train()), ckpt_path=resume)
     return trainer
 
 
@@ -62,3 +63,22 @@ def test_graphs_are_those_of_the_plain_loop(accumulated, tmp_path):
     assert trainer.callback_metrics["symphony/balance_loss"] > 0
     with pytest.raises(PatchError, match="not symphonized"):
         fit(make_model(), [SymphonyLightningCallback()], 1, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_resumed_run_is_balanced_by_the_step_before_it(tmp_path):
+    from symphony_hf.training.lightning import SymphonyLightningCallback
+
+    model, resumed = (symphonize(make_model(), balance_scope="last_step") for _ in range(2))
+    trainer = fit(model, [SymphonyLightningCallback()], 1, tmp_path)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    seen = []
+    resumed.register_forward_hook(lambda *_: seen.append(loads_of(resumed)))
+    fit(resumed, [SymphonyLightningCallback()], 1, tmp_path, max_epochs=2, resume=tmp_path / "saved.ckpt")
+    assert len(seen) == NUM_BATCHES
+    assert torch.equal(seen[0], loads_of(model))
+    assert not torch.equal(seen[0], torch.full_like(seen[0], float(seen[0].mean())))
+
+
+def loads_of(model):
+    return next(iter(tracker_of(model).state.last_loads.values())).clone()

@@ -21,6 +21,7 @@ from symphony_hf import (
     with_router_replay,
 )
 from symphony_hf.patching.replay.hooks import decoder_routers
+from symphony_hf.routing import initial_adjacency
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "olmoe-7b-grpo" / "train.py"
 QUIET = {
@@ -126,8 +127,8 @@ def test_the_recipe_trains_and_saves_its_graphs(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(RECIPE), run_name="__main__")
     assert "'reward': " in capsys.readouterr().out
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/smoke/olmoe-7b-grpo/final")
-    independent = torch.full((8, 8), 1 / 8)
-    assert all((graph - independent).abs().max() > 1e-3 for graph in expert_graphs(trained).values())
+    start = initial_adjacency(8, 2)
+    assert all((graph - start).abs().max() > 1e-3 for graph in expert_graphs(trained).values())
 
 
 def test_the_reward_of_the_recipe_falls_with_the_distance():

@@ -73,9 +73,9 @@ def run_balance(
         for family, form, number, settings in forms:
             runs = []
             for seed in range(seeds):
-                sizes: dict[str, Any] = {"seed": seed, "steps": steps, "micro_batches": number}
-                sizes["specialists"] = family == "olmoe"
-                runs.append(train_and_measure(family, settings, domains, **sizes))
+                sizes = {"seed": seed, "steps": steps, "micro_batches": number}
+                specialists = family not in BIAS_FAMILIES
+                runs.append(train_and_measure(family, settings, domains, **sizes, specialists=specialists))
                 bar.update()
             rows.append({"family": family, "balance": form, "micro_batches": number, "runs": runs, **_intervals(runs)})
     return write_result(

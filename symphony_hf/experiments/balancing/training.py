@@ -116,9 +116,10 @@ def train_and_measure(
 
 @torch.no_grad()
 def _specialize(model: PreTrainedModel) -> None:
-    """Add one direction to the embeddings of a script's tokens and to half of each router's rows, and subtract it else.
+    """Make half of the experts specialists of each script, by one direction that embeddings and routers share.
 
-    Its projection is two to three times as large as the random weights'.
+    It is added to the embeddings of one script's tokens and to the rows of half of each router's experts, and
+    subtracted from the others. Along it, weights are then shifted by almost three of their standard deviations.
     """
     embeddings_VD: Any = model.get_input_embeddings().weight
     direction_D = torch.randn(embeddings_VD.shape[1])

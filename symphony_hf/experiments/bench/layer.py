@@ -157,9 +157,7 @@ def run_bench(
     with using_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
         for name in names:
             bench = _Bench(name, build_forms(name, chosen, getattr(torch, kind)), seconds, rows, bar)
-            for size in sizes:
-                bench.forward(size)
-            bench.watched(max(sizes))
+            bench.watched(max([bench.forward(size) for size in sizes]))
             if generate:
                 bench.generations()
                 memory += bench.memory(sizes)
@@ -191,18 +189,18 @@ class _Bench:
     def _prompt(self, batch: int) -> Tensor:
         return torch.arange(batch * PROMPT, device=self.device).view(batch, PROMPT) % 7 + 1
 
-    def forward(self, tokens: int) -> None:
-        """Measure the forward of a number of tokens, or of half as many until they fit."""
+    def forward(self, tokens: int) -> int:
+        """Measure the forward of a number of tokens, or of half as many until they fit. Returns their number."""
         inputs = self._fitting(tokens)
         self._measure("training", "symphony", inputs.shape[1], training_step, inputs)
         for mode, form in (("inference", "symphony"), ("folded", "folded"), ("noise", "stock")):
             self._measure(mode, form, inputs.shape[1], inference_step, inputs)
+        return inputs.shape[1]
 
     def watched(self, tokens: int) -> None:
         """Measure a training step of the stock form that is watched."""
-        inputs = self._fitting(tokens)
-        step = functools.partial(training_step, self.forms["stock"], inputs)
-        self._compare("watched", inputs.shape[1], step, watched(self.forms["stock"], step))
+        step = functools.partial(training_step, self.forms["stock"], self._inputs(tokens))
+        self._compare("watched", tokens, step, watched(self.forms["stock"], step))
 
     def generations(self) -> None:
         """Measure generation of 1 and of 8 sequences, and its noise."""

@@ -102,10 +102,10 @@ def try_case(case: int, seed: int, specimens: Path) -> Outcome:
 
 def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
     """Load a checkpoint within the limits. Any error but a SymphonyError is a failure."""
-    base = make_base() if specimen == "adapter" else None
+    base = _base_of(specimen)
     try:
         with _limited(MOST_SECONDS), MemoryPeak() as memory:
-            model = _load(folder, specimen, base)
+            model = _load(folder, base)
     except SymphonyError as error:
         verdict, detail = _refusal(error)
     except _OutOfTime:
@@ -120,11 +120,15 @@ def _judge(folder: Path, specimen: str, most_bytes: int) -> tuple[Verdict, str]:
     return verdict, detail
 
 
-def _load(folder: Path, specimen: str, base: PreTrainedModel | None = None) -> torch.nn.Module:
+def _base_of(specimen: str) -> PreTrainedModel | None:
+    return make_base() if specimen == "adapter" else None
+
+
+def _load(folder: Path, base: PreTrainedModel | None) -> torch.nn.Module:
     """Load a checkpoint, or an adapter onto its base, without warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return load_adapter(base or make_base(), folder) if specimen == "adapter" else load_checkpoint(folder)
+        return load_checkpoint(folder) if base is None else load_adapter(base, folder)
 
 
 def _refusal(error: SymphonyError) -> tuple[Verdict, str]:
@@ -223,7 +227,7 @@ def _work(connection: Connection, cases: range, seed: int, specimens: Path) -> N
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     for specimen in SPECIMENS:  # untouched, so that no case's memory has the modules that a first load imports
-        _load(specimens / specimen, specimen)
+        _load(specimens / specimen, _base_of(specimen))
     for case in cases:
         connection.send(try_case(case, seed, specimens))
 
