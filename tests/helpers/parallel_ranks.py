@@ -133,6 +133,8 @@ def run_family(folder, out, config=None):
     patched = symphonize(load("stock"), graph=str(folder / "ours"), **SETTINGS)
     results |= {f"patched.{name}": value for name, value in evaluate(patched).items()}
     results |= {f"patched.{name}": value for name, value in train(patched).items()}
+    others = symphonize(load("stock"), graph=str(folder / "ours"), router_gradient="neighbours", **SETTINGS)
+    results |= {f"others.{name}": value for name, value in train(others).items()}
     results["folded"] = logits_of(fold(load("ours")))
     results["unsymphonized"] = logits_of(unsymphonize(symphonize(load("stock"))))
     results["unsymphonized_loaded"] = logits_of(unsymphonize(load("ours")))

@@ -7,7 +7,14 @@ import torch
 from models import make_ids, make_model, move_graphs
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from symphony_hf import ConfigError, UnsupportedModelError, is_symphonized, symphonize, unsymphonize
+from symphony_hf import (
+    ConfigError,
+    UnsupportedModelError,
+    is_symphonized,
+    quantize_experts,
+    symphonize,
+    unsymphonize,
+)
 from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -326,3 +333,30 @@ def test_lora_of_experts_and_router_takes_part():
     _, expected = loss_and_gradients(merged.requires_grad_(True), ids)
     wanted = expected["model.layers.1.mlp.gate.weight"]
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.filterwarnings("ignore")  # of checkpointing
+def test_experts_in_4_bits_are_unpacked_for_it(experts, use_reentrant):
+    """Bit for bit the gradient of a model whose weights are what the packed ones say."""
+    pytest.importorskip("bitsandbytes")
+    # Rows of 64 values, as bitsandbytes packs them on a CPU.
+    model = make_model("mixtral", experts=experts, hidden_size=64, intermediate_size=64, head_dim=16)
+    model = move_graphs(symphonize(model, router_gradient="neighbours", **QUIET)).train()
+    packed = quantize_experts(copy.deepcopy(model))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 3:
+                block, _, leaf = name.rpartition(".")
+                weight.copy_(getattr(packed.get_submodule(block), leaf))
+    if use_reentrant is not None:
+        packed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        packed.enable_input_require_grads()
+    ids = make_ids()
+    _, expected = loss_and_gradients(model, ids)
+    _, gradients = loss_and_gradients(packed, ids)
+    routers = [name for name in gradients if name.endswith("gate.weight")]
+    assert len(routers) == len(model.model.layers)
+    for name in routers:
+        assert torch.equal(gradients[name], expected[name]), name
