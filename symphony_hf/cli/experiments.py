@@ -25,7 +25,7 @@ from symphony_hf.experiments.theory.report import print_theory
 from .app import app, command_from
 
 
-@app.command(epilog="Example: symphony bench --models olmoe-1b-7b --tokens 1024 --output bench.json")
+@app.command(epilog="Example: symphony bench --models olmoe-1b-7b,qwen3-30b-a3b --tokens 1,64,1024 --output bench.json")
 @command_from(run_bench, arguments=(), repeated=("models",))
 def bench(result: dict[str, Any]) -> None:
     """Measure what the graph costs: a Symphony block against the stock one, in alternation, at true layer shapes."""

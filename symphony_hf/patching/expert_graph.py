@@ -101,6 +101,8 @@ class ExpertGraph(nn.Module):
         if kind == "weight":
             return add_residual_to_weight(tensor, self.residual())
         if kind == "logits":
+            if tensor.dim() == 2 and tensor.dtype == torch.float32:
+                return add_residual(tensor, self.residual())
             smoothed = add_residual(tensor.reshape(-1, self.num_experts), self.residual())
             return smoothed.view_as(tensor).to(tensor.dtype)
         smooth = smooth_sigmoid_scores if kind == "sigmoid" else smooth_scores

@@ -7,7 +7,6 @@ import contextlib
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from symphony_hf.config import Normalization
@@ -208,7 +207,9 @@ def routing_residual(
         mass_EE = torch.diagonal_scatter(mass_EE, torch.zeros_like(mass_EE[0]))
     degree_E = mass_EE.sum(-1)
     # Infinity makes 0 of the row of an expert without mass, in the gradient too.
-    factor_E = strength / F.threshold(degree_E, _LARGEST_SUBNORMAL, torch.inf)
+    factor_E = torch.threshold(degree_E, _LARGEST_SUBNORMAL, torch.inf).reciprocal()
+    if not (isinstance(strength, float) and strength == 1.0):  # a token's forward notices each operation
+        factor_E = strength * factor_E
     return torch.diagonal_scatter(mass_EE, mass_EE.diagonal() - degree_E) * factor_E.unsqueeze(-1)
 
 

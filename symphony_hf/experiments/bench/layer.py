@@ -117,7 +117,7 @@ def run_bench(
     """Measure every model, and write the result as JSON.
 
     Args:
-        models: Keys of SHAPES; all if None.
+        models: Keys of SHAPES, with commas between several; all if None.
         tokens: Tokens of one forward, with commas between several numbers; each is halved until it fits into memory.
         generate: Whether to measure generation with a cache, and the peak memory of a step, too.
         device: Device to measure on; if None, the accelerator, or the CPU if there is none.
@@ -134,7 +134,7 @@ def run_bench(
         ConfigError: If a model, the device or the dtype is unknown, or a number is too small.
     """
     check_file_place(output, "bench")
-    names = list(models or SHAPES)
+    names = [name for entry in models or SHAPES for name in entry.split(",")]
     for name in names:
         if name not in SHAPES:
             raise ConfigError(f"bench: unknown model `{name}`; {nearest(name, SHAPES)}")

@@ -79,7 +79,8 @@ def build_forms(name: str, device: torch.device, dtype: torch.dtype) -> dict[str
     Returns:
         The `stock`, `symphony` and `folded` models, which compute the same outputs.
     """
-    config = AutoConfig.for_model(**SHAPES[name], num_hidden_layers=1, vocab_size=8, pad_token_id=0)
+    tokens = {"vocab_size": 8, "pad_token_id": 0, "eos_token_id": None}
+    config = AutoConfig.for_model(**SHAPES[name], num_hidden_layers=1, **tokens)
     torch.manual_seed(0)
     with torch.device(device):
         symphony = AutoModelForCausalLM.from_config(config, dtype=dtype)
