@@ -17,7 +17,7 @@ from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
-from symphony_hf.experiments.bench.layer import AIMS, bench_table
+from symphony_hf.experiments.bench.layer_rows import AIMS, bench_table
 from symphony_hf.tables import Table, cell_text
 
 RECIPES = ROOT / "recipes"

@@ -10,7 +10,8 @@ from symphony_hf.experiments.ablation.run import run_ablation
 from symphony_hf.experiments.balancing.study import print_balance, run_balance
 from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
 from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts
-from symphony_hf.experiments.bench.layer import print_bench, run_bench
+from symphony_hf.experiments.bench.layer import run_bench
+from symphony_hf.experiments.bench.layer_rows import print_bench
 from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_bench_upcycle
 from symphony_hf.experiments.conformance.matrix import FamilyResult
 from symphony_hf.experiments.conformance.table import list_families, print_rows

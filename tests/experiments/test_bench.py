@@ -11,8 +11,9 @@ from symphony_hf.experiments.bench import commit as bench_commit
 from symphony_hf.experiments.bench import experts as bench_experts
 from symphony_hf.experiments.bench import layer as bench_module
 from symphony_hf.experiments.bench import layer_forms
-from symphony_hf.experiments.bench.layer import AIMS, print_bench, run_bench
+from symphony_hf.experiments.bench.layer import run_bench
 from symphony_hf.experiments.bench.layer_forms import SHAPES, build_forms
+from symphony_hf.experiments.bench.layer_rows import AIMS, print_bench
 
 TINY = {
     "tiny": {
@@ -26,6 +27,7 @@ TINY = {
     }
 }
 
+FORWARD = ["training", "training, added", "watched", "inference", "inference, added", "folded", "noise"]
 TINY_EXPERTS = {"wide": (16, 24, 20, "gelu", 6), "square": (16, 24, 16, "quick_gelu", 7)}
 
 
@@ -35,22 +37,24 @@ def _tiny(monkeypatch):
         monkeypatch.setattr(module, "SHAPES", TINY)
 
 
-def test_the_three_forms_share_experts_and_compute_the_same():
-    forms = build_forms("tiny", torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_the_three_forms_share_experts_and_compute_the_same(is_bare):
+    forms = build_forms("tiny", torch.device("cpu"), torch.float32, is_bare)
     inputs = torch.randn(1, 9, 32)
     stock, symphony, folded = (forms[name].eval()(inputs_embeds=inputs)[0] for name in ("stock", "symphony", "folded"))
     assert torch.equal(stock, folded)
     assert_folded(stock, symphony)
     routers = {name: model.model.layers[0].mlp.gate for name, model in forms.items()}
     assert not torch.equal(routers["symphony"].weight, routers["stock"].weight)
-    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_attn.q_proj.weight"):
+    attention = () if is_bare else ("model.layers.0.self_attn.q_proj.weight",)
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", *attention):
         assert len({forms[form].get_parameter(name).data_ptr() for form in forms}) == 1
 
 
 def test_rows_and_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     result = run_bench(["tiny"], tokens=16, device="cpu", seconds=0.05, output=path)
-    assert [row["mode"] for row in result["rows"]] == ["training", "inference", "folded", "noise", "watched"]
+    assert [row["mode"] for row in result["rows"]] == FORWARD
     for row in result["rows"]:
         assert row["rounds"] >= 5
         assert 0 < row["low"] <= row["ratio"] <= row["high"]
@@ -58,7 +62,7 @@ def test_rows_and_json(tmp_path, capsys):
     print_bench(result)
     printed = capsys.readouterr().out
     assert str(path) in printed.replace("\n", "")
-    assert {row["mode"] for row in result["rows"]} - AIMS.keys() == {"noise", "watched"}
+    assert {row["mode"] for row in result["rows"]} - AIMS.keys() == {"noise"}
 
 
 def test_several_lengths_generation_and_memory(tmp_path, capsys):
@@ -68,10 +72,9 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
     )
     assert result["threads"] == 1
     assert torch.get_num_threads() == threads
-    forward = ("training", "inference", "folded", "noise")
     assert [(row["mode"], row["tokens"]) for row in result["rows"]] == [
-        *((mode, tokens) for tokens in (1, 4) for mode in forward),
-        *(("watched", 4), ("generate", 1), ("generate", 8), ("generate noise", 1)),
+        *((mode, tokens) for tokens in (1, 4) for mode in FORWARD),
+        *(("generate", 1), ("generate", 8), ("generate noise", 1)),
     ]
     memory = [(row["step"], row["tokens"]) for row in result["memory"]]
     assert memory == [("training", 1), ("training", 4), ("generate", 1), ("generate", 8)]

@@ -7,29 +7,29 @@ their experts and compute the same routing, so that the experts' work is the sam
 - symphony: the Symphony router, with W and the graph; in training it also counts, adds both losses, and commits
 - folded: the Symphony form after `fold`
 
-They run in alternation in one process, and the ratio is taken within each round. A fourth row, `watched`, is a training
-step of the stock form, with most tokens, that RoutingMonitor reads, as if every step were logged.
+They run in alternation in one process, and the ratio is taken within each round. A whole layer's time varies by more
+than the graph costs. So the time that the graph adds is also measured on bare layers, without attention and with
+experts 8 wide, where it is a large part, and divided by the time of as many whole layers: the rows `training, added`
+and `inference, added`, and `watched`, what RoutingMonitor adds to a training step of the stock form that it reads.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from symphony_hf.errors import ConfigError, nearest
 from symphony_hf.files import check_file_place
-from symphony_hf.tables import Table, TableCell
 
-from .gradient import bench_gradients, gradient_table
+from .gradient import bench_gradients
 from .layer_forms import (
+    BARE_LAYERS,
     PROMPT,
     SHAPES,
     build_forms,
@@ -39,67 +39,12 @@ from .layer_forms import (
     training_step,
     watched,
 )
-from .results import number_cell, print_result, range_cell, write_result
+from .layer_rows import AIMS, Measurement, PeakMemory
+from .results import write_result
 from .timing import Step, alternate, find_device, quartiles, using_threads
 
-AIMS = {
-    "training": 1.01,
-    "inference": 1.005,
-    "folded": 1.0,
-    "generate": 1.005,
-    "training memory": 1.01,
-    "generate memory": 1.01,
-}
 BATCHES = (1, 8)
 """Sequences of a generation."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One measured ratio.
-
-    Attributes:
-        model: Model whose layer shapes were used.
-        mode: `training` (forward and backward), `inference` or `generate` of the symphony form; `folded`: inference of
-            the folded form; `watched`: training of the stock form that RoutingMonitor reads; `noise` and `generate
-            noise`: stock against stock.
-        tokens: Tokens of one forward; for a generation, its sequences.
-        rounds: Number of rounds.
-        ratio: Median over rounds of its time over stock's in the same round.
-        low: 25th percentile of these ratios.
-        high: 75th percentile of these ratios.
-        stock_seconds: Median time of the stock form.
-    """
-
-    model: str
-    mode: str
-    tokens: int
-    rounds: int
-    ratio: float
-    low: float
-    high: float
-    stock_seconds: float
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """Peak memory of a step.
-
-    Attributes:
-        model: Model whose layer shapes were used.
-        step: `training` or `generate`.
-        tokens: Tokens of one forward; for a generation, its sequences.
-        stock_bytes: Bytes of the stock form: its weights, and the peak of what the step allocates.
-        bytes: Bytes of the symphony form.
-        ratio: Its bytes over stock's.
-    """
-
-    model: str
-    step: str
-    tokens: int
-    stock_bytes: int
-    bytes: int
-    ratio: float
 
 
 def run_bench(
@@ -156,8 +101,10 @@ def run_bench(
     memory: list[PeakMemory] = []
     with using_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
         for name in names:
-            bench = _Bench(name, build_forms(name, chosen, getattr(torch, kind)), seconds, rows, bar)
-            bench.watched(max([bench.forward(size) for size in sizes]))
+            whole, bare = (build_forms(name, chosen, getattr(torch, kind), is_bare) for is_bare in (False, True))
+            bench = _Bench(name, whole, bare, seconds, rows, bar)
+            for size in sizes:
+                bench.forward(size)
             if generate:
                 bench.generations()
                 memory += bench.memory(sizes)
@@ -174,12 +121,18 @@ def run_bench(
 
 
 class _Bench:
-    """Measurements of one model's forms."""
+    """Measurements of one model's forms, whole and bare."""
 
     def __init__(
-        self, name: str, forms: dict[str, PreTrainedModel], seconds: float, rows: list[Measurement], bar: "tqdm[Any]"
+        self,
+        name: str,
+        forms: dict[str, PreTrainedModel],
+        bare: dict[str, PreTrainedModel],
+        seconds: float,
+        rows: list[Measurement],
+        bar: "tqdm[Any]",
     ) -> None:
-        self.name, self.forms, self.seconds, self.rows, self.bar = name, forms, seconds, rows, bar
+        self.name, self.forms, self.bare, self.seconds, self.rows, self.bar = name, forms, bare, seconds, rows, bar
         weight = next(forms["stock"].parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -189,18 +142,18 @@ class _Bench:
     def _prompt(self, batch: int) -> Tensor:
         return torch.arange(batch * PROMPT, device=self.device).view(batch, PROMPT) % 7 + 1
 
-    def forward(self, tokens: int) -> int:
-        """Measure the forward of a number of tokens, or of half as many until they fit. Returns their number."""
+    def forward(self, tokens: int) -> None:
+        """Measure the forward of a number of tokens, or of half as many until they fit."""
         inputs = self._fitting(tokens)
-        self._measure("training", "symphony", inputs.shape[1], training_step, inputs)
-        for mode, form in (("inference", "symphony"), ("folded", "folded"), ("noise", "stock")):
-            self._measure(mode, form, inputs.shape[1], inference_step, inputs)
-        return inputs.shape[1]
-
-    def watched(self, tokens: int) -> None:
-        """Measure a training step of the stock form that is watched."""
-        step = functools.partial(training_step, self.forms["stock"], self._inputs(tokens))
-        self._compare("watched", tokens, step, watched(self.forms["stock"], step))
+        tokens = inputs.shape[1]
+        for mode, step in (("training", training_step), ("inference", inference_step)):
+            whole = self._measure(mode, "symphony", tokens, step, inputs)
+            base, other = (functools.partial(step, self.bare[name], inputs) for name in ("stock", "symphony"))
+            self._compare(f"{mode}, added", tokens, base, other, whole)
+            if mode == "training":
+                self._compare("watched", tokens, base, watched(self.bare["stock"], base), whole)
+        for mode, form in (("folded", "folded"), ("noise", "stock")):
+            self._measure(mode, form, tokens, inference_step, inputs)
 
     def generations(self) -> None:
         """Measure generation of 1 and of 8 sequences, and its noise."""
@@ -221,15 +174,28 @@ class _Bench:
             )
             yield PeakMemory(self.name, step, tokens, stock, symphony, symphony / stock)
 
-    def _measure(self, mode: str, form: str, tokens: int, step: Callable[..., None], inputs: Tensor) -> None:
+    def _measure(self, mode: str, form: str, tokens: int, step: Callable[..., None], inputs: Tensor) -> float:
         base, other = (functools.partial(step, self.forms[name], inputs) for name in ("stock", form))
-        self._compare(mode, tokens, base, other)
+        return self._compare(mode, tokens, base, other)
 
-    def _compare(self, mode: str, tokens: int, base: Step, other: Step) -> None:
+    def _compare(self, mode: str, tokens: int, base: Step, other: Step, whole: float | None = None) -> float:
+        """Measure one step against another. Returns the stock form's seconds.
+
+        Args:
+            mode: The row's mode.
+            tokens: The row's tokens.
+            base: Step of the stock form.
+            other: The other step.
+            whole: Seconds of the whole layer's stock form, if these are steps of the bare layers.
+        """
         self.bar.set_postfix_str(f"{self.name}, {mode}, {tokens}")
-        ratios, stock_seconds = alternate(base, other, self.seconds, self.device)
+        ratios, base_seconds = alternate(base, other, self.seconds, self.device)
+        if whole is not None:
+            ratios = [1 + (ratio - 1) * base_seconds / (BARE_LAYERS * whole) for ratio in ratios]
         low, median, high = quartiles(ratios)
-        self.rows.append(Measurement(self.name, mode, tokens, len(ratios), median, low, high, stock_seconds))
+        seconds = base_seconds if whole is None else whole
+        self.rows.append(Measurement(self.name, mode, tokens, len(ratios), median, low, high, seconds))
+        return seconds
 
     def _fitting(self, tokens: int) -> Tensor:
         while True:
@@ -251,48 +217,3 @@ def measure_layer(name: str, seconds: float, tokens: int = 1024) -> float:
     form = build_forms(name, torch.device("cpu"), torch.float32)["stock"]
     step = functools.partial(training_step, form, torch.randn(1, tokens, SHAPES[name]["hidden_size"]))
     return alternate(step, step, seconds, torch.device("cpu"))[1]
-
-
-def bench_table(result: dict[str, Any]) -> Table:
-    """Return the measurements of a result as a table."""
-    header = ["model", "mode", "tokens", "ratio", "quartiles", "rounds", "stock, ms", "aim"]
-    rows: list[list[TableCell | str]] = []
-    for row in result["rows"]:
-        aim = result["aims"].get(row["mode"])
-        rows.append(
-            [
-                row["model"],
-                row["mode"],
-                number_cell(row["tokens"], "d"),
-                number_cell(row["ratio"], ".4f"),
-                range_cell(row["low"], row["high"], ".4f"),
-                number_cell(row["rounds"], "d"),
-                number_cell(1000 * row["stock_seconds"], ".0f"),
-                "" if aim is None else number_cell(aim, "g"),
-            ]
-        )
-    return Table(f"Time over stock, one decoder layer, {result['dtype']} on {result['device']}", header, rows)
-
-
-def memory_table(result: dict[str, Any]) -> Table:
-    """Return the peak memory of a result as a table."""
-    rows: list[list[TableCell | str]] = [
-        [
-            row["model"],
-            row["step"],
-            number_cell(row["tokens"], "d"),
-            number_cell(row["ratio"], ".4f"),
-            number_cell(row["stock_bytes"] / 1e9, ".3f"),
-            number_cell(result["aims"][f"{row['step']} memory"], "g"),
-        ]
-        for row in result["memory"]
-    ]
-    return Table("Peak memory over stock", ["model", "step", "tokens", "ratio", "stock, GB", "aim"], rows)
-
-
-def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
-    """Print the measurements, and the path of their file."""
-    if "gradients" in result:
-        return print_result(result, [gradient_table(result)], console)
-    tables = [bench_table(result), *([memory_table(result)] if result["memory"] else [])]
-    print_result(result, tables, console)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerControl, TrainerState
 
 from symphony_hf.patching.attachment import add_router_losses, update_graphs
@@ -72,18 +72,42 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT, NEW_TOKENS = 8, 32
 """Tokens of a generation: given, and generated with a cache."""
 
+BARE_LAYERS = 4
+"""Layers of a bare form: a model's own hooks run once a forward, not once a layer."""
 
-def build_forms(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """Build the three forms of one decoder layer. They share all parameters but their routers'.
+
+class _NoAttention(nn.Module):
+    """Stands in for a decoder layer's attention."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+def build_forms(
+    name: str, device: torch.device, dtype: torch.dtype, is_bare: bool = False
+) -> dict[str, PreTrainedModel]:
+    """Build the three forms of a decoder layer. They share all parameters but their routers'.
+
+    Args:
+        name: A key of SHAPES.
+        device: Where they are.
+        dtype: Type of the weights.
+        is_bare: Whether to build BARE_LAYERS layers without attention and with experts 8 wide, so that little but the
+            router is left.
 
     Returns:
         The `stock`, `symphony` and `folded` models, which compute the same outputs.
     """
+    widths = ("intermediate_size", "moe_intermediate_size") if is_bare else ()
+    shape = {key: 8 if key in widths else value for key, value in SHAPES[name].items()}
     tokens = {"vocab_size": 8, "pad_token_id": 0, "eos_token_id": None}
-    config = AutoConfig.for_model(**SHAPES[name], num_hidden_layers=1, **tokens)
+    config = AutoConfig.for_model(**shape, num_hidden_layers=BARE_LAYERS if is_bare else 1, **tokens)
     torch.manual_seed(0)
     with torch.device(device):
         symphony = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if is_bare:
+        for layer in symphony.model.layers:
+            layer.self_attn = _NoAttention()
     shared = {id(p): p for p_name, p in symphony.named_parameters() if not p_name.endswith("gate.weight")}
     folded = copy.deepcopy(symphony, memo=dict(shared))
     for model in (symphony, folded):
@@ -101,7 +125,8 @@ def build_forms(name: str, device: torch.device, dtype: torch.dtype) -> dict[str
 
 def training_step(model: PreTrainedModel, inputs: Tensor) -> None:
     """Run a forward and a backward pass; with graphs also the router losses, the counts and the update."""
-    model.train()
+    if not model.training:
+        model.train()
     loss = model(inputs_embeds=inputs.requires_grad_()).logits.float().square().mean()
     if not is_symphonized(model):
         loss.backward()
@@ -128,7 +153,8 @@ def watched(model: PreTrainedModel, step: Callable[[], None]) -> Callable[[], No
 @torch.inference_mode()
 def inference_step(model: PreTrainedModel, inputs: Tensor) -> None:
     """Run a forward pass."""
-    model.eval()
+    if model.training:  # a walk over the modules, which would be counted
+        model.eval()
     model(inputs_embeds=inputs)
 
 
