@@ -17,7 +17,7 @@ from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
-from symphony_hf.experiments.bench.layer_rows import AIMS, bench_table
+from symphony_hf.experiments.bench.layer_rows import AIMS, bench_tables
 from symphony_hf.tables import Table, cell_text
 
 RECIPES = ROOT / "recipes"
@@ -46,11 +46,15 @@ def test_the_quickstart_table_is_the_result_file():
     assert report["command"] == "symphony quickstart"
 
 
-def test_the_bench_table_is_the_result_file():
+def test_the_bench_tables_are_the_result_file():
     result = result_of("quickstart", "bench")
-    assert table(EXPERIMENTS, "bench table") == cells_of(bench_table(result))
-    assert {row["model"] for row in result["rows"]} == {"mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"}
+    names = ("added table", "whole table", "generation table")
+    for name, expected in zip(names, bench_tables(result), strict=True):
+        assert table(EXPERIMENTS, name) == cells_of(expected)
+    assert {row["tokens"] for row in result["rows"] if row["mode"] == "training"} == {1, 4, 16, 64, 256, 1024}
     assert result["aims"] == AIMS
+    memory = max(row["ratio"] for row in result["memory"])
+    assert f"Peak memory is at most {memory:.4f} times stock's" in EXPERIMENTS.read_text(encoding="utf-8")
 
 
 def test_the_tables_of_balancing_are_the_result_file():

@@ -17,7 +17,7 @@ from symphony_hf.config import SymphonyConfig
 from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
-from .expert_graph import ExpertGraph, active_graph
+from .expert_graph import ExpertGraph, active_graph, is_functional
 from .observations import ForwardRecord
 from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
@@ -275,11 +275,6 @@ class CoselectionCounter:
             "any, is counted like other tokens"
         )
         return None
-
-
-def is_functional() -> bool:
-    """Whether a transform of `torch.func` is running, whose backward our hooks and losses cannot take part in."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_padding_mask(mask: Any) -> TypeGuard[Tensor]:

@@ -55,6 +55,7 @@ class ExpertGraph(nn.Module):
         else:
             self.register_buffer("adjacency", adjacency_EE)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+        self._kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None  # settings, adjacency, and the residual of it
         # A checkpoint is being loaded into this graph when it is born without storage.
         self.awaits_checkpoint = self.adjacency.is_meta
 
@@ -109,17 +110,28 @@ class ExpertGraph(nn.Module):
         return smooth(tensor, self.transition())
 
     def residual(self) -> Tensor:
-        """Compute A - I, which a forward adds. Shape: (num_experts, num_experts), float32."""
-        adjacency_EE = self.symmetrized()
+        """Return A - I, which a forward adds. Shape: (num_experts, num_experts), float32.
+
+        On a CPU the last one is kept with a copy of the adjacency, and is returned again while the adjacency has equal
+        numbers. Writes through `.data`, collectives and memory maps do not bump a version counter, so nothing else says
+        whether it changed. On other devices, comparing would wait for the device, and it is computed at every call.
+        """
+        adjacency_EE, strength = self.symmetrized(), self.strength()
+        settings = strength, self.config.normalization, self.config.self_loops
+        can_keep = _is_plain_on_cpu(adjacency_EE) and isinstance(strength, float)
+        if can_keep and self._kept is not None:
+            kept_settings, kept_EE, residual_EE = self._kept
+            is_usable = torch.is_inference_mode_enabled() or not residual_EE.is_inference()
+            if kept_settings == settings and is_usable and torch.equal(kept_EE, adjacency_EE):
+                return residual_EE
         with without_autocast(adjacency_EE):
-            return routing_residual(adjacency_EE, self.strength(), self.config.normalization, self.config.self_loops)
+            residual_EE = routing_residual(adjacency_EE, *settings)
+        if can_keep:
+            self._kept = settings, adjacency_EE.clone(), residual_EE
+        return residual_EE
 
     def transition(self) -> Tensor:
-        """Compute the matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32.
-
-        It is computed at every call: writes through `.data`, collectives and memory maps do not bump a version counter,
-        so a cached matrix could be stale unnoticed.
-        """
+        """Compute the matrix A = (1 - strength) I + strength P. Shape: (num_experts, num_experts), float32."""
         adjacency_EE = self.symmetrized()
         with without_autocast(adjacency_EE):
             transition_EE = transition_matrix(adjacency_EE, self.config.normalization, self.config.self_loops)
@@ -184,8 +196,23 @@ class ExpertGraph(nn.Module):
         else:
             self.adjacency = restored
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what is computed again."""
+        return {**self.__dict__, "_kept": None}
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, graph={self.config.graph}"
+
+
+def _is_plain_on_cpu(adjacency_EE: Tensor) -> bool:
+    """Whether a graph's numbers can be compared now: no parameter, nothing that is traced or transformed."""
+    is_plain = type(adjacency_EE) is Tensor and adjacency_EE.device.type == "cpu" and not adjacency_EE.requires_grad
+    return is_plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_functional())
+
+
+def is_functional() -> bool:
+    """Whether a transform of `torch.func` is running, whose backward our hooks and losses cannot take part in."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def active_graph(module: nn.Module) -> ExpertGraph:

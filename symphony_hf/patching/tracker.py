@@ -14,8 +14,8 @@ from symphony_hf.routing.graph import update_adjacency
 from symphony_hf.routing.losses import RecordGradientScale
 
 from .correction_bias import move_bias
-from .counting import CoselectionCounter, is_functional
-from .expert_graph import ExpertGraph
+from .counting import CoselectionCounter
+from .expert_graph import ExpertGraph, is_functional
 from .observations import Observations
 from .training_checks import TrainingChecks
 from .training_state import TrainingState, keeps_loads, num_ranks, parameters_of

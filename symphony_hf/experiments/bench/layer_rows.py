@@ -1,5 +1,6 @@
 """Rows of `symphony bench`: ratios of time and of peak memory, and their tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from rich.console import Console
 from symphony_hf.tables import Table, TableCell
 
 from .gradient import gradient_table
-from .results import number_cell, print_result, range_cell
+from .results import number_cell, print_result
 
 AIMS = {
     "training": 1.01,
@@ -21,6 +22,8 @@ AIMS = {
     "training memory": 1.01,
     "generate memory": 1.01,
 }
+
+_ADDED = ("training, added", "watched", "inference, added")
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,39 @@ class PeakMemory:
     ratio: float
 
 
-def bench_table(result: dict[str, Any]) -> Table:
-    """Return the measurements of a result as a table."""
-    header = ["model", "mode", "tokens", "ratio", "quartiles", "rounds", "stock, ms", "aim"]
-    rows: list[list[TableCell | str]] = []
-    for row in result["rows"]:
-        aim = result["aims"].get(row["mode"])
-        rows.append(
-            [
-                row["model"],
-                row["mode"],
-                number_cell(row["tokens"], "d"),
-                number_cell(row["ratio"], ".4f"),
-                range_cell(row["low"], row["high"], ".4f"),
-                number_cell(row["rounds"], "d"),
-                number_cell(1000 * row["stock_seconds"], ".0f"),
-                "" if aim is None else number_cell(aim, "g"),
-            ]
-        )
-    return Table(f"Time over stock, one decoder layer, {result['dtype']} on {result['device']}", header, rows)
+def bench_tables(result: dict[str, Any]) -> list[Table]:
+    """Return the times of a result as tables: a row for each model and length, a column for each mode."""
+    machine = f"one decoder layer, {result['dtype']} on {result['device']}; medians and quartiles"
+    tables = (
+        _table(result, f"What is added, over stock's time: {machine}", "tokens", _ADDED, stock_of=_ADDED[::2]),
+        _table(result, f"Time over stock: {machine}", "tokens", ("training", "inference", "folded", "noise")),
+        _table(result, f"Generation over stock: {machine}", "sequences", ("generate", "generate noise")),
+    )
+    return [table for table in tables if table.rows]
+
+
+def _table(
+    result: dict[str, Any], title: str, length: str, modes: Sequence[str], stock_of: Sequence[str] = ()
+) -> Table:
+    aims = result["aims"]
+    header = ["model", length, *(f"{mode}, at most {aims[mode]:g}" if mode in aims else mode for mode in modes)]
+    rows = {(row["model"], row["tokens"], row["mode"]): row for row in result["rows"] if row["mode"] in modes}
+    cells: list[list[TableCell | str]] = [
+        [
+            model,
+            number_cell(tokens, "d"),
+            *(_ratio_cell(rows.get((model, tokens, mode))) for mode in modes),
+            *(number_cell(1000 * rows[model, tokens, mode]["stock_seconds"], ".0f") for mode in stock_of),
+        ]
+        for model, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in rows)
+    ]
+    return Table(title, [*header, *(f"stock {mode.partition(',')[0]}, ms" for mode in stock_of)], cells)
+
+
+def _ratio_cell(row: dict[str, Any] | None) -> TableCell | str:
+    if row is None:
+        return ""
+    return TableCell(f"{row['ratio']:.4f} [{row['low']:.4f}, {row['high']:.4f}]", row["ratio"])
 
 
 def memory_table(result: dict[str, Any]) -> Table:
@@ -114,5 +131,5 @@ def print_bench(result: dict[str, Any], console: Console | None = None) -> None:
     """Print the measurements, and the path of their file."""
     if "gradients" in result:
         return print_result(result, [gradient_table(result)], console)
-    tables = [bench_table(result), *([memory_table(result)] if result["memory"] else [])]
+    tables = [*bench_tables(result), *([memory_table(result)] if result["memory"] else [])]
     print_result(result, tables, console)
