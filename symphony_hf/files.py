@@ -7,6 +7,7 @@ is flushed to the disk and then renamed. If the process is killed before that, a
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -178,10 +179,11 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
 
-    Its folder is created if necessary. The temporary name is unique to this process. The file must be closed by then.
+    Its folder is created if necessary. The temporary name is unique, also where nodes share a folder. The file must be
+    closed by then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    written = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield written
         flush(written)

@@ -5,7 +5,7 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ class SymphonySaver:
 
     Args:
         model: The model to save.
+        settle: Called before anything is written, to finish what training left open.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, settle: Callable[[], None] | None = None) -> None:
         self.model = model
+        self.settle = settle
 
     def __call__(
         self,
@@ -48,6 +50,8 @@ class SymphonySaver:
         **kwargs: Any,
     ) -> Any:
         folder = Path(save_directory)
+        if self.settle is not None:
+            self.settle()
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             # Trainer resumes without converting names from those on the Hub, and would lose the experts.
             kwargs.setdefault("save_original_format", False)

@@ -60,7 +60,8 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
     tracker.place_scale()
     model._symphony_tracker = tracker  # type: ignore[assignment]
     tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
-    tracker.handles.append(model.register_forward_hook(_record_loss_of_output))
+    tracker.mask_position = _mask_position(model)
+    tracker.handles.append(model.register_forward_hook(_end_forward, with_kwargs=True))
     tracker.handles.extend(attach_gradients(model, found))
     tracker.handles.append(model.register_state_dict_pre_hook(_begin_state_dict))
     if isinstance(model, PreTrainedModel):
@@ -70,7 +71,7 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
 def _attach_to_pretrained(
     model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any], tracker: Tracker
 ) -> None:
-    tracker.handles.extend(switch_off_native_losses(model, tracker.config))
+    tracker.native_losses = switch_off_native_losses(model, tracker.config)
     if getattr(model, "loss_type", None) is not None:
         tracker.own_loss = model.__dict__.get("_loss_function")
         model.loss_function = RecordedLoss(model.loss_function, tracker)
@@ -79,7 +80,7 @@ def _attach_to_pretrained(
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
             # A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
             module.config.symphony = {**settings, "model_class": type(module).__name__}
-            module.save_pretrained = SymphonySaver(module)  # type: ignore[method-assign]
+            module.save_pretrained = SymphonySaver(module, tracker.settle_alone)  # type: ignore[method-assign]
             module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
@@ -92,6 +93,8 @@ def detach(module: nn.Module) -> None:
         return
     for handle in [*tracker.handles, *(handle for counter in tracker.counters for handle in counter.handles)]:
         handle.remove()
+    for losses in tracker.native_losses:
+        losses.remove()
     tracker.remove_log_probs_hook()
     for part in module.modules():
         if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
@@ -115,7 +118,9 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         tracker.state.recorded_in_forward = False
     else:
         tracker.settle_alone()
-    tracker.state.outer_mask = kwargs.get("attention_mask")
+    position = tracker.mask_position
+    by_position = args[position] if position is not None and len(args) > position else None
+    tracker.state.outer_mask = kwargs.get("attention_mask", by_position)
 
 
 def _begin_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -129,16 +134,24 @@ def settle(model: nn.Module) -> None:
             module._symphony_tracker.settle_alone()  # type: ignore[operator, union-attr]
 
 
-def _record_loss_of_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Record the loss in the output: a post-hook, for models that do not call their loss function."""
+def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Record the loss in the output: a post-hook, for models that do not call their loss function.
+
+    So do kernels that compute the logits and the loss in one, such as Liger's: they divide by `num_items_in_batch`, as
+    the loss function does.
+    """
+    tracker: Any = model._symphony_tracker
+    tracker.state.outer_mask = None
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
-    tracker: Any = model._symphony_tracker
     loss = getattr(output, "loss", None)
     # TRL's trainers make their loss of log-probabilities, and leave the output's own alone.
     is_used = getattr(output, "log_probs", None) is None
     if isinstance(loss, Tensor) and is_used and not tracker.state.recorded_in_forward:
-        output.loss = tracker.record_loss(loss)
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        if shifted is None and isinstance(labels, Tensor):
+            shifted = labels[..., 1:]
+        output.loss = tracker.record_loss(loss, share_of_step(shifted, kwargs.get("num_items_in_batch")))
 
 
 def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -167,19 +180,26 @@ class RecordedLoss:
         return self.tracker.record_loss(loss, self._share_of_step(*args, **kwargs))
 
     def _share_of_step(self, *args: Any, **kwargs: Any) -> Tensor | float:
-        """Return this micro-batch's share of the optimizer step's tokens, where the loss is divided by all of them.
-
-        Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps.
-        """
-        num_items = kwargs.get("num_items_in_batch")
-        if num_items is None:
-            return 1.0
         labels = kwargs.get("shift_labels")
-        if labels is None:
+        if labels is None and kwargs.get("num_items_in_batch") is not None:
             labels = kwargs["labels"] if "labels" in kwargs else args[1]
             labels = labels[..., 1:] if self.original is ForCausalLMLoss else labels
-        # A step without any label has no tokens to share: its cross-entropy has no gradient, and neither have these.
-        return (labels != -100).sum() / torch.as_tensor(num_items).clamp(min=1)
+        return share_of_step(labels, kwargs.get("num_items_in_batch"))
+
+
+def share_of_step(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
+    """Return a micro-batch's share of the optimizer step's tokens, where its loss is divided by all of them.
+
+    Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps.
+
+    Args:
+        labels: What the loss is computed on, -100 where it is not.
+        num_items: Number of labels in the step; None where the loss is a mean of its own.
+    """
+    if num_items is None or labels is None:
+        return 1.0
+    # A step without any label has no tokens to share: its cross-entropy has no gradient, and neither have these.
+    return (labels != -100).sum() / torch.as_tensor(num_items).clamp(min=1)
 
 
 def tracker_of(model: nn.Module) -> Tracker:
@@ -198,7 +218,7 @@ def update_graphs(model: nn.Module) -> bool:
     """Update the graphs with the counts since the last call. Custom loops call it after `optimizer.step()`.
 
     Returns:
-        Whether anything had been counted.
+        Whether the graphs moved: counts wait for a step of the optimizer that holds the model's parameters.
 
     Raises:
         PatchError: If the model is not symphonized.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from symphony_hf.config import SymphonyConfig
+from symphony_hf.errors import PatchError
 from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
@@ -63,6 +64,7 @@ class CoselectionCounter:
         self.place_scale = place_scale
         self.active = False
         self.record: ForwardRecord | None = None
+        self._counted_graphs: list[ExpertGraph] = []
         self.handles: list[Any] = [
             owner.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             owner.register_forward_hook(self.after_forward),
@@ -88,6 +90,11 @@ class CoselectionCounter:
         return [active_graph(router.symphony) for router in self.routers]
 
     @property
+    def counted_graphs(self) -> list[ExpertGraph]:
+        """The graphs that the last training forward used. Its adapter may be off when they move, for a reference."""
+        return self._counted_graphs or self.graphs
+
+    @property
     def num_experts(self) -> int:
         return active_graph(self.routers[0].symphony).num_experts
 
@@ -106,6 +113,11 @@ class CoselectionCounter:
             if torch.is_grad_enabled():
                 self.state.evaluated = True
             return
+        if getattr(module, "_is_replica", False):
+            raise PatchError(
+                "DataParallel trains replicas in threads, which lose all counts but one replica's: start one process "
+                "per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
         self.settle()
         self.place_scale()
         if torch.compiler.is_compiling():
@@ -114,6 +126,7 @@ class CoselectionCounter:
             self.checks.refuse_join()
             self.placed.find()
             self.placed.check_in_place()
+            self._counted_graphs = self.graphs
             self.record = self.state.begin_record(self.key, self.num_experts, self.device)
         if keeps_loads(self.config):
             self.record.loads_LE.copy_(self.last_loads())

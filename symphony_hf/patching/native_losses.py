@@ -1,7 +1,6 @@
 """Router losses of a model's own, switched off where a Symphony loss replaces them."""
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +34,25 @@ class NativeLosses:
         self.outputs = outputs
         self.labels_position = labels_position
         self._switched_off: list[tuple[Any, str, float]] = []
+        self._handles: list[Any] = []
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Register the hooks on a model."""
+        self._handles.append(model.register_forward_pre_hook(self.switch_off, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self.restore, always_call=True))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        self.put_back()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def put_back(self) -> None:
+        """Restore the weights. A KeyboardInterrupt in a forward passes by the hook that does."""
+        while self._switched_off:
+            holder, name, weight = self._switched_off.pop()
+            setattr(holder, name, weight)
 
     def switch_off(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         """Set the weights to 0: a pre-hook. Some models read them from their config, most from themselves."""
@@ -48,27 +66,26 @@ class NativeLosses:
                     setattr(holder, name, 0.0)
 
     def restore(self, model: PreTrainedModel, args: Any, output: Any) -> None:
-        """Restore the weights, and zero the losses in training: a post-hook that also runs after an exception."""
-        while self._switched_off:
-            holder, name, weight = self._switched_off.pop()
-            setattr(holder, name, weight)
+        """Restore the weights, and zero the losses in training: a post-hook that also runs after an Exception."""
+        self.put_back()
         for name in self.outputs:
             loss = getattr(output, name, None)
             if isinstance(loss, Tensor) and model.training:
                 setattr(output, name, torch.zeros_like(loss))
 
 
-def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> Iterator[Any]:
-    """Register the hooks on every model that computes a loss, the given one or one inside it. Yields their handles."""
+def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> list[NativeLosses]:
+    """Register the hooks on every model that computes a loss, the given one or one inside it. Returns all of them."""
     replaced = [names for setting, names in _REPLACED.items() if getattr(settings, setting) > 0]
+    attached: list[NativeLosses] = []
     if not replaced:
-        return
+        return attached
     weights, outputs = [name for names, _ in replaced for name in names], [output for _, output in replaced]
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
         parameters = list(inspect.signature(module.forward).parameters)
         if "labels" in parameters:
-            hooks = NativeLosses(weights, outputs, parameters.index("labels"))
-            yield module.register_forward_pre_hook(hooks.switch_off, with_kwargs=True)
-            yield module.register_forward_hook(hooks.restore, always_call=True)
+            attached.append(NativeLosses(weights, outputs, parameters.index("labels")))
+            attached[-1].attach(module)
+    return attached

@@ -44,6 +44,7 @@ class StackRouters:
         self.state = state
         self.checks = checks
         self._block_ran: dict[int, bool] = {}  # by row, of the blocks that are watched
+        self._watches: list[Any] = []
         self._adopt(routers)
         self._num_stock = self._count_stock(owner.modules())
 
@@ -75,6 +76,8 @@ class StackRouters:
         present = self.routers
         if len(found) != len(present) or any(a is not b for a, b in zip(found, present, strict=True)):
             self._block_ran.clear()
+            while self._watches:
+                self._watches.pop().remove()  # it would note another router's row
             self._adopt(found)
         if self._count_stock(modules) > self._num_stock:
             self.checks.warn_once(
@@ -161,7 +164,8 @@ class StackRouters:
         for row in idle:
             if row not in self._block_ran:
                 hook = functools.partial(self._note_block, row)
-                self.counter.handles.append(blocks[row].register_forward_pre_hook(hook))
+                self._watches.append(blocks[row].register_forward_pre_hook(hook))
+                self.counter.handles.append(self._watches[-1])
         self._block_ran = dict.fromkeys([*self._block_ran, *idle], False)
         return bypassed
 

@@ -15,7 +15,8 @@ from symphony_hf.routing.losses import RecordGradientScale
 
 from .correction_bias import move_bias
 from .counting import CoselectionCounter
-from .expert_graph import ExpertGraph, is_functional
+from .expert_graph import is_functional
+from .native_losses import NativeLosses
 from .observations import Observations
 from .training_checks import TrainingChecks
 from .training_state import TrainingState, keeps_loads, num_ranks, parameters_of
@@ -49,6 +50,8 @@ class Tracker:
         checks: Checks for failures that would otherwise be silent.
         counters: One for each decoder stack and number of experts.
         handles: Hooks to remove when the model is restored.
+        native_losses: What switches the model's own router losses off.
+        mask_position: Position of `attention_mask` in the model's forward, if it may be passed by position.
         own_loss: The model's own loss function, if it was set on the instance.
         log_probs_hook: The hook for TRL's SFTTrainer, while one is training.
     """
@@ -58,6 +61,8 @@ class Tracker:
         self.checks = TrainingChecks()
         self.counters: list[CoselectionCounter] = []
         self.handles: list[Any] = []
+        self.native_losses: list[NativeLosses] = []
+        self.mask_position: int | None = None
         self.own_loss: Any = None
         self.log_probs_hook: Any = None
         _watch_optimizers()
@@ -68,10 +73,6 @@ class Tracker:
         self.__dict__.update(state)
         _watch_optimizers()
         _TRACKERS.add(self)
-
-    @property
-    def graphs(self) -> list[ExpertGraph]:
-        return [graph for counter in self.counters for graph in counter.graphs]
 
     @property
     def config(self) -> SymphonyConfig:
@@ -150,7 +151,11 @@ class Tracker:
 
         Several ranks must commit together, and a save or an evaluation may be of one of them, so they are warned.
         """
-        if torch.compiler.is_compiling() or not self.state.stepped:
+        if torch.compiler.is_compiling():
+            return
+        for losses in self.native_losses:
+            losses.put_back()  # what a KeyboardInterrupt in a forward left switched off
+        if not self.state.stepped:
             return
         if num_ranks() == 1:
             with torch.inference_mode(False):
@@ -229,7 +234,7 @@ class Tracker:
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def _move(self, counter: CoselectionCounter, counts_LEE: Tensor, tokens_L: Tensor) -> None:
-        for graph, counts_EE, num_tokens in zip(counter.graphs, counts_LEE, tokens_L, strict=True):
+        for graph, counts_EE, num_tokens in zip(counter.counted_graphs, counts_LEE, tokens_L, strict=True):
             if graph.config.graph == "learned":
                 graph.adjacency.copy_(graph.symmetrized())
             if not graph.config.counts_selections:

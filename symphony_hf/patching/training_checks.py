@@ -79,7 +79,7 @@ class Stack(Protocol):
     def routers(self) -> list[Any]: ...
 
     @property
-    def graphs(self) -> list[ExpertGraph]: ...
+    def counted_graphs(self) -> list[ExpertGraph]: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -124,7 +124,7 @@ class TrainingChecks:
 
     def before_commit(self, counters: Sequence[Stack], config: SymphonyConfig, state: TrainingState) -> None:
         """Check what the commit needs, and what training leaves unchanged although the settings say otherwise."""
-        graphs = [graph for counter in counters for graph in counter.graphs]
+        graphs = [graph for counter in counters for graph in counter.counted_graphs]
         self._widen(graphs)
         if self.num_commits == 0 and config.graph != "frozen":
             self._check_adapters(counters)
@@ -158,7 +158,7 @@ class TrainingChecks:
         for counter in counters:
             if is_adapted(counter.owner):
                 kept = kept_in_adapters(counter.owner)
-                if not all(id(graph) in kept for graph in counter.graphs):
+                if not all(id(graph) in kept for graph in counter.counted_graphs):
                     self.warn_once(
                         "the model has adapters of PEFT, and its graphs are not in them: they are trained in the base "
                         "model, and are not saved with the adapter. Make the adapter's config with "
@@ -199,6 +199,8 @@ class TrainingChecks:
 
     def _check_frozen_routers(self, stacks: list[nn.Module]) -> None:
         """Warn unless adapters are trained in the stacks: these freeze all base weights, routers too, by design."""
+        if any(getattr(module, "disable_adapters", False) is True for stack in stacks for module in stack.modules()):
+            return  # their parameters take no gradient while they are off, as in a reference's forward
         is_trained = any(map(_is_trained, stacks))
         if not is_trained or not any(map(is_adapted, stacks)):
             effect = "train only what is below them" if is_trained else "have no effect, as all below them is frozen"

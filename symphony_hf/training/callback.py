@@ -40,6 +40,19 @@ def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str
     return own.get("attributes", {}) if state.global_step and own else {}
 
 
+def refuse_vllm(args: Any, tracker: Any, call: str) -> None:
+    """Refuse completions of TRL's vLLM from a model that routes by its graphs: TRL sends it the parameters alone.
+
+    Raises:
+        PatchError: If that is what the arguments ask for.
+    """
+    if getattr(args, "use_vllm", False) and tracker.config.strength != 0:
+        raise PatchError(
+            f"{call}: use_vllm=True samples completions without the graphs, since TRL sends vLLM parameters and no "
+            "buffers: set use_vllm=False, or symphonize with strength=0"
+        )
+
+
 class SymphonyCallback(TrainerCallback, ExportableState):
     """Callback for any Trainer with a symphonized model: `Trainer(model, ..., callbacks=[SymphonyCallback()])`.
 
@@ -48,7 +61,8 @@ class SymphonyCallback(TrainerCallback, ExportableState):
     each checkpoint's trainer_state.json, so that a resumed run goes on exactly.
 
     Raises:
-        PatchError: At the start of training, if the model is not symphonized, or would run under DataParallel.
+        PatchError: At the start of training, if the model is not symphonized, would run under DataParallel, or would
+            sample in vLLM.
         ConfigError: At the start of training, if accelerate runs fewer processes or another strategy than requested.
     """
 
@@ -75,6 +89,7 @@ class SymphonyCallback(TrainerCallback, ExportableState):
                 f"SymphonyCallback: router_aux_loss_coef={args.router_aux_loss_coef} would add TRL's balance loss to "
                 "this one: leave it out, or symphonize with balance_loss_weight=0"
             )
+        refuse_vllm(args, tracker, "SymphonyCallback")
         check_launch_of_trainer(args)
         self._reference = synced_reference(self, args, model)
         self._tracker = tracker

@@ -152,6 +152,7 @@ class GraphMonitor(TrainerCallback):
         self._draw(args, state, model)
 
     def _draw(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        graphs = self.graphs_of(model) if self.pictures else {}  # of all ranks: under FSDP2 it gathers
         if not state.is_world_process_zero:
             return
         output, history = Path(args.output_dir), self._history
@@ -161,7 +162,7 @@ class GraphMonitor(TrainerCallback):
             return
         from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
-        pictures = [plots.plot_graphs(self.graphs_of(model), output / PICTURE)]
+        pictures = [plots.plot_graphs(graphs, output / PICTURE)]
         if len(history.steps) > 1:
             loads = {name: torch.stack(rows).tolist() for name, rows in history.loads.items()}
             steps = [str(step) for step in history.steps]

@@ -41,8 +41,11 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
     @functools.wraps(trainer_class.compute_loss)
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         self._has_computed_loss = True
+        is_trained = model.training and is_symphonized(model)
+        if is_trained:
+            tracker_of(model).state.recorded_in_forward = False  # a loss of the model's parts begins no forward of it
         result = trainer_class.compute_loss(self, model, inputs, return_outputs=return_outputs, **kwargs)
-        if not (model.training and is_symphonized(model)):
+        if not is_trained:
             return result
         loss, *outputs = result if return_outputs else (result,)
         tracker = tracker_of(model)

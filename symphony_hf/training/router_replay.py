@@ -8,8 +8,12 @@ from torch import Tensor
 from transformers import Trainer
 
 from symphony_hf.errors import ConfigError
+from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.replay.choices import RoutingChoices
 from symphony_hf.patching.replay.contexts import record_routing, replay_routing
+from symphony_hf.patching.symphonize import is_symphonized
+
+from .callback import refuse_vllm
 
 TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])
 
@@ -37,6 +41,7 @@ def with_router_replay(trainer_class: TrainerClass) -> TrainerClass:
 
     Raises:
         ConfigError: If it is not such a class.
+        PatchError: In training, if a symphonized model would sample in vLLM.
     """
     missing = [name for name in _METHODS if not hasattr(trainer_class, name)]
     if not isinstance(trainer_class, type) or not issubclass(trainer_class, Trainer) or missing:
@@ -53,6 +58,8 @@ def with_router_replay(trainer_class: TrainerClass) -> TrainerClass:
             return trainer_class._generate_single_turn(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     def generate_and_score(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_symphonized(self.model):
+            refuse_vllm(self.args, tracker_of(self.model), "with_router_replay")
         self._router_replay = _Rollout(is_training=self.model.training)
         output = trainer_class._generate_and_score_completions(self, *args, **kwargs)  # type: ignore[attr-defined]
         rollout, self._router_replay = self._router_replay, None

@@ -129,8 +129,13 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
             requested, or the output directory has files that would be overwritten.
     """
     check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
-    damage_of(recipe)
+    damage = damage_of(recipe)
     arguments = training_arguments(recipe)
+    if damage is not None and arguments.dataloader_persistent_workers:
+        raise ConfigError(
+            "train: dataloader_persistent_workers keeps the workers of the first epoch, and with `data.damage` they "
+            "would repeat its damage in every epoch: leave it out"
+        )
     requested = requests_of(recipe.launch, arguments)
     strategy = expected_strategy(arguments)
     _check_partitioning(recipe, strategy)

@@ -126,6 +126,14 @@ def test_a_tokenizer_that_does_not_read_back_is_refused(tokenizer, monkeypatch):
             "not data of kind `chat`",
         ),
         ({"data.damage": {"attack": "keyboard", "rate": 0.1}, "data.streaming": True}, "not a stream"),
+        (
+            {
+                "data.damage": {"attack": "keyboard", "rate": 0.1},
+                "train.dataloader_persistent_workers": True,
+                "train.dataloader_num_workers": 1,
+            },
+            "they would repeat its damage in every epoch",
+        ),
     ],
 )
 def test_what_cannot_be_damaged_is_refused_before_anything_is_written(settings, message, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from models import make_ids, make_model, move_graphs
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from symphony_hf import SymphonyCallback, expert_graphs, symphonize
 from symphony_hf.diagnostics.graph_metrics import graph_summary
@@ -60,6 +60,18 @@ def test_metrics_are_in_every_log(tmp_path, real_pictures):
     last = graph_summary(expert_graphs(trainer.model))
     assert logs[-1]["symphony/load_entropy"] == pytest.approx(last["load_entropy"])
     assert (tmp_path / "graphs.png").stat().st_size > 10_000
+
+
+def test_every_rank_takes_part_in_reading_the_graphs(tmp_path, monkeypatch):
+    """Under FSDP2 a learned graph is gathered: a rank that did not would leave the others waiting."""
+    model, read = symphonize(make_model()), []
+    monkeypatch.setattr("symphony_hf.training.monitor.expert_graphs", lambda model: read.append(1) or {})
+    arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    other = TrainerState(is_world_process_zero=False)
+    for call in (GraphMonitor().on_save, GraphMonitor().on_train_end):
+        call(arguments, other, TrainerControl(), model=model)
+    assert len(read) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_loads_of_every_log_are_kept_and_drawn(tmp_path, real_pictures):

@@ -9,19 +9,29 @@ import torch
 from datasets import Dataset
 from models import COMMON, make_model
 from trainers import make_tokenizer
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from symphony_hf import (
     ConfigError,
+    PatchError,
     SymphonyCallback,
     expert_graphs,
     symphonize,
     with_router_losses,
     with_router_replay,
 )
+from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.replay.hooks import decoder_routers
 from symphony_hf.routing import initial_adjacency
+from symphony_hf.training.callback import refuse_vllm
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "olmoe-7b-grpo" / "train.py"
 QUIET = {
@@ -136,6 +146,31 @@ def test_the_reward_of_the_recipe_falls_with_the_distance():
     assert script["closeness"]([" 42", "41.", "so", "9 42"], [42] * 4) == [1, 1 / 2, 0, 1 / 34]
     rows = script["additions"](3, seed=0)
     assert [eval(row["prompt"].rstrip(" =")) for row in rows] == rows["answer"]
+
+
+def begin_with_the_callback(model, arguments):
+    SymphonyCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+
+
+def generate_with_replay(model, arguments):
+    trainer = object.__new__(with_router_replay(GRPOTrainer))
+    trainer.model, trainer.args = model, arguments
+    trainer._generate_and_score_completions([])
+
+
+@pytest.mark.parametrize("begin", [begin_with_the_callback, generate_with_replay])
+def test_completions_of_vllm_are_refused_where_the_graphs_would_be_missing(begin, tmp_path):
+    """TRL sends vLLM the model's parameters, and the graphs are buffers."""
+    arguments = GRPOConfig(output_dir=str(tmp_path), **QUIET)
+    arguments.use_vllm = True
+    with pytest.raises(PatchError, match="use_vllm=True samples completions without the graphs"):
+        begin(symphonize(make_model("mixtral")), arguments)
+
+
+def test_a_model_that_routes_without_its_graphs_may_sample_in_vllm(tmp_path):
+    arguments = GRPOConfig(output_dir=str(tmp_path), **QUIET)
+    arguments.use_vllm = True
+    refuse_vllm(arguments, tracker_of(symphonize(make_model("mixtral"), strength=0)), "GRPO")
 
 
 def test_only_online_trainers_are_accepted():

@@ -109,6 +109,10 @@ class RoutingHooks:
     def close(self) -> None:
         """End the context."""
         self._is_open = False
+        while self._taps:  # of routers that a KeyboardInterrupt broke off, past the hooks that leave them
+            _, tap = self._taps.pop()
+            if tap is not None:
+                tap.__exit__(None, None, None)
         self._remove_if_done()
 
     def _remove_if_done(self) -> None:
