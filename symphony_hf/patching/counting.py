@@ -5,7 +5,7 @@ README.md states the counting rule.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -19,7 +19,7 @@ from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
 from .expert_graph import ExpertGraph, active_graph, is_functional
-from .observations import ForwardRecord
+from .observations import ForwardRecord, tensors_of
 from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
 from .training_state import TrainingState, keeps_loads, num_ranks, shares_loads
@@ -293,16 +293,3 @@ class CoselectionCounter:
 def is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
     """Whether an attention mask says which tokens are padding. Shape: (rows, positions)."""
     return isinstance(mask, Tensor) and mask.dim() == 2
-
-
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a stack's output, each once."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict | tuple | list):
-        seen: set[int] = set()
-        for value in output.values() if isinstance(output, dict) else output:
-            for tensor in tensors_of(value):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield tensor

@@ -1,7 +1,7 @@
 """Observations of a stack's routers: of one forward, and summed over forwards."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,3 +97,16 @@ class ForwardRecord(Observations):
     def zero(self) -> None:
         super().zero()
         self.probabilities_LE.zero_()
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a stack's output, each once."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | tuple | list):
+        seen: set[int] = set()
+        for value in output.values() if isinstance(output, dict) else output:
+            for tensor in tensors_of(value):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor

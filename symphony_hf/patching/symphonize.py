@@ -258,16 +258,21 @@ def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
         of tokens, the rest how often two experts are chosen together. Shape: (num_experts, num_experts), float32.
 
     Raises:
-        PatchError: If the model is not symphonized.
+        PatchError: If the model is not symphonized, or ZeRO-3 has partitioned a learned graph.
 
     Under FSDP2 a learned graph is gathered, so every rank must call this.
     """
     settle(model)
     graphs = ((name, active_graph(router.symphony)) for name, router in symphony_routers(model))
-    return {name: _whole(graph.symmetrized().detach()).clone() for name, graph in graphs}
+    return {name: _whole(name, graph.symmetrized().detach()).clone() for name, graph in graphs}
 
 
-def _whole(tensor: Any) -> Tensor:
+def _whole(name: str, tensor: Any) -> Tensor:
+    if tensor.dim() != 2:
+        raise PatchError(
+            f"expert_graphs: ZeRO-3 has partitioned the learned graph of `{name}`: read it on every rank inside "
+            "`deepspeed.zero.GatheredParameters(list(model.parameters()))`"
+        )
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

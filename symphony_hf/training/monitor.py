@@ -17,9 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from symphony_hf.diagnostics.graph_metrics import graph_summary
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.files import replacing
-from symphony_hf.patching.symphonize import expert_graphs
+from symphony_hf.patching.expert_graph import active_graph
+from symphony_hf.patching.symphonize import expert_graphs, symphony_routers
 
 from .callback import add_to_log
+from .zero import gathered
 
 
 class LoadHistory:
@@ -103,8 +105,9 @@ class GraphMonitor(TrainerCallback):
         self._history = LoadHistory()
 
     def graphs_of(self, model: Any) -> dict[str, Tensor]:
-        """Return the graph of each router."""
-        return expert_graphs(model)
+        """Return the graph of each router. Every rank must call it: partitioned graphs are gathered."""
+        with gathered([active_graph(router.symphony).adjacency for _, router in symphony_routers(model)]):
+            return expert_graphs(model)
 
     def metrics(self, graphs: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
         """Return the values to log.

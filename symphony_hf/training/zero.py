@@ -24,8 +24,8 @@ def prepare_deepspeed(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gather parameters on every process if ZeRO-3 partitioned them when the model was built."""
+def gathered(parameters: list[Any]) -> Iterator[None]:
+    """Gather parameters on every process if ZeRO-3 partitioned them. Other tensors are left as they are."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         yield

@@ -173,3 +173,11 @@ def test_watches_of_blocks_go_with_their_layers():
     model(ids, labels=ids, use_cache=False).loss.backward()
     update_graphs(model)
     assert [len(block._forward_pre_hooks) for block in blocks] == [number - 1 for number in hooks]
+
+
+def test_a_graph_that_zero_3_has_partitioned_is_not_returned_as_a_part():
+    model = symphonize(make_model(), graph="learned")
+    router = model.model.layers[1].mlp.gate
+    router.symphony.adjacency.data = torch.empty(0)  # as DeepSpeed leaves a parameter between forwards
+    with pytest.raises(PatchError, match=r"partitioned the learned graph of `model\.layers\.1\.mlp\.gate`"):
+        expert_graphs(model)

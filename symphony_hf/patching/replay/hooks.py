@@ -12,8 +12,8 @@ from torch.autograd import Variable
 from transformers import PreTrainedModel
 
 from symphony_hf.errors import PatchError, UnsupportedModelError
-from symphony_hf.patching.counting import tensors_of
 from symphony_hf.patching.families.discovery import FoundRouter
+from symphony_hf.patching.observations import tensors_of
 from symphony_hf.patching.symphonize import all_routers
 
 from .layout import TokenLayout, read_layout
