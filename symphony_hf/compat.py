@@ -104,6 +104,7 @@ PRIVATE_NAMES = {
     "_compiled_call_impl": PrivateName("torch", ("patching",), "whether `model.compile()` was called"),
     "_orig_mod": PrivateName("torch", ("patching",), "whether a module was wrapped by torch.compile"),
     "_get_active_ddp_module": PrivateName("torch", ("patching",), "the wrapper whose forward is under way"),
+    "_is_replica": PrivateName("torch", ("patching",), "whether DataParallel copied a module into a thread"),
     "_join_config": PrivateName("torch", ("patching",), "whether that wrapper is inside `Join`"),
     "_grouped_mm": PrivateName("torch", ("training",), "an operator whose FLOPs the planner counts"),
     "_scaled_dot_product_flash_attention_for_cpu": PrivateName("torch", ("training",), "likewise"),

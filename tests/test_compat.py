@@ -38,6 +38,7 @@ HOLDERS = {
     "_functorch": lambda: torch._C,
     "_execution_engine": lambda: Variable,
     "_get_active_ddp_module": lambda: DistributedDataParallel,
+    "_is_replica": lambda: torch.nn.Linear(1, 1)._replicate_for_data_parallel(),
     "_join_config": Joined,
     "_grouped_mm": lambda: torch,
     "_scaled_dot_product_flash_attention_for_cpu": lambda: torch.ops.aten,
