@@ -39,8 +39,11 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
     Raises:
         ConfigError: If there is no config, or transformers does not know its model type.
     """
-    if (Path(source) / ADAPTER_CONFIG).exists() and not (Path(source) / CONFIG).exists():
-        raise ConfigError(f"`{source}` is an adapter, not a model: give its base model")
+    if not (Path(source) / CONFIG).exists():
+        if (Path(source) / ADAPTER_CONFIG).exists():
+            raise ConfigError(f"`{source}` is an adapter, not a model: give its base model")
+        if any((Path(source) / "final" / name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
+            raise ConfigError(f"`{source}` is the folder of a run, not a model: give `{Path(source) / 'final'}`")
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:

@@ -336,6 +336,10 @@ def test_a_hub_that_is_not_reached():
 def test_what_is_no_model(tmp_path):
     with pytest.raises(ConfigError, match="no config of a model"):
         inspect_model(tmp_path)
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"run` is the folder of a run, not a model: give `.*final`"):
+        inspect_model(tmp_path / "run")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is an adapter, not a model"):
         inspect_model(tmp_path)
