@@ -83,7 +83,8 @@ def finish(target: Path, recorded: Collection[str] | None = None) -> None:
         os.replace(target, replaced)
     os.replace(written, target)
     flush(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is removed by the next `clear`
+        remove_folder(replaced)
     remove_if_empty(written.parent)
 
 
@@ -156,12 +157,20 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def clear(target: Path) -> None:
     """Remove the leftovers of a killed write to `target`, and restore the folder that it was replacing."""
     replaced = place_of_replaced(target)
-    if replaced.exists() and not target.exists():
+    if os.path.lexists(replaced) and not os.path.lexists(target):
         os.replace(replaced, target)
     for left in (replaced, place_to_write(target)):
-        if left.exists():
-            shutil.rmtree(left)
+        if os.path.lexists(left):
+            remove_folder(left)
     remove_if_empty(target.parent / UNFINISHED)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one, but not what a link points to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

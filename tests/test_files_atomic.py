@@ -6,7 +6,7 @@ import pytest
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.experiments.conformance.table import write_readme
-from symphony_hf.files import check_file_place, replacing, write_json, write_text
+from symphony_hf.files import check_file_place, replacing, replacing_folder, write_json, write_text
 from symphony_hf.training.report import write_run_report
 
 
@@ -45,6 +45,20 @@ def test_two_processes_do_not_write_into_each_other_s_file(tmp_path):
         assert (tmp_path / "file").read_text() == "other"
     assert (tmp_path / "file").read_text() == "one"
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_that_is_replaced_leaves_what_it_points_to(tmp_path):
+    stored, target = tmp_path / "storage", tmp_path / "final"
+    stored.mkdir()
+    (stored / "theirs.txt").write_text("theirs")
+    target.symlink_to(stored)
+    for _ in range(2):
+        with replacing_folder(target) as folder:
+            (folder / "config.json").write_text("{}")
+        assert (target / "config.json").exists()
+        assert names(tmp_path) == ["final", "storage"]
+    assert names(stored) == ["theirs.txt"]
 
 
 def test_text_and_json(tmp_path):

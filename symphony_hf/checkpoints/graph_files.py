@@ -49,12 +49,14 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
 def checkpoint_files(path: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint's folder or file, all of which are in its own folder.
 
+    A whole file comes before the index of shards, as in transformers, whose `save_pretrained` leaves old ones of both.
+
     Raises GraphError if a file is missing, or the index of the shards cannot be read.
     """
     if path.is_file():
         return [path]
     index = path / WEIGHTS_INDEX
-    if index.exists():
+    if index.exists() and not (path / WEIGHTS).exists():
         files = [path / name for name in sorted(set(read_weight_map(index, GraphError).values()))]
     else:
         files = [path / WEIGHTS]

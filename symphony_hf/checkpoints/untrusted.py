@@ -90,6 +90,8 @@ def _check_config(directory: Path) -> None:
     config = read_object(file, CheckpointError, max_bytes=MAX_CONFIG_BYTES)
     if config.get("auto_map"):
         raise CheckpointError(f"`{file}` asks for custom code (`auto_map`): code of a checkpoint is not run")
+    if config.get("transformers_weights"):
+        raise CheckpointError(f"`{file}` names other weights (`transformers_weights`), which are not checked")
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"`{file}` is of a quantized checkpoint: load it with its Auto class")
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
@@ -33,6 +33,7 @@ class RowSettings:
         assistant_only: Whether all but the assistant's turns is left out.
         own_template: Whether the tokenizer's chat template renders the rows; otherwise, TRL sets another one first.
         chat_template: Chat template that TRL renders with; the tokenizer's own when None.
+        kept: Part of a row that is too long that TRL keeps: its `start`, its `end`, or `all`, in several pieces.
     """
 
     layout: Layout
@@ -40,16 +41,19 @@ class RowSettings:
     assistant_only: bool
     own_template: bool = True
     chat_template: str | None = None
+    kept: Literal["start", "end", "all"] = "start"
 
     @classmethod
     def from_train(cls, layout: Layout, train: Mapping[str, Any]) -> "RowSettings":
         """Read a recipe's train section as TRL does."""
         completion_only = train.get("completion_only_loss")
+        kept: Literal["start", "end", "all"] = "end" if train.get("truncation_mode") == "keep_end" else "start"
         return cls(
             layout,
             completion_only=layout.has_completion if completion_only is None else bool(completion_only),
             assistant_only=bool(train.get("assistant_only_loss")),
             own_template=train.get("chat_template_path") is None,
+            kept="all" if train.get("packing_strategy") == "bfd_split" else kept,
         )
 
     def describe_loss(self) -> str:
@@ -79,7 +83,8 @@ def training_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 def check_row(
     row: Mapping[str, Any], settings: RowSettings, tokenizer: "PreTrainedTokenizerBase", block_size: int
 ) -> dict[str, Any]:
-    """Convert a row to the columns that TRL reads, and check it. TRL keeps `block_size` tokens of it at most.
+    """Convert a row to the columns that TRL reads, and check it. TRL keeps `block_size` tokens of it, or splits it.
+
 
     Returns:
         `messages`, `prompt` and `completion`, or `text`; and `problem`.
@@ -132,7 +137,8 @@ def _token_problem(
             in_loss = _tokens_in_loss(row, sides, settings, tokenizer)
         except TemplateError as error:
             return f"{REFUSED}: {error}"
-        if not any(in_loss[:block_size]):
+        kept = {"start": in_loss[:block_size], "end": in_loss[-block_size:], "all": in_loss}[settings.kept]
+        if not any(kept):
             return f"a prompt longer than block_size: nothing of the answer is within {block_size} tokens"
     elif settings.layout.conversational:
         try:

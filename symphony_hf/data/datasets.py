@@ -1,6 +1,7 @@
 """Local tables and data sets of the Hub, read by the `datasets` library, and digests of what was read."""
 
 import csv
+import glob
 import hashlib
 import json
 import re
@@ -25,13 +26,18 @@ _NO_ROWS = "corresponds to no data"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
+def _only(path: Path) -> str:
+    """Return a path as `datasets` takes it: as a pattern, which may match other files."""
+    return glob.escape(str(path))
+
+
 def load_table(path: Path) -> "Dataset":
     """Read the rows of a local table. Raises DataError if it cannot be parsed or has none."""
     import datasets
 
     suffix = path.suffix.lower()
     try:
-        return datasets.load_dataset(TABLE_FORMATS[suffix], data_files=str(path), split="train", **_settings(suffix))
+        return datasets.load_dataset(TABLE_FORMATS[suffix], data_files=_only(path), split="train", **_settings(suffix))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if _NO_ROWS in str(error):
             raise DataError(f"{path}: this table has no rows; give one that has, or leave it out") from error
@@ -82,7 +88,7 @@ def open_table(path: Path) -> "IterableDataset":
 
     suffix = path.suffix.lower()
     return datasets.load_dataset(
-        TABLE_FORMATS[suffix], data_files=str(path), split="train", streaming=True, **_settings(suffix)
+        TABLE_FORMATS[suffix], data_files=_only(path), split="train", streaming=True, **_settings(suffix)
     )
 
 

@@ -112,8 +112,8 @@ def check_packing(model: "PreTrainedModel") -> None:
     finally:
         model.train(was_training)
     difference = float((one - other).abs().max() / one.abs().max())
-    if difference > _MAX_CHANGE:
+    if not difference <= _MAX_CHANGE:
         raise DataError(
-            f"data: packing: {name} lets documents in one sequence influence each other (the logits of one change by "
-            f"{difference:.1%} with the other): set `packing: false`"
+            f"data: packing: {name} lets documents in one sequence influence each other, or has no finite logits "
+            f"(those of one change by {difference:.1%} with the other): set `packing: false`"
         )

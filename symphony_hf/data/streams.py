@@ -67,7 +67,7 @@ def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", se
             raise DataError(f"{section.path}: the {split} split has no text; give a source that has more")
     train = splits["train"].filter(_is_for_training, fn_kwargs={"column": column, "missing": missing})
     train = train if section.limit is None else train.take(section.limit)
-    if next(iter(_cut(train, section, tokenizer)), None) is None:
+    if next(iter(_cut(train.take(TOKENIZED), section, tokenizer)), None) is None:
         raise DataError(
             f"{section.path}: the first {TOKENIZED:,} documents for training do not fill one block of "
             f"{section.block_size:,} tokens; give more text, or a smaller block_size"

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Pre
 from symphony_hf.checkpoints.model_class import read_config
 from symphony_hf.errors import ConfigError
 
-_WEIGHTS = (".safetensors", ".bin", ".json")
-"""Suffixes of the files that decide what a model computes."""
+_DECIDING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
+"""Suffixes of the files that decide what a model computes: weights, settings, chat templates and vocabularies."""
 
 _HINT = "name a folder or model that has it: --tokenizer"
 
@@ -98,7 +98,7 @@ def fingerprint_of(source: str, revision: str | None) -> str:
         return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _WEIGHTS:
+        if path.suffix in _DECIDING:
             stat = path.stat()
             contents = f"{stat.st_size} {stat.st_mtime_ns}".encode() if stat.st_size > _LARGE else path.read_bytes()
             digest.update(hashlib.sha256(path.name.encode() + b"\0" + contents).digest())

@@ -46,7 +46,8 @@ def perplexity_interval(scores: DocumentScores, *, seed: int = 0) -> Interval:
         EvaluationError: If there are fewer than 10 documents, or a score is not finite.
     """
     mean = of_sums(lambda nll, tokens: nll / tokens)
-    return paired_bootstrap((scores.nll, scores.num_tokens), mean, seed=seed, null=None).exp()
+    tokens = scores.num_tokens
+    return paired_bootstrap((scores.nll, tokens), mean, seed=seed, weights=tokens, null=None).exp()
 
 
 def compare_perplexity(

@@ -38,6 +38,8 @@ class Interval:
         """
         if self.null is None:
             raise EvaluationError("this is the interval of one model, not of a comparison: it has no verdict")
+        if not (np.isfinite(self.low) and np.isfinite(self.high)):
+            raise EvaluationError("an interval without finite ends has no verdict: leave out documents without tokens")
         by_chance = self.p_value is not None and self.p_value > 1 - self.confidence
         if by_chance or self.low <= self.null <= self.high:
             return "not distinguishable"

@@ -18,7 +18,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from symphony_hf.errors import CheckpointError, ConfigError
-from symphony_hf.files import UNFINISHED, finish, foreign_files, place_to_write, remove_if_empty, write_json
+from symphony_hf.files import (
+    UNFINISHED,
+    finish,
+    foreign_files,
+    place_to_write,
+    remove_folder,
+    remove_if_empty,
+    write_json,
+)
 
 RECORD = "symphony_checkpoint.json"
 """Record of a complete checkpoint: its step, its order among the checkpoints of the run, the sizes of its files."""
@@ -69,7 +77,8 @@ def _delete(folder: Path) -> None:
     deleted = place_to_write(folder).with_name(f"{folder.name}.deleted")
     deleted.parent.mkdir(exist_ok=True)
     os.replace(folder, deleted)
-    shutil.rmtree(deleted, ignore_errors=True)
+    with contextlib.suppress(OSError):  # `clear_leftovers` removes it
+        remove_folder(deleted)
 
 
 def _recorded(folder: Path) -> set[str] | None:
@@ -87,7 +96,7 @@ def clear_leftovers(output: Path) -> list[str]:
         if known[2] == ".replaced" and not (output / known[1]).exists():
             os.replace(folder, output / known[1])
             continue
-        shutil.rmtree(folder)
+        remove_folder(folder)
         removed.append(folder.name)
     remove_if_empty(output / UNFINISHED)
     return removed

@@ -154,6 +154,14 @@ def test_a_prompt_that_fills_a_block_is_left_out_and_counted(tmp_path, own_token
         prepare(path, own_tokenizer, block_size=4)
 
 
+def test_a_prompt_that_fills_a_block_stays_where_trl_keeps_its_answer(tmp_path, own_tokenizer, model):
+    rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS * 5, ANSWERS * 5, strict=True)]
+    rows[7]["prompt"] = "Why? " * 300
+    path = in_splits(tmp_path, rows, held_out=rows[:5])
+    assert len(prepare(path, own_tokenizer, {"packing_strategy": "bfd_split"}, packing=True).train) == 30
+    assert len(prepare(path, own_tokenizer, {"truncation_mode": "keep_end"}).train) == 30
+
+
 def test_a_conversation_without_an_answer_in_a_block_is_left_out_and_counted(tmp_path, own_tokenizer, model):
     rows = [{"messages": copy.deepcopy(messages)} for messages in MESSAGES * 5]
     rows[7]["messages"][0]["content"] = "Why? " * 300

@@ -325,6 +325,18 @@ def test_images_are_checked_and_texts_tokenized_once(tmp_path, processor, monkey
         llava(path, processor, block_size=200)
 
 
+@pytest.mark.parametrize("before", [None, b"no image"])
+def test_an_image_that_was_mended_is_used(before, tmp_path, processor):
+    """What was wrong with it is in the cache."""
+    path = write_llava(tmp_path, [entry(number) for number in range(12)])
+    image = next(file for file in sorted(path.parent.rglob("*.*")) if file != path)
+    good = image.read_bytes()
+    image.unlink() if before is None else image.write_bytes(before)
+    assert len(llava(path, processor).train) == 11
+    image.write_bytes(good)
+    assert len(llava(path, processor).train) == 12
+
+
 def test_many_rows_are_checked_on_several_processes(tmp_path, processor, monkeypatch):
     entries = [entry(number) for number in range(12)]
     path = write_llava(tmp_path, entries)

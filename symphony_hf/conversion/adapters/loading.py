@@ -23,7 +23,7 @@ from symphony_hf.routing.graph import adjacency_problems
 from .base_weights import check_base, sample_weights
 from .record import NEEDS, AdapterRecord, keep_record
 from .targets import base_of, family_of
-from .untrusted import add_adapter, check_tensors, read_peft_config, refusals, try_config
+from .untrusted import adapter_tensors, add_adapter, check_tensors, read_peft_config, refusals, try_config
 
 
 def load_adapter(
@@ -93,11 +93,8 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
 
 
 def _copy_tensors(model: Any, folder: Path, name: str) -> None:
-    from peft import get_peft_model_state_dict
-
     saved = load_file(folder / ADAPTER_WEIGHTS)
-    # What PEFT would save now: views of the model's tensors, by their names in the file.
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = adapter_tensors(model, name, saved)
     shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
     check_tensors(folder, model, *shapes)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,33 @@ def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
     Raises:
         ConfigError: If PEFT cannot make an adapter of the config, or its tensors are not those in the file.
     """
-    from peft import get_peft_model_state_dict
-
     copied, tried = _without_numbers(model), copy.deepcopy(config)
     with refusals(f"{weights.parent / ADAPTER_CONFIG}"), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the model itself
         adapted = add_adapter(copied, tried, name)
-        wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     with safe_open(weights, framework="pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    wanted = adapter_tensors(adapted, name, stored)
     check_tensors(weights.parent, model, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, stored)
+
+
+def adapter_tensors(model: Any, name: str, saved: Collection[str]) -> dict[str, Tensor]:
+    """Return what PEFT would save of an adapter now: views of the model's tensors, by their names in the file.
+
+    PEFT adds the embeddings or the head where they are adapted or were resized; here, where the file has them.
+
+    Args:
+        model: A PEFT model.
+        name: The adapter's name in it.
+        saved: Names of the tensors in the adapter's file.
+    """
+    from peft import get_peft_model_state_dict
+
+    own: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if set(saved) - own.keys():
+        whole = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+        own |= {key: tensor for key, tensor in whole.items() if key in saved}
+    return own
 
 
 def check_tensors(
@@ -123,11 +140,13 @@ def _check_patterns(file: Path, values: dict[str, Any]) -> None:
         patterns += list(found) if isinstance(found, dict) else []
     for pattern in patterns:
         if isinstance(pattern, str) and (
-            re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _MOST_REPETITIONS
+            re.search(r"\)[*+?{]", pattern)
+            or len(re.findall(r"[*+{]|(?<!\()\?", pattern)) > _MOST_REPETITIONS
+            or len(re.findall(r"\((?=[^()]*\|)", pattern)) > _MOST_REPETITIONS
         ):
             raise ConfigError(
-                f"`{file}` has the pattern {pattern!r}, which repeats a group, or repeats more than "
-                f"{_MOST_REPETITIONS} times: matching with it may take forever; list the names of the modules instead"
+                f"`{file}` has the pattern {pattern!r}, which repeats a group, or repeats or chooses more "
+                f"than {_MOST_REPETITIONS} times: matching with it may take forever; list the modules' names instead"
             )
 
 

@@ -155,6 +155,8 @@ class TopKSettings(TextSettings):
         super().__post_init__()
         if self.top_k is not None and (not self.top_k or len(set(self.top_k)) < len(self.top_k) or min(self.top_k) < 1):
             raise ConfigError(f"topk: `top_k` must be numbers from 1, each once; got {list(self.top_k)}")
+        if self.keep is not None:
+            check_least(self.command, 1, keep=self.keep)
         if (self.keep is None) == (self.output is not None) and not (self.output and len(self.top_k or ()) == 1):
             raise ConfigError("topk: to write a checkpoint give both its folder and `keep`, the number that it chooses")
         if self.keep is not None and self.top_k is not None and self.keep not in self.top_k:

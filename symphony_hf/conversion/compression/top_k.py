@@ -60,7 +60,7 @@ def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
     if target is None:
         write_json(result_file, result)
         return result
-    result["kept"] = settings.keep or numbers[0]
+    result["kept"] = numbers[0] if settings.keep is None else settings.keep
     with writing(target, settings.command) as folder:
         with_top_k(opened.model, opened.layers, result["kept"]).save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)

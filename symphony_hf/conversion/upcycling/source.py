@@ -87,7 +87,8 @@ def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
 _EXPERTS = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 CONFIG = ("config.json",)
-WHOLE = (*CONFIG, "*.safetensors", "*.safetensors.index.json", *CARRIED, "additional_chat_templates/*")
+_STORED = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")  # not a vendor's own form
+WHOLE = (*CONFIG, *_STORED, *CARRIED, "additional_chat_templates/*")
 """Name patterns of the files to download: to check whether a model can be upcycled, and to upcycle it."""
 
 

@@ -21,18 +21,22 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
 """Exceptions that Pillow raises for a file that is not an image, or is truncated."""
 
 
+IMAGE_PROBLEMS = ("a missing image", "an image that does not decode")
+"""Beginnings of the problems of images."""
+
+
 def image_problem(path: Path) -> str:
     """Read a whole image file and return its problem: empty, or `<what>: <which>`."""
     import PIL.Image
 
     if not path.is_file():
-        return f"a missing image: {path}"
+        return f"{IMAGE_PROBLEMS[0]}: {path}"
     try:
         with PIL.Image.open(path) as image:
             image.draft(None, _SMALL)
             image.load()
     except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
-        return f"an image that does not decode: {path} ({error})"
+        return f"{IMAGE_PROBLEMS[1]}: {path} ({error})"
     return ""
 
 

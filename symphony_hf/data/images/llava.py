@@ -19,7 +19,7 @@ from symphony_hf.data.rows import PROBLEM, Rows, thin_rows, without_problems
 from symphony_hf.errors import DataError
 
 from .collator import VisualCollator, VisualConversations, make_collator
-from .decoding import encoded_problem, handwritten_digits
+from .decoding import IMAGE_PROBLEMS, encoded_problem, handwritten_digits
 from .processors import PLACEHOLDER, Renderer, make_renderer
 
 if TYPE_CHECKING:
@@ -213,7 +213,19 @@ def _tokenized(table: "Table", renderer: Renderer, collator: VisualCollator, blo
         "block_size": block_size,
     }
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1) if len(table) >= _MANY else None
-    return table.map(Step(tokenize_row, settings), num_proc=processes, desc="Checking images, tokenizing")
+    known = {"num_proc": processes, "desc": "Checking images, tokenizing"}
+    tokenized = table.map(Step(tokenize_row, settings), **known)
+    if _has_mended_images(table, tokenized):
+        tokenized = table.map(Step(tokenize_row, settings), load_from_cache_file=False, **known)
+    return tokenized
+
+
+def _has_mended_images(table: "Table", tokenized: "Table") -> bool:
+    """Whether an image that could not be read can be read by now: the cache knows the rows, and not their images."""
+    for index, problem in enumerate(tokenized[PROBLEM][:]):
+        if problem.startswith(IMAGE_PROBLEMS) and problem not in map(encoded_problem, table[index]["images"]):
+            return True
+    return False
 
 
 def tokenize_row(

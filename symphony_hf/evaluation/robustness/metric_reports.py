@@ -45,7 +45,7 @@ class Perplexity(MetricReport[TextScores]):
         self.names = names
 
     def clean(self, scores: TextScores) -> dict[str, Any]:
-        """Return the perplexity per token, per original word and per byte."""
+        """Return the perplexity per token, per word and per byte."""
         level = perplexity_interval(scores.per("token", self.names), seed=SEED)
         return {"perplexity": self.as_entry(level), **self._rates(scores)}
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic
 
 import numpy as np
 
+from symphony_hf.compat import versions
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.evaluation.checkpoint import ModelUnderTest
 from symphony_hf.evaluation.clean_attacked import Measured, Scores, measure_forms
@@ -176,5 +177,11 @@ class Task(ABC, Generic[Scores]):
         `inputs` is everything besides the weights that determines the numbers, as JSON values.
         """
         model = self.models_under_test[role]
-        identity = {"format": _FORMAT, "model": model.fingerprint, "dtype": model.dtype, **inputs}
+        identity = {
+            "format": _FORMAT,
+            "model": model.fingerprint,
+            "dtype": model.dtype,
+            "versions": versions(),
+            **inputs,
+        }
         return self.store.get("clean" if case is None else str(case), identity, measure)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from symphony_hf.data.documents import Document
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import ConfigError, SymphonyWarning
 from symphony_hf.evaluation.attacks.text import find_text_attack
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.clean_attacked import Measured
@@ -89,10 +90,11 @@ class TextTask(Task[TextScores]):
             self._clean[role] = form, self._score_clean(role, form)
         clean, clean_nll = self._clean[role]
         sums = _clean_sums(clean, clean_nll) if case is None else self._score_attacked(role, case, form)
+        documents = self.corpus.documents if case is None else self.corpus.attacked[case]
         return TextScores(
             num_tokens=form.lengths,
-            num_words=np.array([len(document.text.split()) for document in self.corpus.documents]),
-            num_bytes=_num_bytes(self.corpus.documents if case is None else self.corpus.attacked[case]),
+            num_words=np.array([len(document.text.split()) for document in documents]),
+            num_bytes=np.array([len(document.text.encode(errors="surrogatepass")) for document in documents]),
             **sums,
         )
 
@@ -162,6 +164,7 @@ class TextTask(Task[TextScores]):
     def describe(self, measured: Mapping[str, Measured[TextScores]]) -> dict[str, Any]:
         """Describe the documents and the share of words or letters that each attack changes."""
         clean = measured["model"].clean
+        self._warn_about_unknown_words()
         return {
             "settings": dataclasses.asdict(self.settings) | {"block_size": self.block_size},
             "rates": {name: list(find_text_attack(name).rates) for name in self.settings.attacks or ()},
@@ -173,6 +176,22 @@ class TextTask(Task[TextScores]):
                 "bytes": int(clean.num_bytes.sum()),
             },
         }
+
+    def _warn_about_unknown_words(self) -> None:
+        """Warn if one of two tokenizers has words that it does not know, which cost its model little."""
+        if len(self.tokenizers) < 2 or self._is_shared:
+            return
+        for role, tokenizer in self.tokenizers.items():
+            ids = np.concatenate([tokens.ids for tokens in self._clean[role][0].documents])
+            share = float((ids == tokenizer.unk_token_id).mean()) if tokenizer.unk_token_id is not None else 0.0
+            if share:
+                warnings.warn(
+                    f"eval: {share:.1%} of the tokens of `{self.models_under_test[role].source}` are "
+                    f"{tokenizer.unk_token!r}, which is easier to predict than the words that the other model has to "
+                    "spell: a comparison with it says little",
+                    SymphonyWarning,
+                    stacklevel=2,
+                )
 
 
 def _are_same(one: Any, other: Any) -> bool:
@@ -198,7 +217,3 @@ def _clean_sums(clean: _Form, nll: Sequence[np.ndarray]) -> dict[str, np.ndarray
 
 def _sums(nll: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([values.sum(dtype=np.float64) for values in nll])
-
-
-def _num_bytes(documents: Sequence[Document]) -> np.ndarray:
-    return np.array([len(document.text.encode(errors="surrogatepass")) for document in documents])

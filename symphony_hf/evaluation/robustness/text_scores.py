@@ -19,7 +19,7 @@ class TextScores:
     Attributes:
         nll: Negative log-likelihood of all tokens of the document, in nats.
         num_tokens: Number of tokens.
-        num_words: Number of words in the original document.
+        num_words: Number of words of this form.
         num_bytes: Number of bytes of this form, in UTF-8.
         untouched_nll: Negative log-likelihood of the tokens that the attack leaves alone.
         untouched_clean_nll: Negative log-likelihood of these tokens in the original.
@@ -40,10 +40,12 @@ class TextScores:
         return DocumentScores(names, self.nll, divisor)
 
     def untouched(self, names: list[str]) -> tuple[DocumentScores, DocumentScores]:
-        """Return the likelihoods of the untouched tokens in the original and in this form."""
+        """Return the likelihoods of the untouched tokens in the original and in this form, of documents with any."""
+        has = self.num_untouched > 0
+        kept = [name for name, any_left in zip(names, has, strict=True) if any_left]
         return (
-            DocumentScores(names, self.untouched_clean_nll, self.num_untouched),
-            DocumentScores(names, self.untouched_nll, self.num_untouched),
+            DocumentScores(kept, self.untouched_clean_nll[has], self.num_untouched[has]),
+            DocumentScores(kept, self.untouched_nll[has], self.num_untouched[has]),
         )
 
 

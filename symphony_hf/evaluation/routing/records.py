@@ -216,7 +216,9 @@ def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int
     similarities = {}
     with evaluating(model) as device:
         (batch,) = padded_batches(spread, len(spread), device, None)
-        rows = batch.attention_mask.flatten().nonzero().flatten().cpu()
+        own = batch.attention_mask.clone()
+        own[:, 0] = 0  # a window's first token is given, and an outlier that attention rests on
+        rows = own.flatten().nonzero().flatten().cpu()
         positions = rows[torch.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).long()]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if model.config.is_encoder_decoder:

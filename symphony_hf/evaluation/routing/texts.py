@@ -189,17 +189,18 @@ def _folder_of(name: str) -> str:
 
 
 def _classes(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
-    by_id = {token: CLASS_NAMES.index(_class_of(token, tokenizer)) for token in set(ids)}
+    marks_starts = any(piece[:1] in ("Ġ", "▁") for piece in tokenizer.get_vocab())
+    by_id = {token: CLASS_NAMES.index(_class_of(token, tokenizer, marks_starts)) for token in set(ids)}
     return np.array([by_id[token] for token in ids])
 
 
-def _class_of(token: int, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _class_of(token: int, tokenizer: "PreTrainedTokenizerBase", marks_starts: bool) -> str:
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     bare = text.strip()
     if not bare:
         return "space"
     if any(letter.isalpha() for letter in bare) or bare == "_":
-        # Byte-level and SentencePiece tokenizers mark a leading space, WordPiece marks its absence.
-        starts = piece[0] in "Ġ▁" or text[0].isspace()
+        # Byte-level and SentencePiece tokenizers mark a leading space, WordPiece its absence, and whole words nothing.
+        starts = piece[0] in "Ġ▁" or text[0].isspace() if marks_starts else not piece.startswith("##")
         return "word start" if starts else "word inside"
     return "number" if any(letter.isdigit() for letter in bare) else "punctuation"

@@ -55,6 +55,11 @@ def is_share(measure: str) -> bool:
     return measure.startswith("routing_kept")
 
 
+def is_given(measure: str, control: str) -> bool:
+    """Whether a control has a measure by its construction, in any study: who chooses all experts keeps all of them."""
+    return control == "chosen_experts" and (is_share(measure) or measure == "load_entropy")
+
+
 def compare(runs: Runs, others: Runs, measures: Sequence[str]) -> dict[str, SeedInterval]:
     """Return each measure's difference, or ratio for perplexities, with its interval, over the seeds that both have."""
     shared = sorted(runs.keys() & others.keys())
@@ -108,7 +113,7 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
         no difference; without it, no verdict is given at all. `measures`: for each measure, the control minus SMoE of
         each control that was run; `smallest`, the smallest difference (or ratio) that as many seeds tell from none, see
         `smallest_difference`; and `visible`, whether a verdict can be given on this measure, which also needs one of
-        the two controls to differ in it.
+        the two controls to differ in it, and not by its construction.
     """
     plain = Point(graph="identity").canonical()
     controls = {name: dataclasses.replace(plain, control=name) for name in CONTROLS}  # type: ignore[arg-type]
@@ -122,7 +127,9 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
     found = {}
     for measure in measures:
         differences = {name: compared[measure] for name, compared in values.items() if measure in compared}
-        separated = any(interval.excludes(null_of(measure)) for interval in differences.values())
+        separated = any(
+            interval.excludes(null_of(measure)) for name, interval in differences.items() if not is_given(measure, name)
+        )
         found[measure] = {
             **{name: dataclasses.asdict(interval) for name, interval in differences.items()},
             "smallest": _smallest(by_point, plain, list(controls.values()), measure),

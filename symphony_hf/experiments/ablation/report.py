@@ -12,7 +12,7 @@ from symphony_hf.evaluation.statistics import t_interval
 from symphony_hf.files import write_json, write_text
 
 from .cells import Results, StudyRun, all_cells, chosen_rates, tuning_losses
-from .comparison import Runs, compare, find_sight, is_share, measures_of, null_of, title_of, verdict_of
+from .comparison import Runs, compare, find_sight, is_given, is_share, measures_of, null_of, title_of, verdict_of
 from .graph_control import frozen_after
 from .page import compared_measures, markdown
 from .point import Point
@@ -122,7 +122,11 @@ def _row(study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapp
             row[name] = {
                 measure: {
                     **dataclasses.asdict(interval),
-                    "verdict": verdict_of(measure, interval, sight["measures"][measure]["visible"]),
+                    "verdict": verdict_of(
+                        measure,
+                        interval,
+                        sight["measures"][measure]["visible"] and not is_given(measure, point.control),
+                    ),
                 }
                 for measure, interval in compared.items()
             }

@@ -109,7 +109,7 @@ def build_forms(
         for layer in symphony.model.layers:
             layer.self_attn = _NoAttention()
     shared = {id(p): p for p_name, p in symphony.named_parameters() if not p_name.endswith("gate.weight")}
-    folded = copy.deepcopy(symphony, memo=dict(shared))
+    stock, folded = (copy.deepcopy(symphony, memo=dict(shared)) for _ in range(2))
     for model in (symphony, folded):
         symphonize(model)
         for seed, (_, router) in enumerate(symphony_routers(model)):
@@ -118,8 +118,10 @@ def build_forms(
             with torch.no_grad():
                 # Mostly diagonal, as a learned graph is, so that the routing stays as even as the stock one's.
                 graph.adjacency.add_((0.02 * (random + random.T)).to(device) * graph.adjacency.diagonal().mean())
+    routers = [name for name, _ in symphony_routers(folded)]
     fold(folded)
-    stock = copy.deepcopy(folded, memo={id(p): p for p in folded.parameters()})
+    for name in routers:  # into a model that was never symphonized
+        stock.get_submodule(name).load_state_dict(folded.get_submodule(name).state_dict())
     return {"stock": stock, "symphony": symphony, "folded": folded}
 
 

@@ -89,6 +89,9 @@ def _variants(ablation: Mapping[str, Any]) -> str:
         return "not run"
     found = []
     for name, measure in (("clean", "clean perplexity"), ("routing_kept", "routing stability under attack")):
+        if not _has_verdicts(variants, name):
+            found.append(f"{measure} no verdict, since the study cannot see it")
+            continue
         for verdict in ("better", "worse"):
             found.append(f"{measure} {verdict} with {_labels_of(variants, name, verdict) or 'none'}")
     return f"of {len(variants)}, {'; '.join(found)}"
@@ -97,6 +100,10 @@ def _variants(ablation: Mapping[str, Any]) -> str:
 def _compared(ablation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the rows of forms that are compared with no graph. Reports of earlier versions have no controls."""
     return [row for row in ablation["rows"] if "against_plain" in row and row["point"].get("control", "none") == "none"]
+
+
+def _has_verdicts(rows: Sequence[Mapping[str, Any]], measure: str) -> bool:
+    return any(row["against_plain"][measure]["verdict"] != NO_VERDICT for row in rows)
 
 
 def _labels_of(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -> str:
@@ -126,6 +133,8 @@ def _defaults(pairs: Mapping[str, Any], ablation: Mapping[str, Any]) -> str:
     if better:
         return f"clean perplexity is better than without a graph with {better}; the defaults should follow"
     kept = "our reading of the paper's form, which is not published in full"
+    if not _has_verdicts(compared, "clean"):
+        return f"{kept}. The study of other forms cannot see their effect"
     rows = [find_row(pairs, system, graph=True) for system in SYSTEM_NAMES]
     worse = _labels_of([row for row in rows if row is not None and "against_plain" in row], "clean", "worse")
     harm = f", although clean perplexity is worse than without a graph with {worse}" if worse else ""

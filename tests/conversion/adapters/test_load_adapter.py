@@ -49,6 +49,18 @@ def test_a_round_trip_is_exact(tmp_path, family, settings):
         assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path)), wanted)
 
 
+@pytest.mark.parametrize("adapted_layer", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_of_the_head_or_the_embeddings(tmp_path, adapted_layer):
+    """PEFT saves the layer itself with it."""
+    base = symphonize(make_model(), decay=DECAY)
+    config = lora_config(base, target_modules=[adapted_layer], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    record_adapters(adapted)
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path)), logits(adapted))
+
+
 @pytest.mark.parametrize("wide", [True, False])
 def test_in_bfloat16(tmp_path, wide):
     """LoRA has the type that it was trained in; the graph is float32."""

@@ -73,6 +73,8 @@ def test_a_config_that_is_missing(saved):
         {"exclude_modules": r"(.*)*!"},
         {"rank_pattern": {r".*.*.*.*.*.*.*.*!": 4}},
         {"alpha_pattern": {r"(\w{1,9}){1,99}!": 4}},
+        {"target_modules": ".?" * 40 + "!"},
+        {"target_modules": "(.|.)" * 40 + "!"},
     ],
 )
 def test_a_pattern_that_would_be_matched_for_ever(saved, values):

@@ -189,6 +189,9 @@ def test_what_decides_the_numbers_is_measured_again(untrained, tokenizer, data_f
     assert measured(block_size=20)[0] == 2
     assert measured(dtype="bfloat16")[0] == 2
     assert measured(documents=12)[0] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("symphony_hf.evaluation.robustness.task.versions", lambda: {"torch": "another"})
+        assert measured()[0] == 2
     before = measured()[1]
     save(folder, make_model("olmoe", seed=1, vocab_size=len(tokenizer), max_position_embeddings=128), tokenizer)
     number, after = measured()

@@ -135,6 +135,24 @@ def test_a_study_whose_controls_do_not_separate_prints_no_verdict(make_study, tm
         assert not any(word in text for word in ("better,", ", better", ", worse", "not distinguishable"))
 
 
+def test_what_a_control_has_by_its_construction_shows_nothing(make_study, tmp_path):
+    """Who chooses all experts keeps all of them under attack, whatever the study can see."""
+    study = make_study("seeds: [0, 1, 2]")
+    results = Results(tmp_path / "out", study, "text")
+    plain, frozen, chosen, graph = study.points()
+    for seed in range(3):
+        results.save(StudyRun(plain, seed), result(100.0, 120.0, 0.9))
+        results.save(StudyRun(frozen, seed), result(102.0 + 0.01 * seed, 122.0, 0.89 + 0.01 * seed))
+        results.save(StudyRun(chosen, seed), result(110.0, 130.0, 1.0))
+        results.save(StudyRun(graph, seed), result(101.0 + 0.01 * seed, 121.0, 0.95 + 0.001 * seed))
+    report = write_ablation(study, results, {})
+    assert report["sight"]["concludes"]
+    assert report["sight"]["measures"]["clean"]["visible"]
+    assert not report["sight"]["measures"]["routing_kept"]["visible"]
+    compared = report["rows"][3]["against_plain"]
+    assert [compared[name]["verdict"] for name in ("clean", "routing_kept")] == ["worse", NO_VERDICT]
+
+
 def test_a_study_without_its_controls_prints_no_verdict(make_study, tmp_path):
     study = make_study("seeds: [0, 1]")
     results = Results(tmp_path / "out", study, "text")

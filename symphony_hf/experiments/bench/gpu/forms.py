@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.folding import fold
-from symphony_hf.patching.symphonize import expert_graphs, symphonize
+from symphony_hf.patching.symphonize import all_routers, expert_graphs, symphonize
 
 from .flops import LORA_RANK, LORA_TARGETS
 
@@ -40,12 +40,15 @@ def inference_forms(model: PreTrainedModel) -> dict[str, nn.Module]:
 
     The three compute the same, and share all weights except the routers'. The given model becomes the symphonized form.
     """
+    routers = [router.name for router in all_routers(model)]
+    own = {id(p) for name in routers for p in model.get_submodule(name).parameters()}
+    stock = _share_weights(model, own)
     symphonize(model)
     _move_graphs(model)
-    routers = tuple(f"{name}." for name in expert_graphs(model))
-    own = {id(p) for name, p in model.named_parameters() if name.startswith(routers)}
     folded = fold(_share_weights(model, own))
-    forms = {"stock": _share_weights(folded), "symphony": model, "folded": folded}
+    for name in routers:
+        stock.get_submodule(name).load_state_dict(folded.get_submodule(name).state_dict())
+    forms = {"stock": stock, "symphony": model, "folded": folded}
     return {name: form.eval() for name, form in forms.items()}
 
 
