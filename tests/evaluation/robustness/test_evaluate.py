@@ -254,7 +254,7 @@ def test_one_model_alone_has_no_verdict(trained, data_file, tmp_path):
 
 def test_help_shows_an_example():
     page = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "200"}).output
-    assert "symphony eval runs/symphony --against runs/plain" in page
+    assert "symphony eval runs/symphony/final --against runs/plain/final" in page
 
 
 def test_settings_that_make_no_sense_are_refused_before_anything_is_read():
