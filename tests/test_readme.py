@@ -139,7 +139,7 @@ def test_the_findings_are_those_of_the_result_files():
     of_form = {row["label"]: row["against_plain"] for row in study["rows"] if "against_plain" in row}
     graph, dense = of_form["smoe, graph"], of_form["smoe, no graph, router_gradient dense"]
     assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, three seeds" in routing
-    assert {len(row["seeds"]) for row in study["rows"]} == {3}
+    assert {values["clean_nats"]["num_seeds"] for values in (graph, dense)} == {3}
     assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')})" in routing
     assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in routing
     assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in routing
@@ -196,9 +196,17 @@ def test_the_findings_are_those_of_the_result_files():
 def test_the_quickstarts_result_in_the_readme_is_the_result_file():
     clean, attacked, *_ = findings(result_of("quickstart", "report"))
     text = " ".join(README.read_text(encoding="utf-8").split())
+    ending = re.compile(r"([\d.]+%) \[.*\]: (\w+)\.")
     for sentence, name in ((clean, "clean"), (attacked, "attacked")):
-        change, verdict = re.search(r"([\d.]+%) \[.*\]: (\w+)\.", sentence).groups()
+        change, verdict = ending.search(sentence).groups()
         assert f"{name} perplexity {change} {verdict}" in text
+    again = [
+        ending.search(sentence).groups() for sentence in findings(result_of("quickstart", "report_one_thread"))[:2]
+    ]
+    assert [verdict for _, verdict in again] == ["worse", "worse"]
+    assert f"{again[0][0]} and {again[1][0]} worse" in text
+    page = " ".join((QUICKSTART / "README.md").read_text(encoding="utf-8").split())
+    assert f"clean perplexity is {again[0][0]} worse and attacked perplexity {again[1][0]} worse" in page
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
