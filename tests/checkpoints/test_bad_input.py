@@ -21,6 +21,8 @@ from symphony_hf import (
     symphonize,
     update_graphs,
 )
+from symphony_hf.checkpoints.untrusted import load_checkpoint
+from symphony_hf.errors import CheckpointError
 from symphony_hf.recipe import load_recipe
 from symphony_hf.train import main as train_main
 from symphony_hf.train import parse_overrides
@@ -279,3 +281,12 @@ def test_the_command_says_errors_in_one_line(tmp_path, capsys):
     assert train_main([]) == 2
     assert train_main(["--help"]) == 0
     assert "accelerate launch" in capsys.readouterr().out
+
+
+def test_weights_that_the_config_names_are_refused(tmp_path):
+    """Transformers loads them in place of the files that are checked."""
+    symphonize(make_model()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"transformers_weights": "x.safetensors.index.json"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        load_checkpoint(tmp_path)

@@ -90,6 +90,14 @@ def test_models_that_keep_documents_apart_may_pack(family, dtype):
     assert model.training
 
 
+def test_a_model_whose_logits_show_nothing_is_refused():
+    model = tiny_model("olmoe")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # 0 / 0
+    with pytest.raises(DataError, match="no finite logits"):
+        check_packing(model)
+
+
 @pytest.mark.parametrize(
     ("family", "why"), [("gpt_oss", "influence each other"), ("qwen3_next", "influence each other")]
 )

@@ -165,6 +165,7 @@ def test_settings_out_of_range(kind, changes, reason):
         ({"top_k": (1, 2), "output": "out"}, "give both"),
         ({"top_k": (1, 2), "keep": 2}, "give both"),
         ({"top_k": (1, 2), "keep": 3, "output": "out"}, "not among those tried"),
+        ({"keep": 0, "output": "out"}, "keep"),
     ],
 )
 def test_sweeps_out_of_range(changes, reason):
