@@ -17,7 +17,7 @@ from .app import app, command_from
     "eval",
     epilog="Examples: symphony eval runs/symphony/final --against runs/plain/final --attack aaa,keyboard --- "
     "symphony eval allenai/OLMoE-1B-7B-0924 --data wiki.test.txt --attack all --severity 1,3,5 --seeds 0 --- "
-    "symphony eval runs/phi3-qnli --task classification --name qnli --documents 1000 --- "
+    "symphony eval runs/phi3-smoe-7.4b-qnli/final --task classification --name qnli --documents 1000 --- "
     "symphony eval runs/llava/final --task vqa --data digits --attack all-images --severity 1,3,5",
 )
 @command_from(RobustnessSettings, names={"attacks": "attack", "severities": "severity"})

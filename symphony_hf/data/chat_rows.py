@@ -85,7 +85,6 @@ def check_row(
 ) -> dict[str, Any]:
     """Convert a row to the columns that TRL reads, and check it. TRL keeps `block_size` tokens of it, or splits it.
 
-
     Returns:
         `messages`, `prompt` and `completion`, or `text`; and `problem`.
     """

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import PatchError
 from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
@@ -113,14 +112,11 @@ class CoselectionCounter:
             if torch.is_grad_enabled():
                 self.state.evaluated = True
             return
-        if getattr(module, "_is_replica", False):
-            raise PatchError(
-                "DataParallel trains replicas in threads, which lose all counts but one replica's: start one process "
-                "per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
+        self.checks.refuse_replica(module)
         self.settle()
         self.place_scale()
         if torch.compiler.is_compiling():
+            self._counted_graphs = []  # those in use, which a compiler does not list
             self.record = self.state.compiled_record(self.key, self.num_experts, self.device)
         else:
             self.checks.refuse_join()

@@ -19,6 +19,12 @@ from .training_state import TrainingState, num_ranks
 RANK_CHECK_EVERY = 100
 """Commits between two looks at whether all ranks have the same graphs."""
 
+LOSES_COUNTS = (
+    "lose all counts but one replica's: start one process per GPU with `accelerate launch`, or set "
+    "CUDA_VISIBLE_DEVICES to one GPU"
+)
+"""Effect of DataParallel on a Symphony model, and the remedy, for error messages."""
+
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 """An odd number without pattern, as an int64: what is multiplied by it can be told apart afterwards."""
 
@@ -121,6 +127,15 @@ class TrainingChecks:
                 "out of batches takes no part in the sum of the ranks' counts, and the others would wait for it. Give "
                 "every rank the same number of batches: `drop_last=True`, or accelerate's `even_batches=True`"
             )
+
+    def refuse_replica(self, stack: nn.Module) -> None:
+        """Refuse a replica of DataParallel.
+
+        Raises:
+            PatchError: If the stack is one.
+        """
+        if getattr(stack, "_is_replica", False):
+            raise PatchError(f"DataParallel trains replicas in threads, which {LOSES_COUNTS}")
 
     def before_commit(self, counters: Sequence[Stack], config: SymphonyConfig, state: TrainingState) -> None:
         """Check what the commit needs, and what training leaves unchanged although the settings say otherwise."""

@@ -12,6 +12,7 @@ from symphony_hf.errors import PatchError
 from symphony_hf.patching.attachment import record_log_probs, tracker_of
 from symphony_hf.patching.expert_graph import is_adapted
 from symphony_hf.patching.symphonize import symphony_routers
+from symphony_hf.patching.training_checks import LOSES_COUNTS
 from symphony_hf.patching.training_state import parameters_of
 
 from .launch import check_launch_of_trainer
@@ -79,10 +80,7 @@ class SymphonyCallback(TrainerCallback, ExportableState):
     ) -> None:
         tracker = tracker_of(model)
         if args.n_gpu > 1:
-            raise PatchError(
-                f"SymphonyCallback: {args.n_gpu} GPUs in one process (DataParallel) lose all counts but one replica's: "
-                "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
+            raise PatchError(f"SymphonyCallback: {args.n_gpu} GPUs in one process (DataParallel) {LOSES_COUNTS}")
         # TRL's own balance loss is off, since the model's weight for it is 0, unless TRL's arguments set one.
         if tracker.config.balances and getattr(args, "router_aux_loss_coef", None):
             raise PatchError(

@@ -1,5 +1,6 @@
 """Data of kind `llava`: conversations about images, in LLaVA's JSON."""
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -213,19 +214,19 @@ def _tokenized(table: "Table", renderer: Renderer, collator: VisualCollator, blo
         "block_size": block_size,
     }
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1) if len(table) >= _MANY else None
-    known = {"num_proc": processes, "desc": "Checking images, tokenizing"}
-    tokenized = table.map(Step(tokenize_row, settings), **known)
-    if _has_mended_images(table, tokenized):
-        tokenized = table.map(Step(tokenize_row, settings), load_from_cache_file=False, **known)
-    return tokenized
+    tokenize = functools.partial(
+        table.map, Step(tokenize_row, settings), num_proc=processes, desc="Checking images, tokenizing"
+    )
+    tokenized = tokenize()
+    return tokenize(load_from_cache_file=False) if _has_mended_images(table, tokenized) else tokenized
 
 
 def _has_mended_images(table: "Table", tokenized: "Table") -> bool:
     """Whether an image that could not be read can be read by now: the cache knows the rows, and not their images."""
-    for index, problem in enumerate(tokenized[PROBLEM][:]):
-        if problem.startswith(IMAGE_PROBLEMS) and problem not in map(encoded_problem, table[index]["images"]):
-            return True
-    return False
+    return any(
+        problem.startswith(IMAGE_PROBLEMS) and problem not in map(encoded_problem, table[index]["images"])
+        for index, problem in enumerate(tokenized[PROBLEM][:])
+    )
 
 
 def tokenize_row(
