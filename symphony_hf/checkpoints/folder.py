@@ -11,11 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import GraphError, PushError
+from symphony_hf.errors import NoGraphError, PushError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS, CONFIG, read_object
-from symphony_hf.routing.graph import adjacency_problems
 
-from .graph_files import read_graphs
+from .graph_files import read_usable_graphs
 from .marks import unmark
 
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".png", ".svg", ".yaml", ".yml"}
@@ -213,19 +212,11 @@ def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _graphs(path: Path, is_adapter: bool, settings: SymphonyConfig | None) -> dict[str, Tensor]:
-    if is_adapter:
-        try:
-            graphs = read_graphs(path / ADAPTER_WEIGHTS)
-        except GraphError:
-            if settings is not None:
-                raise
-            return {}  # an adapter of the experts or the attention alone
-    elif settings is not None:
-        graphs = read_graphs(path)
-    else:
-        return {}
-    for name, graph in graphs.items():
-        problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
-        if problems:
-            raise GraphError(f"push: the graph of `{name}` in `{path}` is not usable: {'; '.join(problems)}")
-    return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}
+    if not is_adapter:
+        return {} if settings is None else read_usable_graphs(path, "push")
+    try:
+        return read_usable_graphs(path / ADAPTER_WEIGHTS, "push")
+    except NoGraphError:
+        if settings is not None:
+            raise
+        return {}  # an adapter of the experts or the attention alone

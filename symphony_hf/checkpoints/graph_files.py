@@ -46,6 +46,20 @@ def read_graphs(path: str | Path) -> dict[str, Tensor]:
     return graphs
 
 
+def read_usable_graphs(path: Path, command: str) -> dict[str, Tensor]:
+    """Read the graphs of a checkpoint or an adapter by router, named as in the model itself.
+
+    Raises:
+        GraphError: As `read_graphs`, or if a graph has impossible values; it begins with the command.
+    """
+    graphs = read_graphs(path)
+    for name, graph in graphs.items():
+        problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
+        if problems:
+            raise GraphError(f"{command}: the graph of `{name}` in `{path}` is not usable: {'; '.join(problems)}")
+    return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}
+
+
 def checkpoint_files(path: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint's folder or file, all of which are in its own folder.
 

@@ -15,7 +15,7 @@ from symphony_hf.data.questions import split_shared
 from symphony_hf.errors import EvaluationError
 
 from .batching import chunked, evaluating, question_bar
-from .multiple_choice import ChoiceScores
+from .multiple_choice import ChoiceScores, check_finite
 from .perplexity import next_token_nll
 
 
@@ -125,17 +125,11 @@ def choose_answers(
                 rows += _token_scores(model, inputs)
             shared, _ = split_shared([ids for ids, _ in rows], answers)
             scores = np.array([values[len(shared) - 1 :].sum() for _, values in rows])
-            if not np.isfinite(scores).all():
-                raise EvaluationError(
-                    f"question {one.example.name!r}: the log-probabilities of its answers are {scores.tolist()}. The "
-                    "model's logits are not finite: check the checkpoint, or load it in bfloat16 or float32"
-                )
+            check_finite(scores, one.example.name)
             log_probs.append(scores)
             right.append(list(answers).index(one.example.answer))
             bar.update(1)
-    if not right:
-        raise EvaluationError("no questions: an accuracy needs at least one")
-    return ChoiceScores(np.array([scores.argmax() for scores in log_probs]), np.array(right), log_probs)
+    return ChoiceScores.of(log_probs, right)
 
 
 def _token_scores(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[list[int], np.ndarray]]:

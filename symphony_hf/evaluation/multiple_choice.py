@@ -30,6 +30,13 @@ class ChoiceScores:
     log_probs: list[np.ndarray]
     """Log-probability of each answer, summed over its tokens, in nats. Shape of each: (choices,)."""
 
+    @classmethod
+    def of(cls, log_probs: list[np.ndarray], answers: Sequence[int]) -> "ChoiceScores":
+        """Choose the most likely answer of each question. Without questions, raises EvaluationError."""
+        if not log_probs:
+            raise EvaluationError("no questions: an accuracy needs at least one")
+        return cls(np.array([scores.argmax() for scores in log_probs]), np.array(answers), log_probs)
+
     @property
     def choices(self) -> Choices:
         """The choices, for `metrics`."""
@@ -69,17 +76,20 @@ def score_choices(
     with evaluating(model) as device, question_bar(progress, total) as bar:
         for batch in chunked(questions, batch_size):
             for question, scores in zip(batch, _score_batch(model, batch, device), strict=True):
-                if not np.isfinite(scores).all():
-                    raise EvaluationError(
-                        f"question {len(answers)}: the log-probabilities of its answers are {scores.tolist()}. The "
-                        "model's logits are not finite: check the checkpoint, or load it in bfloat16 or float32"
-                    )
+                check_finite(scores, len(answers))
                 log_probs.append(scores)
                 answers.append(question.answer)
             bar.update(len(batch))
-    if not answers:
-        raise EvaluationError("no questions: an accuracy needs at least one")
-    return ChoiceScores(np.array([scores.argmax() for scores in log_probs]), np.array(answers), log_probs)
+    return ChoiceScores.of(log_probs, answers)
+
+
+def check_finite(scores: np.ndarray, question: object) -> None:
+    """Raise EvaluationError if the log-probability of an answer is not finite."""
+    if not np.isfinite(scores).all():
+        raise EvaluationError(
+            f"question {question!r}: the log-probabilities of its answers are {scores.tolist()}. The model's logits "
+            "are not finite: check the checkpoint, or load it in bfloat16 or float32"
+        )
 
 
 def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.device) -> list[np.ndarray]:

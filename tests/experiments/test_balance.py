@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from symphony_hf import ConfigError
-from symphony_hf.experiments.balancing import study
+from symphony_hf.experiments.balancing import study, training
 from symphony_hf.experiments.balancing.domains import SCRIPT, VOCAB, Domain, draw, two_domains
 from symphony_hf.experiments.balancing.training import _SIZES, FAMILIES, LENGTH, ROWS, train_and_measure
 
@@ -41,6 +41,16 @@ def test_the_violation_is_that_of_the_chosen_experts(family, domains):
     expected = float((loads.amax(1) / loads.mean(1) - 1).mean())
     assert values["violation"] == values["last_violation"] == pytest.approx(expected, rel=1e-5)
     assert 0 < values["information"] < 1
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_domains_take_turns_over_the_steps(domains, monkeypatch, micro_batches):
+    seen = []
+    monkeypatch.setattr(training, "draw", lambda text, *rest: (seen.append(text), draw(text, *rest))[1])
+    train_and_measure("olmoe", {}, domains, seed=0, steps=2, micro_batches=micro_batches)
+    texts = [domain.train for domain in domains.values()]
+    trained = [next(i for i, text in enumerate(texts) if text is one) for one in seen if any(one is t for t in texts)]
+    assert trained == [0, 1] * micro_batches
 
 
 def test_experts_can_begin_as_specialists():

@@ -84,6 +84,21 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
     assert "Peak memory over stock" in capsys.readouterr().out
 
 
+def test_memory_is_measured_at_the_lengths_that_fit(tmp_path, monkeypatch):
+    step = layer_forms.training_step
+
+    def with_little_memory(model, inputs):
+        if inputs.shape[1] > 4:
+            raise MemoryError
+        step(model, inputs)
+
+    monkeypatch.setattr(bench_module, "training_step", with_little_memory)
+    path = tmp_path / "bench.json"
+    result = run_bench(["tiny"], tokens=(16, 8), generate=True, device="cpu", seconds=0.02, output=path)
+    assert {row["tokens"] for row in result["rows"] if row["mode"] in FORWARD} == {4}
+    assert [row["tokens"] for row in result["memory"] if row["step"] == "training"] == [4]
+
+
 def test_an_interrupted_bench_keeps_the_models_that_it_has_measured(tmp_path, monkeypatch):
     path, build = tmp_path / "bench.json", bench_module.build_forms
     for module in (bench_module, layer_forms):

@@ -22,6 +22,7 @@ from symphony_hf.cli import app
 from symphony_hf.experiments.fuzzing import campaign, mutations
 from symphony_hf.experiments.fuzzing.campaign import MemoryPeak, try_case
 from symphony_hf.experiments.fuzzing.specimens import make_base, make_specimens
+from symphony_hf.patching.expert_graph import ExpertGraph
 
 CASES = 200
 
@@ -81,6 +82,20 @@ def test_a_loader_that_does_not_look_at_its_graphs_is_caught(specimens, only_gra
     told = [outcome.detail for case in range(30) if (outcome := try_case(case, 0, specimens)).verdict == "failed"]
     assert any("non-finite entries" in detail for detail in told)
     assert any("not symmetric" in detail for detail in told)
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_a_loader_that_loses_its_graphs_is_caught(specimens, only_graphs, monkeypatch):
+    def load(folder, base):
+        model = load_checkpoint(folder)
+        for graph in model.modules():
+            if isinstance(graph, ExpertGraph):
+                graph.reset()
+        return model
+
+    only_graphs("graph", lambda folder, rng: "nothing")
+    monkeypatch.setattr(campaign, "_load", load)
+    assert "the stored graph is lost" in try_case(0, 0, specimens).detail
 
 
 @pytest.mark.usefixtures("_quiet")

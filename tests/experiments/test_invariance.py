@@ -86,6 +86,23 @@ def test_a_gradient_that_differs_on_one_rank_in_one_step_is_seen(part):
     assert not invariance._compare(UNION, [other, reference], reference).holds
 
 
+@pytest.mark.parametrize("spoiled", ["gradients", "weights"])
+def test_a_value_that_is_not_a_number_is_seen(spoiled):
+    """Also where Python's `max` drops it: after the first parameter, and on the second rank."""
+    reference = run(Arrangement())
+    other = dataclasses.replace(
+        reference, weights=reference.weights.clone(), gradients={n: g.clone() for n, g in reference.gradients.items()}
+    )
+    wrong = other.gradients["lm_head.weight"] if spoiled == "gradients" else other.weights
+    wrong[-1] = float("nan")
+    assert not invariance._compare(UNION, [reference, other], reference).holds
+
+
+def test_a_check_that_compares_nothing_fails(monkeypatch):
+    monkeypatch.setattr(invariance, "_why_not", lambda arrangement: "DeepSpeed is not installed")
+    assert CliRunner().invoke(app, ["check", "distributed", "--only", "ZeRO-2"]).exit_code == 1
+
+
 def test_the_cross_entropy_and_the_z_loss_both_weigh():
     """Each part of the gradient is larger than rounding, so that neither can hide behind it."""
     both, entropy = run(Arrangement()).gradients, run(Arrangement(z_loss_weight=0.0)).gradients

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.tables import Table
 
 
@@ -14,7 +15,7 @@ def print_compression(result: Mapping[str, Any], console: Console | None = None)
     rows = [["", "experts", "parameters", "active", "perplexity [95%]"]]
     for when in ("before", "after"):
         numbers = str(result["experts"][when]), *_parameters(result["parameters"][when])
-        rows.append([when, *numbers, _interval(result["perplexity"][when], 2)])
+        rows.append([when, *numbers, interval_text(result["perplexity"][when], 2)])
     _print(console, rows, f"{_how(result)}: {result['settings']['model']}", result)
     compared = result["perplexity"]["ratio"]
     console.print(f"- Perplexity after against before: {_percent(compared)}: {compared['verdict']}", highlight=False)
@@ -28,8 +29,8 @@ def print_sweep(result: Mapping[str, Any], console: Console | None = None) -> No
     rows = [["top-k", "active parameters", "perplexity [95%]", "ratio to its own [95%]", "verdict"]]
     for row in result["rows"]:
         own = row["top_k"] == result["experts"]["top_k"]
-        rows.append([str(row["top_k"]), _number(row["parameters"]["active"]), _interval(row["perplexity"], 2)])
-        rows[-1] += ["", ""] if own else [_interval(row["ratio"], 3), row["ratio"]["verdict"]]
+        rows.append([str(row["top_k"]), _number(row["parameters"]["active"]), interval_text(row["perplexity"], 2)])
+        rows[-1] += ["", ""] if own else [interval_text(row["ratio"], 3), row["ratio"]["verdict"]]
     _print(console or Console(), rows, f"fewer experts a token: {result['settings']['model']}", result)
 
 
@@ -53,11 +54,6 @@ def _parameters(counted: Mapping[str, int | None]) -> tuple[str, str]:
 
 def _number(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 1e6:,.2f}M"
-
-
-def _interval(interval: Mapping[str, Any], digits: int) -> str:
-    estimate, low, high = (f"{interval[name]:.{digits}f}" for name in ("estimate", "low", "high"))
-    return f"{estimate} [{low}, {high}]"
 
 
 def _percent(interval: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from symphony_hf.evaluation.statistics import Interval, interval_text
+from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.files import write_text
 from symphony_hf.tables import Table, TableCell
 
@@ -30,9 +30,9 @@ def write_report(
     from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
     perplexities = {
-        name: {text: Interval(**arm[text]) for text in ("clean", "attacked")} for name, arm in report["arms"].items()
+        name: {text: as_interval(arm[text]) for text in ("clean", "attacked")} for name, arm in report["arms"].items()
     }
-    ratios = {f"symphony / plain, {text}": _interval(report["comparisons"][text]) for text in ("clean", "attacked")}
+    ratios = {f"symphony / plain, {text}": as_interval(report["comparisons"][text]) for text in ("clean", "attacked")}
     plots.plot_comparison(perplexities, ratios, output / "comparison.png")
     plots.plot_curves(curves, output / "curves.png")
     plots.plot_graphs(graphs, output / "graphs.png")
@@ -50,10 +50,6 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console.print(
         f"\nReport, pictures and checkpoints: {output} (start with report.md)", highlight=False, soft_wrap=True
     )
-
-
-def _interval(comparison: Mapping[str, Any]) -> Interval:
-    return Interval(**{name: value for name, value in comparison.items() if name != "verdict"})
 
 
 def result_table(report: Mapping[str, Any]) -> Table:

@@ -1,16 +1,14 @@
 """Reader of the results of `symphony train`."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from symphony_hf.checkpoints.graph_files import read_graphs
-from symphony_hf.errors import GraphError, NoGraphError, ReportError
+from symphony_hf.checkpoints.graph_files import read_usable_graphs
+from symphony_hf.errors import NoGraphError, ReportError
 from symphony_hf.files import ADAPTER_WEIGHTS, read_object
-from symphony_hf.routing.graph import adjacency_problems
 
 from .runs import Cost, Level, Run, flat
 from .tables import show
@@ -22,14 +20,9 @@ def read_run_graphs(model: Path) -> dict[str, Tensor]:
     if not model.exists():
         return {}
     try:
-        graphs = read_graphs(adapter if adapter.exists() else model)
+        return read_usable_graphs(adapter if adapter.exists() else model, "report")
     except NoGraphError:
         return {}
-    for name, graph in graphs.items():
-        problems = adjacency_problems(graph, graph.shape[0] if graph.ndim else 0)
-        if problems:
-            raise GraphError(f"report: the graph of `{name}` in `{model}` is not usable: {'; '.join(problems)}")
-    return {re.sub(r"^base_model\.model\.", "", name): graph for name, graph in graphs.items()}
 
 
 Points = list[tuple[float, float]]

@@ -1,8 +1,7 @@
 """Each expert's output on the same tokens, including those that it is not chosen for."""
 
-import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,8 +75,8 @@ def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[Exper
         UnsupportedModelError: On entry, if a router has no module `experts` next to it; in the forward pass, if that
             module takes other arguments than hidden states, indices and weights.
     """
-    samples, handles = [], []
-    try:
+    samples = []
+    with ExitStack() as hooks:
         for name, router in routers_to_watch(model).items():
             block = model.get_submodule(name.rpartition(".")[0])
             experts = block._modules.get("experts")
@@ -87,16 +86,7 @@ def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[Exper
                     f"{type(block).__name__} has no module `experts` that holds all"
                 )
             sample = ExpertSample(name, experts, router.contract.num_experts)
-            hook = functools.partial(_take, sample, positions)
-            handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
+            take = lambda _, args, kwargs, sample=sample: sample.take(args, kwargs, positions)  # noqa: E731
+            hooks.enter_context(experts.register_forward_pre_hook(take, with_kwargs=True))
             samples.append(sample)
         yield samples
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _take(
-    sample: ExpertSample, positions: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    sample.take(args, kwargs, positions)

@@ -158,6 +158,10 @@ class Results:
         path = self.path(cell)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def has(self, cell: StudyRun) -> bool:
+        """Whether a run is done: it has a result, and a pre-training its weights, too."""
+        return self.path(cell).is_file() and (cell.stage != "pretrain" or self.checkpoint(cell).is_file())
+
     def save(self, cell: StudyRun, values: dict[str, Any]) -> None:
         """Write a run's result atomically."""
         write_json(self.path(cell), {"point": dataclasses.asdict(cell.point), "seed": cell.seed, **values})
@@ -202,20 +206,31 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
         workers: Number of parallel processes.
     """
     rates = chosen_rates(study, results)
-    cells = all_cells(study, rates)
-    waiting = [cell for cell in cells if results.load(cell) is None]
-    unknown = (len(study.points()) - len(rates)) * len(study.seeds) if study.learning_rates else 0
+    unknown = [point for point in study.points() if study.learning_rates and point not in rates]
+    coming = [StudyRun(point, seed) for point in unknown for seed in study.seeds]
+    first = [run for cell in coming if (run := pretraining_of(study, cell)) is not None]
+    cells = list(dict.fromkeys([*first, *all_cells(study, rates)]))
+    waiting = [cell for cell in cells if not results.has(cell)]
     lines = [
-        f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells) + unknown} runs of {study.tokens:,} "
+        f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells) + len(coming)} runs of {study.tokens:,} "
         f"tokens ({study.steps:,} steps); {len(cells) - len(waiting)} are done"
     ]
     for cell in cells:
         mark = "waiting" if cell in waiting else "done   "
         lines.append(f"  {mark}  {cell.label(study.base)}")
-    if unknown:
-        lines.append(f"  waiting  {unknown} runs at learning rates that are not chosen yet")
+    if coming:
+        lines.append(f"  waiting  {len(coming)} runs at learning rates that are not chosen yet")
     lines += [f"  left out {combination}" for combination in study.left_out()]
-    count = len(waiting) + unknown
-    hours = count * seconds_per_cell / workers / 3600
-    lines.append(f"About {seconds_per_cell:.0f} s per run, {hours:.1f} hours for {count} of them, {workers} at a time")
+    hours = sum(relative_cost(study, cell) for cell in (*waiting, *coming)) * seconds_per_cell / workers / 3600
+    lines.append(
+        f"About {seconds_per_cell:.0f} s per run, {hours:.1f} hours for {len(waiting) + len(coming)} of them, "
+        f"{workers} at a time"
+    )
     return lines
+
+
+def relative_cost(study: Study, cell: StudyRun) -> float:
+    """Return the steps of a run, relative to those of one that is judged."""
+    if cell.stage != "pretrain" or study.pretraining is None:
+        return 1.0
+    return study.pretraining.max_steps / study.steps

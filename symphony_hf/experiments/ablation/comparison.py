@@ -20,6 +20,9 @@ WORD_MEASURES = (*PERPLEXITIES, "routing_kept", "load_entropy")
 NO_VERDICT = "no verdict"
 """Verdict of a study whose controls do not separate."""
 
+DIVERGED = "diverged"
+"""Verdict where a run diverged: the seeds that are left would be a choice of the good ones."""
+
 Runs = Mapping[int, Mapping[str, Any]]
 """Finished runs of a point, by seed."""
 
@@ -39,7 +42,7 @@ def title_of(measure: str) -> str:
     name, _, rate = measure.rpartition("_")
     titles = {"damaged_nats": "nats, {} damaged", "routing_kept": "choices kept, {} damaged"}
     if name in titles:
-        return titles[name].format(f"{float(rate):.0%}" if rate[:1].isdigit() else rate)
+        return titles[name].format(f"{100 * float(rate):g}%" if rate[:1].isdigit() else rate)
     own = {
         "clean_nats": "nats, clean",
         "forgotten_nats": "nats, first text",
@@ -132,26 +135,27 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
         )
         found[measure] = {
             **{name: dataclasses.asdict(interval) for name, interval in differences.items()},
-            "smallest": _smallest(by_point, plain, list(controls.values()), measure),
+            "smallest": smallest_told(_pairs(by_point, list(controls.values())), measure),
             "visible": concludes and separated,
         }
     return {"concludes": concludes, "clean": clean, "measures": found}
 
 
-def _smallest(by_point: Mapping[Point, Runs], plain: Point, controls: list[Point], measure: str) -> float | None:
-    """Return the smallest difference that the seeds can tell, from the pooled spread of the forms against SMoE.
+def _pairs(by_point: Mapping[Point, Runs], controls: list[Point]) -> list[tuple[Runs, Runs]]:
+    """Return the runs of each form and of its own system as it is; without forms, those of the controls."""
+    forms = [point for point in by_point if point not in controls and point != point.plain]
+    return [(by_point.get(point, {}), by_point.get(point.plain, {})) for point in forms or controls]
 
-    Without forms, from that of the controls.
-    """
-    forms = [point for point in by_point if point not in controls and point != plain]
-    for group in (forms, controls):
-        pairs = [_differences(by_point.get(point, {}), by_point.get(plain, {}), measure) for point in group]
-        spreads = [(len(values), statistics.variance(values)) for values in pairs if len(values) > 1]
-        if spreads:
-            deviation = math.sqrt(sum(variance for _, variance in spreads) / len(spreads))
-            smallest = smallest_difference(deviation, min(count for count, _ in spreads))
-            return math.exp(smallest) if smallest is not None and measure in PERPLEXITIES else smallest
-    return None
+
+def smallest_told(pairs: Sequence[tuple[Runs, Runs]], measure: str) -> float | None:
+    """Return the smallest difference (or ratio) that the seeds tell, from the pooled spread of comparisons by seed."""
+    differences = [_differences(runs, others, measure) for runs, others in pairs]
+    spreads = [(len(values), statistics.variance(values)) for values in differences if len(values) > 1]
+    if not spreads:
+        return None
+    deviation = math.sqrt(sum(variance for _, variance in spreads) / len(spreads))
+    smallest = smallest_difference(deviation, min(count for count, _ in spreads))
+    return math.exp(smallest) if smallest is not None and measure in PERPLEXITIES else smallest
 
 
 def sight_sentence(sight: Mapping[str, Any]) -> str:
@@ -193,7 +197,8 @@ def sight_page(sight: Mapping[str, Any]) -> list[str]:
         "",
         "Smallest difference: what a paired t-test over these seeds, two-sided at 95%, finds four times out of five: "
         "(t at 97.5% + t at 80%) times the standard deviation of the differences by seed, over the square root of the "
-        "number of seeds; the deviation is pooled over the forms. A difference below it may be there and not be found. "
+        "number of seeds; the deviation is pooled over the forms, each against its own system. A difference below it "
+        "may be there and not be found. "
         "Verdicts are given on measures in which a control differs from SMoE.",
     ]
 

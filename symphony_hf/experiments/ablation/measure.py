@@ -18,6 +18,10 @@ from .text import StudyText
 _ROWS = 32
 
 
+class DivergedError(EvaluationError):
+    """The training of a run diverged."""
+
+
 class Reading(NamedTuple):
     """A model's predictions and routing on a stream of tokens in rows.
 
@@ -55,7 +59,7 @@ def read_stream(model: PreTrainedModel, stream_N: Tensor, block_size: int) -> Re
     """Read a stream in rows without shared context, the last one shorter.
 
     Raises:
-        EvaluationError: If a negative log-likelihood is not finite.
+        DivergedError: If a negative log-likelihood is not finite.
     """
     model.eval()
     top_k = int(model.config.num_experts_per_tok)  # type: ignore[union-attr]
@@ -75,7 +79,7 @@ def read_stream(model: PreTrainedModel, stream_N: Tensor, block_size: int) -> Re
     predicted = torch.arange(len(stream_N)) % block_size > 0
     reading = Reading(torch.cat(nll).double(), torch.cat(chosen, dim=1), predicted)
     if not torch.isfinite(reading.nll).all():
-        raise EvaluationError("the negative log-likelihood of a token is not finite: the training diverged")
+        raise DivergedError("the negative log-likelihood of a token is not finite: the training diverged")
     return reading
 
 
@@ -84,12 +88,10 @@ def _choices(model: nn.Module) -> Iterator[list[Tensor]]:
     """Record the experts that each router selects, layer by layer. Shape of each: (tokens, at least top_k)."""
     choices: list[Tensor] = []
     gates = [layer.moe.gate for layer in model.model.layers if layer.moe is not None]  # type: ignore[union-attr]
-    hooks = [gate.register_forward_hook(lambda _, __, outputs: choices.append(outputs[2])) for gate in gates]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for gate in gates:
+            hooks.enter_context(gate.register_forward_hook(lambda _, __, outputs: choices.append(outputs[2])))
         yield choices
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def measure(model: PreTrainedModel, text: StudyText, block_size: int) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         *_tuning_page(report),
     ]
     failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
-    for title, problems in (("Missing", report["missing"]), ("Failed", failed), ("Left out", report["left_out"])):
+    lists = {"Diverged": report["diverged"], "Missing": report["missing"], "Failed": failed}
+    for title, problems in (lists | {"Left out": report["left_out"]}).items():
         if problems:
             lines += ["", f"## {title}", "", *(f"- {problem}" for problem in problems)]
     return "\n".join(lines) + "\n"
@@ -152,6 +153,8 @@ def print_ablation(report: Mapping[str, Any], console: Console | None = None) ->
         return
     console.print(sight_sentence(report["sight"]).replace("**", ""), highlight=False)
     _brief_table(report).print(console)
+    for cell in report["diverged"]:
+        console.print(f"diverged: {cell}", style="red", highlight=False, soft_wrap=True)
     for cell, words in report["failed"].items():
         console.print(f"failed: {cell}: {words}", style="red", highlight=False, soft_wrap=True)
     console.print(f"Written to {(Path(report['output']) / 'report.md').resolve()}", highlight=False, soft_wrap=True)

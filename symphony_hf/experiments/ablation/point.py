@@ -53,7 +53,7 @@ class Point:
             routed by afterwards only; `late`: its strength rises from 0 over the second half of the steps; `identity`:
             no graph, the plain system.
         freeze_after: Share of the steps before a `frozen` graph stops.
-        layers: Decoder layer indices with a graph; all when None.
+        layers: Decoder layer indices with a graph, or with the router gradient; all when None.
         damage: Share of the training input that is replaced at random, anew in each batch, and not scored.
         router_gradient: See `SymphonyConfig`, as for the next one. `neighbours` are those of the counted graph, by
             `normalization`, with `graph: identity`, too.
@@ -122,6 +122,7 @@ class Point:
             names = [*_WITHOUT_A_GRAPH]
             names += ["num_neighbours"] if self.router_gradient in _OTHERS else []
             names += _OF_NEIGHBOURS if self.router_gradient == "neighbours" else ()
+            names += ["layers"] if self.router_gradient != "chosen" else []
             return Point(graph="identity", strength=0.0, **{name: getattr(self, name) for name in names})
         changes: dict[str, Any] = {}
         if self.graph != "frozen":

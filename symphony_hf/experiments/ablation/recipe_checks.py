@@ -1,6 +1,7 @@
 """Checks of a study's recipe: a run supports a part of what recipes can say, and refuses the rest."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from transformers import AutoConfig
 
@@ -20,7 +21,10 @@ _HONOURED = (
 )
 _WITHOUT_EFFECT = ("logging_", "eval_", "save_", "per_device_eval_batch_size", "report_to", "use_cpu", "seed")
 """Prefixes of train settings without effect on a run's numbers; its seeds are the study's."""
-_ROUTING = ("strength", "smoothing", "normalization", "self_loops", "decay", "graph")
+_ROUTING = (
+    *("strength", "smoothing", "normalization", "self_loops", "decay", "graph"),
+    *("router_gradient", "num_neighbours"),
+)
 _PLAIN_FORM = {"router_type": "linear", "moe_every": 1, "momentum": None}
 """Model settings of SMoE; every other system changes one of them."""
 _MODEL_DEFAULTS = {
@@ -78,10 +82,16 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(f"{WHERE}: runs support nothing of the recipe's train settings {', '.join(sorted(unknown))}")
 
 
-def check_routing(recipe: Recipe, base: Point) -> None:
-    """Refuse recipe settings that the points of the study would silently override."""
+def check_routing(recipe: Recipe, base: Point, points: Sequence[Point]) -> None:
+    """Refuse recipe settings that the points of the study would silently override, or that would blur them."""
     assert recipe.symphony is not None
     assert recipe.model.config is not None
+    weights = recipe.symphony.balance_loss_weight, recipe.symphony.z_loss_weight
+    if max(weights) > 0 and (of_some := [point.layers for point in points if point.layers is not None]):
+        raise ConfigError(
+            f"{WHERE}: a point with `layers` {list(of_some[0])} has router losses in these layers alone, and the point "
+            "it is compared with in all: set the recipe's balance_loss_weight and z_loss_weight to 0"
+        )
     usual, routed = SymphonyConfig(), base.symphony(recipe.symphony)
     for name in _ROUTING:
         value = getattr(recipe.symphony, name)

@@ -12,7 +12,19 @@ from symphony_hf.evaluation.statistics import t_interval
 from symphony_hf.files import write_json, write_text
 
 from .cells import Results, StudyRun, all_cells, chosen_rates, tuning_losses
-from .comparison import Runs, compare, find_sight, is_given, is_share, measures_of, null_of, title_of, verdict_of
+from .comparison import (
+    DIVERGED,
+    Runs,
+    compare,
+    find_sight,
+    is_given,
+    is_share,
+    measures_of,
+    null_of,
+    smallest_told,
+    title_of,
+    verdict_of,
+)
 from .graph_control import frozen_after
 from .page import compared_measures, markdown
 from .point import Point
@@ -35,14 +47,20 @@ def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str
     cells = all_cells(study, rates)
     done = {cell: values for cell in cells if (values := results.load(cell)) is not None}
     by_point: dict[Point, dict[int, dict[str, Any]]] = {point: {} for point in study.points()}
-    for cell, values in done.items():
-        if cell.stage == "judge":
+    judged = {cell: values for cell, values in done.items() if cell.stage == "judge"}
+    for cell, values in judged.items():
+        if "diverged" not in values:
             by_point[cell.point][cell.seed] = values
+    diverged = [cell for cell, values in judged.items() if "diverged" in values]
     sight = find_sight(study, by_point)
     measures = measures_of(study)
     report: dict[str, Any] = {
         "sight": sight,
-        "rows": [_row(study, point, by_point, sight) for point, runs in by_point.items() if runs],
+        "rows": [
+            _row(study, point, by_point, sight, {cell.point for cell in diverged})
+            for point, runs in by_point.items()
+            if runs
+        ],
         "tuning": _tuning(study, results, rates),
         "cells": [
             {
@@ -52,6 +70,7 @@ def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str
             }
             for cell, values in done.items()
         ],
+        "diverged": [cell.label(study.base) for cell in diverged],
         "missing": [cell.label(study.base) for cell in cells if cell not in done],
         "left_out": study.left_out(),
         "failed": {cell.label(study.base): words for cell, words in failed.items()},
@@ -102,9 +121,11 @@ def _start_left(study: Study, point: Point) -> float | None:
     return point.decay ** (frozen_after(point, study.steps) if point.graph == "frozen" else study.steps)
 
 
-def _row(study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapping[str, Any]) -> dict[str, Any]:
+def _row(
+    study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapping[str, Any], diverged: set[Point]
+) -> dict[str, Any]:
     """Return a point's means, and its comparisons by seed: with the plain system, with itself without a graph, and with
-    its shuffled graph."""
+    its shuffled graph. Runs that diverged are missing, so a point with one gets no other verdict."""
     runs, measures = by_point[point], measures_of(study)
     row: dict[str, Any] = {"label": point.label(study.base), "point": dataclasses.asdict(point), "seeds": sorted(runs)}
     row["start_left"] = _start_left(study, point)
@@ -122,7 +143,10 @@ def _row(study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapp
             row[name] = {
                 measure: {
                     **dataclasses.asdict(interval),
-                    "verdict": verdict_of(
+                    "smallest": smallest_told([(runs, by_point[other])], measure),
+                    "verdict": DIVERGED
+                    if diverged & {point, other}
+                    else verdict_of(
                         measure,
                         interval,
                         sight["measures"][measure]["visible"] and not is_given(measure, point.control),

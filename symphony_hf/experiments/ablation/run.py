@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from symphony_hf.errors import ConfigError, EvaluationError, SymphonyError
+from symphony_hf.errors import ConfigError, SymphonyError
 from symphony_hf.files import check_file_place, replacing
 from symphony_hf.patching.symphonize import expert_graphs
 
@@ -31,9 +31,10 @@ from .cells import (
     chosen_rates,
     describe_plan,
     pretraining_of,
+    relative_cost,
     tuning_cells,
 )
-from .measure import measure, read_stream
+from .measure import DivergedError, measure, read_stream
 from .report import write_ablation
 from .study import Study, load_study, parse_changes
 from .text import StudyText, prepare_streams, read_streams
@@ -89,7 +90,7 @@ def _run_stages(study: Study, results: Results, workers: int) -> dict[StudyRun, 
     for cells_of_stage in (tuning_cells, lambda study: cells_of(study, chosen_rates(study, results))):
         cells = [cell for cell in cells_of_stage(study) if results.load(cell) is None]
         first = dict.fromkeys(run for cell in cells if (run := pretraining_of(study, cell)) is not None)
-        waiting = [run for run in first if results.load(run) is None or not results.checkpoint(run).is_file()]
+        waiting = [run for run in first if not results.has(run)]
         failed |= _run_cells(study, results, waiting, workers)
         failed |= _run_cells(study, results, [c for c in cells if pretraining_of(study, c) not in failed], workers)
     return failed
@@ -117,8 +118,7 @@ def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | N
     trained = train(model, study, cell.point, cell.seed, stream, rate=cell.rate, steps=steps)
     started = time.perf_counter()
     if cell.stage == "judge":
-        measured = measure(model, text, study.recipe.data.block_size)
-        measured["graphs"] = {name: adjacency_EE.tolist() for name, adjacency_EE in expert_graphs(model).items()}
+        measured = _judged(model, study, text)
     else:
         measured = {"validation_loss": _validation_loss(model, study, text)}
         if cell.stage == "pretrain" and results is not None:
@@ -136,11 +136,20 @@ def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | N
     }
 
 
+def _judged(model: PreTrainedModel, study: Study, text: StudyText) -> dict[str, Any]:
+    """Return the measures and the graphs of a judged run; `diverged` alone if its training diverged."""
+    try:
+        measured = measure(model, text, study.recipe.data.block_size)
+    except DivergedError:
+        return {"diverged": True}
+    return {**measured, "graphs": {name: graph_EE.tolist() for name, graph_EE in expert_graphs(model).items()}}
+
+
 def _validation_loss(model: PreTrainedModel, study: Study, text: StudyText) -> float | None:
     """Return the loss on held-out training text, in nats; None if the training diverged."""
     try:
         return read_stream(model, text.validation, study.recipe.data.block_size).loss
-    except EvaluationError:
+    except DivergedError:
         return None
 
 
@@ -154,9 +163,10 @@ def _save_plain(model: PreTrainedModel, path: Path) -> None:
 def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
     """Estimate the seconds of a run from the finished ones, or from a few steps at the base point."""
     cells = all_cells(study, chosen_rates(study, results))
-    done = [values for cell in cells if (values := results.load(cell)) is not None]
+    done = {cell: values for cell in cells if (values := results.load(cell)) is not None}
     if done:
-        return sum(values["train_seconds"] + values["measure_seconds"] for values in done) / len(done)
+        seconds = sum(values["train_seconds"] + values["measure_seconds"] for values in done.values())
+        return seconds / sum(relative_cost(study, cell) for cell in done)
     train_settings = {**study.recipe.train, "max_steps": _TRIAL_STEPS}
     trial = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, train=train_settings))
     torch.set_num_threads(1)  # as in each run
@@ -190,7 +200,7 @@ def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], worker
                 for ended in [process for process in running if not process.is_alive()]:
                     cell = running.pop(ended)
                     ended.join()
-                    if results.load(cell) is None:
+                    if not results.has(cell):
                         failed[cell] = _last_words(results.log(cell), ended.exitcode)
                     bar.update()
         finally:

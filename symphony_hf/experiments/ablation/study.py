@@ -86,7 +86,7 @@ class Study:
         if self.axes and self.base.is_plain:
             raise ConfigError(f"{WHERE}: the base point has no graph that the axes could change: give it one")
         check_recipe(self.recipe)
-        check_routing(self.recipe, self.base)
+        check_routing(self.recipe, self.base, self.points())
 
     def _check_seeds(self) -> None:
         for name in ("seeds", "tuning_seeds"):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from tokenizers import models
 from torch import Tensor
 
 from symphony_hf.data.blocks import token_stream
-from symphony_hf.data.corpus import load_corpus
+from symphony_hf.data.corpus import corpus_of
 from symphony_hf.data.documents import Corpus, Document
 from symphony_hf.data.rows import thinned
 from symphony_hf.data.tokenizer import TokenizerKind, cached_tokenizer
@@ -119,13 +120,7 @@ def read_streams(folder: Path, digest: str) -> StudyText:
 
 def _corpus(study: Study, path: str | None) -> Corpus:
     section = study.recipe.data
-    return load_corpus(
-        path,
-        text_column=section.text_column,
-        name=section.name if path == section.path else None,
-        revision=section.revision if path == section.path else None,
-        lines=section.rows == "lines",
-    )
+    return corpus_of(section if path == section.path else replace(section, path=path, name=None, revision=None))
 
 
 def _check_lengths(study: Study, source: str, streams: dict[str, np.ndarray]) -> None:

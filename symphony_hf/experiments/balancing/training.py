@@ -1,5 +1,6 @@
 """A small model of each family, trained with one way to balance its experts, and measured on each domain."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,9 +98,10 @@ def train_and_measure(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     generator, parts = torch.Generator().manual_seed(seed), list(domains.values())
     violations = []
+    order = itertools.cycle(parts)  # it goes on over the steps, whose number of micro-batches may be odd
     for _ in range(steps):
-        for part in range(micro_batches):
-            ids = draw(parts[part % len(parts)].train, ROWS, LENGTH, generator)
+        for _ in range(micro_batches):
+            ids = draw(next(order).train, ROWS, LENGTH, generator)
             (model(ids, labels=ids).loss / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -103,11 +103,10 @@ def run_bench(
         for name in names:
             whole, bare = (build_forms(name, chosen, getattr(torch, kind), is_bare) for is_bare in (False, True))
             bench = _Bench(name, whole, bare, seconds, rows, bar)
-            for size in sizes:
-                bench.forward(size)
+            fitting = dict.fromkeys(bench.forward(size) for size in sizes)
             if generate:
                 bench.generations()
-                memory += bench.memory(sizes)
+                memory += bench.memory(list(fitting))
             del bench  # before the next model is built
             bar.update()
             measured = {
@@ -142,8 +141,8 @@ class _Bench:
     def _prompt(self, batch: int) -> Tensor:
         return torch.arange(batch * PROMPT, device=self.device).view(batch, PROMPT) % 7 + 1
 
-    def forward(self, tokens: int) -> None:
-        """Measure the forward of a number of tokens, or of half as many until they fit."""
+    def forward(self, tokens: int) -> int:
+        """Measure the forward of a number of tokens, or of half as many until they fit. Returns their number."""
         inputs = self._fitting(tokens)
         tokens = inputs.shape[1]
         for mode, step in (("training", training_step), ("inference", inference_step)):
@@ -154,6 +153,7 @@ class _Bench:
                 self._compare("watched", tokens, base, watched(self.bare["stock"], base), whole)
         for mode, form in (("folded", "folded"), ("noise", "stock")):
             self._measure(mode, form, tokens, inference_step, inputs)
+        return tokens
 
     def generations(self) -> None:
         """Measure generation of 1 and of 8 sequences, and its noise."""

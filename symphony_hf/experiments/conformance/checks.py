@@ -72,11 +72,14 @@ def own_loss(specimen: Specimen) -> str | None:
         return "its forward computes no loss"
     if reason := fails_with_router_logits(specimen):
         return reason
+    alone, base = (_loss(specimen, specimen.base, output_router_logits=asked) for asked in (False, True))
+    if torch.equal(alone, base):
+        return "its loss has no aux term"
     model = specimen.symphonized()
     plain, asked = (_loss(specimen, model, output_router_logits=asked) for asked in (False, True))
     require(torch.equal(plain, asked), f"asked for router logits, its loss is {asked:.4g} instead of {plain:.4g}")
     unsymphonize(model)
-    again, base = (_loss(specimen, m, output_router_logits=True) for m in (model, specimen.base))
+    again = _loss(specimen, model, output_router_logits=True)
     require(torch.equal(again, base), "its own loss does not come back")
     return None
 

@@ -50,15 +50,17 @@ def router_gradient(specimen: Specimen) -> str | None:
     logits = specimen.training_outputs(model).logits
     with torch.no_grad():
         require(torch.equal(logits, specimen.training_outputs(stock).logits), "the logits of a forward differ")
-    require(bool(calls), "no experts were seen to run")
     torch.manual_seed(1)
     tensors = [tensor for call in calls for tensor in (call.output, call.logits)]
     gradients = torch.autograd.grad((logits * torch.randn_like(logits)).sum(), tensors, allow_unused=True)
+    checked = 0
     for call, of_output, of_logits in zip(calls, gradients[::2], gradients[1::2], strict=True):
         if of_output is not None:  # a last layer's tokens may not all reach the logits
             expected = _expected(call, of_output)
             size = expected.abs().max()
             require_close(of_logits / size, expected / size, f"{call.name}: gradient of its logits")
+            checked += 1
+    require(checked > 0, "no gradient reached an expert that was seen to run")
     return None
 
 

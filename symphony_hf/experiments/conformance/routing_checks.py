@@ -4,7 +4,9 @@ References share no code with the routing: loops in double precision, the base m
 of the experts.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,14 +62,12 @@ def _both(specimen: Specimen) -> tuple[nn.Module, nn.Module]:
 def _router_calls(specimen: Specimen) -> dict[str, list[tuple[Any, Any]]]:
     """Return the arguments of each router's calls in a forward of the patched model."""
     calls: dict[str, list[tuple[Any, Any]]] = {}
-    handles = []
-    for name, router in symphony_routers(specimen.patched):
-        seen = calls[name] = []
-        hook = lambda module, args, kwargs, seen=seen: seen.append((_copied(args), kwargs))  # noqa: E731
-        handles.append(router.register_forward_pre_hook(hook, with_kwargs=True))  # type: ignore[attr-defined]
-    specimen.logits(specimen.patched)
-    for handle in handles:
-        handle.remove()
+    with contextlib.ExitStack() as hooks:
+        for name, router in symphony_routers(specimen.patched):
+            seen = calls[name] = []
+            hook = lambda module, args, kwargs, seen=seen: seen.append((_copied(args), kwargs))  # noqa: E731
+            hooks.enter_context(router.register_forward_pre_hook(hook, with_kwargs=True))  # type: ignore[attr-defined]
+        specimen.logits(specimen.patched)
     return calls
 
 
@@ -121,6 +121,7 @@ def watched(specimen: Specimen) -> str | None:
             specimen.logits(model)
         require(any(records.values()), "no router was seen to run")
         for name, router in routers_to_watch(model).items():
+            require(not records[name] or bool(reached[name]), f"{name}: nothing was seen to reach its experts")
             for routed in records[name][:1]:
                 chosen = routed.indices_TK.sort(-1).values
                 # Contracts with a `choices` function hand on another form (ZAYA, with an expert that does nothing).
@@ -186,18 +187,31 @@ def counts(specimen: Specimen) -> str | None:
         batch["attention_mask"] = batch["attention_mask"].clone()
         batch["attention_mask"][0, :3] = 0
     seen = watch_choices(model)
-    outputs = specimen.training_outputs(model, batch)
+    with running_routers(model) as run:
+        outputs = specimen.training_outputs(model, batch)
     backward(specimen, model, outputs)
     require(update_graphs(model), "nothing was counted")
     graphs = expert_graphs(model)
-    require(any(seen.values()), "no choice could be seen")
     for name, router in symphony_routers(model):
+        require(name not in run or bool(seen[name]), f"{name}: no choice could be seen")
         start = torch.eye(router.contract.num_experts) * router.contract.top_k / router.contract.num_experts
         pairs, num_tokens = naive_counts(seen[name], batch["attention_mask"], router.contract.num_experts)
         wanted = 0.5 * start + 0.5 * pairs / num_tokens if num_tokens else start
         # Two roundings of numbers below 1.
         require(torch.allclose(graphs[name], wanted, rtol=0, atol=1e-6), f"{name}: the graph is not the naive count")
     return None
+
+
+@contextlib.contextmanager
+def running_routers(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the routers that run; one for images does not in a batch of text."""
+    run: set[str] = set()
+    with contextlib.ExitStack() as hooks:
+        for name, router in symphony_routers(model):
+            module: Any = router
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, args, name=name: run.add(name)))
+        yield run
+    require(bool(run), "no router was seen to run")
 
 
 def backward(specimen: Specimen, model: nn.Module, outputs: Any) -> None:
@@ -222,11 +236,12 @@ def scores(specimen: Specimen) -> str | None:
     for name, router in symphony_routers(model):
         graph: Any = router.symphony
         graph.register_forward_hook(lambda m, args, output, name=name: seen.update({name: (args[0], output)}))
-    require(bool(torch.isfinite(specimen.logits(model)).all()), "logits are not finite with a graph")
+    with running_routers(model) as run:
+        require(bool(torch.isfinite(specimen.logits(model)).all()), "logits are not finite with a graph")
+    require(run == seen.keys(), f"these routers ran without their graphs: {', '.join(sorted(run - seen.keys()))}")
     for name, router in symphony_routers(model):
         if name in seen:
             _check_scores(name, router, *seen[name])
-    require(len(seen) > 0, "no graph was run")
     return None
 
 

@@ -12,7 +12,7 @@ from symphony_hf.files import write_text
 from symphony_hf.patching.families.capability import Limited, Unsupported
 from symphony_hf.tables import Table
 
-from .matrix import FamilyResult, NotApplicable, run_matrix
+from .matrix import Failed, FamilyResult, NotApplicable, run_matrix
 
 HEADER = ["model type", "routers", "logits", "scores", "bias", "gradient", "images", "notes"]
 _BLOCK = re.compile(r"(<!-- families table -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -52,6 +52,8 @@ def table_row(row: FamilyResult) -> list[str]:
 
 
 def _image_cell(result: object) -> str:
+    if isinstance(result, Failed):
+        return "fails"
     return "" if result is None or isinstance(result, NotApplicable) else "yes"
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,18 +178,24 @@ def _compare(name: str, traces: list[Trace], reference: Trace) -> Comparison:
         name,
         ARRANGEMENTS[name][1],
         graphs_equal=all(torch.equal(trace.graphs, reference.graphs) for trace in traces),
-        gradient_difference=max(_gradient_difference(trace, reference) for trace in traces),
-        weight_difference=max(float((trace.weights - reference.weights).abs().max()) for trace in traces) / largest,
+        gradient_difference=_largest(_gradient_difference(trace, reference) for trace in traces),
+        weight_difference=_largest(float((trace.weights - reference.weights).abs().max()) for trace in traces)
+        / largest,
     )
 
 
 def _gradient_difference(trace: Trace, reference: Trace) -> float:
     if trace.gradients.keys() != reference.gradients.keys():
         return float("inf")  # a parameter has a gradient in only one of them
-    return max(
+    return _largest(
         float(((trace.gradients[name] - wanted).flatten(1).abs().amax(1) / wanted.flatten(1).abs().amax(1)).max())
         for name, wanted in reference.gradients.items()
     )
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """Return the largest difference, NaN if one is NaN, which Python's `max` may drop."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 
 def print_comparisons(comparisons: list[Comparison], console: Console | None = None) -> None:

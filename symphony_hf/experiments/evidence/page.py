@@ -181,6 +181,7 @@ def _missing(ablation: Mapping[str, Any]) -> list[str]:
         f"- not run: {point}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
         for point, seeds in by_point.items()
     ]
+    lines += [f"- diverged: {cell}" for cell in ablation.get("diverged", ())]
     lines += [f"- failed: {cell}, {words}" for cell, words in ablation["failed"].items()]
     return ["", *lines] if lines else []
 

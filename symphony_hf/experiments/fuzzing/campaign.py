@@ -25,8 +25,9 @@ from transformers.utils import logging
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.conversion.adapters.loading import load_adapter
 from symphony_hf.errors import SymphonyError
-from symphony_hf.patching.expert_graph import ExpertGraph
-from symphony_hf.routing.graph import adjacency_problems
+from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
+from symphony_hf.patching.symphonize import symphony_routers
+from symphony_hf.routing.graph import adjacency_problems, initial_adjacency
 from symphony_hf.settings import check_least
 from symphony_hf.tables import Table, TableCell
 
@@ -155,6 +156,10 @@ def _problems(model: torch.nn.Module) -> list[str]:
             problems.append(f"{name}: routes by a matrix that is not finite, or negative somewhere")
         elif graph.config.normalization == "row" and (transition_EE.sum(-1) - 1).abs().max() > 1e-4:
             problems.append(f"{name}: routes by a matrix whose rows do not sum to 1")
+    for name, router in symphony_routers(model):
+        graph = active_graph(router.symphony)
+        if torch.equal(graph.adjacency, initial_adjacency(graph.num_experts, graph.top_k)):
+            problems.append(f"{name}: the stored graph is lost")  # no change of a file writes an initial graph
     return problems
 
 

@@ -3,6 +3,7 @@
 Shapes: B rows, H heads, M positions of the block, S span, N positions of memory (at most S) and block, D head size.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -69,19 +70,31 @@ def attend_to_span(
         dropout: Dropout on the attention weights.
     """
     span, length = distance_keys_SD.shape[0], queries.shape[2]
+    # Chunks of up to S queries, each with the keys that any of its queries attends to: of the product of all queries
+    # and all keys, only a band is used.
+    chunk = min(span, length)
+    filled = math.ceil(length / chunk) * chunk
     missing = span + length - keys.shape[2]
-    keys, values = (F.pad(part, (0, 0, missing, 0)) for part in (keys, values))  # crops where it is negative
-    queries = queries * queries.shape[-1] ** -0.5
+    keys, values = (_windows(F.pad(part, (0, 0, missing, filled - length)), span, chunk) for part in (keys, values))
+    queries = F.pad(queries * queries.shape[-1] ** -0.5, (0, 0, 0, filled - length)).unflatten(2, (-1, chunk))
     by_content = _band(queries @ keys.transpose(-1, -2), span)
     weights = (by_content + queries @ distance_keys_SD.to(queries.dtype).T).softmax(-1, dtype=torch.float32)
     weights = F.dropout(weights.to(values.dtype), dropout)
-    in_place = weights.new_zeros(*weights.shape[:-1], span + length)
+    in_place = weights.new_zeros(*weights.shape[:-1], span + chunk)
     _band(in_place, span).copy_(weights)
-    return in_place @ values
+    return (in_place @ values).flatten(2, 3)[:, :, :length]
+
+
+def _windows(padded: Tensor, span: int, chunk: int) -> Tensor:
+    """Return the span before each chunk and the chunk itself. Shape: (B, H, chunks, span + chunk, D)."""
+    if chunk < span:
+        return padded.unsqueeze(2)  # the only chunk
+    parts = padded.unflatten(2, (-1, span))
+    return torch.cat([parts[:, :, :-1], parts[:, :, 1:]], dim=3)  # `unfold` has a slower backward
 
 
 def _band(scores: Tensor, span: int) -> Tensor:
-    """Return columns m to m + span - 1 of each row m of contiguous scores, (B, H, M, S + M): a view, (B, H, M, S)."""
+    """Return columns m to m + span - 1 of each row m of contiguous scores, (..., M, S + M): a view, (..., M, S)."""
     *outer, row, column = scores.stride()
     return scores.as_strided((*scores.shape[:-1], span), (*outer, row + column, column), scores.storage_offset())
 

@@ -63,11 +63,10 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.once
 def test_a_cell_that_fails_is_reported_and_the_others_are_run(tmp_path):
-    # A rate at which weights are soon not finite; a strength of 0 does not help.
     write_study(tmp_path, "seeds: [0]")
-    arguments, environment = command(tmp_path, "--set", "learning_rate=1e30")
+    arguments, environment = command(tmp_path, "--set", "model.config.num_attention_heads=3")  # of a width of 16
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 1
     assert "failed: smoe, graph, seed 0" in result.stdout
-    assert "the training diverged" in result.stdout
+    assert "exit code 1:" in result.stdout
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"] == []

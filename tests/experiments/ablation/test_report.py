@@ -6,7 +6,7 @@ import math
 import pytest
 
 from symphony_hf.experiments.ablation.cells import Results, StudyRun, cells_of, chosen_rates, tuning_cells
-from symphony_hf.experiments.ablation.comparison import NO_VERDICT
+from symphony_hf.experiments.ablation.comparison import NO_VERDICT, title_of
 from symphony_hf.experiments.ablation.page import markdown, print_ablation
 from symphony_hf.experiments.ablation.report import write_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
@@ -173,6 +173,51 @@ def test_the_smallest_difference_is_that_of_the_forms_spread(report):
     frozen = report["sight"]["measures"]["clean"]["frozen_routers"]
     assert frozen["estimate"] == pytest.approx(1.02 * (1 * 1.001 * 1.002) ** (1 / 3))
     assert report["sight"]["concludes"]
+
+
+def test_each_form_is_compared_with_its_own_system(make_study, tmp_path):
+    """A graph that is always 1% worse than its own GLaM, which differs from SMoE otherwise with each seed."""
+    study = make_study("seeds: [0, 1, 2]\nsystems: [smoe, glam]")
+    results = Results(tmp_path / "out", study, "text")
+    save_controls(study, results)
+    plain, _, _, graph, glam, glam_graph = study.points()
+    for seed, of_glam in enumerate((1.0, 1.3, 0.8)):
+        clean = 100.0 + 10 * seed
+        results.save(StudyRun(plain, seed), result(clean, 120.0, 0.9))
+        results.save(StudyRun(graph, seed), result(clean * math.exp(0.01 * seed), 120.0, 0.9))
+        results.save(StudyRun(glam, seed), result(clean * of_glam, 120.0, 0.9))
+        results.save(StudyRun(glam_graph, seed), result(clean * of_glam * 1.01, 120.0, 0.9))
+    report = write_ablation(study, results, {})
+    # Variances of the logarithms by form: 0.01^2 and 0, pooled.
+    deviation = math.sqrt((0.01**2 + 0) / 2)
+    pooled = math.exp((4.302653 + 1.060660) * deviation / math.sqrt(3))
+    assert report["sight"]["measures"]["clean"]["smallest"] == pytest.approx(pooled, rel=1e-6)
+    rows = {row["label"]: row["against_plain"]["clean"]["smallest"] for row in report["rows"] if "against_plain" in row}
+    assert rows["glam, graph"] == pytest.approx(1.0)
+    assert rows["smoe, graph"] == pytest.approx(math.exp(5.363313 * 0.01 / math.sqrt(3)), rel=1e-6)
+
+
+def test_a_point_with_a_run_that_diverged_gets_no_other_verdict(make_study, tmp_path, capsys):
+    study = make_study("seeds: [0, 1, 2]")
+    results = Results(tmp_path / "out", study, "text")
+    save_controls(study, results)
+    plain, _, _, graph = study.points()
+    for seed in range(3):
+        results.save(StudyRun(plain, seed), result(100.0 + 10 * seed, 120.0, 0.9))
+    for seed in range(2):
+        results.save(StudyRun(graph, seed), result(90.0 + 9 * seed, 110.0, 0.9))
+    results.save(StudyRun(graph, 2), {"diverged": True, "stage": "judge", "machine": {}})
+    report = write_ablation(study, results, {})
+    assert (report["diverged"], report["missing"]) == (["smoe, graph, seed 2"], [])
+    assert {values["verdict"] for values in report["rows"][3]["against_plain"].values()} == {"diverged"}
+    assert "## Diverged\n\n- smoe, graph, seed 2" in markdown(report)
+    print_ablation(report)
+    assert "diverged: smoe, graph, seed 2" in capsys.readouterr().out
+
+
+def test_titles_have_the_rate_as_it_is():
+    assert title_of("damaged_nats_0.015") == "nats, 1.5% damaged"
+    assert title_of("routing_kept_0.15") == "choices kept, 15% damaged"
 
 
 def test_the_learning_rate_is_chosen_on_its_own_seeds_and_judged_once(make_study, tmp_path):

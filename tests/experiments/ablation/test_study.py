@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from symphony_hf.errors import ConfigError
-from symphony_hf.experiments.ablation.cells import VERSIONS, Results, StudyRun, cells_of, describe_plan, digest_of
+from symphony_hf.experiments.ablation.cells import VERSIONS, Results, StudyRun, cells_of, describe_plan, digest_of, pretraining_of
 from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.ablation.run import run_ablation
 
@@ -125,6 +125,8 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
         ('product: "no"', {}, "true or false; got 'no'"),
         ("", {"symphony.strength": 0.5}, "has symphony.strength 0.5.*`base: {strength: 0.5}`"),
         ("", {"symphony.graph": "learned"}, "has symphony.graph learned"),
+        ("", {"symphony.router_gradient": "dense"}, "has symphony.router_gradient dense"),
+        ("axes: {layers: [[0]]}", {"symphony.balance_loss_weight": 0.01}, "`layers` .0. has router losses in these"),
         ("base: {decay: 0.9}", {"symphony.decay": 0.5}, "has symphony.decay 0.5"),
         ("base: {freeze_after: 0}", {}, "share of the steps"),
         ("", {"lr_scheduler_type": "cosine"}, "constant rate"),
@@ -154,6 +156,32 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
 def test_what_cannot_be_run_is_refused_by_name(make_study, study, overrides, message):
     with pytest.raises(ConfigError, match=message):
         make_study(study, **overrides)
+
+
+def test_a_plan_counts_the_pre_training_of_judged_seeds_at_its_own_length(make_study, tmp_path):
+    first = f"pretraining: {{path: {tmp_path / 'text'}, max_steps: 60}}"
+    study = make_study(f"seeds: [0, 1]\nlearning_rates: [0.1, 0.2]\ntuning_seeds: [8]\n{first}")
+    lines = describe_plan(study, Results(tmp_path / "out", study, "text"), seconds_per_cell=36.0, workers=1)
+    # Four points at two rates with one seed, four with two seeds, and three pre-trained models (the plain one and the
+    # two controls') with three seeds, each as long as ten of the runs of 6 steps.
+    assert lines[0].endswith("25 runs of 192 tokens (6 steps); 0 are done")
+    assert lines[-2:] == [
+        "  waiting  8 runs at learning rates that are not chosen yet",
+        "About 36 s per run, 1.1 hours for 25 of them, 1 at a time",  # 16 + 90 of 36 s
+    ]
+
+
+def test_a_pre_training_without_its_weights_is_not_done(make_study, tmp_path):
+    study = make_study(f"seeds: [0]\npretraining: {{path: {tmp_path / 'text'}, max_steps: 9}}")
+    results = Results(tmp_path / "out", study, "text")
+    cell = cells_of(study)[0]
+    first = pretraining_of(study, cell)
+    for run in (cell, first):
+        results.save(run, {"stage": run.stage})
+    assert (results.has(cell), results.has(first)) == (True, False)
+    results.checkpoint(first).parent.mkdir()
+    results.checkpoint(first).touch()
+    assert results.has(first)
 
 
 @pytest.mark.parametrize("form", [{"router_type": "cosine"}, {"moe_every": 2}, {"momentum": 0.5}])
@@ -191,6 +219,12 @@ def test_cells_of_other_versions_are_not_taken(make_study, monkeypatch):
 
 def test_numbers_may_be_written_as_yaml_does_not_read_them(make_study):
     assert make_study("", learning_rate="1e-3").learning_rate == 0.001
+
+
+def test_a_dense_gradient_in_some_layers_is_compared_with_one_in_the_same_layers():
+    point = Point(router_gradient="dense", layers=(0, 1))
+    assert point.without_graph == Point(graph="identity", strength=0.0, router_gradient="dense", layers=(0, 1))
+    assert point.plain.layers is None
 
 
 def test_plain_is_plain_by_any_name():
