@@ -52,11 +52,9 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
         if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0 or sharded:
             raise FoldError(f"fold: the weight of `{name}` is quantized, offloaded or partitioned: load it whole first")
         path = f"{name}.{contract.linear}" if contract.linear else name
-        for parameter_name in ("weight", "bias"):
-            parameter = getattr(linear, parameter_name, None)
-            if isinstance(parameter, Tensor):
-                with torch.no_grad():
-                    folded[f"{path}.{parameter_name}"] = router.apply_graph(parameter)
+        for parameter_name in contract.parameters:
+            with torch.no_grad():
+                folded[f"{path}.{parameter_name}"] = router.apply_graph(getattr(linear, parameter_name))
     return folded
 
 
@@ -146,7 +144,7 @@ def _save_tokenizer(model: PreTrainedModel, folder: Path, tokenizer: Any) -> Non
         tokenizer = _find_tokenizer(model)
         if tokenizer is None:
             source = f"beside `{model.name_or_path}`" if model.name_or_path else "for a model built from a config"
-            logger.warning(f"export_folded: no tokenizer found {source}; pass tokenizer=... to write one")
+            logger.warning(f"export_folded: no tokenizer found {source}: copy its files there, or give `tokenizer=`")
     if tokenizer is not None and tokenizer is not False:
         tokenizer.save_pretrained(folder)
 

@@ -77,7 +77,7 @@ class SymphonyRouter:
     def _forward_with_logits_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """Run the family's forward with its logits smoothed. Returns its output and the logits."""
         linear = linear_of(self, self.contract.linear)  # type: ignore[arg-type]
-        if self.contract.linear and not is_plain_linear(linear):
+        if self.contract.calls_linear and not is_plain_linear(linear):
             # LoRA, a quantized weight or a hook: more than a weight, so change what it returns.
             return self._run(OutputStandIn(linear, self.smooth_logits), hidden_states, *args, **kwargs)
         change = self._defer if _is_precise(hidden_states, linear.weight) else self.apply_graph  # type: ignore[arg-type]
@@ -104,6 +104,7 @@ class SymphonyRouter:
             contract.calls_linear,
             smoothed_TE,
             hidden_states,  # type: ignore[arg-type]
+            contract.parameters,
         )
         outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         return outputs, smoothed_TE
@@ -122,18 +123,17 @@ class SymphonyRouter:
         elif contract.calls_linear:
             logits = leaf.output
         else:
+            weight = leaf.weight if contract.linear else leaf["weight"]
             with without_autocast(hidden_states):
-                logits = F.linear(hidden_states.float(), leaf.weight.float())
+                logits = F.linear(hidden_states.float(), weight.float())
         return outputs, logits.reshape(-1, logits.shape[-1])
 
     def _leaf(self, linear: nn.Module, change: Callable[[Tensor], Any]) -> Any:
-        """Return the replacement of the linear map: its weight and bias changed along the experts."""
-        weight, bias = change(linear.weight), getattr(linear, "bias", None)  # type: ignore[arg-type]
-        if isinstance(bias, Tensor):
-            bias = change(bias)
-        if linear is not self:
-            return LinearStandIn(linear, weight, bias)
-        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        """Return the replacement of the linear map: what its product is made of, changed along the experts."""
+        changed = {name: change(getattr(linear, name)) for name in self.contract.parameters}
+        if linear is self:
+            return changed
+        return LinearStandIn(linear, changed["weight"], changed.get("bias", getattr(linear, "bias", None)))
 
     def _defer(self, tensor: Tensor) -> DeferredWeight:
         return DeferredWeight(tensor, self.apply_graph, self.smooth_logits)

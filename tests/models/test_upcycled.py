@@ -157,6 +157,16 @@ class TwoInputs(Plain):
         return super().forward(x) + y
 
 
+class ATuple(Plain):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Narrower(Plain):
+    def forward(self, x):
+        return super().forward(x)[:, 1:]
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -164,8 +174,17 @@ class TwoInputs(Plain):
         (ThreeLinears(), "not a known MLP.*found a, b, c"),
         (Scaled(), "computes something else"),
         (TwoInputs(), "does not take hidden states alone"),
+        (ATuple(), "computes something else"),
+        (Narrower(), "computes something else"),
     ],
 )
 def test_what_is_no_mlp_is_refused(module, message):
     with pytest.raises(UpcycleError, match=message):
         read_mlp("block.mlp", module)
+
+
+def test_reading_an_mlp_leaves_the_mode_of_each_module():
+    mlp = Plain().train()
+    mlp.fc1.eval()
+    read_mlp("block.mlp", mlp)
+    assert [module.training for module in (mlp, mlp.act, mlp.fc1, mlp.fc2)] == [True, True, False, True]

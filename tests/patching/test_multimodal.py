@@ -1,4 +1,4 @@
-"""Models that take images: LLaVA's three wrappers around every text family, and the families that come whole."""
+"""Models that take images: LLaVA around every text family, its other wrappers, and the families that come whole."""
 
 import contextlib
 import json
@@ -49,7 +49,8 @@ MORE = [
     "step3p7",
     "unlimited_ocr",
 ]
-WRAPPED = [f"{wrapper}+{text}" for wrapper in WRAPPERS for text in TEXTS]
+# A wrapper acts before the text model, whatever its family is.
+WRAPPED = [*(f"llava+{text}" for text in TEXTS), *(f"{wrapper}+olmoe" for wrapper in WRAPPERS if wrapper != "llava")]
 ONE_EXPERT_PER_TOKEN = {"llama4"}
 WEIGHTS = {"balance_loss_weight": 0.5, "z_loss_weight": 0.25}
 DECAY = 0.9
@@ -64,6 +65,9 @@ def case(request):
         pytest.skip(reason)
     return request.param
 
+
+# tests/experiments/test_matrix.py does the same for every family that comes whole.
+one_whole = pytest.mark.parametrize("case", [*WRAPPED, "qwen3_vl_moe"], indirect=True)
 
 RTOL, ATOL = 1e-3, 1e-5  # of gradients: float32 sums in another order, through a vision tower and four layers
 
@@ -158,13 +162,12 @@ def assert_gradients(actual, expected):
         assert_close(name, actual[name], gradient, rtol=RTOL, atol=ATOL)
 
 
+@one_whole
 def test_right_after_symphonize_it_is_the_base_bit_for_bit(case):
     stock, batch = stock_model(case), image_batch(case, padded=True)
-    base, base_of_other = logits(stock, batch), logits(stock, other_image(batch))
-    assert not torch.allclose(base[:, -4], base_of_other[:, -4], atol=1e-3)  # the image is seen by the text after it
     model = symphonized(case)
-    assert torch.equal(logits(model, batch), base)
-    assert torch.equal(logits(model, other_image(batch)), base_of_other)
+    for images in (batch, other_image(batch)):
+        assert torch.equal(logits(model, images), logits(stock, images))
     assert set(expert_graphs(model)) == set(routers_by_name(stock))
 
 
@@ -290,6 +293,7 @@ def test_generate_with_images(case):
         assert torch.equal(generated, greedy_by_hand(model, batch, 4))
 
 
+@one_whole
 def test_save_and_load(case, tmp_path):
     batch = image_batch(case, padded=True)
     model = move_graphs(symphonized(case))
@@ -318,6 +322,7 @@ def test_save_and_load(case, tmp_path):
     assert ours == stock  # the weight of the model's own balance loss, too
 
 
+@one_whole
 @pytest.mark.filterwarnings("ignore:export_folded. `norm_topk_prob`")  # llama.cpp takes another for qwen3_moe
 def test_the_folded_export_is_a_stock_checkpoint(case, tmp_path):
     batch = image_batch(case, padded=True)
@@ -336,6 +341,7 @@ def test_the_folded_export_is_a_stock_checkpoint(case, tmp_path):
     assert_folded(logits(aligned(plain), batch), logits(model, batch))
 
 
+@one_whole
 def test_unsymphonize_restores_everything(case):
     stock, batch = stock_model(case), image_batch(case, padded=True)
     model = move_graphs(symphonized(case))
@@ -369,3 +375,6 @@ def test_a_batch_of_images_is_labelled_on_its_text(case):
     assert batch["pixel_values"].abs().max() > 0
     assert (batch["labels"] != NO_LABEL).any(1).all()
     assert batch["attention_mask"].sum() == batch["attention_mask"].numel() - 3
+    stock = stock_model(case)
+    found, other = (logits(stock, images)[:, -4] for images in (batch, other_image(batch)))
+    assert not torch.allclose(found, other, atol=1e-3)  # the image is seen by the text after it

@@ -17,6 +17,7 @@ from symphony_hf import (
 )
 from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.patching.symphonize import symphony_routers
+from symphony_hf.routing.gradient import all_others
 
 QUIET = {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}  # the gradient of the main loss alone
 HOW = [("dense", 0), ("neighbours", 2), ("random", 2)]
@@ -156,8 +157,9 @@ def loss_and_gradients(model, ids, **inputs):
     return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("how", ["dense", "neighbours", "random"])
+@pytest.mark.parametrize(
+    ("experts", "how"), [("eager", "dense"), ("grouped_mm", "neighbours"), ("batched_mm", "random")]
+)
 def test_the_forward_is_the_stock_one_bit_for_bit(family, experts, how):
     stock = move_graphs(symphonize(make_model(family, experts=experts), **QUIET)).train()
     ours = move_graphs(symphonize(make_model(family, experts=experts), router_gradient=how, **QUIET)).train()
@@ -276,11 +278,14 @@ def test_a_second_backward_gives_the_same():
     torch.testing.assert_close(model.model.layers[0].mlp.gate.weight.grad, 2 * once)
 
 
-@pytest.mark.parametrize("how", ["dense", "neighbours"])
-def test_torch_compile_fullgraph_gives_the_same(how):
+def test_torch_compile_fullgraph_gives_the_same():
+    """For `dense`, which takes other experts alone, only their choice is compiled."""
     torch._dynamo.reset()
-    settings = {"experts": "batched_mm", "num_hidden_layers": 2}
-    eager = move_graphs(symphonize(make_model("mixtral", **settings), router_gradient=how)).train()
+    chosen = torch.tensor([[0, 3], [1, 2]])
+    compiled = torch.compile(all_others, fullgraph=True, backend="aot_eager")
+    assert compiled(chosen, 4).tolist() == all_others(chosen, 4).tolist() == [[1, 2], [0, 3]]
+    eager = make_model("mixtral", experts="batched_mm", num_hidden_layers=1)
+    eager = move_graphs(symphonize(eager, router_gradient="neighbours")).train()
     compiled_model = copy.deepcopy(eager)
     compiled = torch.compile(compiled_model, fullgraph=True, backend="aot_eager")
     ids = make_ids()
@@ -335,8 +340,7 @@ def test_lora_of_experts_and_router_takes_part():
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize(("experts", "use_reentrant"), [("eager", None), ("grouped_mm", True), ("batched_mm", False)])
 @pytest.mark.filterwarnings("ignore")  # of checkpointing
 def test_experts_in_4_bits_are_unpacked_for_it(experts, use_reentrant):
     """Bit for bit the gradient of a model whose weights are what the packed ones say."""

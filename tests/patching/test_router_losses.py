@@ -35,8 +35,11 @@ def base(family):
     return make_model(family, router_aux_loss_coef=0.0)
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "padded"),
+    [(None, False), (True, True), (False, True)],
+    ids=["off", "reentrant, padded", "non-reentrant, padded"],
+)
 def test_a_plain_loop_with_accumulation(family, checkpointing, padded):
     batches = batches_of(4, padded=padded)
     expected = reference_gradients(base(family), batches)
@@ -65,8 +68,7 @@ def test_identical_micro_batches_give_the_gradient_of_one(count):
         torch.testing.assert_close(gradients(many)[name], gradient, rtol=1e-6, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4, 8])
-@pytest.mark.parametrize("use_reentrant", [None, True, False])
+@pytest.mark.parametrize(("accumulation", "use_reentrant"), [(1, None), (4, True), (8, False)])
 def test_trainer_applies_the_weights_whatever_the_accumulation(tmp_path, accumulation, use_reentrant):
     """Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps."""
     rows = make_ids(2 * accumulation, 8)

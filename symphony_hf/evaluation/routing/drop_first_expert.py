@@ -118,7 +118,7 @@ class _Dropper(RouterReader):
         base_class = router.base_class if isinstance(router, SymphonyRouter) else type(router)
         stand_in = router.stand_in if isinstance(router, SymphonyRouter) else stand_in_class(base_class)
         replaced, hidden = substitute_logits(
-            router, stand_in, contract.linear, contract.calls_linear, logits_TE, args[0]
+            router, stand_in, contract.linear, contract.calls_linear, logits_TE, args[0], contract.parameters
         )
         return base_class.forward(replaced, hidden, *args[1:], **kwargs)  # type: ignore[arg-type]
 

@@ -75,9 +75,12 @@ def capabilities(model: nn.Module) -> Capabilities:
     return Capabilities(classes, Supported(), _scores(found), _learning(found), _gradient(found), _bias(found))
 
 
-def _scores(found: list[FoundRouter]) -> Capability:
-    reasons = {router.contract.no_scoring_func for router in found if router.contract.scoring_func is None}
+def _unless(reasons: set[str]) -> Capability:
     return Unsupported(", ".join(sorted(reasons))) if reasons else Supported()
+
+
+def _scores(found: list[FoundRouter]) -> Capability:
+    return _unless({router.contract.no_scoring_func for router in found if router.contract.scoring_func is None})
 
 
 def _learning(found: list[FoundRouter]) -> Capability:
@@ -87,8 +90,7 @@ def _learning(found: list[FoundRouter]) -> Capability:
 
 
 def _gradient(found: list[FoundRouter]) -> Capability:
-    reasons = {router.contract.no_weighting for router in found if router.contract.weighting is None}
-    return Unsupported(", ".join(sorted(reasons))) if reasons else Supported()
+    return _unless({router.contract.no_weighting for router in found if router.contract.weighting is None})
 
 
 def _bias(found: list[FoundRouter]) -> Capability:

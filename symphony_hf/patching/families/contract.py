@@ -21,6 +21,8 @@ class RouterContract:
         top_k: Experts chosen per token, K.
         linear: Path of the linear map inside the router; empty where the router holds the weight itself.
         calls_linear: Whether the forward calls an inner linear map; otherwise it reads its weight.
+        parameters: Names of the map's parameters that are in its product, which the graph changes: `bias` is not one of
+            them where the router adds it elsewhere, such as to its scores to choose.
         logits: Place of the raw logits, (tokens, E), in the output; None: they are not in it, and are what the inner
             linear map returned, or, where its weight is read, the input times that.
         carrier: Place of a float tensor that the experts use, to which a loss can be attached.
@@ -40,6 +42,7 @@ class RouterContract:
     top_k: int
     linear: str = ""
     calls_linear: bool = False
+    parameters: tuple[str, ...] = ("weight",)
     logits: int | None = 0
     carrier: int = 0
     indices: int | None = None
@@ -51,6 +54,11 @@ class RouterContract:
     no_scoring_func: str = ""
     weighting: Weighting | None = None
     no_weighting: str = ""
+
+    @property
+    def block_chooses(self) -> bool:
+        """Whether the router returns its logits alone, by which its block chooses."""
+        return self.carrier == self.logits
 
     def chosen_experts(self, outputs: tuple[Any, ...], logits_TE: Tensor) -> Tensor:
         """Return the experts that each token chose. Shape: (tokens, top_k), integer.

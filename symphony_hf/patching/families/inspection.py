@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.routing.gradient import ScoringFunc, Weighting
 
+from .biases import check_outside_bias, correction_bias
 from .contract import EXPERTS, RouterContract
 from .entries import entry_of
-from .probe import NUM_TOKENS, Probe
+from .probe import NUM_TOKENS, WRONG_INPUT, Probe
 from .selection import HOW, BlockLook
 
 
@@ -43,26 +44,27 @@ def inspect_router(
     if top_k is not None and top_k > reading.num_experts:
         raise UnsupportedModelError(f"{probe.where}: it chooses {top_k} of {reading.num_experts} experts")
     block = BlockLook(probe.where, *_block_of(probe, name, modules)) if reading.is_logits_alone else None
-    if top_k is not None:
-        indices = None
-        if block is not None:
-            block.check_top_k(top_k)
+    if block is not None and top_k is not None:
+        block.check_top_k(top_k)
     elif block is not None:
         top_k = block.top_k()
-    else:
-        top_k = reading.top_k(has_choices=entry.choices is not None)
+    elif top_k is None or indices is not None or entry.choices is not None:
+        top_k = reading.top_k(top_k, has_choices=entry.choices is not None)
     scoring_func, no_scoring_func = reading.scoring_func()
     weighting, no_weighting = reading.weighting(indices if entry.choices is None else None)
     if entry.no_weighting:
         weighting, no_weighting = None, entry.no_weighting
     if weighting is not None and not _has_experts(name, modules):
         weighting, no_weighting = None, f"no module `{EXPERTS}` beside it takes (hidden states, experts, weights)"
-    bias, bias_in_block = reading.correction_bias(modules.get(name.rpartition(".")[0]))
+    parent = modules.get(name.rpartition(".")[0])
+    bias, bias_in_block = correction_bias(probe, reading.indices, reading.carrier, reading.num_experts, parent)
+    check_outside_bias(probe, reading.logits is not None, None if bias_in_block else bias)
     return RouterContract(
         num_experts=reading.num_experts,
         top_k=top_k,
         linear=probe.linear,
         calls_linear=probe.calls_linear,
+        parameters=probe.parameters,
         logits=reading.logits,
         carrier=reading.carrier,
         indices=indices,
@@ -113,12 +115,13 @@ class _Reading:
                 return place, num_experts
             if num_experts == probe.rows:
                 changed.append(place)
-        for place in changed:
+        in_order = [place for place in changed if _keeps_order(probe.raw, probe.outputs[place])]
+        for place in in_order:
             # All scaled or capped in the same way: still the logits, as the rest of the router sees them.
-            if _keeps_order(probe.raw, probe.outputs[place]):
+            if (probe.outputs[place].reshape(probe.raw.shape).sign() == probe.raw.sign()).all():
                 return place, probe.rows
-        distributions = [place for place in changed if _is_distribution(probe.outputs[place])]
-        if (probe.calls_linear or probe.multiplies_input) and changed == distributions:
+        scores = [place for place in changed if place in in_order or _is_distribution(probe.outputs[place])]
+        if (probe.calls_linear or probe.multiplies_input) and changed == scores:
             return None, probe.rows
         raise UnsupportedModelError(
             f"{probe.where}: returns {self._shapes()}, among which logits of shape (tokens, {probe.rows}) were expected"
@@ -157,12 +160,21 @@ class _Reading:
             )
         return found[0] if found else None
 
-    def top_k(self, has_choices: bool) -> int:
+    def top_k(self, wanted: int | None, has_choices: bool) -> int:
         """Return how many experts a token chooses. If they are not returned, they must be those of the highest logits.
 
         Args:
+            wanted: The number that the user gives; None to take the router's own.
             has_choices: Whether they are read from the output in another way.
         """
+        own = self._own_top_k(has_choices)
+        if wanted not in (None, own):
+            raise UnsupportedModelError(
+                f"{self.probe.where}: it returns {own} chosen experts per token, got `top_k={wanted}`: leave it out"
+            )
+        return own
+
+    def _own_top_k(self, has_choices: bool) -> int:
         probe = self.probe
         own = getattr(probe.router, "top_k", None)
         if self.indices is not None:
@@ -187,9 +199,13 @@ class _Reading:
         if self.is_logits_alone:
             return None, "its block makes the weights"
         weights = outputs[self.carrier]
-        if not torch.allclose(probe.finish(probe.raw)[self.carrier], weights):
+        try:
+            same, shifted = (probe.finish(logits)[self.carrier] for logits in (probe.raw, probe.raw + 1.0))
+        except WRONG_INPUT:
+            same = shifted = None
+        if same is None or not torch.allclose(same, weights):
             return None, "its head cannot be run on logits alone"
-        if torch.allclose(probe.finish(probe.raw + 1.0)[self.carrier], weights, rtol=1e-2, atol=1e-3):
+        if torch.allclose(shifted, weights, rtol=1e-2, atol=1e-3):
             return "softmax", ""
         scores = probe.raw.sigmoid()
         if self.indices is not None:
@@ -222,34 +238,6 @@ class _Reading:
             if torch.allclose(ratios, ratios[0], rtol=1e-3):
                 return Weighting(scoring_func, renormalized=False), ""
         return None, "its weights are neither a softmax nor a sigmoid of its logits, times a constant"
-
-    def correction_bias(self, block: nn.Module | None) -> tuple[str | None, bool]:
-        """Return the path of the bias that chooses experts without a change of logits, and whether the block holds it.
-
-        Args:
-            block: The module that calls the router.
-        """
-        router = self.probe.router
-        in_block = {name: value for name, value in self.probe.arguments.items() if hasattr(block, name)}
-        in_router = dict((*router.named_parameters(), *router.named_buffers()))
-        for is_in_block, tensors in ((True, in_block), (False, in_router)):
-            for path, tensor in tensors.items():
-                if tensor.numel() == self.num_experts and tensor.is_floating_point() and self._chooses(tensor):
-                    return path, is_in_block
-        return None, False
-
-    def _chooses(self, bias: Tensor) -> bool:
-        """Whether every token chooses an expert whose entry is raised, by the same logits."""
-        if self.indices is None or self.logits is None:
-            return False
-        own = bias.detach().clone()
-        with torch.no_grad():
-            bias.view(-1)[0] += 1e3
-            outputs = self.probe.run()
-            bias.copy_(own)
-        chosen_TK = outputs[self.indices].reshape(NUM_TOKENS, -1)
-        same_logits = torch.equal(outputs[self.logits], self.probe.outputs[self.logits])
-        return same_logits and bool((chosen_TK == 0).any(1).all())
 
     def _shapes(self) -> str:
         outputs = self.probe.outputs

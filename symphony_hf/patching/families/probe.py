@@ -138,6 +138,7 @@ class Probe:
         outputs: What it returned, as a tuple.
         raw: What the linear map returned. Shape: (tokens, rows).
         calls_linear: Whether the map was called; otherwise its weight was read.
+        parameters: Names of the map's parameters that `raw` depends on.
         multiplies_input: Whether `raw` is the input itself times the weight.
 
     Raises:
@@ -175,6 +176,7 @@ class Probe:
                 "its weight is in one"
             )
         self.raw = self._products[-1].reshape(-1, self.rows)
+        self.parameters = ("weight", "bias") if self._adds_bias() else ("weight",)
         self.multiplies_input = inputs == hidden_size and torch.equal(
             torch.nn.functional.linear(hidden_TD.float(), weight.float()), self.raw.float()
         )
@@ -196,6 +198,24 @@ class Probe:
         with same_draws():
             return as_tuple(self.base_class.forward(self.router, self.hidden.clone(), **self.arguments))
 
+    def _adds_bias(self) -> bool:
+        """Whether the map's own `bias` is in its product. Some routers have one of that name that only chooses."""
+        bias = linear_of(self.router, self.linear)._parameters.get("bias")
+        return bias is not None and not torch.equal(self.run_with(bias, bias + 1)[1], self.raw)
+
+    def run_with(self, tensor: Tensor, value: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+        """Run the router again on the same input, with other numbers in one of its tensors or arguments.
+
+        Returns:
+            What it returned, as `outputs`, and what the linear map did, as `raw`.
+        """
+        own = tensor.clone()
+        tensor.copy_(value)
+        with LinearSpy(self.rows) as spy:
+            outputs = self.run()
+        tensor.copy_(own)
+        return outputs, spy.outputs[-1].reshape(-1, self.rows)
+
     def finish(self, logits: Tensor, hidden: Tensor | None = None) -> tuple[Any, ...]:
         """Run the router's head alone on given logits.
 
@@ -205,7 +225,13 @@ class Probe:
         """
         hidden = self.hidden if hidden is None else hidden
         replaced, inputs = substitute_logits(
-            self.router, stand_in_class(self.base_class), self.linear, self.calls_linear, logits, hidden.clone()
+            self.router,
+            stand_in_class(self.base_class),
+            self.linear,
+            self.calls_linear,
+            logits,
+            hidden.clone(),
+            self.parameters,
         )
         with same_draws():
             return as_tuple(self.base_class.forward(replaced, inputs, **self.arguments))  # type: ignore[arg-type]

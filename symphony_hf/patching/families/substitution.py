@@ -50,8 +50,8 @@ class StandIn:
 
 
 def stand_in_class(base_class: type[nn.Module]) -> type[StandIn]:
-    """Return the stand-in class for a router class. One for an `nn.Linear` inherits from it, for `super()`."""
-    if base_class is nn.Linear or not issubclass(base_class, nn.Linear):
+    """Return the stand-in class for a router class. It inherits from one that has a router above it, for `super()`."""
+    if base_class is nn.Linear or nn.Module in base_class.__bases__:
         return StandIn
     return type(f"{base_class.__name__}StandIn", (StandIn, base_class), {})
 
@@ -221,6 +221,7 @@ def substitute_logits(
     calls_linear: bool,
     logits: Tensor,
     hidden_states: Tensor,
+    parameters: tuple[str, ...] = ("weight", "bias"),
 ) -> tuple[StandIn, Tensor]:
     """Return a stand-in and an input with which a router computes its head alone, from given logits.
 
@@ -231,6 +232,7 @@ def substitute_logits(
         calls_linear: Whether its forward calls the map; otherwise it multiplies by the weight itself.
         logits: Shape: (tokens, rows of the map).
         hidden_states: The router's real input. Shape: (..., hidden_size).
+        parameters: Names of the map's parameters that are in the logits already.
 
     Returns:
         The stand-in, and the hidden states to call it with.
@@ -242,7 +244,8 @@ def substitute_logits(
     rows = logits.shape[-1]
     weight = torch.eye(rows, device=logits.device).to(logits.dtype)
     bias = getattr(linear, "bias", None)
-    bias = torch.zeros_like(bias) if isinstance(bias, Tensor) else None  # it is in the logits already
+    if isinstance(bias, Tensor) and "bias" in parameters:
+        bias = torch.zeros_like(bias)
     leaf: Any = LinearStandIn(linear, weight, bias) if path else {"weight": weight, "bias": bias}
     replaced = substitute(router, stand_in, path, leaf)
     for name in ("hidden_dim", "hidden_size", "input_size"):

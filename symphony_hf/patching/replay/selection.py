@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from symphony_hf.patching.families.discovery import FoundRouter
-from symphony_hf.patching.families.probe import WRONG_INPUT, Probe, as_tuple, same_draws
+from symphony_hf.patching.families.probe import WRONG_INPUT, Probe
 from symphony_hf.patching.router import ATTACHED, SymphonyRouter
 
 _NOT_TOP_K = "it does not choose its experts by one top-k over their scores"
@@ -80,8 +80,7 @@ class SelectionTap(TorchFunctionMode):
 def tapped_module(router: FoundRouter, modules: dict[str, nn.Module]) -> nn.Module:
     """Return the module in whose forward a router's experts are chosen: the router, or its block."""
     contract = router.contract
-    returns_logits_alone = contract.logits is not None and contract.carrier == contract.logits
-    return modules[router.name.rpartition(".")[0]] if returns_logits_alone else router.module
+    return modules[router.name.rpartition(".")[0]] if contract.block_chooses else router.module
 
 
 def why_not_replayed(router: FoundRouter) -> str | None:
@@ -93,7 +92,7 @@ def why_not_replayed(router: FoundRouter) -> str | None:
     """
     if router.contract.image_tokens is not None:
         return "it gets a part of a sequence's tokens, of text or of images"
-    if router.contract.logits is not None and router.contract.carrier == router.contract.logits:
+    if router.contract.block_chooses:
         return None
     try:
         return _problem_of(router)
@@ -124,9 +123,8 @@ def _problem_of(router: FoundRouter) -> str | None:
 
 def _run(probe: Probe, num_experts: int, given_TK: Tensor | None) -> tuple[SelectionTap, tuple[Any, ...]]:
     tap = SelectionTap(num_experts, given_TK)
-    with same_draws(), tap:
-        outputs = probe.base_class.forward(probe.router, probe.hidden.clone(), **probe.arguments)
-    return tap, as_tuple(outputs)
+    with tap:
+        return tap, probe.run()
 
 
 def _without_graph(router: Any) -> nn.Module:
