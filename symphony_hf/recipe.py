@@ -27,13 +27,13 @@ class ModelSection:
         revision: Branch, tag or commit on the Hub.
         config: `model_type` and fields of that family's config. Without `path`, the model is built from it, with the
             vocabulary size of the tokenizer. With `path`, it describes the checkpoint, so that a run can be planned
-            before the checkpoint is downloaded; the checkpoint must match it.
+            before the checkpoint is downloaded, for which `dtype` is needed; the checkpoint must match it.
         tokenizer: Checkpoint whose tokenizer to use; that of `path` when None.
         vision: Checkpoint of a vision tower (CLIP, SigLIP). A LLaVA is built from it and the language model of `path`,
             with a new projector.
-        trainable: Shell-style patterns of names of trainable parameters (`*projector*`); all parameters when None.
+        trainable: Shell-style patterns of names of trainable parameters (`*projector*`); all when None. Without `peft`.
         upcycle_modules: Settings of `symphony_hf.upcycle_modules`, for MLPs of the model that become experts.
-        dtype: Dtype of the weights; `auto` for that of the checkpoint.
+        dtype: Dtype of the weights; `auto` for that of the checkpoint, or float32 without one.
         quantization: `nf4`: 4-bit experts and linear layers.
         attention: `attn_implementation` of transformers.
         experts: `experts_implementation` of transformers.
@@ -59,6 +59,7 @@ class ModelSection:
         if self.path is None:
             needs = [name for name in ("revision", "vision", "quantization") if getattr(self, name) is not None]
             _check(not needs, f"`{', '.join(needs)}` needs `path`, a checkpoint")
+        _check(None in (self.vision, self.quantization), "`quantization` is not supported with `vision`: leave out one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,8 @@ class Recipe:
     output: OutputSection = field(default_factory=OutputSection)
 
     def __post_init__(self) -> None:
+        alone = "model: `trainable` has no effect with `peft`, which trains adapters: leave out one of them"
+        _check(None in (self.model.trainable, self.peft), f"{alone}; `peft.router: train` trains the routers, too")
         context, block_size = self.eval.context, self.data.block_size
         _check(context < block_size, f"eval: `context` must leave room in a block of {block_size}, got {context}")
         for name in () if self.data.kind == "text" else ("documents", "context", "attack_rate", "attack_minimum"):

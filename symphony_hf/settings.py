@@ -7,7 +7,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,41 +43,72 @@ def parse_settings(cls: type, settings: Mapping[str, Any], where: str, **default
     Raises:
         ConfigError: If a name is unknown, a value has the wrong type, or the dataclass refuses it.
     """
-    from jsonargparse import ArgumentError  # slow to import, and not needed by `import symphony_hf`
-
-    settings = check_names(settings, inspect.signature(cls).parameters, where)
-    given = {**defaults, **settings}
-    parser = _parser_of(cls)
+    values = convert_settings(cls, {**defaults, **check_names(settings, None, where)}, where)
     try:
-        values = parser.instantiate(parser.parse_object({"settings": given})).settings
-        return cls(**{name: values[name] for name in given})
-    except ArgumentError as error:
-        named = re.search(r'Parser key "settings\.(\w+)', str(error))
-        problem = str(error) if named is None else _of_wrong_type(cls, named.group(1), settings)
-        raise ConfigError(f"{where}: {problem}") from error
+        return cls(**values)
     except (ValueError, TypeError) as error:  # including the ConfigErrors of our dataclasses
         raise ConfigError(f"{where}: {error}") from error
 
 
-@functools.cache
-def _parser_of(cls: type) -> Any:
-    """Return a parser of a class's settings.
+def convert_settings(cls: type, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return settings converted to the types of a dataclass's fields, without building it.
 
-    Their types are those that the class annotates: HfArgumentParser changes the fields' own, so that a class that
-    inherits them after a script was parsed has others.
+    A value of one of the plain types of its field stays as it is, so that a quoted text is not read as YAML again. A
+    whole number such as `1e3` is an integer.
+
+    Raises:
+        ConfigError: If a name is unknown, or a value has the wrong type.
+    """
+    from jsonargparse import ArgumentError  # slow to import, and not needed by `import symphony_hf`
+
+    parameters, (parser, kinds) = inspect.signature(cls).parameters, _parser_of(cls)
+    given = {name: _whole(value, kinds[name]) for name, value in check_names(settings, parameters, where).items()}
+    for name, value in given.items():
+        if value is None and not _has_type(None, kinds[name]) and parameters[name].default is not None:
+            raise ConfigError(f"{where}: {_of_wrong_type(kinds[name], name, value)}")
+    others = {name: value for name, value in given.items() if not _has_type(value, kinds[name])}
+    try:
+        values = parser.instantiate(parser.parse_object({"settings": others})).settings if others else {}
+    except (ArgumentError, ValueError, TypeError) as error:
+        named = re.search(r'Parser key "settings\.(\w+)', str(error))
+        problem = str(error) if named is None else _of_wrong_type(kinds[named[1]], named[1], settings.get(named[1]))
+        raise ConfigError(f"{where}: {problem}") from error
+    return given | {name: values[name] for name in others}
+
+
+def _has_type(value: Any, kinds: Sequence[Any]) -> bool:
+    return type(value) in kinds or Any in kinds or (isinstance(value, dict) and dict[str, Any] in kinds)
+
+
+def _whole(value: Any, kinds: Sequence[Any]) -> Any:
+    """Return a whole number such as `1e3`, which YAML reads as text, as an integer where the type has no other."""
+    if int not in kinds or float in kinds or str in kinds or not isinstance(value, float | str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else value
+
+
+@functools.cache
+def _parser_of(cls: type) -> tuple[Any, dict[str, tuple[Any, ...]]]:
+    """Return a parser of a class's settings, and the types that each of them may have.
+
+    They are those that the class annotates: HfArgumentParser changes the fields' own, so that a class that inherits
+    them after a script was parsed has others.
     """
     from jsonargparse import ArgumentParser
 
-    parser, hints = ArgumentParser(exit_on_error=False), typing.get_type_hints(cls)
+    parser, hints, kinds = ArgumentParser(exit_on_error=False), typing.get_type_hints(cls), {}
     for name in inspect.signature(cls).parameters:
         parser.add_argument(f"--settings.{name}", type=hints[name])
-    return parser
+        is_union = typing.get_origin(hints[name]) in (typing.Union, types.UnionType)
+        kinds[name] = typing.get_args(hints[name]) if is_union else (hints[name],)
+    return parser, kinds
 
 
-def _of_wrong_type(cls: type, name: str, settings: Mapping[str, Any]) -> str:
-    wanted, got = typing.get_type_hints(cls)[name], settings.get(name)
-    is_union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(wanted) if is_union else (wanted,)
+def _of_wrong_type(kinds: Sequence[Any], name: str, got: Any) -> str:
     words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
     if words:
         return f"`{name}` is {got!r}; {nearest(str(got), words)}"
@@ -103,13 +134,23 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
+class _WithoutDates(yaml.SafeLoader):
+    """Loader for which `2025-06-01` is text: no setting is a date, and a run may be named by one."""
+
+
+_WithoutDates.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(source: Path | str, where: str) -> Any:
     """Read a YAML file, or the text of a value. `where` begins the error message."""
     try:
-        return yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        return yaml.load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source, _WithoutDates)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 

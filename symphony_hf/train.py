@@ -46,12 +46,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--dry_run"]
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
-    dry_run = "--dry_run" in words
-    words = [word for word in words if word != "--dry_run"]
+    dry_run = words != given
     try:
         recipe = load_recipe(words[0], parse_overrides(words[1:]))
         # Only once the recipe is valid: these imports take seconds.

@@ -1,5 +1,6 @@
 """The typer app of all commands, and command options built from the function or class that a command calls."""
 
+import functools
 import inspect
 import re
 import typing
@@ -46,7 +47,7 @@ def command_from(
         flags: Declarations of switches, such as `--check/--no_check`. One that is not given leaves a default of None.
         repeated: Sequences that are given as one argument or option for each value.
         left_out: Parameters without an option, which keep their defaults.
-        parsers: Functions that read the values of options whose type does not say how.
+        parsers: Functions that read the values of options whose type does not say how. They may raise ConfigError.
     """
     names, flags, parsers = names or {}, flags or {}, parsers or {}
     texts = _argument_texts(target)
@@ -68,11 +69,13 @@ def command_from(
             default = bool(default)
         elif isinstance(default, tuple):
             default = ",".join(map(str, default))
-        text = texts[parameter.name]
+        text, parser = texts[parameter.name], None
+        if kind in (int, float) and kind != hints[parameter.name] and default is not None:
+            parser, text = functools.partial(_number_or_none, kind), text.replace("None", "none")
         info: Any = (
             typer.Argument(help=text)
             if parameter.name in arguments
-            else typer.Option(flags.get(parameter.name, f"--{name}"), help=text)
+            else typer.Option(flags.get(parameter.name, f"--{name}"), help=text, parser=parser)
         )
         shown = shown | None if default is None else shown
         parameters.append(
@@ -90,9 +93,10 @@ def command_from(
                     given[name] = None
                 elif isinstance(given[name], str):
                     where = f"symphony {run.__name__.rstrip('_')}: --{option}"
-                    given[name] = (
-                        parsers[name](given[name]) if name in parsers else _parse(given[name], hints[name], where)
-                    )
+                    try:
+                        given[name] = parsers.get(name, functools.partial(_parse, hints[name]))(given[name])
+                    except ConfigError as error:
+                        raise ConfigError(f"{where} {error}") from error
             run(target(**given))
 
         command.__name__, command.__doc__ = run.__name__, run.__doc__
@@ -118,7 +122,17 @@ def _without_none(kind: Any) -> Any:
     return Union[tuple(one for one in kinds if one is not NoneType)] if NoneType in kinds else kind  # noqa: UP007
 
 
-def _parse(text: str, kind: Any, option: str) -> Any:
+def _number_or_none(kind: type, text: Any) -> Any:
+    """Parse a number that may be None, which is written `none` or `all`. For typer, which passes defaults, too."""
+    if str(text).lower() in ("none", "all"):
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor `all`") from error
+
+
+def _parse(kind: Any, text: str) -> Any:
     """Split a text at its commas where the type has a sequence.
 
     Raises:
@@ -136,4 +150,4 @@ def _parse(text: str, kind: Any, option: str) -> Any:
     except ValueError as error:
         if str in kinds:
             return text
-        raise ConfigError(f"{option} takes numbers with commas between them, got {text!r}") from error
+        raise ConfigError(f"takes numbers with commas between them, got {text!r}") from error

@@ -16,6 +16,13 @@ from symphony_hf.errors import ConfigError
 from .app import app, command_from
 
 
+def _file_size(text: str) -> int:
+    """Parse a size such as 5GB, or a number of bytes."""
+    from symphony_hf.training.planning.tables import parse_bytes
+
+    return parse_bytes(f"{text}B" if text.isdigit() else text)
+
+
 @app.command(
     epilog="Example: symphony upcycle microsoft/Phi-3-mini-4k-instruct phi3-smoe-7.4b --to qwen2_moe --num_experts 4 "
     "--layers every-other"
@@ -24,6 +31,7 @@ from .app import app, command_from
     upcycle_checkpoint,
     arguments=("source", "target"),
     flags={"check": "--check/--no-check", "overwrite": "--overwrite/--no-overwrite"},
+    parsers={"max_shard_size": _file_size},
 )
 def upcycle(result: UpcycleResult) -> None:
     """Turn a dense checkpoint into a MoE checkpoint on disk: each expert begins as a copy of the MLP."""
@@ -76,7 +84,12 @@ def inspect(
         raise ConfigError("symphony inspect: --output is for --four-bit")
     if output is not None:
         check_file_place(output, "inspect")
-    empty = _model_of_recipe(model) if Path(model).suffix in (".yaml", ".yml") else None
+    is_recipe = Path(model).suffix in (".yaml", ".yml")
+    if is_recipe and revision is not None:
+        raise ConfigError(
+            f"symphony inspect: --revision is of a model, not of a recipe: set `model.revision` in `{model}`"
+        )
+    empty = _model_of_recipe(model) if is_recipe else None
     print_inspection(inspect_model(model if empty is None else empty, revision))
     if four_bit:
         from symphony_hf.conversion.quantization.estimate import plan_bytes, print_bytes_plan
@@ -100,7 +113,7 @@ def _model_of_recipe(path: str) -> Any:
 
 
 @app.command(epilog="Example: symphony fold runs/my-run/final my-model-plain")
-@command_from(fold_checkpoint, arguments=("directory", "output"))
+@command_from(fold_checkpoint, arguments=("directory", "output"), parsers={"max_shard_size": _file_size})
 def fold(written: Path) -> None:
     """Write a plain checkpoint with the graphs folded into the routers, for servers that do not know Symphony."""
     typer.echo(f"Written to {written}")

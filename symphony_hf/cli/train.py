@@ -73,7 +73,12 @@ def plan(
     machine = Machine(parse_bytes(gpu_memory), gpu_flops, utilization)
     counts = [_count(text) for text in gpus.split(",")]
     loaded = load_recipe(recipe, parse_overrides(context.args))
-    launches = read_launches(accelerate or accelerate_folder(recipe))
+    folder = accelerate_folder(recipe)
+    if accelerate is None and not folder.is_dir():
+        raise ConfigError(
+            f"plan: no accelerate configurations in `{folder}`: give one, or a folder of them, by --accelerate"
+        )
+    launches = read_launches(accelerate or folder)
     made = plan_recipe(loaded, launches, counts, machine, sequences)
     print_plan(made)
     if json is not None:

@@ -87,10 +87,15 @@ def _missing_packages(recipe: Recipe) -> Iterator[str]:
         "trl": recipe.data.kind == "chat",
         **{tracker: tracker in ([report_to] if isinstance(report_to, str) else report_to) for tracker in _TRACKERS},
     }
-    for package, needed in needs.items():
-        if needed and not _is_installed(package):
-            extra = "tracking" if package in _TRACKERS else package
-            yield f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{extra}]'"
+    yield from (missing for package, needed in needs.items() if needed and (missing := missing_package(package)))
+
+
+def missing_package(package: str) -> str | None:
+    """Return the error message for a package that is not installed; None if it is."""
+    if _is_installed(package):
+        return None
+    extra = "tracking" if package in _TRACKERS else package
+    return f"this recipe needs {package}, which is not installed: pip install 'symphony-hf[{extra}]'"
 
 
 def _asks_for_deepspeed(recipe: Recipe) -> bool:

@@ -61,40 +61,70 @@ def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | Non
     else:
         fields = {**of_text, **fields}
     model_type = fields.pop("model_type")
-    try:
+    with _as_config_error("config"):
         return AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model: config: {error}") from error
+
+
+@contextlib.contextmanager
+def _as_config_error(what: str) -> Iterator[None]:
+    """Raise what transformers refuses as a ConfigError with the first line of its message."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"model: {what}: {str(error).strip().splitlines()[0]}") from error
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:
     """Build the recipe's model on the meta device, without weights.
 
     Raises:
-        ConfigError: If its config could not be loaded.
+        ConfigError: If its config could not be loaded, the dtype of its checkpoint is unknown, or transformers refuses
+            a setting.
     """
     section = recipe.model
-    if section.config is not None:
+    if section.config is None:
+        config = _stored_config(section)
+    else:
         fields = {"vocab_size": recipe.data.vocab_size} if section.path is None else {}
         config = build_config(dataclasses.replace(section, config={**fields, **section.config}), None)
-    else:
-        config = _stored_config(section)
+    settings = {"dtype": _dtype_of(section, config), **_implementations(section)}
+    if "flash" in settings.get("attn_implementation", ""):
+        settings["attn_implementation"] = "sdpa"  # which needs no package, and has the same size
+    if section.vision is not None:
+        with _as_config_error(f"the config of `{section.vision}` could not be loaded"):
+            vision = vision_config_of(section.vision)
+        # The image token may be any: the tokenizer is not loaded, and no size depends on it.
+        config = llava_config(config, vision, config.vocab_size - 1)
     with torch.device("meta"), _without_empty_experts_warning():
-        dtype = config.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-        return _upcycle(auto_class(recipe).from_config(config, dtype=dtype), section)
+        with _as_config_error("it could not be built"):
+            model = auto_class(recipe).from_config(config, **settings)
+        return _upcycle(model, section)
 
 
 def _stored_config(section: ModelSection) -> PreTrainedConfig:
-    """Return the checkpoint's config, combined with the vision tower's if the recipe adds one."""
+    with _as_config_error(f"the config of `{section.path}` could not be loaded"):
+        return AutoConfig.from_pretrained(section.path, revision=section.revision)
+
+
+def _dtype_of(section: ModelSection, config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype in which `load_model` loads or builds the weights."""
+    if section.dtype != "auto":
+        return getattr(torch, section.dtype)  # type: ignore[no-any-return]
+    if section.path is None:
+        return torch.float32
+    if section.config is None:
+        return config.dtype
     try:
-        config = AutoConfig.from_pretrained(section.path, revision=section.revision)
-        if section.vision is None:
-            return config
-        # The image token may be any: the tokenizer is not loaded, and no size depends on it.
-        return llava_config(config, vision_config_of(section.vision), config.vocab_size - 1)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: the config of `{section.path}` could not be loaded: {first}") from error
+        return _stored_config(section).dtype
+    except ConfigError as error:
+        raise ConfigError(f"{error}; without it, `dtype: auto` is unknown: set `model.dtype`") from error
+
+
+def _implementations(section: ModelSection) -> dict[str, Any]:
+    named = {"attn_implementation": section.attention, "experts_implementation": section.experts}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -103,28 +133,25 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     A checkpoint that differs from the recipe's `config` raises ConfigError.
     """
     section, auto = recipe.model, auto_class(recipe)
-    settings: dict[str, Any] = {"dtype": section.dtype}
-    if section.attention is not None:
-        settings["attn_implementation"] = section.attention
-    if section.experts is not None:
-        settings["experts_implementation"] = section.experts
+    settings: dict[str, Any] = {"dtype": section.dtype, **_implementations(section)}
     if section.path is not None:
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)
         _check_config(config, section)
         check_lengths(recipe.data, config)
         if section.vision is not None:
             image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-            dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
             model = build_llava(
-                section.path, section.vision, image_token_id, dtype=dtype, text_revision=section.revision
+                section.path, section.vision, image_token_id, dtype=section.dtype, text_revision=section.revision
             )
+            for name, implementation in _implementations(section).items():
+                getattr(model, f"set_{name}")(implementation)
             return _upcycle(model, section)
         if section.quantization is not None:
             return _upcycle(_load_in_4_bits(section, auto, config, settings), section)
         with _without_empty_experts_warning():
             return _upcycle(auto.from_pretrained(section.path, revision=section.revision, **settings), section)
-    settings["dtype"] = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
     config = build_config(section, tokenizer)
+    settings["dtype"] = _dtype_of(section, config)
     check_lengths(recipe.data, config)
     with _without_empty_experts_warning():
         return _upcycle(auto.from_config(config, **settings), section)

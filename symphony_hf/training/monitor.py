@@ -147,14 +147,6 @@ class GraphMonitor(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._draw(args, state, model)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self._draw(args, state, model)
-
-    def _draw(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         graphs = self.graphs_of(model) if self.pictures else {}  # of all ranks: under FSDP2 it gathers
         if not state.is_world_process_zero:
             return
@@ -174,6 +166,8 @@ class GraphMonitor(TrainerCallback):
             for picture in pictures:
                 if tracker in _SENDERS:
                     _SENDERS[tracker](picture, args, state.global_step)
+
+    on_train_end = on_save
 
 
 def _to_tensorboard(picture: Path, args: TrainingArguments, step: int) -> None:

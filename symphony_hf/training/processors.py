@@ -8,6 +8,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -17,7 +18,7 @@ from symphony_hf.data.streams import sample_stream
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import ConfigError
 from symphony_hf.models.llava import vision_config_of
-from symphony_hf.recipe import ModelSection, Recipe
+from symphony_hf.recipe import Recipe
 
 from .models import IMAGE_TOKEN, build_config
 
@@ -42,14 +43,20 @@ def load_processor(recipe: Recipe) -> Any:
     else:
         corpus = embedded_corpus()
     tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
-    return tokenizer if recipe.data.kind != "llava" else _build_processor(recipe.model, tokenizer)
+    if data.kind != "llava":
+        return tokenizer
+    vision = build_config(recipe.model, None).vision_config
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return _processor(tokenizer, vision, CLIPImageProcessorPil(size=size, crop_size=size))
 
 
 def _stored_processor(recipe: Recipe) -> Any:
     source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
     try:
         if recipe.model.vision is not None:
-            return _processor_of_both(recipe.model, AutoTokenizer.from_pretrained(source, revision=revision))
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            vision = vision_config_of(recipe.model.vision)
+            return _processor(tokenizer, vision, AutoImageProcessor.from_pretrained(recipe.model.vision))
         loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
         return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
     except (OSError, ValueError) as error:
@@ -58,30 +65,14 @@ def _stored_processor(recipe: Recipe) -> Any:
         raise ConfigError(f"model: {name}: the tokenizer of `{source}` could not be loaded: {first}") from error
 
 
-def _processor_of_both(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Build the processor of a LLaVA made of two checkpoints, with the vision tower's image processor."""
-    assert section.vision is not None
+def _processor(tokenizer: PreTrainedTokenizerBase, vision: PreTrainedConfig, images: Any) -> LlavaProcessor:
+    """Build the processor of a LLaVA, and give the tokenizer its image token."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(section.vision),
-        tokenizer=tokenizer,
-        patch_size=vision_config_of(section.vision).patch_size,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token
-    )
-
-
-def _build_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Build the processor of a LLaVA with random weights: images of its vision tower's size, and an image token."""
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    vision = build_config(section, tokenizer).vision_config
-    size = {"height": vision.image_size, "width": vision.image_size}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # CLIP's class token
+        num_additional_image_tokens=1,  # the class token
     )

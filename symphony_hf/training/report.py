@@ -15,6 +15,7 @@ from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspe
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import write_text
 from symphony_hf.recipe import Recipe
+from symphony_hf.settings import changed_settings
 from symphony_hf.tables import Table
 
 from .launch import expected_strategy, strategy_of
@@ -173,10 +174,4 @@ def print_dry_run(
 
 
 def _describe(section: Any) -> str:
-    """Return the settings of a section that differ from their defaults, as text."""
-    differing = [
-        f"{field.name}: {getattr(section, field.name)}"
-        for field in dataclasses.fields(section)
-        if getattr(section, field.name) != field.default
-    ]
-    return ", ".join(differing) or "defaults"
+    return ", ".join(f"{name}: {value}" for name, value in changed_settings(section).items()) or "defaults"

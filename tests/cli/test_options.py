@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from symphony_hf.cli import app
 from symphony_hf.cli.app import command_from
+from symphony_hf.cli.convert import _file_size
 from symphony_hf.errors import ConfigError
 
 OPTIONS = json.loads((Path(__file__).parent / "options.json").read_text())
@@ -77,6 +78,8 @@ class Example(Base):
         check: Whether to check.
         folder: Output folder.
         scale: Scale for tests.
+        most: Maximum number; None for all.
+        size: Size, or a number of bytes.
 
     Raises:
         ConfigError: Never.
@@ -88,6 +91,8 @@ class Example(Base):
     check: bool = True
     folder: str | None = None
     scale: int = 1
+    most: int | None = 5
+    size: int | str = "5GB"
 
 
 def run(*words):
@@ -103,6 +108,7 @@ def run(*words):
         flags={"check": "--check/--no_check"},
         repeated=("others",),
         left_out=("scale",),
+        parsers={"size": _file_size},
     )
     def show(settings: Example) -> None:
         """Show them."""
@@ -117,13 +123,51 @@ def test_values_are_read_as_the_types_of_the_settings():
     result, seen = run(*given, "--layers", "0,2", "--no_check")
     assert result.exit_code == 0, result.output
     assert seen == [
-        Example(model="m", folder="f", sizes=(3, 4), names=("a", "b"), others=("x", "y,z"), layers=(0, 2), check=False)
+        Example(
+            model="m",
+            folder="f",
+            sizes=(3, 4),
+            names=("a", "b"),
+            others=("x", "y,z"),
+            layers=(0, 2),
+            check=False,
+            size=5 * 10**9,
+        )
     ]
+
+
+@pytest.mark.parametrize("text", ["all", "none", "None"])
+def test_a_number_that_may_be_none_can_be_given_none(text):
+    assert run("m", "--folder", "f", "--most", text)[1][0].most is None
+    assert run("m", "--folder", "f", "--most", "7")[1][0].most == 7
+    result, _ = run("m", "--folder", "f", "--most", "many")
+    assert result.exit_code == 2
+    assert "neither a number nor `all`" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("text", "size"), [("5000000000", 5 * 10**9), ("2GiB", 2**31)])
+def test_sizes_of_files_are_numbers_of_bytes(text, size):
+    assert run("m", "--folder", "f", "--size", text)[1][0].size == size
+
+
+@pytest.mark.parametrize("text", ["big", "0"])
+def test_no_size_is_refused_before_anything_is_loaded(text):
+    for words in (["fold", "here", "there"], ["upcycle", "here", "there"]):
+        result = CliRunner().invoke(app, [*words, "--max_shard_size", text])
+        assert isinstance(result.exception, ConfigError)
+        assert f"symphony {words[0]}: --max_shard_size `{text}" in str(result.exception)
+
+
+def test_a_revision_is_not_of_a_recipe():
+    result = CliRunner().invoke(app, ["inspect", "recipe.yaml", "--revision", "main"])
+    assert isinstance(result.exception, ConfigError)
+    assert "set `model.revision` in `recipe.yaml`" in str(result.exception)
 
 
 def test_defaults_are_those_of_the_settings():
     _, seen = run("m", "--folder", "f")
-    assert seen == [Example(model="m", folder="f")]
+    assert [dataclasses.replace(one, size="5GB") for one in seen] == [Example(model="m", folder="f")]
+    assert seen[0].size == 5 * 10**9
 
 
 def test_text_stays_text_where_the_settings_take_both():
@@ -155,4 +199,5 @@ def test_help_comes_from_the_docstrings_of_the_class_and_its_base():
     result, _ = run("--help")
     assert "Name of the model." in result.output
     assert "Layers, or all." in result.output
+    assert "Maximum number; none for all." in " ".join(result.output.replace("│", " ").split())
     assert "ConfigError" not in result.output

@@ -59,6 +59,11 @@ def test_every_recipe_prints_its_plan_on_a_laptop(name, empty, monkeypatch, caps
     assert list(empty.iterdir()) == []
 
 
+def test_a_dry_run_needs_a_recipe(empty, capsys):
+    assert train_main(["--dry_run"]) == 2
+    assert "usage:" in capsys.readouterr().out
+
+
 def test_what_is_wrong_anywhere_is_refused_in_a_dry_run(empty, capsys):
     words = [str(RECIPES / "mixtral-8x7b-qlora" / "config.yaml"), "--launch.strategy", "zero3", "--dry_run"]
     assert train_main(words) == 1
@@ -73,14 +78,23 @@ def test_symphony_train_is_the_same_without_accelerate(empty):
     assert list(empty.iterdir()) == []
 
 
-def test_symphony_train_trains(tmp_path, monkeypatch):
-    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
-    words = ["--dataloader_pin_memory", "false", "--disable_tqdm", "true", "--output.directory"]
+def test_symphony_train_trains(monkeypatch):
+    """The recipe with its overrides; the command that the report names is the one without the launcher."""
+    given = []
+
+    def run_recipe(recipe, command):
+        given.extend((recipe, command))
+        return {"test": {"clean": 2.5, "documents": 3}}
+
+    monkeypatch.setattr("symphony_hf.training.runner.run_recipe", run_recipe)
     smoke = RECIPES / "phi3-smoe-7.4b-glue" / "smoke.yaml"
-    result = CliRunner().invoke(app, ["train", str(smoke), *words, str(tmp_path / "run")])
+    result = CliRunner().invoke(app, ["train", str(smoke), "--max_steps", "7", "--output.directory", "a run"])
     assert result.exit_code == 0, result.output
-    page = (tmp_path / "run" / "report.md").read_text()
-    assert f"python -m symphony_hf.train {smoke} --dataloader_pin_memory false" in page
+    assert given == [
+        load_recipe(smoke, {"max_steps": 7, "output.directory": "a run"}),
+        f"python -m symphony_hf.train {smoke} --max_steps 7 --output.directory 'a run'",
+    ]
+    assert "test: clean 2.5000, documents 3; report: a run/report.md" in result.output
 
 
 @pytest.mark.parametrize(

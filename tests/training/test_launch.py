@@ -121,9 +121,11 @@ def test_the_callback_refuses_a_downgrade_too(tmp_path, monkeypatch):
     settings = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     trainer = Trainer(symphonize(make_model()), settings, train_dataset=rows, callbacks=[SymphonyCallback()])
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="asks for strategy `fsdp`, but what runs is `single`"):
-        trainer.train()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ConfigError, match="asks for strategy `fsdp`, but what runs is `single`"):
+            trainer.train()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -42,18 +43,30 @@ def small(tmp_path, monkeypatch):
     return recipe_overrides(tmp_path)
 
 
-def test_a_recipe_runs(small, tmp_path):
-    results = run_recipe(load_recipe(RECIPE, small))
-    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Settings of a run, its folder and its results; change copies."""
+    folder = tmp_path_factory.mktemp("first")
+    overrides = {**recipe_overrides(folder), "eval.seed": 7}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYMPHONY_HF_CACHE", str(folder / "cache"))
+        results = run_recipe(load_recipe(RECIPE, overrides), "the command")
+    return overrides, folder / "run", results
+
+
+def test_a_recipe_runs(first, tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+    overrides, run, results = first
+    stored = json.loads((run / "results.json").read_text())
     assert stored["test"] == results["test"]
     assert 1 < results["test"]["clean"] < 400
     assert results["test"]["ratio"] == pytest.approx(results["test"]["attacked"] / results["test"]["clean"])
     assert stored["recipe"]["train"]["max_steps"] == 3
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {3}
     assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())
     # And on from the checkpoint, with its graphs; other settings than its own would be a false baseline.
-    again = {**small, "model.path": str(tmp_path / "run" / "final"), "model.config": None}
+    again = {**overrides, "model.path": str(run / "final"), "model.config": None}
     again["output.directory"] = str(tmp_path / "again")
     with pytest.raises(ConfigError, match=r"saved with other settings \(strength\)"):
         run_recipe(load_recipe(RECIPE, {**again, "symphony.strength": 0.5}))
@@ -75,11 +88,11 @@ def test_the_best_and_the_last_checkpoint_stay(small, tmp_path):
     assert "best by validation: `checkpoint-1/`" in (output / "report.md").read_text()
 
 
-def test_the_report_says_what_a_reader_needs_to_run_it_again(small, tmp_path):
-    results = run_recipe(load_recipe(RECIPE, {**small, "eval.seed": 7}), "the command")
-    page = (tmp_path / "run" / "report.md").read_text()
+def test_the_report_says_what_a_reader_needs_to_run_it_again(first):
+    overrides, run, results = first
+    page = (run / "report.md").read_text()
     settings = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
-    recipe = load_recipe(RECIPE, {**small, "eval.seed": 7})
+    recipe = load_recipe(RECIPE, overrides)
     assert settings["train"] == recipe.train
     assert SymphonyConfig.from_dict(settings["symphony"]) == recipe.symphony
     assert "```bash\nthe command\n```" in page
@@ -90,8 +103,8 @@ def test_the_report_says_what_a_reader_needs_to_run_it_again(small, tmp_path):
     assert all(f"{name} {version}" in page for name, version in results["versions"].items())
 
 
-def test_a_missing_validation_split_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
+def test_a_missing_validation_split_is_refused_before_weights_are_loaded(tmp_path, shared_runs, monkeypatch):
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(shared_runs.root / "cache"))  # its tokenizer takes seconds to train
     monkeypatch.setattr(runner, "load_model", None)  # calling it would raise another error
     smoke = RECIPE.parents[1] / "llava-smoe-4.2b" / "smoke.yaml"
     path = write_llava(tmp_path, [entry(number) for number in range(4)])
@@ -181,6 +194,8 @@ def test_a_training_argument_without_effect_is_refused_before_weights(tokenizer_
         load_recipe(CHAT, {"eval.documents": 5})
     with pytest.raises(ConfigError, match=r"data: `text_column` has no effect on data of kind `glue`"):
         load_recipe(CHAT, {"data.kind": "glue", "data.name": "qnli", "data.text_column": "body"})
+    with pytest.raises(ConfigError, match="`trainable` has no effect with `peft`"):
+        load_recipe(RECIPE, {"model.trainable": ["*"], "peft.r": 4})
 
 
 def test_bad_settings_and_data_are_refused_before_training(small, tmp_path):
@@ -245,10 +260,9 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
     assert open_folder(output / "final").results is None
 
 
-def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(small, tmp_path):
+def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(first, small, tmp_path):
     """A card that somebody has added to stays."""
-    final = tmp_path / "run" / "final"
-    run_recipe(load_recipe(RECIPE, small))
+    final = shutil.copytree(first[1], tmp_path / "run") / "final"
     assert (final / "README.md").exists()
     plain = dataclasses.replace(load_recipe(RECIPE, small), symphony=None)
     card = (final / "README.md").read_text()

@@ -60,8 +60,10 @@ def test_every_recipe_loads(path):
     assert dataclasses.replace(baseline.symphony, strength=whole.symphony.strength) == whole.symphony
 
 
-def test_settings_have_their_annotated_types_after_a_script_was_parsed(tmp_path):
+def test_settings_have_their_annotated_types_after_a_script_was_parsed(tmp_path, monkeypatch):
     """HfArgumentParser narrows `SchedulerType | str` to SchedulerType in the fields that later classes inherit."""
+    for field in dataclasses.fields(TrainingArguments):
+        monkeypatch.setattr(field, "type", field.type)  # so that it is restored
     HfArgumentParser(TrainingArguments)
     later = dataclasses.make_dataclass("Later", [], bases=(TrainingArguments,))
     assert later.__init__.__annotations__["lr_scheduler_type"] is SchedulerType

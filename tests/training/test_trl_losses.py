@@ -33,7 +33,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-from symphony_hf import ConfigError, PatchError, SymphonyCallback, symphonize, with_router_losses
+from symphony_hf import ConfigError, PatchError, SymphonyCallback, add_router_losses, symphonize, with_router_losses
 from symphony_hf.training.fit import train
 
 NUMBERS = [str(i) for i in range(16)]
@@ -47,6 +47,7 @@ COMMON = {
     "disable_tqdm": True,
     "logging_steps": 1,
     "gradient_checkpointing": False,
+    "max_grad_norm": 0.0,
 }
 DATA = {
     "dpo": [{"prompt": f"{i} ", "chosen": f"{i} 3", "rejected": "9"} for i in NUMBERS],
@@ -96,14 +97,35 @@ def model_for(kind, **settings):
     return symphonize(model, **{"decay": 0.5, **settings})
 
 
+class Keep(SymphonyCallback):
+    """Also keeps the batches of the policy's decoder in training, and the gradient of its first router."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self.batches = []
+        model.model.register_forward_pre_hook(self.keep, with_kwargs=True)
+
+    def keep(self, decoder, args, kwargs):
+        if decoder.training and torch.is_grad_enabled():
+            input_ids = args[0] if args else kwargs["input_ids"]
+            self.batches.append({"input_ids": input_ids.clone(), "attention_mask": kwargs["attention_mask"].clone()})
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = gradient_of(model).clone()
+
+
+def gradient_of(model):
+    return model.model.layers[0].mlp.gate.weight.grad
+
+
 def trained(kind, wrap, tokenizer, tmp_path, **settings):
-    """Train one step. Returns the weight of the first router and the names of the logged losses."""
+    """Train one step. Returns the callback, with the first router's gradient, and the names of the logged losses."""
     trainer_class, config_class, extra = TRAINERS[kind]
     model = model_for(kind, **settings)
     arguments = config_class(output_dir=str(tmp_path / "out"), **COMMON, **extra)
     more = {}
     if kind in REWARDED:
-        more["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
+        more["reward_funcs"] = lambda completions, **_: [float(place % 2) for place, _ in enumerate(completions)]
     if kind in ("dpo", "kto"):
         more["ref_model"] = model_for(kind, **settings)
     if kind in TAUGHT:
@@ -113,27 +135,29 @@ def trained(kind, wrap, tokenizer, tmp_path, **settings):
         args=arguments,
         train_dataset=Dataset.from_list(DATA[kind]),
         processing_class=tokenizer,
-        callbacks=[SymphonyCallback()],
+        callbacks=[kept := Keep()],
         **more,
     )
     trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("symphony/")}
-    return next(p for name, p in model.named_parameters() if name.endswith("gate.weight")).detach(), logged
+    return kept, logged
 
 
 @pytest.mark.parametrize("kind", sorted(TRAINERS))
 @pytest.mark.filterwarnings("ignore")
 def test_with_router_losses_adds_the_router_losses(kind, tokenizer, tmp_path):
-    """With it the balance loss changes the update of the routers, and only then is it logged."""
-    weights = {"balance_loss_weight": 50.0, "z_loss_weight": 0.0}
+    """It adds their gradient on the same batches, once, and only then are they logged."""
+    weights = {"balance_loss_weight": 1e-3, "z_loss_weight": 1e-4}
     without, unlogged = trained(kind, False, tokenizer, tmp_path, **weights)
-    with_losses, logged = trained(kind, True, tokenizer, tmp_path, **weights)
-    assert not torch.equal(with_losses, without)
+    kept, logged = trained(kind, True, tokenizer, tmp_path, **weights)
     assert not unlogged
     assert logged == {"symphony/balance_loss", "symphony/z_loss"}
-    # Nearly none, not none: at 0 the model's own aux loss would be in force.
-    off, _ = trained(kind, True, tokenizer, tmp_path, balance_loss_weight=1e-30, z_loss_weight=0.0)
-    torch.testing.assert_close(off, without)
+    model = model_for(kind, **weights).train()
+    for batch in kept.batches:
+        add_router_losses(model, 0.0 * model.model(**batch).last_hidden_state.sum()).backward()
+    # The trainers' own gradients are between 4e-6 and 1e-3 here, and those of the router losses near 1e-4.
+    torch.testing.assert_close(kept.gradient - without.gradient, gradient_of(model), rtol=1e-4, atol=1e-8)
+    assert without.gradient.abs().max() > 1e-6
 
 
 def test_label_smoothing_gets_router_losses_and_a_plain_trainer_gets_them_once(tmp_path):
@@ -162,7 +186,7 @@ def test_a_trainer_that_needs_nothing_trains_the_same(tokenizer, tmp_path):
     TRAINERS["sft_nll"] = (SFTTrainer, SFTConfig, {})
     DATA["sft_nll"] = DATA["sft"]
     (plain, logged), (wrapped, logged_again) = (trained("sft_nll", wrap, tokenizer, tmp_path) for wrap in (False, True))
-    assert torch.equal(plain, wrapped)
+    assert torch.equal(plain.gradient, wrapped.gradient)
     assert logged == logged_again != set()
 
 

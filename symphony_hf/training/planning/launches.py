@@ -75,7 +75,7 @@ def _read(path: Path) -> Launch:
         raise ConfigError(
             f"{where}: `{kind}` cannot be planned: expected NO, MULTI_GPU, or DEEPSPEED with a `zero_stage` of 1 to 3"
         )
-    half = str(values.get("mixed_precision", "no"))
+    half = str(values.get("mixed_precision") or "no")  # YAML reads an unquoted `no` as False
     if half not in _HALVES:
         raise ConfigError(f"{where}: mixed_precision `{half}` cannot be planned: expected no, bf16 or fp16")
     return Launch(

@@ -12,7 +12,7 @@ from symphony_hf.conversion.inspection.tensors import held_tensors
 
 from .launches import Launch
 from .meta_device import packed_bytes, packed_names
-from .optimizers import Optimizer
+from .optimizers import Optimizer, Weight
 from .step import StepBytes
 
 _BUCKET = 500_000_000
@@ -34,7 +34,7 @@ class States:
         weights_in_half: The same with everything that is not packed in 16 bits, as DeepSpeed keeps it.
         total: Number of weights.
         largest: Number of weights of the largest single module, without its submodules.
-        trained: (shape, element size in bytes) of each trained weight.
+        trained: Shape and element size of each trained weight.
         graph: Bytes of the graphs, which are float32 and replicated on every process.
     """
 
@@ -42,17 +42,17 @@ class States:
     weights_in_half: int
     total: int
     largest: int
-    trained: tuple[tuple[tuple[int, ...], int], ...]
+    trained: tuple[Weight, ...]
     graph: int
 
     @property
     def num_trained(self) -> int:
-        return sum(math.prod(shape) for shape, _ in self.trained)
+        return sum(math.prod(weight.shape) for weight in self.trained)
 
     @property
     def gradients(self) -> int:
         """Bytes of the gradients, each in the dtype of its weight."""
-        return sum(math.prod(shape) * size for shape, size in self.trained)
+        return sum(math.prod(weight.shape) * weight.size for weight in self.trained)
 
 
 def states_of(model: nn.Module, quantized: bool) -> States:
@@ -70,12 +70,15 @@ def states_of(model: nn.Module, quantized: bool) -> States:
         else:
             weights, in_half = weights + held.tensor.nbytes, in_half + 2 * held.numel
     parameters = list(model.parameters())
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return States(
         weights=weights,
         weights_in_half=in_half,
         total=sum(parameter.numel() for parameter in parameters),
         largest=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()),
-        trained=tuple((tuple(p.shape), p.element_size()) for p in parameters if p.requires_grad),
+        trained=tuple(
+            Weight(tuple(p.shape), p.element_size(), id(p) in embeddings) for p in parameters if p.requires_grad
+        ),
         graph=graph,
     )
 
@@ -132,21 +135,30 @@ def memory_of(
     """
     local = processes // launch.machines
     if launch.uses_deepspeed:
-        return _with_deepspeed(launch, processes, local, states, step, optimizer, half)
+        memory = _with_deepspeed(launch, processes, local, states, step, optimizer, half)
+    else:
+        memory = Memory(_on_each(processes, states, step, optimizer, accumulates, launch.on_gpu))
+    host = memory.host
+    if not launch.on_gpu:  # what would be on the GPUs is there, too, once for each process
+        host = {part: host.get(part, 0) + local * size for part, size in memory.gpu.items()}
+    return Memory(memory.gpu if launch.on_gpu else {}, host, local * states.weights)
+
+
+def _on_each(
+    processes: int, states: States, step: StepBytes, optimizer: Optimizer, accumulates: bool, on_gpu: bool
+) -> dict[str, int]:
+    """Return the bytes of one process by part without DeepSpeed: each has the whole model."""
     # Gradients are a part of their own. From the second micro-batch on, all of them exist.
     activations = step.activations if accumulates else step.with_gradients - states.gradients
     exchanged = states.gradients if processes > 1 else 0  # DistributedDataParallel holds them a second time, in buckets
-    parts = {
+    return {
         "weights": states.weights,
         "gradients": states.gradients,
         "optimizer": optimizer.state_bytes(states.trained),
         "activations": activations,
         "graph": states.graph,
-        "buffers": exchanged + max(0, optimizer.temporary_bytes(states.trained) - activations),
+        "buffers": exchanged + max(0, optimizer.temporary_bytes(states.trained, on_gpu) - activations),
     }
-    if not launch.on_gpu:
-        return Memory(host=parts)
-    return Memory(gpu=parts, loading=local * states.weights)
 
 
 def _with_deepspeed(
@@ -168,7 +180,7 @@ def _with_deepspeed(
     size = 4 if half is None else 2
     trained = states.num_trained
     weights = states.weights if half is None else states.weights_in_half
-    flat = [((trained,), 4)]  # DeepSpeed flattens the weights into one vector
+    flat = [Weight((trained,), 4)]  # DeepSpeed flattens the weights into one vector
     in_half = {"zero1": size * trained, "zero2": size * trained / processes, "zero3": 0}[launch.strategy]
     sharded = {
         "gradients": 4 * trained / processes,
@@ -190,7 +202,7 @@ def _with_deepspeed(
         host["buffers"] = _HOST_ALLOWANCE * sum(host.values())
     gathered = min(states.total, max(_LIVE, states.largest)) if launch.strategy == "zero3" else 0
     gpu |= {"activations": step.activations, "graph": states.graph, "buffers": size * (_BUCKET + gathered)}
-    return Memory(_whole(gpu), _whole(host), local * states.weights)
+    return Memory(_whole(gpu), _whole(host))
 
 
 def _whole(parts: dict[str, Any]) -> dict[str, int]:

@@ -3,35 +3,46 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from symphony_hf.errors import ConfigError, nearest
 
-Shapes = Iterable[tuple[Sequence[int], int]]
-"""(shape, element size in bytes) of each trained weight."""
+
+class Weight(NamedTuple):
+    """A trained weight: its shape, the bytes of an element, and whether it is that of an `nn.Embedding`."""
+
+    shape: Sequence[int]
+    size: int
+    is_embedding: bool = False
+
+
+Weights = Iterable[Weight | tuple[Sequence[int], int]]
 
 _SMALL, _BLOCK = 4096, 256
 """bitsandbytes keeps states with fewer elements in float32, and one float32 scale per block of 8-bit elements."""
 
 
-def _moments(count: int) -> Callable[[Sequence[int], int], int]:
+def _moments(count: int) -> Callable[[Weight], int]:
     """States of `count` moments in the dtype of the weight, as in torch's optimizers."""
-    return lambda shape, size: count * size * math.prod(shape)
+    return lambda weight: count * weight.size * math.prod(weight.shape)
 
 
-def _float32(count: int) -> Callable[[Sequence[int], int], int]:
-    return lambda shape, _: count * 4 * math.prod(shape)
+def _float32(count: int) -> Callable[[Weight], int]:
+    return lambda weight: count * 4 * math.prod(weight.shape)
 
 
-def _eight_bit(count: int) -> Callable[[Sequence[int], int], int]:
-    def state(shape: Sequence[int], _: int) -> int:
-        numel = math.prod(shape)
-        return count * (4 * numel if numel < _SMALL else numel + 4 * -(-numel // _BLOCK))
+def _eight_bit(count: int) -> Callable[[Weight], int]:
+    def state(weight: Weight) -> int:
+        numel = math.prod(weight.shape)
+        in_float32 = numel < _SMALL or weight.is_embedding  # for which Trainer asks bitsandbytes
+        return count * (4 * numel if in_float32 else numel + 4 * -(-numel // _BLOCK))
 
     return state
 
 
-def _factored(shape: Sequence[int], _: int) -> int:
+def _factored(weight: Weight) -> int:
     """States of row and column sums of each matrix; vectors are not factored."""
+    shape = weight.shape
     if len(shape) < 2:
         return 4 * math.prod(shape)
     return 4 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
@@ -42,24 +53,26 @@ class Optimizer:
     """Memory of one optimizer.
 
     Attributes:
-        state: Function of a weight's shape and element size that returns the bytes of its states.
+        state: Function of a weight that returns the bytes of its states.
         copies_of_all: Number of copies of all weights that a step makes at once, as torch's `foreach` forms do on a
             GPU.
         temporary_of_largest: Function of the element size that returns the temporary bytes per element of one weight,
             for optimizers that update one weight after another.
     """
 
-    state: Callable[[Sequence[int], int], int]
+    state: Callable[[Weight], int]
     copies_of_all: int = 0
     temporary_of_largest: Callable[[int], int] = lambda size: 0
 
-    def state_bytes(self, weights: Shapes) -> int:
-        return sum(self.state(shape, size) for shape, size in weights)
+    def state_bytes(self, weights: Weights) -> int:
+        return sum(self.state(Weight(*weight)) for weight in weights)
 
-    def temporary_bytes(self, weights: Shapes) -> int:
-        sizes = [(math.prod(shape), size) for shape, size in weights]
+    def temporary_bytes(self, weights: Weights, on_gpu: bool = True) -> int:
+        sizes = [(math.prod(weight.shape), weight.size) for weight in (Weight(*weight) for weight in weights)]
         largest = max((self.temporary_of_largest(size) * numel for numel, size in sizes), default=0)
-        return self.copies_of_all * sum(numel * size for numel, size in sizes) + largest
+        copied = [numel * size for numel, size in sizes] if self.copies_of_all else [0]
+        # On a CPU, torch updates one weight after another, with at most two copies of it.
+        return largest + (self.copies_of_all * sum(copied) if on_gpu else 2 * max(copied, default=0))
 
 
 _ADAM8, _LION8 = Optimizer(_eight_bit(2)), Optimizer(_eight_bit(1))

@@ -139,12 +139,18 @@ def plan_recipe(
     optimizer = optimizer_of(settings.optimizer)
     states = states_of(meta_model(recipe), recipe.model.quantization is not None)
     if not states.trained:
-        raise ConfigError("model: nothing is trained: `trainable` and `peft` freeze every parameter")
-    left_out = {launch.name: why for launch in launches if (why := _why_not(recipe, launch)) is not None}
+        raise ConfigError("model: nothing is trained: `trainable` freezes every parameter")
+    counts = {launch.name: _counts(launch, gpus, recipe.launch.processes) for launch in launches}
+    reasons = {launch.name: _why_not(recipe, launch, counts[launch.name]) for launch in launches}
+    left_out = {name: why for name, why in reasons.items() if why is not None}
     launches = [launch for launch in launches if launch.name not in left_out]
     if not launches:
         raise ConfigError(
             f"plan: the recipe runs under none of the launches: {'; '.join(sorted(set(left_out.values())))}"
+        )
+    if settings.max_steps > 0 and sequences is not None:
+        raise ConfigError(
+            f"plan: with `max_steps: {settings.max_steps}`, `sequences` has no effect: leave out one of them"
         )
     if settings.max_steps <= 0 and sequences is None:
         sequences = sequences_of_data(recipe)
@@ -152,17 +158,24 @@ def plan_recipe(
         steps = _Steps(recipe, settings, bar)
         flops = steps.flops(launches[0])
         planner = _Planner(settings, states, optimizer, machine, steps, flops, sequences)
-        counts = {launch.name: [1] if launch.is_single else [n * launch.machines for n in gpus] for launch in launches}
         rows = [planner.row(launch, count) for launch in launches for count in counts[launch.name]]
     return Plan(settings, recipe.data.block_size, machine, states, flops, tuple(rows), left_out)
 
 
-def _why_not(recipe: Recipe, launch: Launch) -> str | None:
+def _counts(launch: Launch, gpus: Sequence[int], processes: int | None) -> list[int]:
+    """Return the numbers of processes to plan: those of the launch that the recipe allows."""
+    counts = [1] if launch.is_single else [number * launch.machines for number in gpus]
+    return [count for count in counts if processes in (None, count)]
+
+
+def _why_not(recipe: Recipe, launch: Launch, counts: Sequence[int]) -> str | None:
     """Return why the runner would refuse a launch; None if it would not."""
     if recipe.model.quantization is not None and launch.strategy == "zero3":
         return "4-bit weights cannot be partitioned over processes"
     if recipe.launch.strategy not in (None, launch.strategy):
         return f"the recipe's `launch` section asks for {recipe.launch.strategy}"
+    if not counts:
+        return f"the recipe's `launch` section asks for {recipe.launch.processes} processes"
     return None
 
 

@@ -9,9 +9,19 @@ import torch
 from transformers import TrainingArguments
 
 from symphony_hf.data.prepare import prepare_data
-from symphony_hf.errors import ConfigError, nearest
+from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Recipe
+from symphony_hf.settings import check_least, check_names, convert_settings
+from symphony_hf.training.arguments import missing_package
 from symphony_hf.training.processors import load_processor
+
+_READ = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("optim", "fp16", "bf16", "label_smoothing_factor", "loss_type"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),  # their older names
+}
+"""Settings that a plan depends on."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,8 @@ class TrainSettings:
         micro_batch: Number of sequences in one forward on one device.
         accumulation: Number of forwards per optimizer step.
         checkpointing: Whether activations are recomputed in the backward pass.
+        every_n_layers: Distance between the layers whose activations are recomputed.
+        label_smoothing: Label smoothing, for which Trainer needs all logits.
         optimizer: Name of the optimizer in TrainingArguments.
         half: Dtype of mixed precision; None for full precision.
         max_steps: Number of optimizer steps; if not positive, `epochs` decides.
@@ -31,6 +43,8 @@ class TrainSettings:
     micro_batch: int
     accumulation: int
     checkpointing: bool
+    every_n_layers: int
+    label_smoothing: float
     optimizer: str
     half: torch.dtype | None
     max_steps: int
@@ -41,44 +55,50 @@ def read_settings(recipe: Recipe) -> TrainSettings:
     """Read a recipe's train section, without the devices and packages that training itself needs.
 
     Raises:
-        ConfigError: If a setting is unknown, or is not a number where it must be one.
+        ConfigError: If a setting is unknown, has a value that training refuses, or cannot be planned.
     """
     kind: Any = TrainingArguments
     if recipe.data.kind == "chat":
-        kind = _sft_config()
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    for name in recipe.train:
-        if name not in defaults:
-            raise ConfigError(f"train: unknown setting `{name}`; {nearest(name, defaults)}")
-    values = {**defaults, **recipe.train}
-    checkpointing = [values.get(f"{what}_checkpointing") for what in ("activation", "gradient")]
+        if (missing := missing_package("trl")) is not None:
+            raise ConfigError(missing)
+        from trl import SFTConfig
+
+        kind = SFTConfig
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
+    train = check_names(recipe.train, defaults, "train")
+    values = defaults | convert_settings(kind, {name: train[name] for name in _READ & train.keys()}, "train")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        check_least("train", 1, **{name: values[name]})
+    checkpointing, of_checkpointing = (
+        next((value for what in ("activation", "gradient") if (value := values.get(f"{what}_{end}")) is not None), None)
+        for end in ("checkpointing", "checkpointing_kwargs")
+    )
     half = torch.float16 if values["fp16"] else torch.bfloat16 if values["bf16"] else None
     if values["bf16"] is None and half is None:
         half = torch.bfloat16  # TRL's default
     return TrainSettings(
-        micro_batch=_positive(values, "per_device_train_batch_size"),
-        accumulation=_positive(values, "gradient_accumulation_steps"),
-        checkpointing=bool(next((value for value in checkpointing if value is not None), False)),
+        micro_batch=values["per_device_train_batch_size"],
+        accumulation=values["gradient_accumulation_steps"],
+        checkpointing=bool(checkpointing),
+        every_n_layers=_every_n_layers(of_checkpointing or {}),
+        # TRL's other losses do without it.
+        label_smoothing=values["label_smoothing_factor"] if values.get("loss_type", "nll") == "nll" else 0.0,
         optimizer=str(getattr(values["optim"], "value", values["optim"])),
         half=half,
-        max_steps=int(values["max_steps"]),
-        epochs=float(values["num_train_epochs"]),
+        max_steps=values["max_steps"],
+        epochs=values["num_train_epochs"],
     )
 
 
-def _sft_config() -> type:
-    try:
-        from trl import SFTConfig
-    except ImportError as error:
-        raise ConfigError("this recipe needs trl, which is not installed: pip install 'symphony-hf[trl]'") from error
-    return SFTConfig
-
-
-def _positive(values: dict[str, Any], name: str) -> int:
-    value = values[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"train: `{name}` must be an integer of at least 1, got {value!r}")
-    return value
+def _every_n_layers(settings: Any) -> int:
+    where = "train: activation_checkpointing_kwargs"
+    for name, value in check_names(settings, None, where).items():
+        if name != "every_n_layers" and (name, value) != ("use_reentrant", False):
+            raise ConfigError(f"{where}: `{name}: {value}` cannot be planned: leave it out")
+    every_n_layers = settings.get("every_n_layers", 1)
+    if type(every_n_layers) is not int or every_n_layers < 1:
+        raise ConfigError(f"{where}: `every_n_layers` must be an integer of at least 1, got {every_n_layers!r}")
+    return every_n_layers
 
 
 GLUE_EXAMPLES = {

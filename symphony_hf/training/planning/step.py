@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.trainer_pt_utils import LabelSmoother
 
 from symphony_hf.conversion.adapters.targets import base_of
 from symphony_hf.errors import UnsupportedModelError
@@ -135,8 +136,9 @@ class MetaStep:
         if recipe.model.quantization is not None:
             pack_experts(self._model)
         if settings.checkpointing:
-            self._checkpoint_activations()
-        self._head_is_tiled = recipe.data.kind == "chat" and head_is_tiled()
+            self._checkpoint_activations(settings.every_n_layers)
+        self._smoother = LabelSmoother(settings.label_smoothing) if settings.label_smoothing else None
+        self._head_is_tiled = recipe.data.kind == "chat" and self._smoother is None and head_is_tiled()
         if is_symphonized(self._model):
             for _, router in symphony_routers(self._model):
                 assert router.stack is not None
@@ -179,7 +181,7 @@ class MetaStep:
         try:
             with watching:
                 self._loss(batch).backward()
-        except (NotImplementedError, RuntimeError) as error:
+        except (RuntimeError, ImportError, ValueError) as error:  # the latter two by experts with a GPU's kernels
             first = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(
                 f"plan: a step of {type(self._model).__name__} cannot be measured on the meta device: {first}"
@@ -193,9 +195,12 @@ class MetaStep:
                 model = base_of(self._model)
                 hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
                 return tiled_loss(hidden, model.get_output_embeddings().weight, self._autocast or hidden.dtype)
-            outputs = self._model(**batch, use_cache=False)
+            labels = None if self._smoother is not None else batch["labels"]
+            outputs = self._model(**{**batch, "labels": labels}, use_cache=False)
             if self._autocast is not None and outputs.get("logits") is not None:
                 outputs.logits = outputs.logits.float()  # as accelerate does with all outputs
+            if self._smoother is not None:
+                return self._smoother(outputs, batch["labels"], shift_labels=True)
         return outputs.loss  # type: ignore[no-any-return]
 
     def _batch(self, rows: int) -> dict[str, Any]:
@@ -207,14 +212,15 @@ class MetaStep:
             batch["pixel_values"] = torch.empty(shape, device="meta")
         return batch
 
-    def _checkpoint_activations(self) -> None:
+    def _checkpoint_activations(self, every_n_layers: int) -> None:
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), MetaStandIns(self._autocast)
 
         model = base_of(self._model)
         # The oldest supported transformers has only the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": contexts})
+        more = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}  # which older ones do not know
+        enable({"use_reentrant": False, "context_fn": contexts}, **more)
 
 
 def _attention_flops(

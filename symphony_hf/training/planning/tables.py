@@ -123,7 +123,9 @@ def _hours(row: PlanRow) -> TableCell:
     return TableCell(f"{row.hours:,.1f}" if row.hours >= 0.05 else "<0.1", row.hours)
 
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"B": 1}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str) -> int:
@@ -132,7 +134,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: If the text is not a size above 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?B)", text.strip().upper())
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"`{text}` is not a size: expected a number above 0 and a unit, such as 80GB or 79.6GiB")
     return round(float(match[1]) * _UNITS[match[2]])

@@ -6,8 +6,9 @@ import warnings
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
-from symphony_hf import update_graphs
+from symphony_hf import add_router_losses, update_graphs
 from symphony_hf.recipe import DataSection, ModelSection, PeftSection, Recipe
 from symphony_hf.training.models import add_adapters, add_graph
 
@@ -48,7 +49,7 @@ def make_recipe(family="olmoe", size="tiny", *, lora=False, symphony=True, quant
     if family == "qwen2_moe":
         config["moe_intermediate_size"] = inner
     # Only checkpoints are packed; with a config at hand, this one is not looked for.
-    packed = {"path": "nowhere", "quantization": "nf4"} if quantized else {}
+    packed = {"path": "nowhere", "quantization": "nf4", "dtype": "float32"} if quantized else {}
     more = {} if symphony else {"symphony": None}
     return Recipe(
         model=ModelSection(config=config, **packed),
@@ -59,12 +60,12 @@ def make_recipe(family="olmoe", size="tiny", *, lora=False, symphony=True, quant
     )
 
 
-def measured_peak(recipe, path, *, checkpointing=False, autocast=False, accumulation=1):
+def measured_peak(recipe, path, **how):
     """Return the peak bytes of torch's CPU allocator, from the creation of the model to its second step."""
     gc.collect()  # else what an earlier model left would be freed, and subtracted, in between
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        _train(recipe, checkpointing, autocast, accumulation)
+        _train(recipe, **how)
     profiler.export_chrome_trace(str(path))
     events = json.loads(path.read_text())["traceEvents"]
     memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
@@ -72,26 +73,32 @@ def measured_peak(recipe, path, *, checkpointing=False, autocast=False, accumula
     return max(totals) - (totals[0] - memory[0]["args"]["Bytes"])
 
 
-def _train(recipe, checkpointing, autocast, accumulation):
-    config = dict(recipe.model.config)
+def _train(recipe, checkpointing=False, every=1, autocast=False, accumulation=1, smoothing=0.0):
+    config, section = dict(recipe.model.config), recipe.model
+    named = {"attn_implementation": section.attention, "experts_implementation": section.experts}
+    implementations = {name: value for name, value in named.items() if value is not None}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a shared expert of size 0
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config), **implementations
+        )
     add_graph(model, recipe)
     model = add_adapters(model, recipe.peft).train()
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False}, **({} if every == 1 else {"every_n_layers": every}))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     ids = torch.randint(0, recipe.data.vocab_size, (MICRO_BATCH, recipe.data.block_size))
     for _ in range(2):
         for _ in range(accumulation):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                outputs = model(input_ids=ids, labels=ids, use_cache=False)
+                outputs = model(input_ids=ids, labels=None if smoothing else ids, use_cache=False)
                 if autocast:
                     outputs.logits = outputs.logits.float()  # as accelerate does
                 loss = outputs.loss
+                if smoothing:
+                    loss = add_router_losses(model, LabelSmoother(smoothing)(outputs, ids, shift_labels=True))
                 del outputs
             loss.backward()
             del loss

@@ -1,13 +1,16 @@
 """Bytes of states, compared with hand calculations, real optimizers and packed weights, and DeepSpeed."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from models import make_model
 from planned import make_recipe
 from torch import nn
+from transformers import OlmoeConfig, OlmoeForCausalLM, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from symphony_hf import ConfigError
@@ -15,14 +18,14 @@ from symphony_hf.recipe import load_recipe
 from symphony_hf.training.planning.launches import Launch
 from symphony_hf.training.planning.memory import States, memory_of, states_of
 from symphony_hf.training.planning.meta_device import packed_bytes
-from symphony_hf.training.planning.optimizers import optimizer_of
+from symphony_hf.training.planning.optimizers import Weight, optimizer_of
 from symphony_hf.training.planning.settings import read_settings
 from symphony_hf.training.planning.step import LiveBytes, MetaStep, StepBytes, meta_model
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 NO_STEP = StepBytes(0, 0)
 TOTAL = 7_000_000_000
-BIG = States(2 * TOTAL, 2 * TOTAL, TOTAL, largest=200_000_000, trained=(((TOTAL,), 2),), graph=0)
+BIG = States(2 * TOTAL, 2 * TOTAL, TOTAL, largest=200_000_000, trained=(Weight((TOTAL,), 2),), graph=0)
 
 
 def spread(launch, processes, *, states=BIG, step=NO_STEP, half=torch.bfloat16, accumulates=True, optimizer=None):
@@ -79,8 +82,22 @@ def test_ddp_has_gradients_twice_and_zero_its_buffers():
     assert spread(Launch("a", "zero3"), 4).gpu["buffers"] == 2 * (500_000_000 + 1_000_000_000)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_on_a_cpu_each_process_needs_what_a_gpu_would_hold(strategy):
+    step = StepBytes(TOTAL, 3 * TOTAL)
+    on_gpus, on_cpu = (spread(Launch("a", strategy, on_gpu=on_gpu), 4, step=step) for on_gpu in (True, False))
+    assert on_cpu.gpu == {}
+    assert on_cpu.host == {part: 4 * size for part, size in on_gpus.gpu.items()}
+
+
+def test_what_is_offloaded_adds_to_what_a_cpu_holds():
+    launch = Launch("a", "zero2", optimizer_on_host=True)
+    on_gpus, on_cpu = spread(launch, 4), spread(dataclasses.replace(launch, on_gpu=False), 4)
+    assert sum(on_cpu.host.values()) == sum(on_gpus.host.values()) + 4 * on_gpus.gpu_total
+
+
 def test_frozen_weights_have_neither_gradient_nor_optimizer():
-    states = States(2 * TOTAL, 2 * TOTAL, TOTAL, 1000, trained=(((1000,), 4),), graph=0)
+    states = States(2 * TOTAL, 2 * TOTAL, TOTAL, 1000, trained=(Weight((1000,), 4),), graph=0)
     memory = spread(Launch("a", "single"), 1, states=states)
     assert (memory.gpu["gradients"], memory.gpu["optimizer"]) == (4000, 8000)
     memory = spread(Launch("a", "zero2"), 1, states=states)
@@ -137,6 +154,19 @@ def test_optimizers_use_the_planned_bytes(name, dtype):
     assert optimizer_of(name).temporary_bytes(shapes) == pytest.approx(live.peak, rel=0.02, abs=64)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad", "RMSprop", "SGD"])
+def test_on_a_cpu_optimizers_update_one_weight_after_another(name):
+    weights, shapes = weights_with_gradients(torch.float32)
+    optimizer = getattr(torch.optim, name)(weights, lr=1e-3)
+    optimizer.step()
+    live = LiveBytes([*weights, *(weight.grad for weight in weights), *state_tensors(optimizer, weights)])
+    with live:
+        optimizer.step()
+    planned = optimizer_of({"AdamW": "adamw_torch"}.get(name, name.lower())).temporary_bytes(shapes, on_gpu=False)
+    # Adagrad and RMSprop hold two weights' copies, one of which is smaller here: 0.6 of what is planned.
+    assert 0.6 * planned <= live.peak <= planned + 64
+
+
 @pytest.mark.parametrize("name", EIGHT_BIT)
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes, of pages on a CPU
 def test_bitsandbytes_optimizers_use_the_planned_bytes(name):
@@ -146,6 +176,24 @@ def test_bitsandbytes_optimizers_use_the_planned_bytes(name):
     optimizer.step()
     found = sum(tensor.nbytes for tensor in state_tensors(optimizer, weights))
     assert optimizer_of(name).state_bytes(shapes) == found
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes, of a CPU
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "lion_8bit"])
+def test_trainer_keeps_the_8_bit_states_of_embeddings_in_float32(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = OlmoeConfig(**make_model().config.to_dict() | {"vocab_size": 512, "num_hidden_layers": 1})
+    model = OlmoeForCausalLM(config)
+    planned = optimizer_of(name).state_bytes(states_of(model, quantized=False).trained)
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=1, optim=name, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}]
+    trainer = Trainer(model, settings, train_dataset=rows)
+    trainer.train()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = sum(tensor.nbytes for tensor in state_tensors(trainer.optimizer.optimizer, weights))
+    assert planned == found
 
 
 def test_an_unknown_optimizer_is_refused():

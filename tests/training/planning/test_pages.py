@@ -34,7 +34,8 @@ def test_the_pages_say_what_the_plan_says(folder):
     for name, launch, gpus, sequences, gpu, host, hours in rows_of(folder):
         recipe = load_recipe(RECIPES / folder / name)
         launches = read_launches(RECIPES / "accelerate" / f"{launch}.yaml")
-        of_an_epoch = round(int(sequences.replace(",", "")) / read_settings(recipe).epochs)
+        settings, of_run = read_settings(recipe), int(sequences.replace(",", ""))
+        of_an_epoch = None if settings.max_steps > 0 else round(of_run / settings.epochs)
         (row,) = plan_recipe(recipe, launches, [int(gpus)], SMALLEST, of_an_epoch).rows
         assert f"{row.sequences:,}" == sequences
         # As printed, and what another version of a library may make of it.

@@ -1,5 +1,7 @@
 """The planned memory of a step, compared with torch's CPU allocator in a real one."""
 
+import dataclasses
+
 import pytest
 import torch
 from planned import FAMILIES, MICRO_BATCH, make_recipe, measured_peak
@@ -31,6 +33,26 @@ def planned_peak(recipe):
     optimizer, accumulates = optimizer_of(settings.optimizer), settings.accumulation > 1
     memory = memory_of(Launch("cpu", "single", on_gpu=False), 1, states, step, optimizer, settings.half, accumulates)
     return memory.host_total
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "how"),
+    [
+        ({"attention": "eager"}, {}, {}),
+        ({"experts": "batched_mm"}, {}, {}),
+        ({}, {"label_smoothing_factor": 0.1}, {"smoothing": 0.1}),
+        (
+            {},
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+            {"checkpointing": True, "every": 2},
+        ),
+    ],
+    ids=["eager attention", "batched experts", "label smoothing", "every second layer"],
+)
+def test_settings_that_change_a_step(model, train, how, tmp_path):
+    recipe = make_recipe(**train)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **model))
+    assert planned_peak(recipe) == pytest.approx(measured_peak(recipe, tmp_path / "trace.json", **how), rel=TOLERANCE)
 
 
 def compare(family, size, case, tmp_path):

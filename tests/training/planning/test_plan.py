@@ -14,6 +14,7 @@ from symphony_hf.cli import app
 from symphony_hf.conversion.inspection.counts import count_parts
 from symphony_hf.conversion.inspection.parts import Part
 from symphony_hf.recipe import load_recipe
+from symphony_hf.training.arguments import training_arguments
 from symphony_hf.training.planning.launches import Launch, read_launches
 from symphony_hf.training.planning.meta_device import TILE_TOKENS, TILE_VOCABULARY, head_is_tiled
 from symphony_hf.training.planning.plan import (
@@ -108,6 +109,8 @@ def test_conversations_are_counted_without_all_logits():
     logits = 4 * 32 * 128 * 50304
     assert kept[1] > 2 * logits  # them, and their gradient
     assert kept[0] < logits
+    smoothed = dataclasses.replace(chat, train={**chat.train, "label_smoothing_factor": 0.1})
+    assert MetaStep(smoothed, read_settings(smoothed), None).bytes(32).activations > 2 * logits
     trained = [dataclasses.replace(recipe, peft=None) for recipe in (chat, text)]
     flops = [MetaStep(recipe, read_settings(recipe), None).flops() for recipe in trained]
     assert flops[0] - flops[1] == pytest.approx(2 * 128 * 32 * 50304, rel=0.001)  # the logits once more
@@ -191,6 +194,28 @@ def test_launches_that_the_runner_refuses_are_left_out():
         plan_recipe(recipe, [SINGLE], [1], SMALL)
 
 
+def test_numbers_of_processes_that_the_runner_refuses_are_left_out():
+    recipe = load_recipe(QUICKSTART, {"launch.processes": 4})
+    plan = plan_recipe(recipe, [SINGLE, Launch("many", "ddp"), Launch("two", "ddp", machines=2)], [1, 2, 4, 8], SMALL)
+    assert [(row.launch.name, row.processes) for row in plan.rows] == [("many", 4), ("two", 4)]
+    assert plan.left_out == {"one": "the recipe's `launch` section asks for 4 processes"}
+    with pytest.raises(ConfigError, match=r"runs under none of the launches.*asks for 4 processes"):
+        plan_recipe(recipe, [SINGLE], [4], SMALL)
+
+
+def test_numbers_are_read_as_training_reads_them():
+    settings = read_settings(load_recipe(QUICKSTART, {"max_steps": "1e3", "num_train_epochs": "2"}))
+    assert (settings.max_steps, settings.epochs) == (1000, 2)
+    assert training_arguments(load_recipe(QUICKSTART, {"max_steps": "1e3", "use_cpu": True})).max_steps == 1000
+
+
+def test_a_recipe_elsewhere_needs_launches(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"base: {QUICKSTART}\n")
+    result = run(tmp_path / "mine.yaml")
+    assert isinstance(result.exception, ConfigError)
+    assert "give one, or a folder of them, by --accelerate" in str(result.exception)
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "80"})
 
@@ -221,9 +246,24 @@ BAD = {
     "too good": ((QUICKSTART, "--utilization", "1.5"), "`utilization` must be above 0 and at most 1"),
     "no peak": ((QUICKSTART, "--gpu_flops", "0"), "`gpu_flops` must be above 0"),
     "no sequence": ((QUICKSTART, "--sequences", "0"), "must be at least 1, got 0"),
+    "a number of steps": ((QUICKSTART, "--sequences", "5"), "with `max_steps: 300`, `sequences` has no effect"),
     "no recipe": (("nowhere.yaml",), "recipe `nowhere.yaml`: No such file"),
     "no setting": ((QUICKSTART, "--per_device_train_batchsize", "4"), "did you mean `per_device_train_batch_size`"),
-    "no batch": ((QUICKSTART, "--per_device_train_batch_size", "0"), "must be an integer of at least 1, got 0"),
+    "no batch": (
+        (QUICKSTART, "--per_device_train_batch_size", "0"),
+        "`per_device_train_batch_size` must be at least 1, got 0",
+    ),
+    "no number of steps": ((QUICKSTART, "--max_steps", "abc"), "`max_steps` must be int, got 'abc'"),
+    "null steps": ((QUICKSTART, "--max_steps", "null"), "`max_steps` must be int, got None"),
+    "no number of epochs": ((QUICKSTART, "--num_train_epochs", "two"), "`num_train_epochs` must be float, got 'two'"),
+    "offloading": (
+        (QUICKSTART, "--gradient_checkpointing_kwargs", "{offload: true}"),
+        "`offload: True` cannot be planned",
+    ),
+    "no layers": (
+        (QUICKSTART, "--gradient_checkpointing_kwargs", "{every_n_layers: 0}"),
+        "integer of at least 1, got 0",
+    ),
     "no config": ((QUICKSTART, "--model.path", "nobody/nothing", "--model.config", "null"), "could not be loaded"),
     "a folder for the JSON": ((QUICKSTART, "--json", RECIPES), "is a folder, and the result is a file"),
     "no launches": ((QUICKSTART, "--accelerate", RECIPES / "evidence"), "no accelerate configuration"),
@@ -249,10 +289,19 @@ def test_other_launches_are_refused(tmp_path):
         read_launches(path)
 
 
-def test_a_model_whose_step_depends_on_values_is_refused():
+@pytest.mark.parametrize("written", ["null", "no", '"no"'])
+def test_a_launch_without_mixed_precision(written, tmp_path):
+    path = tmp_path / "ddp.yaml"
+    path.write_text(f"distributed_type: MULTI_GPU\nmixed_precision: {written}\n")
+    assert read_launches(path)[0].half is None
+
+
+@pytest.mark.parametrize("experts", ["eager", "deepgemm"])
+def test_a_model_whose_step_depends_on_values_or_a_gpu_is_refused(experts):
+    """Eager experts look for those that were chosen."""
     recipe = make_recipe()
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, experts=experts))
     step = MetaStep(recipe, read_settings(recipe), None)
-    step._model.set_experts_implementation("eager")  # which looks for the experts that were chosen
     with pytest.raises(UnsupportedModelError, match="a step of OlmoeForCausalLM cannot be measured on the meta device"):
         step.bytes(1)
 

@@ -55,6 +55,6 @@ def test_flops_by_hand():
     experts = 2 * 2 * HIDDEN * INNER  # two of them, two matrices
     router = HIDDEN * EXPERTS
     weights = 3 * 2 * TOKENS * LAYERS * (projections + experts + router)
-    # Queries by keys, by distances, and weights by values; each in both directions of the backward.
-    attention = 3 * 2 * TOKENS * LAYERS * HIDDEN * (2 * (SPAN + TOKENS) + SPAN)
+    # Queries by the keys of their chunk, by distances, and weights by values; each in both directions of the backward.
+    attention = 3 * 2 * TOKENS * LAYERS * HIDDEN * (2 * (SPAN + SPAN) + SPAN)
     assert flops == pytest.approx(head + weights + attention, rel=0.02)  # the graphs' products, and the bias's column

@@ -1,0 +1,64 @@
+"""Settings are converted to the types of their fields, and what already has one stays as it was given."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from symphony_hf import ConfigError
+from symphony_hf.settings import parse_settings, read_yaml
+
+
+@dataclasses.dataclass(kw_only=True)
+class Example:
+    """Settings of the kinds that recipes have."""
+
+    path: str | None = None
+    free: dict[str, Any] | None = None
+    names: list[str] | None = None
+    steps: int = 1
+    rate: float = 0.1
+    check: bool = False
+
+
+def parse(**settings):
+    return parse_settings(Example, settings, "here")
+
+
+def test_quoted_text_is_not_read_as_yaml_again():
+    free = {"a": "no", "b": "null", "c": "0123", "d": {"e": "1e3"}, "f": ["yes"]}
+    assert parse(free=free).free == free
+    assert parse(path="null").path == "null"
+    assert parse(names=["null", "0123"]).names == ["null", "0123"]
+
+
+def test_text_from_yaml_becomes_a_number():
+    found = parse(steps="1e3", rate="1e-4")
+    assert (found.steps, found.rate) == (1000, 1e-4)
+    assert type(found.steps) is int
+    assert parse(rate=1).rate == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"free": "text"}, "`free` must be dict or null, got 'text'"),
+        ({"steps": "abc"}, "`steps` must be int, got 'abc'"),
+        ({"steps": 1.5}, "`steps` must be int, got 1.5"),
+        ({"steps": None}, "`steps` must be int, got None"),
+        ({"rate": "two"}, "`rate` must be float, got 'two'"),
+    ],
+)
+def test_values_of_other_types_are_refused(settings, problem):
+    with pytest.raises(ConfigError, match=f"here: {problem}"):
+        parse(**settings)
+
+
+@pytest.mark.parametrize("text", ["2025-06-01", "2025-13-01", "2025-06-01 12:00:00"])
+def test_dates_are_text(text):
+    assert read_yaml(text, "here") == text
+
+
+def test_an_impossible_value_is_refused():
+    with pytest.raises(ConfigError, match="here is not valid YAML"):
+        read_yaml("!!timestamp 2025-13-01", "here")
