@@ -8,7 +8,7 @@ import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
 from models import make_ids, make_llava, make_model
-from pages import PAGES, README, ROOT, code_of, commands_inline_of, headings_of, links_of, name_of, tokens_of
+from pages import NOTEBOOKS, PAGES, README, ROOT, code_of, commands_inline_of, headings_of, links_of, name_of, tokens_of
 from trainers import Rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -203,13 +203,15 @@ def test_commands_parse(code, monkeypatch):
         check_command(words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=name_of)
 def test_commands_within_sentences_have_the_options_that_they_name(page):
     for span in commands_inline_of(page):
         words = shlex.split(span)
         if words[0] != "symphony":
             continue
         command, rest = command_of(words[1:])
+        if command.name in OPEN_ENDED and rest and (ROOT / rest[0]).exists():
+            check_symphony(words[1:])
         known = {option for parameter in command.params for option in parameter.opts}
         unknown = {word for word in rest if word.startswith("--")} - known
         assert not unknown or command.name in OPEN_ENDED, f"{span}: {unknown}"

@@ -1,5 +1,7 @@
 """A small slice of the embedded corpus, and a small tokenizer trained on it."""
 
+import copy
+
 import pytest
 
 from symphony_hf.data.documents import Corpus
@@ -14,8 +16,14 @@ def small(embedded):
 
 
 @pytest.fixture(scope="session")
-def tokenizer(small):
+def trained_tokenizer(small):
     return train_tokenizer(small.train, VOCAB_SIZE)
+
+
+@pytest.fixture
+def tokenizer(trained_tokenizer):
+    """Return a copy, which `prepare_data` gives a chat template."""
+    return copy.deepcopy(trained_tokenizer)
 
 
 @pytest.fixture(autouse=True)

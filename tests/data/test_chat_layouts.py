@@ -56,12 +56,6 @@ LOSSES = [
 
 
 @pytest.fixture
-def own_tokenizer(tokenizer):
-    """Return a copy, which can be given a template."""
-    return copy.deepcopy(tokenizer)
-
-
-@pytest.fixture
 def model(tokenizer):
     return make_model(vocab_size=len(tokenizer), max_position_embeddings=512)
 
@@ -98,13 +92,13 @@ def tokens_and_labels(trainer):
 
 
 @pytest.mark.parametrize(("layout", "train"), LOSSES, ids=str)
-def test_tokens_and_labels_are_trls(tmp_path, own_tokenizer, model, layout, train):
+def test_tokens_and_labels_are_trls(tmp_path, tokenizer, model, layout, train):
     if layout == "tools":
-        own_tokenizer.chat_template = TOOL_TEMPLATE
-    prepared = prepare(in_splits(tmp_path / "rows", LAYOUTS[layout]), own_tokenizer, train)
+        tokenizer.chat_template = TOOL_TEMPLATE
+    prepared = prepare(in_splits(tmp_path / "rows", LAYOUTS[layout]), tokenizer, train)
     source = datasets.Dataset.from_list(LAYOUTS[layout])
-    ours = make_trainer(prepared.train, model, own_tokenizer, tmp_path / "ours", **train)
-    theirs = make_trainer(source, model, own_tokenizer, tmp_path / "theirs", **train)
+    ours = make_trainer(prepared.train, model, tokenizer, tmp_path / "ours", **train)
+    theirs = make_trainer(source, model, tokenizer, tmp_path / "theirs", **train)
     assert tokens_and_labels(ours) == tokens_and_labels(theirs)
     masks_something = any(label == -100 for row in ours.train_dataset["labels"][:] for label in row)
     wanted = train.get("completion_only_loss", "pairs" in layout) or train.get("assistant_only_loss", False)
@@ -116,60 +110,60 @@ def test_tokens_and_labels_are_trls(tmp_path, own_tokenizer, model, layout, trai
 
 
 @pytest.mark.parametrize("layout", ["pairs of text", "text"])
-def test_text_needs_no_chat_template(tmp_path, own_tokenizer, layout):
-    assert own_tokenizer.chat_template is None
-    prepare(in_splits(tmp_path, LAYOUTS[layout]), own_tokenizer)
-    assert own_tokenizer.chat_template is None
+def test_text_needs_no_chat_template(tmp_path, tokenizer, layout):
+    assert tokenizer.chat_template is None
+    prepare(in_splits(tmp_path, LAYOUTS[layout]), tokenizer)
+    assert tokenizer.chat_template is None
 
 
-def test_text_may_have_another_column_name(tmp_path, own_tokenizer, model):
+def test_text_may_have_another_column_name(tmp_path, tokenizer, model):
     rows = [{"body": row["text"], "title": "x"} for row in LAYOUTS["text"]]
-    prepared = prepare(in_splits(tmp_path, rows), own_tokenizer, text_column="body")
+    prepared = prepare(in_splits(tmp_path, rows), tokenizer, text_column="body")
     assert prepared.train[:] == {"text": [row["text"] for row in LAYOUTS["text"]]}
 
 
-def test_packed_pairs_keep_their_masks_and_evaluate(tmp_path, own_tokenizer, model):
-    prepared = prepare(in_splits(tmp_path, LAYOUTS["pairs of text"]), own_tokenizer, packing=True)
-    trainer = make_trainer(prepared.train, model, own_tokenizer, tmp_path, packing=True)
+def test_packed_pairs_keep_their_masks_and_evaluate(tmp_path, tokenizer, model):
+    prepared = prepare(in_splits(tmp_path, LAYOUTS["pairs of text"]), tokenizer, packing=True)
+    trainer = make_trainer(prepared.train, model, tokenizer, tmp_path, packing=True)
     batch = next(iter(trainer.get_train_dataloader()))
     assert "attention_mask" not in batch  # with one, packed rows would attend to each other
-    learned = own_tokenizer.decode([label for label in batch["labels"][0].tolist() if label != -100])
+    learned = tokenizer.decode([label for label in batch["labels"][0].tolist() if label != -100])
     assert sorted(learned.split("<|endoftext|>")) == sorted(["", *(f" {answer}" for answer in ANSWERS)])
     loss = trainer.evaluate(prepared.test)["eval_loss"]
-    alone = make_trainer(prepared.train, model, own_tokenizer, tmp_path)
+    alone = make_trainer(prepared.train, model, tokenizer, tmp_path)
     assert alone.evaluate(prepared.test)["eval_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_prompt_that_fills_a_block_is_left_out_and_counted(tmp_path, own_tokenizer, model):
+def test_a_prompt_that_fills_a_block_is_left_out_and_counted(tmp_path, tokenizer, model):
     rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS * 5, ANSWERS * 5, strict=True)]
     rows[7]["prompt"] = "Why? " * 300
     path = in_splits(tmp_path, rows, held_out=rows[:5])
     note = "1 of 30 rows were left out: 1 a prompt longer than block_size"
-    prepared = prepare(path, own_tokenizer)
+    prepared = prepare(path, tokenizer)
     assert any(line.endswith(note) for line in prepared.notes)
-    theirs = make_trainer(datasets.Dataset.from_list(rows), model, own_tokenizer, tmp_path)
+    theirs = make_trainer(datasets.Dataset.from_list(rows), model, tokenizer, tmp_path)
     assert len(prepared.train) == len(theirs.train_dataset) == 29  # which TRL does without a word
-    assert len(prepare(path, own_tokenizer, {"completion_only_loss": False}).train) == 30
+    assert len(prepare(path, tokenizer, {"completion_only_loss": False}).train) == 30
     with pytest.raises(DataError, match=r"(\d+) of \1 rows cannot be used: \1 a prompt longer than block_size"):
-        prepare(path, own_tokenizer, block_size=4)
+        prepare(path, tokenizer, block_size=4)
 
 
-def test_a_prompt_that_fills_a_block_stays_where_trl_keeps_its_answer(tmp_path, own_tokenizer, model):
+def test_a_prompt_that_fills_a_block_stays_where_trl_keeps_its_answer(tmp_path, tokenizer, model):
     rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS * 5, ANSWERS * 5, strict=True)]
     rows[7]["prompt"] = "Why? " * 300
     path = in_splits(tmp_path, rows, held_out=rows[:5])
-    assert len(prepare(path, own_tokenizer, {"packing_strategy": "bfd_split"}, packing=True).train) == 30
-    assert len(prepare(path, own_tokenizer, {"truncation_mode": "keep_end"}).train) == 30
+    assert len(prepare(path, tokenizer, {"packing_strategy": "bfd_split"}, packing=True).train) == 30
+    assert len(prepare(path, tokenizer, {"truncation_mode": "keep_end"}).train) == 30
 
 
-def test_a_conversation_without_an_answer_in_a_block_is_left_out_and_counted(tmp_path, own_tokenizer, model):
+def test_a_conversation_without_an_answer_in_a_block_is_left_out_and_counted(tmp_path, tokenizer, model):
     rows = [{"messages": copy.deepcopy(messages)} for messages in MESSAGES * 5]
     rows[7]["messages"][0]["content"] = "Why? " * 300
     path = in_splits(tmp_path, rows, held_out=rows[:5])
-    prepared = prepare(path, own_tokenizer, {"assistant_only_loss": True})
-    theirs = make_trainer(datasets.Dataset.from_list(rows), model, own_tokenizer, tmp_path, assistant_only_loss=True)
+    prepared = prepare(path, tokenizer, {"assistant_only_loss": True})
+    theirs = make_trainer(datasets.Dataset.from_list(rows), model, tokenizer, tmp_path, assistant_only_loss=True)
     assert len(prepared.train) == len(theirs.train_dataset) == 29
-    assert len(prepare(path, own_tokenizer).train) == 30
+    assert len(prepare(path, tokenizer).train) == 30
 
 
 IDLE = [
@@ -191,31 +185,31 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("layout", "train", "settings", "message"), IDLE, ids=str)
-def test_a_setting_without_effect_is_refused(tmp_path, own_tokenizer, layout, train, settings, message):
+def test_a_setting_without_effect_is_refused(tmp_path, tokenizer, layout, train, settings, message):
     with pytest.raises(ConfigError, match=message):
-        prepare(write(tmp_path / "rows.jsonl", LAYOUTS[layout]), own_tokenizer, train, **settings)
+        prepare(write(tmp_path / "rows.jsonl", LAYOUTS[layout]), tokenizer, train, **settings)
 
 
-def test_settings_that_say_what_the_data_section_says_are_allowed(tmp_path, own_tokenizer):
+def test_settings_that_say_what_the_data_section_says_are_allowed(tmp_path, tokenizer):
     train = {"max_length": 256, "packing": True, "packing_strategy": "bfd_split", "completion_only_loss": False}
-    prepare(write(tmp_path / "rows.jsonl", LAYOUTS["messages"]), own_tokenizer, train, packing=True)
+    prepare(write(tmp_path / "rows.jsonl", LAYOUTS["messages"]), tokenizer, train, packing=True)
 
 
-def test_a_template_that_marks_no_answers_is_refused_for_their_loss(tmp_path, own_tokenizer):
-    own_tokenizer.chat_template = TOOL_TEMPLATE
+def test_a_template_that_marks_no_answers_is_refused_for_their_loss(tmp_path, tokenizer):
+    tokenizer.chat_template = TOOL_TEMPLATE
     with pytest.raises(ConfigError, match=r"needs a chat template with `\{% generation %\}`"):
-        prepare(write(tmp_path / "rows.jsonl", LAYOUTS["messages"]), own_tokenizer, {"assistant_only_loss": True})
+        prepare(write(tmp_path / "rows.jsonl", LAYOUTS["messages"]), tokenizer, {"assistant_only_loss": True})
 
 
-def test_tools_are_refused_by_the_plain_template(tmp_path, own_tokenizer):
+def test_tools_are_refused_by_the_plain_template(tmp_path, tokenizer):
     with pytest.raises(DataError, match="the plain template has no tools"):
-        prepare(write(tmp_path / "rows.jsonl", LAYOUTS["tools"]), own_tokenizer)
+        prepare(write(tmp_path / "rows.jsonl", LAYOUTS["tools"]), tokenizer)
 
 
-def test_a_chat_template_to_come_is_not_replaced(tmp_path, own_tokenizer):
+def test_a_chat_template_to_come_is_not_replaced(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", LAYOUTS["messages"])
-    prepared = prepare(path, own_tokenizer, {"chat_template_path": "chat.jinja"})
-    assert own_tokenizer.chat_template is None
+    prepared = prepare(path, tokenizer, {"chat_template_path": "chat.jinja"})
+    assert tokenizer.chat_template is None
     assert len(prepared.notes) == 1
 
 
@@ -232,22 +226,22 @@ MIXED = [
 
 
 @pytest.mark.parametrize(("rows", "message"), MIXED, ids=[message for _, message in MIXED])
-def test_layouts_that_trl_cannot_read_are_refused(tmp_path, own_tokenizer, rows, message):
+def test_layouts_that_trl_cannot_read_are_refused(tmp_path, tokenizer, rows, message):
     with pytest.raises(DataError, match=message):
-        prepare(write(tmp_path / "rows.jsonl", rows * 3), own_tokenizer)
+        prepare(write(tmp_path / "rows.jsonl", rows * 3), tokenizer)
 
 
-def test_tables_of_one_split_with_several_layouts_are_refused(tmp_path, own_tokenizer):
+def test_tables_of_one_split_with_several_layouts_are_refused(tmp_path, tokenizer):
     write(tmp_path / "train-0.jsonl", LAYOUTS["messages"])
     write(tmp_path / "train-1.jsonl", LAYOUTS["pairs of text"])
     with pytest.raises(DataError, match="columns of 2 layouts"):
-        prepare(str(tmp_path), own_tokenizer)
+        prepare(str(tmp_path), tokenizer)
 
 
-def test_splits_with_different_layouts_are_refused(tmp_path, own_tokenizer):
+def test_splits_with_different_layouts_are_refused(tmp_path, tokenizer):
     path = in_splits(tmp_path, LAYOUTS["messages"], held_out=LAYOUTS["pairs of text"])
     with pytest.raises(DataError, match=r"train split has `messages` \(messages\) and the \w+ split `prompt` and"):
-        prepare(path, own_tokenizer)
+        prepare(path, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -260,13 +254,13 @@ def test_splits_with_different_layouts_are_refused(tmp_path, own_tokenizer):
         ({"text": " "}, "no text in `text`"),
     ],
 )
-def test_problems_of_rows_are_named(tmp_path, own_tokenizer, row, problem):
+def test_problems_of_rows_are_named(tmp_path, tokenizer, row, problem):
     layout = "text" if "text" in row else f"pairs of {'messages' if isinstance(row['prompt'], list) else 'text'}"
     with pytest.raises(DataError, match=f"row 6 .{problem}"):
-        prepare(write(tmp_path / "rows.jsonl", [*LAYOUTS[layout], row]), own_tokenizer)
+        prepare(write(tmp_path / "rows.jsonl", [*LAYOUTS[layout], row]), tokenizer)
 
 
-def test_a_prompt_may_be_empty(tmp_path, own_tokenizer):
+def test_a_prompt_may_be_empty(tmp_path, tokenizer):
     rows = [*LAYOUTS["pairs of text"], {"prompt": "", "completion": "Hello."}]
     path = in_splits(tmp_path, rows)
-    assert prepare(path, own_tokenizer).train[6] == rows[6]
+    assert prepare(path, tokenizer).train[6] == rows[6]

@@ -117,29 +117,30 @@ some_texts = st.lists(st.text(max_size=40), min_size=1, max_size=8)
 
 
 @given(texts=some_texts, block_size=st.integers(2, 9))
-def test_blocks_from_the_disk_are_those_from_memory(tokenizer, texts, block_size):
+def test_blocks_from_the_disk_are_those_from_memory(trained_tokenizer, texts, block_size):
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
     try:
-        expected = pack_blocks(documents, tokenizer, block_size)
+        expected = pack_blocks(documents, trained_tokenizer, block_size)
     except DataError:
         with pytest.raises(DataError, match=r"less than one block .* smaller block_size"):
-            TokenBlocks(TokenStore(texts, tokenizer), block_size)
+            TokenBlocks(TokenStore(texts, trained_tokenizer), block_size)
         return
-    blocks = TokenBlocks(TokenStore(texts, tokenizer), block_size)
+    blocks = TokenBlocks(TokenStore(texts, trained_tokenizer), block_size)
     assert [blocks[index]["input_ids"].tolist() for index in range(len(blocks))] == expected.tolist()
     assert blocks[0].keys() == {"input_ids", "labels"}
     assert torch.equal(blocks[0]["labels"], blocks[0]["input_ids"])
 
 
 @given(texts=some_texts, block_size=st.integers(2, 9))
-def test_packed_blocks_restart_where_the_documents_do(tokenizer, texts, block_size):
+def test_packed_blocks_restart_where_the_documents_do(trained_tokenizer, texts, block_size):
     naive = []  # (token, is the first of its document), one document at a time
     for text in texts:
-        ids = [*tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)), tokenizer.eos_token_id]
+        tokens = trained_tokenizer.tokenize(text)
+        ids = [*trained_tokenizer.convert_tokens_to_ids(tokens), trained_tokenizer.eos_token_id]
         naive += [(token, place == 0) for place, token in enumerate(ids)]
     if len(naive) < block_size:
         return
-    blocks = TokenBlocks(TokenStore(texts, tokenizer), block_size, packing=True)
+    blocks = TokenBlocks(TokenStore(texts, trained_tokenizer), block_size, packing=True)
     for index in range(len(blocks)):
         position, expected = -1, []
         for token, is_first in naive[index * block_size : (index + 1) * block_size]:

@@ -59,11 +59,14 @@ def test_chosen_answers_are_the_most_likely(digits, model):
     for number in range(12):
         ids, pixels, answer = by_hand(questions, number)
         assert DIGITS[scores.answers[number]] == answer
+        trained = digits.collator([digits.test[number]])
+        assert torch.equal(trained["pixel_values"], pixels)
         expected = []
         for choice in DIGITS:
             text = f" {choice}<|endoftext|>"
             tokens = questions.collator.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             whole = torch.cat([ids, torch.tensor([tokens])], dim=1)
+            assert torch.equal(trained["input_ids"], whole) == (choice == answer)
             with torch.no_grad():
                 log_probs = model(input_ids=whole, pixel_values=pixels).logits[0].log_softmax(-1)
             start = ids.shape[1]
@@ -93,23 +96,6 @@ def test_answers_agree_but_for_case_spaces_and_punctuation():
     scores = AnswerScores([" the digit is 7", "No!", "8", ""], ["The digit is 7.", "no", "9", "."])
     assert scores.correct.tolist() == [1, 1, 0, 1]
     assert scores.accuracy == 0.75
-
-
-def test_training_on_digits_raises_their_accuracy(processor):
-    """The trained answers about images are the measured ones."""
-    data = prepare_data(DataSection(kind="llava", limit=12), processor, seed=0)
-    model = make_model(processor)
-    with torch.no_grad():
-        for parameter in model.model.multi_modal_projector.parameters():
-            parameter.mul_(10)  # a new projector's small weights would let little of the image through for long
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    batch = data.collator(list(data.train))
-    for _ in range(60):
-        model.train()(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    questions = VisualQuestions(data.train, data.collator)
-    assert score_choices(model, questions.choices(DIGITS)).accuracy == 1.0
 
 
 def test_a_right_answer_that_cannot_be_chosen_is_refused(digits):

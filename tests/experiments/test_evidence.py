@@ -61,6 +61,31 @@ def test_every_number_of_the_page_is_in_a_result_file():
     assert not unknown
 
 
+def intervals_in(value) -> Iterator[tuple[float, float, float]]:
+    if isinstance(value, dict):
+        if {"estimate", "low", "high"} <= value.keys() and value["low"] is not None:
+            yield value["estimate"], value["low"], value["high"]
+        elif {"mean", "low", "high"} <= value.keys() and value["low"] is not None:
+            yield value["mean"], value["low"], value["high"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from intervals_in(item)
+
+
+def test_every_interval_of_the_page_is_one_of_a_result_file():
+    """The three numbers belong together, so that a sentence with another field's numbers is seen."""
+    known = {found for values in read_results(RECIPES / "evidence").values() for found in intervals_in(values)}
+    printed = re.findall(r"([+-]?\d+\.\d+)%? \[(-?\d+\.\d+), (-?\d+\.\d+)\]", PAGE.read_text())
+    assert len(printed) > 100
+    by_digits = {
+        digits: {tuple(round(scale * number, digits) for number in found) for found in known for scale in (1, 100)}
+        for digits in range(1, 7)
+    }
+    unknown = [found for found in printed if tuple(map(float, found)) not in by_digits[len(found[0].partition(".")[2])]]
+    assert unknown == []
+
+
 def test_the_paper_s_ratios_are_those_of_its_numbers():
     paper = json.loads((RECIPES / "evidence" / "paper.json").read_text())
     rows = {(row["system"], row["graph"]): row for row in paper["rows"]}

@@ -5,6 +5,7 @@ A block stands between `<!-- name -->` and `<!-- end -->`. A comment right above
 
 import functools
 import itertools
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "symphony_hf").rglob("*.md")])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILIES = ROOT / "symphony_hf" / "patching" / "families" / "README.md"
 
 _PARSER = MarkdownIt("commonmark").enable("table")
@@ -26,7 +28,12 @@ def name_of(page: Path) -> str:
 
 @functools.cache
 def tokens_of(page: Path) -> list[Token]:
-    return _PARSER.parse(page.read_text(encoding="utf-8"))
+    """The tokens of a page, or of a notebook's Markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return _PARSER.parse(text)
 
 
 def inline_of(page: Path) -> list[Token]:

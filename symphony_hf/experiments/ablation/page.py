@@ -92,7 +92,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         table_of(report).to_markdown(),
         *own_comparisons(report),
-        *_tuning_page(report),
+        *tuning_page(report),
     ]
     failed = [f"{cell}: {words}" for cell, words in report["failed"].items()]
     lists = {"Diverged": report["diverged"], "Missing": report["missing"], "Failed": failed}
@@ -124,7 +124,8 @@ def own_comparisons(report: Mapping[str, Any]) -> list[str]:
     return ["", "## Against themselves", "", Table("", ["point", *map(title_of, shown)], rows).to_markdown()]
 
 
-def _tuning_page(report: Mapping[str, Any]) -> list[str]:
+def tuning_page(report: Mapping[str, Any]) -> list[str]:
+    """Return the table of learning rates and what was chosen; nothing for a study that has one rate."""
     settings = report["settings"]
     if not report["tuning"]:
         return []

@@ -1,8 +1,8 @@
 """Model and training of a run: the recipe's settings in a plain single-process loop."""
 
-import os
 import time
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def train(
     every = max(1, steps // CURVE_POINTS)
     losses: list[Tensor] = []
     curve: list[tuple[int, float]] = []
-    parent, started, cpu_started = os.getppid(), time.perf_counter(), time.process_time()
+    study_process, started, cpu_started = parent_process(), time.perf_counter(), time.process_time()
     model.train()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
@@ -127,7 +127,7 @@ def train(
         if step % every == 0 or step == steps:
             curve.append((step, float(torch.stack(losses).mean())))
             losses.clear()
-        if os.getppid() != parent:  # the parent process is gone
+        if study_process is not None and not study_process.is_alive():  # killed: the server that forked this one stays
             raise SystemExit(1)
     control.after_training()
     return {

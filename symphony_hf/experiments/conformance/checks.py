@@ -36,6 +36,9 @@ from .tiny import auto_class_of
 
 Check = Callable[[Specimen], str | None]
 
+NO_AUX_TERM = "its loss has no aux term"
+"""Reason of half of the families, which their table does not repeat."""
+
 
 def gradients(specimen: Specimen) -> str | None:
     """Check that the gradients of the loss, the balance loss and the z-loss reach every router that saw a token."""
@@ -74,7 +77,7 @@ def own_loss(specimen: Specimen) -> str | None:
         return reason
     alone, base = (_loss(specimen, specimen.base, output_router_logits=asked) for asked in (False, True))
     if torch.equal(alone, base):
-        return "its loss has no aux term"
+        return NO_AUX_TERM
     model = specimen.symphonized()
     plain, asked = (_loss(specimen, model, output_router_logits=asked) for asked in (False, True))
     require(torch.equal(plain, asked), f"asked for router logits, its loss is {asked:.4g} instead of {plain:.4g}")

@@ -12,6 +12,7 @@ from symphony_hf.files import write_text
 from symphony_hf.patching.families.capability import Limited, Unsupported
 from symphony_hf.tables import Table
 
+from .checks import NO_AUX_TERM
 from .matrix import Failed, FamilyResult, NotApplicable, run_matrix
 
 HEADER = ["model type", "routers", "logits", "scores", "bias", "gradient", "images", "notes"]
@@ -68,7 +69,7 @@ def _notes(row: FamilyResult) -> list[str]:
     # Shown in columns of their own; the page says which models have no balance over the step.
     silent = ("images", "scores", "router gradient", "bias", "step balance")
     reasons = {name: r.reason for name, r in row.results.items() if isinstance(r, NotApplicable) and name not in silent}
-    return notes + [f"{name}: {reason}" for name, reason in reasons.items()]
+    return notes + [f"{name}: {reason}" for name, reason in reasons.items() if reason != NO_AUX_TERM]
 
 
 def summary(rows: list[FamilyResult]) -> str:

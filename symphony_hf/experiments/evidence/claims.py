@@ -49,7 +49,9 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
             found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
         lines.append(f"- **{study_title(study)}, {title_of(measure)}**, against SMoE: {'; '.join(found)}.")
     better = _labels_of(_compared(study), "clean_nats", "better")
-    if better and not study["settings"]["learning_rates"]:
+    if study["settings"]["learning_rates"]:
+        lines.append(f"- **{study_title(study)}, defaults**: {_winners(study)}.")
+    elif better:
         lines.append(
             f"- **{study_title(study)}, defaults**: {better} is a candidate. No default follows from this study, which "
             "did not tune the learning rate of each form."
@@ -57,12 +59,26 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _winners(study: Mapping[str, Any]) -> str:
+    """Return the forms that are better on clean or damaged text, and worse on neither."""
+    texts = ["clean_nats", *(f"damaged_nats_{rate:g}" for rate in study["settings"]["damage"])]
+    won: list[str] = []
+    traded: list[str] = []
+    for row in _compared(study):
+        verdicts = {row["against_plain"][name]["verdict"] for name in texts}
+        if "better" in verdicts:
+            (traded if "worse" in verdicts else won).append(f"`{row['label']}`")
+    found = f"better on clean or damaged text, and worse on neither: {', '.join(won) or 'none'}"
+    return found + (f"; better on one and worse on another: {', '.join(traded)}" if traded else "")
+
+
 def study_title(study: Mapping[str, Any]) -> str:
-    """Return the heading of a study of characters: its regime."""
+    """Return the heading of a study of characters: its regime, and whether each form has a learning rate of its own."""
     settings = study["settings"]
+    regime = "fine-tuning" if settings["pretraining_steps"] else "pre-training"
     if settings["contamination"]:
-        return "Characters, contaminated text"
-    return "Characters, fine-tuning" if settings["pretraining_steps"] else "Characters, pre-training"
+        regime = "contaminated text"
+    return f"Characters, {regime}" + (", tuned learning rates" if settings["learning_rates"] else "")
 
 
 def _outcome(ablation: Mapping[str, Any], measure: str) -> str:

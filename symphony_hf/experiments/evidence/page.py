@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from symphony_hf.experiments.ablation.comparison import sight_sentence, sight_table
-from symphony_hf.experiments.ablation.page import CHOICES_KEPT, ROUTING_STABILITY, own_comparisons, table_of
+from symphony_hf.experiments.ablation.page import (
+    CHOICES_KEPT,
+    ROUTING_STABILITY,
+    own_comparisons,
+    table_of,
+    tuning_page,
+)
 from symphony_hf.experiments.theory.report import convergence_table, share_table
 from symphony_hf.tables import Table
 
@@ -104,6 +110,7 @@ def _characters(study: Mapping[str, Any]) -> list[str]:
         "",
         table_of(study).to_markdown(),
         *own_comparisons(study),
+        *tuning_page(study),
         *_missing(study),
     ]
 

@@ -237,11 +237,12 @@ def test_a_task_with_a_metric_of_its_own_has_both(models, tmp_path):
     assert result["comparisons"]["also"]["f1"]["estimate"] == pytest.approx(models_clean[0] - models_clean[1])
 
 
-def test_the_command_prints_accuracies_and_verdicts(models, table, compared):
+def test_the_command_prints_accuracies_and_verdicts(models, table, compared, tmp_path):
+    output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", models["trained"], "--against", models["untrained"], "--data", str(table), "--name", "sst2"]
     options = ["--task", "classification", "--attack", "word_drop", "--severity", "1,5", "--seeds", "0,1"]
     result = CliRunner().invoke(
-        app, [*command, *options, "--output", str(compared[1])], env={"COLUMNS": "200"}, catch_exceptions=False
+        app, [*command, *options, "--output", str(output)], env={"COLUMNS": "200"}, catch_exceptions=False
     )
     assert result.exit_code == 0
     page = " ".join(result.output.split())
@@ -249,9 +250,7 @@ def test_the_command_prints_accuracies_and_verdicts(models, table, compared):
     assert f"On clean text, {models['trained']} is better than {models['untrained']} (difference {estimate:.4f}" in page
     assert f"{NUMBER} questions: {table}" in page
     assert "there are 7." in page
-    assert json.loads((compared[1] / "result.json").read_text())["models"] == json.loads(
-        json.dumps(compared[0]["models"])
-    )
+    assert json.loads((output / "result.json").read_text())["models"] == json.loads(json.dumps(compared[0]["models"]))
 
 
 def test_without_data_there_is_a_stand_in(models, tmp_path):

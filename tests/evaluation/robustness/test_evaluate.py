@@ -228,8 +228,8 @@ def test_models_with_other_tokens_are_compared_by_words(trained, word_tokenizer,
     assert comparisons["clean"]["estimate"] == pytest.approx(per_word[0] / per_word[1])
 
 
-def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, compared, real_pictures):
-    output = compared[1]
+def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, compared, real_pictures, tmp_path):
+    output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", trained, "--against", untrained, "--data", str(data_file), "--severity", "2,5", "--seeds", "0,1"]
     options = ["--block_size", "24", "--output", str(output)]
     result = CliRunner().invoke(app, command + options, env={"COLUMNS": "200"}, catch_exceptions=False)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -180,11 +181,12 @@ def test_an_interrupted_run_resumes_and_two_copies_are_not_distinguishable(untra
         assert interval["verdict"] == "not distinguishable"
 
 
-def test_the_command_prints_accuracies_and_verdicts(trained, untrained, compared):
+def test_the_command_prints_accuracies_and_verdicts(trained, untrained, compared, tmp_path):
+    output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", str(trained), "--against", str(untrained), "--task", "vqa", "--data", "digits"]
     options = ["--attack", "contrast,shot_noise", "--severity", "5", "--seeds", "0,1", "--documents", str(NUMBER)]
     result = CliRunner().invoke(
-        app, [*command, *options, "--output", str(compared[1])], env={"COLUMNS": "250"}, catch_exceptions=False
+        app, [*command, *options, "--output", str(output)], env={"COLUMNS": "250"}, catch_exceptions=False
     )
     page = " ".join(result.output.split())
     assert f"{NUMBER} questions: scikit-learn's handwritten digits, test split, answered choosing among" in page

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from study_files import write_study
 
@@ -24,6 +25,13 @@ def command(folder, *options):
         "PYTHONPATH": str(Path(__file__).parents[3]),
     }
     return [sys.executable, *arguments], environment
+
+
+def change_recipe(folder, old, new):
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
 
 
 def cells(folder):
@@ -62,9 +70,32 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.once
+def test_runs_of_a_killed_study_end(tmp_path):
+    write_study(tmp_path, STUDY)
+    change_recipe(tmp_path, "hidden_size: 16", "hidden_size: 1024")  # steps that take long
+    arguments, environment = command(tmp_path, "--workers", "1", "--set", "max_steps=230")
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("out/logs/*.log")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(3)  # into its training
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(started, timeout=15)
+    for one in left:
+        one.kill()
+    assert started
+    assert left == []
+    assert cells(tmp_path) == {}  # it did not end by itself
+
+
+@pytest.mark.slow
+@pytest.mark.once
 def test_a_cell_that_fails_is_reported_and_the_others_are_run(tmp_path):
     write_study(tmp_path, "seeds: [0]")
-    arguments, environment = command(tmp_path, "--set", "model.config.num_attention_heads=3")  # of a width of 16
+    change_recipe(tmp_path, "hidden_size: 16", "hidden_size: 16000000")  # more than any machine's memory
+    arguments, environment = command(tmp_path)
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 1
     assert "failed: smoe, graph, seed 0" in result.stdout

@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 from symphony_hf.errors import ConfigError
-from symphony_hf.experiments.ablation.cells import VERSIONS, Results, StudyRun, cells_of, describe_plan, digest_of, pretraining_of
+from symphony_hf.experiments.ablation.cells import (
+    VERSIONS,
+    Results,
+    StudyRun,
+    cells_of,
+    describe_plan,
+    digest_of,
+    pretraining_of,
+)
 from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.ablation.run import run_ablation
 
