@@ -43,7 +43,8 @@ class _Watcher:
     def find_spec(self, *args: Any) -> None:
         module, name, action = self.wanted
         if hasattr(sys.modules.get(module), name) and self in sys.meta_path:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            # Another list: the import that asks goes through this one, and would pass over the next finder.
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
             action(getattr(sys.modules[module], name))
 
 
@@ -51,8 +52,9 @@ def _watch_models(configs: Any) -> None:
     original = configs._dict_from_json_file.__func__
 
     def _dict_from_json_file(cls: Any, json_file: Any) -> Any:
+        is_last = configs._dict_from_json_file.__func__ is _dict_from_json_file
         values = original(cls, json_file)
-        return cls._dict_from_json_file(json_file) if _imported_for(values) else values
+        return cls._dict_from_json_file(json_file) if _imported_for(values, is_last) else values
 
     configs._dict_from_json_file = classmethod(_dict_from_json_file)
 
@@ -61,14 +63,21 @@ def _watch_adapters(configs: Any) -> None:
     original = configs.from_peft_type.__func__
 
     def from_peft_type(cls: Any, **values: Any) -> Any:
-        return cls.from_peft_type(**values) if _imported_for(values) else original(cls, **values)
+        is_last = configs.from_peft_type.__func__ is from_peft_type
+        return cls.from_peft_type(**values) if _imported_for(values, is_last) else original(cls, **values)
 
     configs.from_peft_type = classmethod(from_peft_type)
 
 
-def _imported_for(values: Any) -> bool:
-    """Import symphony_hf if a config asks for it. Return whether it was imported now, and now wraps the reader."""
-    if "symphony_hf" in sys.modules or not isinstance(values, dict):
+def _imported_for(values: Any, is_last: bool) -> bool:
+    """Import symphony_hf if a config asks for it. Return whether it now wraps the reader, and did not before.
+
+    Args:
+        values: The config.
+        is_last: Whether the reader was not wrapped before. Another thread may have begun to import symphony_hf, which
+            is in `sys.modules` then; the import here waits for it.
+    """
+    if ("symphony_hf" in sys.modules and not is_last) or not isinstance(values, dict):
         return False
     if not (any(name in values for name in _ENTRIES) or values.get("model_type") in _MODEL_TYPES):
         return False

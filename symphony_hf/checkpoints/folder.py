@@ -187,8 +187,9 @@ def _find(directory: Path) -> tuple[Path, Path | None]:
     for path in (directory, *inside):
         if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists():
             measured = [path / "results.json", path / "report.json"]
-            if path.resolve().name in _RUNS:
-                measured.append(path.resolve().parent / _RUNS[path.resolve().name])
+            for place in (path.absolute(), path.resolve()):  # `final` may be a link to another disk
+                if place.name in _RUNS:
+                    measured.append(place.parent / _RUNS[place.name])
             return path, next((file for file in measured if file.exists()), None)
     raise PushError(
         f"push: no model in `{directory}`: expected a config.json or an adapter_config.json there, or a run's `final/`"
@@ -202,6 +203,10 @@ def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
         reason = is_wanted(entry)
         if reason is not None:
             left_out[entry.name] = reason
+        elif not entry.exists():
+            raise PushError(f"push: `{entry}` is a link to nothing: mend it, or move it away")
+        elif entry.is_dir() and path.resolve().is_relative_to(entry.resolve()):
+            raise PushError(f"push: `{entry}` is a link to a folder that it is in: move it away")
         elif entry.is_dir():
             inside, outside = _sort(entry)
             files.update({f"{entry.name}/{name}": file for name, file in inside.items()})

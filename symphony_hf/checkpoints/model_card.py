@@ -194,20 +194,24 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
     """Merge a card into an existing README.
 
     Missing metadata is added, lists are joined, and the model-index is replaced. The part between the marks of an
-    earlier push is rewritten; all other text stays. `said` is the origin as given by the user, which overrides existing
-    metadata. Metadata that cannot be read raises PushError.
+    earlier push is rewritten; all other text stays, and an empty one becomes the card's. `said` is the origin as given
+    by the user, which overrides existing metadata. Metadata that cannot be read raises PushError.
     """
     try:
         merged = ModelCard(existing)
     except (ValueError, KeyError, TypeError, YAMLError) as error:
         raise PushError(f"{where}: its metadata cannot be read ({error}): mend it, or move it away") from error
-    data = merged.data
+    data, of_model = merged.data, ["eval_results", "model_name"]
+    if BEGIN in merged.text:  # an earlier push wrote these too, maybe of another model or form
+        of_model += ["library_name", "pipeline_tag"]
+        for key in of_model:
+            data[key] = None
     for key, value in vars(card.data).items():
         there = data.get(key)
         if isinstance(value, list) and key != "eval_results":
             there = [there] if isinstance(there, str) else list(there or [])
             data[key] = [*there, *(item for item in value if item not in there)]
-        elif value is not None and (there is None or key in ("eval_results", "model_name")):
+        elif value is not None and (there is None or key in of_model):
             data[key] = value
     for key, value in vars(said or Origin()).items():
         if value is not None and key != "data":
@@ -217,6 +221,8 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
     if begin and end:
         ours = card.text[card.text.index(BEGIN) : card.text.index(END)]
         merged.text = f"{before}{ours}{END}{after}"
+    elif not merged.text.strip():  # metadata alone, as the Hub writes for a new repository with a license
+        merged.text = card.text
     return str(merged)
 
 

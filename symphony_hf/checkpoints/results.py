@@ -96,7 +96,8 @@ def read_results(folder: ModelFolder) -> Results | None:
 
 
 def _from_report(folder: ModelFolder, report: Mapping[str, Any]) -> Results:
-    arm = report["arms"].get("plain" if folder.path.resolve().name == "plain" else "symphony")
+    is_plain = "plain" in (folder.path.absolute().name, folder.path.resolve().name)
+    arm = report["arms"].get("plain" if is_plain else "symphony")
     scores = []
     for text in ("clean", "attacked"):
         value, *interval = (float(arm[text][name]) for name in ("estimate", "low", "high", "confidence"))
@@ -116,7 +117,9 @@ def _from_run(results: Mapping[str, Any]) -> Results:
     elif measured:
         split = measured["split"]
         names: tuple[Metric, ...] = ("loss", "perplexity", "accuracy")
-        scores = [_score(name, measured, name, split) for name in names if name in measured]
+        # A run that diverged has others, which the Hub's card takes no score of.
+        known = [name for name in names if name in measured and math.isfinite(float(measured[name]))]
+        scores = [_score(name, measured, name, split) for name in known]
         questions = f", {int(measured['questions'])} questions" if "questions" in measured else ""
         note = f"On the {split} split{questions}; loss and perplexity are of the tokens that training predicts."
     else:

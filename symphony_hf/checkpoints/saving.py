@@ -29,6 +29,10 @@ def without_settings(model: PreTrainedModel) -> Iterator[None]:
             config.symphony = settings
 
 
+_OF_FILES = ("max_shard_size", "variant", "save_original_format")
+"""Settings of `save_pretrained` that decide what is written."""
+
+
 class SymphonySaver:
     """`save_pretrained` of a Symphony model, or of a model inside it.
 
@@ -45,7 +49,7 @@ class SymphonySaver:
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
-        *args: Any,
+        state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -55,13 +59,13 @@ class SymphonySaver:
         if re.fullmatch(r"checkpoint-\d+", folder.name):
             # Trainer resumes without converting names from those on the Hub, and would lose the experts.
             kwargs.setdefault("save_original_format", False)
-        result = type(self.model).save_pretrained(self.model, folder, is_main_process, *args, **kwargs)
+        result = type(self.model).save_pretrained(self.model, folder, is_main_process, state_dict, **kwargs)
         # Every rank of a tensor-parallel model calls this as the main process; transformers writes on the first.
         if push_to_hub and self.model.should_save_on_this_rank(is_main_process):
             # Not by the call above, which would upload no model card.
-            known = ("token", "commit_message", "private", "create_pr", "revision", "max_shard_size", "tags")
-            settings = {name: kwargs[name] for name in known if name in kwargs}
-            self.model.push_to_hub(kwargs.get("repo_id", folder.name), **settings)
+            known = ("token", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+            settings = {name: kwargs[name] for name in (*known, *_OF_FILES) if name in kwargs}
+            self.model.push_to_hub(kwargs.get("repo_id", folder.name), state_dict=state_dict, **settings)
         return result
 
 
@@ -87,7 +91,7 @@ class SymphonyPusher:
         self,
         repo_id: str,
         *,
-        max_shard_size: int | str = "50GB",
+        state_dict: dict[str, Any] | None = None,
         base_model: str | None = None,
         license: str | None = None,
         data: str | None = None,
@@ -97,11 +101,12 @@ class SymphonyPusher:
 
         Args:
             repo_id: `namespace/name` on the Hub, created if missing.
-            max_shard_size: Maximum size of one weights file.
+            state_dict: Weights to push, such as an average; by default the model's own.
             base_model: Name of the base model on the Hub, for the card; by default what the model was loaded from.
             license: License of the base model; by default the one on the Hub.
             data: Training data: name on the Hub, or a description.
-            **settings: `private`, `revision`, `token`, `create_pr`, `commit_message`, `commit_description`, `tags`.
+            **settings: `private`, `revision`, `token`, `create_pr`, `commit_message`, `commit_description`, `tags`; and
+                of `save_pretrained` `max_shard_size`, `variant` and `save_original_format`.
 
         Returns:
             The commit; None on the other ranks of a tensor-parallel model.
@@ -111,7 +116,8 @@ class SymphonyPusher:
         """
         origin = Origin(base_model or hub_name(self.model.name_or_path), license, data)
         with tempfile.TemporaryDirectory() as scratch:
-            self.model.save_pretrained(scratch, max_shard_size=max_shard_size)
+            of_files = {name: settings.pop(name) for name in _OF_FILES if name in settings}
+            self.model.save_pretrained(scratch, state_dict=state_dict, **of_files)
             if not self.model.should_save_on_this_rank(is_main_process=True):
                 return None
             return publish(open_folder(scratch), repo_id, origin=origin, **settings)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from symphony_hf.compat import __version__
-from symphony_hf.errors import PushError
+from symphony_hf.errors import PushError, SymphonyError
 from symphony_hf.files import stale_files, write_text
 
 from .folder import ModelFolder, open_folder
@@ -59,12 +59,13 @@ def publish(
     results = read_results(folder)
     api = HfApi(token=secret, library_name="symphony_hf", library_version=__version__)
     with _hub_errors(api, repo_id, secret), tempfile.TemporaryDirectory() as scratch:
+        picture = _draw(folder, Path(scratch) / PICTURE) if folder.graphs else None
         repo_id = _prepare(api, repo_id, private, revision)
         there = set(api.list_repo_files(repo_id, revision=revision))
         card = model_card(folder, repo_id, complete(origin, results, folder, api), results, tags or [])
         files = {name: file for name, file in folder.files.items() if name != _README}
-        if folder.graphs:
-            files[PICTURE] = _draw(folder, Path(scratch) / PICTURE)
+        if picture is not None:
+            files[PICTURE] = picture
 
         def read(name: str) -> Path:
             return Path(hf_hub_download(repo_id, name, revision=revision, token=api.token, endpoint=api.endpoint))
@@ -154,7 +155,7 @@ def _hub_errors(api: HfApi, repo_id: str, secret: str) -> Iterator[None]:
     """
     try:
         yield
-    except PushError:
+    except SymphonyError:
         raise
     except (HTTPError, RuntimeError, ValueError, OSError) as error:
         raise PushError(_explain(error, api.endpoint, repo_id).replace(secret, "<token>")) from None

@@ -72,8 +72,17 @@ def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
         raise PushError(f"push: `{folder.path}` is not a Symphony checkpoint, so there is nothing to fold")
     export_folded(_load(folder.path, "push"), scratch, tokenizer=False)
     plain = open_folder(scratch)
-    beside = {name: file for name, file in folder.files.items() if not name.startswith(("model", "config.json"))}
-    return dataclasses.replace(folder, path=scratch, kind="plain", config=plain.config, files={**beside, **plain.files})
+    weights = (".safetensors", ".safetensors.index.json")
+    beside = {name: file for name, file in folder.files.items() if not name.endswith(weights) and name != "config.json"}
+    unfolded = dict.fromkeys(folder.files.keys() - beside.keys() - plain.files.keys(), "not folded")
+    return dataclasses.replace(
+        folder,
+        path=scratch,
+        kind="plain",
+        config=plain.config,
+        files={**beside, **plain.files},
+        left_out={**folder.left_out, **unfolded},
+    )
 
 
 def fold_checkpoint(directory: str | Path, output: str | Path, *, max_shard_size: int | str = "50GB") -> Path:

@@ -141,7 +141,7 @@ def cka_matrix(outputs: Iterable[Tensor], unbiased: bool = True) -> Tensor:
         )
     size_E = hsic_EE.diagonal().clamp(min=0.0).sqrt()
     sizes_EE = torch.outer(size_E, size_E)
-    cka_EE = torch.where(sizes_EE > 0, hsic_EE / sizes_EE.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    cka_EE = torch.where(sizes_EE == 0, 0.0, hsic_EE / sizes_EE)  # NaN where an output is not finite
     return cka_EE.fill_diagonal_(1.0)
 
 

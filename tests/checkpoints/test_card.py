@@ -117,6 +117,14 @@ def test_a_readme_of_the_user_keeps_its_words(hub, checkpoint):
     assert card_of(hub).data.license == "apache-2.0"  # what is said now goes before what was written
 
 
+def test_a_readme_of_metadata_alone_gets_the_cards_text(hub, checkpoint):
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
+    push(checkpoint, "me/it")
+    card = card_of(hub)
+    assert card.data.license == "mit"
+    assert "graphs.png" in card.text
+
+
 def test_a_readme_without_metadata_gets_it(hub, checkpoint):
     (checkpoint / "README.md").write_text("# Mine\n")
     push(checkpoint, "me/it")

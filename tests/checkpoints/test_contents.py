@@ -8,6 +8,7 @@ import pytest
 import torch
 from hub_server import TOKEN
 from models import make_model
+from pushed import make_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from symphony_hf import ConfigError, GraphError, PushError, push, symphonize
@@ -54,6 +55,23 @@ def test_what_must_not_be_shared_is_refused_by_name(name, spoil, message, checkp
         assert TOKEN not in str(caught.value)
         place.unlink()
     assert open_folder(checkpoint)
+
+
+def test_links_to_nothing_and_in_circles_are_refused_by_name(checkpoint, tmp_path):
+    link = checkpoint / "notes.json"
+    for target, message in ((tmp_path / "nothing", "is a link to nothing"), (checkpoint, "a folder that it is in")):
+        link.symlink_to(target)
+        with pytest.raises(PushError, match=message):
+            open_folder(checkpoint)
+        link.unlink()
+
+
+def test_the_results_of_a_run_are_found_where_its_model_is_a_link(model, tmp_path):
+    run = make_run(tmp_path, model)
+    (run / "final").rename(tmp_path / "elsewhere")
+    (run / "final").symlink_to(tmp_path / "elsewhere")
+    for directory in (run, run / "final"):
+        assert open_folder(directory).results == run / "results.json"
 
 
 def test_the_state_of_a_run_stays(checkpoint):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -75,6 +76,24 @@ def test_a_model_pushes_itself_marked_and_with_its_card(hub, model, tmp_path):
     unsymphonize(model)
     assert "push_to_hub" not in vars(model)
     assert "push_to_hub" not in vars(model.model)
+
+
+def test_weights_of_the_users_own_are_pushed_as_they_are_saved(hub, model, tmp_path):
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    average["model.norm.weight"].fill_(7.0)
+    model.save_pretrained(tmp_path, state_dict=average, push_to_hub=True, repo_id="me/it")
+    for loaded in (load(), load_checkpoint(tmp_path)):
+        assert loaded.model.norm.weight.unique().tolist() == [7.0]
+
+
+def test_folded_it_leaves_out_other_weights_and_nothing_else(hub, checkpoint, caplog):
+    (checkpoint / "model_notes.md").write_text("Mine.")
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "consolidated.safetensors")
+    push(checkpoint, "me/it", folded=True)
+    files = hub.files("me/it")
+    assert files["model_notes.md"] == b"Mine."
+    assert "consolidated.safetensors" not in files
+    assert "left out: consolidated.safetensors (not folded)" in caplog.text
 
 
 def test_folded_it_is_a_plain_checkpoint_with_the_same_logits(hub, model, checkpoint):

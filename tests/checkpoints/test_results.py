@@ -43,6 +43,24 @@ def test_a_run_is_pushed_with_its_results_and_without_its_state(hub, model, tmp_
     assert "On 7 held-out documents" in card.text
 
 
+def test_a_run_that_diverged_has_a_card_without_these_scores(hub, model, tmp_path):
+    run = make_run(tmp_path, model)
+    values = json.loads((run / "results.json").read_text())
+    measured = {"split": "test", "loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}
+    (run / "results.json").write_text(json.dumps({**values, "test": measured}))
+    assert "| accuracy, test | 50.00% |" in write_card(run / "final", "run").read_text()
+
+
+def test_the_results_of_another_model_leave_the_card(hub, model, tmp_path):
+    push(make_run(tmp_path, model), "me/it")
+    assert card_of(hub).data.library_name == "symphony_hf"
+    model.save_pretrained(tmp_path / "other")
+    push(tmp_path / "other", "me/it", folded=True)
+    card = card_of(hub)
+    assert card.data.eval_results is None
+    assert card.data.library_name == "transformers"
+
+
 def test_the_quickstarts_report_gives_intervals(hub, model, tmp_path):
     for name in ("symphony", "plain"):
         model.save_pretrained(tmp_path / name)

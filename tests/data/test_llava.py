@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -226,6 +228,16 @@ def test_missing_and_broken_images_are_counted_and_left_out(tmp_path, processor)
         decode(row.images[0])
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_gray_values_of_16_bits_are_scaled(mode, tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype("uint16").reshape(8, 8)
+    image = PIL.Image.fromarray(ramp if mode == "I;16" else ramp.astype("int32"))
+    assert image.mode == mode
+    image.save(tmp_path / "ramp.tiff")
+    decoded = np.asarray(decode({"path": str(tmp_path / "ramp.tiff"), "bytes": None}))
+    assert decoded[..., 0].flatten().tolist() == [round(value / 257) for value in ramp.flatten().tolist()]
+
+
 def test_too_many_missing_images_are_an_error_that_names_the_first(tmp_path, processor):
     entries = [entry(number) for number in range(20)]
     path = write_llava(tmp_path, entries, leave_out=[row["image"] for row in entries[4:7]])
@@ -240,6 +252,9 @@ def test_too_many_missing_images_are_an_error_that_names_the_first(tmp_path, pro
     [
         ({"conversations": None}, "no list of turns"),
         ({"conversations": [{"from": "human", "value": "<image>\nWhat?"}]}, "no answer"),
+        ({"image": 12345}, "no name of an image: int, '12345'"),
+        ({"image": [None]}, "no name of an image"),
+        ({"image": float("nan")}, "another number of images than of <image>: 0 and 1"),
         ({"image": None}, "another number of images than of <image>: 0 and 1"),
         ({"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}, "1 and 0"),
     ],

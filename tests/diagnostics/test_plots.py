@@ -21,7 +21,7 @@ from symphony_hf.diagnostics.plots.curves import (
     plot_curves,
 )
 from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
-from symphony_hf.diagnostics.plots.networks import plot_expert_network
+from symphony_hf.diagnostics.plots.networks import plot_expert_network, plot_graph_evolution
 from symphony_hf.errors import EvaluationError, GraphError
 from symphony_hf.evaluation.statistics import Interval
 from symphony_hf.routing.graph import count_coselections, initial_adjacency
@@ -205,6 +205,25 @@ def test_an_interval_without_width_is_drawn(drawn):
     narrow = Interval(0.1 + 0.2, 0.3, 0.3, 0.95, 60, 0)
     plot_comparison({"plain": {"clean": narrow}}, {"a / b": narrow}, "unused.png")
     assert len(drawn) == 1
+
+
+def test_levels_that_are_all_the_same_are_drawn(monkeypatch):
+    figures = []
+    monkeypatch.setattr(pages, "as_svg", figures.append)
+    draw_attack({"m": {0: (1.0, 1.0, 1.0), 1: (1.0, 1.0, 1.0)}}, "keyboard", "accuracy", (1.0, 1.0))
+    assert figures[0].axes[0].get_ylim() == (0.5, 1.5)
+
+
+def test_a_sparse_graph_has_a_scale_of_its_own_shares(drawn):
+    group = torch.arange(240) // 3  # fewer than one pair in a hundred
+    plot_graphs({"layer": (group.unsqueeze(1) == group).float()}, "unused.png")
+    (heat_map,) = (axes.images[0] for axes in drawn[0].axes if axes.images)
+    assert heat_map.get_clim()[1] == pytest.approx(1 / 2)
+
+
+def test_an_evolution_needs_layers(tmp_path):
+    with pytest.raises(GraphError, match="at least one moment"):
+        plot_graph_evolution([{}], ["1"], tmp_path / "evolution.png")
 
 
 def test_unknown_and_missing_series_are_refused(tmp_path):

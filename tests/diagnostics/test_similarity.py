@@ -22,6 +22,15 @@ def test_two_features_by_hand():
     assert cka(x, x[:, [1, 0]] * 3 + 5) == pytest.approx(1.0)
 
 
+def test_an_output_that_is_not_finite_is_similar_to_nothing_known():
+    x = torch.randn(6, 3)
+    broken = x.clone()
+    broken[0, 0] = float("inf")
+    found = cka_matrix([x, broken, torch.ones(6, 3)])
+    assert found[0, 1].isnan()
+    assert found[0, 2] == 0  # of no variance
+
+
 def test_the_definition_by_features():
     x, y = torch.randn(20, 3).double(), torch.randn(20, 5).double()
     y[:, 0] += x[:, 1]

@@ -50,11 +50,23 @@ def decode(image: EncodedImage) -> "Image":
     import datasets
 
     try:
-        return datasets.Image().decode_example(image).convert("RGB")
+        return _as_rgb(datasets.Image().decode_example(image))
     except _BROKEN as error:
         raise DataError(
             f"{image['path'] or 'an image'} does not decode any more ({error}): it was changed after it was checked"
         ) from error
+
+
+def _as_rgb(image: "Image") -> "Image":
+    """Convert to RGB. Gray values of 16 bits, as of X-rays and depth, are scaled, where Pillow would clip them."""
+    if image.mode.startswith("I"):
+        import numpy as np
+        import PIL.Image
+
+        pixels = np.asarray(image)
+        if image.mode != "I" or pixels.max(initial=0) > 255:
+            image = PIL.Image.fromarray((pixels.clip(0, 65535) / 257).round().astype("uint8"))
+    return image.convert("RGB")
 
 
 def handwritten_digits() -> tuple[list[EncodedImage], list[int]]:

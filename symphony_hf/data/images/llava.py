@@ -124,7 +124,9 @@ def _row(entry: Any, folder: Path) -> dict[str, Any]:
         return {"messages": [], "images": [], PROBLEM: f"no list of turns: {_describe(turns)}"}
     messages, problem = to_messages(turns)
     names = entry.get("image") or []
-    names = [names] if isinstance(names, str) else names
+    names = [] if names != names else [names] if isinstance(names, str) else names  # NaN: a missing value of pandas
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problem, names = problem or f"no name of an image: {_describe(names)}", []
     num_placeholders = sum(message["content"].count(PLACEHOLDER) for message in messages)
     if not problem and num_placeholders != len(names):
         problem = f"another number of images than of {PLACEHOLDER}: {len(names)} and {num_placeholders}"

@@ -15,7 +15,7 @@ from symphony_hf.diagnostics.labels import short_names
 from symphony_hf.errors import EvaluationError
 
 from .curves import LINES, MARKERS, lengths
-from .figure import COLORS, save_png, shown_names
+from .figure import COLORS, plain_label, save_png, shown_names
 
 _MOST_COLUMNS = 4
 _CHANGES = {"ratio": ("attacked / clean", 1), "difference": ("attacked - clean", 0)}
@@ -73,7 +73,8 @@ def _draw(
     positions = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
     estimates = [estimate for estimate, _, _ in ends]
     style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number], "linestyle": LINES[number]}
-    axes.errorbar(positions, estimates, lengths(ends), label=name, capsize=3, markersize=4, linewidth=1.3, **style)
+    style |= {"label": plain_label(name), "capsize": 3, "markersize": 4, "linewidth": 1.3}
+    axes.errorbar(positions, estimates, lengths(ends), **style)
     axes.set_xticks(range(6))
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.3)

@@ -53,7 +53,7 @@ def plot_curves(
                 raise EvaluationError(f"curves of {model}: unknown curve `{name}`; {nearest(name, CURVES)}")
             if not points:
                 continue
-            draw_curve(panels[name], number, model, name, points)
+            draw_curve(panels[name], number, plain_label(model), name, points)
     for name, axes in panels.items():
         finish_curves(axes, name)
     return save_png(figure, path)
@@ -111,7 +111,7 @@ def plot_comparison(
     for number, (model, by_text) in enumerate(perplexities.items()):
         shift = 0.15 * (number - (len(perplexities) - 1) / 2)
         positions = [texts.index(text) + shift for text in by_text]
-        _draw_intervals(left, positions, by_text.values(), number, model)
+        _draw_intervals(left, positions, by_text.values(), number, plain_label(model))
     _draw_intervals(right, range(len(ratios)), ratios.values(), number=len(perplexities))
     left.legend(frameon=False, fontsize=9)
     left.set_xticks(range(len(texts)), texts)
@@ -236,7 +236,8 @@ def draw_attack(
         axes.set_yscale("log")
         axes.set_ylim(low / 1.2, high * 1.2)
     else:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or low + 1)
+        margin = 0.05 * (high - low) or 0.5
+        axes.set_ylim(low - margin, high + margin)
     axes.set(xlabel="severity", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, frameon=False)

@@ -69,7 +69,7 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
     highest = 1.1 * max(load_E.max() for load_E in loads)
     all_shares = np.concatenate([shares_EE.ravel() for shares_EE in shares])
     # 1 if no expert has a partner yet: a colour scale needs a length.
-    top = float(np.nanpercentile(all_shares, 99)) or 1.0
+    top = float(np.nanpercentile(all_shares, 99)) or float(np.nanmax(all_shares)) or 1.0
     rows, columns = grid(len(shown))
     figure = Figure(
         figsize=(2.7 * columns + 1.4, 3.1 * rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.03, hspace=0)

@@ -106,7 +106,8 @@ def plot_graph_evolution(
     Raises:
         GraphError: If there are no graphs, one is not a co-selection graph, or the layers differ.
     """
-    if not graphs or len(graphs) != len(moments) or any(one.keys() != graphs[0].keys() for one in graphs):
+    layers = graphs[0].keys() if graphs else ()
+    if not layers or len(graphs) != len(moments) or any(one.keys() != layers for one in graphs):
         raise GraphError("an evolution needs the graphs of at least one moment, and the same layers at each")
     positions = evenly_spaced(len(graphs), _MOST_MOMENTS)
     titles, left_out = shown_names(list(graphs[0]), most=_MOST_LAYERS)
