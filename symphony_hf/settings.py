@@ -134,20 +134,23 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
-class _WithoutDates(yaml.SafeLoader):
-    """Loader for which `2025-06-01` is text: no setting is a date, and a run may be named by one."""
+class _Loader(yaml.SafeLoader):
+    """Loader for which `2025-06-01` is text, since a run may be named so, and `1e-5` a number, as in YAML 1.2."""
 
 
-_WithoutDates.yaml_implicit_resolvers = {
+_Loader.yaml_implicit_resolvers = {
     first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(source: Path | str, where: str) -> Any:
     """Read a YAML file, or the text of a value. `where` begins the error message."""
     try:
-        return yaml.load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source, _WithoutDates)
+        return yaml.load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source, _Loader)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -54,6 +54,14 @@ def test_values_of_other_types_are_refused(settings, problem):
         parse(**settings)
 
 
+@pytest.mark.parametrize("text", ["1e-5", "1e6", "2.5e3", "-3E+2", ".5e1"])
+def test_numbers_with_an_exponent_are_numbers(text):
+    """YAML 1.1 reads those without a point, or without a sign, as text."""
+    assert read_yaml(f"config: {{rope: {{theta: {text}}}}}", "here") == {"config": {"rope": {"theta": float(text)}}}
+    assert read_yaml(f"'{text}'", "here") == text
+    assert read_yaml("1e5f3", "here") == "1e5f3"
+
+
 @pytest.mark.parametrize("text", ["2025-06-01", "2025-13-01", "2025-06-01 12:00:00"])
 def test_dates_are_text(text):
     assert read_yaml(text, "here") == text

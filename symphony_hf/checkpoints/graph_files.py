@@ -50,7 +50,8 @@ def read_usable_graphs(path: Path, command: str) -> dict[str, Tensor]:
     """Read the graphs of a checkpoint or an adapter by router, named as in the model itself.
 
     Raises:
-        GraphError: As `read_graphs`, or if a graph has impossible values; it begins with the command.
+        GraphError: As `read_graphs`; also, with a message that begins with the command, for a graph with impossible
+            values.
     """
     graphs = read_graphs(path)
     for name, graph in graphs.items():

@@ -129,7 +129,8 @@ def _number_or_none(kind: type, text: Any) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is neither a number nor `all`") from error
+        number = "a whole number" if kind is int else "a number"
+        raise typer.BadParameter(f"{text!r} is neither {number} nor `none`") from error
 
 
 def _parse(kind: Any, text: str) -> Any:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -67,13 +68,14 @@ def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | Non
 
 @contextlib.contextmanager
 def _as_config_error(what: str) -> Iterator[None]:
-    """Raise what transformers refuses as a ConfigError with the first line of its message."""
+    """Raise what transformers refuses as a ConfigError with the first line of its message, or that of its cause."""
     try:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"model: {what}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
+        said = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
+        raise ConfigError(f"model: {what}: {str(said).strip().partition(chr(10))[0]}") from error
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:

@@ -626,3 +626,32 @@ def test_a_part_of_a_model_is_neither_folded_nor_set_back(make, tmp_path):
 
 def test_config_error_is_also_a_value_error():
     assert issubclass(ConfigError, ValueError)
+
+
+def test_threads_that_load_a_first_symphony_checkpoint_at_once(tmp_path, plain_python):
+    """All but one come while the import of symphony_hf has begun and not ended."""
+    symphonize(make_model()).save_pretrained(tmp_path)
+    plain_python(
+        """
+import os, sys, threading, time
+os.environ["SYMPHONY_HF_AUTOLOAD"] = "1"
+import symphony_hf_autoload
+symphony_hf_autoload.install()
+from transformers import AutoConfig
+found = []
+def load():
+    try:
+        found.append(AutoConfig.from_pretrained(sys.argv[1]).model_type)
+    except ValueError as error:
+        found.append(str(error))
+assert "symphony_hf" not in sys.modules
+threads = [threading.Thread(target=load) for _ in range(20)]
+for thread in threads:
+    thread.start()
+    time.sleep(0.02)
+for thread in threads:
+    thread.join()
+assert found == ["olmoe"] * 20, found
+""",
+        tmp_path,
+    )

@@ -142,7 +142,7 @@ def test_a_number_that_may_be_none_can_be_given_none(text):
     assert run("m", "--folder", "f", "--most", "7")[1][0].most == 7
     result, _ = run("m", "--folder", "f", "--most", "many")
     assert result.exit_code == 2
-    assert "neither a number nor `all`" in " ".join(result.output.replace("│", " ").split())
+    assert "neither a whole number nor `none`" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(("text", "size"), [("5000000000", 5 * 10**9), ("2GiB", 2**31)])

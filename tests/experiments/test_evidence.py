@@ -281,7 +281,7 @@ def test_a_study_of_characters_replaces_that_of_the_same_file(tmp_path):
     (output / "report.json").write_text(json.dumps(other))
     assert CliRunner().invoke(app, arguments).exit_code == 0
     names = {path.stem for path in folder.glob("characters-*")}
-    assert names == {"characters-short", "characters-pretraining"}
+    assert names == {path.stem for path in RECIPES.glob("evidence/characters-*")} | {"characters-pretraining"}
     (output / "report.json").write_text(json.dumps({**study, "settings": {**study["settings"], "tokenizer": "words"}}))
     assert "is of a study of words" in str(CliRunner().invoke(app, arguments).exception)
 

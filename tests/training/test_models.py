@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from symphony_hf import ConfigError
 from symphony_hf.recipe import DataSection, ModelSection, Recipe
-from symphony_hf.training.models import empty_model, load_model
+from symphony_hf.training.models import build_config, empty_model, load_model
 
 IMAGES = DataSection(kind="llava")
 
@@ -68,6 +68,11 @@ def test_a_text_checkpoint_with_a_vision_tower(text, tower, described):
 def test_what_cannot_be_together_is_refused(text, tower):
     with pytest.raises(ConfigError, match="`quantization` is not supported with `vision`"):
         ModelSection(path=text[0], vision=tower, quantization="nf4")
+
+
+def test_a_config_of_wrong_types_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="hidden_size"):
+        build_config(ModelSection(config={"model_type": "olmoe", "hidden_size": "64"}), None)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,8 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
     coming = [StudyRun(point, seed) for point in unknown for seed in study.seeds]
     first = [run for cell in coming if (run := pretraining_of(study, cell)) is not None]
     cells = list(dict.fromkeys([*first, *all_cells(study, rates)]))
-    waiting = [cell for cell in cells if not results.has(cell)]
+    needed = {pretraining_of(study, cell) for cell in (*cells, *coming) if results.load(cell) is None}
+    waiting = [cell for cell in cells if not results.has(cell) and (cell.stage != "pretrain" or cell in needed)]
     lines = [
         f"{len(study.points())} points, {len(study.seeds)} seeds: {len(cells) + len(coming)} runs of {study.tokens:,} "
         f"tokens ({study.steps:,} steps); {len(cells) - len(waiting)} are done"

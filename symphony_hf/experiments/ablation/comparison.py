@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from symphony_hf.evaluation.statistics import SeedInterval, interval_text, smallest_difference, t_interval
@@ -108,8 +108,8 @@ def verdict_of(measure: str, interval: SeedInterval, visible: bool = True) -> st
     return "better" if is_higher == is_share(measure) else "worse"
 
 
-def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
-    """Return what a study can see.
+def find_sight(study: Study, by_point: Mapping[Point, Runs], diverged: Collection[Point] = ()) -> dict[str, Any]:
+    """Return what a study can see. Points of which a run diverged show nothing.
 
     Returns:
         `concludes`: whether learning the routers is worth something on the clean text, with an interval that excludes
@@ -121,9 +121,8 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
     plain = Point(graph="identity").canonical()
     controls = {name: dataclasses.replace(plain, control=name) for name in CONTROLS}  # type: ignore[arg-type]
     measures = measures_of(study)
-    values = {
-        name: compare(by_point.get(point, {}), by_point.get(plain, {}), measures) for name, point in controls.items()
-    }
+    whole = {point: runs for point, runs in by_point.items() if point not in diverged}
+    values = {name: compare(whole.get(point, {}), whole.get(plain, {}), measures) for name, point in controls.items()}
     clean = "clean_nats" if study.by_characters else "clean"
     learned = values["frozen_routers"].get(clean)
     concludes = learned is not None and learned.low is not None and learned.low > null_of(clean)
@@ -135,7 +134,7 @@ def find_sight(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
         )
         found[measure] = {
             **{name: dataclasses.asdict(interval) for name, interval in differences.items()},
-            "smallest": smallest_told(_pairs(by_point, list(controls.values())), measure),
+            "smallest": smallest_told(_pairs(whole, list(controls.values())), measure),
             "visible": concludes and separated,
         }
     return {"concludes": concludes, "clean": clean, "measures": found}
@@ -162,7 +161,10 @@ def sight_sentence(sight: Mapping[str, Any]) -> str:
     """Return whether anything can be concluded, and from what."""
     learned = sight["measures"][sight["clean"]].get("frozen_routers")
     if learned is None:
-        return "**Nothing can be concluded**: the control with frozen routers has no run beside SMoE yet."
+        return (
+            "**Nothing can be concluded**: the control with frozen routers has no run beside SMoE, or one of them "
+            "diverged."
+        )
     text = difference_text(learned, sight["clean"])
     if sight["concludes"]:
         return (

@@ -47,11 +47,18 @@ class Reading(NamedTuple):
     @property
     def perplexity(self) -> float:
         """Perplexity of all predicted tokens."""
-        return math.exp(self.loss)
+        return _exp(self.loss)
 
     def perplexity_of(self, which_N: Tensor) -> float:
         """Compute the perplexity of some predicted tokens."""
-        return math.exp(self.loss_of(which_N))
+        return _exp(self.loss_of(which_N))
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError as error:
+        raise DivergedError(f"a loss of {loss:.4g} nats has no perplexity: the training diverged") from error
 
 
 @torch.inference_mode()

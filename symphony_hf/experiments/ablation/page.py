@@ -134,12 +134,17 @@ def tuning_page(report: Mapping[str, Any]) -> list[str]:
     for tuned in report["tuning"]:
         losses = [f"{tuned['losses'][rate]:.4f}" if rate in tuned["losses"] else "" for rate in rates]
         rows.append([tuned["label"], *losses, "" if tuned["chosen"] is None else f"{tuned['chosen']:g}"])
+    at_the_end = {f"{tuned['chosen']:g}" for tuned in report["tuning"] if tuned["chosen"] is not None}
+    at_the_end &= {rates[0], rates[-1]} if len(rates) > 1 else set()
+    beyond = (
+        f" Where {' or '.join(sorted(at_the_end))} was chosen, a rate beyond it may be better." if at_the_end else ""
+    )
     return [
         "",
         "## Learning rates",
         "",
         f"Mean nats per token of held-out training text over seeds {', '.join(map(str, settings['tuning_seeds']))}, by "
-        "learning rate. Each point was judged once, on the other seeds, at its chosen rate.",
+        f"learning rate. Each point was judged once, on the other seeds, at its chosen rate.{beyond}",
         "",
         Table("", ["point", *rates, "chosen"], rows).to_markdown(),
     ]

@@ -52,15 +52,12 @@ def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str
         if "diverged" not in values:
             by_point[cell.point][cell.seed] = values
     diverged = [cell for cell, values in judged.items() if "diverged" in values]
-    sight = find_sight(study, by_point)
+    with_diverged = {cell.point for cell in diverged}
+    sight = find_sight(study, by_point, with_diverged)
     measures = measures_of(study)
     report: dict[str, Any] = {
         "sight": sight,
-        "rows": [
-            _row(study, point, by_point, sight, {cell.point for cell in diverged})
-            for point, runs in by_point.items()
-            if runs
-        ],
+        "rows": [_row(study, point, by_point, sight, with_diverged) for point, runs in by_point.items() if runs],
         "tuning": _tuning(study, results, rates),
         "cells": [
             {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from symphony_hf.experiments.ablation.comparison import NO_VERDICT, difference_text, sight_sentence, title_of
+from symphony_hf.experiments.ablation.comparison import DIVERGED, NO_VERDICT, difference_text, sight_sentence, title_of
 from symphony_hf.experiments.theory.report import theory_findings
 
 SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
@@ -49,9 +49,9 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
             found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
         lines.append(f"- **{study_title(study)}, {title_of(measure)}**, against SMoE: {'; '.join(found)}.")
     better = _labels_of(_compared(study), "clean_nats", "better")
-    if study["settings"]["learning_rates"]:
+    if study["settings"]["learning_rates"] and study["sight"]["concludes"]:
         lines.append(f"- **{study_title(study)}, defaults**: {_winners(study)}.")
-    elif better:
+    elif better and not study["settings"]["learning_rates"]:
         lines.append(
             f"- **{study_title(study)}, defaults**: {better} is a candidate. No default follows from this study, which "
             "did not tune the learning rate of each form."
@@ -119,7 +119,7 @@ def _compared(ablation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _has_verdicts(rows: Sequence[Mapping[str, Any]], measure: str) -> bool:
-    return any(row["against_plain"][measure]["verdict"] != NO_VERDICT for row in rows)
+    return any(row["against_plain"][measure]["verdict"] not in (NO_VERDICT, DIVERGED) for row in rows)
 
 
 def _labels_of(rows: Sequence[Mapping[str, Any]], measure: str, verdict: str) -> str:

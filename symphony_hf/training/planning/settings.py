@@ -1,6 +1,7 @@
 """Training settings and sequence counts of a recipe, with the defaults of TrainingArguments or TRL's SFTConfig."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def read_settings(recipe: Recipe) -> TrainSettings:
         micro_batch=values["per_device_train_batch_size"],
         accumulation=values["gradient_accumulation_steps"],
         checkpointing=bool(checkpointing),
-        every_n_layers=_every_n_layers(of_checkpointing or {}),
+        every_n_layers=_every_n_layers(of_checkpointing or {}) if checkpointing else 1,
         # TRL's other losses do without it.
         label_smoothing=values["label_smoothing_factor"] if values.get("loss_type", "nll") == "nll" else 0.0,
         optimizer=str(getattr(values["optim"], "value", values["optim"])),
@@ -91,7 +92,8 @@ def read_settings(recipe: Recipe) -> TrainSettings:
 
 
 def _every_n_layers(settings: Any) -> int:
-    where = "train: activation_checkpointing_kwargs"
+    where = "train: settings of checkpointing"
+    settings = json.loads(settings) if isinstance(settings, str) else settings  # as TrainingArguments takes them
     for name, value in check_names(settings, None, where).items():
         if name != "every_n_layers" and (name, value) != ("use_reentrant", False):
             raise ConfigError(f"{where}: `{name}: {value}` cannot be planned: leave it out")

@@ -181,7 +181,7 @@ class MetaStep:
         try:
             with watching:
                 self._loss(batch).backward()
-        except (RuntimeError, ImportError, ValueError) as error:  # the latter two by experts with a GPU's kernels
+        except (RuntimeError, ImportError, ValueError) as error:  # experts with kernels for a GPU raise the last two
             first = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(
                 f"plan: a step of {type(self._model).__name__} cannot be measured on the meta device: {first}"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.experiments.ablation.cells import StudyRun
 from symphony_hf.experiments.ablation.graph_control import GraphControl, shuffled
-from symphony_hf.experiments.ablation.measure import measure
+from symphony_hf.experiments.ablation.measure import DivergedError, Reading, measure
 from symphony_hf.experiments.ablation.point import SYSTEMS, Point
 from symphony_hf.experiments.ablation.run import run_cell
 from symphony_hf.experiments.ablation.text import prepare_streams, read_streams
@@ -146,6 +146,12 @@ def test_a_run_that_diverged_is_a_result(make_study, tmp_path):
         run = run_cell(study, StudyRun(Point(), 0), text)
     assert run["diverged"] is True
     assert "clean" not in run
+
+
+def test_a_loss_without_a_perplexity_is_of_a_run_that_diverged():
+    reading = Reading(torch.full((3,), 800.0), torch.zeros(1, 3, 1), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(DivergedError, match="a loss of 800 nats"):
+        _ = reading.perplexity
 
 
 def test_a_cell_is_the_same_each_time(study, text):

@@ -161,7 +161,7 @@ def test_a_study_without_its_controls_prints_no_verdict(make_study, tmp_path):
             results.save(StudyRun(point, seed), result(100.0 + (point.graph == "ema") + 0.001 * seed, 120.0, 0.9))
     report = write_ablation(study, results, {})
     assert report["rows"][1]["against_plain"]["clean"]["verdict"] == NO_VERDICT
-    assert "the control with frozen routers has no run beside SMoE yet" in markdown(report)
+    assert "the control with frozen routers has no run beside SMoE" in markdown(report)
 
 
 def test_the_smallest_difference_is_that_of_the_forms_spread(report):
@@ -215,6 +215,21 @@ def test_a_point_with_a_run_that_diverged_gets_no_other_verdict(make_study, tmp_
     assert "diverged: smoe, graph, seed 2" in capsys.readouterr().out
 
 
+def test_a_control_that_diverged_shows_nothing(make_study, tmp_path):
+    study = make_study("seeds: [0, 1, 2]")
+    results = Results(tmp_path / "out", study, "text")
+    save_controls(study, results)
+    plain, frozen, _, graph = study.points()
+    for seed in range(3):
+        results.save(StudyRun(plain, seed), result(100.0 + 10 * seed, 120.0, 0.9))
+        results.save(StudyRun(graph, seed), result(90.0 + 9 * seed, 110.0, 0.9))
+    assert write_ablation(study, results, {})["sight"]["concludes"]
+    results.save(StudyRun(frozen, 2), {"diverged": True, "stage": "judge", "machine": {}})
+    report = write_ablation(study, results, {})
+    assert not report["sight"]["concludes"]
+    assert "or one of them diverged" in markdown(report)
+
+
 def test_titles_have_the_rate_as_it_is():
     assert title_of("damaged_nats_0.015") == "nats, 1.5% damaged"
     assert title_of("routing_kept_0.15") == "choices kept, 15% damaged"
@@ -233,3 +248,7 @@ def test_the_learning_rate_is_chosen_on_its_own_seeds_and_judged_once(make_study
     assert {(cell.seed, cell.rate, cell.stage) for cell in cells} == {(0, 0.2, "judge")}
     page = markdown(write_ablation(study, results, {}))
     assert "| smoe, no graph | 2.1000 | 2.0000 | inf | 0.2 |" in page
+    assert "may be better" not in page
+    for cell in tuning_cells(study):
+        results.save(cell, {**result(1.0, 1.0, 1.0), "validation_loss": -cell.rate})
+    assert "Where 0.3 was chosen, a rate beyond it may be better." in markdown(write_ablation(study, results, {}))

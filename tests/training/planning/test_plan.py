@@ -257,11 +257,11 @@ BAD = {
     "null steps": ((QUICKSTART, "--max_steps", "null"), "`max_steps` must be int, got None"),
     "no number of epochs": ((QUICKSTART, "--num_train_epochs", "two"), "`num_train_epochs` must be float, got 'two'"),
     "offloading": (
-        (QUICKSTART, "--gradient_checkpointing_kwargs", "{offload: true}"),
+        (QUICKSTART, "--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"offload": true}'),
         "`offload: True` cannot be planned",
     ),
     "no layers": (
-        (QUICKSTART, "--gradient_checkpointing_kwargs", "{every_n_layers: 0}"),
+        (QUICKSTART, "--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", "{every_n_layers: 0}"),
         "integer of at least 1, got 0",
     ),
     "no config": ((QUICKSTART, "--model.path", "nobody/nothing", "--model.config", "null"), "could not be loaded"),
