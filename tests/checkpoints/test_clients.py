@@ -118,6 +118,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_they_load_it_right_where_the_package_is_installed(folder):
     found = run_client(CLIENTS + LOADED, folder / "site", folder)
     for name in ("AutoConfig", "config class"):
@@ -127,10 +128,12 @@ def test_they_load_it_right_where_the_package_is_installed(folder):
     assert {name: difference for name, difference in found.items() if not difference <= 1e-5} == {}
 
 
+@pytest.mark.thorough
 def test_an_adapter_brings_its_graphs_through_peft_alone(folder):
     assert run_client(CLIENTS + ADAPTER, folder / "site", folder) <= 1e-5
 
 
+@pytest.mark.thorough
 def test_they_are_refused_where_it_is_not(folder):
     found = run_client(CLIENTS + REFUSED, folder / "site", folder, installed=False)
     assert len(found) == 10

@@ -73,7 +73,7 @@ def test_a_tokenizer_that_is_not_found_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("symphony_hf.patching.folding"), "warning", said.append)
     export_folded(symphonize(make_model()), tmp_path)
     assert len(said) == 1
-    assert "pass tokenizer=" in said[0]
+    assert "give `tokenizer=`" in said[0]
 
 
 def test_the_command(loaded, tmp_path):

@@ -31,20 +31,20 @@ some_documents = st.lists(st.text(max_size=40), min_size=1, max_size=8).map(as_d
 
 
 @given(documents=some_documents, block_size=st.integers(2, 9))
-def test_blocks_are_the_concatenated_documents_cut_evenly(tokenizer, documents, block_size):
-    flat = [token_id for token_ids in naive_token_ids(documents, tokenizer) for token_id in token_ids]
+def test_blocks_are_the_concatenated_documents_cut_evenly(trained_tokenizer, documents, block_size):
+    flat = [token_id for token_ids in naive_token_ids(documents, trained_tokenizer) for token_id in token_ids]
     expected = [flat[start : start + block_size] for start in range(0, len(flat) - block_size + 1, block_size)]
     if expected:
-        assert pack_blocks(documents, tokenizer, block_size).tolist() == expected
+        assert pack_blocks(documents, trained_tokenizer, block_size).tolist() == expected
     else:
         with pytest.raises(DataError):
-            pack_blocks(documents, tokenizer, block_size)
+            pack_blocks(documents, trained_tokenizer, block_size)
 
 
 @given(documents=some_documents, block_size=st.integers(2, 9))
-def test_windows_are_each_documents_own_tokens(tokenizer, documents, block_size):
-    windows = document_windows(documents, tokenizer, block_size)
-    for token_ids, pieces in zip(naive_token_ids(documents, tokenizer), windows, strict=True):
+def test_windows_are_each_documents_own_tokens(trained_tokenizer, documents, block_size):
+    windows = document_windows(documents, trained_tokenizer, block_size)
+    for token_ids, pieces in zip(naive_token_ids(documents, trained_tokenizer), windows, strict=True):
         flat = [token_id for piece in pieces for token_id in piece.tolist()]
         dropped = len(token_ids) % block_size == 1
         assert flat == (token_ids[:-1] if dropped else token_ids)
@@ -53,10 +53,10 @@ def test_windows_are_each_documents_own_tokens(tokenizer, documents, block_size)
 
 
 @given(documents=some_documents)
-def test_a_stream_is_the_concatenated_documents(tokenizer, documents):
-    flat = [token_id for token_ids in naive_token_ids(documents, tokenizer) for token_id in token_ids]
-    assert token_stream(documents, tokenizer).tolist() == flat
-    assert len(token_stream([], tokenizer)) == 0
+def test_a_stream_is_the_concatenated_documents(trained_tokenizer, documents):
+    flat = [token_id for token_ids in naive_token_ids(documents, trained_tokenizer) for token_id in token_ids]
+    assert token_stream(documents, trained_tokenizer).tolist() == flat
+    assert len(token_stream([], trained_tokenizer)) == 0
 
 
 def test_a_text_of_words_has_one_end_for_each_line_and_none_more():

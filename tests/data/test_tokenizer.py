@@ -30,9 +30,9 @@ def entry_of(cache_dir):
 
 
 @given(text=st.text(max_size=200))
-def test_any_text_decodes_to_itself(tokenizer, text):
-    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(token_ids) == text
+def test_any_text_decodes_to_itself(trained_tokenizer, text):
+    token_ids = trained_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert trained_tokenizer.decode(token_ids) == text
 
 
 @pytest.mark.parametrize(

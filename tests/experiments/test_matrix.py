@@ -29,6 +29,13 @@ from symphony_hf.patching.symphonize import symphony_routers
 BUILT = [family for family in moe_families() if not why_not_built(family)]
 REFUSED = {"doge": "product keys", "diffusion_gemma": "shares its weight"}
 SYMPHONIZED = [family for family in BUILT if family not in REFUSED]
+EXAMPLES = {
+    *("mixtral", "olmoe", "phimoe", "granitemoe", "qwen3_next"),  # a softmax
+    *("deepseek_v3", "glm4_moe", "llama4_text", "minimax_m2"),  # a sigmoid, groups, a correction bias
+    *("gpt_oss", "longcat_flash", "zaya", "jetmoe", "dbrx"),  # a bias, a weight that is read, the block's choice
+    *("switch_transformers", "nllb-moe", "qwen3_vl_moe", *REFUSED),  # an encoder, images
+}
+"""Families of each form of router, which the default run checks."""
 
 
 @cache
@@ -38,9 +45,13 @@ def specimen_of(family):
         return Specimen(family)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "family",
-    ["phimoe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama4_text", "gemma4_text", "hunyuan_v1_moe"))],
+    [
+        pytest.param("phimoe", marks=pytest.mark.thorough),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama4_text", "gemma4_text", "hunyuan_v1_moe")),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch's and transformers' own, of compiling
 def test_compiled_evaluation_is_the_same(family):
@@ -113,7 +124,9 @@ def table_of_page():
     return version, lines[0], rows
 
 
-@pytest.mark.parametrize("family", moe_families())
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in EXAMPLES else pytest.mark.thorough) for name in moe_families()]
+)
 def test_matrix(family):
     """Every check passes, and the page has the same row; if it is of another transformers, the same verdict."""
     version, _, rows = table_of_page()

@@ -227,6 +227,7 @@ def test_documents_are_attacked_under_their_names():
     assert attack_documents(documents[1:], attack, 0.1, 4) == attacked[1:]
 
 
+@pytest.mark.thorough
 def test_attacks_are_the_same_in_every_process_and_version():
     program = (
         "import sys; from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS; "

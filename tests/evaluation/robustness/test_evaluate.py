@@ -141,6 +141,7 @@ def test_the_result_is_on_the_disk_and_says_what_it_is_of(compared, trained):
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_resumes(trained, data_file, tmp_path, monkeypatch):
     settings = make_settings(trained, data_file, tmp_path)
     calls = []
@@ -169,6 +170,7 @@ def test_an_interrupted_run_resumes(trained, data_file, tmp_path, monkeypatch):
     assert resumed["models"] == anew["models"]
 
 
+@pytest.mark.thorough
 def test_what_decides_the_numbers_is_measured_again(untrained, tokenizer, data_file, tmp_path, monkeypatch):
     folder = shutil.copytree(untrained, tmp_path / "model")
     calls = []
