@@ -1,5 +1,6 @@
 """Configs and model classes of checkpoints, and models built on the meta device, without weights."""
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +115,13 @@ def empty_model(source: str | Path, revision: str | None = None) -> PreTrainedMo
     """
     config = read_config(source, revision)
     model_class = model_class_of(config, source)
-    with torch.device("meta"), warnings.catch_warnings():
-        # By torch, for Qwen2-MoE without a shared expert, whose weights exist and are empty.
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+    with torch.device("meta"), without_empty_experts_warning():
         return model_class(config)
+
+
+@contextlib.contextmanager
+def without_empty_experts_warning() -> Iterator[None]:
+    """Ignore torch's warning about the shared expert of Qwen2-MoE, which has size 0 if there is none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import re
-import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from symphony_hf.checkpoints.model_class import without_empty_experts_warning
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.data.prepared import check_lengths
 from symphony_hf.errors import ConfigError, nearest
@@ -99,7 +99,7 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
             vision = vision_config_of(section.vision)
         # The image token may be any: the tokenizer is not loaded, and no size depends on it.
         config = llava_config(config, vision, config.vocab_size - 1)
-    with torch.device("meta"), _without_empty_experts_warning():
+    with torch.device("meta"), without_empty_experts_warning():
         with _as_config_error("it could not be built"):
             model = auto_class(recipe).from_config(config, **settings)
         return _upcycle(model, section)
@@ -150,12 +150,12 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             return _upcycle(model, section)
         if section.quantization is not None:
             return _upcycle(_load_in_4_bits(section, auto, config, settings), section)
-        with _without_empty_experts_warning():
+        with without_empty_experts_warning():
             return _upcycle(auto.from_pretrained(section.path, revision=section.revision, **settings), section)
     config = build_config(section, tokenizer)
     settings["dtype"] = _dtype_of(section, config)
     check_lengths(recipe.data, config)
-    with _without_empty_experts_warning():
+    with without_empty_experts_warning():
         return _upcycle(auto.from_config(config, **settings), section)
 
 
@@ -201,14 +201,6 @@ def _upcycle(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
             f"model: upcycle_modules: `{section.path}` was upcycled with other settings ({', '.join(differing)})"
         )
     return model
-
-
-@contextlib.contextmanager
-def _without_empty_experts_warning() -> Iterator[None]:
-    """Ignore torch's warning about the shared expert of Qwen2-MoE, which has size 0 if there is none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        yield
 
 
 def _check_config(config: PreTrainedConfig, section: ModelSection) -> None:
