@@ -51,14 +51,12 @@ def test_every_number_of_the_page_is_in_a_result_file():
     # What is no result: the level of all intervals, the null of all ratios, a slope that theory expects.
     constants = {95.0, 1.0, -0.5}
     text = re.sub(r"`[^`]*`", "", PAGE.read_text())
-    unknown = []
-    for found in NUMBER.findall(text):
-        digits = len(found.partition(".")[2])
-        value = float(found.replace(",", ""))
-        rounded = {round(scale * number, digits) for number in known for scale in (1, 100)}
-        if value not in rounded | constants and value not in {round(value_, digits) for value_ in known}:
-            unknown.append(found)
-    assert not unknown
+    printed = {found: len(found.partition(".")[2]) for found in NUMBER.findall(text)}
+    rounded = {
+        digits: {round(scale * number, digits) for number in known for scale in (1, 100)} | constants
+        for digits in set(printed.values())
+    }
+    assert [found for found, digits in printed.items() if float(found.replace(",", "")) not in rounded[digits]] == []
 
 
 def intervals_in(value) -> Iterator[tuple[float, float, float]]:
