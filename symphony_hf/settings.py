@@ -81,7 +81,7 @@ def _has_type(value: Any, kinds: Sequence[Any]) -> bool:
 
 
 def _whole(value: Any, kinds: Sequence[Any]) -> Any:
-    """Return a whole number such as `1e3`, which YAML reads as text, as an integer where the type has no other."""
+    """Return a whole number such as `1e3`, which YAML reads as a float, as an integer where the type has no other."""
     if int not in kinds or float in kinds or str in kinds or not isinstance(value, float | str):
         return value
     try:

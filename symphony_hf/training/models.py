@@ -75,7 +75,8 @@ def _as_config_error(what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
         said = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
-        raise ConfigError(f"model: {what}: {str(said).strip().partition(chr(10))[0]}") from error
+        first, _, _ = str(said).strip().partition("\n")
+        raise ConfigError(f"model: {what}: {first}") from error
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:

@@ -35,7 +35,7 @@ _MODEL_DEFAULTS = {
 
 
 def read_number(recipe: Recipe, name: str, default: float | None = None) -> float:
-    """Return a number of the train section; YAML reads `1e-3` as text."""
+    """Return a number of the train section."""
     value = recipe.train.get(name, default)
     try:
         return float(value)  # type: ignore[arg-type]

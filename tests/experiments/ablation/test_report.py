@@ -34,6 +34,12 @@ def save_controls(study, results, seeds=3, worse=1.02):
             results.save(StudyRun(point, seed), result(clean, 1.25 * clean, 0.8 - 0.001 * seed, 0.99 - 0.001 * seed))
 
 
+def save_a_better_graph(results, plain, graph):
+    for seed in range(3):
+        results.save(StudyRun(plain, seed), result(100.0 + 10 * seed, 120.0, 0.9))
+        results.save(StudyRun(graph, seed), result(90.0 + 9 * seed, 110.0, 0.9))
+
+
 @pytest.fixture
 def report(make_study, tmp_path):
     study = make_study("seeds: [0, 1, 2]\naxes: {decay: [0.9]}")
@@ -202,10 +208,7 @@ def test_a_point_with_a_run_that_diverged_gets_no_other_verdict(make_study, tmp_
     results = Results(tmp_path / "out", study, "text")
     save_controls(study, results)
     plain, _, _, graph = study.points()
-    for seed in range(3):
-        results.save(StudyRun(plain, seed), result(100.0 + 10 * seed, 120.0, 0.9))
-    for seed in range(2):
-        results.save(StudyRun(graph, seed), result(90.0 + 9 * seed, 110.0, 0.9))
+    save_a_better_graph(results, plain, graph)
     results.save(StudyRun(graph, 2), {"diverged": True, "stage": "judge", "machine": {}})
     report = write_ablation(study, results, {})
     assert (report["diverged"], report["missing"]) == (["smoe, graph, seed 2"], [])
@@ -220,9 +223,7 @@ def test_a_control_that_diverged_shows_nothing(make_study, tmp_path):
     results = Results(tmp_path / "out", study, "text")
     save_controls(study, results)
     plain, frozen, _, graph = study.points()
-    for seed in range(3):
-        results.save(StudyRun(plain, seed), result(100.0 + 10 * seed, 120.0, 0.9))
-        results.save(StudyRun(graph, seed), result(90.0 + 9 * seed, 110.0, 0.9))
+    save_a_better_graph(results, plain, graph)
     assert write_ablation(study, results, {})["sight"]["concludes"]
     results.save(StudyRun(frozen, 2), {"diverged": True, "stage": "judge", "machine": {}})
     report = write_ablation(study, results, {})
