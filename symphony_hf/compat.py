@@ -141,7 +141,9 @@ PRIVATE_NAMES = {
     "_process_model_before_weight_loading": PrivateName(
         "transformers", ("conversion",), "overridden: the one moment at which a quantizer may change the model"
     ),
-    **_of_trainer("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"),
+    **_of_trainer(
+        "_finalize_training", "_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"
+    ),
     **_of_online_trainers(
         "_generate_and_score_completions", "_generate_single_turn", "_get_per_token_logps_and_entropies"
     ),

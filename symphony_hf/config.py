@@ -29,8 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "dense_gradient": {"strength": 0.0, "router_gradient": "dense"},
 }
-"""Settings by the name of a preset. `paper`: our reading of the paper's form, whatever the defaults become.
-`dense_gradient`: the stock forward, with all experts in the router's gradient, as DenseMixer."""
+"""Settings by the name of a preset. `paper`: our reading of the paper's form, whatever the defaults become; the loss
+weights are the defaults. `dense_gradient`: the stock forward, with all experts in the router's gradient, as
+DenseMixer."""
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -47,7 +48,7 @@ def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SymphonyConfig:
-    """Settings of Symphony routing: how the expert graph changes the routing, and how the graph is learned.
+    """Settings of Symphony routing: how the expert graph changes the routing, and how the graph is updated.
 
     Args:
         strength: s in A = (1 - s) I + s P, in [-1, 1]. 0 computes what the base model computes. If negative, experts
@@ -58,7 +59,7 @@ class SymphonyConfig:
         self_loops: Whether an expert is its own neighbour. `centred` always keeps its own logit whole.
         decay: Decay of the moving average, in [0, 1]. The graph averages over about 1 / (1 - decay) updates.
         warmup_steps: Number of graph updates over which the strength increases linearly from 0.
-        graph: `ema`: learned by a moving average of co-selections. `frozen`: constant. `learned`: a parameter, trained
+        graph: `ema`: a moving average of co-selections. `frozen`: constant. `learned`: a parameter, trained
             by the model's optimizer. Or the path of a Symphony checkpoint (a folder, or a .safetensors file) whose
             graph to start from and to update by `ema`; a decay of 1 keeps it constant. The warm-up restarts.
         layers: Indices of the decoder layers to symphonize; all layers with a router when None. The router losses
@@ -260,4 +261,6 @@ def settings_of(
     for name in overrides:
         if name not in known:
             raise ConfigError(f"symphonize: unknown setting `{name}`; {nearest(name, known)}")
+    if config.balance == "bias" and overrides.get("balance") == "loss":  # `bias` has set the loss's weight to 0
+        overrides = {"balance_loss_weight": SymphonyConfig.balance_loss_weight, **overrides}
     return dataclasses.replace(config, **overrides)

@@ -56,7 +56,11 @@ HOLDERS = {
     "_dict_from_json_file": lambda: PreTrainedConfig,
     **dict.fromkeys(("_hf_hook", "_old_forward"), lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook())),
     **dict.fromkeys(
-        ("_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"), lambda: Trainer
+        (
+            *("_finalize_training", "_get_output_dir", "_load_from_checkpoint"),
+            *("_push_from_checkpoint", "_save_checkpoint"),
+        ),
+        lambda: Trainer,
     ),
 }
 """Where a name is, if that is not an nn.Module or PreTrainedModel."""

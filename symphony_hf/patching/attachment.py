@@ -116,6 +116,7 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     tracker: Any = model._symphony_tracker
     if model.training and torch.is_grad_enabled():
         tracker.state.recorded_in_forward = False
+        tracker.settle()
     else:
         tracker.settle_alone()
     position = tracker.mask_position
@@ -129,20 +130,22 @@ def _begin_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def settle(model: nn.Module) -> None:
     """Commit the last optimizer step if the loop did not, before the graphs of a model, or a part of one, are read."""
-    for module in model.modules():
-        if "_symphony_tracker" in module.__dict__:
-            module._symphony_tracker.settle_alone()  # type: ignore[operator, union-attr]
+    for tracker in _trackers_in(model):
+        tracker.settle_alone()
 
 
 def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Record the loss in the output: a post-hook, for models that do not call their loss function.
 
-    So do kernels that compute the logits and the loss in one, such as Liger's: they divide by `num_items_in_batch`, as
-    the loss function does.
+    Kernels that compute the logits and the loss in one, such as Liger's, return no logits, and divide by
+    `num_items_in_batch` as the loss function does. A forward that has logits takes a mean of its own.
     """
     tracker: Any = model._symphony_tracker
     tracker.state.outer_mask = None
-    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    tracker.take_part()
+    if torch.compiler.is_compiling():
         return
     loss = getattr(output, "loss", None)
     # TRL's trainers make their loss of log-probabilities, and leave the output's own alone.
@@ -151,7 +154,9 @@ def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         if shifted is None and isinstance(labels, Tensor):
             shifted = labels[..., 1:]
-        output.loss = tracker.record_loss(loss, share_of_step(shifted, kwargs.get("num_items_in_batch")))
+        is_mean = isinstance(getattr(output, "logits", None), Tensor)
+        num_items = None if is_mean else kwargs.get("num_items_in_batch")
+        output.loss = tracker.record_loss(loss, share_of_step(shifted, num_items))
 
 
 def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -206,39 +211,64 @@ def tracker_of(model: nn.Module) -> Tracker:
     """Return the tracker of a Symphony model, found through any wrapper (DDP, DeepSpeed, PEFT, torch.compile).
 
     Raises:
-        PatchError: If the model is not symphonized.
+        PatchError: If the model is not symphonized, or is a wrapper around several that are.
     """
-    for module in model.modules():
-        if "_symphony_tracker" in module.__dict__:
-            return module._symphony_tracker  # type: ignore[return-value]
-    raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+    tracker, *others = trackers_of(model)
+    if others:
+        raise PatchError(
+            f"{type(model).__name__} holds {1 + len(others)} Symphony models, where one is expected: give that one. "
+            "`update_graphs` and `add_router_losses` take all of them together"
+        )
+    return tracker
+
+
+def trackers_of(model: nn.Module) -> list[Tracker]:
+    """Return the trackers of all Symphony models in a model or wrapper.
+
+    Raises:
+        PatchError: If there is none.
+    """
+    trackers = _trackers_in(model)
+    if not trackers:
+        raise PatchError(f"{type(model).__name__} is not symphonized: call `symphonize(model)` first")
+    return trackers
+
+
+def _trackers_in(model: nn.Module) -> list[Tracker]:
+    held = [module.__dict__ for module in model.modules()]
+    return [attributes["_symphony_tracker"] for attributes in held if "_symphony_tracker" in attributes]
 
 
 def update_graphs(model: nn.Module) -> bool:
     """Update the graphs with the counts since the last call. Custom loops call it after `optimizer.step()`.
 
+    Args:
+        model: A symphonized model, or a wrapper around one (DDP, DeepSpeed, PEFT, torch.compile) or several.
+
     Returns:
-        Whether the graphs moved: counts wait for a step of the optimizer that holds the model's parameters.
+        True if the graphs were updated. False if nothing was counted since the last update, or if the optimizer that
+        is known to hold this model's parameters has not stepped since.
 
     Raises:
         PatchError: If the model is not symphonized.
     """
-    tracker = tracker_of(model)
-    moved = tracker.commit()
-    if not moved and tracker.state.stepped_uncounted:
-        tracker.checks.warn_once(
-            "an optimizer took a step, but nothing had been counted since the last call: the model runs in evaluation "
-            "mode, in which `from_pretrained` returns it, so its graphs stay as they are and it has no router losses. "
-            "Call `model.train()` before training"
-        )
-    return moved
+    trackers = trackers_of(model)
+    moved = [tracker.commit() for tracker in trackers]
+    for tracker in trackers:
+        if tracker.state.stepped_uncounted:  # which a commit ends
+            tracker.checks.warn_once(
+                "an optimizer took a step, but nothing had been counted since the last call: the model runs in "
+                "evaluation mode, in which `from_pretrained` returns it, so its graphs stay as they are and it has no "
+                "router losses. Call `model.train()` before training"
+            )
+    return any(moved)
 
 
 def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:
     """Tie the balance and z-loss to a loss that the loop computed itself. Not needed where `labels` are passed.
 
     Args:
-        model: A Symphony model whose forward made `loss`.
+        model: The Symphony model whose forward made `loss`, or a wrapper around it, or around several that made it.
         loss: The loss, before any division by the number of accumulation steps.
 
     Returns:
@@ -247,4 +277,6 @@ def add_router_losses(model: nn.Module, loss: Tensor) -> Tensor:
     Raises:
         PatchError: If the model is not symphonized.
     """
-    return tracker_of(model).record_loss(loss)
+    for tracker in trackers_of(model):
+        loss = tracker.record_loss(loss)
+    return loss

@@ -18,7 +18,7 @@ from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
 from .expert_graph import ExpertGraph, active_graph, is_functional
-from .observations import ForwardRecord, tensors_of
+from .observations import ForwardRecord, backward_starts
 from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
 from .training_state import TrainingState, keeps_loads, num_ranks, shares_loads
@@ -72,8 +72,8 @@ class CoselectionCounter:
         self.placed = StackRouters(self, key, owner, routers, state, checks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CoselectionCounter":
-        """Copy the counter with its model. A router that is copied alone, as PEFT does, stays in this one."""
-        if id(self.owner) not in memo:
+        """Copy the counter with its model, whichever stack is first. A router copied alone, by PEFT, stays in this."""
+        if id(self.owner) not in memo and id(self.state) not in memo:
             return self
         copied = memo[id(self)] = CoselectionCounter.__new__(CoselectionCounter)
         copied.__dict__.update(copy.deepcopy({**self.__dict__, "record": None}, memo))
@@ -122,13 +122,23 @@ class CoselectionCounter:
             self.checks.refuse_join()
             self.placed.find()
             self.placed.check_in_place()
-            self._counted_graphs = self.graphs
+            self._note_graphs()
             self.record = self.state.begin_record(self.key, self.num_experts, self.device)
         if keeps_loads(self.config):
             self.record.loads_LE.copy_(self.last_loads())
         self.record.mask_T = self._find_mask(args, kwargs)
         types = kwargs.get("moe_mm_token_type_ids")
         self.record.image_T = types.reshape(-1).bool() if isinstance(types, Tensor) else None
+
+    def _note_graphs(self) -> None:
+        """Note the graphs in use, which a commit moves. What is pending of another adapter's is not for them."""
+        before, self._counted_graphs = self._counted_graphs, self.graphs
+        if before and self.key in self.state.counted and set(before).isdisjoint(self._counted_graphs):
+            self.state.drop()
+            self.checks.warn_once(
+                "another adapter was set between two micro-batches of a step, so what the first has counted is left "
+                "out: call `optimizer.step()` and `symphony_hf.update_graphs(model)` before `set_adapter`"
+            )
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook of the owner: let the record count when its backward has run."""
@@ -145,7 +155,7 @@ class CoselectionCounter:
             record.visited.clear()
             return
         record.closed = True
-        reached = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+        reached = backward_starts(output)
         for tensor in reached:
             tensor.register_hook(functools.partial(self._begin_backward, record))
         if not reached:
@@ -170,25 +180,23 @@ class CoselectionCounter:
         It costs one all-reduce for all layers. The step so far is what is pending: it counts by the same rule, and is
         committed or dropped with it. A recomputation reads the load that its own forward had.
         """
-        loads_LE = record.counts_LEE.diagonal(dim1=1, dim2=2).clone()
+        totals_LF = record.counts_by_expert()
         if self.config.balance_scope == "step":
-            pending = self.state.gather(self.key, self.num_experts, self.device)
+            pending_LF = self.state.gather(self.key, self.num_experts, self.device).counts_by_expert()
             # Non-finite logits poisoned the counts: after a loss scaler skipped such a step, training goes on.
-            loads_LE += pending.counts_LEE.diagonal(dim1=1, dim2=2).nan_to_num(0.0)
+            totals_LF += torch.where(torch.isfinite(pending_LF).all(1, keepdim=True), pending_LF, 0.0)
         if num_ranks() > 1:
-            dist.all_reduce(loads_LE)
-        top_k = active_graph(self.routers[0].symphony).top_k
-        # Every token chose K experts. A router that saw none has no load.
-        record.loads_LE.copy_(loads_LE / (loads_LE.sum(1, keepdim=True) / top_k).clamp_min(1.0))
+            dist.all_reduce(totals_LF)
+        # A router that saw no token has no load.
+        record.loads_LE.copy_(totals_LF[:, :-1] / totals_LF[:, -1:].clamp_min(1.0))
 
     def last_loads(self) -> Tensor:
         """Return the load of the last step, by which this one is balanced: even, without a gradient, before the first.
 
         It is the same for every micro-batch, however a step is split.
         """
-        top_k = active_graph(self.routers[0].symphony).top_k
-        even_LE = torch.full((len(self.routers), self.num_experts), top_k / self.num_experts, device=self.device)
-        return self.state.loads_of_last_step(self.key, even_LE.to(torch.float32))
+        top_ks = [graph.top_k for graph in self.graphs]
+        return self.state.loads_of_last_step(self.key, top_ks, self.num_experts, self.device)
 
     @torch.no_grad()
     def keep_loads(self, counts_LEE: Tensor, tokens_L: Tensor) -> None:

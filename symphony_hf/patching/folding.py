@@ -1,7 +1,6 @@
 """Fold graphs into the routers' own weights."""
 
 import os
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from symphony_hf.checkpoints.saving import without_settings
+from symphony_hf.checkpoints.saving import check_shard_size, plain_config
 from symphony_hf.errors import UNREADABLE, FoldError, PatchError, SymphonyWarning
-from symphony_hf.files import ADAPTER_CONFIG, stale_files
+from symphony_hf.files import ADAPTER_CONFIG, check_folder_place, replacing_folder
 from symphony_hf.patching.families.substitution import linear_of
 
 from .attachment import settle
 from .engines import engine_warnings
 from .expert_graph import active_graph, is_adapted
-from .symphonize import check_whole, symphony_routers, unsymphonize
+from .symphonize import Model, check_whole, symphony_routers, unsymphonize
 
 logger = logging.get_logger(__name__)
 
@@ -58,11 +57,17 @@ def folded_parameters(model: nn.Module) -> dict[str, Tensor]:
     return folded
 
 
-def fold(model: PreTrainedModel) -> PreTrainedModel:
+def fold(model: Model) -> Model:
     """Fold each graph into its router's weight, in place: a plain model with the same logits.
 
     In 16 bits, and under autocast to them, they are the same to the bit. In float32 a router smooths its logits instead
     of multiplying by A W, and they differ by the rounding of sums, 1e-5 of the largest at most.
+
+    Args:
+        model: The model that was symphonized, not wrapped.
+
+    Returns:
+        The same model.
 
     Raises:
         PatchError: If the model is not symphonized, or is a part of one that is.
@@ -84,9 +89,9 @@ def export_folded(
 ) -> Path:
     """Write a plain checkpoint of the base family, with each graph folded into its router's weight.
 
-    It has the stock tensor names and config and nothing of ours in it; any server runs it, to the logits of `fold`. But
-    for a model with modules of `upcycle_modules`: without graphs, these still need this package. The model itself is
-    left as it is. A warning names settings that vLLM or llama.cpp are known to ignore and that have another value here.
+    Tensor names and config are stock, and the logits are those of `fold`. Exception: modules made by `upcycle_modules`
+    still need this package. The model itself is left as it is. A warning names settings that vLLM or llama.cpp are
+    known to ignore and that have another value here.
 
     Args:
         model: A Symphony model, not wrapped.
@@ -102,66 +107,57 @@ def export_folded(
     Raises:
         PatchError: If the model is not symphonized, or is a part of one that is.
         FoldError: If a graph cannot be folded exactly, or an adapter is in the folder.
+        ConfigError: If the folder cannot be written or replaced, or the size is invalid.
     """
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"export_folded: expected a transformers model, got {type(model).__name__}: unwrap it first")
-    folded = folded_parameters(model)
-    graphs = tuple(f"{name}.symphony." for name, _ in symphony_routers(model))
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith(graphs)}
-    state.update(folded)
     directory = Path(directory)
+    check_shard_size(max_shard_size, "export_folded")
+    check_folder_place(directory, "export_folded")
     if (directory / ADAPTER_CONFIG).exists():
         raise FoldError(
             f"export_folded: `{directory}` holds an adapter, which would be loaded instead: give another folder"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".folding-", dir=directory))
-    try:
-        with without_settings(model):
-            type(model).save_pretrained(model, unfinished, state_dict=state, max_shard_size=max_shard_size)
-        if model.should_save_on_this_rank(is_main_process=True):  # the other ranks have nothing in theirs
-            _save_tokenizer(model, unfinished, tokenizer)
-            _replace_checkpoint(directory, unfinished)
-            for warning in engine_warnings(model.config):
-                warnings.warn(f"export_folded: {warning}", SymphonyWarning, stacklevel=2)
-    finally:
-        shutil.rmtree(unfinished)
+    folded = folded_parameters(model)
+    graphs = tuple(f"{name}.symphony." for name, _ in symphony_routers(model))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(graphs)}
+    state.update(folded)
+    is_writer = model.should_save_on_this_rank(is_main_process=True)  # the other ranks write nothing into theirs
+    with replacing_folder(directory.resolve()) if is_writer else tempfile.TemporaryDirectory() as unfinished:
+        type(model).save_pretrained(model, unfinished, state_dict=state, max_shard_size=max_shard_size)
+        if is_writer:
+            plain_config(model).save_pretrained(unfinished)
+            _save_tokenizer(model, Path(unfinished), tokenizer)
+    for warning in engine_warnings(model.config) if is_writer else ():
+        warnings.warn(f"export_folded: {warning}", SymphonyWarning, stacklevel=2)
     model.barrier_after_gathered_checkpoint_save(getattr(model.config, "distributed_config", None))
     return directory
-
-
-def _replace_checkpoint(directory: Path, unfinished: Path) -> None:
-    there, written = ({file.name for file in folder.iterdir() if file.is_file()} for folder in (directory, unfinished))
-    stale = stale_files(there, written, directory.joinpath)
-    for name in written:
-        os.replace(unfinished / name, directory / name)
-    for name in stale:
-        (directory / name).unlink()
 
 
 def _save_tokenizer(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
     if tokenizer is None:
         tokenizer = _find_tokenizer(model)
-        if tokenizer is None:
-            source = f"beside `{model.name_or_path}`" if model.name_or_path else "for a model built from a config"
-            logger.warning(f"export_folded: no tokenizer found {source}: copy its files there, or give `tokenizer=`")
     if tokenizer is not None and tokenizer is not False:
         tokenizer.save_pretrained(folder)
 
 
 def _find_tokenizer(model: PreTrainedModel) -> Any:
-    """Load the tokenizer or processor of the checkpoint that a model was loaded from, without a download."""
-    if not model.name_or_path:
-        return None
+    """Load the tokenizer of the checkpoint that a model was loaded from, without a download.
+
+    For a model with images it is the whole processor or nothing: its tokenizer alone would replace a processor.
+    """
     has_images = getattr(model.config, "vision_config", None) is not None
-    kinds: tuple[Any, ...] = (AutoProcessor, AutoTokenizer) if has_images else (AutoTokenizer,)
-    for kind in kinds:
-        try:
+    kind: Any = AutoProcessor if has_images else AutoTokenizer
+    reason = f"none beside `{model.name_or_path}`" if model.name_or_path else "the model was built from a config"
+    try:
+        if model.name_or_path:
             found = kind.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False)
-        except UNREADABLE:
-            continue
-        own = getattr(found, "tokenizer", found)
-        # Without files, transformers returns an empty tokenizer of the model's usual class.
-        if hasattr(own, "get_vocab") and own.get_vocab().keys() - set(own.all_special_tokens):
-            return found
+            own = getattr(found, "tokenizer", found)
+            # Without files, transformers returns an empty tokenizer of the model's usual class.
+            if hasattr(own, "get_vocab") and own.get_vocab().keys() - set(own.all_special_tokens):
+                return found
+    except UNREADABLE as error:
+        reason = str(error).strip().partition("\n")[0]
+    what = "processor" if has_images else "tokenizer"
+    logger.warning(f"export_folded: no {what} is written ({reason}): copy its files there, or give `tokenizer=`")
     return None

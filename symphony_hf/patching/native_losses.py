@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from symphony_hf.config import SymphonyConfig
 
 _REPLACED = {
-    "balances": (("router_aux_loss_coef", "aux_loss_coef"), "aux_loss"),
-    "z_loss_weight": (("router_z_loss_coef",), "z_loss"),
+    "balances": (("router_aux_loss_coef", "aux_loss_coef"), ("aux_loss", "encoder_aux_loss", "decoder_aux_loss")),
+    "z_loss_weight": (("router_z_loss_coef",), ("z_loss", "encoder_z_loss", "decoder_z_loss")),
 }
-"""For each setting, the names of the native loss's weight in models and configs, and its name in outputs."""
+"""For each setting, the names of the native loss's weight in models and configs, and its names in outputs."""
 
 
 class NativeLosses:
@@ -80,7 +80,7 @@ def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> list
     attached: list[NativeLosses] = []
     if not replaced:
         return attached
-    weights, outputs = [name for names, _ in replaced for name in names], [output for _, output in replaced]
+    weights, outputs = ([name for names in column for name in names] for column in zip(*replaced, strict=True))
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue

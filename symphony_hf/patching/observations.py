@@ -45,6 +45,10 @@ class Observations:
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts_LEE, self.tokens_L, self.losses_L3
 
+    def counts_by_expert(self) -> Tensor:
+        """Return how many tokens chose each expert, then how many there were. Shape: (L, num_experts + 1)."""
+        return torch.cat([self.counts_LEE.diagonal(dim1=1, dim2=2), self.tokens_L.unsqueeze(1)], dim=1)
+
     def is_of(self, routers: Sequence[nn.Module]) -> bool:
         """Whether these are the observed routers, in this order."""
         return len(self.routers) == len(routers) and all(map(operator.is_, self.routers, routers))
@@ -99,14 +103,19 @@ class ForwardRecord(Observations):
         self.probabilities_LE.zero_()
 
 
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a stack's output, each once."""
+def backward_starts(output: Any) -> list[Tensor]:
+    """Return the tensors in a forward's output that its backward goes through, each once.
+
+    Not a parameter, such as a trained prompt among the hidden states: all forwards have it in common.
+    """
+    if not isinstance(output, Tensor | dict | tuple | list):
+        output = getattr(output, "__dict__", {})  # of a dataclass, or any object
+    return list({id(tensor): tensor for tensor in _tensors_in(output) if tensor.grad_fn is not None}.values())
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict | tuple | list):
-        seen: set[int] = set()
         for value in output.values() if isinstance(output, dict) else output:
-            for tensor in tensors_of(value):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield tensor
+            yield from _tensors_in(value)

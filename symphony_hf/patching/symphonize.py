@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,21 @@ from .self_check import check_routers
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def symphonize(
-    model: PreTrainedModel,
+    model: Model,
     config: SymphonyConfig | Mapping[str, Any] | None = None,
     *,
     preset: str | None = None,
     **overrides: Any,
-) -> PreTrainedModel:
+) -> Model:
     """Route a MoE model through the graph of its experts, in place.
 
-    At the start the graph is the identity and the model computes bit for bit what it did; training moves the graph.
-    Weights, experts and checkpoint names stay as they are: each router gains a child `symphony`, with two buffers.
+    Unless `graph` is a path, the graph starts as the identity, and the model computes bit for bit what it did until
+    training moves the graph. Weights, experts and checkpoint names stay as they are: each router gains a child
+    `symphony`, which holds the graph and its number of updates.
 
     Args:
         model: A MoE model of transformers, or one with a MoE inside, such as LLaVA; with `routers`, any module.
@@ -80,7 +83,7 @@ def symphonize(
         own_config(model)
     attach(model, found, settings.to_dict())
     if settings.strength == 0 and settings.counts_selections:
-        logger.warning("strength is 0: routing stays the base model's, and the graph is learned beside it")
+        logger.warning("strength is 0: routing stays the base model's, and the graph is updated beside it")
     if settings.decay == 1 and settings.counts_selections and adjacencies is None:
         tracker_of(model).checks.warn_once(
             "decay=1 keeps every graph as it is, and it starts as the identity, which has no effect: decay=1 is for a "
@@ -133,11 +136,7 @@ def _check_patchable(model: nn.Module, settings: SymphonyConfig) -> None:
 
 
 def _check_graphs_arrived(model: nn.Module) -> None:
-    """Refuse a model whose config says that it has graphs, when it has none.
-
-    Raises:
-        PatchError: If it was loaded before this package was imported, or built without it from a Symphony config.
-    """
+    """Raise PatchError for a model whose config says that it has graphs, when it has none."""
     if getattr(getattr(model, "config", None), "symphony", None) is not None:
         raise PatchError(
             f"{type(model).__name__} is of a Symphony checkpoint, but its graphs were not loaded: it was loaded before "
@@ -189,7 +188,11 @@ def unpatch_router(router: SymphonyRouter) -> None:
 
 
 def is_symphonized(model: nn.Module) -> bool:
-    """Whether a model, or what it wraps, routes through expert graphs."""
+    """Return whether a model routes through expert graphs.
+
+    Args:
+        model: Any model, wrapped or not.
+    """
     return any(isinstance(module, SymphonyRouter) for module in model.modules())
 
 
@@ -209,10 +212,7 @@ def symphony_routers(model: nn.Module) -> Iterator[tuple[str, SymphonyRouter]]:
 
 
 def all_routers(model: nn.Module) -> list[FoundRouter]:
-    """Return all routers of a model, with a graph or without, in module order.
-
-    Args:
-        model: A model that discovery supports, or a symphonized model with routers that its user named.
+    """Return all routers of a model, with a graph or without, in module order; also those that its user named.
 
     Raises:
         UnsupportedModelError: If it has no router, or one of an unknown kind.
@@ -234,15 +234,8 @@ def all_routers(model: nn.Module) -> list[FoundRouter]:
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Refuse a part of a Symphony model, or a wrapper around one: the model's hooks and settings would be left behind.
-
-    Args:
-        model: With Symphony routers.
-        what: The call, for the error message.
-
-    Raises:
-        PatchError: If it is not the model that was symphonized.
-    """
+    """Raise PatchError, which begins with `what`, for a part of a Symphony model or a wrapper around one: the model's
+    hooks and settings would be left behind."""
     if "_symphony_tracker" not in model.__dict__:
         raise PatchError(
             f"{what}: {type(model).__name__} is a part of the model that was symphonized, or wrapped around it: give "
@@ -252,6 +245,9 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 def expert_graphs(model: nn.Module) -> dict[str, Tensor]:
     """Return the co-selection graph of each router.
+
+    Args:
+        model: A symphonized model, a part of one, or a wrapper around one.
 
     Returns:
         Router's module name -> its adjacency, a copy: symmetric, non-negative; the diagonal is each expert's share
@@ -276,8 +272,14 @@ def _whole(name: str, tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def unsymphonize(model: PreTrainedModel) -> PreTrainedModel:
-    """Remove the graphs: restore the base model's classes, names and routing, with the same weights.
+def unsymphonize(model: Model) -> Model:
+    """Remove the graphs, in place: restore the base model's classes, names and routing, with the same weights.
+
+    Args:
+        model: The model that was symphonized, not wrapped.
+
+    Returns:
+        The same model.
 
     Raises:
         PatchError: If the model is not symphonized, is a part of one that is, or has adapters.

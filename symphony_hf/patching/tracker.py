@@ -136,7 +136,7 @@ class Tracker:
 
     def settle(self) -> None:
         """Commit the last optimizer step if the loop did not. Called before a training forward."""
-        if not self.state.stepped:
+        if not self.state.stepped or is_functional():
             return
         self.commit()
         if not torch.compiler.is_compiling():
@@ -145,6 +145,14 @@ class Tracker:
                 "ranks the last step of a run is left out. Call `symphony_hf.update_graphs(model)` after "
                 "`optimizer.step()`, or give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
             )
+
+    def take_part(self) -> None:
+        """Count a training forward of the model on each of several ranks, also where it runs no router on this one.
+
+        A batch of text alone leaves out an image encoder that another rank runs, and the ranks commit together.
+        """
+        if num_ranks() > 1 and not is_functional():
+            self.state.counted.update(self.state.routers)
 
     def settle_alone(self) -> None:
         """Commit the last optimizer step if the loop did not. Called before the graphs are read, as by a save.

@@ -22,8 +22,8 @@ class TrainingState:
     Attributes:
         routers: The routers of each stack, by the stack's key, as of its last training forward.
         pending: Observations that count and wait for a commit, by the stack's key.
-        counted: Keys of the stacks that have something pending. What a commit has taken leaves zeros in `pending`,
-            since a compiled forward writes into the same tensors every time.
+        counted: Keys of the stacks that take part in the next commit. The others have zeros in `pending`: a commit
+            leaves them, since a compiled forward writes into the same tensors every time.
         stepped: Whether an optimizer has stepped since there is something pending.
         scale: The factor that the main loss's gradient arrived with, written in the backward pass. A scalar.
         loss_recorded: Whether a main loss that starts the routers' went backward since the last commit.
@@ -93,18 +93,19 @@ class TrainingState:
     def gather(self, key: int, num_experts: int, device: torch.device) -> Observations:
         """Return all that is pending of a stack, for the routers that it has now."""
         total = Observations(self.routers[key], num_experts, device)
-        if key in self.counted:
+        if key in self.pending:
             total.add(self.pending[key])
         return total
 
-    def loads_of_last_step(self, key: int, even_LE: Tensor) -> Tensor:
-        """Return the load of a stack's experts in the last step, and begin with `even_LE` where it is not known.
+    def loads_of_last_step(self, key: int, top_ks: list[int], num_experts: int, device: torch.device) -> Tensor:
+        """Return the load of a stack's experts in the last step: even in each layer where it is not known.
 
         Layers that were added or removed begin anew.
         """
-        known = self.last_loads.get(key, even_LE)
-        fitting = known if known.shape == even_LE.shape else even_LE
-        self.last_loads[key] = fitting.to(even_LE.device)
+        known = self.last_loads.get(key)
+        if known is None or known.shape != (len(top_ks), num_experts):
+            known = torch.tensor(top_ks).to(torch.float32).unsqueeze(1).repeat(1, num_experts) / num_experts
+        self.last_loads[key] = known.to(device)
         return self.last_loads[key]
 
     def saved_loads(self) -> dict[str, list[list[float]]]:
@@ -167,14 +168,18 @@ class TrainingState:
 
     def drop(self) -> None:
         """Drop what is pending, and void the records whose backward has not run: the model's state was replaced."""
-        self._clear_pending()
+        self.finish_commit()
         self.last_loads.clear()
         self._generation += 1
-        self.stepped = self.loss_recorded = False
+
+    def begin_training(self) -> None:
+        """Drop what an earlier training, or a loop that was broken off within a step, has left for this one."""
+        self.drop()
+        self.logged_losses = None
 
     def _clear_pending(self) -> None:
-        for key in self.counted:
-            self.pending[key].zero()
+        for pending in self.pending.values():
+            pending.zero()
         self.counted.clear()
 
     def log_losses(self, losses: Sequence[Tensor]) -> None:
@@ -185,7 +190,7 @@ class TrainingState:
         if self.logged_losses is None or self.logged_losses.shape != noted.shape:  # layers were dropped or added
             self.logged_losses = noted
         else:
-            self.logged_losses = self.logged_losses + noted
+            self.logged_losses = self.logged_losses.to(noted.device) + noted
 
     def take_losses(self) -> dict[str, float]:
         """Return the mean balance and z-loss over layers since the last call; empty without any.

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -73,3 +74,11 @@ def greedy_tokens(model, prompts, length=16):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         rows.append(ids[len(prompt) :])
     return rows
+
+
+def read_config_as(engine, folder):
+    """Return a checkpoint's config as code of an engine reads it."""
+    module = types.ModuleType(f"{engine}.configs")
+    code = "from transformers import AutoConfig\ndef read(folder):\n    return AutoConfig.from_pretrained(folder)\n"
+    exec(code, module.__dict__)
+    return module.read(folder)

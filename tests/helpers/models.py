@@ -58,10 +58,15 @@ def make_model(family="olmoe", *, seed=0, dtype=torch.float32, experts="grouped_
     return model.eval()
 
 
-def make_llava(family="olmoe", *, seed=0):
+def make_llava(family="olmoe", *, seed=0, vision_layers=2):
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
     config = LlavaConfig(vision_config=vision, text_config=make_config(family), image_token_index=VOCAB - 1)
     return AutoModelForImageTextToText.from_config(config).eval()

@@ -15,7 +15,8 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "symphony_hf").rglob("*.md")])
+FOLDERS = ("notebooks", "recipes", "symphony_hf")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILIES = ROOT / "symphony_hf" / "patching" / "families" / "README.md"
 

@@ -5,14 +5,14 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from models import gradients, make_ids, make_model, move_graphs
+from models import gradients, llava_inputs, make_ids, make_llava, make_model, move_graphs
 from safetensors.torch import save_file
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from symphony_hf import PatchError, SymphonyWarning, expert_graphs, symphonize, update_graphs
+from symphony_hf import PatchError, SymphonyWarning, expert_graphs, symphonize, upcycle_modules, update_graphs
 from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.experiments.distributed.loops import local_group
 
@@ -79,6 +79,26 @@ def refusal_of_join(rank):
     return None
 
 
+def make_routed_tower():
+    """A LLaVA whose one graph is in its vision tower, which a batch of text alone leaves out."""
+    model = upcycle_modules(make_llava(vision_layers=5), "*vision_tower*.3.mlp")
+    return symphonize(model, layers=[3], decay=0.5).train()
+
+
+def learn_of_images(inputs_of):
+    """The graph of a vision tower after STEPS steps. The loop forgets one commit, which the next forward makes up."""
+    model = make_routed_tower()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "nothing moved the graphs")
+        for step in range(STEPS):
+            inputs = inputs_of(step)
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            optimizer.step()
+            assert step == 1 or update_graphs(model)
+    return expert_graphs(model)
+
+
 def learn(model, rows_of):
     """A learned graph after STEPS steps, whole; `rows_of` gives this process its part of each batch."""
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.5)
@@ -118,3 +138,5 @@ def run_rank(rank, folder):
         messages = messages_of_ranks_that_differ(rank)
         (folder / f"{rank}.json").write_text(json.dumps([*messages, refusal_of_join(rank)]))
         learn_under_fsdp2(rank, folder)
+        images = learn_of_images(lambda step: {"input_ids": make_ids(seed=step)} if rank else llava_inputs(seed=step))
+        save_file(images, folder / f"images.{rank}.st")

@@ -1,6 +1,8 @@
 """The counting rule of patching/training_state.py: a test for each clause, and more situations of each kind."""
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +217,44 @@ def test_clause_5_a_forward_or_backward_that_is_broken_off_leaves_no_trace():
     step(model, 0)
     step(alone, 0)
     assert_same_graphs(model, alone)
+
+
+def test_clause_5_a_parameter_in_the_output_tells_no_backward():
+    """As a trained prompt, which `output_hidden_states` returns: all forwards have it in common."""
+    model, alone = model_of(), model_of()
+    for each, seeds in ((model, (7, 0)), (alone, (0,))):
+        prompt = torch.nn.Parameter(each.get_input_embeddings()(make_ids()).detach())
+        for seed in seeds:
+            ids = make_ids(seed=seed)
+            loss = each(inputs_embeds=prompt, labels=ids, output_hidden_states=True).loss
+        loss.backward()
+        assert not prompt._backward_hooks
+        update_graphs(each)
+    assert_same_graphs(model, alone)
+
+
+@dataclass
+class Output:
+    hidden: torch.Tensor
+
+
+class OfAnyOutput(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.block, self.output = ChoosingBlock(), output
+
+    def forward(self, x):
+        return self.output(hidden=self.block(x))
+
+
+@pytest.mark.parametrize("output", [SimpleNamespace, Output])
+def test_clause_5_holds_for_any_output(output):
+    model, ids = symphonize(OfAnyOutput(output), routers="*.gate").train(), torch.randn(6, 16)
+    model(ids)
+    assert not update_graphs(model)
+    with pytest.warns(SymphonyWarning, match="computes its own loss"):
+        model(ids).hidden.sum().backward()
+        assert update_graphs(model)
 
 
 def test_clause_5_a_second_backward_does_not_count_again():

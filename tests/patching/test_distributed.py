@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.multiprocessing as mp
-from models import gradients, make_ids, make_model
-from ranks import STEPS, learn, learned_model, move_biases, run_rank
+from models import gradients, llava_inputs, make_ids, make_model
+from ranks import STEPS, learn, learn_of_images, learned_model, move_biases, run_rank
 from safetensors.torch import load_file
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
@@ -54,6 +54,14 @@ def test_graphs_that_differ_between_ranks_are_named(folder):
     for rank in range(2):
         message, _ = json.loads((folder / f"{rank}.json").read_text())
         assert message.startswith("1 of 3 graphs differ between the ranks")
+
+
+def test_a_rank_without_images_takes_part_in_every_commit(folder):
+    expected = learn_of_images(lambda step: llava_inputs(seed=step))
+    assert len(expected) == 1
+    for rank in range(2):
+        graphs = load_file(folder / f"images.{rank}.st")
+        assert all(torch.equal(graphs[name], graph) for name, graph in expected.items())
 
 
 def test_uneven_batches_under_join_are_refused_on_every_rank(folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import make_ids, make_llava, make_model, move_graphs
+from ranks import make_routed_tower
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from symphony_hf import (
@@ -14,6 +15,7 @@ from symphony_hf import (
     PatchError,
     SymphonyCallback,
     SymphonyWarning,
+    add_router_losses,
     expert_graphs,
     is_symphonized,
     lora_config,
@@ -218,6 +220,23 @@ def two_ranks(monkeypatch):
     return others
 
 
+def test_all_models_in_a_wrapper_are_served():
+    """A policy and its value model, say, with one loss."""
+    both = torch.nn.ModuleDict({name: symphonize(make_model()) for name in ("policy", "value")}).train()
+    alone, ids = symphonize(make_model()).train(), make_ids()
+    for model, modules in ((both, both.values()), (alone, [alone])):
+        loss = sum(module(ids).logits.square().mean() for module in modules)
+        add_router_losses(model, loss).backward()
+        assert update_graphs(model)
+    for module in both.values():
+        for name, graph in expert_graphs(alone).items():
+            assert torch.equal(expert_graphs(module)[name], graph)
+        for parameter, expected in zip(module.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(parameter.grad, expected.grad)
+    with pytest.raises(PatchError, match="2 Symphony models"):
+        tracker_of(both)
+
+
 def test_graphs_that_differ_between_ranks_are_named(two_ranks):
     model = symphonize(make_model()).train()
     step(model)  # looked at: the same
@@ -228,6 +247,22 @@ def test_graphs_that_differ_between_ranks_are_named(two_ranks):
     checks.num_commits = 100
     with pytest.warns(SymphonyWarning, match=f"1 of {num_graphs} graphs differ between the ranks"):
         step(model)
+
+
+def test_a_rank_that_runs_no_router_takes_part_in_the_commit(two_ranks):
+    """Whether the loop commits or the next forward does: the other rank, with images, waits for its counts."""
+    model, ids, sent = make_routed_tower(), make_ids(), []
+    two_ranks["sum"] = lambda tensor: sent.append(tensor) or tensor
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = expert_graphs(model)
+    for step in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        assert step == 1 or update_graphs(model)
+    with pytest.warns(SymphonyWarning, match="nothing moved the graphs"):
+        model(ids, labels=ids)
+    assert [float(tensor.abs().sum()) for tensor in sent] == [0, 0]
+    assert all(torch.equal(graph, before[name]) for name, graph in expert_graphs(model).items())
 
 
 def test_a_fingerprint_knows_every_bit_its_place_and_the_updates():
@@ -256,9 +291,9 @@ def test_global_balance_takes_the_load_of_all_ranks(two_ranks):
     gradients = {}
     for scope in ("local", "global"):
         model = move_graphs(symphonize(make_model("mixtral"), balance_loss_weight=1.0, balance_scope=scope)).train()
-        other = torch.zeros(6)
-        other[:2] = 24.0
-        two_ranks["sum"] = lambda tensor, other=other: other.expand(tensor.shape) if tensor.shape == (3, 6) else tensor
+        other = torch.tensor([24.0, 24.0, 0.0, 0.0, 0.0, 0.0])
+        sent = torch.cat([other, other[:1]])  # with the number of its tokens
+        two_ranks["sum"] = lambda tensor, sent=sent: sent.expand(tensor.shape) if tensor.shape == (3, 7) else tensor
         ids = make_ids()
         seen = []
         hook = lambda module, args, output, seen=seen: seen.append((args[0], *output))  # noqa: E731

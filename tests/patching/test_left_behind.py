@@ -52,7 +52,7 @@ def fuse_loss(model):
             output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100
         )
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return MoeCausalLMOutputWithPast(loss=total / count, logits=output.logits)
+        return MoeCausalLMOutputWithPast(loss=total / count)
 
     model.forward = forward
     return model

@@ -9,6 +9,7 @@ from models import make_ids, make_model
 from packaging.version import Version
 
 from symphony_hf import ConfigError, PatchError, SymphonyConfig, export_folded, symphonize, update_graphs
+from symphony_hf.config import settings_of
 from symphony_hf.experiments.conformance.matrix import quiet
 from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
 from symphony_hf.experiments.conformance.tiny import moe_families, tiny_model
@@ -35,6 +36,15 @@ def biases_of(model):
         router.name: correction_bias(router.contract, router.module, modules[router.name.rpartition(".")[0]])
         for router in find_routers(model)
     }
+
+
+@pytest.mark.parametrize("saved", [SymphonyConfig(balance="bias"), SymphonyConfig(balance="bias").to_dict()])
+def test_a_loss_in_place_of_the_bias_has_the_default_weight(saved):
+    default = SymphonyConfig().balance_loss_weight
+    for given, weight in (({}, default), ({"balance_loss_weight": 0.5}, 0.5), ({"balance_loss_weight": 0.0}, 0.0)):
+        settings = settings_of(saved, None, {"balance": "loss", **given})
+        assert (settings.balance, settings.balance_loss_weight) == ("loss", weight)
+    assert settings_of(saved, None, {"strength": 0.5}).balance_loss_weight == 0
 
 
 @pytest.mark.filterwarnings("ignore")

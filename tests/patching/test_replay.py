@@ -160,6 +160,15 @@ def test_padding_on_either_side_packing_and_cuts_give_the_same_choices(model, ot
             assert torch.equal(choices.tokens[row, : lengths[row]], ids[row, : lengths[row]].int())
 
 
+def test_a_row_of_padding_alone_is_replayed(model):
+    inputs = padded(make_ids(), (0, 12), "right")
+    choices = recorded(model, **inputs)
+    assert choices.lengths().tolist() == [0, 12]
+    with replay_routing(model, choices), record_routing(model) as again, torch.no_grad():
+        model(**inputs)
+    assert torch.equal(again.experts, choices.experts)
+
+
 def test_generation_is_recorded_token_by_token(model):
     inputs = padded(make_ids(), (5, 9), "left")
     inputs.pop("position_ids")

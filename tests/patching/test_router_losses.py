@@ -14,6 +14,10 @@ from symphony_hf import (
     upcycle_modules,
     update_graphs,
 )
+from symphony_hf.experiments.conformance.batches import tiny_batch
+from symphony_hf.experiments.conformance.matrix import quiet
+from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.symphonize import symphony_routers
 
 
@@ -126,6 +130,37 @@ def test_micro_batches_of_different_size_weigh_as_their_tokens_do():
     assert_gradients(gradients(model), gradients(plain))
 
 
+@pytest.mark.parametrize("encoder_decoder", ["nllb-moe", "switch_transformers"])
+def test_a_forward_that_averages_its_loss_itself_ignores_num_items_in_batch(encoder_decoder):
+    """Over an accumulated step: the router losses keep their weight beside a loss that is not divided."""
+    found = []
+    for num_items in ({}, {"num_items_in_batch": torch.tensor(40)}):
+        with quiet():
+            torch.manual_seed(0)
+            model = symphonize(tiny_model(encoder_decoder), **WEIGHTS).train()
+        update_graphs(model)
+        for seed in range(2):
+            batch = tiny_batch(model, seed=seed)
+            batch["labels"][0, : 3 + seed] = -100
+            torch.manual_seed(seed)  # the same dropout
+            model(**batch, **num_items).loss.backward()
+        found.append(gradients(model))
+    assert_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize(("family", "number"), [("nllb-moe", 2), ("switch_transformers", 4)])
+def test_losses_that_a_loop_might_add_are_0_in_training(family, number):
+    """Those of an encoder and of a decoder. In evaluation they are as the model computes them."""
+    with quiet():
+        model = symphonize(tiny_model(family))
+    batch = {**tiny_batch(model), "output_router_logits": True}
+    for training in (True, False):
+        out = model.train(training)(**batch)
+        losses = {name: value for name, value in out.items() if name.endswith(("aux_loss", "z_loss"))}
+        assert len(losses) == number
+        assert all(value == 0 for value in losses.values()) is training
+
+
 def test_a_loop_that_computes_its_own_loss():
     ids = make_ids()
     expected = reference_gradients(base("mixtral"), [{"input_ids": ids, "labels": ids}])
@@ -223,6 +258,14 @@ def test_logged_values_leave_out_forwards_that_a_router_had_none_of(text_alone):
     values = model._symphony_tracker.state.take_losses()
     for name, of_routers in zip(("balance_loss", "z_loss"), zip(*expected, strict=True), strict=True):
         assert values[name] == pytest.approx(sum(of_routers) / len(expected), rel=1e-5)
+
+
+def test_logged_values_follow_the_model_to_another_device():
+    """A device that adds nothing to another's tensors, as GPUs do not: `meta`, which every machine has."""
+    state = tracker_of(symphonize(make_model())).state
+    for device in ("cpu", "meta"):
+        state.log_losses([torch.zeros(3, 3, device=device)])
+    assert state.logged_losses.device.type == "meta"
 
 
 def test_nothing_is_logged_where_no_router_ran():

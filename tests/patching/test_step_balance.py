@@ -81,10 +81,19 @@ def test_gradients_and_logged_loss_are_those_of_the_load_so_far(family, checkpoi
     assert tracker_of(model).state.take_losses()["balance_loss"] == pytest.approx(balance, rel=1e-5)
 
 
-def test_a_step_of_one_micro_batch_is_balanced_locally():
+def with_top_ks(*top_ks, **settings):
+    """A model whose layers choose different numbers of experts, as HunYuan-MoE's may."""
+    model = stock()
+    for layer, top_k in zip(model.model.layers, top_ks, strict=True):
+        layer.mlp.gate.top_k = top_k
+    return symphonize(model, **{**WEIGHTS, "decay": 0.5, **settings}).train()
+
+
+@pytest.mark.parametrize("top_ks", [(3, 3, 3), (1, 3, 2)])
+def test_a_step_of_one_micro_batch_is_balanced_locally(top_ks):
     steps = {}
     for scope in ("local", "step"):
-        model = symphonized(balance_scope=scope)
+        model = with_top_ks(*top_ks, balance_scope=scope)
         for inputs in batches_of(3):
             model.zero_grad()
             backward(model, [inputs])
@@ -178,6 +187,14 @@ def test_each_step_is_balanced_by_the_load_of_the_last(checkpointing):
         assert_gradients(gradients(model), expected)
         update_graphs(model)
         assert tracker_of(model).state.take_losses()["balance_loss"] == pytest.approx(balance, rel=1e-5)
+
+
+def test_the_first_step_is_balanced_by_an_even_load_of_each_layers_number_of_experts():
+    """By an even load, a layer's balance loss is the number of experts that its tokens choose."""
+    model = with_top_ks(1, 3, 2, balance_scope="last_step")
+    backward(model, batches_of(1))
+    update_graphs(model)
+    assert tracker_of(model).state.take_losses()["balance_loss"] == pytest.approx((1 + 3 + 2) / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -19,6 +19,9 @@ from symphony_hf import (
     symphonize,
     update_graphs,
 )
+from symphony_hf.experiments.conformance.batches import tiny_batch
+from symphony_hf.experiments.conformance.matrix import quiet
+from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -279,6 +282,23 @@ def test_an_adapters_graph_moves_and_the_bases_does_not():
 
 
 @pytest.mark.parametrize("saved", ["gate", "symphony"])
+def test_counts_of_one_adapter_do_not_move_the_graphs_of_another(saved):
+    """Another adapter is set between two micro-batches of a step."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[saved])
+    model = peft.get_peft_model(symphonize(make_model(), decay=DECAY), config).train()
+    model.add_adapter("second", config)
+    ids, others = make_ids(), make_ids(seed=1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.set_adapter("second")
+    before, seen = expert_graphs(model), spy_on_selections(model)
+    with pytest.warns(SymphonyWarning, match="another adapter was set"):
+        model(input_ids=others, labels=others).loss.backward()
+    assert update_graphs(model)
+    assert_moved(model, before, seen, [[1] * 24])
+
+
+@pytest.mark.parametrize("saved", ["gate", "symphony"])
 def test_peft_may_copy_a_whole_router(saved):
     peft = pytest.importorskip("peft")
     weights = {"balance_loss_weight": 5.0} if saved == "gate" else {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}
@@ -306,6 +326,18 @@ def test_copying_one_router_does_not_copy_the_model():
     assert twin.stack is router.stack
     hidden = torch.randn(3, 32)
     assert torch.equal(twin.eval()(hidden)[0], router.eval()(hidden)[0])
+
+
+def test_a_copy_of_an_encoder_and_a_decoder_has_graphs_of_its_own():
+    """The copy of the encoder's counter reaches the decoder's before the decoder is copied."""
+    with quiet():
+        model = symphonize(tiny_model("nllb-moe"), decay=DECAY)
+    before, twin = expert_graphs(model), copy.deepcopy(model).train()
+    twin(**tiny_batch(twin)).loss.backward()
+    assert update_graphs(twin)
+    for name, graph in expert_graphs(twin).items():
+        assert torch.equal(expert_graphs(model)[name], before[name])
+        assert not torch.equal(graph, before[name])
 
 
 def test_evaluations_during_training_take_no_values_from_the_log(tmp_path):

@@ -21,15 +21,9 @@ class RoutingChoices:
     """Experts chosen by each token.
 
     A sequence's tokens are counted from its first one, without padding, so choices can be replayed with padding on
-    either side, or with several sequences packed into a row.
+    either side, or with several sequences packed into a row. The arguments are kept as attributes.
 
     Args:
-        experts: As the attribute.
-        routers: As the attribute.
-        num_experts: As the attribute.
-        tokens: As the attribute.
-
-    Attributes:
         experts: Chosen experts, in each router's own order; -1 after a sequence's last token. Shape: (layers,
             sequences, positions, top_k), int16.
         routers: For each layer, the index of its router among the model's. A router that runs twice has two layers.
@@ -169,7 +163,7 @@ def _check_experts(choices: RoutingChoices) -> None:
     experts = choices.experts
     if choices.experts.shape[-1] > 1 or len(experts) > 1 or experts.shape[2] > 1:
         per_sequence = experts.transpose(0, 1).flatten(1)
-        unset = (per_sequence <= 0).all(1).nonzero().flatten().tolist()
+        unset = (per_sequence.amax(1) == 0).nonzero().flatten().tolist()
         if unset:
             raise DataError(
                 f"replay_routing: every choice of sequence {unset[0]} is expert 0: it was not captured (vLLM needs "

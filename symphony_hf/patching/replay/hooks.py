@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from symphony_hf.errors import PatchError, UnsupportedModelError
 from symphony_hf.patching.families.discovery import FoundRouter
-from symphony_hf.patching.observations import tensors_of
+from symphony_hf.patching.observations import backward_starts
 from symphony_hf.patching.symphonize import all_routers
 
 from .layout import TokenLayout, read_layout
@@ -138,7 +138,7 @@ class RoutingHooks:
                 f"{len(forward.given_LTK)} layers: was a layer dropped?"
             )
         self.close_forward(forward)
-        reached = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+        reached = backward_starts(output)
         for tensor in reached:
             tensor.register_hook(functools.partial(self._begin_backward, forward))
         if reached and forward.given_LTK is not None:
