@@ -25,9 +25,14 @@ def training_arguments(recipe: Recipe, not_checked: list[str] | None = None) -> 
         not_checked: For a dry run: what this machine lacks is added to it, and not refused.
 
     Raises:
-        ConfigError: If a setting is unknown, TrainingArguments refuses a value, a stream has no `max_steps`, or a
-            package or device that the recipe needs is missing.
+        ConfigError: If a setting is unknown or belongs elsewhere, TrainingArguments refuses a value, a stream has no
+            `max_steps`, or a package or device that the recipe needs is missing.
     """
+    if "output_dir" in recipe.train:
+        raise ConfigError(
+            f"train: `output_dir: {recipe.train['output_dir']}`: in a recipe, `output.directory` sets it: change that, "
+            "or give `--output.directory`"
+        )
     problems = [*_missing_packages(recipe), *_missing_devices(recipe)]
     if problems and not_checked is None:
         raise ConfigError(problems[0])

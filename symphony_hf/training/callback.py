@@ -1,10 +1,11 @@
 """SymphonyCallback for transformers' Trainer: updates the graphs at each optimizer step and logs the router losses."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from symphony_hf.conversion.adapters.record import record_adapters
 from symphony_hf.conversion.adapters.trainable import print_trainable_parameters
@@ -27,6 +28,22 @@ def add_to_log(
     logs.update(named)
     if state.log_history:
         state.log_history[-1].update(named)
+
+
+def move_to_front(callback: TrainerCallback) -> list[TrainerCallback]:
+    """Put a callback before the reporting ones, which Trainer calls before those of a user, and return all of them.
+
+    Trainer does not give a callback its list, so the list is taken from the event that is under way. That goes on with
+    the next callback: those before this one move up by one, and were called.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    callbacks = [] if frame is None else frame.f_locals["self"].callbacks
+    if callback in callbacks:
+        callbacks.remove(callback)
+        callbacks.insert(0, callback)
+    return callbacks
 
 
 def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
@@ -78,7 +95,7 @@ class SymphonyCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        tracker = tracker_of(model)
+        beside, tracker = move_to_front(self), tracker_of(model)
         if args.n_gpu > 1:
             raise PatchError(f"SymphonyCallback: {args.n_gpu} GPUs in one process (DataParallel) {LOSES_COUNTS}")
         # TRL's own balance loss is off, since the model's weight for it is 0, unless TRL's arguments set one.
@@ -89,8 +106,10 @@ class SymphonyCallback(TrainerCallback, ExportableState):
             )
         refuse_vllm(args, tracker, "SymphonyCallback")
         check_launch_of_trainer(args)
-        self._reference = synced_reference(self, args, model)
+        self._reference = synced_reference(beside, args, model)
         self._tracker = tracker
+        tracker.settle_alone()
+        tracker.state.begin_training()
         tracker.state.restore_loads(saved_attributes(self, state).get("last_loads", {}))
         tracker.remove_log_probs_hook()  # left by a training that was interrupted
         # SFTTrainer computes its loss from the tokens' log-probabilities. With `dft` it weights them.

@@ -1,13 +1,15 @@
 """Final evaluation of a training run on the test split."""
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from symphony_hf.data.images.collator import VisualCollator
 from symphony_hf.data.images.questions import VisualQuestions
 from symphony_hf.data.prepared import PreparedData
 from symphony_hf.data.questions import Question
+from symphony_hf.data.rows import thinned
 from symphony_hf.evaluation.clean_attacked import evaluate_documents
 from symphony_hf.evaluation.metrics import METRICS, metric_interval
 from symphony_hf.evaluation.multiple_choice import MAX_ANSWERS, score_choices
@@ -28,7 +30,7 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
         questions. Empty without either split.
     """
     if data.documents is not None:
-        documents = data.documents[: recipe.eval.documents]
+        documents = thinned(data.documents, recipe.eval.documents)
         return evaluate_documents(
             trainer.model, processor, documents, recipe.data.block_size, recipe.eval, trainer.args.eval_batch_size
         )
@@ -37,7 +39,8 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     if held_out is None:
         return {}
     loss = trainer.evaluate(held_out, metric_key_prefix=split)[f"{split}_loss"]
-    values = {"split": split, "loss": loss, "perplexity": math.exp(loss)}
+    with np.errstate(over="ignore"):  # a diverged loss has an infinite perplexity
+        values = {"split": split, "loss": loss, "perplexity": float(np.exp(loss))}
     questions = _questions(held_out, data)
     if questions is not None:
         batch_size, total = trainer.args.eval_batch_size, len(held_out)

@@ -67,7 +67,7 @@ def train(
         train_data: Training examples; conversations for SFTTrainer.
         validation_data: Validation examples; None for no evaluation during training.
         arguments: Training arguments. TRL's SFTConfig selects SFTTrainer.
-        callbacks: Further callbacks, called before the reporting ones.
+        callbacks: Further callbacks.
         resume_from: Complete checkpoint to resume from.
         requested: Requested launch, compared with the one that the Trainer runs.
         collator: Function that makes a batch of examples; transformers' default if None.
@@ -78,6 +78,7 @@ def train(
         ConfigError: If another launch runs than was requested.
         CheckpointError: If a checkpoint cannot be written, or `resume_from` belongs to another model.
     """
+    ours = [SymphonyCallback(), *(callbacks or [])] if is_symphonized(model) else callbacks
     is_sft = any(kind.__name__ == "SFTConfig" for kind in type(arguments).__mro__)
     trainer = with_router_losses(resumable_sft_trainer() if is_sft else ResumableTrainer)(
         model,
@@ -86,14 +87,12 @@ def train(
         eval_dataset=validation_data,
         data_collator=collator,
         processing_class=processor if is_sft else None,
+        callbacks=ours,
     )
     trainer.run_settings = settings
     check_launch(requested, trainer.accelerator.num_processes, strategy_of(trainer.accelerator.state))
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(StepProgress())
-    ours = [SymphonyCallback(), *(callbacks or [])] if is_symphonized(model) else callbacks or []
-    # Before the reporting callbacks, so that those see what these add to the logs.
-    trainer.callback_handler.callbacks[:0] = ours
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer

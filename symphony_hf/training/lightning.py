@@ -35,6 +35,8 @@ class SymphonyLightningCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tracker = tracker_of(pl_module)
+        self._tracker.settle_alone()
+        self._tracker.state.begin_training()
         self._tracker.state.restore_loads(self._resumed_loads or {})
         self._resumed_loads = None
         self._steps = trainer.global_step
@@ -45,7 +47,8 @@ class SymphonyLightningCallback(Callback):
         self._steps = trainer.global_step
         tracker = tracker_of(pl_module)
         tracker.commit()
-        if self._steps % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 for no logs
+        if every and self._steps % every == 0:
             tracker.checks.warn_about_skipped()
             losses = tracker.state.take_losses()
             pl_module.log_dict({f"symphony/{name}": value for name, value in losses.items()})

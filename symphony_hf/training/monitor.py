@@ -20,7 +20,7 @@ from symphony_hf.files import replacing
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.symphonize import expert_graphs, symphony_routers
 
-from .callback import add_to_log
+from .callback import add_to_log, move_to_front
 from .zero import gathered
 
 
@@ -88,16 +88,18 @@ HISTORY = "load_history.safetensors"
 class GraphMonitor(TrainerCallback):
     """Callback that logs metrics of the graphs and draws them: `Trainer(..., callbacks=[..., GraphMonitor()])`.
 
-    The metrics are those of `diagnostics.graph_summary`. They are reported with the loss, if this callback comes before
-    the reporting ones. The pictures are `graphs.png` and `load.png` (each expert's load over time) in the output
-    directory, and images in TensorBoard, W&B or Trackio if `report_to` names them. The loads themselves are in
-    `load_history.safetensors`. A log costs under 2 ms for 16 layers of 64 experts on one CPU core.
+    The metrics are those of `diagnostics.graph_summary`, and are reported with the loss. The pictures are `graphs.png`
+    and `load.png` (each expert's load over time) in the output directory, and images in TensorBoard, W&B or Trackio if
+    `report_to` names them. The loads themselves are in `load_history.safetensors`. A log costs under 2 ms for 16 layers
+    of 64 experts on one CPU core.
 
     Args:
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
     """
 
     prefix = "symphony"
+    stem = ""
+    """Beginning of the names of its files."""
 
     def __init__(self, pictures: bool = True) -> None:
         self.pictures = pictures
@@ -108,6 +110,10 @@ class GraphMonitor(TrainerCallback):
         """Return the graph of each router. Every rank must call it: partitioned graphs are gathered."""
         with gathered([active_graph(router.symphony).adjacency for _, router in symphony_routers(model)]):
             return expert_graphs(model)
+
+    def kept_history(self, output: Path, model: Any) -> Path:
+        """Return the file with the loads that a run has logged so far."""
+        return output / f"{self.stem}{HISTORY}"
 
     def metrics(self, graphs: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
         """Return the values to log.
@@ -121,8 +127,9 @@ class GraphMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        move_to_front(self)
         self._logged = self.graphs_of(model)  # in a resumed run, as of its last log before the checkpoint
-        self._history, kept = LoadHistory(), Path(args.output_dir) / HISTORY
+        self._history, kept = LoadHistory(), self.kept_history(Path(args.output_dir), model)
         if state.global_step and state.is_world_process_zero and kept.is_file():
             self._history = LoadHistory.read(kept)
             self._history.cut(state.global_step)
@@ -152,16 +159,16 @@ class GraphMonitor(TrainerCallback):
             return
         output, history = Path(args.output_dir), self._history
         if history.steps:
-            history.write(output / HISTORY)
+            history.write(output / f"{self.stem}{HISTORY}")
         if not self.pictures:
             return
         from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
-        pictures = [plots.plot_graphs(graphs, output / PICTURE)]
+        pictures = [plots.plot_graphs(graphs, output / f"{self.stem}{PICTURE}")]
         if len(history.steps) > 1:
             loads = {name: torch.stack(rows).tolist() for name, rows in history.loads.items()}
             steps = [str(step) for step in history.steps]
-            pictures.append(plots.plot_load_history(loads, steps, output / LOAD_PICTURE))
+            pictures.append(plots.plot_load_history(loads, steps, output / f"{self.stem}{LOAD_PICTURE}"))
         for tracker in args.report_to or ():
             for picture in pictures:
                 if tracker in _SENDERS:

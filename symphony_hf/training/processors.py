@@ -17,7 +17,7 @@ from symphony_hf.data.embedded import embedded_corpus
 from symphony_hf.data.streams import sample_stream
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import ConfigError
-from symphony_hf.models.llava import vision_config_of
+from symphony_hf.models.llava import has_class_token, select_strategy, vision_config_of
 from symphony_hf.recipe import Recipe
 
 from .models import IMAGE_TOKEN, build_config
@@ -45,34 +45,39 @@ def load_processor(recipe: Recipe) -> Any:
     tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
     if data.kind != "llava":
         return tokenizer
-    vision = build_config(recipe.model, None).vision_config
+    config = build_config(recipe.model, None)
+    vision, strategy = config.vision_config, getattr(config, "vision_feature_select_strategy", "default")
     size = {"height": vision.image_size, "width": vision.image_size}
-    return _processor(tokenizer, vision, CLIPImageProcessorPil(size=size, crop_size=size))
+    return _processor(tokenizer, vision, strategy, CLIPImageProcessorPil(size=size, crop_size=size))
 
 
 def _stored_processor(recipe: Recipe) -> Any:
-    source, revision = recipe.model.tokenizer or recipe.model.path, recipe.model.revision
+    source = recipe.model.tokenizer or recipe.model.path
+    revision = recipe.model.revision if recipe.model.tokenizer is None else None
     try:
         if recipe.model.vision is not None:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            images = AutoImageProcessor.from_pretrained(recipe.model.vision)
             vision = vision_config_of(recipe.model.vision)
-            return _processor(tokenizer, vision, AutoImageProcessor.from_pretrained(recipe.model.vision))
+            return _processor(tokenizer, vision, select_strategy(vision), images)
         loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
-        return loader.from_pretrained(source, revision=revision if recipe.model.tokenizer is None else None)
+        return loader.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         name = "path" if recipe.model.tokenizer is None else "tokenizer"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"model: {name}: the tokenizer of `{source}` could not be loaded: {first}") from error
 
 
-def _processor(tokenizer: PreTrainedTokenizerBase, vision: PreTrainedConfig, images: Any) -> LlavaProcessor:
+def _processor(
+    tokenizer: PreTrainedTokenizerBase, vision: PreTrainedConfig, strategy: str, images: Any
+) -> LlavaProcessor:
     """Build the processor of a LLaVA, and give the tokenizer its image token."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token
+        num_additional_image_tokens=int(has_class_token(vision)),
     )

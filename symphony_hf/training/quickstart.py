@@ -21,6 +21,7 @@ from symphony_hf.compat import versions
 from symphony_hf.data.blocks import BlockDataset, pack_blocks
 from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.documents import Corpus
+from symphony_hf.data.rows import thinned
 from symphony_hf.data.tokenizer import cached_tokenizer
 from symphony_hf.errors import DataError, EvaluationError
 from symphony_hf.evaluation.attacks.word_swap import attack, words_changed
@@ -72,7 +73,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     tokenizer = cached_tokenizer(corpus, settings.vocab_size)
     base_blocks, tune_blocks, validation_blocks = _blocks(settings, corpus, tokenizer)
     windows = clean_and_attacked_windows(
-        corpus.test[: settings.documents],
+        thinned(corpus.test, settings.documents),
         tokenizer,
         settings.block_size,
         EvalSection(attack_rate=settings.attack_rate, seed=settings.seed),
@@ -115,7 +116,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
 
 
 def _share_of_words_changed(settings: QuickstartSettings, corpus: Corpus) -> float:
-    documents = corpus.test[: settings.documents]
+    documents = thinned(corpus.test, settings.documents)
     attacked = attack(documents, rate=settings.attack_rate, seed=settings.seed)
     changed = sum(words_changed(a.text, b.text) for a, b in zip(documents, attacked, strict=True))
     return changed / sum(len(document.text.split()) for document in documents)

@@ -14,7 +14,7 @@ _RECIPE = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
-    """Sizes and lengths of the quickstart, by default its recipe's. They take under six minutes on two CPU cores.
+    """Sizes and lengths of the quickstart, by default its recipe's. They take nine minutes on two CPU cores.
 
     Args:
         output: Folder for checkpoints, report and pictures.

@@ -1,6 +1,6 @@
 """Graphs of a reference model that TRL syncs with the policy."""
 
-import gc
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,23 +11,20 @@ from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 
 
-def synced_reference(callback: TrainerCallback, args: TrainingArguments, model: Any) -> Any | None:
+def synced_reference(callbacks: Iterable[TrainerCallback], args: TrainingArguments, model: Any) -> Any | None:
     """Return the reference model that TRL mixes the policy into (`sync_ref_model`); None if it does not.
 
     TRL mixes only parameters, and a graph is a buffer. transformers does not give a callback its trainer, so the
-    reference is found through TRL's own callback, in the trainer's list of callbacks.
+    reference is found through TRL's own callback, among those of the trainer.
 
     Raises:
         PatchError: If the reference has no graphs, or not those of the policy.
     """
     if not getattr(args, "sync_ref_model", False):
         return None
-    lists = [found for found in gc.get_referrers(callback) if isinstance(found, list)]
-    beside = [other for found in lists for other in found if isinstance(other, TrainerCallback)]
-    references = {id(other.ref_model): other.ref_model for other in beside if getattr(other, "ref_model", None)}
-    if not references:
+    reference = next((other.ref_model for other in callbacks if getattr(other, "ref_model", None)), None)
+    if reference is None:
         return None
-    (reference,) = references.values()
     policy_sizes = [graph.num_experts for graph in graphs_of(model)]
     if not is_symphonized(reference) or [graph.num_experts for graph in graphs_of(reference)] != policy_sizes:
         raise PatchError(

@@ -20,7 +20,8 @@ from symphony_hf.tables import Table
 
 from .launch import expected_strategy, strategy_of
 from .models import add_graph, empty_model
-from .monitor import PICTURE
+from .monitor import PICTURE, GraphMonitor
+from .routing_monitor import RoutingMonitor
 from .trainer import ResumableTrainer
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
         loss, seconds = train["train_loss"], results["seconds"]
         yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds in total."
         yield ""
-    yield f"Model: `final/`, after the last step{_best(results)}. To share it: `symphony push {output} NAMESPACE/NAME`."
+    yield f"Model: `final/`, {_which(results)}. To share it: `symphony push {output} NAMESPACE/NAME`."
     parameters = results["parameters"]
     yield f"Parameters: {parameters['total']:,}, of which {parameters['trained']:,} were trained."
     yield f"Run by {results['processes']} processes, strategy {results['strategy']}, on {results['device']}."
@@ -106,15 +107,22 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
     yield ""
     yield f"Seeds: {', '.join(f'{name} {seed}' for name, seed in results['seeds'].items())}."
     yield ""
-    if (output / PICTURE).exists():
-        yield from (f"![How often two experts are chosen together, by layer]({PICTURE})", "")
+    picture = f"{(GraphMonitor if recipe.get('symphony') else RoutingMonitor).stem}{PICTURE}"
+    if (output / picture).exists():
+        yield from (f"![How often two experts are chosen together, by layer]({picture})", "")
     yield from ("## Settings", "", "```yaml", yaml.safe_dump(_plain(recipe), sort_keys=False).strip(), "```", "")
     yield from ("## Versions", "", ", ".join(f"{name} {version}" for name, version in results["versions"].items()))
 
 
-def _best(results: Mapping[str, Any]) -> str:
+def _which(results: Mapping[str, Any]) -> str:
+    """Say which step's model was saved."""
     best = results["best_checkpoint"]
-    return f"; best by validation: `{Path(best).name}/`" if best else ""
+    if not best:
+        return "after the last step"
+    name = f"`{Path(best).name}/`"
+    if results["recipe"]["train"].get("load_best_model_at_end"):
+        return f"the best by validation, {name}"
+    return f"after the last step; best by validation: {name}"
 
 
 def _number(value: Any) -> str:

@@ -5,9 +5,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import Trainer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from symphony_hf.errors import ConfigError, PatchError
-from symphony_hf.patching.attachment import tracker_of
+from symphony_hf.patching.attachment import share_of_step, tracker_of
 from symphony_hf.patching.symphonize import is_symphonized
 
 TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])
@@ -41,6 +42,7 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
     @functools.wraps(trainer_class.compute_loss)
     def compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         self._has_computed_loss = True
+        labels = _counted_labels(self, inputs)  # Trainer takes them out of the inputs for label smoothing
         is_trained = model.training and is_symphonized(model)
         if is_trained:
             tracker_of(model).state.recorded_in_forward = False  # a loss of the model's parts begins no forward of it
@@ -50,7 +52,7 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
         loss, *outputs = result if return_outputs else (result,)
         tracker = tracker_of(model)
         if not tracker.state.recorded_in_forward:  # otherwise the model's own loss starts the router losses
-            loss = tracker.record_loss(loss, _share_of_step(self, kwargs.get("num_items_in_batch")))
+            loss = tracker.record_loss(loss, _share_of_step(self, labels, kwargs.get("num_items_in_batch")))
         return (loss, *outputs) if return_outputs else loss
 
     @functools.wraps(trainer_class.training_step)
@@ -74,14 +76,26 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
     return type(trainer_class.__name__, (trainer_class,), namespace)  # type: ignore[return-value]
 
 
-def _share_of_step(trainer: Trainer, num_items_in_batch: Any) -> float:
+def _counted_labels(trainer: Trainer, inputs: Any) -> Tensor | None:
+    """Return the labels of a micro-batch that Trainer counts in `num_items_in_batch`."""
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    if shifted is not None or not isinstance(labels, Tensor):
+        return shifted
+    return labels[..., 1:] if LOSS_MAPPING.get(getattr(trainer.model, "loss_type", None)) is ForCausalLMLoss else labels
+
+
+def _share_of_step(trainer: Trainer, labels: Tensor | None, num_items_in_batch: Any) -> Tensor | float:
     """Return this micro-batch's share of the optimizer step if `compute_loss` has applied it to the main loss.
 
-    The conditions are those of `Trainer.training_step`, which otherwise divides all losses by the accumulation steps.
+    The conditions are those of `Trainer.training_step`, which otherwise divides all losses by the accumulation steps,
+    and of `Trainer.compute_loss`, which divides by the tokens of all processes where it averages these.
     """
     is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # new in transformers 5.19
     if is_scaled is None:
         accepts_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         is_scaled = accepts_items or trainer.compute_loss_func is not None
+        if is_scaled and num_items_in_batch is not None and labels is not None:
+            processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+            return processes * share_of_step(labels, num_items_in_batch)
     steps = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
     return 1 / steps if is_scaled else 1.0

@@ -2,6 +2,7 @@
 
 import base64
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from symphony_hf.patching.symphonize import is_symphonized
 from symphony_hf.routing.graph import count_coselections, initial_adjacency, update_adjacency
 
 from .callback import saved_attributes
-from .monitor import GraphMonitor
+from .monitor import HISTORY, GraphMonitor
 
 _SHOWN = ("load_entropy", "dead_experts", "busiest")
 """Metrics of each router; the others are means over all."""
@@ -33,9 +34,9 @@ class RoutingMonitor(GraphMonitor, ExportableState):
 
     It logs, under `routing/`, the metrics of `diagnostics.graph_summary` on a moving average of co-selections and the
     mean margin of the choices, as means and for each router, to whatever `report_to` names. It draws what GraphMonitor
-    draws. The model needs no graph, and stays as it is: hooks read the routers in one forward before each log, of this
-    process, without padding. The moving average is saved in a checkpoint's trainer_state.json, so that a resumed run
-    logs what an uninterrupted one does.
+    draws, into files whose names begin with `routing_`. The model needs no graph, and stays as it is: hooks read the
+    routers in one forward before each log, of this process, without padding. The moving average is saved in a
+    checkpoint's trainer_state.json, so that a resumed run logs what an uninterrupted one does.
 
     Args:
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
@@ -43,6 +44,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
     """
 
     prefix = "routing"
+    stem = "routing_"
 
     def __init__(self, pictures: bool = True, decay: float = 0.9) -> None:
         super().__init__(pictures)
@@ -53,7 +55,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         self._margins: dict[str, Tensor] = {}
         self._counts: dict[str, tuple[Tensor, Tensor]] = {}
         self._mask_T: Tensor | None = None
-        self._num_seen = 0
+        self._is_unseen = False
 
     def graphs_of(self, model: Any) -> dict[str, Tensor]:
         return {name: graph.clone() for name, graph in self._graphs.items()}
@@ -62,7 +64,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._stop_watching()
-        self._num_seen = 0
+        self._is_unseen = False
         self._graphs = {
             name: initial_adjacency(router.contract.num_experts, router.contract.top_k, "cpu")
             for name, router in routers_to_watch(model).items()
@@ -73,6 +75,11 @@ class RoutingMonitor(GraphMonitor, ExportableState):
             self._margins = {name: tensors[f"margin/{name}"] for name in self._graphs if f"margin/{name}" in tensors}
             self._graphs = {name: tensors.get(f"graph/{name}", graph) for name, graph in self._graphs.items()}
         super().on_train_begin(args, state, control, model=model, **kwargs)
+
+    def kept_history(self, output: Path, model: Any) -> Path:
+        """Return the file with the loads so far: of a stock model, also as the first releases named it."""
+        own, first = super().kept_history(output, model), output / HISTORY
+        return first if not own.exists() and not is_symphonized(model) else own
 
     def state(self) -> dict[str, Any]:
         """Return what Trainer saves of this callback in a checkpoint: its tensors as safetensors, in letters."""
@@ -97,7 +104,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs and not self._num_seen:
+        if logs is not None and "loss" in logs and self._is_unseen:
             warnings.warn(
                 "RoutingMonitor: no router was seen to run in training: does a compiled model go past its hooks?",
                 SymphonyWarning,
@@ -124,6 +131,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
     def _watch(self, model: nn.Module) -> None:
         """Read the routers in the next forward."""
         self._stop_watching()
+        self._is_unseen = True
         whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
         for name, router in routers_to_watch(model).items():
             self._readers[name] = RouterReader(WatchedRouter(router.module, router.contract))
@@ -158,7 +166,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
             self._graphs[name] = update_adjacency(
                 self._graphs[name], counts_EE.float().cpu(), num_tokens.float().cpu(), self.decay
             )
-        self._num_seen += len(self._counts)
+        self._is_unseen = not self._counts
         self._stop_watching()
 
 

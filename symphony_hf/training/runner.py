@@ -29,8 +29,8 @@ from .launch import Request, check_launch, expected_strategy, is_launched, reque
 from .models import add_adapters, add_graph, choose_trained, load_model
 from .processors import load_processor
 from .report import REPORT, describe_run, write_run_report
+from .resuming import checkpoint_to_resume
 from .routing_monitor import monitors_of
-from .trainer import checkpoint_to_resume
 from .trainer_checkpoints import read_record, reporting_failed_save
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
 
@@ -39,8 +39,12 @@ RESULTS = "results.json"
 _FIXED = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
 """Training arguments that must be the same when a run is resumed."""
 
-_FIXED_OF_SFT = ("completion_only_loss", "assistant_only_loss", "packing", "max_length", "chat_template_path")
-"""Arguments of TRL's SFTTrainer that decide which tokens are trained. The first releases did not record them."""
+_FIXED_SINCE = (
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("completion_only_loss", "assistant_only_loss", "packing", "max_length", "chat_template_path"),
+)
+"""Further ones, which the first releases did not record: the optimizer's, whose saved state has its own, and those of
+TRL's SFTTrainer that decide which tokens are trained."""
 
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -85,7 +89,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         set_aside_empty_parameters(model)
     add_graph(model, recipe)
     if recipe.data.packing and expected_strategy(arguments) != "zero3":  # whose weights are partitioned
-        check_packing(model)
+        check_packing(model, recipe.model.attention)
     if checkpoint is not None:
         _check_same_graphs(model, checkpoint)
     choose_trained(model, recipe.model.trainable)
@@ -191,7 +195,7 @@ def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
     sections = {"data": asdict(recipe.data), "peft": {} if recipe.peft is None else asdict(recipe.peft)}
     settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     settings |= {name: getattr(arguments, name) for name in _FIXED}
-    settings |= {name: getattr(arguments, name) for name in _FIXED_OF_SFT if hasattr(arguments, name)}
+    settings |= {name: getattr(arguments, name) for name in _FIXED_SINCE if hasattr(arguments, name)}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -202,7 +206,7 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
         ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
     """
     before = (read_record(checkpoint) or {}).get("settings", settings)
-    before = {**{name: settings[name] for name in _FIXED_OF_SFT if name in settings}, **before}
+    before = {**{name: settings[name] for name in _FIXED_SINCE if name in settings}, **before}
     differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
         changes = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -16,14 +15,8 @@ from symphony_hf.conversion.adapters.loading import restore_adapter
 from symphony_hf.errors import CheckpointError
 from symphony_hf.files import ADAPTER_RECORD, UNFINISHED, finish, place_to_write, read_weight_map
 
-from .trainer_checkpoints import (
-    clear_leftovers,
-    delete_oldest,
-    find_checkpoint,
-    finish_checkpoint,
-    read_record,
-    reporting_failed_save,
-)
+from .resuming import batches_of
+from .trainer_checkpoints import delete_oldest, finish_checkpoint, reporting_failed_save, run_number, run_of
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +26,7 @@ class ResumableTrainer(Trainer):
 
     A checkpoint keeps the model's own tensor names: Trainer loads it without the conversion from the Hub's, and so
     silently loses the experts of Mixtral, OLMoE and others. Losses are logged before each checkpoint, so that no
-    average spans it. An older checkpoint is deleted only after the newer one is complete.
+    average spans it. An older checkpoint is deleted only after the newer one is complete, and if it is of this run.
 
     Raises:
         CheckpointError: During training, if a checkpoint cannot be written, or does not fit the model.
@@ -46,7 +39,14 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(ResumableFlow())
+        self._flow = ResumableFlow()
+        self.add_callback(self._flow)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does, from the beginning or from a path, as a run of its own or the one that is resumed."""
+        resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._flow.run = run_number(Path(self.args.output_dir), resumed)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -60,9 +60,9 @@ class ResumableTrainer(Trainer):
             self._note_best(output, target)
             self.accelerator.wait_for_everyone()  # each process writes its own files
             if self.args.should_save:
-                finish_checkpoint(target, self.state.global_step, self.args.world_size, self.run_settings)
-                best = self.state.best_model_checkpoint
-                delete_oldest(output, self.args.save_total_limit, {target, *([Path(best)] if best else [])})
+                run = self._flow.run
+                finish_checkpoint(target, self.state.global_step, batches_of(self.args), self.run_settings, run)
+                delete_oldest(output, self.args.save_total_limit, _newest_and_best(output, self.state), run)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
@@ -77,9 +77,12 @@ class ResumableTrainer(Trainer):
             self._writing = False
 
     def _note_best(self, output: Path, target: Path) -> None:
-        """Correct the path of the best checkpoint: Trainer looked for it in the folder that is being written."""
+        """Correct the path of the best checkpoint: Trainer looked for it in the folder that is being written.
+
+        It may not be there, where saves are rarer than evaluations, and one of an earlier run may.
+        """
         best = output / f"checkpoint-{self.state.best_global_step}"
-        if best == target or best.is_dir():
+        if best == target or run_of(best) == self._flow.run:
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(place_to_write(target) / "trainer_state.json"))
@@ -113,6 +116,14 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        """Keep the limit from Trainer, which at 1 would delete every checkpoint but the best, of other runs too."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def save_final(self, target: Path, *others: Any) -> None:
         """Save the trained model, and other objects with a `save_pretrained`, to a folder that appears at once.
@@ -161,6 +172,9 @@ class ResumableFlow(TrainerCallback):
     older ones, deletes them when it resumes.
     """
 
+    run = 0
+    """Number of the run in its folder."""
+
     def __init__(self) -> None:
         self._stepped = False
 
@@ -168,11 +182,9 @@ class ResumableFlow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stepped = False
-        output = Path(args.output_dir)
-        newest = output / f"checkpoint-{state.global_step}"
-        if args.should_save and newest.is_dir():
-            best = state.best_model_checkpoint
-            delete_oldest(output, args.save_total_limit, {newest, *([Path(best)] if best else [])})
+        if args.should_save:
+            output = Path(args.output_dir)
+            delete_oldest(output, args.save_total_limit, _newest_and_best(output, state), self.run)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stepped = True
@@ -192,44 +204,10 @@ class ResumableFlow(TrainerCallback):
             control.should_log = True
 
 
-def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
-    """Find and print the checkpoint that `resume_from_checkpoint` means, after clearing leftovers of a killed save.
-
-    Every process calls this, with the same result.
-
-    Raises:
-        ConfigError: If the setting is neither true, false nor a path.
-        CheckpointError: If the checkpoint at the path is not complete.
-    """
-    output = Path(arguments.output_dir)
-    with arguments.main_process_first(local=arguments.save_on_each_node, desc="clearing unfinished checkpoints"):
-        removed = clear_leftovers(output) if arguments.should_save else []
-    folder, notes = find_checkpoint(output, arguments.resume_from_checkpoint)
-    if removed:
-        notes.insert(0, f"removed unfinished folders of an earlier run from `{output}`: {', '.join(removed)}")
-    record = read_record(folder) if folder is not None else None
-    if record is not None and record["processes"] != arguments.world_size:
-        notes.append(
-            f"it was saved by {record['processes']} processes, not {arguments.world_size}: the batches will differ"
-        )
-    if folder is not None and arguments.device.type == "cpu":
-        _restore_numbered_cpus()
-    if folder is not None and not any(folder.glob("rng_state*")):
-        notes.append("it has only weights (save_only_model): the optimizer and the random states start anew")
-    if arguments.process_index == 0:
-        for note in notes:
-            print(f"symphony_hf: {note}", flush=True)
-    return folder
-
-
-@functools.cache
-def _restore_numbered_cpus() -> None:
-    """Let torch load tensors to `cpu:0`, which transformers 5.17 requests in runs of several processes."""
-
-    def restore(storage: Any, location: str) -> Any:
-        return storage if location.startswith("cpu:") else None
-
-    torch.serialization.register_package(99, lambda storage: None, restore)
+def _newest_and_best(output: Path, state: TrainerState) -> set[Path]:
+    """Return the checkpoints that are not deleted. Trainer forgets the path of the best where the folder was moved."""
+    by_step = {output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step)}
+    return by_step | ({Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set())
 
 
 @contextlib.contextmanager

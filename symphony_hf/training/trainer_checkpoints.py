@@ -29,34 +29,53 @@ from symphony_hf.files import (
 )
 
 RECORD = "symphony_checkpoint.json"
-"""Record of a complete checkpoint: its step, its order among the checkpoints of the run, the sizes of its files."""
+"""Record of a complete checkpoint: its step, its run, its order in the folder, its batches, the sizes of its files."""
 
 _STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OURS = re.compile(r"(checkpoint-\d+|final)(\.replaced|\.deleted)?")
 
 
-def finish_checkpoint(target: Path, step: int, num_processes: int, settings: Mapping[str, Any] | None = None) -> None:
-    """Write the record of a checkpoint, with the settings of its run, and give the checkpoint its name."""
+def run_number(output: Path, resumed: Path | None) -> int:
+    """Return the number of a run in its folder: that of the checkpoint that it resumes from, otherwise a new one.
+
+    A run deletes only its own checkpoints, and is told from an earlier one in the folder by this number.
+    """
+    numbers = {folder.resolve(): run_of(folder) or 0 for folder in _records(output)}
+    new = max(numbers.values(), default=-1) + 1
+    return new if resumed is None else numbers.get(resumed.resolve(), new)
+
+
+def run_of(folder: Path) -> int | None:
+    """Return the number of the run that wrote a checkpoint; None without a record of the checkpoint."""
+    record = read_record(folder)
+    return None if record is None else record.get("run", 0)
+
+
+def finish_checkpoint(
+    target: Path, step: int, batches: Mapping[str, int], settings: Mapping[str, Any] | None = None, run: int = 0
+) -> None:
+    """Write the record of a checkpoint, with the batches and settings of its run, and give the checkpoint its name."""
     written = place_to_write(target)
     known = [record["order"] for record in _records(target.parent).values()]
     sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files(written)}
-    record = {"step": step, "order": max(known, default=0) + 1, "processes": num_processes, "files": sizes}
+    record = {**batches, "step": step, "run": run, "order": max(known, default=0) + 1, "files": sizes}
     if settings is not None:
         record["settings"] = dict(settings)
     write_json(written / RECORD, record)
     finish(target, _recorded(target))
 
 
-def delete_oldest(output: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest checkpoints in a folder, down to `limit`, but none in `keep`.
+def delete_oldest(output: Path, limit: int | None, keep: set[Path], run: int = 0) -> None:
+    """Delete the oldest checkpoints of a run in a folder, down to `limit`, but none in `keep`.
 
-    Called when the newest is complete. Age is the order of writing: a folder may have checkpoints with more steps from
-    an earlier run. Without a limit, and without a record of a checkpoint, nothing is deleted.
+    Called when the newest is complete. Age is the order of writing: the folder may have checkpoints with more steps,
+    which the run wrote before it resumed from one with fewer. Without a limit, and without a record of a checkpoint,
+    nothing is deleted.
     """
     if not limit or limit < 1:
         return
-    records = _records(output)
+    records = {folder: record for folder, record in _records(output).items() if run_of(folder) == run}
     oldest_first = sorted(records, key=lambda folder: records[folder]["order"])
     surplus = len(oldest_first) - max(limit, len(keep & set(oldest_first)))
     for folder in [folder for folder in oldest_first if folder not in keep][: max(0, surplus)]:
@@ -119,8 +138,9 @@ def find_checkpoint(output: Path, wanted: Any) -> tuple[Path | None, list[str]]:
     if wanted is None or wanted is False:
         records = _records(output)
         names = ", ".join(sorted((folder.name for folder in records), key=_step))
-        found = f"`{output}` has checkpoints of an earlier run ({names}), which are kept"
-        return None, [f"{found}; `resume_from_checkpoint: true` would resume from the last"] if records else []
+        found = f"`{output}` has checkpoints of an earlier run ({names}), which are kept, but for those of a step at "
+        found += "which this run saves; `resume_from_checkpoint: true` would resume from the last"
+        return None, [found] if records else []
     if wanted is True:
         return _last_whole(output)
     if not isinstance(wanted, str | os.PathLike):

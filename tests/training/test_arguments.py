@@ -100,6 +100,12 @@ def test_partitioned_4_bit_weights_are_refused(strategy, monkeypatch):
         runner.prepare_run(load_recipe(path, {"use_cpu": True, "bf16": False}))
 
 
+def test_the_output_directory_has_one_name():
+    """The Trainer's own would split a run: checkpoints there, and the model and results in the recipe's."""
+    with pytest.raises(ConfigError, match=r"`output_dir: runs/b`: .*give `--output.directory`"):
+        training_arguments(load_recipe(QUICKSTART, {"output_dir": "runs/b"}))
+
+
 def test_a_stream_needs_max_steps():
     recipe = load_recipe(QUICKSTART, {"max_steps": -1, "data.path": "owner/name", "data.streaming": True})
     with pytest.raises(ConfigError, match="set `max_steps`"):

@@ -33,11 +33,11 @@ def module_of(model, num_batches):
     return Module()
 
 
-def fit(model, callbacks, tmp_path, accumulated=1, max_epochs=1, resume=None):
+def fit(model, callbacks, tmp_path, accumulated=1, max_epochs=1, resume=None, log_every=1):
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=max_epochs, accumulate_grad_batches=accumulated, callbacks=callbacks,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        log_every_n_steps=1, default_root_dir=tmp_path,
+        log_every_n_steps=log_every, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module_of(model.train(), STEPS * accumulated), ckpt_path=resume)
     return trainer
@@ -66,6 +66,19 @@ def test_graphs_and_gradients_are_those_of_the_plain_loop(accumulated, tmp_path)
     assert trainer.callback_metrics["symphony/balance_loss"] > 0
     with pytest.raises(PatchError, match="not symphonized"):
         fit(make_model(), [callback_class()], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_what_is_not_logged_is_not_of_the_next_training(tmp_path):
+    """0 steps between two logs are none at all."""
+    from symphony_hf.training.lightning import SymphonyLightningCallback
+
+    model = make()
+    fit(model, [SymphonyLightningCallback()], tmp_path, log_every=0)
+    num_forwards = lambda: tracker_of(model).state.logged_losses[0, 2]  # noqa: E731
+    assert num_forwards() == STEPS
+    fit(model, [SymphonyLightningCallback()], tmp_path, log_every=0)
+    assert num_forwards() == STEPS
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

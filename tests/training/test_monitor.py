@@ -46,8 +46,7 @@ def train(folder, *, steps=4, **settings):
         dataloader_pin_memory=False,
         **settings,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    trainer.callback_handler.callbacks[:0] = [SymphonyCallback(), GraphMonitor()]
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[SymphonyCallback(), GraphMonitor()])
     trainer.train()
     return trainer
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from symphony_hf import SymphonyCallback, expert_graphs, load_adapter, symphonize
 from symphony_hf.training.monitor import GraphMonitor
-from symphony_hf.training.trainer import ResumableTrainer, checkpoint_to_resume
+from symphony_hf.training.resuming import checkpoint_to_resume
+from symphony_hf.training.trainer import ResumableTrainer
 
 ROUTER = "model.layers.0.mlp.gate"
 SETTINGS = {

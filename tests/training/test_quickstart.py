@@ -60,7 +60,8 @@ def test_the_models_are_what_the_report_says(quickstart):
 def test_perplexities_are_those_of_the_saved_models(quickstart, kind):
     """Recomputed naively from the checkpoints and the corpus, one window at a time."""
     settings, report, output = quickstart
-    documents = load_corpus(settings.data).test[: settings.documents]
+    found = load_corpus(settings.data).test
+    documents = [found[number * len(found) // settings.documents] for number in range(settings.documents)]
     if kind == "attacked":
         documents = attack(documents, rate=settings.attack_rate, seed=settings.seed)
     for name in ("plain", "symphony"):
@@ -163,7 +164,7 @@ def test_help_has_examples(command):
     result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0
     assert "symphony" in result.output.lower()
-    assert not command or "Example:" in result.output
+    assert not command or "Example" in result.output
 
 
 def test_the_command_says_errors_in_one_line(monkeypatch, capsys, tmp_path):

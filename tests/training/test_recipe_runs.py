@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ReportError
 from symphony_hf.evaluation.report.find_runs import read_runs
 from symphony_hf.recipe import load_recipe
-from symphony_hf.training import runner
+from symphony_hf.training import final_evaluation, processors, runner
+from symphony_hf.training.final_evaluation import measure
 from symphony_hf.training.monitor import HISTORY, GraphMonitor, LoadHistory
 from symphony_hf.training.routing_monitor import monitors_of
 from symphony_hf.training.runner import run_recipe
@@ -75,17 +77,22 @@ def test_a_recipe_runs(first, tmp_path, monkeypatch):
     assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {6}
 
 
-def test_the_best_and_the_last_checkpoint_stay(small, tmp_path):
-    """The learning rate makes the first checkpoint the best, and the limit is two."""
+@pytest.mark.parametrize(
+    ("limit", "loads_best", "model"),
+    [(1, True, "the best by validation, `"), (2, False, "after the last step; best by validation: `")],
+)
+def test_the_best_and_the_last_checkpoint_stay(limit, loads_best, model, small, tmp_path):
+    """The learning rate makes the first checkpoint the best. At a limit of one, Trainer alone would delete the last."""
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    results = run_recipe(load_recipe(RECIPE, {**small, **every, "save_total_limit": 2, "learning_rate": 10.0}), "again")
+    every |= {"save_total_limit": limit, "load_best_model_at_end": loads_best}
+    results = run_recipe(load_recipe(RECIPE, {**small, **every, "learning_rate": 10.0}), "again")
     output = tmp_path / "run"
     losses = [entry["eval_loss"] for entry in results["validation"]]
     assert len(losses) == 3
     assert losses[0] == min(losses)
     assert results["best_checkpoint"] == str(output / "checkpoint-1")
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
-    assert "best by validation: `checkpoint-1/`" in (output / "report.md").read_text()
+    assert f"Model: `final/`, {model}checkpoint-1/`." in (output / "report.md").read_text()
 
 
 def test_the_report_says_what_a_reader_needs_to_run_it_again(first):
@@ -128,7 +135,8 @@ def test_a_plain_recipe_runs(small, tmp_path):
     recipe = load_recipe(RECIPE, small)
     run_recipe(recipe.__class__(**{**recipe.__dict__, "symphony": None}))
     assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"))
-    assert len(LoadHistory.read(tmp_path / "run" / HISTORY).steps) > 0
+    assert len(LoadHistory.read(tmp_path / "run" / f"routing_{HISTORY}").steps) > 0
+    assert "](routing_graphs.png)" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_each_kind_of_model_has_its_monitor():
@@ -272,6 +280,38 @@ def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(fi
     (final / "README.md").write_text(f"{card}\nMy notes.")
     run_recipe(plain)
     assert (final / "README.md").read_text().endswith("My notes.")
+
+
+def test_a_diverged_model_has_an_infinite_perplexity():
+    """exp(710) is more than a float holds."""
+    trainer = SimpleNamespace(evaluate=lambda data, metric_key_prefix: {f"{metric_key_prefix}_loss": 1000.0})
+    data = SimpleNamespace(documents=None, test=[0], kind="chat", collator=None)
+    assert measure(None, trainer, None, data) == {"split": "test", "loss": 1000.0, "perplexity": float("inf")}
+
+
+def test_a_limit_of_documents_takes_some_from_all_over(monkeypatch):
+    monkeypatch.setattr(final_evaluation, "evaluate_documents", lambda model, processor, documents, *rest: documents)
+    section = SimpleNamespace(eval=SimpleNamespace(documents=3), data=SimpleNamespace(block_size=8))
+    trainer = SimpleNamespace(model=None, args=SimpleNamespace(eval_batch_size=1))
+    assert measure(section, trainer, None, SimpleNamespace(documents=list("abcdef"))) == ["a", "c", "e"]
+
+
+def test_the_revision_is_of_the_models_own_tokenizer(monkeypatch):
+    """Not of another repository's, with or without images."""
+    asked = []
+    for loader in (processors.AutoTokenizer, processors.AutoImageProcessor):
+        monkeypatch.setattr(
+            loader, "from_pretrained", lambda source, **how: asked.append((source, how.get("revision")))
+        )
+    for name in ("vision_config_of", "select_strategy", "_processor"):
+        monkeypatch.setattr(processors, name, lambda *parts: None)
+    model = {"path": "a/model", "revision": "v1", "config": None}
+    for more in ({}, {"vision": "a/vision"}):
+        for tokenizer in (None, "a/tokenizer"):
+            section = dataclasses.replace(load_recipe(RECIPE).model, **model, **more, tokenizer=tokenizer)
+            processors.load_processor(dataclasses.replace(load_recipe(RECIPE), model=section))
+    texts = [found for found in asked if found[0] != "a/vision"]
+    assert texts == [("a/model", "v1"), ("a/tokenizer", None)] * 2
 
 
 @pytest.mark.parametrize("name", ["results.json", "report.md"])

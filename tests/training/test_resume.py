@@ -21,7 +21,7 @@ import yaml
 from models import make_ids, make_model
 from resume_runs import RECIPE, outcome, run, settings, words, write_text
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from symphony_hf import CheckpointError, ConfigError, SymphonyCallback, symphonize
 from symphony_hf.compat import PRIVATE_NAMES
@@ -30,6 +30,7 @@ from symphony_hf.recipe import load_recipe
 from symphony_hf.training import runner
 from symphony_hf.training import trainer as trainer_module
 from symphony_hf.training import trainer_checkpoints as checkpoints
+from symphony_hf.training.resuming import checkpoint_to_resume
 from symphony_hf.training.runner import run_recipe
 from symphony_hf.training.trainer import ResumableTrainer
 from symphony_hf.training.trainer_checkpoints import RECORD
@@ -71,7 +72,7 @@ def write_checkpoint(output, step):
     (written / "inner").mkdir(parents=True)
     (written / "inner" / "weights").write_bytes(b"w" * step)
     checkpoints.write_json(written / "trainer_state.json", {"global_step": step})
-    checkpoints.finish_checkpoint(target, step, num_processes=1)
+    checkpoints.finish_checkpoint(target, step, batches={})
     checkpoints.delete_oldest(output, 1, {target})
 
 
@@ -122,7 +123,7 @@ def test_the_oldest_is_what_was_written_first(tmp_path):
     for step in (20, 3, 6):
         target = tmp_path / f"checkpoint-{step}"
         checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": step})
-        checkpoints.finish_checkpoint(target, step, num_processes=1)
+        checkpoints.finish_checkpoint(target, step, batches={})
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert checkpoints.find_checkpoint(tmp_path, True)[0] == tmp_path / "checkpoint-6"
     checkpoints.delete_oldest(tmp_path, 1, {tmp_path / "checkpoint-6", tmp_path / "checkpoint-20"})
@@ -131,6 +132,23 @@ def test_the_oldest_is_what_was_written_first(tmp_path):
     checkpoints.delete_oldest(tmp_path, 1, {tmp_path / "checkpoint-6"})
     assert steps_of_ours(tmp_path) == [6]
     assert (tmp_path / "checkpoint-of-mine").exists()
+
+
+def test_a_run_deletes_only_its_own_checkpoints(tmp_path):
+    """A run that begins anew keeps those that were there, and so does the run that resumes it after a kill."""
+    for step in (20, 30):
+        checkpoints.write_json(checkpoints.place_to_write(tmp_path / f"checkpoint-{step}") / "trainer_state.json", {})
+        checkpoints.finish_checkpoint(tmp_path / f"checkpoint-{step}", step, {})
+    run, resumed = checkpoints.run_number(tmp_path, None), None
+    for step in (3, 6):
+        target = tmp_path / f"checkpoint-{step}"
+        checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {})
+        assert checkpoints.run_number(tmp_path, resumed) == run
+        checkpoints.finish_checkpoint(target, step, {}, run=run)
+        checkpoints.delete_oldest(tmp_path, 1, {target}, run)
+        assert steps_of_ours(tmp_path) == [step, 20, 30]
+        resumed = target
+    assert checkpoints.run_number(tmp_path, tmp_path / "checkpoint-20") != run
 
 
 def steps_of_ours(output):
@@ -143,7 +161,7 @@ def test_incomplete_checkpoints_are_never_used(tmp_path):
         target = tmp_path / f"checkpoint-{step}"
         checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": step})
         (checkpoints.place_to_write(target) / "model.safetensors").write_bytes(b"0123456789")
-        checkpoints.finish_checkpoint(target, step, num_processes=1)
+        checkpoints.finish_checkpoint(target, step, batches={})
     bare = tmp_path / "checkpoint-9"  # as another program writes it, in its place
     bare.mkdir()
     checkpoints.write_json(bare / "trainer_state.json", {"global_step": 9})
@@ -173,7 +191,7 @@ def test_incomplete_checkpoints_are_never_used(tmp_path):
         checkpoints.find_checkpoint(tmp_path, 6)
     found, notes = checkpoints.find_checkpoint(tmp_path, False)
     assert found is None
-    assert "has checkpoints of an earlier run (checkpoint-3, checkpoint-6)" in notes[0]
+    assert "has checkpoints of an earlier run (checkpoint-3, checkpoint-6), which are kept, but for those" in notes[0]
 
 
 def test_only_own_leftovers_are_cleared(tmp_path):
@@ -197,7 +215,7 @@ def test_a_replaced_or_deleted_checkpoint_leaves_what_is_not_its_own(tmp_path):
             path = checkpoints.place_to_write(target) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text('{"global_step": 2}')
-        checkpoints.finish_checkpoint(target, int(target.name[-1]), 1)
+        checkpoints.finish_checkpoint(target, int(target.name[-1]), {})
 
     def names(folder):
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -295,16 +313,53 @@ def test_a_run_resumes(strategy, every, steps, root, capsys):
         ({"seed": 0}, {"seed": 0, "peft.r": 8}, "peft.r None, now 8"),
         ({"seed": 0, "peft.r": 8}, {"seed": 0}, "peft.r 8, now None"),
         ({"assistant_only_loss": False}, {"assistant_only_loss": True}, "assistant_only_loss False, now True"),
+        ({"adam_beta1": 0.9}, {"adam_beta1": 0.8}, "adam_beta1 0.9, now 0.8"),
     ],
 )
 def test_settings_of_only_one_run_differ_too(before, now, changed, tmp_path):
     target = tmp_path / "checkpoint-3"
     checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
-    checkpoints.finish_checkpoint(target, 3, num_processes=1, settings=before)
+    checkpoints.finish_checkpoint(target, 3, batches={}, settings=before)
     runner._check_same_settings(before, target)
     with pytest.raises(ConfigError, match=rf"a run with other settings \({changed}\)"):
         runner._check_same_settings(now, target)
-    runner._check_same_settings({**before, "packing": True}, target)  # as of a release that did not record it
+    # As of a release that did not record it.
+    runner._check_same_settings({**before, "packing": True, "adam_beta2": 0.95}, target)
+
+
+@pytest.mark.parametrize("name", ["optim", "adam_beta1", "adam_beta2", "adam_epsilon"])
+def test_settings_of_the_optimizer_are_recorded(name, tmp_path):
+    """Its saved state has its own, so that other ones would have no effect."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert runner._settings(load_recipe(RECIPE), arguments)[name] == getattr(arguments, name)
+
+
+def resumable(output, **settings):
+    """Arguments that resume from a checkpoint of step 3, saved by one process in batches of 4."""
+    target = output / "checkpoint-3"
+    checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
+    batches = {"processes": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    checkpoints.finish_checkpoint(target, 3, batches)
+    arguments = TrainingArguments(str(output), use_cpu=True, report_to=[], **settings)
+    arguments.resume_from_checkpoint = True
+    return arguments
+
+
+def test_other_batches_are_noted(tmp_path, capsys):
+    """Trainer finds its place in the epoch by steps: with other batches it skips or repeats data."""
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    checkpoint_to_resume(resumable(tmp_path, **batches))
+    assert "saved with other batches (gradient_accumulation_steps 1, now 2)" in capsys.readouterr().out
+    checkpoint_to_resume(resumable(tmp_path, **{**batches, "gradient_accumulation_steps": 1}))
+    assert "other batches" not in capsys.readouterr().out
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    """Machines without a shared disk, where only the first has saved."""
+    arguments = resumable(tmp_path)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: [*found, "none"])
+    with pytest.raises(ConfigError, match=r"different checkpoints \(checkpoint-3, none\).*`save_on_each_node: true`"):
+        checkpoint_to_resume(arguments)
 
 
 # Runs in processes of their own, killed. A server that has imported everything forks them.
@@ -630,14 +685,14 @@ def test_twenty_kills_of_one_launch(runs):
 # Trainers of transformers' own.
 
 
-def trained(trainer_class, model, folder, resume=None, limit=None, **more):
+def trained(trainer_class, model, folder, resume=None, limit=None, settings=None, **more):
     """Return the logs, weights and graphs after eight steps."""
     data = [{"input_ids": row, "labels": row} for row in make_ids(40, 12)]
     how = {"max_steps": 8, "save_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
     how["save_total_limit"] = limit
     quiet = {"disable_tqdm": True, "report_to": "none", "dataloader_pin_memory": False}
-    arguments = TrainingArguments(output_dir=str(folder), **how, **quiet)
-    trainer = trainer_class(model.train(), arguments, train_dataset=data, **more)
+    arguments = TrainingArguments(output_dir=str(folder), **how, **quiet, **(settings or {}))
+    trainer = trainer_class(model.train(), arguments, train_dataset=data, eval_dataset=data[:4], **more)
     trainer.train(resume_from_checkpoint=resume)
     return [trainer.state.log_history[:-1], {name: value.clone() for name, value in model.state_dict().items()}]
 
@@ -676,3 +731,36 @@ def test_checkpoints_that_a_kill_left_undeleted_are_deleted_when_the_run_resumes
     (tmp_path / "checkpoint-8").rename(tmp_path / "elsewhere")
     trained(ResumableTrainer, make_model(), tmp_path, str(tmp_path / "elsewhere"), limit=1)
     assert steps_of(tmp_path) == []  # it was over, and there is nothing to delete
+
+
+def test_a_run_that_begins_anew_leaves_an_earlier_runs_checkpoints(tmp_path):
+    """Under a limit of one, with a best checkpoint too: Trainer alone would delete all others at the end."""
+    trained(ResumableTrainer, make_model(), tmp_path, limit=1)
+    (tmp_path / "checkpoint-8").rename(tmp_path / "checkpoint-20")
+    best_is_first = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
+    best_is_first |= {"greater_is_better": True}
+    trained(ResumableTrainer, make_model(), tmp_path, limit=1, settings=best_is_first)
+    assert steps_of(tmp_path) == [4, 8, 20]
+
+
+def test_an_earlier_runs_checkpoint_is_not_this_runs_best(tmp_path):
+    """The best step is 2, at which this run saves nothing."""
+    trained(ResumableTrainer, make_model(), tmp_path, limit=1)
+    (tmp_path / "checkpoint-8").rename(tmp_path / "checkpoint-2")
+    best_is_first = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    trained(ResumableTrainer, make_model(), tmp_path, settings={**best_is_first, "greater_is_better": True})
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2
+    assert state["best_model_checkpoint"] is None
+
+
+def test_the_best_stays_where_its_folder_was_moved(tmp_path):
+    """Trainer then forgets its path."""
+    for step in (4, 6, 8):
+        target = tmp_path / f"checkpoint-{step}"
+        checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": step})
+        checkpoints.finish_checkpoint(target, step, batches={})
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_total_limit=2)
+    state = TrainerState(global_step=8, best_global_step=4)
+    trainer_module.ResumableFlow().on_train_begin(arguments, state, TrainerControl())
+    assert steps_of(tmp_path) == [4, 8]

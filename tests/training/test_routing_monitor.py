@@ -4,12 +4,13 @@ import pytest
 import torch
 from models import make_ids, make_model
 from trainers import Rows
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from symphony_hf import RoutingMonitor, SymphonyCallback, UnsupportedModelError, symphonize
 from symphony_hf.diagnostics.graph_metrics import graph_summary
+from symphony_hf.errors import SymphonyWarning
 from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
-from symphony_hf.training.monitor import LoadHistory
+from symphony_hf.training.monitor import GraphMonitor, LoadHistory
 
 
 def train(model, folder, *callbacks, steps=4, resume=None, **settings):
@@ -17,8 +18,7 @@ def train(model, folder, *callbacks, steps=4, resume=None, **settings):
         str(folder), max_steps=steps, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
         per_device_train_batch_size=2, report_to="none", **{"logging_steps": 2, "save_strategy": "no", **settings},
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Rows(make_ids(8, 8)))
-    trainer.callback_handler.callbacks[:0] = callbacks
+    trainer = Trainer(model, arguments, train_dataset=Rows(make_ids(8, 8)), callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -45,8 +45,8 @@ def test_a_stock_model_is_watched_and_trains_the_same(accumulation, tmp_path):
         assert entry["routing/busiest"] == pytest.approx(
             sum(entry[f"routing/model.layers.{layer}.mlp.gate/busiest"] for layer in range(3)) / 3
         )
-    assert (tmp_path / "watched" / "graphs.png").is_file()
-    assert LoadHistory.read(tmp_path / "watched" / "load_history.safetensors").steps == [2, 4]
+    assert (tmp_path / "watched" / "routing_graphs.png").is_file()
+    assert LoadHistory.read(tmp_path / "watched" / "routing_load_history.safetensors").steps == [2, 4]
 
 
 def test_the_graph_is_the_naive_count(tmp_path):
@@ -94,9 +94,47 @@ def test_padding_is_left_out():
 
 
 def test_it_watches_a_symphonized_model_beside_its_own_metrics(tmp_path):
-    trainer = train(symphonize(make_model()), tmp_path, SymphonyCallback(), RoutingMonitor(pictures=False))
+    """Each monitor has files of its own: the graph moves by its own decay, and this average by another."""
+    trainer = train(symphonize(make_model()), tmp_path, SymphonyCallback(), GraphMonitor(), RoutingMonitor())
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert {"symphony/balance_loss", "routing/margin"} < set(entry)
+    own, routing = (LoadHistory.read(tmp_path / f"{stem}load_history.safetensors") for stem in ("", "routing_"))
+    assert own.steps == routing.steps == [2, 4]
+    assert not any(torch.equal(own.loads[name][-1], rows[-1]) for name, rows in routing.loads.items())
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        *("graphs.png", "load.png", "routing_graphs.png", "routing_load.png")
+    }
+
+
+def test_a_folder_of_the_first_releases_keeps_its_loads(tmp_path):
+    """They had no `routing_` in the name. Of a symphonized model, such a file may be GraphMonitor's."""
+    history = LoadHistory()
+    history.add(1, {"model.layers.0.mlp.gate": torch.eye(8)})
+    history.write(tmp_path / "load_history.safetensors")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=3, is_world_process_zero=True)
+    for model, steps in ((make_model(), [1, 3]), (symphonize(make_model()), [3])):
+        monitor = RoutingMonitor(pictures=False)
+        monitor.on_train_begin(arguments, state, None, model=model)
+        monitor.on_log(arguments, state, None, model=model, logs={"loss": 1.0})
+        monitor.on_save(arguments, state, None, model=model)
+        written = tmp_path / "routing_load_history.safetensors"
+        assert LoadHistory.read(written).steps == steps
+        written.unlink()
+
+
+def test_it_warns_only_if_it_watched_and_saw_nothing(tmp_path):
+    """A resumed run may log, as it does before a save, before the first step at which it watches."""
+    model, monitor = make_model(), RoutingMonitor(pictures=False)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", logging_steps=10)
+    state = TrainerState(global_step=3, logging_steps=10)
+    monitor.on_train_begin(arguments, state, None, model=model)
+    monitor.on_step_begin(arguments, state, None, model=model)
+    monitor.on_log(arguments, state, None, model=model, logs={"loss": 1.0})
+    state.global_step = 9
+    monitor.on_step_begin(arguments, state, None, model=model)
+    with pytest.warns(SymphonyWarning, match="no router was seen to run"):
+        monitor.on_log(arguments, state, None, model=model, logs={"loss": 1.0})
 
 
 def test_a_dense_model_is_refused(tmp_path):

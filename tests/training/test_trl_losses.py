@@ -225,6 +225,29 @@ def test_accumulation_does_not_multiply_router_losses(smoothing, tmp_path):
     torch.testing.assert_close(gate(1), gate(4))
 
 
+def test_label_smoothing_weighs_router_losses_by_tokens(tmp_path):
+    """As the cross-entropy, of two micro-batches with 3 and 11 labels: the same as without label smoothing.
+
+    Plain gradient descent of one step is linear in the losses, so that the z-loss adds the same to the router.
+    """
+    rows = [{"input_ids": ids, "labels": torch.cat([ids[:kept], torch.full((12 - kept,), -100)])}
+            for ids, kept in zip(make_ids(2, 12), (4, 12), strict=True)]  # fmt: skip
+
+    def gate(smoothing, weight):
+        model = symphonize(make_model(), balance_loss_weight=0.0, z_loss_weight=weight)
+        arguments = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no", disable_tqdm=True, optim="sgd",
+            label_smoothing_factor=smoothing, dataloader_pin_memory=False, learning_rate=0.1, max_grad_norm=0.0,
+            per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        with_router_losses(Trainer)(model, arguments, train_dataset=rows, callbacks=[SymphonyCallback()]).train()
+        return model.model.layers[0].mlp.gate.weight.detach()
+
+    smoothed, plain = (gate(smoothing, 1.0) - gate(smoothing, 0.0) for smoothing in (0.1, 0.0))
+    assert plain.abs().max() > 1e-4
+    torch.testing.assert_close(smoothed, plain, rtol=0.0, atol=1e-6)  # differences of weights near 1, in float32
+
+
 def test_only_trainer_classes_are_accepted():
     for wrong in (make_model(), "DPOTrainer", dict):
         with pytest.raises(ConfigError, match="expected a trainer class"):
@@ -253,6 +276,27 @@ def test_a_synced_reference_gets_the_graphs_too(share, tokenizer, tmp_path):
     ).train()  # fmt: skip
     expected = (1 - share) * adjacency + share * at_step_2[0]
     assert torch.equal(reference.model.layers[0].mlp.gate.symphony.adjacency, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainers_that_share_a_callback_sync_their_own_references(tokenizer, tmp_path):
+    shared, sync = SymphonyCallback(), {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
+    trainers = [
+        DPOTrainer(
+            model_for("dpo"),
+            move_graphs(model_for("dpo")),
+            args=DPOConfig(output_dir=str(tmp_path), **COMMON, **sync),
+            train_dataset=Dataset.from_list(DATA["dpo"]),
+            processing_class=tokenizer,
+            callbacks=[shared],
+        )
+        for _ in range(2)
+    ]
+    before = [trainer.ref_model.model.layers[0].mlp.gate.symphony.adjacency.clone() for trainer in trainers]
+    trainers[1].train()
+    after = [trainer.ref_model.model.layers[0].mlp.gate.symphony.adjacency for trainer in trainers]
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
 
 
 @pytest.mark.filterwarnings("ignore")
