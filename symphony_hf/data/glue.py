@@ -178,7 +178,7 @@ def _with_answers(table: "Table", task: GlueTask, where: str) -> "Table":
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     answers = []
     for row, label in enumerate(table["label"][:]):
-        if names is not None and 0 <= label < len(names):
+        if names is not None and label in range(len(names)):
             label = names[label]
         if label in task.labels:
             label = task.labels.index(label)

@@ -38,7 +38,7 @@ def to_messages(
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         if not isinstance(speaker, str) or speaker not in roles:
             return [], f"an unknown role: {speaker!r}"
-        may_be_empty = speaker == "tool" or turn.get("tool_calls")
+        may_be_empty = "tool" in roles and (speaker == "tool" or turn.get("tool_calls"))
         if not may_be_empty and (not isinstance(content, str) or not content.strip()):
             return [], f"a turn without text: of {speaker!r}"
         others = {name: value for name, value in turn.items() if name not in ("role", "content", "from", "value")}

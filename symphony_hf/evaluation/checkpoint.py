@@ -1,6 +1,7 @@
 """A model under test: its fingerprint, and its weights, loaded on first use."""
 
 import functools
+import gc
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class ModelUnderTest:
     def release(self) -> None:
         """Free the weights for the next model."""
         self.__dict__.pop("model", None)
+        gc.collect()  # a symphonized model refers to itself
 
 
 def load_tokenizer(source: str, revision: str | None) -> Any:

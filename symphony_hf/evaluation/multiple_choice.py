@@ -1,9 +1,8 @@
 """Accuracy of the most likely of given answers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,13 +57,13 @@ def score_choices(
 ) -> ChoiceScores:
     """Choose the answer whose tokens are most likely after the prompt. Ties go to the first answer.
 
-    One forward pass of the prompt scores all answers of one token; longer answers take rows of their own. Batching
-    changes log-probabilities by rounding only.
+    One row, the prompt, scores all answers of one token; longer answers take rows of their own. Batching changes
+    log-probabilities by rounding only.
 
     Args:
         model: A causal language model, or one with images. Its mode is restored.
         questions: Questions, of which one batch is in memory at a time.
-        batch_size: Number of questions per forward pass.
+        batch_size: Maximum number of rows per forward pass, and of questions in memory.
         progress: Label of the progress bar; no bar when None.
         total: Number of questions, for the progress bar.
 
@@ -75,7 +74,7 @@ def score_choices(
     answers: list[int] = []
     with evaluating(model) as device, question_bar(progress, total) as bar:
         for batch in chunked(questions, batch_size):
-            for question, scores in zip(batch, _score_batch(model, batch, device), strict=True):
+            for question, scores in zip(batch, _score_batch(model, batch, batch_size, device), strict=True):
                 check_finite(scores, len(answers))
                 log_probs.append(scores)
                 answers.append(question.answer)
@@ -92,45 +91,59 @@ def check_finite(scores: np.ndarray, question: object) -> None:
         )
 
 
-def _score_batch(model: nn.Module, questions: Sequence[Question], device: torch.device) -> list[np.ndarray]:
-    rows, positions = _rows(questions)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row, _ in rows])
+class _Row(NamedTuple):
+    """Tokens of a prompt with the beginning of an answer, the index of the question, and the choices that it scores."""
+
+    ids: list[int]
+    question: int
+    choices: list[int]
+
+
+def _score_batch(
+    model: nn.Module, questions: Sequence[Question], batch_size: int, device: torch.device
+) -> list[np.ndarray]:
+    found = [np.empty(len(question.choices)) for question in questions]
+    for rows in chunked(_rows(questions), batch_size):
+        logits_BTV = model(**_inputs(rows, questions, device)).logits
+        scored = [
+            (row.question, choice, _log_prob(logits_TV, questions[row.question], choice))
+            for row, logits_TV in zip(rows, logits_BTV, strict=True)
+            for choice in row.choices
+        ]
+        # Synchronize with the device once per pass, not once per answer.
+        values = torch.stack([log_prob for *_, log_prob in scored]).tolist()
+        for (question, choice, _), value in zip(scored, values, strict=True):
+            found[question][choice] = value
+    return found
+
+
+def _inputs(rows: Sequence[_Row], questions: Sequence[Question], device: torch.device) -> dict[str, Tensor]:
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row.ids) for row in rows])
     # Padded on the right, where causal models do not see it, so that positions do not move.
-    inputs: dict[str, Any] = {"attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
-    pixels = [questions[number].pixel_values for _, number in rows]
-    if any(images is not None for images in pixels):
-        inputs["pixel_values"] = torch.cat([images for images in pixels if images is not None])
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    logits_BTV = model(input_ids=ids.to(device), **inputs).logits
-    scores = [
-        _log_prob(logits_BTV[row], len(questions[number].prompt), questions[number].choices[choice])
-        for number, choice, row in positions
-    ]
-    values = iter(torch.stack(scores).tolist())
-    return [np.array(list(islice(values, len(question.choices)))) for question in questions]
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()}
+    pixels = [images for row in rows if (images := questions[row.question].pixel_values) is not None]
+    if pixels:
+        inputs["pixel_values"] = torch.cat(pixels)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _rows(questions: Sequence[Question]) -> tuple[list[tuple[list[int], int]], Iterator[tuple[int, int, int]]]:
-    """Return the rows of a batch with the index of their question, and (question, choice, row) of each choice.
+def _rows(questions: Sequence[Question]) -> list[_Row]:
+    """Return the rows of a batch.
 
     The last token of a choice is predicted, not read, so choices that differ only in their last token share a row.
     """
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    rows: list[tuple[list[int], int]] = []
-    positions = []
+    rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
     for number, question in enumerate(questions):
         for choice, ids in enumerate(question.choices):
-            key = (number, tuple(ids[:-1]))
-            if key not in numbers:
-                numbers[key] = len(rows)
-                rows.append((question.prompt + ids[:-1], number))
-            positions.append((number, choice, numbers[key]))
-    return rows, iter(positions)
+            row = rows.setdefault((number, tuple(ids[:-1])), _Row(question.prompt + ids[:-1], number, []))
+            row.choices.append(choice)
+    return list(rows.values())
 
 
-def _log_prob(logits_TV: Tensor, start: int, choice: Sequence[int]) -> Tensor:
-    """Compute the log-probability of a choice whose first token is at `start`, in nats."""
-    logits_CV = logits_TV[start - 1 : start - 1 + len(choice)].float()
-    chosen_C = torch.tensor(choice, device=logits_TV.device)
+def _log_prob(logits_TV: Tensor, question: Question, choice: int) -> Tensor:
+    """Compute the log-probability of a choice after the question's prompt, in nats."""
+    start, ids = len(question.prompt), question.choices[choice]
+    logits_CV = logits_TV[start - 1 : start - 1 + len(ids)].float()
+    chosen_C = torch.tensor(ids, device=logits_TV.device)
     return logits_CV.log_softmax(-1).gather(1, chosen_C.unsqueeze(1)).sum()

@@ -5,8 +5,9 @@ likelihood of a document can be divided by its words or bytes. A token has the s
 the attack. With windows of a fixed length it would not, since attacked text has more tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from difflib import SequenceMatcher
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -40,10 +41,19 @@ class Tokens(NamedTuple):
     Attributes:
         ids: Token ids, without special tokens.
         lines: Line in which each token begins. Shape: (tokens,), int64, non-decreasing.
+        unknown: Text of each token that is not in the vocabulary, by position; empty texts without offsets.
     """
 
     ids: list[int]
     lines: np.ndarray
+    unknown: Mapping[int, str] = MappingProxyType({})
+
+    def compared(self) -> list[Hashable]:
+        """Return the ids, with the text in place of each unknown token, since an attack may turn one into another."""
+        tokens: list[Hashable] = list(self.ids)
+        for position, text in self.unknown.items():
+            tokens[position] = text or object()  # an object equals no other one
+        return tokens
 
 
 class Untouched(NamedTuple):
@@ -72,7 +82,10 @@ def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
         positions = (
             batch["offset_mapping"] if tokenizer.is_fast else [[(0, 0)] * len(ids) for ids in batch["input_ids"]]
         )
-        found += [Tokens(*parts) for parts in zip(batch["input_ids"], map(_lines, texts, positions), strict=True)]
+        found += [
+            Tokens(ids, _lines(text, spans), _unknown(text, ids, spans, tokenizer.unk_token_id))
+            for text, ids, spans in zip(texts, batch["input_ids"], positions, strict=True)
+        ]
     for document, tokens in zip(documents, found, strict=True):
         if not tokens.ids:
             raise EvaluationError(f"document {document.name!r} has no tokens: leave it out")
@@ -82,6 +95,11 @@ def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
 def _lines(text: str, positions: Sequence[tuple[int, int]]) -> np.ndarray:
     ends = [position for position, letter in enumerate(text) if letter == "\n"]
     return np.searchsorted(ends, np.array([start for start, _ in positions], dtype=np.int64))
+
+
+def _unknown(text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]], unknown_id: int | None) -> dict[int, str]:
+    own = (position for position, token in enumerate(ids) if token == unknown_id)
+    return {position: text[slice(*spans[position])] for position in own}
 
 
 def first_token(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -151,10 +169,11 @@ def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
     clean_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     attacked_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     lines = np.intersect1d(clean.lines, attacked.lines)
+    clean_tokens, attacked_tokens = clean.compared(), attacked.compared()
     # The first token of each line and of the next, in both forms.
     bounds = [np.searchsorted(form.lines, ends).tolist() for form in (clean, attacked) for ends in (lines, lines + 1)]
     for start, end, other_start, other_end in zip(*bounds, strict=True):
-        positions, other_positions = aligned_positions(clean.ids[start:end], attacked.ids[other_start:other_end])
+        positions, other_positions = aligned_positions(clean_tokens[start:end], attacked_tokens[other_start:other_end])
         clean_positions.append(start + positions)
         attacked_positions.append(other_start + other_positions)
     return Untouched(np.concatenate(clean_positions), np.concatenate(attacked_positions))
@@ -165,7 +184,9 @@ SPAN = 2048
 of a document (20 ms for 2,000 tokens, of which a fifth are replaced)."""
 
 
-def aligned_positions(clean_ids: Sequence[int], attacked_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def aligned_positions(
+    clean_tokens: Sequence[Hashable], attacked_tokens: Sequence[Hashable]
+) -> tuple[np.ndarray, np.ndarray]:
     """Pair the tokens of a clean text with the same tokens of its attacked version, in order.
 
     Returns:
@@ -175,9 +196,9 @@ def aligned_positions(clean_ids: Sequence[int], attacked_ids: Sequence[int]) -> 
     clean_positions: list[int] = []
     attacked_positions: list[int] = []
     i, j = 0, 0
-    while i < len(clean_ids) and j < len(attacked_ids):
+    while i < len(clean_tokens) and j < len(attacked_tokens):
         # autojunk would ignore frequent tokens, which are the stop words that attacks leave alone.
-        matcher = SequenceMatcher(None, clean_ids[i : i + SPAN], attacked_ids[j : j + SPAN], autojunk=False)
+        matcher = SequenceMatcher(None, clean_tokens[i : i + SPAN], attacked_tokens[j : j + SPAN], autojunk=False)
         *blocks, _ = matcher.get_matching_blocks()
         for block in blocks:
             clean_positions.extend(range(i + block.a, i + block.a + block.size))

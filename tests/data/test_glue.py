@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from symphony_hf.data.blocks import NO_LABEL
 from symphony_hf.data.embedded import described_names
+from symphony_hf.data.glue import _with_answers
 from symphony_hf.data.glue_tasks import TASKS, find_task
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.data.questions import split_shared, tokenize_choices
@@ -263,6 +264,14 @@ def test_labels_that_the_task_does_not_have_are_an_error(tmp_path, tokenizer, ch
     path = write_folder(tmp_path, {"train": rows, "validation": rows[:2]}, ".jsonl")
     with pytest.raises(DataError, match=message):
         glue("sst2", tokenizer, path)
+
+
+def test_a_missing_label_of_named_ones_is_an_error():
+    features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+    rows = [{"sentence": "a", "label": 1}, {"sentence": "b", "label": None}]
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    with pytest.raises(DataError, match="here: row 1 has the label None; sst2 has 0 or `negative`"):
+        _with_answers(table, TASKS["sst2"], "here")
 
 
 def test_missing_columns_are_named(tmp_path, tokenizer):

@@ -252,6 +252,7 @@ def test_too_many_missing_images_are_an_error_that_names_the_first(tmp_path, pro
     [
         ({"conversations": None}, "no list of turns"),
         ({"conversations": [{"from": "human", "value": "<image>\nWhat?"}]}, "no answer"),
+        ({"conversations": [{"from": "human", "value": None, "tool_calls": [1]}]}, "a turn without text"),
         ({"image": 12345}, "no name of an image: int, '12345'"),
         ({"image": [None]}, "no name of an image"),
         ({"image": float("nan")}, "another number of images than of <image>: 0 and 1"),

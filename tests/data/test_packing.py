@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB, gradients, make_model, move_graphs
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
 from symphony_hf.data.blocks import NO_LABEL, pack_blocks
@@ -88,6 +90,19 @@ def test_models_that_keep_documents_apart_may_pack(family, dtype):
     model = tiny_model(family).to(dtype).train()
     check_packing(model)
     assert model.training
+
+
+def test_attention_that_needs_an_accelerator_is_kept_and_not_run_on_the_cpu(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no kernel on the CPU")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "kernel", fail)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "kernel", sdpa_mask)
+    model = tiny_model("olmoe")
+    model.set_attn_implementation("kernel")
+    check_packing(model, "kernel")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_a_model_whose_logits_show_nothing_is_refused():

@@ -78,6 +78,17 @@ def test_answers_of_one_token_are_read_off_one_row():
     assert [shape[0] for shape in shapes] == [4, 4]
 
 
+def test_a_forward_pass_has_no_more_rows_than_the_batch_size():
+    model = make_model("olmoe")
+    rows = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    score_choices(model, questions(8, longest=3, choices=9), batch_size=4)
+    assert max(rows) == 4
+    assert sum(rows) > 8
+
+
 def test_the_tokenizers_side_of_padding_makes_no_difference():
     tokenizer = train_tokenizer([Document("a", "Does the sentence answer the question? yes no " * 20)], 300)
     model = make_model("olmoe", vocab_size=len(tokenizer))

@@ -32,6 +32,7 @@ def read_training_run(folder: Path, results: Mapping[str, Any]) -> Run:
     """Read a folder with `results.json`, and the model in `final/`."""
     recipe = results["recipe"]
     levels = list(_levels(results["test"]))
+    unit = "windows" if recipe.get("eval", {}).get("context") else "held-out documents"
     curves = _curves(folder, results)
     settings = flat({name: recipe[name] for name in recipe if name != "output"})  # the folder makes no difference
     for name in ("processes", "strategy", "device"):
@@ -40,7 +41,7 @@ def read_training_run(folder: Path, results: Mapping[str, Any]) -> Run:
         folder=folder,
         kind="training run",
         about=_about(results),
-        findings=[*_describe_levels(levels, results["test"]), *_describe_losses(curves, int(results["steps"]))],
+        findings=[*_describe_levels(levels, results["test"], unit), *_describe_losses(curves, int(results["steps"]))],
         settings=settings,
         levels=levels,
         curves={"": curves},
@@ -77,11 +78,11 @@ def _level(test: Mapping[str, Any], key: str, metric: str, text: str, documents:
     return Level("", metric, text, float(test[key]), low, high, documents)
 
 
-def _describe_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
+def _describe_levels(levels: Sequence[Level], test: Mapping[str, Any], unit: str) -> list[str]:
     if "clean" in test:
         clean, attacked = levels
         return [
-            f"Perplexity {clean.value:.2f} on {clean.documents} held-out documents; {attacked.value:.2f} with words "
+            f"Perplexity {clean.value:.2f} on {clean.documents} {unit}; {attacked.value:.2f} with words "
             f"replaced by AAA, {attacked.value / clean.value:.2f} times as high."
         ]
     if not levels:

@@ -8,7 +8,8 @@ from typing import Any
 
 from symphony_hf.compat import versions
 from symphony_hf.data.datasets import progress_bars
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import write_json
+from symphony_hf.results import check_results, remove_results
 
 from .questions import ClassificationTask
 from .settings import RobustnessSettings
@@ -18,6 +19,8 @@ from .text import TextTask
 from .vqa import VisualTask
 
 TASKS: dict[str, type[Task[Any]]] = {"text": TextTask, "classification": ClassificationTask, "vqa": VisualTask}
+
+RESULT, PICTURE = "result.json", "robustness.png"
 
 
 def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
@@ -36,7 +39,8 @@ def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
 def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
     """Measure one or two models on clean and attacked inputs, with confidence intervals and verdicts.
 
-    Finished measurements are kept in `output/cells`, so an interrupted call resumes.
+    Finished measurements are kept in `output/cells`, so an interrupted call resumes. An earlier evaluation's result and
+    picture are removed before the first measurement.
 
     Returns:
         The contents of `output/result.json`, whose structure is the same for all tasks. `measure` names the entries of
@@ -45,22 +49,25 @@ def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
         `notes`.
 
     Raises:
-        SymphonyError: If a model or the data could not be loaded, or a number is not finite.
+        SymphonyError: If a model or the data could not be loaded, a number is not finite, or a file in the folder would
+            be replaced that no earlier evaluation wrote.
     """
     started = time.perf_counter()
     output = Path(settings.output)
-    check_file_place(output / "result.json", "eval")
+    check_results(output / RESULT, [PICTURE], "eval")
     task = open_task(settings, Store(output / "cells"))
+    remove_results(output / RESULT, [PICTURE])
     measured = {role: task.measure(role) for role in task.models_under_test}
+    described = task.describe(measured)  # its warnings help to understand an error of the summary
     result = {
         "task": settings.task,
         **summarize(measured, task.report),
         "settings": dataclasses.asdict(settings),
-        **task.describe(measured),
+        **described,
         "fingerprints": {role: checkpoint.fingerprint for role, checkpoint in task.models_under_test.items()},
         "versions": versions(),
         "notes": task.notes,
         "seconds": time.perf_counter() - started,
     }
-    write_json(output / "result.json", result)
+    write_json(output / RESULT, result)
     return result

@@ -20,9 +20,8 @@ from symphony_hf.evaluation.metrics import (
     metric_interval,
     pooled_choices,
 )
-from symphony_hf.evaluation.perplexity import DocumentScores
 from symphony_hf.evaluation.settings import AttackCase
-from symphony_hf.evaluation.statistics import Interval
+from symphony_hf.evaluation.statistics import MIN_DOCUMENTS, Interval
 
 from .task import MetricReport
 from .text_scores import TextScores, Unit, pooled
@@ -34,9 +33,10 @@ SEED = 0
 class Perplexity(MetricReport[TextScores]):
     """Report of perplexities, in which changes are ratios of attacked to clean, and models are compared by ratios.
 
-    `comparison` has the `unit` that two models' likelihoods are divided by, which is words if their tokens differ. Rows
-    also have `per_word` and `per_byte`, and `untouched`: the metrics on the tokens that the attack leaves alone, None
-    if there are none or if two models' tokens differ.
+    `comparison` has the `unit` that two models' likelihoods are divided by: words if their tokens differ, and bytes if
+    the text has no spaces besides. Rows also have `per_word`, None for such text, `per_byte`, and `untouched`: the
+    metrics on the tokens that the attack leaves alone, None if fewer than 10 documents have any, or if two models'
+    tokens differ.
     """
 
     level, change, lower_is_better = "perplexity", "ratio", True
@@ -82,22 +82,21 @@ class Perplexity(MetricReport[TextScores]):
         attacked = ours.per(unit, self.names), theirs.per(unit, self.names)
         clean = a.clean.per(unit, self.names), b.clean.per(unit, self.names)
         sturdier = compare_robustness(clean[0], attacked[0], clean[1], attacked[1], seed=SEED, weights=weights)
-        untouched = None
-        if unit == "token" and ours.num_untouched.sum():
-            pair: tuple[DocumentScores, DocumentScores] = (
-                ours.untouched(self.names)[1],
-                theirs.untouched(self.names)[1],
-            )
-            untouched = self.as_entry(compare_perplexity(*pair, seed=SEED, weights=weights).exp())
+        untouched, has = None, ours.num_untouched > 0
+        # One tokenizer without offsets and one with them may find other tokens untouched.
+        are_same = unit == "token" and np.array_equal(ours.num_untouched, theirs.num_untouched)
+        if are_same and has.sum() >= MIN_DOCUMENTS:
+            pair = ours.untouched(self.names)[1], theirs.untouched(self.names)[1]
+            untouched = self.as_entry(compare_perplexity(*pair, seed=SEED, weights=weights[has]).exp())
         return {
             "perplexity": self.as_entry(compare_perplexity(*attacked, seed=SEED, weights=weights).exp()),
             "ratio": self.as_entry(sturdier),
             "untouched": untouched,
         }
 
-    def _rates(self, scores: TextScores) -> dict[str, float]:
+    def _rates(self, scores: TextScores) -> dict[str, float | None]:
         return {
-            "per_word": scores.per("word", self.names).perplexity,
+            "per_word": scores.per("word", self.names).perplexity if scores.has_words else None,
             "per_byte": scores.per("byte", self.names).perplexity,
         }
 
@@ -108,21 +107,24 @@ class Perplexity(MetricReport[TextScores]):
         return {str(seed): form.per("token", self.names).perplexity for seed, form in own.items()}
 
     def _untouched(self, scores: TextScores, weights: np.ndarray) -> dict[str, Any] | None:
-        """Return the metrics on untouched tokens; None if there are none."""
-        if not scores.num_untouched.sum():
+        """Return the metrics on untouched tokens; None if too few documents have any for an interval."""
+        has = scores.num_untouched > 0
+        if has.sum() < MIN_DOCUMENTS:
             return None
         clean, attacked = scores.untouched(self.names)
         return {
             "share": float(scores.num_untouched.sum() / scores.num_tokens.sum()),
             "clean_perplexity": clean.perplexity,
             "perplexity": attacked.perplexity,
-            "ratio": self.as_entry(compare_attacked(clean, attacked, seed=SEED, weights=weights).exp()),
+            "ratio": self.as_entry(compare_attacked(clean, attacked, seed=SEED, weights=weights[has]).exp()),
         }
 
 
 def _unit_of(a: Measured[TextScores], b: Measured[TextScores]) -> Unit:
-    pairs = [(a.clean, b.clean), *((a.attacked[case], b.attacked[case]) for case in a.attacked)]
-    return "token" if all(np.array_equal(one.num_tokens, other.num_tokens) for one, other in pairs) else "word"
+    forms = [(a.clean, b.clean), *((a.attacked[case], b.attacked[case]) for case in a.attacked)]
+    if all(one.tokens == other.tokens for one, other in forms):
+        return "token"
+    return "word" if all(one.has_words for one, _ in forms) else "byte"
 
 
 class Accuracy(MetricReport[Choices]):

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from symphony_hf.diagnostics.labels import model_names
 from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.tables import Table, TableCell
 
@@ -34,8 +35,9 @@ def print_robustness(result: Mapping[str, Any], console: Console | None = None) 
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    names = model_names(settings, list(result["models"]))
     for role, model in result["models"].items():
-        _levels_table(settings[role], model, result["measure"]).print(console)
+        _levels_table(names[role], model, result["measure"]).print(console)
     if "comparisons" in result:
         _comparison_table(result).print(console)
         for line in verdicts(result):
@@ -58,7 +60,7 @@ def _narrow(result: Mapping[str, Any]) -> list[str]:
 def verdicts(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence for clean inputs, and one for each attack over all its severities."""
     comparisons, measure = result["comparisons"], result["measure"]
-    a, b = result["settings"]["model"], result["settings"]["against"]
+    a, b = model_names(result["settings"], ("model", "against")).values()
     what = KINDS[result["task"]].name
     lines = [f"On clean {what}, {a} is {_describe(comparisons['clean'], b, measure)}."]
     for row in _overall(comparisons["attacks"]):
@@ -100,7 +102,8 @@ def _level_cells(row: Mapping[str, Any], measure: Mapping[str, Any]) -> list[Tab
     if measure["level"] == "perplexity":
         untouched = row.get("untouched")
         cells += [
-            TableCell(f"{row[name]:{form}}", row[name]) for name, form in (("per_word", ".4g"), ("per_byte", ".3f"))
+            TableCell("" if row[name] is None else f"{row[name]:{form}}", row[name])
+            for name, form in (("per_word", ".4g"), ("per_byte", ".3f"))
         ]
         cells += [_interval(row.get(change), 3), _interval(untouched and untouched["ratio"], 3)]
     else:

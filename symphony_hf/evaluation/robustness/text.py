@@ -95,6 +95,7 @@ class TextTask(Task[TextScores]):
             num_tokens=form.lengths,
             num_words=np.array([len(document.text.split()) for document in documents]),
             num_bytes=np.array([len(document.text.encode(errors="surrogatepass")) for document in documents]),
+            tokens=form.digest,
             **sums,
         )
 
@@ -205,7 +206,9 @@ def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase
     tokenized = tokenize(documents, tokenizer)
     digest = hashlib.sha256()
     for tokens in tokenized:
-        digest.update(hashlib.sha256(np.array(tokens.ids, dtype=np.int64).tobytes()).digest())
+        unknown = "".join(f"{text}\0" for text in tokens.unknown.values())
+        ids = np.array(tokens.ids, dtype=np.int64).tobytes()
+        digest.update(hashlib.sha256(ids + unknown.encode(errors="surrogatepass")).digest())
     return _Form(tokenized, digest.hexdigest())
 
 

@@ -11,6 +11,9 @@ from symphony_hf.evaluation.perplexity import DocumentScores
 
 Unit = Literal["token", "word", "byte"]
 
+_MAX_WORD = 50
+"""Maximum mean number of bytes in a word. Above it, the text has no spaces, and a perplexity per word may overflow."""
+
 
 @dataclass(frozen=True, eq=False)
 class TextScores:
@@ -24,6 +27,7 @@ class TextScores:
         untouched_nll: Negative log-likelihood of the tokens that the attack leaves alone.
         untouched_clean_nll: Negative log-likelihood of these tokens in the original.
         num_untouched: Number of untouched tokens.
+        tokens: Digest of the tokens of all documents; empty for pooled forms.
     """
 
     nll: np.ndarray
@@ -33,6 +37,12 @@ class TextScores:
     untouched_nll: np.ndarray
     untouched_clean_nll: np.ndarray
     num_untouched: np.ndarray
+    tokens: str = ""
+
+    @property
+    def has_words(self) -> bool:
+        """Whether spaces separate the words of the text, so that a perplexity per word says something."""
+        return bool(self.num_bytes.sum() <= _MAX_WORD * self.num_words.sum())
 
     def per(self, unit: Unit, names: list[str]) -> DocumentScores:
         """Return the likelihood of the text with the number of its tokens, words or bytes."""
@@ -54,5 +64,5 @@ def pooled(forms: Sequence[TextScores]) -> TextScores:
 
     A document stays one draw, so the interval over documents does not shrink with the number of attack seeds.
     """
-    columns = [field.name for field in dataclasses.fields(TextScores)]
+    columns = [field.name for field in dataclasses.fields(TextScores) if field.name != "tokens"]
     return TextScores(*(np.sum([getattr(form, column) for form in forms], axis=0) for column in columns))

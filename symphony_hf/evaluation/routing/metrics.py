@@ -26,7 +26,7 @@ from symphony_hf.diagnostics.routing_metrics import (
     router_saturation,
 )
 from symphony_hf.evaluation.settings import AttackCase
-from symphony_hf.evaluation.statistics import of_sums, paired_bootstrap
+from symphony_hf.evaluation.statistics import MIN_DOCUMENTS, of_sums, paired_bootstrap
 from symphony_hf.routing.graph import count_coselections
 
 from .records import RoutingRecord
@@ -120,9 +120,9 @@ def compare_attacked(
 
     Returns:
         `attack`, `severity`, `seed`, `tokens`; `change_rate`: the flip rate over all layers, with its interval over
-        documents; `per_layer`: the flip rate by router; `flips_per_layer`: the share of tokens with any changed expert,
-        by router; `by_distance` and `by_class`: the flip rate by router and distance from the last edit, or class of
-        token, None where there are no tokens.
+        documents, None if fewer than 10 have tokens; `per_layer`: the flip rate by router; `flips_per_layer`: the share
+        of tokens with any changed expert, by router; `by_distance` and `by_class`: the flip rate by router and distance
+        from the last edit, or class of token. Rates are None where there are no tokens.
     """
     changed = {}
     for name, record in clean.items():
@@ -134,28 +134,31 @@ def compare_attacked(
         "seed": case.seed,
         "tokens": len(form.clean),
         "change_rate": _interval(np.mean(list(changed.values()), axis=0), form.document, len(form.form.num_tokens)),
-        "per_layer": {name: float(values.mean()) for name, values in changed.items()},
-        "flips_per_layer": {name: float((values > 0).mean()) for name, values in changed.items()},
+        "per_layer": {name: _mean(values) for name, values in changed.items()},
+        "flips_per_layer": {name: _mean(values > 0) for name, values in changed.items()},
         "by_distance": _means(changed, form.distance, DISTANCE_NAMES),
         "by_class": _means(changed, texts.token_class[form.clean], CLASS_NAMES),
     }
 
 
-def _interval(change_T: np.ndarray, document: np.ndarray, num_documents: int) -> dict[str, Any]:
-    """Return the interval of the mean over tokens, resampled by document. Documents without tokens are left out."""
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _interval(change_T: np.ndarray, document: np.ndarray, num_documents: int) -> dict[str, Any] | None:
+    """Return the interval of the mean over tokens, resampled by document; None if too few documents have any."""
     number = np.bincount(document, minlength=num_documents)
     total = np.bincount(document, weights=change_T, minlength=num_documents)
     kept = number > 0
+    if kept.sum() < MIN_DOCUMENTS:
+        return None
     mean = of_sums(lambda totals, numbers: totals / numbers)
     return dataclasses.asdict(paired_bootstrap([total[kept], number[kept]], mean, null=None, weights=number[kept]))
 
 
 def _means(changed: Mapping[str, np.ndarray], kind: np.ndarray, names: Sequence[str]) -> dict[str, list[float | None]]:
     masks = [kind == number for number in range(len(names))]
-    return {
-        router: [float(values[mask].mean()) if mask.any() else None for mask in masks]
-        for router, values in changed.items()
-    }
+    return {router: [_mean(values[mask]) for mask in masks] for router, values in changed.items()}
 
 
 def compare_checkpoint(

@@ -147,8 +147,8 @@ class _Observation:
         if not self.settings.similarity_tokens:
             return
         with or_why_not(self.unavailable, "similarity"):
-            tokens, batch_size = self.settings.similarity_tokens, self.settings.batch_size
-            for name, cka_EE in expert_similarities(checkpoint.model, self.texts.clean, tokens, batch_size).items():
+            tokens = self.settings.similarity_tokens
+            for name, cka_EE in expert_similarities(checkpoint.model, self.texts.clean, tokens).items():
                 self.matrices[f"similarity/{name}"] = cka_EE.float()
                 others = cka_EE[~torch.eye(len(cka_EE), dtype=torch.bool)]
                 layers[name]["similarity"] = {"mean": float(others.mean()), "highest": float(others.max())}

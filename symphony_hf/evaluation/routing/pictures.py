@@ -87,7 +87,7 @@ def _matrices_of(matrices: Mapping[str, Tensor], prefix: str, routers: list[str]
 def _draw_flips(plots: Any, result: Mapping[str, Any], folder: Path) -> Iterator[Path]:
     """Draw one picture per attack."""
     routers = result["routers"]
-    attacks = list(dict.fromkeys(row["attack"] for row in result["corruption"]))
+    attacks = list(dict.fromkeys(row["attack"] for row in result["corruption"] if row["tokens"]))
     for attack in attacks:
         rows = [row for row in result["corruption"] if row["attack"] == attack]
         hardest = max(rows, key=lambda row: row["severity"])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from symphony_hf.data.rows import thinned
 from symphony_hf.diagnostics.routing_metrics import cka_matrix, flip_rate, router_margin
 from symphony_hf.errors import EvaluationError, UnsupportedModelError
 from symphony_hf.evaluation.batching import Windows, evaluating, flatten, padded_batches
@@ -201,7 +202,7 @@ def _check_predicts(model: Any) -> None:
         )
 
 
-def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int) -> dict[str, Tensor]:
+def expert_similarities(model: Any, form: Form, num_tokens: int) -> dict[str, Tensor]:
     """Compute the similarity of the experts of each layer on tokens spread over the text.
 
     Returns:
@@ -210,9 +211,7 @@ def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int
     Raises:
         UnsupportedModelError: If the experts of a layer cannot be run one by one.
     """
-    flat, _ = flatten(form.windows)
-    longest = max(len(window) for window in flat)
-    spread = flat[:: max(1, len(flat) // max(batch_size, -(-num_tokens // longest)))]
+    spread = _spread(flatten(form.windows)[0], num_tokens)
     similarities = {}
     with evaluating(model) as device:
         (batch,) = padded_batches(spread, len(spread), device, None)
@@ -229,6 +228,18 @@ def expert_similarities(model: Any, form: Form, num_tokens: int, batch_size: int
             if sample.hidden_TD is not None:
                 similarities[sample.name] = cka_matrix(sample.outputs())
     return similarities
+
+
+_MIN_WINDOWS = 8
+"""Minimum number of windows that tokens are sampled from, so that they come from several documents."""
+
+
+def _spread(flat: list[Tensor], num_tokens: int) -> list[Tensor]:
+    """Return evenly spaced windows with at least `num_tokens` tokens besides their given first ones, or all windows."""
+    number = _MIN_WINDOWS
+    while sum(len(window) - 1 for window in thinned(flat, number)) < num_tokens and number < len(flat):
+        number *= 2
+    return list(thinned(flat, number))
 
 
 @contextmanager

@@ -124,15 +124,15 @@ def _corruption_table(result: Mapping[str, Any]) -> Table:
     first, last = result["routers"][0], result["routers"][-1]
     rows = []
     for row in result["corruption"]:
-        rate, flips = row["change_rate"], list(row["flips_per_layer"].values())
+        rate, flips = row["change_rate"], [share for share in row["flips_per_layer"].values() if share is not None]
         rows.append(
             [
                 TableCell(row["attack"]),
                 _number(row["severity"], "d"),
-                TableCell(interval_text(rate, 1, 100, unit="%"), rate["estimate"]),
+                TableCell(interval_text(rate, 1, 100, unit="%"), rate["estimate"]) if rate else TableCell(""),
                 _number(row["per_layer"][first], ".1%"),
                 _number(row["per_layer"][last], ".1%"),
-                _number(sum(flips) / len(flips), ".1%"),
+                _number(sum(flips) / len(flips) if flips else None, ".1%"),
             ]
         )
     return Table(

@@ -69,6 +69,17 @@ def test_a_command_line_is_one_for_a_shell(routed, copy):
     assert "--drop_first" in words
 
 
+def test_a_setting_of_none_that_is_not_the_default_is_given(evaluated, routed, copy):
+    for folder, names in ((copy(evaluated), ["documents"]), (copy(routed), ["documents", "words"])):
+        rewrite(folder / "result.json", lambda result, names=names: result["settings"].update(dict.fromkeys(names)))
+        (run,) = read_runs([folder])
+        given = list(itertools.pairwise(shlex.split(run.command)))
+        for name in names:
+            assert (f"--{name}", "all") in given
+            assert run.settings[name] == "all"
+        assert "--revision" not in run.command
+
+
 def test_an_interval_keeps_its_null_and_p_value():
     interval = Interval(0.5, 0.2, 0.8, 0.95, 12, 0, 0.0, 0.2)
     assert as_interval(dataclasses.asdict(interval)) == interval
@@ -118,6 +129,13 @@ def test_the_file_that_is_to_blame_is_named(trained, copy):
     assert "results.json" not in str(caught.value)
 
 
+def test_windows_that_overlap_are_no_documents(trained, copy):
+    folder = copy(trained)
+    assert " held-out documents; " in read_runs([folder])[0].findings[0]
+    rewrite(folder / "results.json", lambda results: results["recipe"]["eval"].update(context=8))
+    assert " windows; " in read_runs([folder])[0].findings[0]
+
+
 def test_seconds_a_step_are_left_out_where_a_run_was_resumed(trained, copy):
     folder = copy(trained)
     assert read_runs([folder])[0].costs[0].seconds_per_step > 0
@@ -137,16 +155,32 @@ def test_an_evaluation_may_be_of_accuracy(evaluated, copy):
     def accuracy(result):
         share = {"estimate": 0.75, "low": 0.5, "high": 0.9, "confidence": 0.95, "num_documents": 12, "seed": 0}
         less = share | {"estimate": -0.25, "low": -0.3, "high": -0.2, "null": 0.0}
-        row = {"attack": "aaa", "severity": 1, "accuracy": share, "difference": less, "also": {}}
-        result["models"] = {"model": {"clean": {"accuracy": share, "also": {}}, "attacks": [row]}}
-        del result["comparisons"]
-        result["settings"]["against"] = None
+        f1 = share | {"estimate": 0.6}
+        row = {"attack": "aaa", "severity": 1, "accuracy": share, "difference": less}
+        row |= {"also": {"F1": {"level": f1, "difference": less | {"estimate": -0.3}}}}
+        model = {"clean": {"accuracy": share, "also": {"F1": {"level": f1}}}, "attacks": [row]}
+        result["models"] = {"model": model, "against": model}
+        even = less | {"estimate": 0.0, "high": 0.1, "verdict": "not distinguishable"}
+        compared = {"accuracy": even, "difference": even, "also": {"F1": {"level": even, "difference": even}}}
+        attacks = [{"attack": "aaa", "severity": 1, **compared}]
+        result["comparisons"] = {"clean": even, "also": {"F1": even}, "attacks": attacks}
+        result["measure"] = {"level": "accuracy", "change": "difference", "lower_is_better": False, "also": ["F1"]}
 
     rewrite(folder / "result.json", accuracy)
     (run,) = read_runs([folder])
-    assert [(level.metric, level.value) for level in run.levels] == [("accuracy", 0.75)]
-    assert [(row.metric, row.value.estimate, row.change.estimate) for row in run.attacks] == [("accuracy", 0.75, -0.25)]
-    assert run.findings[0] == "On clean input, accuracy 75.00% [50.00%, 90.00%]."
+    assert [(level.metric, level.value) for level in run.levels] == [("accuracy", 0.75), ("F1", 0.6)] * 2
+    attacks = [(row.metric, row.value.estimate, row.change.estimate) for row in run.attacks]
+    assert attacks == [("accuracy", 0.75, -0.25), ("F1", 0.6, -0.3)] * 2
+    assert [(one.text, one.what, one.headline) for one in run.comparisons] == [
+        ("clean", "difference of accuracies", True),
+        ("clean", "difference of F1", False),
+        ("aaa, severity 1", "difference of accuracies", True),
+        ("aaa, severity 1", "difference of attacked - clean", True),
+        ("aaa, severity 1", "difference of F1", False),
+        ("aaa, severity 1", "difference of attacked - clean, F1", False),
+    ]
+    rewrite(folder / "result.json", lambda result: result.pop("comparisons"))
+    assert read_runs([folder])[0].findings[0] == "On clean input, accuracy 75.00% [50.00%, 90.00%]."
 
 
 def test_a_run_without_graphs_has_none(trained, copy):

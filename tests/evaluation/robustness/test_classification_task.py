@@ -5,6 +5,7 @@ import random
 import shutil
 from io import StringIO
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,7 +248,8 @@ def test_the_command_prints_accuracies_and_verdicts(models, table, compared, tmp
     assert result.exit_code == 0
     page = " ".join(result.output.split())
     estimate = compared[0]["comparisons"]["clean"]["estimate"]
-    assert f"On clean text, {models['trained']} is better than {models['untrained']} (difference {estimate:.4f}" in page
+    names = [Path(models[name]).name for name in ("trained", "untrained")]
+    assert f"On clean text, {names[0]} is better than {names[1]} (difference {estimate:.4f}" in page
     assert f"{NUMBER} questions: {table}" in page
     assert "there are 7." in page
     assert json.loads((output / "result.json").read_text())["models"] == json.loads(json.dumps(compared[0]["models"]))

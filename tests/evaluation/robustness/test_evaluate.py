@@ -11,7 +11,8 @@ import torch
 from grammar import save
 from models import make_model, move_graphs
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import symphony_hf.evaluation.robustness.text as measure
@@ -230,6 +231,30 @@ def test_models_with_other_tokens_are_compared_by_words(trained, word_tokenizer,
     assert comparisons["clean"]["estimate"] == pytest.approx(per_word[0] / per_word[1])
 
 
+def test_models_with_other_vocabularies_of_words_are_compared_by_words(documents, word_tokenizer, data_file, tmp_path):
+    """They have as many tokens, and other words are unknown."""
+    paths = []
+    for share in (1, 2):
+        words = list(word_tokenizer.get_vocab())[::share]
+        vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+        model = make_model("olmoe", vocab_size=len(tokenizer), max_position_embeddings=128)
+        paths.append(save(tmp_path / str(share), model, tokenizer))
+    settings = make_settings(paths[0], data_file, tmp_path / "out", against=paths[1], severities=(2,), seeds=(0,))
+    with pytest.warns(SymphonyWarning, match="easier to predict than the words that the other model has to spell"):
+        comparisons = evaluate_robustness(settings)["comparisons"]
+    assert comparisons["unit"] == "word"
+    assert comparisons["attacks"][0]["untouched"] is None
+
+
+def test_stored_measurements_are_of_the_same_unknown_words(word_tokenizer):
+    """Their ids are the same, and which tokens are untouched is not."""
+    digests = {measure._tokenize([Document("a", f"the {word} old")], word_tokenizer).digest for word in ("qw", "er")}
+    assert len(digests) == 2
+
+
 def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, compared, real_pictures, tmp_path):
     output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", trained, "--against", untrained, "--data", str(data_file), "--severity", "2,5", "--seeds", "0,1"]
@@ -238,11 +263,37 @@ def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, c
     assert result.exit_code == 0
     page = " ".join(result.output.split())
     estimate = compared[0]["comparisons"]["clean"]["estimate"]
-    assert f"is better than {untrained} (ratio {estimate:.4f}" in page
-    assert f"Against clean text it loses more than {untrained}." in page
+    against = Path(untrained).name
+    assert f"is better than {against} (ratio {estimate:.4f}" in page
+    assert f"Against clean text it loses more than {against}." in page
     assert "there are 7." in page
     assert "14 documents" in page
     assert (output / "robustness.png").stat().st_size > 10_000
+
+
+def test_two_revisions_of_a_model_have_two_names(compared):
+    settings = compared[0]["settings"] | {"model": "org/model", "against": "org/model", "revision": "v2"}
+    page = StringIO()
+    print_robustness({**compared[0], "settings": settings}, Console(width=200, file=page))
+    assert "org/model (model) is better than org/model (against)" in page.getvalue()
+
+
+def test_an_earlier_result_does_not_outlive_a_new_evaluation_in_its_folder(
+    compared, untrained, data_file, tmp_path, monkeypatch
+):
+    output = shutil.copytree(compared[1], tmp_path / "out")
+    (output / "robustness.png").write_bytes(b"")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "score_tokens", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_robustness(make_settings(untrained, data_file, output, block_size=20))
+    assert [path.name for path in output.iterdir()] == ["cells"]
+    (output / "result.json").write_text('{"mine": true}')
+    with pytest.raises(ConfigError, match=r"has `result\.json`, which no run of symphony_hf wrote"):
+        evaluate_robustness(make_settings(untrained, data_file, output))
 
 
 def test_one_model_alone_has_no_verdict(trained, data_file, tmp_path):

@@ -1,12 +1,17 @@
 """Likelihoods of documents in one form: by the words that the form has, and on the documents that have tokens left."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from symphony_hf.errors import EvaluationError
+from symphony_hf.evaluation.clean_attacked import Measured
 from symphony_hf.evaluation.comparison import compare_robustness, perplexity_interval
 from symphony_hf.evaluation.perplexity import DocumentScores
+from symphony_hf.evaluation.robustness.metric_reports import Perplexity
 from symphony_hf.evaluation.robustness.text_scores import TextScores
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.statistics import Interval, of_sums, paired_bootstrap
 
 NAMES = [str(number) for number in range(20)]
@@ -33,6 +38,33 @@ def test_documents_without_an_untouched_token_are_left_out():
     for part in scores(7.0, 40, untouched).untouched(NAMES):
         assert part.names == NAMES[:12]
         assert part.num_tokens.tolist() == [3] * 12
+
+
+def test_untouched_tokens_of_few_documents_have_no_interval():
+    report, case, rows = Perplexity(NAMES), AttackCase("aaa", 1, 0), {}
+    for kept, words_of_others in ((9, 40), (10, 40), (10, 4000)):
+        words = np.array([40, 80] * (kept // 2) + [40] * (kept % 2) + [words_of_others] * (20 - kept))
+        untouched = np.where(np.arange(20) < kept, 3 + np.arange(20) % 5, 0)
+        attacked = dataclasses.replace(scores(8.0, words, untouched), untouched_nll=untouched * (1 + np.arange(20) % 3))
+        measured = Measured(scores(7.0, words), {case: attacked})
+        alone, pair = report.attacked(measured, [case]), report.compare_attacked(measured, measured, [case])
+        rows[kept, words_of_others] = alone["untouched"] and alone["untouched"]["ratio"], pair["untouched"]
+    assert rows[9, 40] == (None, None)
+    assert [row["num_documents"] for row in rows[10, 40]] == [10, 10]
+    assert rows[10, 40] == rows[10, 4000]  # documents without untouched tokens have no weight
+
+
+def test_text_without_spaces_is_compared_by_bytes():
+    """2,000 nats per line of Chinese: exp of it overflows."""
+    lines = [
+        dataclasses.replace(scores(nats, 10), num_bytes=np.full(20, 9000), num_tokens=np.full(20, 3000))
+        for nats in (2000.0, 2100.0)
+    ]
+    a, b = (Measured(dataclasses.replace(line, tokens=name), {}) for name, line in zip("ab", lines, strict=True))
+    report = Perplexity(NAMES)
+    assert report.clean(a.clean)["per_word"] is None
+    assert report.comparison(a, b) == {"unit": "byte"}
+    assert report.compare_clean(a, b).estimate == pytest.approx(np.exp(-100 * 10 / 9000))
 
 
 def test_an_interval_without_ends_has_no_verdict():

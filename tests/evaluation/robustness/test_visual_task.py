@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -190,7 +191,7 @@ def test_the_command_prints_accuracies_and_verdicts(trained, untrained, compared
     )
     page = " ".join(result.output.split())
     assert f"{NUMBER} questions: scikit-learn's handwritten digits, test split, answered choosing among" in page
-    assert f"On clean images, {trained} is better than {untrained} (difference" in page
+    assert f"On clean images, {Path(trained).name} is better than {Path(untrained).name} (difference" in page
     assert "none of the 12 questions differs; a change that affects fewer than 25.0% of all" in page
     assert "there are 5." in page
 

@@ -67,6 +67,13 @@ def test_untouched_tokens_are_the_words_that_were_not_replaced(documents, word_t
         assert 0 < len(same) < len(words)
 
 
+def test_unknown_words_are_untouched_if_their_text_is_the_same(word_tokenizer):
+    before, after = tokenize([Document("a", "qwer the asdf old"), Document("b", "qwer the sadf old")], word_tokenizer)
+    assert before.ids == after.ids
+    assert find_untouched(before, after).clean.tolist() == [0, 1, 3]
+    assert find_untouched(before, after).attacked.tolist() == [0, 1, 3]
+
+
 def test_untouched_tokens_are_the_same_and_in_order_and_in_their_line(documents, tokenizer):
     for attack in TEXT_ATTACKS.values():
         attacked = attack_documents(documents, attack, attack.rate(4), 2)
@@ -86,7 +93,7 @@ def test_lines_are_those_that_tokens_begin_in(word_tokenizer):
 
 def test_a_tokenizer_without_offsets_has_one_line():
     class Slow:
-        is_fast = False
+        is_fast, unk_token_id = False, ord("?")
 
         def __call__(self, texts, **options):
             assert not options["return_offsets_mapping"]
@@ -95,6 +102,8 @@ def test_a_tokenizer_without_offsets_has_one_line():
     before, after = tokenize([Document("a", "ab\ncd"), Document("b", "ab\nxd")], Slow())
     assert before.lines.tolist() == [0] * 5
     assert find_untouched(before, after).clean.tolist() == [0, 1, 2, 4]
+    before, after = tokenize([Document("a", "a?c"), Document("b", "a?c")], Slow())
+    assert find_untouched(before, after).clean.tolist() == [0, 2]  # it may be another unknown word
 
 
 def test_equal_forms_are_untouched_as_wholes():

@@ -1,13 +1,16 @@
 """`symphony routing`: its numbers against loops over single windows, what it refuses, and what it leaves out."""
 
 import json
+from io import StringIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from grammar import save
 from models import COMMON, make_model, move_graphs
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
@@ -18,8 +21,14 @@ from symphony_hf.data.documents import Document
 from symphony_hf.errors import ConfigError, DataError, UnsupportedModelError
 from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS, attack_documents
 from symphony_hf.evaluation.routing import observe
+from symphony_hf.evaluation.routing.metrics import compare_attacked
 from symphony_hf.evaluation.routing.observe import observe_routing
+from symphony_hf.evaluation.routing.pictures import _draw_flips
+from symphony_hf.evaluation.routing.records import RoutingRecord, _spread
 from symphony_hf.evaluation.routing.settings import RoutingSettings
+from symphony_hf.evaluation.routing.tables import _corruption_table
+from symphony_hf.evaluation.routing.texts import CLASS_NAMES, DISTANCE_NAMES, AttackedForm, Form, ObservedTexts
+from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.experiments.conformance.tiny import tiny_model
 
 TOP_K, EXPERTS, BLOCK = 3, 8, 24
@@ -126,6 +135,28 @@ def test_checkpoints_are_compared_with_the_last(observed, by_loops):
         assert last["saturation"][router] == 1.0
         assert last["drift"][router] == 0.0
         assert last["load"][router] == result["layers"][router]["load"]
+
+
+def test_untouched_tokens_of_few_documents_have_no_interval():
+    clean = {"router": RoutingRecord(torch.arange(40, dtype=torch.int16).view(20, 2), torch.ones(20))}
+    texts = ObservedTexts("", 20, Form({}, [1] * 20), {}, ["all"], np.zeros(20, int), np.zeros(20, int))
+    for kept in (0, 9, 10):
+        own = np.arange(kept)
+        form = AttackedForm(texts.clean, own, own, own, np.zeros(kept, int))
+        row = compare_attacked(AttackCase("aaa", 1, 0), form, clean, clean, texts)
+        assert (row["change_rate"] is None) == (kept < 10)
+        assert row["per_layer"] == {"router": 0.0 if kept else None}
+        result = {"routers": ["router"], "corruption": [row], "distances": DISTANCE_NAMES, "classes": CLASS_NAMES}
+        _corruption_table(result).print(Console(file=StringIO()))
+        assert len(list(_draw_flips(Mock(), result, Path()))) == (kept > 0)
+
+
+def test_windows_that_experts_are_compared_on_have_enough_tokens_and_are_of_the_whole_text():
+    flat = [torch.zeros(length, dtype=torch.int64) for length in [50] + [5] * 99]
+    for num_tokens, expected in ((4, 8), (90, 16), (10_000, 100)):
+        spread = _spread(flat, num_tokens)
+        assert len(spread) == expected
+        assert sum(len(window) - 1 for window in spread) >= min(num_tokens, 49 + 99 * 4)
 
 
 def test_the_loss_without_the_first_expert(observed):
