@@ -75,8 +75,9 @@ def finish(target: Path, recorded: Collection[str] | None = None) -> None:
     written = place_to_write(target)
     _keep_others(target, written, recorded)
     for folder, _, files in os.walk(written):
-        for name in files:
-            flush(Path(folder) / name)
+        for path in (Path(folder) / name for name in files):
+            if not path.is_symlink():  # it may lead to nothing, or to nothing from here
+                flush(path)
         flush(Path(folder))
     replaced = place_of_replaced(target)
     if target.exists():
@@ -210,12 +211,17 @@ def check_file_place(path: str | Path, command: str) -> None:
     check_folder_of(path, command)
 
 
-def check_folder_of(path: Path, command: str) -> None:
-    """Check that files can be created beside a path.
+def check_folder_place(path: Path, command: str) -> None:
+    """Check that a folder can be written, or replaced as a whole, or raise ConfigError."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{command}: `{path}` is a file, and the result is a folder: give another place")
+    if os.path.ismount(path) or Path.cwd().is_relative_to(path.resolve()):
+        raise ConfigError(f"{command}: `{path}` is a disk or the current folder: give a folder in it")
+    check_folder_of(path.resolve(), command)
 
-    Raises:
-        ConfigError: If the nearest existing parent is a file, or is not writable.
-    """
+
+def check_folder_of(path: Path, command: str) -> None:
+    """Check that files can be created beside a path: raise ConfigError if its nearest parent is a file or read-only."""
     nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not nearest.is_dir():
         raise ConfigError(f"{command}: `{path}` cannot be written, because `{nearest}` is a file: give another place")

@@ -1,12 +1,13 @@
 """Files that have their name only once they are whole, and places that are refused before the work."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.experiments.conformance.table import write_readme
-from symphony_hf.files import check_file_place, replacing, replacing_folder, write_json, write_text
+from symphony_hf.files import check_file_place, check_folder_place, replacing, replacing_folder, write_json, write_text
 from symphony_hf.training.report import write_run_report
 
 
@@ -116,6 +117,20 @@ def test_a_place_that_cannot_be_written_to_is_refused(place, message, tmp_path):
     for good in ("file", "new.json", "folder/new.json", "new/deeper/new.json"):
         check_file_place(tmp_path / good, "bench")
     assert names(tmp_path) == ["file", "folder"]  # nothing is made for the check
+
+
+def test_a_folder_that_cannot_be_replaced_as_a_whole_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "current" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "current" / "inner")
+    for place in (Path("."), tmp_path / "current", Path("/")):
+        with pytest.raises(ConfigError, match=r"fold: `.*` is a disk or the current folder: give a folder in it"):
+            check_folder_place(place, "fold")
+    with pytest.raises(ConfigError, match=r"fold: `.*file` is a file, and the result is a folder"):
+        check_folder_place(tmp_path / "file", "fold")
+    for good in (Path("new"), Path("../other"), tmp_path / "new" / "deeper"):
+        check_folder_place(good, "fold")
+    assert names(tmp_path) == ["current", "file"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

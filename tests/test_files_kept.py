@@ -21,6 +21,9 @@ def folder(tmp_path):
     (folder / "plots").mkdir()
     (folder / "plots" / "loss.png").write_text("png")
     (folder / "link").symlink_to("notes.txt")
+    (folder / "outside").symlink_to("../results")
+    (folder / "dangling").symlink_to("nowhere")
+    (tmp_path / "results").write_text("results")
     return folder
 
 
@@ -77,11 +80,13 @@ def test_a_replaced_folder_keeps_files_that_are_not_of_the_checkpoint(folder):
     with replacing_folder(folder) as written:
         (written / "model.safetensors").write_text("new")
         (written / "config.json").write_text("new")
-    expected = {*OTHERS, "plots", "link", "model.safetensors", "config.json", "tokenizer.model"}
+    links = {"link": "notes.txt", "outside": "../results", "dangling": "nowhere"}
+    expected = {*OTHERS, *links, "plots", "model.safetensors", "config.json", "tokenizer.model"}
     assert {path.name for path in folder.iterdir()} == expected
     assert all((folder / name).read_text() == name for name in OTHERS)
     assert (folder / "plots" / "loss.png").read_text() == "png"
-    assert (folder / "link").is_symlink()
+    assert {name: str((folder / name).readlink()) for name in links} == links
+    assert (folder / "outside").read_text() == "results"
     assert (folder / "config.json").read_text() == "new"
 
 

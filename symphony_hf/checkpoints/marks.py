@@ -6,7 +6,7 @@ in memory is its family's own, for weight conversion, PEFT, TRL and whatever els
 
 import functools
 import json
-import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ MARK = "symphony_hf"
 NEEDED = "unreadable without symphony_hf: pip install symphony-hf"
 """Value of `dtype`, which transformers looks up in torch for every config, and shows in its error.
 
-A class that is named in code only warns of another model type."""
+A class that is named in code only warns of another model type. Before 4.56 the name is `torch_dtype`."""
 
 ARCHITECTURE_PREFIX = "Symphony"
 """Prefix of the class name in a file's `architectures`, for software that chooses classes of its own by it."""
@@ -57,14 +57,14 @@ def _mark_checked(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
     marked = {name: _mark_checked(value, {}) if isinstance(value, dict) else value for name, value in values.items()}
     # In a further dict: transformers takes a nested dict with the right `model_type` for the config.
     replaced = {"replaced": own | {"dtype": values.get("dtype")}}
-    return {**marked, "dtype": NEEDED, MARK: replaced}
+    return {**marked, "dtype": NEEDED, "torch_dtype": NEEDED, MARK: replaced}
 
 
 def unmark(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     """Return the values of a config's file without the marks: its family's own, with our records.
 
     Files of format 1 have a mark in `architectures` alone. An engine that chooses classes of its own by
-    `architectures` still finds the mark there.
+    `architectures` still finds the mark there; other readers in its process do not.
 
     Args:
         values: Values as written.
@@ -78,15 +78,22 @@ def unmark(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
     found = {name: unmark(value, where) if isinstance(value, dict) else value for name, value in values.items()}
     if MARK in values:
         found |= _replaced(found.pop(MARK), where)
+        found.pop("torch_dtype", None)
     elif found.get("auto_map") == {}:
         del found["auto_map"]
     if isinstance(found.get("architectures"), list):
         found["architectures"] = [
             str(name).removeprefix(ARCHITECTURE_PREFIX) for name in found["architectures"]
         ] or None
-    if "architectures" in values and any(engine in sys.modules and CHOOSES_BY_MARK[engine]() for engine in ENGINES):
+    if "architectures" in values and any(CHOOSES_BY_MARK[engine]() for engine in _calling_engines()):
         found["architectures"] = values["architectures"]
     return found
+
+
+def _calling_engines() -> set[str]:
+    """Return the engines whose code is on the stack: trainers import vLLM, and read configs for themselves."""
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    return {str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames} & set(ENGINES)
 
 
 def _replaced(entry: Any, where: str | Path) -> dict[str, Any]:

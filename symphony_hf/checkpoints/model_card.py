@@ -1,5 +1,7 @@
 """The model card: what a pushed model is, how to load it, its origin and its results."""
 
+import re
+
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
@@ -190,17 +192,22 @@ def _origin_text(origin: Origin) -> str:
 _TO_FILL_IN = "[More Information Needed]"
 
 
+def read_card(readme: str, where: str) -> ModelCard:
+    """Read a README as a card. Metadata that cannot be read raises PushError."""
+    try:
+        return ModelCard(readme)
+    except (ValueError, KeyError, TypeError, YAMLError) as error:
+        raise PushError(f"{where}: its metadata cannot be read ({error}): mend it, or move it away") from error
+
+
 def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str) -> str:
-    """Merge a card into an existing README.
+    """Merge a card into an existing README, which `where` names in errors.
 
     Missing metadata is added, lists are joined, and the model-index is replaced. The part between the marks of an
     earlier push is rewritten; all other text stays, and an empty one becomes the card's. `said` is the origin as given
     by the user, which overrides existing metadata. Metadata that cannot be read raises PushError.
     """
-    try:
-        merged = ModelCard(existing)
-    except (ValueError, KeyError, TypeError, YAMLError) as error:
-        raise PushError(f"{where}: its metadata cannot be read ({error}): mend it, or move it away") from error
+    merged = read_card(existing, where)
     data, of_model = merged.data, ["eval_results", "model_name"]
     if BEGIN in merged.text:  # an earlier push wrote these too, maybe of another model or form
         of_model += ["library_name", "pipeline_tag"]
@@ -229,3 +236,9 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
 def is_template(readme: str) -> bool:
     """Return whether a README is the Hub's unfilled template, which PEFT writes beside each adapter."""
     return readme.count(_TO_FILL_IN) > 20
+
+
+def is_card_alone(readme: str) -> bool:
+    """Return whether a README has no text around our card. It may have metadata of its own."""
+    text = re.sub(r"\A---\s*\n.*?\n---\s*\n", "", readme, flags=re.DOTALL).strip()
+    return text.startswith(BEGIN) and text.endswith(END)

@@ -4,9 +4,11 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -29,16 +31,20 @@ _MAPPINGS = (
     MODEL_MAPPING,
 )
 
+INVALID_CONFIG = (OSError, ValueError, TypeError, KeyError, StrictDataclassError)
+"""Errors of transformers for a config that is missing or that it cannot read."""
 
-def read_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
+
+def read_config(source: str | Path, revision: str | None = None, **loading: Any) -> PreTrainedConfig:
     """Return the config of a checkpoint.
 
     Args:
         source: Folder, config.json, or name on the Hub.
         revision: Branch, tag or commit on the Hub.
+        **loading: Further arguments of `from_pretrained`, such as `token`.
 
     Raises:
-        ConfigError: If there is no config, or transformers does not know its model type.
+        ConfigError: If there is no config, or transformers does not know its model type or refuses a value.
     """
     if not (Path(source) / CONFIG).exists():
         if (Path(source) / ADAPTER_CONFIG).exists():
@@ -46,8 +52,8 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
         if any((Path(source) / "final" / name).exists() for name in (CONFIG, ADAPTER_CONFIG)):
             raise ConfigError(f"`{source}` is the folder of a run, not a model: give `{Path(source) / 'final'}`")
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(source, revision=revision, **loading)
+    except INVALID_CONFIG as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"`{source}`: no config of a model that transformers knows: {reason}") from error
 
@@ -66,6 +72,14 @@ def model_class_of(config: PreTrainedConfig, source: str | Path) -> type[PreTrai
     if found is None:
         raise ConfigError(f"`{source}`: transformers {transformers.__version__} has no model for {config.model_type}")
     return found
+
+
+def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield a config and those inside it."""
+    yield config
+    for inner in vars(config).values():
+        if isinstance(inner, PreTrainedConfig):
+            yield from nested_configs(inner)
 
 
 def named_class_of(config: PreTrainedConfig, where: str, error: type[SymphonyError]) -> type[PreTrainedModel]:

@@ -5,28 +5,44 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel
+from huggingface_hub import CommitInfo, split_state_dict_into_shards_factory
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from symphony_hf.errors import ConfigError
 
 from .folder import open_folder
+from .model_class import nested_configs
 from .provenance import Origin, hub_name
 from .upload import publish
 
 
-@contextlib.contextmanager
-def without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Remove what `symphonize` added to a model's configs while a plain config is written."""
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    kept = [(config, config.__dict__.pop("symphony")) for config in configs.values() if "symphony" in config.__dict__]
-    try:
-        yield
-    finally:
-        for config, settings in kept:
-            config.symphony = settings
+def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return a copy of a model's config without what `symphonize` added."""
+    config = copy.deepcopy(model.config)
+    for inner in nested_configs(config):
+        inner.__dict__.pop("symphony", None)
+    return config
+
+
+def check_shard_size(size: int | str, command: str) -> None:
+    """Check a `max_shard_size` before any work.
+
+    Raises:
+        ConfigError: If it is neither a number of bytes nor a size such as `5GB`.
+    """
+    is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    if isinstance(size, str):
+        with contextlib.suppress(ValueError):
+            split_state_dict_into_shards_factory({}, get_storage_size=len, filename_pattern="", max_shard_size=size)
+            is_size = True
+    if not is_size:
+        raise ConfigError(
+            f"{command}: `max_shard_size` must be a number of bytes from 1 on, or a size such as `5GB`, got {size!r}"
+        )
 
 
 _OF_FILES = ("max_shard_size", "variant", "save_original_format")

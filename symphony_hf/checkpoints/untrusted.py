@@ -16,7 +16,7 @@ from symphony_hf.errors import UNREADABLE, CheckpointError, GraphError, Symphony
 from symphony_hf.files import MAX_CONFIG_BYTES, read_object
 
 from .graph_files import SUFFIX, checkpoint_files
-from .model_class import named_class_of
+from .model_class import named_class_of, nested_configs
 
 _REFUSALS = (*UNREADABLE, SafetensorError, StrictDataclassError)
 """Errors that transformers and torch raise for a config or a file that they cannot build a model from."""
@@ -111,7 +111,8 @@ def _check_size(directory: Path, model_class: type[PreTrainedModel], config: Any
         if name.endswith("_layers") and value > len(tensors):  # even on the meta device, each layer takes time to build
             raise CheckpointError(f"`{directory}`: `{name}` is {value}, and the files have {len(tensors)} tensors")
     plain = copy.deepcopy(config)
-    plain.symphony = None  # patching would try each router on the CPU, at the claimed size
+    for inner in nested_configs(plain):
+        inner.symphony = None  # patching would try each router on the CPU, at the claimed size
     with torch.device("meta"):
         model = model_class(plain)
     asked, there = sum(tensor.numel() for tensor in model.parameters()), sum(tensors.values())

@@ -24,7 +24,7 @@ from symphony_hf.errors import PushError, SymphonyError
 from symphony_hf.files import stale_files, write_text
 
 from .folder import ModelFolder, open_folder
-from .model_card import PICTURE, is_template, merge_cards, model_card
+from .model_card import PICTURE, is_card_alone, is_template, merge_cards, model_card, read_card
 from .provenance import Origin, complete
 from .results import read_results
 
@@ -129,16 +129,23 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | Non
 
 
 def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Origin | None) -> str:
-    """Return the card merged into the folder's README, else into the one on the Hub, else alone."""
-    file = folder.files.get(_README)
+    """Return the card merged into the folder's README, else into the one on the Hub, else alone.
+
+    A README of the folder that is a run's card alone adds its metadata to the one on the Hub, which keeps its text.
+    """
+    file, on_hub = folder.files.get(_README), f"{_README} on the Hub"
     local = file.read_text(encoding="utf-8") if file is not None else None
-    if local is not None and not is_template(local):
+    if local is not None and is_template(local):
+        local = None
+    if remote is not None and is_template(remote):
+        remote = None
+    if local is not None and remote is not None and is_card_alone(local):
+        remote, local = merge_cards(remote, read_card(local, f"`{file}`"), None, where=on_hub), None
+    if local is not None:
         if remote not in (None, local):
-            logger.warning("%s on the Hub is replaced by the folder's; its history has it", _README)
+            logger.warning("%s is replaced by the folder's; its history has it", on_hub)
         return merge_cards(local, card, said, where=f"`{file}`")
-    if remote is not None and not is_template(remote):
-        return merge_cards(remote, card, said, where=f"{_README} on the Hub")
-    return str(card)
+    return str(card) if remote is None else merge_cards(remote, card, said, where=on_hub)
 
 
 def _draw(folder: ModelFolder, path: Path) -> Path:

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from symphony_hf.checkpoints.folder import ModelFolder, open_folder
 from symphony_hf.checkpoints.model_class import named_class_of, read_config
 from symphony_hf.checkpoints.provenance import Origin
+from symphony_hf.checkpoints.saving import check_shard_size
 from symphony_hf.checkpoints.upload import publish
 from symphony_hf.errors import ConfigError, PushError
-from symphony_hf.files import check_folder_of
+from symphony_hf.files import check_folder_place
 from symphony_hf.patching.folding import export_folded
 
 
@@ -70,14 +71,13 @@ def _fold(folder: ModelFolder, scratch: Path) -> ModelFolder:
     """Return the folded form of a Symphony checkpoint, with its tokenizer and other files."""
     if folder.kind != "symphony":
         raise PushError(f"push: `{folder.path}` is not a Symphony checkpoint, so there is nothing to fold")
-    export_folded(_load(folder.path, "push"), scratch, tokenizer=False)
-    plain = open_folder(scratch)
+    plain = open_folder(export_folded(_load(folder.path, "push"), scratch / "folded", tokenizer=False))
     weights = (".safetensors", ".safetensors.index.json")
     beside = {name: file for name, file in folder.files.items() if not name.endswith(weights) and name != "config.json"}
     unfolded = dict.fromkeys(folder.files.keys() - beside.keys() - plain.files.keys(), "not folded")
     return dataclasses.replace(
         folder,
-        path=scratch,
+        path=plain.path,
         kind="plain",
         config=plain.config,
         files={**beside, **plain.files},
@@ -94,16 +94,16 @@ def fold_checkpoint(directory: str | Path, output: str | Path, *, max_shard_size
         max_shard_size: Maximum size of one weights file, in bytes or as in `"5GB"`.
 
     Raises:
-        ConfigError: If the folder holds no Symphony checkpoint, or is the output.
+        ConfigError: If the folder holds no Symphony checkpoint, or is the output, or an argument is invalid.
         FoldError: If the graphs cannot be folded exactly.
     """
     directory, output = Path(directory).expanduser(), Path(output).expanduser()
     if directory.resolve() == output.resolve():
         raise ConfigError(f"fold: `{output}` is the checkpoint to fold, and would lose its graphs: give another folder")
-    check_folder_of(output, "fold")
-    for path in (directory, output):
-        if path.is_file() or (path == directory and not path.exists()):
-            raise ConfigError(f"fold: `{path}` is not a folder: give the folder of a checkpoint, and one to write")
+    check_shard_size(max_shard_size, "fold")
+    check_folder_place(output, "fold")
+    if not directory.is_dir():
+        raise ConfigError(f"fold: `{directory}` is not a folder: give the folder of a checkpoint")
     if getattr(read_config(directory), "symphony", None) is None:
         raise ConfigError(f"fold: `{directory}` is not a Symphony checkpoint: its config.json has no `symphony` entry")
     return export_folded(_load(directory, "fold"), output, max_shard_size=max_shard_size)

@@ -27,9 +27,35 @@ def vision_config_of(path: str) -> PreTrainedConfig:
     return config
 
 
+def has_class_token(vision: PreTrainedConfig) -> bool:
+    """Return whether the first feature of a vision tower is of no patch: CLIP has such a class token, SigLIP none."""
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision)
+    return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
+
+
+def select_strategy(vision: PreTrainedConfig) -> str:
+    """Return LLaVA's `vision_feature_select_strategy` that leaves a vision tower's patches."""
+    return "default" if has_class_token(vision) else "full"
+
+
 def llava_config(text: PreTrainedConfig, vision: PreTrainedConfig, image_token_id: int) -> LlavaConfig:
-    """Return LLaVA's usual config: features before the vision tower's last layer, without the class token."""
-    return LlavaConfig(text_config=text, vision_config=vision, image_token_id=image_token_id)
+    """Return LLaVA's usual config: features before the vision tower's last layer, without the class token.
+
+    Raises:
+        ConfigError: If the language model is a Symphony model.
+    """
+    if getattr(text, "symphony", None) is not None:
+        raise ConfigError(
+            f"model: path: `{text.name_or_path}` is a Symphony checkpoint, and a LLaVA is built from a plain language "
+            f"model: fold it; or give its plain base, and `symphony.graph: {text.name_or_path}`"
+        )
+    return LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=image_token_id,
+        vision_feature_select_strategy=select_strategy(vision),
+    )
 
 
 def build_llava(
@@ -52,13 +78,15 @@ def build_llava(
         text_revision: Branch, tag or commit of the language model on the Hub.
 
     Raises:
-        ConfigError: If the second checkpoint has no vision tower.
+        ConfigError: If the first is a Symphony checkpoint, or the second has no vision tower.
     """
     vision_config = vision_config_of(vision_path)
+    text_config = AutoConfig.from_pretrained(text_path, revision=text_revision)
+    config = llava_config(text_config, vision_config, image_token_id)  # refuses before the weights are loaded
     text = AutoModelForCausalLM.from_pretrained(text_path, revision=text_revision, dtype=dtype)
+    config.text_config = text.config
     with torch.device("meta"):
         vision_class = type(AutoModel.from_config(vision_config))
-        config = llava_config(text.config, vision_config, image_token_id)
         model = LlavaForConditionalGeneration._from_config(config, dtype=text.dtype)
     model.model.language_model, model.lm_head = text.model, text.lm_head
     model.model.vision_tower = vision_class.from_pretrained(vision_path, dtype=text.dtype)

@@ -1,11 +1,12 @@
 """Bad input gets a SymphonyError that says what, where and what to do, before anything has changed."""
 
 import json
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import COMMON, make_model
+from models import COMMON, make_llava, make_model
 from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
 
 from symphony_hf import (
@@ -21,8 +22,10 @@ from symphony_hf import (
     symphonize,
     update_graphs,
 )
+from symphony_hf.checkpoints.model_class import read_config
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.errors import CheckpointError
+from symphony_hf.experiments.fuzzing.campaign import MemoryPeak
 from symphony_hf.recipe import load_recipe
 from symphony_hf.train import main as train_main
 from symphony_hf.train import parse_overrides
@@ -290,3 +293,22 @@ def test_weights_that_the_config_names_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="transformers_weights"):
         load_checkpoint(tmp_path)
+
+
+def test_experts_of_a_nested_config_that_are_not_there_are_not_allocated(tmp_path):
+    symphonize(make_llava()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"num_experts": 2**12, "symphony": config["symphony"]}  # a graph of 64 MiB
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="its config asks for"), MemoryPeak() as memory:
+        load_checkpoint(tmp_path)
+    assert memory.taken < 2**25 or sys.platform != "linux"
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"rope_parameters": 3}])
+def test_a_config_that_transformers_refuses(values, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | values
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="no config of a model that transformers knows"):
+        read_config(tmp_path)

@@ -10,6 +10,7 @@ from pushed import card_of, make_run
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from symphony_hf import PushError, expert_graphs, load_adapter, lora_config, push, symphonize, upcycle_modules
+from symphony_hf.checkpoints.upload import write_card
 from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
 
 pytestmark = [
@@ -151,6 +152,20 @@ def test_what_was_written_on_the_hub_stays_and_our_part_is_written_anew(hub, che
     (checkpoint / "README.md").write_text("# Mine\n")
     push(checkpoint, "me/it")
     assert "README.md on the Hub is replaced by the folder's; its history has it" in caplog.text
+
+
+def test_text_on_the_hub_stays_when_a_run_folder_with_its_own_card_is_pushed_again(hub, checkpoint):
+    write_card(checkpoint, "it")
+    push(checkpoint, "me/it")
+    stored = hub.repos["me/it"].commit_of("main")[1]["README.md"]
+    stored.content += b"\nMy end.\n"
+    local = checkpoint / "README.md"
+    local.write_text(local.read_text().replace("library_name:", "license: mit\nlibrary_name:"))
+    push(checkpoint, "me/it")
+    card = card_of(hub)
+    assert card.text.endswith("<!-- end of the symphony card -->\n\nMy end.\n")
+    assert "# it\n" in card.text
+    assert card.data.license == "mit"  # metadata that was added to the folder's card
 
 
 @pytest.mark.parametrize("metadata", ["- a\n- list", "a: [", "model-index: 3"])

@@ -1,20 +1,36 @@
 """Folded checkpoints: files beside them, shards, tokenizers, and the command `symphony fold`."""
 
+import itertools
 import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from models import make_config, make_ids, make_llava, make_model
+from models import make_config, make_ids, make_llava, make_model, move_graphs
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DbrxConfig, DeepseekV3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DbrxConfig,
+    DeepseekV3Config,
+)
 from typer.testing import CliRunner
+from visual import make_processor
 
 from symphony_hf import ConfigError, FoldError, SymphonyWarning, export_folded, is_symphonized, symphonize
 from symphony_hf.cli import app
+from symphony_hf.conversion.push import fold_checkpoint
 from symphony_hf.data.tokenizer import train_tokenizer
+from symphony_hf.files import clear
 from symphony_hf.patching.engines import FIXED, Needed, engine_warnings
 
 
@@ -34,6 +50,66 @@ def test_files_of_the_user_are_kept(tmp_path):
     assert all((tmp_path / name).read_text() == "precious" for name in others)
     assert not list(tmp_path.glob("model-0*"))
     assert not is_symphonized(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
+
+
+STEPS = {"os.mkdir", "os.link", "os.rename", "shutil.rmtree", "os.rmdir"}
+
+
+def export_until(step, model, folder):
+    """Export in a process of its own that is killed before one of its steps; return its exit code."""
+
+    def work():
+        steps = itertools.count(1)
+
+        def note(event, arguments):
+            if event in STEPS and str(arguments[0]).startswith(str(folder.parent)) and next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(note)
+        export_folded(model, folder)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
+def test_killed_at_any_step_it_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
+    model = move_graphs(symphonize(make_model(num_hidden_layers=1)))
+    folder, stored = tmp_path / "work" / "plain", tmp_path / "old"
+    make_model(seed=1, num_hidden_layers=1).save_pretrained(stored, max_shard_size="40KB")
+    (stored / "notes.txt").write_text("precious")
+    old, new, found = contents(stored), None, []
+    for step in itertools.count(1):
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.copytree(stored, folder)
+        code = export_until(step, model, folder)
+        clear(folder)  # as the next export does
+        found.append(contents(folder))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    new = found[-1]
+    assert set(new) == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
+    assert len(found) > 5
+    assert old in found
+    assert all(state in (old, new) for state in found)
+    assert [path.name for path in folder.parent.iterdir()] == ["plain"]
+
+
+@pytest.mark.parametrize("size", ["5 apples", "", 0, True, None])
+def test_a_size_that_is_none_is_refused_before_the_model_is_loaded(size, tmp_path):
+    for attempt in (
+        lambda: fold_checkpoint(tmp_path / "nowhere", tmp_path / "plain", max_shard_size=size),
+        lambda: export_folded(make_model(), tmp_path / "plain", max_shard_size=size),
+    ):
+        with pytest.raises(ConfigError, match="`max_shard_size` must be a number of bytes from 1 on, or a size such"):
+            attempt()
 
 
 def test_an_adapters_folder_is_refused(tmp_path):
@@ -74,6 +150,25 @@ def test_a_tokenizer_that_is_not_found_is_said_once(tmp_path, monkeypatch):
     export_folded(symphonize(make_model()), tmp_path)
     assert len(said) == 1
     assert "give `tokenizer=`" in said[0]
+
+
+def test_a_processor_that_cannot_be_loaded_does_not_replace_another(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer([SimpleNamespace(text="the cat sat on the mat")], vocab_size=300)
+    for name in ("symphony", "plain"):
+        make_processor(tokenizer).save_pretrained(tmp_path / name)
+    before, said = contents(tmp_path / "plain"), []
+    symphonize(make_llava()).save_pretrained(tmp_path / "symphony")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "symphony")
+
+    def load(*_, **__):
+        raise ImportError("it needs PIL")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
+    monkeypatch.setattr(logging.getLogger("symphony_hf.patching.folding"), "warning", said.append)
+    export_folded(model, tmp_path / "plain")
+    assert ["no processor is written (it needs PIL)" in text for text in said] == [True]
+    assert contents(tmp_path / "plain").items() >= before.items()
+    assert "processor_config.json" in before
 
 
 def test_the_command(loaded, tmp_path):

@@ -569,6 +569,12 @@ def test_settings_that_are_not_known(tmp_path):
         quantize_experts(tmp_path / "nothing")
 
 
+def test_a_checkpoint_in_a_subfolder(tmp_path):
+    make_model().save_pretrained(tmp_path / "inner")
+    packed = quantize_experts(tmp_path, subfolder="inner", local_files_only=True)
+    assert len(packed.hf_quantizer.expert_names) == 2 * packed.config.num_hidden_layers
+
+
 def test_a_checkpoint_that_is_quantized_already(tmp_path):
     make_model().save_pretrained(tmp_path)
     file = tmp_path / "config.json"

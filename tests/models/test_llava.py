@@ -1,21 +1,32 @@
 """LLaVA out of two checkpoints: both are in it, unchanged, and the projector is new."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from models import make_model as make_text_model
+from models import move_graphs
+from PIL import Image
+from trainers import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Phi3Config,
     Phi3ForCausalLM,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from symphony_hf import ConfigError, expert_graphs, symphonize, upcycle_modules
 from symphony_hf.models.llava import build_llava
 from symphony_hf.recipe import DataSection, ModelSection, Recipe
+from symphony_hf.training import processors
 from symphony_hf.training.models import empty_model
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -88,6 +99,50 @@ def test_a_whole_clip_gives_its_half_that_sees(text, tmp_path):
     for name, parameter in clip.vision_model.named_parameters():
         own = next(p for n, p in model.model.vision_tower.named_parameters() if n.endswith(name))
         assert torch.equal(own, parameter), name
+
+
+def vision_tower(kind, folder):
+    """A CLIP, whose features begin with a class token, or a SigLIP, all of whose features are of patches."""
+    if kind == "clip":
+        tower, images = CLIPVisionModel(CLIPVisionConfig(**VISION)), CLIPImageProcessorPil
+    else:
+        tower, images = SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)), SiglipImageProcessorPil
+    size = {"height": 8, "width": 8}
+    tower.save_pretrained(folder)
+    return str(folder), images(size=size, crop_size=size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_every_patch_becomes_a_token(kind, tmp_path, monkeypatch):
+    make_text_model("mixtral").save_pretrained(tmp_path / "text")
+    tiny_tokenizer().save_pretrained(tmp_path / "text")
+    folder, images = vision_tower(kind, tmp_path / kind)
+    # Older versions of transformers need torchvision to find the class by the folder.
+    monkeypatch.setattr(processors, "AutoImageProcessor", SimpleNamespace(from_pretrained=lambda _: images))
+    section = ModelSection(path=str(tmp_path / "text"), vision=folder)
+    processor = processors.load_processor(
+        Recipe(model=section, data=DataSection(kind="llava", path="data.json", images="images"))
+    )
+    batch = processor(text="<image> w3 w4", images=Image.new("RGB", (8, 8)), return_tensors="pt")
+    model = build_llava(section.path, section.vision, processor.image_token_id).eval()
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4
+    features = model.get_image_features(batch["pixel_values"]).pooler_output[0]
+    whole = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][0]
+    assert torch.equal(features, model.model.multi_modal_projector(whole[-4:]))
+    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_a_symphony_language_model_is_refused_and_its_graphs_are_taken_by_path(tower, tmp_path):
+    plain = make_text_model("olmoe")
+    plain.save_pretrained(tmp_path / "plain")
+    trained = move_graphs(symphonize(plain))
+    trained.save_pretrained(tmp_path / "symphony")
+    with pytest.raises(ConfigError, match=r"symphony` is a Symphony checkpoint.*fold it; or give its plain base, and"):
+        build_llava(str(tmp_path / "symphony"), tower, IMAGE)
+    model = symphonize(build_llava(str(tmp_path / "plain"), tower, IMAGE), graph=str(tmp_path / "symphony"))
+    graphs = zip(expert_graphs(model).values(), expert_graphs(trained).values(), strict=True)
+    assert all(torch.equal(own, its) for own, its in graphs)
 
 
 def test_the_vocabulary_grows_for_the_image(text, tower):

@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from clients import read_config_as
 from models import make_model, move_graphs
 from safetensors.torch import load_file
 from torch import nn
@@ -65,7 +66,7 @@ def test_vllm_is_offered_the_families_that_it_has(vllm, folder):
         "SymphonyOlmoeForCausalLM": "symphony_hf.serving.plugins:SymphonyOlmoeForCausalLM",
     }
     assert set(ROUTERS) > {"OlmoeForCausalLM"}
-    config = AutoConfig.from_pretrained(folder / "symphony")
+    config = read_config_as("vllm", folder / "symphony")
     assert config.architectures == ["SymphonyOlmoeForCausalLM"]
     model_class = plugins.SymphonyOlmoeForCausalLM
     assert issubclass(model_class, Olmoe)
@@ -121,7 +122,7 @@ def sglang(monkeypatch):
 
 def test_sglang_sees_the_familys_name_and_gets_our_class(sglang, folder):
     sglang.apply()
-    config = AutoConfig.from_pretrained(folder / "symphony")
+    config = read_config_as("sglang", folder / "symphony")
     assert config.architectures == ["OlmoeForCausalLM"]
     model_class, architecture = sglang.utils.get_model_architecture(SimpleNamespace(hf_config=config))
     assert architecture == "OlmoeForCausalLM"
@@ -137,7 +138,7 @@ def test_sglangs_own_classes_load_plain_checkpoints(sglang, folder):
 
 
 def test_a_hook_that_sglang_could_not_apply_leaves_the_mark(sglang, folder):
-    assert AutoConfig.from_pretrained(folder / "symphony").architectures == ["SymphonyOlmoeForCausalLM"]
+    assert read_config_as("sglang", folder / "symphony").architectures == ["SymphonyOlmoeForCausalLM"]
 
 
 def test_another_family_is_refused_in_sglang(sglang):

@@ -166,7 +166,7 @@ def prepare_base(
     try:
         check()
         check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
-    except ConfigError:
+    except BaseException:
         if made_ready:
             unsymphonize(base_of(model))
         raise

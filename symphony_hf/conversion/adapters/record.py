@@ -8,6 +8,7 @@ of this package, keeps PEFT alone from loading such an adapter onto a model with
 import dataclasses
 import functools
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -116,14 +117,15 @@ def keep_record(config: Any, record: AdapterRecord) -> Any:
 
 
 def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, **kwargs: Any) -> None:
-    type(config).save_pretrained(config, save_directory, **kwargs)
+    with tempfile.TemporaryDirectory() as scratch:  # the adapter's folder never has a config without the marks
+        type(config).save_pretrained(config, scratch, **kwargs)
+        stored = json.loads((Path(scratch) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     folder = Path(save_directory)
-    stored = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     record = dataclasses.replace(record, base_model=stored.get("base_model_name_or_path"))
     values = dataclasses.asdict(record)
     marks = {"task_type": NEEDED, MARK: {"replaced": {"task_type": stored.get("task_type")}, "record": values}}
-    write_json(folder / ADAPTER_CONFIG, stored | {"symphony": record.symphony} | marks)
     write_json(folder / ADAPTER_RECORD, values)
+    write_json(folder / ADAPTER_CONFIG, stored | {"symphony": record.symphony} | marks)
 
 
 def record_adapters(model: nn.Module) -> None:

@@ -38,6 +38,9 @@ def trainable_parameters(model: nn.Module) -> list[TrainableCount]:
 
     Args:
         model: MoE model of transformers, with adapters or without, also under ZeRO-3.
+
+    Returns:
+        Trainable and total parameters of each role that the model has.
     """
     sums = dict.fromkeys((*_ROLES.values(), _OTHERS), (0, 0))
     for count in count_parts(model):
@@ -48,7 +51,12 @@ def trainable_parameters(model: nn.Module) -> list[TrainableCount]:
 
 
 def print_trainable_parameters(model: nn.Module, console: Console | None = None) -> None:
-    """Print `trainable_parameters` as a table."""
+    """Print `trainable_parameters` as a table.
+
+    Args:
+        model: MoE model of transformers, with adapters or without, also under ZeRO-3.
+        console: Where to print; the terminal when None.
+    """
     counts = trainable_parameters(model)
     trainable, total = sum(count.trainable for count in counts), sum(count.total for count in counts)
     header = ("role", "trainable", "share of trainable", "total", "share trained")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from symphony_hf.errors import UNREADABLE, ConfigError
@@ -66,9 +66,9 @@ def try_config(model: nn.Module, config: Any, weights: Path, name: str) -> None:
     with refusals(f"{weights.parent / ADAPTER_CONFIG}"), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the model itself
         adapted = add_adapter(copied, tried, name)
-    with safe_open(weights, framework="pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    wanted = adapter_tensors(adapted, name, stored)
+        with safe_open(weights, framework="pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        wanted = adapter_tensors(adapted, name, stored)
     check_tensors(weights.parent, model, {key: tuple(tensor.shape) for key, tensor in wanted.items()}, stored)
 
 
@@ -127,7 +127,7 @@ def refusals(where: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except UNREADABLE as error:
+    except (*UNREADABLE, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"`{where}`: no adapter can be made of it: {type(error).__name__}: {reason}") from error
 

@@ -2,13 +2,14 @@
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from symphony_hf.checkpoints.model_class import nested_configs
 from symphony_hf.errors import UnsupportedModelError
 
 from .layers import ExpertLayer, expert_layers
@@ -75,7 +76,7 @@ def with_top_k(model: PreTrainedModel, layers: Sequence[ExpertLayer], top_k: int
     """Return the model with another top-k and the same, shared weights.
 
     Raises:
-        UnsupportedModelError: If the top-k is not in the config.
+        UnsupportedModelError: If the top-k is not in the config, or tensors depend on it.
     """
     config = _changed(model, _TOP_K, layers[0].top_k, top_k, "experts a token")
     return _filled(model, _empty(model, config), model.state_dict(), layers[0].num_experts, top_k)
@@ -83,7 +84,7 @@ def with_top_k(model: PreTrainedModel, layers: Sequence[ExpertLayer], top_k: int
 
 def _changed(model: PreTrainedModel, pattern: re.Pattern[str], old: int, new: int, what: str) -> PreTrainedConfig:
     config, found = copy.deepcopy(model.config), False
-    for holder in _configs(config):
+    for holder in nested_configs(config):
         for name, value in holder.to_dict().items():
             if pattern.fullmatch(name) and type(value) is int and value == old:
                 setattr(holder, name, new)
@@ -93,14 +94,6 @@ def _changed(model: PreTrainedModel, pattern: re.Pattern[str], old: int, new: in
             f"{type(model).__name__}: no setting of its config is its number of {what}, {old}, by a name that is known"
         )
     return config
-
-
-def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for name in config.sub_configs:
-        inner = getattr(config, name, None)
-        if isinstance(inner, PreTrainedConfig):
-            yield from _configs(inner)
 
 
 def _empty(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -131,7 +124,13 @@ def _mean(experts: Tensor, new: NewExpert) -> Tensor:
 def _filled(
     model: PreTrainedModel, smaller: PreTrainedModel, state: dict[str, Tensor], num_experts: int, top_k: int
 ) -> PreTrainedModel:
-    smaller.load_state_dict(state, assign=True)
+    try:
+        smaller.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: with top-{top_k} of {num_experts} experts tensors change that "
+            f"should not: {' '.join(str(error).split())}"
+        ) from error
     for name, buffer in list(smaller.named_buffers()):
         if buffer.is_meta:  # not in checkpoints, such as rotary frequencies
             owner, _, own_name = name.rpartition(".")

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from symphony_hf.errors import CheckpointError, ConfigError, nearest
 from symphony_hf.evaluation.settings import DTYPES
-from symphony_hf.files import check_file_place, check_folder_of
+from symphony_hf.files import check_file_place, check_folder_place
 from symphony_hf.settings import changed_settings, check_least, command_line
 
 MERGE_BY = ("graph", "outputs")
@@ -23,12 +23,12 @@ class TextSettings:
         model: Checkpoint of a MoE language model: a folder, or a name on the Hub.
         output: Folder to write the new checkpoint to.
         data: Text file, table, folder, or data set on the Hub; by default the sources of the running Python's library.
-            Its train split is for calibration, its test split for evaluation.
+            Evaluation is on its test split.
         text_column: Text column of a table.
         documents: Maximum number of test documents to evaluate on, spread evenly over all.
         block_size: Number of tokens in a window; by default a quarter of the model's context length, at most 1024.
         batch_size: Number of windows in a batch.
-        seed: Seed of the choice of calibration text, and of the bootstrap.
+        seed: Seed of the bootstrap, and of the choice of calibration text where there is one.
         dtype: Data type of the weights: auto (as stored), float32, bfloat16 or float16.
         tokenizer: Tokenizer, where the model's folder has none.
         revision: Branch, tag or commit of the model on the Hub.
@@ -71,7 +71,7 @@ class TextSettings:
         target = Path(self.output).expanduser().absolute()
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise CheckpointError(f"{self.command}: the output `{target}` exists: give another one, or delete it")
-        check_folder_of(target, self.command)
+        check_folder_place(target, self.command)
         if self.result is not None and target.is_relative_to(Path(self.result).expanduser().absolute()):
             raise ConfigError(
                 f"{self.command}: the result `{self.result}` is the output or a folder of it: give a file"
@@ -97,9 +97,9 @@ class FewerExpertsSettings(TextSettings):
 
     Args:
         experts: Number of experts to leave in each layer.
-        by: Criterion. To merge: graph, or outputs (HC-SMoE). To prune: load, centrality (in the graph), or reap
-            (gate-weighted output norm).
-        graph: Graph to use: learned, the model's own; or counted, from the calibration text, for any model.
+        by: Criterion.
+        graph: Graph to use: learned, the one saved with the checkpoint, whatever its `graph` setting was; or counted,
+            from the calibration text, for any model.
         calibration_tokens: Number of calibration tokens from the train split.
     """
 
@@ -123,7 +123,11 @@ class FewerExpertsSettings(TextSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings(FewerExpertsSettings):
-    """Settings of `merge`, where `by` is `graph` or `outputs`."""
+    """Settings of `merge`.
+
+    Args:
+        by: Which experts are alike: graph (selected together), or outputs (HC-SMoE).
+    """
 
     command: ClassVar[str] = "merge"
     known_by: ClassVar[tuple[str, ...]] = MERGE_BY
@@ -131,7 +135,11 @@ class MergeSettings(FewerExpertsSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(FewerExpertsSettings):
-    """Settings of `prune`, where `by` is `load`, `centrality` or `reap`."""
+    """Settings of `prune`.
+
+    Args:
+        by: What makes an expert important: load, centrality (in the graph), or reap (gate-weighted output norm).
+    """
 
     command: ClassVar[str] = "prune"
     known_by: ClassVar[tuple[str, ...]] = PRUNE_BY

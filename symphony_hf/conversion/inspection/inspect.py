@@ -53,6 +53,9 @@ def inspect_model(model: nn.Module | str | Path, revision: str | None = None) ->
             the Hub, whose weights are not read.
         revision: Branch, tag or commit on the Hub.
 
+    Returns:
+        Parameters by part, bytes by type, routers and Symphony settings.
+
     Raises:
         ConfigError: If there is no config, or transformers does not know its model type.
         DataError: If a checkpoint's files cannot be read.
@@ -78,7 +81,12 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
-    """Print a model's parts, types, routers and settings."""
+    """Print a model's parts, types, routers and settings.
+
+    Args:
+        inspection: What `inspect_model` returned.
+        console: Where to print; the terminal when None.
+    """
     console = console or Console()
     _parts_table(inspection).print(console)
     if inspection.types is not None:

@@ -24,6 +24,9 @@ from .packing import Packing, check_rows, stacked_experts
 METHOD = "symphony_hf_experts_4bit"
 """Name under which the quantizer is registered, for quantization configs made for one load."""
 
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+"""Arguments of `from_pretrained` that say where its files are."""
+
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
@@ -144,7 +147,7 @@ def load_packed(
         DataError: If weights of experts are missing.
     """
     loading = dict(loading or {})
-    config = read_config(source, loading.get("revision"))
+    config = read_config(source, **{name: value for name, value in loading.items() if name in _OF_THE_HUB})
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             raise ConfigError(

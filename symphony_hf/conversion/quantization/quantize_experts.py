@@ -22,7 +22,7 @@ def quantize_experts(
     model_class: Any = None,
     **loading: Any,
 ) -> PreTrainedModel:
-    """Quantize stacked experts, most of a MoE's memory, to 4 bits with bitsandbytes, which alone does not.
+    """Quantize stacked experts, most of a MoE's memory, to 4 bits; bitsandbytes by itself leaves them in 16 bits.
 
     A checkpoint is quantized during loading and a model in place, one layer at a time, so that at most one layer's
     experts are in 16 bits. The packed experts are frozen and are unpacked whenever they are used, with every

@@ -68,11 +68,11 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 def windows_of(dense: PreTrainedConfig) -> list[int | None]:
     """Return each layer's sliding attention window in tokens; None for full attention."""
-    window = getattr(dense, "sliding_window", None)
+    declared = _defaults(type(dense))  # a config may have more settings, which its family ignores
+    window = dense.sliding_window if "sliding_window" in declared else None
     if window is not None and window >= dense.max_position_embeddings:
         window = None
-    declared = "layer_types" in _defaults(type(dense))  # a config may have them although its family ignores them
-    types = dense.layer_types if declared else [SLIDING] * dense.num_hidden_layers
+    types = dense.layer_types if "layer_types" in declared else [SLIDING] * dense.num_hidden_layers
     return [window if kind == SLIDING else None for kind in types]
 
 

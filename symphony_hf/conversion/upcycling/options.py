@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from symphony_hf.checkpoints.saving import check_shard_size
 from symphony_hf.errors import ConfigError, nearest
 
 ROUTER_INITS = ("normal", "uniform")
@@ -45,8 +46,7 @@ class UpcycleOptions:
         if self.router_init not in ROUTER_INITS:
             hint = nearest(str(self.router_init), ROUTER_INITS)
             raise ConfigError(f"upcycle: `router_init` is {self.router_init!r}; {hint}")
-        if _is_whole(self.max_shard_size) and int(self.max_shard_size) < 1:
-            raise ConfigError(f"upcycle: `max_shard_size` must be at least 1 byte, got {self.max_shard_size}")
+        check_shard_size(self.max_shard_size, "upcycle")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"upcycle: `dtype` is {self.dtype!r}; {nearest(str(self.dtype), DTYPES)}")
 

@@ -1,5 +1,6 @@
 """The dense checkpoint: finding, reading and checking it, and copying its other files."""
 
+import copy
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from symphony_hf.checkpoints.model_class import INVALID_CONFIG
 from symphony_hf.errors import CheckpointError, UpcycleError
 from symphony_hf.files import read_object
 
@@ -148,7 +150,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UpcycleError(f"upcycle: `{folder}` is a `{model_type}`; the families that can be upcycled are {known}")
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as error:
+    except INVALID_CONFIG as error:
         raise CheckpointError(f"`{folder / 'config.json'}`: transformers refuses it: {error}") from error
     return config
 
@@ -171,6 +173,8 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the stock causal language model of a config in float32, without weights."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, experts_implementation="eager"
+            copy.deepcopy(config),  # transformers sets its `dtype`
+            dtype=torch.float32,
+            experts_implementation="eager",
         )
     return model.eval()

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from symphony_hf.errors import CheckpointError, UpcycleError
-from symphony_hf.files import place_to_write, remove_if_empty, replacing_folder
+from symphony_hf.files import check_folder_place, place_to_write, remove_if_empty, replacing_folder
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it is a model that may be overwritten.
+    """Refuse a target that cannot be written, or exists, unless it is a model that may be overwritten.
 
     Raises:
+        ConfigError: If it cannot be written or replaced.
         UpcycleError: If it exists and may not be replaced.
     """
+    check_folder_place(target, "upcycle")
     if not target.exists():
         return
-    if not target.is_dir():
-        raise UpcycleError(f"upcycle: the target `{target}` is a file: give a folder")
     if any(target.iterdir()) and not overwrite:
         raise UpcycleError(f"upcycle: the target `{target}` exists: give another one, or overwrite it")
     if any(target.iterdir()) and not (target / "config.json").exists():
@@ -70,8 +70,9 @@ def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
+        reason = f"`{error.filename or target}`: {error.strerror or error}"  # it may be a file that was read
         raise CheckpointError(
-            f"{command}: `{target}` could not be written ({error}); nothing of it was kept"
+            f"{command}: `{target}` could not be written: {reason}; nothing of it was kept"
         ) from error
 
 

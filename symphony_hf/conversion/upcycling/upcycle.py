@@ -177,8 +177,10 @@ def _plan(folder: Path, settings: _Settings, options: UpcycleOptions) -> _Plan:
     """Check everything that depends on the source's tensors, without writing."""
     dense = open_dense(folder, settings.dense)
     tensors = plan_tensors(dense.tensors, settings.dense, settings.conversion, settings.layers, options)
-    settings.config.dtype = TORCH_DTYPES[tensors[0].dtype]
-    return _Plan(dense, settings, tensors, Shards(tensors, options.max_shard_size), options)
+    shards = Shards(tensors, options.max_shard_size)
+    kept = settings.dense.dtype if options.dtype is None else None
+    settings.config.dtype = kept or TORCH_DTYPES[shards.main_dtype]
+    return _Plan(dense, settings, tensors, shards, options)
 
 
 def _write(plan: _Plan, target: Path, check: bool) -> UpcycleResult:

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from tqdm import tqdm
 
-from symphony_hf.errors import ConfigError, UpcycleError
+from symphony_hf.errors import UpcycleError
 from symphony_hf.files import WEIGHTS_INDEX
 
 from .checkpoint import ITEM_BYTES, TORCH_DTYPES, Checkpoint, Rows
@@ -98,25 +99,30 @@ _HEADER_BYTES = 512
 class Shards:
     """Planned tensors, split into files of at most `max_shard_size`, in bytes or as in `5GB`.
 
-    Larger tensors get their own files. An invalid size raises ConfigError.
+    Larger tensors get their own files.
     """
 
     def __init__(self, planned: Sequence[PlannedTensor], max_shard_size: int | str) -> None:
         self.tensors = {tensor.name: tensor for tensor in planned}
-        try:
-            self.split = split_state_dict_into_shards_factory(
-                self.tensors,
-                get_storage_size=tensor_bytes,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
-            )
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"upcycle: `max_shard_size` is {max_shard_size!r}: {error}") from error
+        self.split = split_state_dict_into_shards_factory(
+            self.tensors,
+            get_storage_size=tensor_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(map(tensor_bytes, self.tensors.values()))
+
+    @property
+    def main_dtype(self) -> str:
+        """Data type of most of the bytes."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor_bytes(tensor)
+        return sizes.most_common(1)[0][0]
 
     @property
     def parameters(self) -> int:

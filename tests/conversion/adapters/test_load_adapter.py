@@ -24,6 +24,7 @@ from symphony_hf import (
     symphonize,
     update_graphs,
 )
+from symphony_hf.conversion.adapters import loading, record
 from symphony_hf.conversion.adapters.loading import restore_adapter
 from symphony_hf.conversion.adapters.record import record_adapters
 
@@ -211,6 +212,13 @@ def test_what_is_beside_an_adapter(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_save_that_is_broken_off_leaves_no_config_that_peft_would_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        adapted_model().save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
 def test_transformers_own_integration_saves_and_loads_it(tmp_path, native_adapters):
     model = symphonize(make_model(), decay=DECAY)
     torch.manual_seed(0)
@@ -358,6 +366,14 @@ def test_another_base(saved):
     refuses(make_model(num_hidden_layers=2), saved, ConfigError, "3 routers.*the model has 2 routers")
     refuses(make_model(num_experts=4), saved, ConfigError, "top-3 of 8 experts; the model has.*top-3 of 4")
     refuses(make_model(num_experts_per_tok=2), saved, ConfigError, "top-3 of 8 experts; the model has.*top-2 of 8")
+
+
+def test_an_error_of_any_kind_leaves_the_base_plain(saved, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loading, "check_base", fail)
+    refuses(make_model(), saved, RuntimeError, "out of memory")
 
 
 def test_another_width_is_refused_before_numbers_are_written(saved):

@@ -101,6 +101,11 @@ def test_a_rank_that_is_not_there_is_not_allocated(saved):
     assert memory.taken < 2**25 or sys.platform != "linux"
 
 
+def test_tensors_that_cannot_be_read_or_named(saved, monkeypatch):
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda *_, **__: {}["bias"])
+    refuses(make_model(), saved, ConfigError, "no adapter can be made of it: KeyError")
+
+
 def test_a_second_adapter_that_is_refused_leaves_the_first(saved):
     model = load_adapter(make_model(), saved)
     before = logits(model)

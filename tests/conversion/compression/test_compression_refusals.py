@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from models import COMMON, make_model
-from transformers import AutoModelForCausalLM
+from models import COMMON, make_config, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 from symphony_hf import symphonize
 from symphony_hf.conversion.compression.layers import check_number, expert_layers
 from symphony_hf.conversion.compression.merge import merge_experts
 from symphony_hf.conversion.compression.prune import prune_experts
-from symphony_hf.conversion.compression.rebuild import kept, with_fewer_experts
+from symphony_hf.conversion.compression.rebuild import kept, with_fewer_experts, with_top_k
 from symphony_hf.conversion.compression.settings import MergeSettings, PruneSettings, TopKSettings
 from symphony_hf.conversion.compression.top_k import sweep_top_k
 from symphony_hf.errors import (
@@ -58,6 +60,18 @@ def test_layers_whose_experts_are_looked_up_by_the_token():
     layers = expert_layers(model)
     with pytest.raises(UnsupportedModelError, match=r"other tensors than those of its routers and experts"):
         with_fewer_experts(model, layers, [kept(range(4)) for _ in layers])
+
+
+class BiasPerChoice(OlmoeForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.bias = nn.Parameter(torch.zeros(config.num_experts_per_tok))
+
+
+def test_tensors_that_depend_on_the_top_k():
+    model = BiasPerChoice(make_config("olmoe"))
+    with pytest.raises(UnsupportedModelError, match=r"BiasPerChoice: with top-1 of 8 experts tensors change.* bias"):
+        with_top_k(model, expert_layers(model), 1)
 
 
 def test_a_dense_model(checkpoint, prune):

@@ -162,6 +162,30 @@ def test_types_within_a_checkpoint_stay_as_they_are(tmp_path):
         assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
+def test_the_type_to_load_it_in_is_that_of_the_dense_model(dtype, tmp_path):
+    """Or, where its config names none, that of most of the weights; never that of the LM head alone."""
+    dense, source = save_dense(tmp_path / "dense", "llama", dtype=torch.bfloat16)
+    dense.lm_head.float()
+    dense.save_pretrained(source)
+    config = json.loads((source / "config.json").read_text()) | {"dtype": dtype}
+    (source / "config.json").write_text(json.dumps(config))
+    run(source, tmp_path / "moe", check=False)
+    assert load(tmp_path / "moe").dtype == getattr(torch, dtype or "bfloat16")
+
+
+def test_a_window_that_the_family_does_not_have_is_ignored(tmp_path):
+    """As the family itself does."""
+    dense, source = save_dense(tmp_path / "dense", "llama")
+    config = json.loads((source / "config.json").read_text()) | {"sliding_window": 5}
+    (source / "config.json").write_text(json.dumps(config))
+    run(source, tmp_path / "moe", to="mixtral")
+    upcycled = load(tmp_path / "moe")
+    assert upcycled.config.sliding_window is None
+    expected = logits(dense)
+    assert (logits(upcycled) - expected).abs().max() <= 1e-5 * expected.abs().max()  # float32 rounds by about 1e-7
+
+
 @pytest.mark.parametrize(("kind", "to"), [("phi3", "qwen2_moe"), ("llama", "mixtral"), ("granite", "granitemoe")])
 def test_it_generates_what_the_dense_model_does(kind, to, tmp_path):
     dense, source = save_dense(tmp_path / "dense", kind)

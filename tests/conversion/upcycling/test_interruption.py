@@ -95,7 +95,7 @@ def test_a_disk_that_is_full_after_all(tmp_path):
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
-        with pytest.raises(CheckpointError, match=r"could not be written .*; nothing of it was kept"):
+        with pytest.raises(CheckpointError, match=r"could not be written: .*; nothing of it was kept"):
             run(source, tmp_path / "moe")
 
     assert forked(work) == 0

@@ -107,6 +107,13 @@ def test_models_that_are_not_dense_decoders(values, match, tmp_path):
     refused(UpcycleError, match, tmp_path, source)
 
 
+def test_a_config_that_transformers_refuses(tmp_path):
+    _, source = save_dense(tmp_path / "dense")
+    for values in ({"hidden_size": "wide"}, {"rope_parameters": 3}):
+        change_config(source, **values)
+        refused(CheckpointError, "config.json`: transformers refuses it", tmp_path, source)
+
+
 def test_tied_weights_that_differ(tmp_path):
     _, source = save_dense(tmp_path / "dense", "llama")  # its head is another matrix than its embedding
     change_config(source, tie_word_embeddings=True)
@@ -235,6 +242,13 @@ def test_another_process_writes_the_same_target(tmp_path):
     with writing(tmp_path / "moe"):
         with pytest.raises(CheckpointError, match="another process is writing"):
             run(source, tmp_path / "moe")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"moe` could not be written: `.*gone`: No such file"):
+        with writing(tmp_path / "moe"):
+            (tmp_path / "gone").read_bytes()
+    assert not (tmp_path / "moe").exists()
 
 
 def test_the_check_sees_a_container_that_computes_something_else(tmp_path, monkeypatch):
