@@ -15,9 +15,9 @@ from .app import app, command_from
 
 @app.command(
     "eval",
-    epilog="Examples: symphony eval runs/symphony/final --against runs/plain/final --attack aaa,keyboard --- "
-    "symphony eval allenai/OLMoE-1B-7B-0924 --data wiki.test.txt --attack all --severity 1,3,5 --seeds 0 --- "
-    "symphony eval runs/phi3-smoe-7.4b-qnli/final --task classification --name qnli --documents 1000 --- "
+    epilog="Examples: symphony eval runs/symphony/final --against runs/plain/final --attack aaa,keyboard\n\n"
+    "symphony eval allenai/OLMoE-1B-7B-0924 --data wiki.test.txt --attack all --severity 1,3,5 --seeds 0\n\n"
+    "symphony eval runs/phi3-smoe-7.4b-qnli/final --task classification --name qnli --documents 1000\n\n"
     "symphony eval runs/llava/final --task vqa --data digits --attack all-images --severity 1,3,5",
 )
 @command_from(RobustnessSettings, names={"attacks": "attack", "severities": "severity"})
@@ -68,7 +68,7 @@ def report(
 
 
 @app.command(
-    epilog="Examples: symphony routing allenai/OLMoE-1B-7B-0924 --data wiki.test.txt --- "
+    epilog="Examples: symphony routing allenai/OLMoE-1B-7B-0924 --data wiki.test.txt\n\n"
     "symphony routing runs/mine/final --against runs/mine/checkpoint-100 --against runs/mine/checkpoint-500",
 )
 @command_from(

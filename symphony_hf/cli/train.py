@@ -14,7 +14,7 @@ from .app import app, command_from
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: symphony train recipes/quickstart/config.yaml --dry_run; "
+    epilog="Examples: symphony train recipes/quickstart/config.yaml --dry_run\n\n"
     "symphony train recipes/quickstart/config.yaml --max_steps 2 --symphony.strength 0",
 )
 def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A recipe's YAML file.")]) -> None:
@@ -31,8 +31,8 @@ def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="A 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Examples: symphony plan recipes/phi3-smoe-7.4b-glue/config.yaml --gpus 1,4,8 --gpu_memory 80GB; "
-    "symphony plan recipes/olmoe-7b-sft/full.yaml --sequences 200000 --per_device_train_batch_size 4 --json plan.json; "
+    epilog="Examples: symphony plan recipes/phi3-smoe-7.4b-glue/config.yaml --gpus 1,4,8 --gpu_memory 80GB\n\n"
+    "symphony plan recipes/olmoe-7b-sft/full.yaml --sequences 200000 --per_device_train_batch_size 4 --json p.json\n\n"
     "symphony plan recipes/quickstart/config.yaml --gpus 1 --gpu_memory 24GB --gpu_flops 165e12 --utilization 0.3",
 )
 def plan(
@@ -95,7 +95,7 @@ def _count(text: str) -> int:
 
 
 @app.command(
-    epilog="Examples: symphony prepare brown.zip --output text --split train --strip_tags / --- "
+    epilog="Examples: symphony prepare brown.zip --output text --split train --strip_tags /\n\n"
     "symphony prepare wiki.test.tokens --output text --split test",
 )
 @command_from(prepare_split, arguments=("source",))

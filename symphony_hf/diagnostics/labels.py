@@ -1,6 +1,7 @@
 """Short names of layers and models. The file stands alone because pictures and tables share it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def layer_titles(names: Sequence[str]) -> list[str]:
@@ -17,3 +18,11 @@ def short_names(sources: Sequence[str]) -> list[str]:
     """Shorten folders, or names on the Hub, to their last part; keep them whole if two would be the same."""
     short = [source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source for source in sources]
     return short if len(set(short)) == len(short) else list(sources)
+
+
+def model_names(settings: Mapping[str, Any], roles: Sequence[str]) -> dict[str, str]:
+    """Return the short name of each role's model, with the role where two are revisions of one."""
+    names = dict(zip(roles, short_names([str(settings[role]) for role in roles]), strict=True))
+    if len(set(names.values())) == len(names):
+        return names
+    return {role: f"{name} ({role})" for role, name in names.items()}

@@ -17,6 +17,7 @@ from symphony_hf.diagnostics.plots import (
 )
 from symphony_hf.diagnostics.plots import (
     loads,
+    studies,
 )
 from symphony_hf.diagnostics.plots import (
     networks as evolution,
@@ -25,6 +26,7 @@ from symphony_hf.diagnostics.plots.attacks import plot_flips, plot_robustness, p
 from symphony_hf.diagnostics.plots.heat_maps import plot_similarity
 from symphony_hf.diagnostics.plots.loads import plot_allocation, plot_load_history
 from symphony_hf.diagnostics.plots.networks import plot_graph_evolution
+from symphony_hf.diagnostics.plots.studies import plot_convergence, plot_shares
 from symphony_hf.errors import EvaluationError, GraphError
 from symphony_hf.routing.graph import count_coselections, initial_adjacency
 
@@ -82,7 +84,7 @@ DRAWN = {
 def figures(monkeypatch):
     """The figures that plots would have saved."""
     found = []
-    for module in (changes, evolution, loads, robustness, similarities):
+    for module in (changes, evolution, loads, robustness, similarities, studies):
         monkeypatch.setattr(module, "save_png", lambda figure, path: found.append(figure))
     return found
 
@@ -159,6 +161,29 @@ def test_curves_begin_at_clean_text_and_leave_the_pooled_row_out(figures, tmp_pa
         ]
         assert curves[0].get_ydata().tolist() == pytest.approx(values)
     assert perplexity.get_ylim() == figures[0].axes[1].get_ylim()
+
+
+def test_curves_go_from_mild_to_severe_whatever_the_order_of_the_rows(figures, tmp_path):
+    result = evaluation(["aaa"])
+    result["models"]["model"]["attacks"].reverse()
+    plot_robustness(result, tmp_path / "a.png")
+    for line in figures[0].axes[0].lines:
+        assert list(line.get_xdata()) == sorted(line.get_xdata())
+
+
+def test_revisions_of_one_repository_are_told_apart(figures, tmp_path):
+    result = evaluation(["aaa"])
+    result["settings"] = {"model": "org/moe", "against": "org/moe", "revision": "new", "against_revision": "old"}
+    plot_robustness(result, tmp_path / "a.png")
+    assert [text.get_text() for text in figures[0].legends[0].texts] == ["org/moe (model)", "org/moe (against)"]
+
+
+def test_captions_name_what_is_drawn(figures, tmp_path):
+    point = {"noise": 0.1, "estimate": 0.5, "low": 0.4, "high": 0.6}
+    curve = {"name": "suited", "tokens": [16], "distance": [point], "expected": [0.5]}
+    plot_shares({"smoe": [point]}, tmp_path / "a.png")
+    plot_convergence([curve], tmp_path / "a.png")
+    assert ["dotted: closed form" in figure.get_supxlabel() for figure in figures] == [False, True]
 
 
 def test_accuracies_and_their_differences_are_drawn_likewise(figures, tmp_path):

@@ -9,8 +9,9 @@ from models import assert_folded
 from symphony_hf import ConfigError
 from symphony_hf.experiments.bench import commit as bench_commit
 from symphony_hf.experiments.bench import experts as bench_experts
+from symphony_hf.experiments.bench import gradient, layer_forms
 from symphony_hf.experiments.bench import layer as bench_module
-from symphony_hf.experiments.bench import layer_forms
+from symphony_hf.experiments.bench import upcycle as bench_upcycle
 from symphony_hf.experiments.bench.layer import run_bench
 from symphony_hf.experiments.bench.layer_forms import SHAPES, build_forms
 from symphony_hf.experiments.bench.layer_rows import AIMS, print_bench
@@ -84,7 +85,9 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
     assert "Peak memory over stock" in capsys.readouterr().out
 
 
-def test_memory_is_measured_at_the_lengths_that_fit(tmp_path, monkeypatch):
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A machine on which no training step of more than 4 tokens fits."""
     step = layer_forms.training_step
 
     def with_little_memory(model, inputs):
@@ -92,15 +95,27 @@ def test_memory_is_measured_at_the_lengths_that_fit(tmp_path, monkeypatch):
             raise MemoryError
         step(model, inputs)
 
-    monkeypatch.setattr(bench_module, "training_step", with_little_memory)
+    monkeypatch.setattr(layer_forms, "training_step", with_little_memory)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_memory_is_measured_at_the_lengths_that_fit(tmp_path):
     path = tmp_path / "bench.json"
     result = run_bench(["tiny"], tokens=(16, 8), generate=True, device="cpu", seconds=0.02, output=path)
     assert {row["tokens"] for row in result["rows"] if row["mode"] in FORWARD} == {4}
     assert [row["tokens"] for row in result["memory"] if row["step"] == "training"] == [4]
 
 
-def test_an_interrupted_bench_keeps_the_models_that_it_has_measured(tmp_path, monkeypatch):
-    path, build = tmp_path / "bench.json", bench_module.build_forms
+@pytest.mark.usefixtures("little_memory")
+def test_the_router_gradient_is_measured_at_the_lengths_that_fit(tmp_path):
+    path = tmp_path / "bench.json"
+    result = run_bench(["tiny"], tokens=(16, 8), router_gradient=True, device="cpu", seconds=0.02, output=path)
+    assert [row["tokens"] for row in result["gradients"]] == [4] * 5
+
+
+@pytest.mark.parametrize(("key", "builder"), [("rows", bench_module), ("gradients", gradient)], ids=["all", "gradient"])
+def test_an_interrupted_bench_keeps_the_models_that_it_has_measured(key, builder, tmp_path, monkeypatch):
+    path, build = tmp_path / "bench.json", builder.build_forms
     for module in (bench_module, layer_forms):
         monkeypatch.setattr(module, "SHAPES", {"tiny": TINY["tiny"], "second": TINY["tiny"]})
 
@@ -109,10 +124,11 @@ def test_an_interrupted_bench_keeps_the_models_that_it_has_measured(tmp_path, mo
             raise KeyboardInterrupt
         return build(name, *arguments)
 
-    monkeypatch.setattr(bench_module, "build_forms", interrupted)
+    monkeypatch.setattr(builder, "build_forms", interrupted)
+    settings = {"tokens": 4, "device": "cpu", "seconds": 0.02, "router_gradient": key == "gradients", "output": path}
     with pytest.raises(KeyboardInterrupt):
-        run_bench(["tiny", "second"], tokens=4, device="cpu", seconds=0.02, output=path)
-    assert {row["model"] for row in json.loads(path.read_text())["rows"]} == {"tiny"}
+        run_bench(["tiny", "second"], **settings)
+    assert {row["model"] for row in json.loads(path.read_text())[key]} == {"tiny"}
 
 
 def test_peak_memory_is_that_of_weights_and_tensors():
@@ -142,6 +158,7 @@ def test_bad_input(tmp_path):
         ({"tokens": (8, 0)}, "`tokens` must be at least 1, got 0"),
         ({"threads": 0}, "`threads` must be at least 1"),
         ({"dtype": "float8"}, "known names: bfloat16, float32"),
+        ({"router_gradient": True, "generate": True}, "`router_gradient` measures training steps alone"),
     ):
         with pytest.raises(ConfigError, match=message):
             run_bench(**{"models": ["tiny"], "output": tmp_path / "b.json", "seconds": 0.01, **settings})
@@ -164,6 +181,17 @@ def test_the_true_shapes_are_those_of_the_models():
         "qwen3-30b-a3b": (2048, 768, 128, 8),
         "deepseek-v3-router": (7168, 64, 256, 8),  # but for the experts' width, 2,048
     }
+
+
+def test_one_round_of_upcycling_has_no_peak_memory_without_the_check(capsys, tmp_path, monkeypatch):
+    run = {"seconds_writing": 1.0, "seconds_checking": 1.0, "weight_bytes": 1, "parameters": 1, "exactness": {}}
+    monkeypatch.setattr(bench_upcycle, "_upcycle", lambda *_, **__: {**run, "peak_memory_bytes": 2_000_000_000})
+    monkeypatch.setattr(bench_upcycle, "_copy", lambda *_: 1.0)
+    monkeypatch.setattr(bench_upcycle, "write_random_phi3", lambda *_: 1)
+    result = bench_upcycle.run_bench_upcycle(tmp_path, rounds=1, output=tmp_path / "upcycle.json")
+    assert (result["peak_memory_bytes"], result["peak_memory_bytes_with_check"]) == (None, 2_000_000_000)
+    bench_upcycle.print_bench_upcycle(result)
+    assert capsys.readouterr().out.count("2.00 GB") == 1
 
 
 def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """EVIDENCE.md: it is what the command writes, and no number in it is from anywhere but a result file."""
 
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from symphony_hf.cli import app
-from symphony_hf.errors import DataError
+from symphony_hf.errors import ConfigError, DataError
+from symphony_hf.experiments.ablation.point import Point
+from symphony_hf.experiments.evidence.claims import find_row
 from symphony_hf.experiments.evidence.page import evidence_page
-from symphony_hf.experiments.evidence.results import read_results
+from symphony_hf.experiments.evidence.results import read_results, write_evidence
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAGE = RECIPES / "EVIDENCE.md"
@@ -150,6 +154,11 @@ REFUSED = {
         lambda values: {**values, "settings": {**values["settings"], "text": "another"}},
         "say by --about",
     ),
+    "a study without its file": (
+        "pairs",
+        lambda values: {**values, "command": ""},
+        "its `command` is '', which names no study file",
+    ),
     "nothing a page can be made of": ("theory", lambda values: {**values, "convergence": [{}]}, "no page can be made"),
 }
 
@@ -173,6 +182,26 @@ def test_the_sentence_of_a_text_stays_with_it(taken_in, tmp_path):
     assert "On another text. The test text has" in (tmp_path / "page.md").read_text()
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_any_result_is_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"evidence: .* is a folder"):
+        write_evidence(RECIPES / "evidence", tmp_path, theory="nowhere")
+
+
+def test_a_plain_row_is_neither_a_control_nor_a_form_without_a_graph():
+    plain = dataclasses.asdict(Point().plain)
+    others = (
+        {"control": "frozen_routers"},
+        {"damage": 0.1},
+        {"router_gradient": "dense"},
+        {"selection": "conditional"},
+    )
+    rows = [{"point": {**plain, **change}} for change in (*others, {"system": "glam"}, {})]
+    ablation = {"rows": rows, "settings": {"base": dataclasses.asdict(Point())}}
+    assert find_row(ablation, "smoe", graph=False) is rows[-1]
+    assert find_row(ablation, "glam", graph=False) is rows[-2]
+    assert find_row(ablation, "smoe", graph=True) is None
+
+
 def test_a_page_of_the_paper_alone_claims_nothing():
     page = evidence_page({"paper": read_results(RECIPES / "evidence")["paper"]})
     assert "Not run" in page
@@ -184,6 +213,7 @@ def test_what_did_not_help_is_said(verdict):
     interval = {"estimate": 0.5, "low": 0.4, "high": 0.6, "num_seeds": 3, "confidence": 0.95}
     measures = ("clean", "attacked", "ratio", "routing_kept", "load_entropy")
     base = {"system": "smoe", "graph": "ema", "strength": 1.0}
+    plain = {**base, "graph": "identity", "strength": 0.0}
     row = {**dict.fromkeys(measures, interval), "seeds": [0, 1, 2], "start_left": None}
     against = {name: {**interval, "verdict": verdict} for name in measures}
     settings = {
@@ -193,7 +223,7 @@ def test_what_did_not_help_is_said(verdict):
     }
     ablation = {
         "rows": [
-            {**row, "label": "smoe, no graph", "point": {**base, "graph": "identity", "strength": 0.0}},
+            {**row, "label": "smoe, no graph", "point": plain},
             {**row, "label": "smoe, graph", "point": base, "against_plain": against, "start_left": 0.25},
         ],
         **{
@@ -233,9 +263,7 @@ def test_what_did_not_help_is_said(verdict):
     # A form that is told apart is named, the base's own is none of them, and a system that the paper lacks has a row.
     point = {**base, "strength": 0.5}
     ablation["rows"].append({**row, "label": "smoe, strength 0.5", "point": point, "against_plain": against})
-    ablation["rows"].append(
-        {**row, "label": "smoothsmoe, no graph", "point": {**base, "system": "smoothsmoe", "graph": "identity"}}
-    )
+    ablation["rows"].append({**row, "label": "smoothsmoe, no graph", "point": {**plain, "system": "smoothsmoe"}})
     page = evidence_page({"paper": paper, "ablation": ablation})
     assert "of 1, clean perplexity better with " in page
     assert page.count("with `smoe, strength 0.5`") == (0 if verdict == "not distinguishable" else 2)
@@ -275,11 +303,13 @@ def test_a_study_of_characters_replaces_that_of_the_same_file(tmp_path):
     (output / "report.json").write_text(json.dumps(blind))
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert (tmp_path / "page.md").read_text().count("**Nothing can be concluded**") == 2
-    other = {**study, "command": study["command"].replace("short", "pretraining")}
+    other = {**study, "command": shlex.join(["symphony", "ablate", "/some where/pretraining.yaml", "--output", "DIR"])}
     (output / "report.json").write_text(json.dumps(other))
     assert CliRunner().invoke(app, arguments).exit_code == 0
     names = {path.stem for path in folder.glob("characters-*")}
     assert names == {path.stem for path in RECIPES.glob("evidence/characters-*")} | {"characters-pretraining"}
+    assert "`symphony ablate pretraining.yaml --output DIR`" in (tmp_path / "page.md").read_text()
+    assert "/some where" not in (folder / "characters-pretraining.json").read_text()
     (output / "report.json").write_text(json.dumps({**study, "settings": {**study["settings"], "tokenizer": "words"}}))
     assert "is of a study of words" in str(CliRunner().invoke(app, arguments).exception)
 

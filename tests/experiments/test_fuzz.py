@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from symphony_hf import CheckpointError, GraphError, expert_graphs, load_adapter, load_checkpoint, symphonize
 from symphony_hf.cli import app
+from symphony_hf.errors import EvaluationError
 from symphony_hf.experiments.fuzzing import campaign, mutations
 from symphony_hf.experiments.fuzzing.campaign import MemoryPeak, try_case
 from symphony_hf.experiments.fuzzing.specimens import make_base, make_specimens
@@ -137,6 +140,22 @@ def test_memory_is_what_the_kernel_gave():
     assert memory.taken > 2**26 - 2**20 or sys.platform != "linux"
 
 
+def test_a_process_that_ends_before_its_first_case_ends_the_campaign(monkeypatch):
+    def outcomes_of(*sent):
+        child = mock.MagicMock(exitcode=1)  # the process and its pipe's end
+        child.recv.side_effect = [*sent, EOFError]
+        context = SimpleNamespace(Pipe=lambda duplex: (child, child), Process=lambda **_: child)
+        monkeypatch.setattr(campaign.multiprocessing, "get_context", lambda kind: context)
+        return list(campaign._in_a_process(range(5, 9), 0, None))
+
+    with pytest.raises(EvaluationError, match="check fuzz: the process ended with 1 before its first case"):
+        outcomes_of()
+    done = campaign.Outcome(5, "graphs", "header", "cut", "refused")
+    first, second = outcomes_of(None, done)  # ready, one case, and the end in the next
+    assert first == done
+    assert (second.case, second.verdict, second.detail) == (6, "failed", "the process ended with 1")
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_the_command_goes_on_after_a_process_that_died(monkeypatch):
@@ -145,8 +164,8 @@ def test_the_command_goes_on_after_a_process_that_died(monkeypatch):
     done = CliRunner().invoke(app, ["check", "fuzz", "--cases", "30", "--seed", "5"])
     assert done.exit_code == 0, done.output
     assert "30 tampered files" in done.output
-    ended = campaign._in_a_process(range(3), 0, os.devnull)  # no specimens there
-    assert next(ended).detail.startswith("the process ended with")
+    with pytest.raises(EvaluationError, match="check fuzz: the process ended with 1 before its first case"):
+        next(campaign._in_a_process(range(3), 0, os.devnull))  # no specimens there
 
 
 # load_checkpoint itself.

@@ -10,9 +10,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from symphony_hf.cli import app
+from symphony_hf.errors import ConfigError
 from symphony_hf.experiments.distributed import invariance
 from symphony_hf.experiments.distributed.arrangements import ARRANGEMENTS, UNION, Arrangement
-from symphony_hf.experiments.distributed.invariance import Comparison, Trace, compare, print_comparisons, run
+from symphony_hf.experiments.distributed.invariance import (
+    Comparison,
+    Trace,
+    check_distributed,
+    compare,
+    print_comparisons,
+    run,
+)
 
 ONE_PROCESS = [name for name, (arrangement, _) in ARRANGEMENTS.items() if arrangement.ranks == 1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and transformers', of checkpointing and compiling
@@ -103,6 +111,14 @@ def test_a_check_that_compares_nothing_fails(monkeypatch):
     assert CliRunner().invoke(app, ["check", "distributed", "--only", "ZeRO-2"]).exit_code == 1
 
 
+def test_references_alone_are_refused(monkeypatch):
+    """Each would be compared with itself."""
+    monkeypatch.setattr(invariance, "compare", lambda names: pytest.fail("it began"))
+    for only in ("union batch", "UNION BATCH, LOCAL"):
+        with pytest.raises(ConfigError, match=f"no arrangement with a reference has '{only}' in its name"):
+            check_distributed(only)
+
+
 def test_the_cross_entropy_and_the_z_loss_both_weigh():
     """Each part of the gradient is larger than rounding, so that neither can hide behind it."""
     both, entropy = run(Arrangement()).gradients, run(Arrangement(z_loss_weight=0.0)).gradients
@@ -129,7 +145,7 @@ def test_the_command_prints_the_table_and_fails_where_a_row_does(monkeypatch):
     code, printed = check("packed")
     assert code == 1
     assert "FAILS" in printed
-    assert "no arrangement has 'nothing'" in check("nothing")[1]
+    assert "no arrangement with a reference has 'nothing'" in check("nothing")[1]
 
 
 def test_a_graph_that_counts_twice_is_seen(monkeypatch):

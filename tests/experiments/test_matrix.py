@@ -10,14 +10,21 @@ import torch
 from pages import FAMILIES, block
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from symphony_hf import SymphonyConfig, UnsupportedModelError, is_symphonized, symphonize
+from symphony_hf import ConfigError, SymphonyConfig, UnsupportedModelError, is_symphonized, symphonize
 from symphony_hf.compat import transformers_version
 from symphony_hf.experiments.conformance.batches import tiny_batch
 from symphony_hf.experiments.conformance.checks import CHECKS
-from symphony_hf.experiments.conformance.matrix import FamilyResult, check_family, inspect_family, quiet, run_check
+from symphony_hf.experiments.conformance.matrix import (
+    FamilyResult,
+    check_family,
+    inspect_family,
+    quiet,
+    run_check,
+    run_matrix,
+)
 from symphony_hf.experiments.conformance.overrides import BROKEN, OVERRIDES
 from symphony_hf.experiments.conformance.specimen import ConformanceError, Specimen
-from symphony_hf.experiments.conformance.table import summary, table_row, write_readme
+from symphony_hf.experiments.conformance.table import list_families, summary, table_row, write_readme
 from symphony_hf.experiments.conformance.tiny import auto_class_of, moe_families, shrink, tiny_model, why_not_built
 from symphony_hf.patching.families.capability import Supported
 from symphony_hf.patching.families.discovery import find_routers
@@ -288,3 +295,30 @@ def test_a_failure_is_a_row_that_says_so(tmp_path):
 
 def test_the_base_of_a_specimen_is_never_patched():
     assert not is_symphonized(specimen_of("mixtral").base)
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_family_that_cannot_be_built_is_a_row_and_the_others_follow(check, monkeypatch):
+    def build(family, **settings):
+        if family == "mixtral":
+            raise RuntimeError("a release broke it")
+        return tiny_model(family, **settings)
+
+    monkeypatch.setattr("symphony_hf.experiments.conformance.matrix.tiny_model", build)
+    monkeypatch.setattr("symphony_hf.experiments.conformance.specimen.tiny_model", build)
+    monkeypatch.setattr("symphony_hf.experiments.conformance.matrix.CHECKS", {"none": lambda specimen: None})
+    broken, built = run_matrix(["mixtral", "olmoe"], check)
+    assert (broken.not_built, broken.failures) == ("RuntimeError: a release broke it", ["build"] if check else [])
+    assert table_row(broken)[2] == "not built"
+    assert "RuntimeError: a release broke it" in table_row(broken)[-1]
+    assert built.able is not None
+    assert built.not_built is None
+
+
+@pytest.mark.parametrize("page", ["no marks", None])
+def test_a_page_without_a_place_for_the_table_is_refused_before_the_checks(page, tmp_path, monkeypatch):
+    monkeypatch.setattr("symphony_hf.experiments.conformance.table.run_matrix", lambda *_: pytest.fail("it began"))
+    if page is not None:
+        (tmp_path / "page.md").write_text(page)
+    with pytest.raises(ConfigError, match=r"symphony families: --readme: .*page\.md` "):
+        list_families(check=True, readme=str(tmp_path / "page.md"))

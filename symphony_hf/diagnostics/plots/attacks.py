@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from symphony_hf.diagnostics.labels import short_names
+from symphony_hf.diagnostics.labels import model_names
 from symphony_hf.errors import EvaluationError
 
 from .curves import LINES, MARKERS, lengths
@@ -36,14 +36,14 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     columns = min(len(attacks), _MOST_COLUMNS)
     bands = -(-len(attacks) // columns)
     figure = Figure(figsize=(2.5 * columns + 0.9, 3.9 * bands + 0.7), layout="constrained")
-    names = short_names([result["settings"][role] for role in models])
+    names = model_names(result["settings"], list(models))
     axes = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
     for position, attack in enumerate(attacks):
         band, column = divmod(position, columns)
         for row, (measure, label) in enumerate({level: level, change: in_words}.items()):
             panel = axes[2 * band + row, column]
-            for number, (name, model) in enumerate(zip(names, models.values(), strict=True)):
-                _draw(panel, model, attack, measure, number, len(models), name)
+            for number, (role, model) in enumerate(models.items()):
+                _draw(panel, model, attack, measure, number, len(models), names[role])
             if measure == change:
                 panel.axhline(nothing, color="0.4", linewidth=0.8)
             if column == 0:
@@ -68,7 +68,7 @@ def _draw(
 ) -> None:
     points = {0: model["clean"][measure]} if measure in model["clean"] else {}
     own = [row for row in model["attacks"] if row["attack"] == attack and row["severity"] is not None]
-    points |= {row["severity"]: row[measure] for row in own}
+    points |= {row["severity"]: row[measure] for row in sorted(own, key=lambda row: row["severity"])}
     ends = [(point["estimate"], point["low"], point["high"]) for point in points.values()]
     positions = np.array(list(points)) + 0.12 * (number - (num_models - 1) / 2)
     estimates = [estimate for estimate, _, _ in ends]

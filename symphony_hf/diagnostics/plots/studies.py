@@ -34,7 +34,7 @@ def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLik
         label="tokens$^{-1/2}$",
     )
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="distance to the planted graph")
-    return _finish(figure, axes, path)
+    return _finish(figure, axes, path, "; dotted: closed form")
 
 
 def plot_shares(shares: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
@@ -55,11 +55,11 @@ def _draw_band(axes: Any, xs: Sequence[float], points: Sequence[Mapping[str, Any
         axes.fill_between(xs, low, high, color=COLORS[number % 6], alpha=0.2, linewidth=0)
 
 
-def _finish(figure: Figure, axes: Any, path: str | os.PathLike[str]) -> Path:
+def _finish(figure: Figure, axes: Any, path: str | os.PathLike[str], note: str = "") -> Path:
     axes.legend(frameon=False, fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("bands: 95% t-intervals over seeds; dotted: closed form", fontsize=9)
+    figure.supxlabel(f"bands: 95% t-intervals over seeds{note}", fontsize=9)
     return save_png(figure, path)
 
 

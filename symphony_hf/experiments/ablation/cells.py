@@ -55,7 +55,11 @@ class StudyRun(NamedTuple):
         return f"{self.point.label(base)}{stage}{rate}, seed {self.seed}"
 
 
-def cells_of(study: Study, rates: Mapping[Point, float] | None = None) -> list[StudyRun]:
+Rates = Mapping[Point, float | None]
+"""Chosen learning rates of the points whose tuning is done; None for a point that diverged at every rate."""
+
+
+def cells_of(study: Study, rates: Rates | None = None) -> list[StudyRun]:
     """Return all judged runs, the systems' pairs first, seed by seed, so that an interrupted study has whole pairs.
 
     Args:
@@ -64,7 +68,7 @@ def cells_of(study: Study, rates: Mapping[Point, float] | None = None) -> list[S
     """
     points = study.points()
     if study.learning_rates:
-        points = [point for point in points if point in (rates or {})]
+        points = [point for point in points if (rates or {}).get(point) is not None]
     pairs = [point for point in points if point.is_plain or point == _base_of(study, point)]
     others = [point for point in points if point not in pairs]
     return [
@@ -167,33 +171,44 @@ class Results:
         write_json(self.path(cell), {"point": dataclasses.asdict(cell.point), "seed": cell.seed, **values})
 
 
-def all_cells(study: Study, rates: Mapping[Point, float]) -> list[StudyRun]:
+def all_cells(study: Study, rates: Rates) -> list[StudyRun]:
     """Return the runs of all stages, as far as their learning rates are known, in the order of the stages."""
     cells = [*tuning_cells(study), *cells_of(study, rates)]
     first = [run for cell in cells if (run := pretraining_of(study, cell)) is not None]
     return [*dict.fromkeys(first), *cells]
 
 
-def chosen_rates(study: Study, results: Results) -> dict[Point, float]:
+def chosen_rates(study: Study, results: Results) -> dict[Point, float | None]:
     """Return the learning rate of each point whose tuning runs are all done: that of the lowest mean loss.
 
-    A rate at which a run diverged is not taken.
+    A rate at which a run diverged is not taken; None if all are such.
     """
-    chosen = {}
-    for point in study.points():
-        losses = {rate: tuning_losses(study, results, point, rate) for rate in study.learning_rates}
-        means = {rate: sum(values) / len(values) for rate, values in losses.items() if values is not None}
-        if len(means) == len(losses) and any(math.isfinite(mean) for mean in means.values()):
-            chosen[point] = min(means, key=lambda rate: (means[rate], rate))
+    chosen: dict[Point, float | None] = {}
+    for point in study.points() if study.learning_rates else ():
+        means = tuning_means(study, results, point)
+        if len(means) == len(study.learning_rates):
+            best = min(means, key=lambda rate: (means[rate], rate))
+            chosen[point] = best if math.isfinite(means[best]) else None
     return chosen
 
 
-def tuning_losses(study: Study, results: Results, point: Point, rate: float) -> list[float] | None:
-    """Return a point's validation losses at a learning rate, by tuning seed; None while one is missing."""
-    runs = [results.load(StudyRun(point, seed, "tune", rate)) for seed in study.tuning_seeds]
-    if any(run is None for run in runs):
-        return None
-    return [math.inf if run["validation_loss"] is None else run["validation_loss"] for run in runs]  # type: ignore[index]
+def tuning_means(study: Study, results: Results, point: Point) -> dict[float, float]:
+    """Return a point's mean validation loss at each learning rate whose tuning runs are all done.
+
+    It is infinite if one of them diverged.
+    """
+    means = {}
+    for rate in study.learning_rates:
+        runs = [run for seed in study.tuning_seeds if (run := results.load(StudyRun(point, seed, "tune", rate)))]
+        if len(runs) == len(study.tuning_seeds):
+            losses = [math.inf if run["validation_loss"] is None else run["validation_loss"] for run in runs]
+            means[rate] = sum(losses) / len(losses)
+    return means
+
+
+def never_trained(study: Study, rates: Rates) -> list[str]:
+    """Return a line for each point that diverged at every learning rate, so that it is never judged."""
+    return [f"{point.label(study.base)}: at every learning rate" for point, rate in rates.items() if rate is None]
 
 
 def describe_plan(study: Study, results: Results, seconds_per_cell: float, workers: int) -> list[str]:
@@ -221,6 +236,7 @@ def describe_plan(study: Study, results: Results, seconds_per_cell: float, worke
         lines.append(f"  {mark}  {cell.label(study.base)}")
     if coming:
         lines.append(f"  waiting  {len(coming)} runs at learning rates that are not chosen yet")
+    lines += [f"  diverged {line}" for line in never_trained(study, rates)]
     lines += [f"  left out {combination}" for combination in study.left_out()]
     hours = sum(relative_cost(study, cell) for cell in (*waiting, *coming)) * seconds_per_cell / workers / 3600
     lines.append(

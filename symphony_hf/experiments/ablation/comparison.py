@@ -167,13 +167,15 @@ def sight_sentence(sight: Mapping[str, Any]) -> str:
         )
     text = difference_text(learned, sight["clean"])
     if sight["concludes"]:
+        nats = f"costs {text.removeprefix('+')} nats per character"
+        cost = f"multiplies the perplexity by {text}" if sight["clean"] in PERPLEXITIES else nats
         return (
-            f"Learning the routers is worth {text} on clean text (routers frozen at random against SMoE, 95% interval "
-            "over seeds), so the form of the routing can matter here."
+            f"Freezing the routers at random {cost} on clean text (against SMoE, 95% interval over seeds), so routing "
+            "matters here."
         )
     return (
-        "**Nothing can be concluded** about routing from this study: routers that are frozen at random cannot be told "
-        f"from learned ones on clean text ({text}). No verdict is given."
+        "**Nothing can be concluded** about routing from this study: on clean text, routers that are frozen at random "
+        f"are not significantly worse than trained ones ({text}). No verdict is given."
     )
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SPECIAL_TOKENS = 2
 """Number of tokens at the start of the vocabulary, `<eos>` and `<unk>`, that are neither replaced nor put in."""
@@ -23,6 +23,12 @@ def replace_at_random(stream: np.ndarray, rate: float, vocab_size: int, seed: in
     generator = np.random.default_rng(seed)
     is_replaced = (generator.random(len(stream)) < rate) & (stream >= SPECIAL_TOKENS)
     return np.where(is_replaced, generator.integers(SPECIAL_TOKENS, vocab_size, len(stream)), stream)
+
+
+def reached_tokens(untouched_N: Tensor, block_size: int) -> Tensor:
+    """Whether a token is left alone, and one before it in its row is not: others cannot change. Shape: (tokens,)."""
+    rows = nn.functional.pad(~untouched_N, (0, -len(untouched_N) % block_size)).view(-1, block_size).int()
+    return untouched_N & (rows.cumsum(1) - rows > 0).flatten()[: len(untouched_N)]
 
 
 def damage_batch(ids: Tensor, rate: float, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

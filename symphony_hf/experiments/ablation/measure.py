@@ -13,6 +13,7 @@ from symphony_hf.diagnostics.routing_metrics import flip_rate, load_of_choices, 
 from symphony_hf.errors import EvaluationError
 from symphony_hf.evaluation.clean_attacked import WORD_SWAP, measure_forms, perplexity_levels
 
+from .damage import reached_tokens
 from .text import StudyText
 
 _ROWS = 32
@@ -171,17 +172,9 @@ def _routing_kept(clean: Reading, attacked: Reading, untouched: Tensor, block_si
 
     Only tokens with an attacked one before them in their row are counted; others cannot change.
     """
-    reached = untouched & _behind_an_attack(~untouched, block_size)
-    if not reached.any():
-        raise EvaluationError("no token has an attacked one before it in its row: raise the attack's rate")
+    reached = reached_tokens(untouched, block_size)
     kept = 1.0 - float(flip_rate(clean.chosen[:, reached], attacked.chosen[:, reached]).mean())
     return kept, int(reached.sum())
-
-
-def _behind_an_attack(attacked_N: Tensor, block_size: int) -> Tensor:
-    """Whether a token of the same row, before this one, was attacked. Shape: (tokens,)."""
-    rows = nn.functional.pad(attacked_N, (0, -len(attacked_N) % block_size)).view(-1, block_size).int()
-    return (rows.cumsum(1) - rows > 0).flatten()[: len(attacked_N)]
 
 
 def _load_entropy(chosen_LTK: Tensor, num_experts: int) -> float:

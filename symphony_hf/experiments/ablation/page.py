@@ -129,7 +129,7 @@ def tuning_page(report: Mapping[str, Any]) -> list[str]:
     settings = report["settings"]
     if not report["tuning"]:
         return []
-    rates = [f"{rate:g}" for rate in settings["learning_rates"]]
+    rates = [f"{rate:g}" for rate in sorted(settings["learning_rates"])]
     rows = []
     for tuned in report["tuning"]:
         losses = [f"{tuned['losses'][rate]:.4f}" if rate in tuned["losses"] else "" for rate in rates]
@@ -143,8 +143,9 @@ def tuning_page(report: Mapping[str, Any]) -> list[str]:
         "",
         "## Learning rates",
         "",
-        f"Mean nats per token of held-out training text over seeds {', '.join(map(str, settings['tuning_seeds']))}, by "
-        f"learning rate. Each point was judged once, on the other seeds, at its chosen rate.{beyond}",
+        f"Mean nats per {settings['tokenizer'].removesuffix('s')} of held-out training text over seeds "
+        f"{', '.join(map(str, settings['tuning_seeds']))}, by learning rate. Each point was judged once, on the other "
+        f"seeds, at its chosen rate.{beyond}",
         "",
         Table("", ["point", *rates, "chosen"], rows).to_markdown(),
     ]

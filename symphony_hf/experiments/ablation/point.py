@@ -21,7 +21,7 @@ Graph = Literal["ema", "frozen", "learned", "random", "inference", "late", "iden
 Control = Literal["none", "frozen_routers", "chosen_experts"]
 CONTROLS = {
     "frozen_routers": "routers frozen at random",
-    "chosen_experts": "as many experts as are chosen",
+    "chosen_experts": "only as many experts as are chosen (no routing)",
 }
 """Positive controls, with their labels: what learning the routers is worth, and what more experts are worth."""
 

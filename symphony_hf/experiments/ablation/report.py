@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from symphony_hf.evaluation.statistics import t_interval
 from symphony_hf.files import write_json, write_text
 
-from .cells import Results, StudyRun, all_cells, chosen_rates, tuning_losses
+from .cells import Rates, Results, StudyRun, all_cells, chosen_rates, never_trained, tuning_means
 from .comparison import (
     DIVERGED,
     Runs,
@@ -29,6 +29,9 @@ from .graph_control import frozen_after
 from .page import compared_measures, markdown
 from .point import Point
 from .study import Study
+
+PAGE, CURVES, GRAPHS, POINTS = "report.md", "curves.png", "graphs.png", "points.png"
+"""Files beside `report.json`."""
 
 KEPT = (
     *("stage", "learning_rate", "train_seconds", "train_cpu_seconds", "tokens_per_cpu_second", "measure_seconds"),
@@ -67,7 +70,7 @@ def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str
             }
             for cell, values in done.items()
         ],
-        "diverged": [cell.label(study.base) for cell in diverged],
+        "diverged": [*(cell.label(study.base) for cell in diverged), *never_trained(study, rates)],
         "missing": [cell.label(study.base) for cell in cells if cell not in done],
         "left_out": study.left_out(),
         "failed": {cell.label(study.base): words for cell, words in failed.items()},
@@ -78,7 +81,7 @@ def write_ablation(study: Study, results: Results, failed: Mapping[StudyRun, str
     }
     write_json(results.folder / "report.json", report)
     _write_pictures(study, by_point, report, results.folder)
-    write_text(results.folder / "report.md", markdown(report))
+    write_text(results.folder / PAGE, markdown(report))
     return report
 
 
@@ -136,30 +139,24 @@ def _row(
         del others["against_no_graph"]
     for name, other in others.items():
         compared = compare(runs, by_point.get(other, {}), measures)
-        if compared and other != point:
-            row[name] = {
-                measure: {
-                    **dataclasses.asdict(interval),
-                    "smallest": smallest_told([(runs, by_point[other])], measure),
-                    "verdict": DIVERGED
-                    if diverged & {point, other}
-                    else verdict_of(
-                        measure,
-                        interval,
-                        sight["measures"][measure]["visible"] and not is_given(measure, point.control),
-                    ),
-                }
-                for measure, interval in compared.items()
+        if not compared or other == point:
+            continue
+        row[name] = {}
+        for measure, interval in compared.items():
+            is_visible = sight["measures"][measure]["visible"] and not is_given(measure, point.control)
+            row[name][measure] = {
+                **dataclasses.asdict(interval),
+                "smallest": smallest_told([(runs, by_point[other])], measure),
+                "verdict": DIVERGED if diverged & {point, other} else verdict_of(measure, interval, is_visible),
             }
     return row
 
 
-def _tuning(study: Study, results: Results, rates: Mapping[Point, float]) -> list[dict[str, Any]]:
+def _tuning(study: Study, results: Results, rates: Rates) -> list[dict[str, Any]]:
     """Return the mean loss of each point at each learning rate, and the chosen rate, as far as they were run."""
     tuned = []
     for point in study.points() if study.learning_rates else ():
-        losses = {rate: tuning_losses(study, results, point, rate) for rate in study.learning_rates}
-        means = {f"{rate:g}": sum(values) / len(values) for rate, values in losses.items() if values}
+        means = {f"{rate:g}": mean for rate, mean in tuning_means(study, results, point).items()}
         tuned.append({"label": point.label(study.base), "losses": means, "chosen": rates.get(point)})
     return tuned
 
@@ -177,15 +174,15 @@ def _write_pictures(
         panels = [
             (name, title_of(name), null_of(name), 100 if is_share(name) else 1) for name in compared_measures(report)
         ]
-        plots.plot_points({row["label"]: row["against_plain"] for row in compared}, folder / "points.png", panels)
+        plots.plot_points({row["label"]: row["against_plain"] for row in compared}, folder / POINTS, panels)
     curves = {
         f"{point.label(study.base)}, seed {min(runs)}": runs[min(runs)]["curve"]
         for point, runs in by_point.items()
         if runs
     }
     if curves:
-        plots.plot_curves({label: {"train": curve} for label, curve in list(curves.items())[:6]}, folder / "curves.png")
+        plots.plot_curves({label: {"train": curve} for label, curve in list(curves.items())[:6]}, folder / CURVES)
     with_graphs = [runs for point, runs in by_point.items() if runs and not point.is_plain]
     if with_graphs:
         graphs = next(iter(with_graphs[0].values()))["graphs"]
-        plots.plot_graphs({name: torch.tensor(rows_) for name, rows_ in graphs.items()}, folder / "graphs.png")
+        plots.plot_graphs({name: torch.tensor(rows_) for name, rows_ in graphs.items()}, folder / GRAPHS)

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from symphony_hf.errors import ConfigError, SymphonyError
-from symphony_hf.files import check_file_place, replacing
+from symphony_hf.experiments.bench.timing import using_threads
+from symphony_hf.files import replacing
 from symphony_hf.patching.symphonize import expert_graphs
+from symphony_hf.results import check_results
 
 from .cells import (
     VERSIONS,
@@ -35,7 +37,7 @@ from .cells import (
     tuning_cells,
 )
 from .measure import DivergedError, measure, read_stream
-from .report import write_ablation
+from .report import CURVES, GRAPHS, PAGE, POINTS, write_ablation
 from .study import Study, load_study, parse_changes
 from .text import StudyText, prepare_streams, read_streams
 from .train import build_model, train
@@ -58,7 +60,8 @@ def run_ablation(
         study: A study's YAML file: a recipe, axes, seeds.
         output: Folder for the finished runs and the report.
         workers: Number of runs in parallel, one thread each; by default one per core.
-        changes: Setting of the recipe, NAME=VALUE; may be repeated. For a study that is read from a file.
+        changes: Setting of the recipe or of `pretraining` to change, NAME=VALUE, such as max_steps=100 or
+            data.path=my-text; may be repeated.
         report_only: Only report the finished runs.
         dry_run: Print the plan and an estimate of its time.
 
@@ -66,8 +69,8 @@ def run_ablation(
         The values of `report.json`; with `dry_run`, the lines of the plan.
 
     Raises:
-        ConfigError: If `workers` is below 1, or the study cannot be read.
-        DataError: If the text does not exist or is too short.
+        ConfigError: If `workers` is below 1, the study cannot be read, or the folder has the report of another command.
+        DataError: If the text does not exist or is too short, or its attack changes nothing.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
@@ -75,7 +78,7 @@ def run_ablation(
     if not isinstance(study, Study):
         study = load_study(study, parse_changes(changes))
     output = Path(output)
-    check_file_place(output / "report.json", "ablate")
+    check_results(output / "report.json", (PAGE, CURVES, GRAPHS, POINTS), "ablate", ("cells", "machines"))
     text = prepare_streams(study, output)
     results = Results(output, study, text.digest)
     if dry_run:
@@ -169,18 +172,17 @@ def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
         return seconds / sum(relative_cost(study, cell) for cell in done)
     train_settings = {**study.recipe.train, "max_steps": _TRIAL_STEPS}
     trial = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, train=train_settings))
-    torch.set_num_threads(1)  # as in each run
-    torch.manual_seed(0)
-    model = build_model(trial, study.base, text.vocab_size)
-    train(model, trial, study.base, 0, text.train)  # warm-up
-    seconds = train(model, trial, study.base, 0, text.train)["train_seconds"] / trial.tokens
+    with using_threads(1), torch.random.fork_rng(devices=[]):  # one thread, as in each run
+        torch.manual_seed(0)
+        model = build_model(trial, study.base, text.vocab_size)
+        train(model, trial, study.base, 0, text.train)  # warm-up
+        seconds = train(model, trial, study.base, 0, text.train)["train_seconds"] / trial.tokens
     # A forward without gradients takes about a third of a training step.
     return seconds * (study.tokens + (len(text.validation) + (1 + len(text.attacked)) * len(text.test)) / 3)
 
 
 def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], workers: int) -> dict[StudyRun, str]:
     """Run in child processes. Returns the errors of failed runs."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each run has one thread; torch reads it when it is imported
     context = multiprocessing.get_context("forkserver")
     # Imported once, in the process from which the others are forked.
     context.set_forkserver_preload(["symphony_hf.experiments.ablation.run"])
@@ -188,6 +190,8 @@ def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], worker
     if not waiting:
         return failed
     running: dict[BaseProcess, StudyRun] = {}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads or "1"  # each run has one thread; torch reads it when it is imported
     with tqdm(total=len(cells), desc=f"ablation, {cells[0].stage}", unit=" runs", disable=None) as bar:
         try:
             while waiting or running:
@@ -206,6 +210,8 @@ def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], worker
         finally:
             for left in running:
                 left.terminate()
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
     return failed
 
 

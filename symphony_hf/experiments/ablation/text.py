@@ -20,7 +20,7 @@ from symphony_hf.errors import DataError
 from symphony_hf.evaluation.clean_attacked import WORD_SWAP, swap_words
 from symphony_hf.files import replacing
 
-from .damage import replace_at_random
+from .damage import reached_tokens, replace_at_random
 from .study import Study
 
 ATTACK_TOKEN = "AAA"
@@ -64,7 +64,7 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
     """Read a study's text, attack its test split, and write the tokens to a folder.
 
     Raises:
-        DataError: If the text does not exist, is too short for the study, or is changed in length by the attack.
+        DataError: If the text does not exist or is too short, or the attack changes its length, or nothing.
     """
     section, settings = study.recipe.data, study.recipe.eval
     corpus = _corpus(study, section.path)
@@ -90,10 +90,9 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
             streams[f"{_ATTACKED}{rate:g}"] = replace_at_random(streams["test"], rate, vocab_size, settings.seed)
     else:
         streams[_ATTACKED + WORD_SWAP] = _stream(swap_words(test, settings), tokenizer)[: study.test_tokens]
-    if any(len(stream) != len(streams["test"]) for name, stream in streams.items() if name.startswith(_ATTACKED)):
-        raise DataError(
-            f"{corpus.source}: the attacked test text has a different number of tokens; does the tokenizer split words?"
-        )
+    for name, stream in streams.items():
+        if name.startswith(_ATTACKED):
+            _check_attacked(study, f"{corpus.source}: {name}", streams["test"], stream)
     streams["train"] = replace_at_random(streams["train"], study.contamination, vocab_size, settings.seed)
     digest = hashlib.sha256(str(vocab_size).encode())
     for name, stream in streams.items():
@@ -139,6 +138,15 @@ def _check_lengths(study: Study, source: str, streams: dict[str, np.ndarray]) ->
                 f"{source}: {name} has {len(streams[name]):,} tokens, and a run reads {tokens:,}, which is "
                 f"{epochs:.1f} times the text: give more text or fewer steps, for at most {MAX_EPOCHS} times"
             )
+
+
+def _check_attacked(study: Study, where: str, test: np.ndarray, attacked: np.ndarray) -> None:
+    """Refuse an attack whose effect no run could measure."""
+    if len(attacked) != len(test):
+        raise DataError(f"{where}: another number of tokens than the test text; does the tokenizer split words?")
+    if not reached_tokens(torch.from_numpy(test == attacked), study.recipe.data.block_size).any():
+        setting = "`damage`" if study.by_characters else "`eval.attack_rate`"
+        raise DataError(f"{where}: no token has an attacked one before it in its row: raise the study's {setting}")
 
 
 def _file(folder: Path, digest: str) -> Path:

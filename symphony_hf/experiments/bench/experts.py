@@ -120,7 +120,8 @@ def run_bench_experts(
     Args:
         output: Path of the JSON file.
         images: Number of images whose tokens make one step.
-        device: See `find_device`. Weights are float32 on the CPU, bfloat16 elsewhere.
+        device: Device to measure on; if None, the accelerator, or the CPU if there is none. Weights are float32 on the
+            CPU, bfloat16 elsewhere.
         seconds: Time for each measurement, after warm-up; at least five rounds are run.
 
     Returns:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from symphony_hf.experiments.conformance.specimen import put_random_graphs
@@ -21,7 +22,7 @@ from symphony_hf.patching.families.discovery import find_routers
 from symphony_hf.patching.symphonize import symphonize
 from symphony_hf.tables import Table, TableCell
 
-from .layer_forms import build_forms, peak_bytes, training_step
+from .layer_forms import build_forms, fitting_inputs, peak_bytes, training_step
 from .results import number_cell, range_cell
 from .timing import Limits, Step, quartiles, run_rounds, warm_up
 
@@ -86,39 +87,34 @@ def bench_gradients(
 
     Args:
         name: Key of `layer_forms.SHAPES`.
-        sizes: Numbers of tokens of a step.
+        sizes: Numbers of tokens of a step, each halved until it fits into memory.
         device: Device to measure on.
         dtype: Type of the weights.
         seconds: Time for the rounds of each number of tokens.
     """
     forms = build_gradient_forms(name, device, dtype)
-    return [row for tokens in sizes for row in _bench_tokens(name, forms, tokens, device, dtype, seconds)]
+    dense, _ = forms["dense"]  # of all forms, it needs the most memory
+    fitting = {inputs.shape[1]: inputs for inputs in (fitting_inputs(dense, size) for size in sizes)}
+    return [row for inputs in fitting.values() for row in _bench_inputs(name, forms, inputs, seconds)]
 
 
-def _bench_tokens(
-    name: str,
-    forms: dict[str, tuple[PreTrainedModel, int]],
-    tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
+def _bench_inputs(
+    name: str, forms: dict[str, tuple[PreTrainedModel, int]], inputs: Tensor, seconds: float
 ) -> Iterator[GradientMeasurement]:
-    config = forms["chosen"][0].config
-    inputs = torch.randn(1, tokens, config.hidden_size, device=device, dtype=dtype)
     steps: dict[str, Step] = {
         form: functools.partial(training_step, model, inputs) for form, (model, _) in forms.items()
     }
     limits = Limits(sys.maxsize, seconds, math.inf)
     warm_up(steps, limits, lambda: None)
-    timings = run_rounds(steps, device, limits, lambda: None)
-    top_k = config.num_experts_per_tok
+    timings = run_rounds(steps, inputs.device, limits, lambda: None)
+    top_k = forms["chosen"][0].config.num_experts_per_tok
     peaks = {form: peak_bytes(model, steps[form]) for form, (model, _) in forms.items()}
     for form, (_, num_others) in forms.items():
         low, median, high = quartiles(timings.ratios(form, "chosen"))
         yield GradientMeasurement(
             model=name,
             gradient=form,
-            tokens=tokens,
+            tokens=inputs.shape[1],
             rounds=len(timings.seconds[form]),
             experts=(top_k + num_others) / top_k,
             ratio=median,

@@ -33,6 +33,7 @@ from .layer_forms import (
     PROMPT,
     SHAPES,
     build_forms,
+    fitting_inputs,
     generation_step,
     inference_step,
     peak_bytes,
@@ -62,7 +63,7 @@ def run_bench(
     """Measure every model, and write the result as JSON.
 
     Args:
-        models: Keys of SHAPES, with commas between several; all if None.
+        models: `mixtral-8x7b`, `olmoe-1b-7b`, `qwen3-30b-a3b` or `deepseek-v3-router`; all if None.
         tokens: Tokens of one forward, with commas between several numbers; each is halved until it fits into memory.
         generate: Whether to measure generation with a cache, and the peak memory of a step, too.
         device: Device to measure on; if None, the accelerator, or the CPU if there is none.
@@ -76,7 +77,8 @@ def run_bench(
         The measurements, their settings and the machine.
 
     Raises:
-        ConfigError: If a model, the device or the dtype is unknown, or a number is too small.
+        ConfigError: If a model, the device or the dtype is unknown, a number is too small, or
+            `generate` is given with `router_gradient`.
     """
     check_file_place(output, "bench")
     names = [name for entry in models or SHAPES for name in entry.split(",")]
@@ -91,31 +93,26 @@ def run_bench(
     kind = dtype or ("float32" if chosen.type == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16"):
         raise ConfigError(f"bench: `dtype` is {kind!r}; known names: bfloat16, float32")
-    settings = {"dtype": kind, "seconds_per_row": seconds}
-    if router_gradient:
-        with using_threads(threads):
-            rows_of = [bench_gradients(name, sizes, chosen, getattr(torch, kind), seconds) for name in names]
-            gradients = [dataclasses.asdict(row) for rows in rows_of for row in rows]
-            return write_result(output, {"gradients": gradients, **settings}, chosen)
-    rows: list[Measurement] = []
-    memory: list[PeakMemory] = []
+    if router_gradient and generate:
+        raise ConfigError("bench: `router_gradient` measures training steps alone: leave `generate` out")
+    settings = {"dtype": kind, "seconds_per_row": seconds, **({} if router_gradient else {"aims": AIMS})}
+    found: dict[str, list[Any]] = {"gradients": []} if router_gradient else {"rows": [], "memory": []}
     with using_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
         for name in names:
-            whole, bare = (build_forms(name, chosen, getattr(torch, kind), is_bare) for is_bare in (False, True))
-            bench = _Bench(name, whole, bare, seconds, rows, bar)
-            fitting = dict.fromkeys(bench.forward(size) for size in sizes)
-            if generate:
-                bench.generations()
-                memory += bench.memory(list(fitting))
-            del bench  # before the next model is built
+            if router_gradient:
+                found["gradients"] += bench_gradients(name, sizes, chosen, getattr(torch, kind), seconds)
+            else:
+                whole, bare = (build_forms(name, chosen, getattr(torch, kind), is_bare) for is_bare in (False, True))
+                bench = _Bench(name, whole, bare, seconds, found["rows"], bar)
+                fitting = dict.fromkeys(bench.forward(size) for size in sizes)
+                if generate:
+                    bench.generations()
+                    found["memory"] += bench.memory(list(fitting))
+                del bench, whole, bare  # before the next model is built
             bar.update()
-            measured = {
-                "rows": [dataclasses.asdict(row) for row in rows],
-                "memory": [dataclasses.asdict(row) for row in memory],
-                "aims": AIMS,
-                **settings,
-            }
-            result = write_result(output, measured, chosen)  # after each model: an interruption loses one at most
+            measured = {key: [dataclasses.asdict(row) for row in rows] for key, rows in found.items()}
+            # After each model: an interruption loses one at most.
+            result = write_result(output, {**measured, **settings}, chosen)
     return result
 
 
@@ -143,7 +140,7 @@ class _Bench:
 
     def forward(self, tokens: int) -> int:
         """Measure the forward of a number of tokens, or of half as many until they fit. Returns their number."""
-        inputs = self._fitting(tokens)
+        inputs = fitting_inputs(self.forms["symphony"], tokens)
         tokens = inputs.shape[1]
         for mode, step in (("training", training_step), ("inference", inference_step)):
             whole = self._measure(mode, "symphony", tokens, step, inputs)
@@ -196,20 +193,6 @@ class _Bench:
         seconds = base_seconds if whole is None else whole
         self.rows.append(Measurement(self.name, mode, tokens, len(ratios), median, low, high, seconds))
         return seconds
-
-    def _fitting(self, tokens: int) -> Tensor:
-        while True:
-            inputs = self._inputs(tokens)
-            try:
-                training_step(self.forms["symphony"], inputs)
-                return inputs
-            except (torch.OutOfMemoryError, MemoryError):
-                if tokens == 1:
-                    raise
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error) or tokens == 1:  # the message of PyTorch's CPU allocator
-                    raise
-            tokens //= 2
 
 
 def measure_layer(name: str, seconds: float, tokens: int = 1024) -> float:

@@ -138,6 +138,23 @@ def training_step(model: PreTrainedModel, inputs: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def fitting_inputs(model: PreTrainedModel, tokens: int) -> Tensor:
+    """Return random inputs of a number of tokens, or of half as many until a training step fits into memory."""
+    weight = next(model.parameters())
+    while True:
+        inputs = torch.randn(1, tokens, model.config.hidden_size, device=weight.device, dtype=weight.dtype)
+        try:
+            training_step(model, inputs)
+            return inputs
+        except (torch.OutOfMemoryError, MemoryError):
+            if tokens == 1:
+                raise
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error) or tokens == 1:  # the message of PyTorch's CPU allocator
+                raise
+        tokens //= 2
+
+
 def watched(model: PreTrainedModel, step: Callable[[], None]) -> Callable[[], None]:
     """Return a step of a model that RoutingMonitor watches, with the log that it then makes."""
     monitor, state, control = RoutingMonitor(pictures=False), TrainerState(logging_steps=1), TrainerControl()

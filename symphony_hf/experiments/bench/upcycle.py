@@ -84,7 +84,8 @@ def run_bench_upcycle(
         "noise": _over(again, copies),
         "bytes_per_second": size / float(np.median(seconds)),
         "bytes_per_second_of_a_copy": size / float(np.median(copies)),
-        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs[1:] or runs),
+        # The first run also checks; with one round, none has been measured without the check.
+        "peak_memory_bytes": max((run["peak_memory_bytes"] for run in runs[1:]), default=None),
         "peak_memory_bytes_with_check": runs[0]["peak_memory_bytes"],
         "check": {"seconds": runs[0]["seconds_checking"], **runs[0]["exactness"]},
     }
@@ -209,8 +210,8 @@ def print_bench_upcycle(result: dict[str, Any], console: Console | None = None) 
         ],
         ["over a copy, and quartiles", *_ratio_cells(result["ratio"])],
         ["a copy over a copy", *_ratio_cells(result["noise"])],
-        ["peak memory", number_cell(result["peak_memory_bytes"] / 1e9, ".2f", " GB"), ""],
-        ["with the check", number_cell(result["peak_memory_bytes_with_check"] / 1e9, ".2f", " GB"), ""],
+        ["peak memory", _gigabytes(result["peak_memory_bytes"]), ""],
+        ["with the check", _gigabytes(result["peak_memory_bytes_with_check"]), ""],
     ]
     title = f"{result['shapes']}, {result['parameters']:,} parameters"
     print_result(result, [Table(title, ["", "upcycling", "plain copy"], rows)], console)
@@ -218,6 +219,10 @@ def print_bench_upcycle(result: dict[str, Any], console: Console | None = None) 
 
 def _ratio_cells(ratio: dict[str, float]) -> tuple[TableCell, TableCell]:
     return number_cell(ratio["median"], ".3f"), range_cell(ratio["low"], ratio["high"], ".3f")
+
+
+def _gigabytes(size: int | None) -> TableCell | str:
+    return "" if size is None else number_cell(size / 1e9, ".2f", " GB")
 
 
 def _seconds(values: list[float]) -> TableCell:

@@ -45,7 +45,7 @@ class FamilyResult:
         family: Its model type.
         able: Capabilities of its routers; None if it has no tiny model.
         results: Results by check; empty if none was run.
-        not_built: Reason why it has no tiny model.
+        not_built: Reason why it has no tiny model: a known one, or the error of building it.
     """
 
     family: str
@@ -114,14 +114,22 @@ def run_matrix(names: Sequence[str], check: bool) -> list[FamilyResult]:
     Raises:
         ConfigError: If a family is unknown.
     """
-    known, run = moe_families(), check_family if check else inspect_family
+    known = moe_families()
     for name in names:
         if name not in known:
             hint = nearest(name, known)
             raise ConfigError(f"{name!r} is no MoE family of transformers {transformers_version()}; {hint}")
     rows = []
-    with tqdm(names or known, unit="family") as bar:
+    with tqdm(names or known, unit="family", disable=None) as bar:
         for family in bar:
             bar.set_postfix_str(family)
-            rows.append(run(family))
+            rows.append(_row(family, check))
     return rows
+
+
+def _row(family: str, check: bool) -> FamilyResult:
+    try:
+        return check_family(family) if check else inspect_family(family)
+    except Exception as error:  # noqa: BLE001 - a release may break a family, and the matrix continues with the next
+        reason = f"{type(error).__name__}: {error}"
+        return FamilyResult(family, results={"build": Failed(reason)} if check else {}, not_built=reason)

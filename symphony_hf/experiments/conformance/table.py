@@ -8,7 +8,7 @@ from rich.console import Console
 
 from symphony_hf.compat import transformers_version
 from symphony_hf.errors import ConfigError
-from symphony_hf.files import write_text
+from symphony_hf.files import check_file_place, write_text
 from symphony_hf.patching.families.capability import Limited, Unsupported
 from symphony_hf.tables import Table
 
@@ -28,10 +28,12 @@ def list_families(names: Sequence[str] = (), *, check: bool = False, readme: str
         readme: A page to write the table into, between its marks; with --check and no names.
 
     Raises:
-        ConfigError: If a family is unknown, or `readme` is given without `check` or with names.
+        ConfigError: If a family is unknown, or `readme` is given without `check` or with names, or has no place for it.
     """
     if readme is not None and (names or not check):
         raise ConfigError("symphony families: --readme needs --check, and all families")
+    if readme is not None:
+        _read_page(Path(readme))  # before minutes of checks
     rows = run_matrix(names, check)
     if readme is not None:
         write_readme(Path(readme), rows)
@@ -77,7 +79,7 @@ def summary(rows: list[FamilyResult]) -> str:
     checked = [row for row in rows if row.results]
     failing = [row.family for row in checked if row.failures]
     refused = sum(row.able is not None and not row.able.routers for row in rows)
-    not_built = sum(row.able is None for row in rows)
+    not_built = sum(row.able is None and not row.results for row in rows)
     verdict = f"{len(failing)} of them fail something: {', '.join(failing)}" if failing else "nothing fails"
     return (
         f"transformers {transformers_version()}: {len(rows)} model types with a mixture of experts, {len(checked)} "
@@ -95,12 +97,22 @@ def write_readme(path: Path, rows: list[FamilyResult]) -> None:
     """Write the table into a page, between `<!-- families table -->` and `<!-- end -->`.
 
     Raises:
-        ConfigError: If the page has no such marks.
+        ConfigError: If the page cannot be read, or has no such marks.
     """
+    write_text(path, _BLOCK.sub(lambda marks: marks[1] + readme_block(rows) + marks[2], _read_page(path)))
+
+
+def _read_page(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"symphony families: --readme: `{path}` is no file: give an existing page")
+    check_file_place(path, "symphony families: --readme")
     page = path.read_text(encoding="utf-8")
     if not _BLOCK.search(page):
-        raise ConfigError(f"{path}: no `<!-- families table -->` ... `<!-- end -->` to put the table between")
-    write_text(path, _BLOCK.sub(lambda marks: marks[1] + readme_block(rows) + marks[2], page))
+        raise ConfigError(
+            f"symphony families: --readme: `{path}` has no `<!-- families table -->` ... `<!-- end -->` to put the "
+            "table between: add these two lines"
+        )
+    return page
 
 
 def print_rows(rows: list[FamilyResult], console: Console | None = None) -> None:

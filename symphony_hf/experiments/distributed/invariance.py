@@ -138,12 +138,14 @@ def check_distributed(only: str | None = None) -> list[Comparison]:
         only: Only arrangements with this text in their names, such as ZeRO.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none besides references.
     """
     names = [name for name in ARRANGEMENTS if only is None or only.lower() in name.lower()]
-    if not names:
+    compared = [name for name, (_, reference) in ARRANGEMENTS.items() if name != reference]
+    if not set(names) & set(compared):
         raise ConfigError(
-            f"symphony check distributed: no arrangement has {only!r} in its name: {', '.join(ARRANGEMENTS)}"
+            f"symphony check distributed: no arrangement with a reference has {only!r} in its name: "
+            f"{', '.join(compared)}"
         )
     return compare(names)
 

@@ -1,9 +1,11 @@
 """Claims of the evidence page: what the results confirm of the paper, and what they say about the defaults."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from symphony_hf.experiments.ablation.comparison import DIVERGED, NO_VERDICT, difference_text, sight_sentence, title_of
+from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.theory.report import theory_findings
 
 SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
@@ -38,7 +40,7 @@ def summarize(
 
 
 def _of_characters(study: Mapping[str, Any]) -> list[str]:
-    """Return what a study of characters can see, and each of its forms against SMoE."""
+    """Return what a study of characters can see, and each of its forms against its own system."""
     damage = max(study["settings"]["damage"])
     lines = [f"- **{study_title(study)}**: {sight_sentence(study['sight'])}"]
     for measure in ("clean_nats", f"damaged_nats_{damage:g}", f"routing_kept_{damage:g}"):
@@ -47,7 +49,8 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
             values = row["against_plain"][measure]
             verdict = "" if values["verdict"] == NO_VERDICT else f", {values['verdict']}"
             found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
-        lines.append(f"- **{study_title(study)}, {title_of(measure)}**, against SMoE: {'; '.join(found)}.")
+        heading = f"**{study_title(study)}, {title_of(measure)}**, against the same system without a graph"
+        lines.append(f"- {heading}: {'; '.join(found)}.")
     better = _labels_of(_compared(study), "clean_nats", "better")
     if study["settings"]["learning_rates"] and study["sight"]["concludes"]:
         lines.append(f"- **{study_title(study)}, defaults**: {_winners(study)}.")
@@ -68,7 +71,11 @@ def _winners(study: Mapping[str, Any]) -> str:
         verdicts = {row["against_plain"][name]["verdict"] for name in texts}
         if "better" in verdicts:
             (traded if "worse" in verdicts else won).append(f"`{row['label']}`")
-    found = f"better on clean or damaged text, and worse on neither: {', '.join(won) or 'none'}"
+    found = (
+        f"better on clean or damaged text, and worse on neither: {', '.join(won)}"
+        if won
+        else "no form is better on clean or damaged text without being worse on the other, so the defaults stay"
+    )
     return found + (f"; better on one and worse on another: {', '.join(traded)}" if traded else "")
 
 
@@ -158,15 +165,11 @@ def _defaults(pairs: Mapping[str, Any], ablation: Mapping[str, Any]) -> str:
 
 
 def find_row(ablation: Mapping[str, Any], system: str, graph: bool) -> Mapping[str, Any] | None:
-    """Return a system's row without a graph, or at the base point."""
-    base = ablation["settings"]["base"]
-    for row in ablation["rows"]:
-        point = row["point"]
-        is_plain = point["graph"] == "identity"
-        at_base = all(point[name] == value for name, value in base.items() if name != "system")
-        if point["system"] == system and (at_base if graph else is_plain):
-            return row
-    return None
+    """Return a system's row as it is, without a graph, or at the base point."""
+    point = ablation["settings"]["base"] if graph else dataclasses.asdict(Point().plain)
+    wanted = {**point, "system": system}
+    # Points of earlier versions lack the later settings.
+    return next((row for row in ablation["rows"] if {**wanted, **row["point"]} == wanted), None)
 
 
 def _difference(values: Mapping[str, Any], measure: str) -> str:

@@ -72,7 +72,7 @@ def _how(ablation: Mapping[str, Any]) -> list[str]:
         f"`{ablation['command']}`",
         "",
         f"{ablation['about']} The test text has {settings['test_tokens']:,} words, of which the attack replaces "
-        f"{settings['attacked_tokens']:,}. Each run: "
+        f"{settings['attacked_tokens']:,} by `AAA`. Each run: "
         f"{settings['tokens']:,} words ({settings['steps']:,} steps of {settings['rows']} rows of "
         f"{settings['block_size']}), {sizes} parameters, hidden size {settings['hidden_size']}, "
         f"a vocabulary of {settings['vocab_size']:,} words, Adam at {settings['learning_rate']}; seeds "
@@ -121,8 +121,8 @@ def _sight(ablation: Mapping[str, Any]) -> str:
         return sight_sentence(ablation["sight"])
     return (
         "It was run without the controls that show whether learning the routers matters in it at all. The vocabulary "
-        "is half of the parameters, and the attack touches few words, so a difference that it does not find may be "
-        "there."
+        "is more than half of the parameters, and the attack touches few words, so a difference that it does not find "
+        "may be there."
     )
 
 
@@ -202,11 +202,11 @@ def _theory(theory: Mapping[str, Any]) -> list[str]:
         f"experts are in one community with probability {settings['within']:g}. Their logits are 1, all others 0, "
         f"plus noise. {len(settings['seeds'])} seeds, {theory['seconds']:.0f} s.",
         "",
-        "Relative distance (Frobenius norm) of the learned graph to the planted co-selection probabilities:",
+        "Relative distance (Frobenius norm) of the moving-average graph to the planted co-selection probabilities:",
         "",
         convergence_table(theory).to_markdown(),
         "",
-        "Share of correct experts that are chosen, and the distance of the graph that Symphony has learned:",
+        "Share of correct experts that are chosen, and the distance of Symphony's graph:",
         "",
         share_table(theory).to_markdown(),
     ]

@@ -1,10 +1,11 @@
 """The result files from which the page is generated."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from symphony_hf.errors import DataError
-from symphony_hf.files import read_object, write_json, write_text
+from symphony_hf.files import check_file_place, read_object, write_json, write_text
 
 from .page import CHARACTERS, evidence_page
 
@@ -39,7 +40,7 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
     added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
     if CHARACTERS in added:
         study = added.pop(CHARACTERS)
-        added[f"{CHARACTERS}-{_study_name(study['command'])}"] = study
+        added[f"{CHARACTERS}-{Path(shlex.split(study['command'])[2]).stem}"] = study
     try:
         evidence_page({**known, **added})
     except (KeyError, TypeError, ValueError) as error:
@@ -72,12 +73,17 @@ def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str
     sentence = about or next(same_text, None)
     if not sentence:
         raise DataError(f"evidence: --{name}: say by --about what text `{file}` is of, in a sentence: it is a new one")
-    return {**values, "about": sentence}
+    return {**values, "about": sentence, "command": _shown_command(values["command"], f"--{name}: `{file}`")}
 
 
-def _study_name(command: str) -> str:
-    """Return the name of the study's file in a command."""
-    return next(Path(word).stem for word in command.split() if word.endswith((".yaml", ".yml")))
+def _shown_command(command: str, where: str) -> str:
+    """Return the command of a study, with its file's name alone if its path is that of a machine."""
+    words = shlex.split(command)
+    if words[:2] != ["symphony", "ablate"] or len(words) < 3:
+        raise DataError(f"evidence: {where}: its `command` is {command!r}, which names no study file: run it from one")
+    if Path(words[2]).is_absolute():
+        words[2] = Path(words[2]).name
+    return shlex.join(words)
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -110,15 +116,17 @@ def write_evidence(
     Args:
         folder: Folder of the result files.
         page: Page to write.
-        ablation: Output folder of `symphony ablate` to add.
-        pairs: Output folder of the three pairs, if they were run at another size.
+        ablation: Output folder of a study with axes (`symphony ablate`) to add.
+        pairs: Output folder of a study of systems without axes, such as `pairs.yaml`, to add.
         about: One sentence that describes the text of the studies.
         theory: Output folder of `symphony theory` to add.
         characters: Output folder of a study of characters to add, or to replace that of the same study file.
 
     Raises:
+        ConfigError: If the page cannot be written.
         DataError: As `add_results`.
     """
+    check_file_place(page, "evidence")
     add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory, characters=characters)
     write_text(Path(page), evidence_page(read_results(folder)))
     return Path(page)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from transformers.utils import logging
 
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.conversion.adapters.loading import load_adapter
-from symphony_hf.errors import SymphonyError
+from symphony_hf.errors import EvaluationError, SymphonyError
 from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
 from symphony_hf.patching.symphonize import symphony_routers
 from symphony_hf.routing.graph import adjacency_problems, initial_adjacency
@@ -62,6 +63,8 @@ def _kilobytes(name: str) -> int:
 
 MOST_SECONDS = 10.0
 """Time limit of a case, which takes some hundredths of a second on an idle core."""
+_START_SECONDS = 120.0
+"""Time limit of the process's start, which imports torch and loads each specimen."""
 ALLOWANCE = 32 * 2**20
 """Bytes that a case may use beyond twice the size of its files, for modules and configs."""
 
@@ -189,10 +192,12 @@ def fuzz(cases: int = 10_000, seed: int = 0) -> list[Outcome]:
 
     Raises:
         ConfigError: If `cases` is below 1.
+        EvaluationError: If the child process does not get to its first case.
     """
     check_least("check fuzz", 1, cases=cases)
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=cases, desc="Fuzzing", unit=" cases", delay=2) as bar:
+    progress = tqdm(total=cases, desc="Fuzzing", unit=" cases", delay=2, disable=None)
+    with tempfile.TemporaryDirectory() as scratch, progress as bar:
         make_specimens(Path(scratch))
         while len(outcomes) < cases:
             for outcome in _in_a_process(range(len(outcomes), cases), seed, Path(scratch)):
@@ -202,29 +207,41 @@ def fuzz(cases: int = 10_000, seed: int = 0) -> list[Outcome]:
 
 
 def _in_a_process(cases: range, seed: int, specimens: Path) -> Iterator[Outcome]:
-    """Yield outcomes up to and including the first case that the process does not survive."""
+    """Yield outcomes up to and including the first case that the process does not survive.
+
+    Raises:
+        EvaluationError: If the process does not get to its first case: another one would not, either.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(there, cases, seed, specimens), daemon=True)
     process.start()
     there.close()
-    limit = 120.0  # for the start, which imports torch; shorter for the cases below
-    done = cases.start
     try:
-        while done < cases.stop:
-            ready = here.poll(limit)
-            outcome = here.recv() if ready else None
-            if outcome is None:
-                yield Outcome(done, "", "", "", "failed", "the process hangs and ignores signals")
+        if problem := _received(here, process, _START_SECONDS):
+            raise EvaluationError(
+                f"check fuzz: {problem} before its first case: its error is printed above, unless it was killed"
+            )
+        for case in cases:
+            outcome = _received(here, process, 3 * MOST_SECONDS)
+            if isinstance(outcome, str):
+                yield Outcome(case, "", "", "", "failed", outcome)
                 return
             yield outcome
-            done, limit = done + 1, 3 * MOST_SECONDS
-    except EOFError:
-        process.join()
-        yield Outcome(done, "", "", "", "failed", f"the process ended with {process.exitcode}")
     finally:
         process.kill()
         process.join()
+
+
+def _received(here: Connection, process: BaseProcess, seconds: float) -> Any:
+    """Return what the process sends next; as text, why it sends nothing."""
+    if not here.poll(seconds):
+        return "the process hangs and ignores signals"
+    try:
+        return here.recv()
+    except EOFError:
+        process.join()
+        return f"the process ended with {process.exitcode}"
 
 
 def _work(connection: Connection, cases: range, seed: int, specimens: Path) -> None:
@@ -233,6 +250,7 @@ def _work(connection: Connection, cases: range, seed: int, specimens: Path) -> N
     torch.set_num_threads(1)
     for specimen in SPECIMENS:  # untouched, so that no case's memory has the modules that a first load imports
         _load(specimens / specimen, _base_of(specimen))
+    connection.send(None)  # ready
     for case in cases:
         connection.send(try_case(case, seed, specimens))
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from symphony_hf.compat import __version__
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.statistics import t_interval
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import write_json
+from symphony_hf.results import check_results
 from symphony_hf.routing.graph import count_coselections, initial_adjacency, transition_matrix, update_adjacency
 from symphony_hf.routing.smoothing import smooth_logits
 from symphony_hf.settings import changed_settings, command_line
@@ -28,6 +29,9 @@ OPTIONS = {"num_experts": "experts", "num_communities": "communities"}
 
 NO_OPTION = ("batch", "updates", "noises", "test_tokens")
 """Settings without a command-line option."""
+
+PICTURES = ("convergence.png", "shares.png")
+"""Files beside `theory.json`."""
 
 ROUTINGS = ("smoe", "symphony", "true graph")
 """No graph; the graph of the router's own noisy choices; the planted graph, an upper bound."""
@@ -93,10 +97,10 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
         The values of `theory.json`.
 
     Raises:
-        ConfigError: If the folder is not writable.
+        ConfigError: If the folder is not writable, or has files of these names that `symphony theory` did not write.
     """
     output = Path(settings.output)
-    check_file_place(output / "theory.json", "theory")
+    check_results(output / "theory.json", PICTURES, "theory", ("convergence", "shares"))
     started = time.perf_counter()
     result = {
         **_measure(settings),
@@ -108,8 +112,8 @@ def run_theory(settings: TheorySettings) -> dict[str, Any]:
     from symphony_hf.diagnostics import plots  # matplotlib is slow to import
 
     write_json(output / "theory.json", result)
-    plots.plot_convergence(result["convergence"], output / "convergence.png")
-    plots.plot_shares(result["shares"], output / "shares.png")
+    plots.plot_convergence(result["convergence"], output / PICTURES[0])
+    plots.plot_shares(result["shares"], output / PICTURES[1])
     return result
 
 

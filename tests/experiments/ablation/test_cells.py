@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from symphony_hf.errors import SymphonyWarning
+from symphony_hf.errors import DataError, SymphonyWarning
 from symphony_hf.experiments.ablation.cells import StudyRun
 from symphony_hf.experiments.ablation.graph_control import GraphControl, shuffled
 from symphony_hf.experiments.ablation.measure import DivergedError, Reading, measure
@@ -35,6 +35,20 @@ def test_the_attacked_text_is_the_test_text_with_a_word_of_its_own(study, text, 
     again = read_streams(tmp_path / "out", text.digest)
     assert all(torch.equal(a, b) for a, b in zip(again[:3], text[:3], strict=True))
     assert torch.equal(again.attacked["word swap"], attacked)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval.attack_rate": 0.0, "eval.attack_minimum": 0},
+        {"data.tokenizer": "characters", "data.block_size": 64, "study": "damage: [1.0e-9]"},
+    ],
+    ids=["words", "characters"],
+)
+def test_an_attack_that_changes_nothing_is_refused_before_any_run(make_study, tmp_path, changes):
+    with pytest.raises(DataError, match="no token has an attacked one before it in its row: raise the"):
+        prepare_streams(make_study(**changes), tmp_path / "out")
+    assert not list(tmp_path.glob("out/text-*"))
 
 
 def test_batches_take_every_row_once_before_any_twice():

@@ -1,11 +1,16 @@
 """`symphony ablate` as it is typed."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
+import torch
 from study_files import write_study
 from typer.testing import CliRunner
 
 from symphony_hf.cli import app
 from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.ablation import run as run_module
 
 
 @pytest.fixture
@@ -42,3 +47,30 @@ def test_no_workers_are_refused(run):
     result = run("--workers", "0")
     assert isinstance(result.exception, ConfigError)
     assert "`workers` must be at least 1" in str(result.exception)
+
+
+def test_a_dry_run_leaves_the_threads_and_the_seed_of_the_process(run):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
+    try:
+        assert run("--dry_run").exit_code == 0
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_runs_have_one_thread_each_and_the_process_keeps_its_own(run, monkeypatch):
+    class Process:
+        def __init__(self, **_):
+            self.threads = os.environ["OMP_NUM_THREADS"]
+
+        def start(self):
+            raise OSError(f"no process with {self.threads} thread")
+
+    context = SimpleNamespace(set_forkserver_preload=lambda modules: None, Process=Process)
+    monkeypatch.setattr(run_module.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert "no process with 1 thread" in str(run().exception)
+    assert "OMP_NUM_THREADS" not in os.environ

@@ -5,7 +5,15 @@ import math
 
 import pytest
 
-from symphony_hf.experiments.ablation.cells import Results, StudyRun, cells_of, chosen_rates, tuning_cells
+from symphony_hf.errors import ConfigError
+from symphony_hf.experiments.ablation.cells import (
+    Results,
+    StudyRun,
+    cells_of,
+    chosen_rates,
+    describe_plan,
+    tuning_cells,
+)
 from symphony_hf.experiments.ablation.comparison import NO_VERDICT, title_of
 from symphony_hf.experiments.ablation.page import markdown, print_ablation
 from symphony_hf.experiments.ablation.report import write_ablation
@@ -153,6 +161,7 @@ def test_what_a_control_has_by_its_construction_shows_nothing(make_study, tmp_pa
         results.save(StudyRun(graph, seed), result(101.0 + 0.01 * seed, 121.0, 0.95 + 0.001 * seed))
     report = write_ablation(study, results, {})
     assert report["sight"]["concludes"]
+    assert "Freezing the routers at random multiplies the perplexity by 1.02" in markdown(report)
     assert report["sight"]["measures"]["clean"]["visible"]
     assert not report["sight"]["measures"]["routing_kept"]["visible"]
     compared = report["rows"][3]["against_plain"]
@@ -237,7 +246,7 @@ def test_titles_have_the_rate_as_it_is():
 
 
 def test_the_learning_rate_is_chosen_on_its_own_seeds_and_judged_once(make_study, tmp_path):
-    study = make_study("seeds: [0]\nlearning_rates: [0.1, 0.2, 0.3]\ntuning_seeds: [8, 9]")
+    study = make_study("seeds: [0]\nlearning_rates: [0.2, 0.3, 0.1]\ntuning_seeds: [8, 9]")
     results = Results(tmp_path / "out", study, "text")
     assert cells_of(study, chosen_rates(study, results)) == []  # nothing is judged before its rate is known
     losses = {(0.1, 8): 2.0, (0.1, 9): 2.2, (0.2, 8): 2.1, (0.2, 9): 1.9, (0.3, 8): 1.0, (0.3, 9): None}
@@ -248,8 +257,40 @@ def test_the_learning_rate_is_chosen_on_its_own_seeds_and_judged_once(make_study
     cells = cells_of(study, chosen_rates(study, results))
     assert {(cell.seed, cell.rate, cell.stage) for cell in cells} == {(0, 0.2, "judge")}
     page = markdown(write_ablation(study, results, {}))
+    assert "Mean nats per word of held-out training text over seeds 8, 9" in page
     assert "| smoe, no graph | 2.1000 | 2.0000 | inf | 0.2 |" in page
     assert "may be better" not in page
     for cell in tuning_cells(study):
         results.save(cell, {**result(1.0, 1.0, 1.0), "validation_loss": -cell.rate})
     assert "Where 0.3 was chosen, a rate beyond it may be better." in markdown(write_ablation(study, results, {}))
+
+
+def test_a_form_that_diverges_at_every_learning_rate_is_listed_and_not_waited_for(make_study, tmp_path):
+    study = make_study("seeds: [0]\nlearning_rates: [0.1, 0.2]\ntuning_seeds: [8]")
+    results = Results(tmp_path / "out", study, "text")
+    graph = study.points()[-1]
+    for cell in tuning_cells(study):
+        loss = None if cell.point == graph else 1.0
+        results.save(cell, {**result(1.0, 1.0, 1.0), "validation_loss": loss})
+    lines = describe_plan(study, results, seconds_per_cell=1.0, workers=1)
+    assert "  diverged smoe, graph: at every learning rate" in lines
+    assert not any("not chosen yet" in line for line in lines)
+    report = write_ablation(study, results, {})
+    assert report["diverged"] == ["smoe, graph: at every learning rate"]
+    assert "## Diverged\n\n- smoe, graph: at every learning rate" in markdown(report)
+
+
+@pytest.mark.parametrize("report", [None, '{"versions": {"symphony_hf": "1"}}'], ids=["none", "another command's"])
+def test_the_report_of_another_command_is_not_replaced(make_study, tmp_path, report):
+    study, out = make_study("seeds: [0]"), tmp_path / "out"
+    out.mkdir()
+    (out / "report.md").write_text("another's")
+    if report is not None:
+        (out / "report.json").write_text(report)
+    with pytest.raises(ConfigError, match=r"ablate: `.*out` has .*`report.md`, which no run of symphony_hf wrote with"):
+        run_ablation(study, out, report_only=True)
+    assert (out / "report.md").read_text() == "another's"
+    (out / "report.md").unlink()
+    (out / "report.json").unlink(missing_ok=True)
+    for _ in range(2):  # its own report is replaced
+        run_ablation(study, out, report_only=True)

@@ -34,7 +34,7 @@ def test_the_points_are_one_change_each_and_each_routing_once(make_study):
     assert [point.label(study.base) for point in study.points()] == [
         "smoe, no graph",
         "smoe, routers frozen at random",
-        "smoe, as many experts as are chosen",
+        "smoe, only as many experts as are chosen (no routing)",
         "smoe, graph",
         "glam, no graph",
         "glam, graph",
@@ -62,7 +62,7 @@ def test_a_product_lists_invalid_combinations_as_left_out(make_study, tmp_path):
     assert labels == [
         "smoe, no graph",
         "smoe, routers frozen at random",
-        "smoe, as many experts as are chosen",
+        "smoe, only as many experts as are chosen (no routing)",
         "smoe, graph",
         "smoe, graph learned",
         "smoe, normalization symmetric",

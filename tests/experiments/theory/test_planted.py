@@ -157,3 +157,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(monkeypatch, 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         run_theory(TheorySettings(output=str(tmp_path / "file")))
+
+
+def test_files_that_it_did_not_write_are_not_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "_measure", lambda settings: pytest.fail("it began"))
+    (tmp_path / "shares.png").write_text("")
+    with pytest.raises(ConfigError, match=r"theory: .* has `shares.png`, which no run of symphony_hf wrote"):
+        run_theory(TheorySettings(output=str(tmp_path)))
