@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, code runs, commands parse, and the README stays short."""
 
+import itertools
 import re
 import shlex
 
@@ -23,7 +24,10 @@ from symphony_hf.training.arguments import training_arguments
 MARKS = ("needs a GPU", "needs the network")
 """Comments above code that no test runs."""
 
-OTHER_PROGRAMS = (".ci/clients", "git", "hf", "mypy", "pip", "pre-commit", "pytest", "python", "ruff", "source")
+OTHER_PROGRAMS = (
+    *("cp", "mkdir", "source"),
+    *(".ci/clients", "git", "hf", "jupyter", "mypy", "pip", "pre-commit", "pytest", "python", "ruff"),
+)
 OPEN_ENDED = ("train", "plan")
 """Commands that take any setting of a recipe as an option."""
 
@@ -132,16 +136,12 @@ def test_the_first_example_serves_a_plain_checkpoint(stand_ins):
 
 
 def words_of(code):
-    """Each command of a code block as words: variables filled in, continued lines joined, comments dropped."""
-    variables = {}
+    """Each command of a code block as words: continued lines joined, without comments and variables in front."""
     for line in code.text.replace("\\\n", " ").splitlines():
         for command in line.split(" && "):
-            for name, value in variables.items():
-                command = command.replace(f"${name} ", f"{value} ")
             words = shlex.split(command, comments=True)
-            if words and re.fullmatch(r"\w+=.*", words[0]):
-                name, _, variables[name] = words[0].partition("=")
-            elif words:
+            words = list(itertools.dropwhile(lambda word: re.fullmatch(r"\w+=.*", word), words))
+            if words:
                 yield words
 
 
@@ -151,6 +151,19 @@ def command_of(words):
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
     return command, words
+
+
+def commands_of(group):
+    for command in group.commands.values():
+        yield from commands_of(command) if hasattr(command, "commands") else [command]
+
+
+@pytest.mark.parametrize("command", list(commands_of(typer.main.get_command(app))), ids=lambda command: command.name)
+def test_examples_of_help_texts_parse(command, monkeypatch):
+    """One in each paragraph."""
+    monkeypatch.chdir(ROOT)
+    for example in re.sub("^Examples?: ", "", command.epilog).split("\n\n"):
+        check_command(shlex.split(example))
 
 
 def check_symphony(words):

@@ -1,16 +1,19 @@
 """Numbers and names on the pages are those of the result files and of the code."""
 
 import dataclasses
+import inspect
 import json
 import re
 import statistics
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 from compression_tables import compression_table, sweep_table
 from compression_tables import findings as compared
 from pages import FAMILIES, README, ROOT, block, items, links_of, named_code, table
 
+import symphony_hf
 from symphony_hf import SymphonyConfig
 from symphony_hf.evaluation.report.quickstart import findings, result_table
 from symphony_hf.evaluation.statistics import interval_text
@@ -23,7 +26,9 @@ from symphony_hf.tables import Table, cell_text
 RECIPES = ROOT / "recipes"
 QUICKSTART = RECIPES / "quickstart"
 CONVERSION = ROOT / "symphony_hf" / "conversion" / "README.md"
+GRAPH, DENSE = "smoe, graph", "smoe, no graph, router_gradient dense"
 EXPERIMENTS = ROOT / "symphony_hf" / "experiments" / "README.md"
+PATCHING = ROOT / "symphony_hf" / "patching" / "README.md"
 
 
 def result_of(recipe, name):
@@ -136,23 +141,31 @@ def test_the_findings_are_those_of_the_result_files():
     routing, gradient, quality, forms, compression, cost = items(README, "findings")
 
     study = result_of("evidence", "characters-tuned")
-    (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == "smoe, graph")
+    graph, dense = (
+        next(row["against_plain"] for row in study["rows"] if row["label"] == label) for label in (GRAPH, DENSE)
+    )
+    chosen = {row["chosen"] for row in study["tuning"]}
+    assert chosen == {max(study["settings"]["learning_rates"])}
     assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, eight seeds" in routing
     assert (graph["clean_nats"]["num_seeds"], len(study["settings"]["tuning_seeds"])) == (8, 4)
-    assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')})" in routing
+    assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')})" in " ".join(
+        routing.split()
+    )
     assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in routing
-    assert f"a difference of {graph['clean_nats']['smallest']:.4f} four times" in " ".join(routing.split())
+    assert f"a difference of {graph['clean_nats']['smallest']:.4f}. With" in " ".join(routing.split())
     verdicts = [graph[name]["verdict"] for name in ("clean_nats", "damaged_nats_0.15", "routing_kept_0.15")]
     assert verdicts == ["not distinguishable", "not distinguishable", "better"]
+    assert dense["clean_nats"]["verdict"] == "not distinguishable"
+    assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in gradient
 
     study = result_of("evidence", "characters-short")
-    (dense,) = (r["against_plain"] for r in study["rows"] if r["label"] == "smoe, no graph, router_gradient dense")
+    (dense,) = (row["against_plain"] for row in study["rows"] if row["label"] == DENSE)
     assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, three seeds" in gradient
     assert (dense["clean_nats"]["num_seeds"], dense["clean_nats"]["verdict"]) == (3, "better")
     assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in gradient
     seconds = [
         statistics.median(cell["train_cpu_seconds"] for cell in study["cells"] if cell["label"] == label)
-        for label in ("smoe, no graph, router_gradient dense", "smoe, no graph")
+        for label in (DENSE, "smoe, no graph")
     ]
     assert f"for {seconds[0] / seconds[1]:.1f} times the CPU time" in gradient
 
@@ -228,9 +241,37 @@ def test_the_settings_table_has_every_setting_and_its_default():
     defaults = {field.name: field.default for field in dataclasses.fields(SymphonyConfig)}
     assert table_.keys() == defaults.keys()
     for name, default in defaults.items():
-        unset = {"layers": "all", "routers": "found", "top_k": "seen"}
+        unset = {"layers": "all", "routers": "detected", "top_k": "detected"}
         expected = "true" if default is True else unset[name] if default is None else str(default)
         assert table_[name].strip("`") == expected, name
+
+
+def test_every_public_name_is_in_its_table():
+    (section,) = PATCHING.read_text(encoding="utf-8").split("## Public names")[1:]
+    names = re.findall(r"`(\w+)`", "".join(line for line in section.splitlines() if line.startswith("|")))
+    assert sorted(names) == sorted(set(symphony_hf.__all__) - {"__version__"})
+
+
+FUNCTIONS = [name for name in symphony_hf.__all__ if inspect.isfunction(getattr(symphony_hf, name))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_document_what_they_take_and_return(name):
+    function = getattr(symphony_hf, name)
+    text = inspect.getdoc(function)
+    _, _, arguments = text.partition("Args:\n")
+    described = re.findall(r"^    \**(\w+): ", arguments.split("\n\n")[0], re.M)
+    signature = inspect.signature(function)
+    assert described == list(signature.parameters)
+    if signature.return_annotation not in (None, Iterator[None]):
+        assert text.startswith("Return ") or re.search("^(Returns|Yields):$", text, re.M)
+
+
+def test_every_extra_is_in_its_table():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = re.findall(r"^(\w+) = ", section, re.M)
+    assert re.findall(r"^\| `(\w+)` \|", (RECIPES / "README.md").read_text(encoding="utf-8"), re.M)[-9:] == extras
 
 
 def test_every_recipe_is_in_the_table():
