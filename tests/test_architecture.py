@@ -155,6 +155,7 @@ def test_docstrings_begin_with_what_a_thing_is_or_does(path):
     assert not odd
 
 
+@pytest.mark.thorough
 def test_importing_the_package_stays_light(plain_python):
     """It imports no heavy library that `transformers.modeling_utils` does not import by itself."""
     script = (

@@ -38,6 +38,7 @@ def test_what_is_known_is_said_and_what_is_not_known_too(hub, checkpoint):
     assert "## Results" not in card.text
 
 
+@pytest.mark.thorough
 def test_the_picture_is_of_the_graphs(hub, model, checkpoint, tmp_path, real_pictures):
     push(checkpoint, "me/it")
     drawn = plot_graphs(expert_graphs(model), tmp_path / "graphs.png").read_bytes()

@@ -88,6 +88,7 @@ def test_a_runs_intervals_are_in_its_card(hub, model, tmp_path):
     assert "perplexity, attacked [95%: 20.00 to 30.00]" in {r.metric_name for r in card_of(hub).data.eval_results}
 
 
+@pytest.mark.thorough
 def test_the_quickstarts_model_is_as_its_recipe_left_it(hub, tmp_path, monkeypatch):
     """A run of the recipe runner on text: its documents are enough for intervals."""
     monkeypatch.setenv("SYMPHONY_HF_CACHE", str(tmp_path / "cache"))
@@ -107,6 +108,7 @@ def test_the_quickstarts_model_is_as_its_recipe_left_it(hub, tmp_path, monkeypat
     assert "| data | text |" in card.text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("recipe", "kind", "task", "data"),
     [

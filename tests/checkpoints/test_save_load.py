@@ -76,6 +76,7 @@ def test_round_trip_through_the_auto_class(family, settings, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_concrete_and_base_classes(family, tmp_path):
     model, ids = saved(tmp_path, family), make_ids()
     concrete = getattr(transformers, CONFIGS[family][0].replace("Config", "ForCausalLM")).from_pretrained(tmp_path)
@@ -234,6 +235,7 @@ def make_nllb(**settings):
     return AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("sizes", "settings", "num_encoder", "num_decoder"),
     [
@@ -454,6 +456,7 @@ def test_folded_export_runs_in_plain_transformers_to_the_same_logits(family, dty
     assert_folded(plain(ids).logits, model(ids).logits)
 
 
+@pytest.mark.thorough
 def test_folded_export_in_a_process_without_us(tmp_path, plain_python):
     model, ids = move_graphs(symphonize(make_model())), make_ids(8, 32)
     export_folded(model, tmp_path / "folded")
@@ -632,6 +635,7 @@ def test_config_error_is_also_a_value_error():
     assert issubclass(ConfigError, ValueError)
 
 
+@pytest.mark.thorough
 def test_threads_that_load_a_first_symphony_checkpoint_at_once(tmp_path, plain_python):
     """All but one come while the import of symphony_hf has begun and not ended."""
     symphonize(make_model()).save_pretrained(tmp_path)

@@ -251,6 +251,7 @@ def test_every_experts_implementation(experts):
     assert 0 < error < 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(experts, use_reentrant):
@@ -278,6 +279,7 @@ def test_checkpointing_gives_the_same_gradients(experts, use_reentrant):
     assert torch.nn.utils.parametrize._cache_enabled == 0  # nothing unpacked is kept
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("linears", [False, True])
 def test_lora_with_router_and_graph_learns(tmp_path, linears):
     """Train 50 steps on a few sentences; the adapter on a base that is packed anew is bitwise the same."""

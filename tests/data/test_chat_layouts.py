@@ -91,6 +91,7 @@ def tokens_and_labels(trainer):
     return trainer.train_dataset["input_ids"][:], trainer.train_dataset["labels"][:]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("layout", "train"), LOSSES, ids=str)
 def test_tokens_and_labels_are_trls(tmp_path, tokenizer, model, layout, train):
     if layout == "tools":

@@ -194,6 +194,7 @@ def test_long_questions_that_are_measured_are_an_error(tmp_path, tokenizer):
 # The stand-in
 
 
+@pytest.mark.thorough
 def test_the_stand_in_says_what_it_is(tokenizer):
     prepared = glue("wnli", tokenizer, "embedded")
     described = dict(described_names())

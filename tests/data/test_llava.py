@@ -390,6 +390,7 @@ class Noting:
 # The handwritten digits
 
 
+@pytest.mark.thorough
 def test_digits_are_real_images_in_three_splits(processor):
     prepared = llava(None, processor, block_size=128)
     sizes = [len(getattr(prepared, split)) for split in ("train", "validation", "test")]

@@ -131,6 +131,7 @@ def test_models_without_positions_are_refused():
 some_texts = st.lists(st.text(max_size=40), min_size=1, max_size=8)
 
 
+@pytest.mark.thorough
 @given(texts=some_texts, block_size=st.integers(2, 9))
 def test_blocks_from_the_disk_are_those_from_memory(trained_tokenizer, texts, block_size):
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
@@ -146,6 +147,7 @@ def test_blocks_from_the_disk_are_those_from_memory(trained_tokenizer, texts, bl
     assert torch.equal(blocks[0]["labels"], blocks[0]["input_ids"])
 
 
+@pytest.mark.thorough
 @given(texts=some_texts, block_size=st.integers(2, 9))
 def test_packed_blocks_restart_where_the_documents_do(trained_tokenizer, texts, block_size):
     naive = []  # (token, is the first of its document), one document at a time

@@ -113,6 +113,7 @@ def test_texts_that_are_not_trained_on_do_not_matter(small, tmp_path, no_trainin
     assert len(cached_tokenizer(other, VOCAB_SIZE, tmp_path)) == VOCAB_SIZE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\x00", None], ids=["empty", "json", "binary", "truncated"])
 def test_damaged_entry_is_trained_again(small, tmp_path, no_training, damage):
     trained = cached_tokenizer(small, VOCAB_SIZE, tmp_path)

@@ -63,6 +63,7 @@ def check(trainer, model, start):
         assert 0 < trainer.evaluate()["eval_loss"] < 20
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
 def test_text(table, own_tokenizer, tmp_path, streaming, packing):
@@ -77,6 +78,7 @@ def test_glue(own_tokenizer, tmp_path):
     run(make_text_model(vocab_size=len(own_tokenizer)), prepared, tmp_path / "out")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remove_unused_columns", [False, True])
 def test_llava(tokenizer, tmp_path, remove_unused_columns):
     processor = make_processor(tokenizer)
@@ -91,6 +93,7 @@ def test_llava(tokenizer, tmp_path, remove_unused_columns):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("packing", [False, True])
 def test_chat(own_tokenizer, tmp_path, packing):
     from trl import SFTConfig, SFTTrainer

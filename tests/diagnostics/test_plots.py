@@ -282,6 +282,7 @@ def panel(monkeypatch):
     return draw
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PANELS)
 def test_a_panel_is_an_svg_and_the_same_twice(name):
     content = PANELS[name]()

@@ -89,6 +89,7 @@ def figures(monkeypatch):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DRAWN)
 def test_they_are_drawn(name, tmp_path):
     path = tmp_path / "figures" / f"{name}.png"

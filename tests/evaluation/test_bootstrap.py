@@ -59,6 +59,7 @@ def test_two_copies_give_a_width_of_exactly_zero(rng):
     assert compare_perplexity(a, b).exp().verdict() == "not distinguishable"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("num_documents", "seed"), [(10, 1), (60, 2)])
 def test_false_alarms_are_about_as_rare_as_promised(num_documents, seed):
     """5% of 600 is 30, give or take 5.3; a few more are due to uneven lengths. Without the expansion for few

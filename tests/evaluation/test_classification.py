@@ -47,6 +47,7 @@ def naive_log_probs(model, question):
     return scores
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 @pytest.mark.parametrize("longest", [1, 3])
 def test_log_probabilities_are_those_of_each_answer_alone(batch_size, longest):
@@ -104,6 +105,7 @@ def test_the_tokenizers_side_of_padding_makes_no_difference():
         assert one.tolist() == other.tolist()
 
 
+@pytest.mark.thorough
 def test_training_on_questions_teaches_their_answers():
     """The trained answers are the measured ones."""
     tokenizer = train_tokenizer([Document("a", "Does the sentence answer the question? yes no " * 20)], 300)

@@ -65,6 +65,7 @@ def test_forms_together_are_counted_together(name, rng):
     assert METRICS[name].of(together) == pytest.approx(REFERENCES[name](np.tile(answers, 3), chosen))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REFERENCES)
 def test_intervals_are_those_of_a_loop_over_resamples(name, rng):
     answers = rng.integers(0, 2, 80)

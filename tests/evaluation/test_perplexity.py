@@ -57,6 +57,7 @@ def test_scores_equal_a_loop_over_single_windows(model, windows, batch_size):
     np.testing.assert_array_equal(scores.num_tokens, [sum(n - 1 for n in lengths) for lengths in LENGTHS.values()])
 
 
+@pytest.mark.thorough
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(length=st.integers(2, 40), block_size=st.integers(2, 12), data=st.data())
 def test_a_stream_scores_each_token_once_after_the_tokens_before_it(model, length, block_size, data):

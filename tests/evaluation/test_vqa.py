@@ -51,6 +51,7 @@ def by_hand(questions, number):
     return torch.tensor([ids]), pixels, row["messages"][1]["content"]
 
 
+@pytest.mark.thorough
 def test_chosen_answers_are_the_most_likely(digits, model):
     questions = VisualQuestions(digits.test, digits.collator)
     scores = score_choices(model, questions.choices(DIGITS), batch_size=5)

@@ -64,6 +64,7 @@ def test_experts_can_begin_as_specialists():
     assert special["information_before"] > 0.5
 
 
+@pytest.mark.thorough
 def test_every_way_to_balance_has_a_row(domains, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "two_domains", lambda: domains)
     path = tmp_path / "balance.json"

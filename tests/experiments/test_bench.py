@@ -66,6 +66,7 @@ def test_rows_and_json(tmp_path, capsys):
     assert {row["mode"] for row in result["rows"]} - AIMS.keys() == {"noise"}
 
 
+@pytest.mark.thorough
 def test_several_lengths_generation_and_memory(tmp_path, capsys):
     threads = torch.get_num_threads()
     result = run_bench(
@@ -98,6 +99,7 @@ def little_memory(monkeypatch):
     monkeypatch.setattr(layer_forms, "training_step", with_little_memory)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("little_memory")
 def test_memory_is_measured_at_the_lengths_that_fit(tmp_path):
     path = tmp_path / "bench.json"
@@ -106,6 +108,7 @@ def test_memory_is_measured_at_the_lengths_that_fit(tmp_path):
     assert [row["tokens"] for row in result["memory"] if row["step"] == "training"] == [4]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("little_memory")
 def test_the_router_gradient_is_measured_at_the_lengths_that_fit(tmp_path):
     path = tmp_path / "bench.json"
@@ -113,6 +116,7 @@ def test_the_router_gradient_is_measured_at_the_lengths_that_fit(tmp_path):
     assert [row["tokens"] for row in result["gradients"]] == [4] * 5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("key", "builder"), [("rows", bench_module), ("gradients", gradient)], ids=["all", "gradient"])
 def test_an_interrupted_bench_keeps_the_models_that_it_has_measured(key, builder, tmp_path, monkeypatch):
     path, build = tmp_path / "bench.json", builder.build_forms
@@ -194,6 +198,7 @@ def test_one_round_of_upcycling_has_no_peak_memory_without_the_check(capsys, tmp
     assert capsys.readouterr().out.count("2.00 GB") == 1
 
 
+@pytest.mark.thorough
 def test_bench_commit_has_a_row_for_every_arrangement(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_commit, "measure_layer", lambda name, seconds: 0.5)
     result = bench_commit.run_bench_commit(tmp_path / "commit.json", processes=(1,), sizes=((2, 16), (3, 16)))

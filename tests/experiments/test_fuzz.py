@@ -58,6 +58,7 @@ def only_graphs(monkeypatch):
     return choose
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_quiet")
 def test_every_case_is_loaded_with_valid_graphs_or_refused(specimens):
     outcomes = [try_case(case, 0, specimens) for case in range(CASES)]
@@ -68,6 +69,7 @@ def test_every_case_is_loaded_with_valid_graphs_or_refused(specimens):
     assert tried == {(specimen, target) for specimen, targets in mutations.MUTATIONS.items() for target in targets}
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_quiet")
 def test_a_case_is_the_same_each_time(specimens):
     def told(seed):
@@ -77,6 +79,7 @@ def test_a_case_is_the_same_each_time(specimens):
     assert told(3) != told(4)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_quiet")
 def test_a_loader_that_does_not_look_at_its_graphs_is_caught(specimens, only_graphs, monkeypatch):
     only_graphs("graph")

@@ -143,6 +143,7 @@ def test_each_symphony_step_moves_the_graphs_once_and_the_weights_of_both_forms(
     assert any(not torch.equal(value, after[n]) for n, value in before.items())
 
 
+@pytest.mark.thorough
 def test_a_training_graph_does_not_change_the_routing():
     model = tiny_model()
     made = forms.training_forms(model, "full")
@@ -214,6 +215,7 @@ def test_flops_of_an_image_by_hand():
     assert text == tower + patches + projector + 3 * 32 * 4 * 3072 * 1088**2 // 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", shapes.NAMES)
 @pytest.mark.parametrize("mode", flops.MODES)
 def test_flops_are_those_that_pytorch_counts(name, mode):
@@ -436,6 +438,7 @@ def run_script(path, *options):
     return script.main(["--tiny", "--steps", "2", "--max_tokens", "32", "--output", str(path), *options])
 
 
+@pytest.mark.thorough
 def test_a_killed_run_keeps_its_rows_and_the_next_continues(tmp_path, monkeypatch, capsys):
     path, seen = tmp_path / "gpu.json", []
     write = record_module.write_json
@@ -511,6 +514,7 @@ def test_bad_options(options, message, capsys, monkeypatch):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.thorough
 def test_every_case_runs_from_a_bare_copy_with_few_libraries(tmp_path):
     """The README's command in a new process without the libraries that it must not need."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)

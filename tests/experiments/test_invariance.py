@@ -26,6 +26,7 @@ ONE_PROCESS = [name for name, (arrangement, _) in ARRANGEMENTS.items() if arrang
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and transformers', of checkpointing and compiling
 
 
+@pytest.mark.thorough
 def test_arrangements_of_one_process():
     torch._dynamo.reset()
     comparisons = compare([name for name in ONE_PROCESS if "torch.compile" not in name])
@@ -64,6 +65,7 @@ def test_every_arrangement_is_there():
             assert Arrangement(ranks=2, zero=zero, **{kind: True}) in present
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "spoiled",
     [
@@ -167,6 +169,7 @@ def test_local_balance_is_the_mean_over_micro_batches_and_not_the_unions():
     assert (union.weights - parts.weights).abs().max() > 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("field", "setting"), [("moves_bias", True), ("replays", True), ("scope", "step"), ("scope", "last_step")]
 )

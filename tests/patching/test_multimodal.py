@@ -171,6 +171,7 @@ def test_right_after_symphonize_it_is_the_base_bit_for_bit(case):
     assert set(expert_graphs(model)) == set(routers_by_name(stock))
 
 
+@pytest.mark.thorough
 def test_a_graph_acts_as_naive_smoothing(case):
     stock, batch = stock_model(case), image_batch(case, padded=True)
     base = logits(stock, batch)
@@ -191,6 +192,7 @@ def test_a_graph_acts_as_naive_smoothing(case):
     torch.testing.assert_close(ours, whole, rtol=1e-3, atol=1e-4)  # the same, through four layers
 
 
+@pytest.mark.thorough
 def test_the_router_losses_reach_every_gradient_once(case):
     batch = image_batch(case, padded=True)
     model = move_graphs(symphonized(case, **WEIGHTS))
@@ -209,6 +211,7 @@ def test_the_router_losses_reach_every_gradient_once(case):
         assert difference > 20 * (ATOL + RTOL * expected[parameter].abs().max()), name
 
 
+@pytest.mark.thorough
 def test_the_router_losses_follow_num_items_in_batch(case):
     """Trainer passes it, of the whole optimizer step, and models divide by it in place of their own tokens."""
     batch = image_batch(case, padded=True)
@@ -222,6 +225,7 @@ def test_the_router_losses_follow_num_items_in_batch(case):
     assert_gradients(gradients(part), {name: share * gradient for name, gradient in gradients(whole).items()})
 
 
+@pytest.mark.thorough
 def test_the_returned_loss_is_the_cross_entropy_alone(case):
     batch = image_batch(case, padded=True)
     stock = stock_model(case)
@@ -280,6 +284,7 @@ def greedy_by_hand(model, batch, num_tokens):
     return batch["input_ids"]
 
 
+@pytest.mark.thorough
 def test_generate_with_images(case):
     batch = for_generation(image_batch(case))
     # A random model would else generate the placeholders of images.
@@ -293,6 +298,7 @@ def test_generate_with_images(case):
         assert torch.equal(generated, greedy_by_hand(model, batch, 4))
 
 
+@pytest.mark.thorough
 @one_whole
 def test_save_and_load(case, tmp_path):
     batch = image_batch(case, padded=True)
@@ -322,6 +328,7 @@ def test_save_and_load(case, tmp_path):
     assert ours == stock  # the weight of the model's own balance loss, too
 
 
+@pytest.mark.thorough
 @one_whole
 @pytest.mark.filterwarnings("ignore:export_folded. `norm_topk_prob`")  # llama.cpp takes another for qwen3_moe
 def test_the_folded_export_is_a_stock_checkpoint(case, tmp_path):
@@ -353,6 +360,7 @@ def test_unsymphonize_restores_everything(case):
     assert torch.equal(logits(model, batch), logits(stock, batch))
 
 
+@pytest.mark.thorough
 def test_text_without_images(case):
     stock = stock_model(case)
     batch = tiny_batch(stock)

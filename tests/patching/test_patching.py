@@ -222,6 +222,7 @@ def test_accelerates_hooks_do_not_bypass_the_graph(when, offload_buffers):
     assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [

@@ -278,6 +278,7 @@ def test_a_second_backward_gives_the_same():
     torch.testing.assert_close(model.model.layers[0].mlp.gate.weight.grad, 2 * once)
 
 
+@pytest.mark.thorough
 def test_torch_compile_fullgraph_gives_the_same():
     """For `dense`, which takes other experts alone, only their choice is compiled."""
     torch._dynamo.reset()

@@ -72,6 +72,7 @@ def test_identical_micro_batches_give_the_gradient_of_one(count):
         torch.testing.assert_close(gradients(many)[name], gradient, rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("accumulation", "use_reentrant"), [(1, None), (4, True), (8, False)])
 def test_trainer_applies_the_weights_whatever_the_accumulation(tmp_path, accumulation, use_reentrant):
     """Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps."""
@@ -130,6 +131,7 @@ def test_micro_batches_of_different_size_weigh_as_their_tokens_do():
     assert_gradients(gradients(model), gradients(plain))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("encoder_decoder", ["nllb-moe", "switch_transformers"])
 def test_a_forward_that_averages_its_loss_itself_ignores_num_items_in_batch(encoder_decoder):
     """Over an accumulated step: the router losses keep their weight beside a loss that is not divided."""

@@ -66,6 +66,7 @@ def naive_step(batches, family="olmoe", loads=None):
     return found, sum(values) / len(values), chosen / num_tokens
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
     [("mixtral", None), ("olmoe", True), ("qwen2_moe", False), ("qwen3_moe", None)],
@@ -151,6 +152,7 @@ def test_logits_that_are_not_finite_spoil_no_later_micro_batch():
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_trainer_balances_its_optimizer_steps(tmp_path, accumulation):
     seen, batches = [], []
@@ -174,6 +176,7 @@ def test_trainer_balances_its_optimizer_steps(tmp_path, accumulation):
 # The whole step before.
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
 def test_each_step_is_balanced_by_the_load_of_the_last(checkpointing):
     first, second = batches_of(5)[:3], batches_of(5)[3:]
@@ -226,6 +229,7 @@ def test_the_load_of_the_last_step_belongs_to_the_weights_that_had_it():
         assert_gradients(gradients(restored), naive_step(batches[1:], loads=wanted)[0])
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_balanced_by_the_step_before_it(tmp_path):
     """And a new run of the same model is not."""
     settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "learning_rate": 1e-2}

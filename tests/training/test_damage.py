@@ -143,6 +143,7 @@ def test_what_cannot_be_damaged_is_refused_before_anything_is_written(settings, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_under_damage_says_so_and_trains_otherwise(tmp_path):
     overrides = recipe_overrides(tmp_path)
     damage = {"data.damage": {"attack": "keyboard", "rate": 0.2}}

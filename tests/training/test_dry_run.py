@@ -41,6 +41,7 @@ def test_a_dry_run_touches_nothing(name, empty, capsys):
     assert list(empty.iterdir()) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [str(path.relative_to(RECIPES)) for path in sorted(RECIPES.glob("*/*.yaml"))])
 def test_every_recipe_prints_its_plan_on_a_laptop(name, empty, monkeypatch, capsys):
     """Without a GPU, a network, and the packages that only its training needs."""

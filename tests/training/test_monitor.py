@@ -51,6 +51,7 @@ def train(folder, *, steps=4, **settings):
     return trainer
 
 
+@pytest.mark.thorough
 def test_metrics_are_in_every_log(tmp_path, real_pictures):
     trainer = train(tmp_path, report_to="none")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -73,6 +74,7 @@ def test_every_rank_takes_part_in_reading_the_graphs(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_the_loads_of_every_log_are_kept_and_drawn(tmp_path, real_pictures):
     trainer = train(tmp_path, report_to="none")
     history = LoadHistory.read(tmp_path / "load_history.safetensors")

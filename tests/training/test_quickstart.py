@@ -56,6 +56,7 @@ def test_the_models_are_what_the_report_says(quickstart):
     assert report["checks"]["folded_max_difference"] <= 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["clean", "attacked"])
 def test_perplexities_are_those_of_the_saved_models(quickstart, kind):
     """Recomputed naively from the checkpoints and the corpus, one window at a time."""

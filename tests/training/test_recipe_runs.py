@@ -77,6 +77,7 @@ def test_a_recipe_runs(first, tmp_path, monkeypatch):
     assert {int(m.symphony.updates) for m in model.modules() if hasattr(m, "symphony")} == {6}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("limit", "loads_best", "model"),
     [(1, True, "the best by validation, `"), (2, False, "after the last step; best by validation: `")],
@@ -120,6 +121,7 @@ def test_a_missing_validation_split_is_refused_before_weights_are_loaded(tmp_pat
         run_recipe(load_recipe(smoke, overrides))
 
 
+@pytest.mark.thorough
 def test_a_stream_trains_its_own_tokenizer(small, tmp_path):
     """On its first documents, without reading all of it."""
     table = tmp_path / "rows.jsonl"
@@ -130,6 +132,7 @@ def test_a_stream_trains_its_own_tokenizer(small, tmp_path):
     assert "read while training goes on" in results["data"]["notes"][0]
 
 
+@pytest.mark.thorough
 def test_a_plain_recipe_runs(small, tmp_path):
     """It is watched by RoutingMonitor."""
     recipe = load_recipe(RECIPE, small)
@@ -161,6 +164,7 @@ def tokenizer_folder(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.thorough
 def test_prompts_are_not_learned_or_measured_unless_asked_for(tokenizer_folder, tmp_path):
     """The prompts are the same in all rows and the completions are not, so their losses differ."""
     table = tmp_path / "rows.jsonl"
@@ -243,6 +247,7 @@ def test_launchers(launcher, world_size, small, tmp_path):
     assert all(not torch.equal(graph, torch.eye(16) * 2 / 16) for graph in expert_graphs(model).values())
 
 
+@pytest.mark.thorough
 def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small, tmp_path, monkeypatch):
     """The run is killed after its model is saved, before it is evaluated."""
 
@@ -268,6 +273,7 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
     assert open_folder(output / "final").results is None
 
 
+@pytest.mark.thorough
 def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(first, small, tmp_path):
     """A card that somebody has added to stays."""
     final = shutil.copytree(first[1], tmp_path / "run") / "final"

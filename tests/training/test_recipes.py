@@ -23,6 +23,8 @@ from symphony_hf.training.models import empty_model
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
 SMOKE = [path for path in FILES if path.name.startswith("smoke")]
+EXAMPLES = {"olmoe-7b-sft", "mixtral-8x7b-qlora"}
+"""Recipes whose smoke runs the default run has."""
 PHI3_MINI, PHI3_MLP = 3_821_079_552, 3 * 3072 * 8192
 UPCYCLED = PHI3_MINI + 16 * (3 * PHI3_MLP + 4 * 3072)  # three more copies and a router in every other layer
 assert UPCYCLED == 7_445_154_816
@@ -98,7 +100,13 @@ def test_smoke_recipes_differ_only_in_size(path):
     assert yaml.safe_load(path.read_text())["base"] == "config.yaml"
 
 
-@pytest.mark.parametrize("path", SMOKE, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.parent.name in EXAMPLES else pytest.mark.thorough, id=name_of(path))
+        for path in SMOKE
+    ],
+)
 def test_a_smoke_recipe_runs(path, shared_runs):
     folder, results = shared_runs.smoke(path)
     stored = json.loads((folder / "run" / "results.json").read_text())

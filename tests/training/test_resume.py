@@ -95,6 +95,7 @@ def killed_at(monkeypatch, number):
             yield changes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("steps", [(2, 4), (4, 4), (9, 4)], ids=["newer", "again", "of a run that began anew"])
 def test_a_killed_save_leaves_a_complete_checkpoint(steps, monkeypatch, tmp_path):
     """At each change to the file system. The limit is one checkpoint, so the save also deletes the older one."""
@@ -270,6 +271,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("strategy", "every", "steps"),
     [("steps", {"max_steps": 5, "save_steps": 2, "eval_steps": 2}, (4, 5)), ("epoch", {"max_steps": 7}, (5, 7))],
@@ -709,6 +711,7 @@ def test_a_bare_trainer_resumes_too(graph, tmp_path):
     assert_equal(trained(Trainer, model(), tmp_path / "on", checkpoint, callbacks=[SymphonyCallback()]), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 def test_a_bare_trainers_checkpoint_of_a_plain_model_is_converted(family, tmp_path, monkeypatch):
     """It has the Hub's tensor names, and a stock Trainer would resume from it without the experts."""
@@ -733,6 +736,7 @@ def test_checkpoints_that_a_kill_left_undeleted_are_deleted_when_the_run_resumes
     assert steps_of(tmp_path) == []  # it was over, and there is nothing to delete
 
 
+@pytest.mark.thorough
 def test_a_run_that_begins_anew_leaves_an_earlier_runs_checkpoints(tmp_path):
     """Under a limit of one, with a best checkpoint too: Trainer alone would delete all others at the end."""
     trained(ResumableTrainer, make_model(), tmp_path, limit=1)

@@ -99,6 +99,7 @@ def train(trainer_class, model, tmp_path, **settings):
     return trainer
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_first_ratio_is_exactly_one_under_routing_noise(checkpointing, tmp_path):

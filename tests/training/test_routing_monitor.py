@@ -28,6 +28,7 @@ def state_of(model):
     return [type(module) for module in model.modules()], list(model.state_dict()), hooks
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_stock_model_is_watched_and_trains_the_same(accumulation, tmp_path):
     settings = {"gradient_accumulation_steps": accumulation, "gradient_checkpointing": accumulation == 2}
@@ -93,6 +94,7 @@ def test_padding_is_left_out():
         torch.testing.assert_close(graph, pairs / num_tokens)
 
 
+@pytest.mark.thorough
 def test_it_watches_a_symphonized_model_beside_its_own_metrics(tmp_path):
     """Each monitor has files of its own: the graph moves by its own decay, and this average by another."""
     trainer = train(symphonize(make_model()), tmp_path, SymphonyCallback(), GraphMonitor(), RoutingMonitor())

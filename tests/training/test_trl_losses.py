@@ -143,6 +143,7 @@ def trained(kind, wrap, tokenizer, tmp_path, **settings):
     return kept, logged
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", sorted(TRAINERS))
 @pytest.mark.filterwarnings("ignore")
 def test_with_router_losses_adds_the_router_losses(kind, tokenizer, tmp_path):
@@ -255,6 +256,7 @@ def test_only_trainer_classes_are_accepted():
     assert with_router_losses(Trainer).__name__ == "Trainer"
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_synced_reference_gets_the_graphs_too(share, tokenizer, tmp_path):
@@ -327,6 +329,7 @@ symphony_hf.symphonize(model)
 """
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_was_loaded_before_the_import_is_refused(tmp_path, plain_python):
     move_graphs(symphonize(make_model())).save_pretrained(tmp_path / "new")
     write_format_1(tmp_path / "new", tmp_path / "old")  # a later format is refused without the import

@@ -84,6 +84,7 @@ def test_the_base_is_the_base_to_the_bit():
         assert all(torch.equal(graph, start) for graph in expert_graphs(adapted).values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", CASES, ids=NAMES)
 def test_merged_it_is_a_symphony_model_that_folds(tmp_path, settings):
     adapted = adapted_model(**settings)
@@ -125,6 +126,7 @@ def test_merged_it_can_be_trained_on(family):
     assert all(not torch.equal(after[name], graph) for name, graph in before.items())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("router", ["graph", "train"])
 def test_two_adapters_with_graphs_of_their_own(tmp_path, router):
     model = adapted_model(router=router)

@@ -56,6 +56,7 @@ def adapted(router, seed=0, **settings):
     return peft.get_peft_model(model, lora_config(model, r=4, router=router, **settings))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("router", ["graph", "train"])
 def test_resumed_by_trainer_it_is_the_uninterrupted_run(tmp_path, router, capsys):
     whole = adapted(router, experts=True)
@@ -74,6 +75,7 @@ def test_resumed_by_trainer_it_is_the_uninterrupted_run(tmp_path, router, capsys
     assert torch.equal(logits(loaded), logits(whole))
 
 
+@pytest.mark.thorough
 def test_resumed_by_our_trainer_no_familys_lora_is_lost(tmp_path):
     """PEFT's own loader, with which Trainer resumes, loses the LoRA of DeepSeek-OCR 2."""
 

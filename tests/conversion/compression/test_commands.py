@@ -53,6 +53,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
+@pytest.mark.thorough
 def test_merging_by_the_learned_graph(symphony, data_folder, tmp_path):
     output = tmp_path / "merged"
     small = ["--block_size", 16, "--batch_size", 4]
@@ -99,6 +100,7 @@ def test_merging_by_outputs_weighs_by_load(plain, data_folder, tmp_path):
                 torch.testing.assert_close(getattr(new.experts, name)[place], mixed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("by", ["load", "centrality", "reap"])
 def test_pruning(by, symphony, data_folder, tmp_path):
     output = tmp_path / "pruned"
@@ -128,6 +130,7 @@ def test_all_experts_kept_are_the_model_folded(symphony, data_folder, tmp_path):
     assert_folded(logits(output), logits(symphony))
 
 
+@pytest.mark.thorough
 def test_a_counted_graph_serves_plain_models(plain, data_folder, tmp_path):
     settings = {"model": plain, "experts": 4, "graph": "counted", "data": data_folder, **SMALL}
     merged = merge_experts(MergeSettings(output=str(tmp_path / "merged"), by="graph", **settings))
@@ -165,6 +168,7 @@ def test_the_sweep(plain, data_folder, tmp_path):
     assert own.count("[") == 1  # its perplexity; a ratio to itself says nothing
 
 
+@pytest.mark.thorough
 def test_the_sweep_writes_the_one_that_is_kept(symphony, data_folder, tmp_path):
     output, small = tmp_path / "top2", ["--data", data_folder, "--block_size", 16]
     assert run("topk", symphony, output, "--top_k", "1,2", "--keep", 2, *small).exit_code == 0
@@ -225,6 +229,7 @@ def test_nothing_is_left_of_what_could_not_be_measured(plain, data_folder, tmp_p
     assert not (tmp_path / UNFINISHED).exists()
 
 
+@pytest.mark.thorough
 def test_the_same_command_twice_is_the_same(plain, data_folder, tmp_path):
     results = []
     for name in ("a", "b"):

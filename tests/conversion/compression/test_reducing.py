@@ -117,6 +117,7 @@ def test_a_smaller_top_k_is_the_config_alone():
     assert not torch.equal(logits(single), logits(model))
 
 
+@pytest.mark.thorough
 def test_plain_transformers_loads_them(tmp_path, plain_python):
     """A process that does not import this package computes the same logits."""
     expected = {}

@@ -40,6 +40,7 @@ def kill_before(number, folder, counted=None):
     sys.addaudithook(note)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces"])
 def test_kill_9_at_any_moment(replaces, tmp_path):
     _, source = save_dense(tmp_path / "dense", num_hidden_layers=2)

@@ -30,6 +30,7 @@ def test_the_names_are_those_of_the_benchmark():
         assert [name for name, attack in IMAGE_ATTACKS.items() if attack.kind == kind] == get_corruption_names(kind)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", IMAGE_ATTACKS)
 def test_a_corruption_keeps_the_size_and_grows_with_severity(name, image):
     corrupted = [IMAGE_ATTACKS[name](image, severity) for severity in (1, 5)]
@@ -40,6 +41,7 @@ def test_a_corruption_keeps_the_size_and_grows_with_severity(name, image):
         assert strong > mild
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", IMAGE_ATTACKS)
 def test_seed_and_name_decide_alone(name, image):
     attack = IMAGE_ATTACKS[name]

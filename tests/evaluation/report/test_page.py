@@ -18,6 +18,8 @@ from symphony_hf.evaluation.report.page import write_page
 from symphony_hf.evaluation.report.tables import four_digits, show_interval, text
 from symphony_hf.evaluation.statistics import Interval
 
+pytestmark = pytest.mark.thorough
+
 ATTACK = "<img src=x onerror=alert(1)>"
 
 

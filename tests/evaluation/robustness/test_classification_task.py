@@ -112,6 +112,7 @@ def naive_choice(model, tokenizer, sentence):
     return int(np.argmax(scores))
 
 
+@pytest.mark.thorough
 def test_accuracies_equal_a_loop_over_questions(compared, models, review_tokenizer):
     rows = compared[0]["models"]["model"]
     # cut_held_out puts rows of a single file into splits by their text; all of them are asked.
@@ -122,6 +123,7 @@ def test_accuracies_equal_a_loop_over_questions(compared, models, review_tokeniz
     assert np.mean(right) > 0.8
 
 
+@pytest.mark.thorough
 def test_attacked_accuracies_equal_a_loop_over_attacked_sentences(models, review_tokenizer, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -150,6 +152,7 @@ def test_attacked_accuracies_equal_a_loop_over_attacked_sentences(models, review
     assert attacked < clean
 
 
+@pytest.mark.thorough
 def test_a_planted_difference_is_found(compared):
     comparisons = compared[0]["comparisons"]
     assert compared[0]["measure"] == {
@@ -167,6 +170,7 @@ def test_a_planted_difference_is_found(compared):
     assert strong["accuracy"]["estimate"] < both["accuracy"]["estimate"] < mild["accuracy"]["estimate"]
 
 
+@pytest.mark.thorough
 def test_two_copies_are_not_distinguishable(models, table, tmp_path):
     shutil.copytree(models["trained"], tmp_path / "copy")
     result = evaluate_robustness(make_settings(models["trained"], table, tmp_path, against=str(tmp_path / "copy")))
@@ -178,6 +182,7 @@ def test_two_copies_are_not_distinguishable(models, table, tmp_path):
         assert interval["verdict"] == "not distinguishable"
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_resumes(models, table, tmp_path, monkeypatch):
     settings = make_settings(models["untrained"], table, tmp_path)
     calls = []
@@ -201,6 +206,7 @@ def test_an_interrupted_run_resumes(models, table, tmp_path, monkeypatch):
     assert len(calls) == 11
 
 
+@pytest.mark.thorough
 def test_a_task_with_a_metric_of_its_own_has_both(models, tmp_path):
     sentences = reviews()
     pairs = [
@@ -238,6 +244,7 @@ def test_a_task_with_a_metric_of_its_own_has_both(models, tmp_path):
     assert result["comparisons"]["also"]["f1"]["estimate"] == pytest.approx(models_clean[0] - models_clean[1])
 
 
+@pytest.mark.thorough
 def test_the_command_prints_accuracies_and_verdicts(models, table, compared, tmp_path):
     output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", models["trained"], "--against", models["untrained"], "--data", str(table), "--name", "sst2"]

@@ -50,6 +50,7 @@ def naive_nll(model, ids, first):
     return [-float(log_probabilities[place, token]) for place, token in enumerate(ids)]
 
 
+@pytest.mark.thorough
 def test_levels_equal_a_loop_over_words(tmp_path, documents, word_tokenizer):
     """Each word is a token, so windows of an attacked document are the same words, and untouched ones are known."""
     model = make_model("olmoe", vocab_size=len(word_tokenizer), max_position_embeddings=128)
@@ -96,6 +97,7 @@ def test_levels_equal_a_loop_over_words(tmp_path, documents, word_tokenizer):
     assert 0.8 < untouched / words < 0.99
 
 
+@pytest.mark.thorough
 def test_a_planted_difference_is_found(compared):
     result, _ = compared
     comparisons = result["comparisons"]
@@ -111,6 +113,7 @@ def test_a_planted_difference_is_found(compared):
         assert row["ratio"]["verdict"] == "worse"
 
 
+@pytest.mark.thorough
 def test_two_copies_are_not_distinguishable(trained, data_file, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     settings = make_settings(trained, data_file, tmp_path / "out", against=str(tmp_path / "copy"), severities=(3,))
@@ -121,6 +124,7 @@ def test_two_copies_are_not_distinguishable(trained, data_file, tmp_path):
         assert interval["verdict"] == "not distinguishable"
 
 
+@pytest.mark.thorough
 def test_an_attack_hurts_a_model_that_has_learned(compared):
     model = compared[0]["models"]["model"]
     mild, strong, both = model["attacks"]
@@ -202,6 +206,7 @@ def test_what_decides_the_numbers_is_measured_again(untrained, tokenizer, data_f
     assert after != before
 
 
+@pytest.mark.thorough
 def test_a_damaged_entry_is_measured_again_with_a_warning(trained, data_file, tmp_path):
     settings = make_settings(trained, data_file, tmp_path, severities=(2,), seeds=(0,))
     first = evaluate_robustness(settings)
@@ -212,6 +217,7 @@ def test_a_damaged_entry_is_measured_again_with_a_warning(trained, data_file, tm
     assert again["models"] == first["models"]
 
 
+@pytest.mark.thorough
 def test_a_symphonized_checkpoint_is_measured_with_its_graphs(trained, tokenizer, data_file, tmp_path):
     model = move_graphs(symphonize(AutoModelForCausalLM.from_pretrained(trained)))
     path = save(tmp_path / "symphony", model, tokenizer)
@@ -220,6 +226,7 @@ def test_a_symphonized_checkpoint_is_measured_with_its_graphs(trained, tokenizer
     assert result["comparisons"]["clean"]["estimate"] != 1.0
 
 
+@pytest.mark.thorough
 def test_models_with_other_tokens_are_compared_by_words(trained, word_tokenizer, data_file, tmp_path):
     model = make_model("olmoe", vocab_size=len(word_tokenizer), max_position_embeddings=128)
     path = save(tmp_path / "words", model, word_tokenizer)
@@ -231,6 +238,7 @@ def test_models_with_other_tokens_are_compared_by_words(trained, word_tokenizer,
     assert comparisons["clean"]["estimate"] == pytest.approx(per_word[0] / per_word[1])
 
 
+@pytest.mark.thorough
 def test_models_with_other_vocabularies_of_words_are_compared_by_words(documents, word_tokenizer, data_file, tmp_path):
     """They have as many tokens, and other words are unknown."""
     paths = []
@@ -255,6 +263,7 @@ def test_stored_measurements_are_of_the_same_unknown_words(word_tokenizer):
     assert len(digests) == 2
 
 
+@pytest.mark.thorough
 def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, compared, real_pictures, tmp_path):
     output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", trained, "--against", untrained, "--data", str(data_file), "--severity", "2,5", "--seeds", "0,1"]

@@ -67,6 +67,7 @@ def test_equal_models_differ_in_at_most_one_of_twenty_draws():
     assert max(alarms.values()) <= MOST, alarms
 
 
+@pytest.mark.thorough
 def test_better_models_and_more_robust_models_are_found():
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -113,6 +114,7 @@ def test_models_with_equal_answers_differ_in_at_most_one_of_twenty_draws():
     assert max(alarms.values()) <= 10, alarms
 
 
+@pytest.mark.thorough
 def test_better_answers_and_more_robust_answers_are_found():
     rng = np.random.default_rng(0)
     for _ in range(3):

@@ -110,6 +110,7 @@ def naive_log_probs(model, processor, text, image, answers):
     return np.array(scores)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cell", [None, ("contrast", 5, 0), ("shot_noise", 5, 1)])
 def test_chosen_answers_are_those_of_the_processor_by_hand(trained, tmp_path, processor, cell):
     task = open_task(make_settings(trained, tmp_path), Store(tmp_path))
@@ -123,6 +124,7 @@ def test_chosen_answers_are_those_of_the_processor_by_hand(trained, tmp_path, pr
         assert scores[number] >= scores.max() - 1e-3
 
 
+@pytest.mark.thorough
 def test_free_answers_are_those_of_generate(trained, tmp_path, processor):
     task = open_task(make_settings(trained, tmp_path, answers="free", max_new_tokens=9), Store(tmp_path))
     kept = task.choose("model", task.cases[0])
@@ -137,6 +139,7 @@ def test_free_answers_are_those_of_generate(trained, tmp_path, processor):
     assert 0 < kept["chosen"].sum() < NUMBER
 
 
+@pytest.mark.thorough
 def test_a_planted_difference_is_found_and_corruption_hurts(compared):
     result, output = compared
     comparisons = result["comparisons"]
@@ -152,6 +155,7 @@ def test_a_planted_difference_is_found_and_corruption_hurts(compared):
     assert json.loads((output / "result.json").read_text()) == json.loads(json.dumps(result))
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_resumes_and_two_copies_are_not_distinguishable(untrained, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -182,6 +186,7 @@ def test_an_interrupted_run_resumes_and_two_copies_are_not_distinguishable(untra
         assert interval["verdict"] == "not distinguishable"
 
 
+@pytest.mark.thorough
 def test_the_command_prints_accuracies_and_verdicts(trained, untrained, compared, tmp_path):
     output = shutil.copytree(compared[1], tmp_path / "out")
     command = ["eval", str(trained), "--against", str(untrained), "--task", "vqa", "--data", "digits"]
@@ -208,6 +213,7 @@ def test_llavas_own_json_is_asked(untrained, tmp_path):
     assert any("1 questions without an image were left out" in note for note in result["notes"])
 
 
+@pytest.mark.thorough
 def test_processors_with_more_than_pixels_are_asked_as_well(tmp_path, processor):
     """LLaVA-NeXT cuts an image into tiles: tokens by its shape, and its size is an input of its own."""
     from transformers import AutoModelForImageTextToText, LlavaNextConfig, LlavaNextImageProcessor, LlavaNextProcessor

@@ -76,6 +76,7 @@ def by_loops(checkpoints, texts, words):
     )
 
 
+@pytest.mark.thorough
 def test_layers_equal_loops_over_words(observed, by_loops):
     result, late = observed[0], by_loops[0]
     for place, router in enumerate(result["routers"]):
@@ -94,6 +95,7 @@ def test_layers_equal_loops_over_words(observed, by_loops):
     assert sum(result["domains"].values()) == result["documents"]["tokens"] == len(sets)
 
 
+@pytest.mark.thorough
 def test_changes_under_attack_equal_loops_over_words(observed, by_loops, texts):
     result, (late, attacked, _) = observed[0], by_loops
     (row,) = result["corruption"]
@@ -124,6 +126,7 @@ def test_changes_under_attack_equal_loops_over_words(observed, by_loops, texts):
     assert rate["low"] < rate["estimate"] < rate["high"]
 
 
+@pytest.mark.thorough
 def test_checkpoints_are_compared_with_the_last(observed, by_loops):
     result, (late, _, early) = observed[0], by_loops
     first, last = result["checkpoints"]
@@ -191,6 +194,7 @@ def test_a_symphonized_model_shows_its_learned_graphs_too(tmp_path, words, data)
     assert (result["corruption"], result["drop_first"], result["checkpoints"]) == ([], None, [])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "missing"),
     [
@@ -240,6 +244,7 @@ def test_too_few_documents_and_bad_settings_are_refused(tmp_path, checkpoints, d
         assert "--task" not in str(refused.value)
 
 
+@pytest.mark.thorough
 def test_the_command(tmp_path, checkpoints, data):
     early, late = checkpoints
     command = ["routing", late, "--against", early, "--data", data, "--split", "all", "--words", "20"]

@@ -175,6 +175,7 @@ def test_a_cell_is_the_same_each_time(study, text):
     assert run_cell(study, StudyRun(Point(), 2), text)["clean"] != first["clean"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_plain_form_is_the_model_that_was_never_symphonized(study, text, system, monkeypatch):
     cell = StudyRun(Point(system=system, graph="identity").canonical(), 1)

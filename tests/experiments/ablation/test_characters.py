@@ -164,6 +164,7 @@ def tuned(make, tmp_path):
     return make(f"seeds: [0]\ntest_tokens: 300\npretraining: {{path: {tmp_path / 'first'}, max_steps: 9}}")
 
 
+@pytest.mark.thorough
 def test_fine_tuning_starts_from_a_plain_model_that_forgets(tuned, tmp_path):
     text = prepare_streams(tuned, tmp_path / "out")
     results = Results(tmp_path / "out", tuned, text.digest)
@@ -241,6 +242,7 @@ def test_gradients_of_the_router_are_forms_with_and_without_a_graph(make, text):
     assert curves[0][-1] != curves[1][-1] != curves[2][-1]
 
 
+@pytest.mark.thorough
 def test_the_studies_of_the_recipe_are_valid():
     folder = Path(__file__).parents[3] / "recipes" / "wikitext103-216m" / "ablation"
     for name in ("pretraining", "contamination", "fine-tuning", "pairs", "axes"):

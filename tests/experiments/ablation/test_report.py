@@ -110,6 +110,7 @@ def test_missing_and_failed_runs_are_reported(report, capsys):
     assert "failed: smoe, decay 0.9, seed 2" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_files_are_there(real_pictures, report, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"report.json", "report.md", "points.png", "curves.png", "graphs.png", "cells"}

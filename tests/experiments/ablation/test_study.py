@@ -55,6 +55,7 @@ def test_a_product_has_every_combination(make_study):
     assert study.left_out() == []
 
 
+@pytest.mark.thorough
 def test_a_product_lists_invalid_combinations_as_left_out(make_study, tmp_path):
     axes = "{smoothing: [logits, scores], normalization: [row, symmetric, {self_loops: false}], graph: [ema, learned]}"
     study = make_study(f"product: true\naxes: {axes}")

@@ -20,6 +20,8 @@ from symphony_hf.experiments.theory.benchmark import (
 from symphony_hf.experiments.theory.planted import draw_tokens, plant, share_right
 from symphony_hf.experiments.theory.report import theory_findings
 
+pytestmark = pytest.mark.thorough
+
 SMALL = {"num_experts": 8, "num_communities": 2, "batch": 32, "seeds": 3, "test_tokens": 4000}
 
 

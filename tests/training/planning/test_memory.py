@@ -216,6 +216,7 @@ def test_packed_weights_are_as_bitsandbytes_measured_them():
     assert states.weights + states.graph - adapters == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_unpacked_experts_are_held_without_checkpointing_and_one_layers_with_it():
     recipe = make_recipe("mixtral", "middle", lora=True, quantized=True)
     plain = make_recipe("mixtral", "middle", lora=True)

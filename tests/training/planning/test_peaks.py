@@ -35,6 +35,7 @@ def planned_peak(recipe):
     return memory.host_total
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "train", "how"),
     [
@@ -70,6 +71,7 @@ def compare(family, size, case, tmp_path):
     assert planned_peak(recipe) == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("family", "case"), TINY)
 def test_tiny_models(family, case, tmp_path):
     compare(family, "tiny", case, tmp_path)

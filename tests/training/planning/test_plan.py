@@ -42,6 +42,7 @@ def multiplied_weights(recipe):
     return active - model.get_input_embeddings().weight.numel()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_are_six_or_eight_a_weight_and_token(family, checkpointing):
@@ -58,6 +59,7 @@ def test_flops_are_six_or_eight_a_weight_and_token(family, checkpointing):
     assert flops == pytest.approx(expected, rel=0.01)  # the graphs' own products are the rest
 
 
+@pytest.mark.thorough
 def test_frozen_weights_cost_four():
     recipe, full = make_recipe("olmoe", "middle", lora=True), make_recipe("olmoe", "middle")
     settings = read_settings(full)
@@ -65,6 +67,7 @@ def test_frozen_weights_cost_four():
     assert 4 / 6 < lora / MetaStep(full, settings, None).flops() < 4.8 / 6  # adapters, and attention's own products
 
 
+@pytest.mark.thorough
 def test_deepspeed_casts_the_model_and_autocast_does_not():
     recipe = make_recipe("olmoe", "middle", bf16=True)
     settings = read_settings(recipe)
@@ -77,6 +80,7 @@ def test_deepspeed_casts_the_model_and_autocast_does_not():
     assert cast < 0.75 * plain
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_convex_in_the_micro_batch_size(checkpointing):
     recipe = make_recipe("olmoe", "middle", gradient_checkpointing=checkpointing)
@@ -97,6 +101,7 @@ def test_the_tiles_of_conversations_are_trls():
     assert (TOKEN_CHUNK_SIZE, trl._CHUNKED_LOGPROB_CHUNK_SIZE) == (TILE_TOKENS, TILE_VOCABULARY)
 
 
+@pytest.mark.thorough
 def test_conversations_are_counted_without_all_logits():
     pytest.importorskip("trl")
     if not head_is_tiled():
@@ -131,6 +136,7 @@ def test_the_largest_micro_batch(per_sequence, room, expected):
     assert all(sequences.bit_count() == 1 for sequences in counted)
 
 
+@pytest.mark.thorough
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
     recipe = make_recipe("olmoe", "middle", max_steps=10)
     machine = Machine(10**9)
@@ -147,6 +153,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert total(row.max_micro_batch_size + 2) > USABLE * machine.gpu_memory
 
 
+@pytest.mark.thorough
 def test_tokens_and_hours():
     smoke = RECIPES / "phi3-smoe-7.4b-glue" / "smoke.yaml"
     recipe = load_recipe(smoke, {"data.path": None, "data.limit": None, "max_steps": -1})
@@ -172,6 +179,7 @@ def test_remote_data_needs_sequences():
     assert sequences_of_run(settings, 8, 50) == 100
 
 
+@pytest.mark.thorough
 def test_every_launch_of_the_recipes_is_planned():
     plan = plan_recipe(load_recipe(QUICKSTART), read_launches(accelerate_folder(QUICKSTART)), [1, 8], SMALL)
     found = {(row.launch.name, row.processes) for row in plan.rows}
@@ -184,6 +192,7 @@ def test_every_launch_of_the_recipes_is_planned():
     assert on_cpu.max_micro_batch_size is on_cpu.hours is None
 
 
+@pytest.mark.thorough
 def test_launches_that_the_runner_refuses_are_left_out():
     launches = read_launches(accelerate_folder(QUICKSTART))
     recipe = load_recipe(QUICKSTART, {"launch.strategy": "zero2"})
@@ -194,6 +203,7 @@ def test_launches_that_the_runner_refuses_are_left_out():
         plan_recipe(recipe, [SINGLE], [1], SMALL)
 
 
+@pytest.mark.thorough
 def test_numbers_of_processes_that_the_runner_refuses_are_left_out():
     recipe = load_recipe(QUICKSTART, {"launch.processes": 4})
     plan = plan_recipe(recipe, [SINGLE, Launch("many", "ddp"), Launch("two", "ddp", machines=2)], [1, 2, 4, 8], SMALL)
@@ -220,6 +230,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "80"})
 
 
+@pytest.mark.thorough
 def test_the_command_prints_tables_and_writes_a_json(tmp_path):
     output = tmp_path / "plan.json"
     result = run(
@@ -317,6 +328,7 @@ def test_sizes(text, size):
     assert parse_bytes(text) == size
 
 
+@pytest.mark.thorough
 def test_images_are_planned():
     recipe = load_recipe(RECIPES / "llava-smoe-4.2b" / "smoke.yaml")
     plan = plan_recipe(recipe, [SINGLE], [1], SMALL)

@@ -34,6 +34,7 @@ def make_recipe(**config):
     return load_recipe(SMOKE, {"model.config": {**sizes, **config}, **data, **train})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("config", [{}, {"router_type": "cosine"}, {"moe_every": 2}, {"momentum": 0.7}], ids=str)
 def test_the_memory_of_a_step_is_what_is_measured(config, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "_CPU_CHUNK", vocabulary._CHUNK)  # a GPU's chunks are larger than a CPU's
