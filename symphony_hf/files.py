@@ -17,8 +17,7 @@ from typing import Any
 from .errors import ConfigError, SymphonyError
 
 CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_RECORD = "symphony_config.json"
 """Name of the file beside an adapter with graphs that says what it needs to be loaded."""
@@ -53,7 +52,7 @@ def place_of_replaced(target: Path) -> Path:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
 
-    A checkpoint at `target` is replaced, other files there are kept, and leftovers of a killed process are removed.
+    A checkpoint at `target` is replaced, other files there stay, and leftovers of a killed process are removed.
     """
     clear(target)
     folder = place_to_write(target)
@@ -72,14 +71,13 @@ def finish(target: Path, recorded: Collection[str] | None = None) -> None:
     If the process ends between the two renames, the replaced folder is in its `place_of_replaced`. `recorded` are names
     of the replaced checkpoint's files, from its own record; by default, see `stale_files`.
     """
-    written = place_to_write(target)
+    written, replaced = place_to_write(target), place_of_replaced(target)
+    for path in written.rglob("*"):  # before others are kept: it takes long, and more may come meanwhile
+        if path.is_file() and not path.is_symlink():
+            flush(path)
     _keep_others(target, written, recorded)
-    for folder, _, files in os.walk(written):
-        for path in (Path(folder) / name for name in files):
-            if not path.is_symlink():  # it may lead to nothing, or to nothing from here
-                flush(path)
+    for folder, _, _ in os.walk(written):
         flush(Path(folder))
-    replaced = place_of_replaced(target)
     if target.exists():
         os.replace(target, replaced)
     os.replace(written, target)
@@ -112,12 +110,9 @@ def stale_files(there: Collection[str], written: Collection[str], read: Callable
 
 
 def _shards(there: Collection[str], read: Callable[[str], Path]) -> set[str]:
-    if WEIGHTS_INDEX not in there:
-        return set()
-    try:
-        named = read_weight_map(read(WEIGHTS_INDEX), ConfigError).values()
-    except ConfigError:
-        return set()  # a broken index proves nothing about any file
+    named: Collection[str] = ()
+    with contextlib.suppress(ConfigError):  # a broken index proves nothing about any file
+        named = read_weight_map(read(WEIGHTS_INDEX), ConfigError).values() if WEIGHTS_INDEX in there else ()
     return {name for name in named if name.endswith(".safetensors")}
 
 
@@ -130,7 +125,7 @@ def _vocabulary_files(tokenizer_config: Path) -> set[str]:
 
 
 def _keep_others(target: Path, written: Path, recorded: Collection[str] | None) -> None:
-    """Link or copy files of `target` that are not part of its checkpoint into the folder that will replace it."""
+    """Link or copy what is not part of `target`'s checkpoint, and its mode, into the folder that will replace it."""
     if recorded is None and target.is_dir():
         there, new = ({entry.name for entry in folder.iterdir()} for folder in (target, written))
         recorded = stale_files(there, new, target.joinpath)
@@ -139,6 +134,11 @@ def _keep_others(target: Path, written: Path, recorded: Collection[str] | None) 
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(path, kept)
+    for folder, folders, files in os.walk(target):
+        if not folders and not files:
+            (written / Path(folder).relative_to(target)).mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        shutil.copymode(target, written)
 
 
 def foreign_files(folder: Path, ours: Collection[str]) -> list[Path]:
@@ -215,9 +215,14 @@ def check_folder_place(path: Path, command: str) -> None:
     """Check that a folder can be written, or replaced as a whole, or raise ConfigError."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{command}: `{path}` is a file, and the result is a folder: give another place")
-    if os.path.ismount(path) or Path.cwd().is_relative_to(path.resolve()):
-        raise ConfigError(f"{command}: `{path}` is a disk or the current folder: give a folder in it")
-    check_folder_of(path.resolve(), command)
+    place = path.resolve()
+    is_fixed = Path.cwd().is_relative_to(place) or (place.exists() and not os.access(place.parent, os.W_OK))
+    if is_fixed or any(os.path.ismount(folder) for folder, _, _ in os.walk(place)):
+        raise ConfigError(
+            f"{command}: `{path}` cannot be replaced as a whole: it is or holds a disk or the current folder, or it is "
+            "in a read-only folder. Give a folder in it"
+        )
+    check_folder_of(place, command)
 
 
 def check_folder_of(path: Path, command: str) -> None:
@@ -231,13 +236,12 @@ def check_folder_of(path: Path, command: str) -> None:
 
 def flush(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -285,10 +289,6 @@ def read_object(
 
 def read_weight_map(index: Path, error: type[SymphonyError]) -> dict[str, str]:
     """Read the index of a sharded checkpoint: tensor name -> name of a safetensors file beside the index.
-
-    Args:
-        index: Path of the index.
-        error: Class of the error to raise.
 
     Raises:
         SymphonyError: An `error`, if the index cannot be read, names no files, or names files in other folders.

@@ -28,12 +28,12 @@ def check_results(result: Path, others: Iterable[str], command: str, keys: Colle
         )
 
 
-def remove_results(result: Path, others: Iterable[str]) -> None:
+def remove_results(result: Path, others: Iterable[str], keys: Collection[str] = ()) -> None:
     """Remove the files of an earlier run, so that its numbers never stand beside another model's.
 
-    The result accounts for the others: it is removed last, and nothing is without it.
+    The result accounts for the others: it is removed last, and nothing is without it. See `check_results` for `keys`.
     """
-    if _is_result(result):
+    if _is_result(result, keys):
         for name in (*others, result.name):
             (result.parent / name).unlink(missing_ok=True)
 

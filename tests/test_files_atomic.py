@@ -119,12 +119,21 @@ def test_a_place_that_cannot_be_written_to_is_refused(place, message, tmp_path):
     assert names(tmp_path) == ["file", "folder"]  # nothing is made for the check
 
 
+def test_a_folder_that_holds_a_disk_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "data")
+    for place in ("out", "out/data", "link"):
+        with pytest.raises(ConfigError, match="cannot be replaced as a whole: it is or holds a disk"):
+            check_folder_place(tmp_path / place, "fold")
+
+
 def test_a_folder_that_cannot_be_replaced_as_a_whole_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "current" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "current" / "inner")
     for place in (Path("."), tmp_path / "current", Path("/")):
-        with pytest.raises(ConfigError, match=r"fold: `.*` is a disk or the current folder: give a folder in it"):
+        with pytest.raises(ConfigError, match=r"fold: `.*` cannot be replaced as a whole: .* Give a folder in it"):
             check_folder_place(place, "fold")
     with pytest.raises(ConfigError, match=r"fold: `.*file` is a file, and the result is a folder"):
         check_folder_place(tmp_path / "file", "fold")

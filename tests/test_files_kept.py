@@ -90,6 +90,15 @@ def test_a_replaced_folder_keeps_files_that_are_not_of_the_checkpoint(folder):
     assert (folder / "config.json").read_text() == "new"
 
 
+def test_a_replaced_folder_keeps_its_mode_and_its_empty_folders(folder):
+    (folder / "logs" / "inner").mkdir(parents=True)
+    folder.chmod(0o700)
+    with replacing_folder(folder) as written:
+        (written / "config.json").write_text("new")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "logs" / "inner").is_dir()
+
+
 def test_nothing_is_lost_if_the_new_folder_fails(folder):
     before = {path.name for path in folder.iterdir()}
     with pytest.raises(ValueError, match="broken off"), replacing_folder(folder):

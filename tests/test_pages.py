@@ -13,6 +13,7 @@ from pages import NOTEBOOKS, PAGES, README, ROOT, code_of, commands_inline_of, h
 from trainers import Rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from symphony_hf import symphonize
 from symphony_hf.cli import app
 from symphony_hf.errors import ConfigError
 from symphony_hf.experiments.bench.gpu import measure
@@ -97,10 +98,11 @@ def test_files_that_pages_name_exist():
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """A tiny checkpoint in the place of the one on the Hub, and the names that examples take as given."""
+    """Tiny checkpoints in the place of those on the Hub and of the quickstart, and names that examples take."""
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 64, "intermediate_size": 64}
     make_model(pad_token_id=None, **sizes).save_pretrained(tmp_path / HUB_NAME)
+    symphonize(make_model()).save_pretrained(tmp_path / "symphony-quickstart" / "symphony")
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"),
         use_cpu=True,

@@ -233,6 +233,15 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
     return str(merged)
 
 
+def with_metadata_of(readme: str, card: ModelCard, where: str) -> str:
+    """Return a README with a card's metadata added: single values replace those that are there, lists are joined."""
+    merged = ModelCard(merge_cards(readme, card, None, where))
+    for key, value in vars(card.data).items():
+        if value is not None and not isinstance(value, list):
+            merged.data[key] = value
+    return str(merged)
+
+
 def is_template(readme: str) -> bool:
     """Return whether a README is the Hub's unfilled template, which PEFT writes beside each adapter."""
     return readme.count(_TO_FILL_IN) > 20

@@ -36,9 +36,9 @@ def check_shard_size(size: int | str, command: str) -> None:
     """
     is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
     if isinstance(size, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             split_state_dict_into_shards_factory({}, get_storage_size=len, filename_pattern="", max_shard_size=size)
-            is_size = True
+            is_size = re.match(r"\s*0*\.?0*[1-9]", size) is not None  # neither 0 nor negative
     if not is_size:
         raise ConfigError(
             f"{command}: `max_shard_size` must be a number of bytes from 1 on, or a size such as `5GB`, got {size!r}"

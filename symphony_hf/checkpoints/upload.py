@@ -24,7 +24,7 @@ from symphony_hf.errors import PushError, SymphonyError
 from symphony_hf.files import stale_files, write_text
 
 from .folder import ModelFolder, open_folder
-from .model_card import PICTURE, is_card_alone, is_template, merge_cards, model_card, read_card
+from .model_card import PICTURE, is_card_alone, is_template, merge_cards, model_card, read_card, with_metadata_of
 from .provenance import Origin, complete
 from .results import read_results
 
@@ -131,7 +131,7 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | Non
 def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Origin | None) -> str:
     """Return the card merged into the folder's README, else into the one on the Hub, else alone.
 
-    A README of the folder that is a run's card alone adds its metadata to the one on the Hub, which keeps its text.
+    A README of the folder that is a run's card alone gives its metadata to the one on the Hub, which keeps its text.
     """
     file, on_hub = folder.files.get(_README), f"{_README} on the Hub"
     local = file.read_text(encoding="utf-8") if file is not None else None
@@ -140,7 +140,7 @@ def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Orig
     if remote is not None and is_template(remote):
         remote = None
     if local is not None and remote is not None and is_card_alone(local):
-        remote, local = merge_cards(remote, read_card(local, f"`{file}`"), None, where=on_hub), None
+        remote, local = with_metadata_of(remote, read_card(local, f"`{file}`"), where=on_hub), None
     if local is not None:
         if remote not in (None, local):
             logger.warning("%s is replaced by the folder's; its history has it", on_hub)

@@ -144,7 +144,7 @@ def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tracker.state.outer_mask = None
     if not (model.training and torch.is_grad_enabled()):
         return
-    tracker.take_part()
+    tracker.take_part(output)
     if torch.compiler.is_compiling():
         return
     loss = getattr(output, "loss", None)
@@ -210,14 +210,19 @@ def share_of_step(labels: Tensor | None, num_items: Tensor | int | None) -> Tens
 def tracker_of(model: nn.Module) -> Tracker:
     """Return the tracker of a Symphony model, found through any wrapper (DDP, DeepSpeed, PEFT, torch.compile).
 
+    Of several in a wrapper, such as a model and its frozen teacher, it is the one that is trained.
+
     Raises:
-        PatchError: If the model is not symphonized, or is a wrapper around several that are.
+        PatchError: If the model is not symphonized, or is a wrapper around several that are trained.
     """
-    tracker, *others = trackers_of(model)
+    trackers = trackers_of(model)
+    if len(trackers) > 1:
+        trackers = [tracker for tracker in trackers if tracker.is_trained()] or trackers
+    tracker, *others = trackers
     if others:
         raise PatchError(
-            f"{type(model).__name__} holds {1 + len(others)} Symphony models, where one is expected: give that one. "
-            "`update_graphs` and `add_router_losses` take all of them together"
+            f"{type(model).__name__} holds {1 + len(others)} Symphony models, where one is expected: give that one, or "
+            "freeze the others by `requires_grad_(False)`. `update_graphs` and `add_router_losses` take all of them"
         )
     return tracker
 

@@ -1,7 +1,4 @@
-"""The routers of one decoder stack, and the hooks by which a training forward records what they chose.
-
-README.md states the counting rule.
-"""
+"""The routers of one decoder stack, and the hooks that record their choices; README.md states the counting rule."""
 
 import copy
 import functools
@@ -133,8 +130,10 @@ class CoselectionCounter:
     def _note_graphs(self) -> None:
         """Note the graphs in use, which a commit moves. What is pending of another adapter's is not for them."""
         before, self._counted_graphs = self._counted_graphs, self.graphs
-        if before and self.key in self.state.counted and set(before).isdisjoint(self._counted_graphs):
-            self.state.drop()
+        is_pending = self.key in self.state.counted and len(before) == len(self.graphs)
+        changed = [row for row, graph in enumerate(self.graphs) if is_pending and graph is not before[row]]
+        if changed:
+            self.state.forget(self.key, changed)
             self.checks.warn_once(
                 "another adapter was set between two micro-batches of a step, so what the first has counted is left "
                 "out: call `optimizer.step()` and `symphony_hf.update_graphs(model)` before `set_adapter`"

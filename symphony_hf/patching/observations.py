@@ -53,10 +53,13 @@ class Observations:
         """Whether these are the observed routers, in this order."""
         return len(self.routers) == len(routers) and all(map(operator.is_, self.routers, routers))
 
-    def zero(self) -> None:
-        """Forget everything observed."""
+    def zero(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything observed, or what was observed of some routers."""
         for tensor in self._tensors:
-            tensor.zero_()
+            if rows is None:
+                tensor.zero_()
+            else:
+                tensor[list(rows)] = 0.0
 
     def add(self, other: "Observations") -> None:
         """Add what another has observed, router by router. Routers that are not in this one are left out."""
@@ -98,8 +101,8 @@ class ForwardRecord(Observations):
         self.counted = False
         self.generation = 0
 
-    def zero(self) -> None:
-        super().zero()
+    def zero(self, rows: Sequence[int] | None = None) -> None:
+        super().zero(rows)
         self.probabilities_LE.zero_()
 
 

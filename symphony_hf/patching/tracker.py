@@ -17,7 +17,7 @@ from .correction_bias import move_bias
 from .counting import CoselectionCounter
 from .expert_graph import is_functional
 from .native_losses import NativeLosses
-from .observations import Observations
+from .observations import Observations, backward_starts
 from .training_checks import TrainingChecks
 from .training_state import TrainingState, keeps_loads, num_ranks, parameters_of
 
@@ -92,6 +92,10 @@ class Tracker:
         """Return the identities of the decoder stacks' parameters."""
         return {id(parameter) for counter in self.counters for parameter in counter.owner.parameters()}
 
+    def is_trained(self) -> bool:
+        """Whether a parameter of the decoder stacks is trained."""
+        return any(parameter.requires_grad for counter in self.counters for parameter in counter.owner.parameters())
+
     def place_scale(self) -> None:
         """Put the scale on the graphs' device before a forward refers to it.
 
@@ -146,13 +150,21 @@ class Tracker:
                 "`optimizer.step()`, or give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
             )
 
-    def take_part(self) -> None:
-        """Count a training forward of the model on each of several ranks, also where it runs no router on this one.
+    def take_part(self, output: Any) -> None:
+        """Let each of several ranks count a training forward once its backward begins, also if it ran no router.
 
         A batch of text alone leaves out an image encoder that another rank runs, and the ranks commit together.
         """
-        if num_ranks() > 1 and not is_functional():
-            self.state.counted.update(self.state.routers)
+        if num_ranks() == 1 or is_functional():
+            return
+        starts = [] if torch.compiler.is_compiling() else backward_starts(output)
+        for tensor in starts:
+            tensor.register_hook(self._take_part)
+        if not starts:
+            self._take_part()
+
+    def _take_part(self, gradient: Tensor | None = None) -> None:
+        self.state.counted.update(self.state.routers)
 
     def settle_alone(self) -> None:
         """Commit the last optimizer step if the loop did not. Called before the graphs are read, as by a save.

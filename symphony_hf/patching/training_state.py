@@ -90,6 +90,11 @@ class TrainingState:
         pending.add(record)
         self.counted.add(key)
 
+    def forget(self, key: int, rows: Sequence[int]) -> None:
+        """Forget what is pending of some routers of a stack, by their number in it."""
+        if key in self.pending and len(self.pending[key].routers) > max(rows):
+            self.pending[key].zero(rows)
+
     def gather(self, key: int, num_experts: int, device: torch.device) -> Observations:
         """Return all that is pending of a stack, for the routers that it has now."""
         total = Observations(self.routers[key], num_experts, device)

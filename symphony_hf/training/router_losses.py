@@ -1,6 +1,7 @@
 """Router losses for trainers that compute their own loss: DPO, KTO, GRPO, reward modelling, label smoothing."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -78,10 +79,14 @@ def with_router_losses(trainer_class: TrainerClass) -> TrainerClass:
 
 def _counted_labels(trainer: Trainer, inputs: Any) -> Tensor | None:
     """Return the labels of a micro-batch that Trainer counts in `num_items_in_batch`."""
+    if not isinstance(inputs, Mapping):
+        return None
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if shifted is not None or not isinstance(labels, Tensor):
         return shifted
-    return labels[..., 1:] if LOSS_MAPPING.get(getattr(trainer.model, "loss_type", None)) is ForCausalLMLoss else labels
+    model: Any = trainer.model
+    is_shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return labels[..., 1:] if is_shifted and not model.config.is_encoder_decoder else labels
 
 
 def _share_of_step(trainer: Trainer, labels: Tensor | None, num_items_in_batch: Any) -> Tensor | float:
@@ -95,7 +100,9 @@ def _share_of_step(trainer: Trainer, labels: Tensor | None, num_items_in_batch: 
         accepts_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         is_scaled = accepts_items or trainer.compute_loss_func is not None
         if is_scaled and num_items_in_batch is not None and labels is not None:
-            processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-            return processes * share_of_step(labels, num_items_in_batch)
+            is_mean = trainer.args.average_tokens_across_devices
+            # Ranks of tensor parallelism have the same tokens, which Trainer counts once.
+            copies = trainer.accelerator.num_processes // trainer.get_tp_size() if is_mean else 1
+            return copies * share_of_step(labels, num_items_in_batch)
     steps = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
     return 1 / steps if is_scaled else 1.0

@@ -159,14 +159,17 @@ def test_text_on_the_hub_stays_when_a_run_folder_with_its_own_card_is_pushed_aga
     write_card(checkpoint, "it")
     push(checkpoint, "me/it")
     stored = hub.repos["me/it"].commit_of("main")[1]["README.md"]
-    stored.content += b"\nMy end.\n"
+    stored.content = (
+        stored.content.replace(b"library_name:", b"license: gpl\nlanguage: en\nlibrary_name:") + b"\nMy end.\n"
+    )
     local = checkpoint / "README.md"
     local.write_text(local.read_text().replace("library_name:", "license: mit\nlibrary_name:"))
     push(checkpoint, "me/it")
     card = card_of(hub)
     assert card.text.endswith("<!-- end of the symphony card -->\n\nMy end.\n")
     assert "# it\n" in card.text
-    assert card.data.license == "mit"  # metadata that was added to the folder's card
+    assert card.data.license == "mit"  # the folder's own metadata goes first
+    assert card.data.language == "en"
 
 
 @pytest.mark.parametrize("metadata", ["- a\n- list", "a: [", "model-index: 3"])

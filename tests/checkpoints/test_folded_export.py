@@ -102,7 +102,7 @@ def test_killed_at_any_step_it_leaves_the_old_checkpoint_or_the_new_one(tmp_path
     assert [path.name for path in folder.parent.iterdir()] == ["plain"]
 
 
-@pytest.mark.parametrize("size", ["5 apples", "", 0, True, None])
+@pytest.mark.parametrize("size", ["5 apples", "", "0GB", "-5GB", "infGB", 0, True, None])
 def test_a_size_that_is_none_is_refused_before_the_model_is_loaded(size, tmp_path):
     for attempt in (
         lambda: fold_checkpoint(tmp_path / "nowhere", tmp_path / "plain", max_shard_size=size),

@@ -235,6 +235,8 @@ def test_all_models_in_a_wrapper_are_served():
             assert torch.equal(parameter.grad, expected.grad)
     with pytest.raises(PatchError, match="2 Symphony models"):
         tracker_of(both)
+    both["value"].requires_grad_(False)
+    assert tracker_of(both) is tracker_of(both["policy"])  # as the callbacks find it beside a frozen teacher
 
 
 def test_graphs_that_differ_between_ranks_are_named(two_ranks):
@@ -262,6 +264,8 @@ def test_a_rank_that_runs_no_router_takes_part_in_the_commit(two_ranks):
     with pytest.warns(SymphonyWarning, match="nothing moved the graphs"):
         model(ids, labels=ids)
     assert [float(tensor.abs().sum()) for tensor in sent] == [0, 0]
+    optimizer.step()  # of a forward whose backward never came: nothing to take part in
+    assert not update_graphs(model)
     assert all(torch.equal(graph, before[name]) for name, graph in expert_graphs(model).items())
 
 

@@ -22,6 +22,7 @@ from symphony_hf import (
 from symphony_hf.experiments.conformance.batches import tiny_batch
 from symphony_hf.experiments.conformance.matrix import quiet
 from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -296,6 +297,29 @@ def test_counts_of_one_adapter_do_not_move_the_graphs_of_another(saved):
         model(input_ids=others, labels=others).loss.backward()
     assert update_graphs(model)
     assert_moved(model, before, seen, [[1] * 24])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:the model has adapters of PEFT, and its graphs are not in them"
+)  # not in all layers
+def test_counts_of_layers_that_two_adapters_share_stay():
+    peft = pytest.importorskip("peft")
+    configs = [
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[f"layers.{layer}.mlp.gate.symphony"])
+        for layer in (0, 1)
+    ]
+    model = peft.get_peft_model(symphonize(make_model(), decay=DECAY), configs[0]).train()
+    model.add_adapter("second", configs[1])
+    ids = make_ids()
+    before = list(expert_graphs(model).values())
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.set_adapter("second")
+    with pytest.warns(SymphonyWarning, match="another adapter was set"):
+        model(input_ids=ids, labels=ids).loss.backward()
+    pending = next(iter(tracker_of(model).state.pending.values())).tokens_L
+    assert pending.tolist() == [24, 24, 48]  # both micro-batches of the layer without a graph of an adapter's own
+    assert update_graphs(model)
+    assert all(not torch.equal(a, b) for a, b in zip(before, expert_graphs(model).values(), strict=True))
 
 
 @pytest.mark.parametrize("saved", ["gate", "symphony"])

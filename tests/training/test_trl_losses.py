@@ -1,6 +1,7 @@
 """Trainers that compute their own loss: `with_router_losses` adds the router losses, and references are synced."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,9 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from symphony_hf import ConfigError, PatchError, SymphonyCallback, add_router_losses, symphonize, with_router_losses
+from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.training.fit import train
+from symphony_hf.training.router_losses import _counted_labels, _share_of_step
 
 NUMBERS = [str(i) for i in range(16)]
 COMMON = {
@@ -247,6 +250,22 @@ def test_label_smoothing_weighs_router_losses_by_tokens(tmp_path):
     smoothed, plain = (gate(smoothing, 1.0) - gate(smoothing, 0.0) for smoothing in (0.1, 0.0))
     assert plain.abs().max() > 1e-4
     torch.testing.assert_close(smoothed, plain, rtol=0.0, atol=1e-6)  # differences of weights near 1, in float32
+
+
+@pytest.mark.parametrize(("family", "counted"), [("olmoe", 7), ("nllb-moe", 8)])
+@pytest.mark.parametrize(("processes", "parallel"), [(1, 1), (2, 1), (4, 2)])
+def test_the_shares_of_a_step_sum_to_what_trainer_multiplies_its_loss_by(family, counted, processes, parallel):
+    """Two micro-batches on each of the processes, of which those of tensor parallelism have the same tokens."""
+    trainer = SimpleNamespace(
+        model=tiny_model(family), args=SimpleNamespace(average_tokens_across_devices=True),
+        get_tp_size=lambda: parallel,
+        accelerator=SimpleNamespace(num_processes=processes), model_accepts_loss_kwargs=True, compute_loss_func=None,
+    )  # fmt: skip
+    num_items = torch.tensor(2 * 3 * counted * processes // parallel)
+    labels = _counted_labels(trainer, {"labels": make_ids(3, 8)})
+    # Each process has half of its tokens in a micro-batch, and the mean over processes is of the sums of shares.
+    assert float(_share_of_step(trainer, labels, num_items)) == pytest.approx(1 / 2)
+    assert _counted_labels(trainer, (labels,)) is None
 
 
 def test_only_trainer_classes_are_accepted():

@@ -21,6 +21,8 @@ from .vqa import VisualTask
 TASKS: dict[str, type[Task[Any]]] = {"text": TextTask, "classification": ClassificationTask, "vqa": VisualTask}
 
 RESULT, PICTURE = "result.json", "robustness.png"
+_KEYS = ("models", "versions")
+"""Keys of its result. That of `symphony routing`, which has the same name, lacks the first."""
 
 
 def open_task(settings: RobustnessSettings, store: Store) -> Task[Any]:
@@ -54,9 +56,9 @@ def evaluate_robustness(settings: RobustnessSettings) -> dict[str, Any]:
     """
     started = time.perf_counter()
     output = Path(settings.output)
-    check_results(output / RESULT, [PICTURE], "eval")
+    check_results(output / RESULT, [PICTURE], "eval", _KEYS)
     task = open_task(settings, Store(output / "cells"))
-    remove_results(output / RESULT, [PICTURE])
+    remove_results(output / RESULT, [PICTURE], _KEYS)
     measured = {role: task.measure(role) for role in task.models_under_test}
     described = task.describe(measured)  # its warnings help to understand an error of the summary
     result = {

@@ -32,6 +32,8 @@ from .settings import RoutedModel, RoutingSettings
 from .texts import CLASS_NAMES, DISTANCE_NAMES, ObservedTexts, prepare_observed
 
 RESULT = "result.json"
+_KEYS = ("layers", "versions")
+"""Keys of its result. That of `symphony eval`, which has the same name, lacks the first."""
 MATRICES = "matrices.safetensors"
 
 
@@ -50,7 +52,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         SymphonyError: If a model or the data could not be loaded, or the checkpoints are not of one model.
     """
     started, output = time.perf_counter(), Path(settings.output)
-    check_results(output / RESULT, [MATRICES, *CAPTIONS], "routing")
+    check_results(output / RESULT, [MATRICES, *CAPTIONS], "routing", _KEYS)
     checkpoint = RoutedModel(settings.model, settings.revision, settings.dtype)
     earlier = [RoutedModel(source, None, settings.dtype) for source in settings.against]
     for other in earlier:
@@ -79,7 +81,7 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         "versions": versions(),
         "seconds": time.perf_counter() - started,
     }
-    remove_results(output / RESULT, [MATRICES, *picture_names(output / RESULT)])
+    remove_results(output / RESULT, [MATRICES, *picture_names(output / RESULT)], _KEYS)
     _write_matrices(output / MATRICES, observation.matrices)
     write_json(output / RESULT, result)
     return result

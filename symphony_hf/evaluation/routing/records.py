@@ -95,7 +95,7 @@ def _run(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = input_ids
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = 1  # the LM head is a fifth of a small model's work, and no router waits for it
+        inputs["logits_to_keep"] = 1  # the LM head is much of a small model's work, and no router waits for it
     model(**inputs)
 
 
@@ -219,11 +219,8 @@ def expert_similarities(model: Any, form: Form, num_tokens: int) -> dict[str, Te
         own[:, 0] = 0  # a window's first token is given, and an outlier that attention rests on
         rows = own.flatten().nonzero().flatten().cpu()
         positions = rows[torch.linspace(0, len(rows) - 1, min(num_tokens, len(rows))).long()]
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = batch.input_ids
         with sampling_experts(model, positions) as samples:
-            model(**inputs)
+            _run(model, batch.input_ids, batch.attention_mask)
         for sample in samples:
             if sample.hidden_TD is not None:
                 similarities[sample.name] = cka_matrix(sample.outputs())

@@ -43,7 +43,8 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
     """Return what a study of characters can see, and each of its forms against its own system."""
     damage = max(study["settings"]["damage"])
     lines = [f"- **{study_title(study)}**: {sight_sentence(study['sight'])}"]
-    for measure in ("clean_nats", f"damaged_nats_{damage:g}", f"routing_kept_{damage:g}"):
+    forgotten = ["forgotten_nats"] if study["settings"]["pretraining_steps"] else []
+    for measure in ("clean_nats", *forgotten, f"damaged_nats_{damage:g}", f"routing_kept_{damage:g}"):
         found = []
         for row in _compared(study):
             values = row["against_plain"][measure]

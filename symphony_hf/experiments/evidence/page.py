@@ -95,14 +95,17 @@ def _characters(study: Mapping[str, Any]) -> list[str]:
         if settings["learning_rates"]
         else f"all at a learning rate of {settings['learning_rate']}, which was not tuned for each form"
     )
+    first = settings["pretraining_steps"]
+    start = f" from a plain model after {first:,} steps on the first text" if first else ""
     return [
         f"`{study['command']}`",
         "",
-        f"{study['about']} {settings['test_tokens']:,} test characters. Each run: {settings['tokens']:,} characters "
-        f"({settings['steps']:,} steps of {settings['rows']} rows of {settings['block_size']}), {max(parameters):,} "
-        f"parameters, {settings['model']['num_hidden_layers']} layers, width {settings['hidden_size']}, Adam, {tuned}, "
-        f"seeds {seeds}, on one core of a CPU ({'; '.join(machines)}). Nats per character; comparisons are differences "
-        "paired by seed, and below 0 is better. Damage: characters replaced at random; the others are scored.",
+        f"{study['about']} {settings['test_tokens']:,} test characters. Each run{start}: {settings['tokens']:,} "
+        f"characters ({settings['steps']:,} steps of {settings['rows']} rows of {settings['block_size']}), "
+        f"{max(parameters):,} parameters, {settings['model']['num_hidden_layers']} layers, width "
+        f"{settings['hidden_size']}, Adam, {tuned}, seeds {seeds}, on one core of a CPU ({'; '.join(machines)}). Nats "
+        "per character; comparisons are differences paired by seed, and below 0 is better. Damage: characters replaced "
+        "at random; the others are scored.",
         "",
         f"{sight_sentence(study['sight'])} {CHOICES_KEPT}",
         "",

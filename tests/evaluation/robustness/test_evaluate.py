@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import symphony_hf.evaluation.robustness.text as measure
 from symphony_hf import symphonize
 from symphony_hf.cli import app, main
+from symphony_hf.compat import versions
 from symphony_hf.data.documents import Document
 from symphony_hf.errors import ConfigError, DataError, EvaluationError, SymphonyWarning
 from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS, attack_documents
@@ -300,9 +301,10 @@ def test_an_earlier_result_does_not_outlive_a_new_evaluation_in_its_folder(
     with pytest.raises(KeyboardInterrupt):
         evaluate_robustness(make_settings(untrained, data_file, output, block_size=20))
     assert [path.name for path in output.iterdir()] == ["cells"]
-    (output / "result.json").write_text('{"mine": true}')
-    with pytest.raises(ConfigError, match=r"has `result\.json`, which no run of symphony_hf wrote"):
-        evaluate_robustness(make_settings(untrained, data_file, output))
+    for other in ({"mine": True}, {"layers": {}, "routers": [], "versions": versions()}):  # the second of `routing`
+        (output / "result.json").write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match=r"has `result\.json`, which no run of symphony_hf wrote"):
+            evaluate_robustness(make_settings(untrained, data_file, output))
 
 
 def test_one_model_alone_has_no_verdict(trained, data_file, tmp_path):

@@ -263,7 +263,7 @@ def test_a_used_folder_keeps_nothing_of_an_earlier_observation(tmp_path, checkpo
     """At no moment does it have both a result and another observation's files; what is not its own stays."""
     _, late = checkpoints
     earlier = ["matrices.safetensors", "graphs.png", "learned.png", "flips-keyboard.png", "load.png"]
-    record = {"versions": {"symphony_hf": "0.1.0"}, "corruption": [{"attack": "keyboard"}]}
+    record = {"layers": {}, "versions": {"symphony_hf": "0.1.0"}, "corruption": [{"attack": "keyboard"}]}
 
     def fill():
         for name in (*earlier, "notes.png", "flips-mine.png"):
