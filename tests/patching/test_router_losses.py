@@ -154,8 +154,14 @@ def test_a_forward_that_averages_its_loss_itself_ignores_num_items_in_batch(enco
 def test_losses_that_a_loop_might_add_are_0_in_training(family, number):
     """Those of an encoder and of a decoder. In evaluation they are as the model computes them."""
     with quiet():
-        model = symphonize(tiny_model(family))
+        model = tiny_model(family)
     batch = {**tiny_batch(model), "output_router_logits": True}
+    try:
+        model(**batch)
+    except ValueError:  # Switch, in 5.17
+        pytest.skip("this version of transformers cannot return the family's router logits")
+    with quiet():
+        symphonize(model)
     for training in (True, False):
         out = model.train(training)(**batch)
         losses = {name: value for name, value in out.items() if name.endswith(("aux_loss", "z_loss"))}

@@ -305,10 +305,9 @@ def test_a_limit_of_documents_takes_some_from_all_over(monkeypatch):
 def test_the_revision_is_of_the_models_own_tokenizer(monkeypatch):
     """Not of another repository's, with or without images."""
     asked = []
-    for loader in (processors.AutoTokenizer, processors.AutoImageProcessor):
-        monkeypatch.setattr(
-            loader, "from_pretrained", lambda source, **how: asked.append((source, how.get("revision")))
-        )
+    loader = SimpleNamespace(from_pretrained=lambda source, **how: asked.append((source, how.get("revision"))))
+    for name in ("AutoTokenizer", "AutoImageProcessor"):
+        monkeypatch.setattr(processors, name, loader)
     for name in ("vision_config_of", "select_strategy", "_processor"):
         monkeypatch.setattr(processors, name, lambda *parts: None)
     model = {"path": "a/model", "revision": "v1", "config": None}
