@@ -138,7 +138,7 @@ def test_the_figures_of_4_bits_are_the_result_files():
 
 
 def test_the_findings_are_those_of_the_result_files():
-    routing, gradient, quality, forms, compression, cost = items(README, "findings")
+    routing, gradient, tuning, quality, forms, compression, cost = items(README, "findings")
 
     study = result_of("evidence", "characters-tuned")
     graph, dense = (
@@ -168,6 +168,20 @@ def test_the_findings_are_those_of_the_result_files():
         for label in (DENSE, "smoe, no graph")
     ]
     assert f"for {seconds[0] / seconds[1]:.1f} times the CPU time" in gradient
+
+    study = result_of("evidence", "characters-fine-tuning-short")
+    (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == GRAPH)
+    settings = study["settings"]
+    tokens = settings["tokens"], settings["tokens"] / settings["steps"] * settings["pretraining_steps"]
+    first, then = (f"{number / 1e6:.1f}M" for number in tokens)
+    assert f"{first} characters after {then} of another text, eight seeds" in tuning
+    chosen = {row["label"]: row["chosen"] for row in study["tuning"]}
+    assert chosen[GRAPH] == 2 * chosen["smoe, no graph"]
+    verdicts = {"clean_nats": "worse", "damaged_nats_0.15": "better", "forgotten_nats": "worse"}
+    for name, verdict in verdicts.items():
+        assert (graph[name]["num_seeds"], graph[name]["verdict"]) == (8, verdict)
+        assert f"({interval_text(graph[name], 4, sign='+')})" in tuning
+    assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in " ".join(tuning.split())
 
     pairs = result_of("evidence", "pairs")
     of_graph = {row["label"]: row["against_plain"] for row in pairs["rows"] if "against_plain" in row}
