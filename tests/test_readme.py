@@ -180,7 +180,7 @@ def test_the_findings_are_those_of_the_result_files():
     verdicts = {"clean_nats": "worse", "damaged_nats_0.15": "better", "forgotten_nats": "worse"}
     for name, verdict in verdicts.items():
         assert (graph[name]["num_seeds"], graph[name]["verdict"]) == (8, verdict)
-        assert f"({interval_text(graph[name], 4, sign='+')})" in tuning
+        assert f"({interval_text(graph[name], 4, sign='+')}" in " ".join(tuning.split())
     assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in " ".join(tuning.split())
 
     pairs = result_of("evidence", "pairs")
