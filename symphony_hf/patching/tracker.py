@@ -18,7 +18,7 @@ from .counting import CoselectionCounter
 from .expert_graph import is_functional
 from .native_losses import NativeLosses
 from .observations import Observations, backward_starts
-from .training_checks import TrainingChecks
+from .training_checks import TrainingChecks, is_trained
 from .training_state import TrainingState, keeps_loads, num_ranks, parameters_of
 
 _TRACKERS: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
@@ -94,7 +94,7 @@ class Tracker:
 
     def is_trained(self) -> bool:
         """Whether a parameter of the decoder stacks is trained."""
-        return any(parameter.requires_grad for counter in self.counters for parameter in counter.owner.parameters())
+        return any(is_trained(counter.owner) for counter in self.counters)
 
     def place_scale(self) -> None:
         """Put the scale on the graphs' device before a forward refers to it.

@@ -72,7 +72,8 @@ def num_differing(graphs: Sequence[ExpertGraph], device: torch.device) -> int:
     return int((highest != lowest).sum())
 
 
-def _is_trained(module: nn.Module) -> bool:
+def is_trained(module: nn.Module) -> bool:
+    """Whether a parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -203,7 +204,7 @@ class TrainingChecks:
             )
 
     def _check_losses(self, counters: Sequence[Stack], loss_recorded: bool) -> None:
-        if not any(_is_trained(router) for counter in counters for router in counter.routers):
+        if not any(is_trained(router) for counter in counters for router in counter.routers):
             self._check_frozen_routers([counter.owner for counter in counters])
         if not loss_recorded:
             self.warn_once(
@@ -216,9 +217,9 @@ class TrainingChecks:
         """Warn unless adapters are trained in the stacks: these freeze all base weights, routers too, by design."""
         if any(getattr(module, "disable_adapters", False) is True for stack in stacks for module in stack.modules()):
             return  # their parameters take no gradient while they are off, as in a reference's forward
-        is_trained = any(map(_is_trained, stacks))
-        if not is_trained or not any(map(is_adapted, stacks)):
-            effect = "train only what is below them" if is_trained else "have no effect, as all below them is frozen"
+        trains = any(map(is_trained, stacks))
+        if not trains or not any(map(is_adapted, stacks)):
+            effect = "train only what is below them" if trains else "have no effect, as all below them is frozen"
             self.warn_once(
                 f"every router is frozen, so the balance and z-loss {effect}: train the routers (with PEFT: "
                 "`lora_config(model, router='train')`), or set `balance_loss_weight` and `z_loss_weight` to 0"

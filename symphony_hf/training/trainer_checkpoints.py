@@ -41,7 +41,7 @@ def run_number(output: Path, resumed: Path | None) -> int:
 
     A run deletes only its own checkpoints, and is told from an earlier one in the folder by this number.
     """
-    numbers = {folder.resolve(): run_of(folder) or 0 for folder in _records(output)}
+    numbers = {folder.resolve(): record.get("run", 0) for folder, record in _records(output).items()}
     new = max(numbers.values(), default=-1) + 1
     return new if resumed is None else numbers.get(resumed.resolve(), new)
 
@@ -75,7 +75,7 @@ def delete_oldest(output: Path, limit: int | None, keep: set[Path], run: int = 0
     """
     if not limit or limit < 1:
         return
-    records = {folder: record for folder, record in _records(output).items() if run_of(folder) == run}
+    records = {folder: record for folder, record in _records(output).items() if record.get("run", 0) == run}
     oldest_first = sorted(records, key=lambda folder: records[folder]["order"])
     surplus = len(oldest_first) - max(limit, len(keep & set(oldest_first)))
     for folder in [folder for folder in oldest_first if folder not in keep][: max(0, surplus)]:
