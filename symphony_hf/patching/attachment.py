@@ -55,15 +55,13 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
         by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
     for key, routers in enumerate(by_stack.values()):
         owner, modules = routers[0].owner, [router.module for router in routers]
-        shared = (tracker.state, tracker.checks, tracker.settle, tracker.place_scale)
-        tracker.counters.append(CoselectionCounter(key, owner, modules, _mask_position(owner), *shared))
+        tracker.counters.append(CoselectionCounter(key, owner, modules, _mask_position(owner), tracker))
     tracker.place_scale()
     model._symphony_tracker = tracker  # type: ignore[assignment]
     tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
     tracker.mask_position = _mask_position(model)
     tracker.handles.append(model.register_forward_hook(_end_forward, with_kwargs=True))
     tracker.handles.extend(attach_gradients(model, found))
-    tracker.handles.append(model.register_state_dict_pre_hook(_begin_state_dict))
     if isinstance(model, PreTrainedModel):
         _attach_to_pretrained(model, found, settings, tracker)
 
@@ -122,10 +120,6 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     position = tracker.mask_position
     by_position = args[position] if position is not None and len(args) > position else None
     tracker.state.outer_mask = kwargs.get("attention_mask", by_position)
-
-
-def _begin_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
-    settle(model)
 
 
 def settle(model: nn.Module) -> None:
@@ -241,18 +235,22 @@ def trackers_of(model: nn.Module) -> list[Tracker]:
 
 def _trackers_in(model: nn.Module) -> list[Tracker]:
     held = [module.__dict__ for module in model.modules()]
-    return [attributes["_symphony_tracker"] for attributes in held if "_symphony_tracker" in attributes]
+    whole = [attributes["_symphony_tracker"] for attributes in held if "_symphony_tracker" in attributes]
+    # The routers of a part know the model that it is of.
+    stacks = [] if whole else [attributes["stack"] for attributes in held if attributes.get("stack") is not None]
+    return whole or list(dict.fromkeys(stack.tracker for stack in stacks if isinstance(stack, CoselectionCounter)))
 
 
 def update_graphs(model: nn.Module) -> bool:
     """Update the graphs with the counts since the last call. Custom loops call it after `optimizer.step()`.
 
     Args:
-        model: A symphonized model, or a wrapper around one (DDP, DeepSpeed, PEFT, torch.compile) or several.
+        model: A symphonized model, a part of one, or a wrapper around one (DDP, DeepSpeed, PEFT, torch.compile) or
+            several.
 
     Returns:
         True if the graphs were updated. False if nothing was counted since the last update, or if the optimizer that
-        is known to hold this model's parameters has not stepped since.
+        is known to hold this model's parameters has not stepped since. Before its first step none is known.
 
     Raises:
         PatchError: If the model is not symphonized.

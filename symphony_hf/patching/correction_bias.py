@@ -66,8 +66,8 @@ def move_bias(bias: Tensor, load_E: Tensor, rate: float) -> None:
 
     Args:
         bias: Shape: num_experts entries.
-        load_E: Tokens that chose each expert. Shape: (num_experts,). Not finite after non-finite logits: then, and
-            without any token, the bias stays.
+        load_E: Tokens that chose each expert. Shape: (num_experts,). The bias stays where there is none, or it is not
+            finite.
         rate: Step, up or down.
     """
     load_E = load_E.to(bias.device)

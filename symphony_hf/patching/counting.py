@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -29,10 +28,7 @@ class CoselectionCounter:
         owner: The module.
         routers: The routers in layer order; each has its graph in `symphony`.
         mask_position: The position of `attention_mask` in the owner's forward, if it may be passed by position.
-        state: The model's training state.
-        checks: The model's training checks.
-        settle: Commits the last optimizer step if the loop did not.
-        place_scale: Puts the losses' scale on the graphs' device.
+        tracker: The model's tracker, which has its training state and its checks.
 
     Attributes:
         active: Whether the forward under way, or the last one, is a training forward.
@@ -46,18 +42,14 @@ class CoselectionCounter:
         owner: nn.Module,
         routers: list[nn.Module],
         mask_position: int | None,
-        state: TrainingState,
-        checks: TrainingChecks,
-        settle: Callable[[], None],
-        place_scale: Callable[[], None],
+        tracker: Any,
     ) -> None:
         self.key = key
         self.owner = owner
         self.mask_position = mask_position
-        self.state = state
-        self.checks = checks
-        self.settle = settle
-        self.place_scale = place_scale
+        self.tracker = tracker
+        self.state: TrainingState = tracker.state
+        self.checks: TrainingChecks = tracker.checks
         self.active = False
         self.record: ForwardRecord | None = None
         self._counted_graphs: list[ExpertGraph] = []
@@ -66,7 +58,7 @@ class CoselectionCounter:
             owner.register_forward_hook(self.after_forward),
             owner.register_load_state_dict_post_hook(self.after_load),
         ]
-        self.placed = StackRouters(self, key, owner, routers, state, checks)
+        self.placed = StackRouters(self, key, owner, routers, self.state, self.checks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CoselectionCounter":
         """Copy the counter with its model, whichever stack is first. A router copied alone, by PEFT, stays in this."""
@@ -103,15 +95,16 @@ class CoselectionCounter:
         return active_graph(self.routers[0].symphony).adjacency.device
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the owner: commit the last step if the loop did not, and begin a record."""
+        """Pre-hook of the owner: commit the last step if the loop did not, and begin a record where one trains."""
         self.active = module.training and torch.is_grad_enabled() and not is_functional()
         if not self.active:
             if torch.is_grad_enabled():
                 self.state.evaluated = True
+            self.tracker.commit_alone()  # already done where the whole model runs
             return
         self.checks.refuse_replica(module)
-        self.settle()
-        self.place_scale()
+        self.tracker.settle()
+        self.tracker.place_scale()
         if torch.compiler.is_compiling():
             self._counted_graphs = []  # those in use, which a compiler does not list
             self.record = self.state.compiled_record(self.key, self.num_experts, self.device)
@@ -128,7 +121,7 @@ class CoselectionCounter:
         self.record.image_T = types.reshape(-1).bool() if isinstance(types, Tensor) else None
 
     def _note_graphs(self) -> None:
-        """Note the graphs in use, which a commit moves. What is pending of another adapter's is not for them."""
+        """Note the graphs in use, which a commit moves. Counts made with another adapter's graphs are dropped."""
         before, self._counted_graphs = self._counted_graphs, self.graphs
         is_pending = self.key in self.state.counted and len(before) == len(self.graphs)
         changed = [row for row, graph in enumerate(self.graphs) if is_pending and graph is not before[row]]
@@ -181,9 +174,7 @@ class CoselectionCounter:
         """
         totals_LF = record.counts_by_expert()
         if self.config.balance_scope == "step":
-            pending_LF = self.state.gather(self.key, self.num_experts, self.device).counts_by_expert()
-            # Non-finite logits poisoned the counts: after a loss scaler skipped such a step, training goes on.
-            totals_LF += torch.where(torch.isfinite(pending_LF).all(1, keepdim=True), pending_LF, 0.0)
+            totals_LF += self.state.gather(self.key, self.num_experts, self.device).counts_by_expert()
         if num_ranks() > 1:
             dist.all_reduce(totals_LF)
         # A router that saw no token has no load.
@@ -199,11 +190,10 @@ class CoselectionCounter:
 
     @torch.no_grad()
     def keep_loads(self, counts_LEE: Tensor, tokens_L: Tensor) -> None:
-        """Keep the load of the step that is being committed. A router without tokens, or with NaN, keeps its last."""
+        """Keep the load of the step that is being committed. A router without tokens keeps its last."""
         last_LE, tokens_L1 = self.last_loads(), tokens_L.unsqueeze(1)
         loads_LE = counts_LEE.diagonal(dim1=1, dim2=2) / tokens_L1.clamp_min(1.0)
-        usable_L1 = torch.isfinite(loads_LE).all(1, keepdim=True) & (tokens_L1 > 0)
-        last_LE.copy_(torch.where(usable_L1, loads_LE, last_LE))
+        last_LE.copy_(torch.where(tokens_L1 > 0, loads_LE, last_LE))
 
     def observe(self, router: Any, logits_TE: Tensor, indices_TK: Tensor) -> Tensor | None:
         """Record what a training router chose, and return the loss to attach.
@@ -253,7 +243,7 @@ class CoselectionCounter:
             finite_T = finite_T | ~mask_T.to(finite_T.device)
             tokens = mask_T.sum().to(losses)
         counts_EE = count_coselections(indices_TK, self.num_experts, mask_T)
-        # Top-k of NaN is arbitrary: poison the counts, and `update_adjacency` leaves the graph as it was.
+        # Top-k of NaN is arbitrary: poison the counts, and `add_pending` leaves this router's out.
         counts_EE = torch.where(finite_T.all(), counts_EE, torch.full_like(counts_EE, torch.nan))
         written = [(record.counts_LEE, counts_EE), (record.tokens_L, tokens), (record.losses_L3, losses)]
         if shares_loads(self.config):

@@ -168,6 +168,8 @@ class ExpertGraph(nn.Module):
                 args[-1].append(f"the graph {prefix}adjacency is not usable: {'; '.join(problems)}.")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.adjacency.dtype != torch.float32:  # `assign=True` puts the loaded tensor in its place
+            self.widen()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertGraph":
         """Follow the model to another device, but keep the graph in float32 when the model is cast."""

@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from symphony_hf.checkpoints.saving import check_shard_size, plain_config
 from symphony_hf.errors import UNREADABLE, FoldError, PatchError, SymphonyWarning
-from symphony_hf.files import ADAPTER_CONFIG, check_folder_place, replacing_folder
+from symphony_hf.files import ADAPTER_CONFIG, replacing_folder
 from symphony_hf.patching.families.substitution import linear_of
+from symphony_hf.results import check_folder_place
 
 from .attachment import settle
 from .engines import engine_warnings
@@ -108,6 +109,7 @@ def export_folded(
         PatchError: If the model is not symphonized, or is a part of one that is.
         FoldError: If a graph cannot be folded exactly, or an adapter is in the folder.
         ConfigError: If the folder cannot be written or replaced, or the size is invalid.
+        CheckpointError: If another process is writing the same folder.
     """
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"export_folded: expected a transformers model, got {type(model).__name__}: unwrap it first")

@@ -147,7 +147,7 @@ def _check_or_reset(model: PreTrainedModel, graph: ExpertGraph) -> None:
     for _, router in symphony_routers(model):
         active_graph(router.symphony).awaits_checkpoint = False
         if router.stack is not None:
-            router.stack.place_scale()
+            router.stack.tracker.place_scale()
 
 
 def _is_loaded(model: PreTrainedModel) -> bool:

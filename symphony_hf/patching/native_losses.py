@@ -25,7 +25,7 @@ class NativeLosses:
 
     Args:
         weights: Names of the weights in the model and its config.
-        outputs: Names of the losses in the model's output.
+        outputs: Names of the native losses in the model's output, which are set to 0 in training.
         labels_position: Position of `labels` in the model's forward.
     """
 

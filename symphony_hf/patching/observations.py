@@ -20,6 +20,7 @@ class Observations:
         counts_LEE: Co-selections. Shape: (L, num_experts, num_experts), float32.
         tokens_L: Tokens counted. Shape: (L,), float32.
         losses_L3: Balance loss, z-loss, number of forwards. Shape: (L, 3), float32.
+        skipped_L: Forwards left out of `counts_LEE` and `tokens_L`, as their logits were not finite. Shape: (L,).
     """
 
     def __init__(self, routers: Sequence[nn.Module], num_experts: int, device: torch.device) -> None:
@@ -29,6 +30,7 @@ class Observations:
         self.counts_LEE = torch.zeros(len(self.routers), num_experts, num_experts, device=device).to(torch.float32)
         self.tokens_L = torch.zeros(len(self.routers), device=device).to(torch.float32)
         self.losses_L3 = torch.zeros(len(self.routers), 3, device=device).to(torch.float32)
+        self.skipped_L = torch.zeros(len(self.routers), device=device).to(torch.float32)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observations":
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -42,8 +44,8 @@ class Observations:
         return self.counts_LEE.device
 
     @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.counts_LEE, self.tokens_L, self.losses_L3
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.counts_LEE, self.tokens_L, self.losses_L3, self.skipped_L
 
     def counts_by_expert(self) -> Tensor:
         """Return how many tokens chose each expert, then how many there were. Shape: (L, num_experts + 1)."""
@@ -60,6 +62,14 @@ class Observations:
                 tensor.zero_()
             else:
                 tensor[list(rows)] = 0.0
+
+    def skip_non_finite(self) -> None:
+        """Leave out the counts of routers whose logits were not finite, which would spoil those of other forwards."""
+        with torch.no_grad():
+            finite_L = torch.isfinite(self.counts_LEE).all(2).all(1)
+            self.counts_LEE.copy_(torch.where(finite_L.view(-1, 1, 1), self.counts_LEE, 0.0))
+            self.tokens_L.copy_(torch.where(finite_L, self.tokens_L, 0.0))
+            self.skipped_L.copy_(torch.where(finite_L, 0.0, 1.0))
 
     def add(self, other: "Observations") -> None:
         """Add what another has observed, router by router. Routers that are not in this one are left out."""
@@ -109,7 +119,7 @@ class ForwardRecord(Observations):
 def backward_starts(output: Any) -> list[Tensor]:
     """Return the tensors in a forward's output that its backward goes through, each once.
 
-    Not a parameter, such as a trained prompt among the hidden states: all forwards have it in common.
+    Leaves, such as a trained prompt, are left out: all forwards share them.
     """
     if not isinstance(output, Tensor | dict | tuple | list):
         output = getattr(output, "__dict__", {})  # of a dataclass, or any object

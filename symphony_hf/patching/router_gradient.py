@@ -208,7 +208,10 @@ class _Exchange:
 
 
 class _ExtendWeights(torch.autograd.Function):
-    """Identity on the stock weights; its backward gives the gradient to the mixture's weights."""
+    """Identity on the stock weights.
+
+    Its backward sends the gradient to the mixture's weights, and runs the other experts for theirs.
+    """
 
     @staticmethod
     def forward(

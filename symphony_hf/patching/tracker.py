@@ -92,6 +92,10 @@ class Tracker:
         """Return the identities of the decoder stacks' parameters."""
         return {id(parameter) for counter in self.counters for parameter in counter.owner.parameters()}
 
+    def correction_biases(self) -> list[Tensor]:
+        """Return the correction bias of each router, which `balance="bias"` moves beside the graphs."""
+        return [bias for counter in self.counters for bias in counter.placed.correction_biases()]
+
     def is_trained(self) -> bool:
         """Whether a parameter of the decoder stacks is trained."""
         return any(is_trained(counter.owner) for counter in self.counters)
@@ -167,15 +171,18 @@ class Tracker:
         self.state.counted.update(self.state.routers)
 
     def settle_alone(self) -> None:
-        """Commit the last optimizer step if the loop did not. Called before the graphs are read, as by a save.
+        """Commit the last optimizer step if the loop did not. Called before the graphs are read, as by a save."""
+        if not torch.compiler.is_compiling():
+            for losses in self.native_losses:
+                losses.put_back()  # what a KeyboardInterrupt in a forward left switched off
+        self.commit_alone()
+
+    def commit_alone(self) -> None:
+        """Commit the last optimizer step if the loop did not, on this rank alone.
 
         Several ranks must commit together, and a save or an evaluation may be of one of them, so they are warned.
         """
-        if torch.compiler.is_compiling():
-            return
-        for losses in self.native_losses:
-            losses.put_back()  # what a KeyboardInterrupt in a forward left switched off
-        if not self.state.stepped:
+        if not self.state.stepped or torch.compiler.is_compiling() or is_functional():
             return
         if num_ranks() == 1:
             with torch.inference_mode(False):
@@ -191,7 +198,8 @@ class Tracker:
         """Update every graph with the pending counts: one all-reduce, one step of the moving average.
 
         Where an optimizer of this model is known and has not stepped, everything stays pending: a call at each
-        micro-batch moves the graphs once per optimizer step.
+        micro-batch moves the graphs once per optimizer step. None is known before its first step, and each call
+        moves them.
 
         Returns:
             Whether the graphs moved.
@@ -207,12 +215,14 @@ class Tracker:
             self.checks.check_idle_routers(counters, pending)
         if state.loss_recorded or not self.config.weighs_losses:
             self._log_losses(counters, pending)
-        for counter, observed in zip(counters, self._sum_over_ranks(pending), strict=True):
-            self._move(counter, *observed)
+        for counter, (counts_LEE, tokens_L, skipped_L) in zip(counters, self._sum_over_ranks(pending), strict=True):
+            if self.config.counts_selections:
+                self.checks.note_skipped(skipped_L.sum())
+            self._move(counter, counts_LEE, tokens_L)
             if keeps_loads(counter.config):
-                counter.keep_loads(*observed)
+                counter.keep_loads(counts_LEE, tokens_L)
             if self.config.balance == "bias":
-                for bias, counts_EE in zip(counter.placed.correction_biases(), observed[0], strict=True):
+                for bias, counts_EE in zip(counter.placed.correction_biases(), counts_LEE, strict=True):
                     move_bias(bias, counts_EE.diagonal(), self.config.bias_rate)
         state.finish_commit()
         self.checks.after_commit()
@@ -242,16 +252,17 @@ class Tracker:
             ]
         )
 
-    def _sum_over_ranks(self, pending: list[Observations]) -> list[tuple[Tensor, Tensor]]:
-        """Sum counts and numbers of tokens of each stack over the ranks, in one all-reduce."""
-        parts = [tensor for observed in pending for tensor in (observed.counts_LEE, observed.tokens_L)]
+    def _sum_over_ranks(self, pending: list[Observations]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Sum counts, tokens and skipped forwards of each stack over the ranks, in one all-reduce."""
+        summed = ((observed.counts_LEE, observed.tokens_L, observed.skipped_L) for observed in pending)
+        parts = [tensor for tensors in summed for tensor in tensors]
         if num_ranks() > 1:
             # Ranks that saw the same tokens (tensor parallel) multiply counts and tokens alike, which cancels.
             flat = torch.cat([part.reshape(-1) for part in parts])
             dist.all_reduce(flat)
             split = flat.split([part.numel() for part in parts])
-            parts = [summed.reshape(part.shape) for summed, part in zip(split, parts, strict=True)]
-        return list(zip(parts[::2], parts[1::2], strict=True))
+            parts = [total.reshape(part.shape) for total, part in zip(split, parts, strict=True)]
+        return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
 
     def _move(self, counter: CoselectionCounter, counts_LEE: Tensor, tokens_L: Tensor) -> None:
         for graph, counts_EE, num_tokens in zip(counter.counted_graphs, counts_LEE, tokens_L, strict=True):
@@ -261,7 +272,5 @@ class Tracker:
                 graph.updates.add_(1)
                 continue
             counts_EE, num_tokens = counts_EE.to(graph.adjacency.device), num_tokens.to(graph.adjacency.device)
-            is_finite = torch.isfinite(counts_EE).all()
             graph.adjacency.copy_(update_adjacency(graph.adjacency, counts_EE, num_tokens, graph.config.decay))
-            graph.updates.add_((is_finite & (num_tokens > 0)).to(graph.updates.dtype))
-            self.checks.note_skipped((~is_finite).to(torch.int32))
+            graph.updates.add_((num_tokens > 0).to(graph.updates.dtype))

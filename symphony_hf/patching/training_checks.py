@@ -99,7 +99,8 @@ class TrainingChecks:
     """Warnings about trainings that would otherwise go wrong silently, each given once: one per model.
 
     Attributes:
-        num_skipped: Updates that met non-finite logits, on the graphs' device; None before the first update.
+        num_skipped: Number of times that a router's logits were not finite in a training forward, on the graphs'
+            device; None before the first update.
     """
 
     def __init__(self) -> None:
@@ -144,6 +145,8 @@ class TrainingChecks:
         self._widen(graphs)
         if self.num_commits == 0 and config.graph != "frozen":
             self._check_adapters(counters)
+        if self.num_commits == 0 and config.balance == "bias":
+            self._refuse_biases_of_base(counters)
         if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
             self._compare_ranks(graphs, counters[0].device)
         self.num_commits += 1
@@ -155,7 +158,7 @@ class TrainingChecks:
             self._check_losses(counters, state.loss_recorded)
 
     def after_commit(self) -> None:
-        """Warn about skipped updates, where reading their number does not wait for a device."""
+        """Warn about non-finite logits, where reading their number does not wait for a device."""
         if self.num_skipped is not None and self.num_skipped.device.type == "cpu":
             self.warn_about_skipped()
 
@@ -179,6 +182,24 @@ class TrainingChecks:
                         "the model has adapters of PEFT, and its graphs are not in them: they are trained in the base "
                         "model, and are not saved with the adapter. Make the adapter's config with "
                         "`symphony_hf.lora_config`, or put modules_to_save=['symphony'] into it"
+                    )
+
+    def _refuse_biases_of_base(self, counters: Sequence[Stack]) -> None:
+        """Refuse a correction bias that would move in the base model of an adapter, and not be saved with it.
+
+        Raises:
+            PatchError: If there is one.
+        """
+        for counter in (counter for counter in counters if is_adapted(counter.owner)):
+            kept = kept_in_adapters(counter.owner)
+            inside = [module for module in counter.owner.modules() if id(module) in kept]
+            held = {id(t) for module in inside for t in (*module.buffers(False), *module.parameters(False))}
+            for router, bias in zip(counter.routers, counter.placed.correction_biases(), strict=True):
+                if id(bias) not in held:
+                    raise PatchError(
+                        f"balance='bias': `{router.contract.correction_bias}` of {type(router).__name__} is not in "
+                        "the adapter, which would be saved without what training moves: make the adapter's config "
+                        "with `symphony_hf.lora_config(model, router='train')`, or symphonize with balance='loss'"
                     )
 
     def _compare_ranks(self, graphs: list[ExpertGraph], device: torch.device) -> None:
@@ -240,14 +261,14 @@ class TrainingChecks:
             )
 
     def note_skipped(self, skipped: Tensor) -> None:
-        """Add to the number of updates that met non-finite logits: an integer on its device, which is not read here."""
+        """Add to the number of times that logits were not finite: a scalar on its device, which is not read here."""
         kept = self.num_skipped
         self.num_skipped = skipped if kept is None else kept + skipped.to(kept.device)
 
     def warn_about_skipped(self) -> None:
-        """Warn once that updates met non-finite logits. It reads from the device, so on a GPU only a log calls it."""
+        """Warn once that logits were not finite. It reads from the device, so on a GPU only a log calls it."""
         if self.num_skipped is not None and not torch.compiler.is_compiling() and int(self.num_skipped) > 0:
             self.warn_once(
-                "router logits were not finite (NaN or infinite) in training: the graphs stay as they were before "
-                "such a step. Look at the learning rate, the data, or the precision"
+                "router logits were not finite (NaN or infinite) in a training forward, which the graphs leave out. "
+                "Look at the learning rate, the data, or the precision"
             )

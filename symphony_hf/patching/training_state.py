@@ -22,21 +22,21 @@ class TrainingState:
     Attributes:
         routers: The routers of each stack, by the stack's key, as of its last training forward.
         pending: Observations that count and wait for a commit, by the stack's key.
-        counted: Keys of the stacks that take part in the next commit. The others have zeros in `pending`: a commit
-            leaves them, since a compiled forward writes into the same tensors every time.
+        counted: Keys of the stacks that take part in the next commit. Other stacks' tensors are zeroed, not removed:
+            compiled forwards write into the same ones.
         stepped: Whether an optimizer has stepped since there is something pending.
         scale: The factor that the main loss's gradient arrived with, written in the backward pass. A scalar.
         loss_recorded: Whether a main loss that starts the routers' went backward since the last commit.
         recorded_in_forward: Whether the forward under way has recorded its loss.
         outer_mask: The attention mask that the model itself was given, in the forward under way.
         evaluated: Whether a forward with gradient ran in evaluation mode since the last commit.
-        stepped_uncounted: Whether an optimizer stepped after such a forward, with nothing pending.
+        stepped_uncounted: Whether an optimizer stepped after a forward in evaluation mode while nothing was pending.
         optimizer_parameters: Identities of the parameters that optimizers which stepped hold; None once they were
             checked.
         last_loads: Each expert's share of the tokens of the last committed step, of all ranks, by the stack's key; even
             where there was none. Shape of each: (L, num_experts). Kept where `balance_scope` is `last_step`.
-        logged_losses: Balance loss, z-loss and number of forwards since the last log: of their mean, then of each
-            router. Shape: (1 + number of routers, 3).
+        logged_losses: Sums since the last log of the balance loss, the z-loss and the number of forwards. Row 0 is the
+            mean over routers, then one row for each. Shape: (1 + number of routers, 3).
     """
 
     def __init__(self) -> None:
@@ -87,6 +87,7 @@ class TrainingState:
             if pending is not None:
                 moved.add(pending)
             pending = self.pending[key] = moved
+        record.skip_non_finite()
         pending.add(record)
         self.counted.add(key)
 

@@ -506,6 +506,21 @@ def test_clause_7_what_counts_is_pending_until_an_optimizer_has_stepped():
     assert not model._symphony_tracker.state.counted
 
 
+def test_clause_7_before_an_optimizer_is_known_each_call_commits():
+    """A loop may update parameters without an optimizer of torch."""
+    model = model_of()
+    assert [step(model, seed) for seed in range(3)] == [True] * 3
+
+
+def test_clause_8_before_the_own_optimizer_is_known_one_with_neither_models_parameters_counts():
+    """A sharded optimizer holds flat copies."""
+    model = model_of()
+    flat = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
+    forward(model).backward()
+    flat.step()
+    assert model._symphony_tracker.state.stepped
+
+
 def test_clause_10_nothing_of_it_is_a_buffer():
     model, ids = symphonize(make_model()).train(), make_ids()
     before = {name for name, _ in model.named_buffers()}

@@ -46,6 +46,20 @@ def test_a_kept_residual_is_that_of_the_graph_as_it_is(write):
     torch.testing.assert_close(graph.residual().double(), naive_residual(graph), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_state_dict_in_16_bits_is_widened_however_it_is_assigned(graph):
+    model = move_graphs(symphonize(make_model(), graph=graph))
+    halves = {name: t.bfloat16() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    model.load_state_dict(halves, assign=True)
+    for layer, router in enumerate(layer.mlp.gate for layer in model.model.layers):
+        assert router.weight.dtype == torch.bfloat16
+        assert router.symphony.adjacency.dtype == router.symphony.residual().dtype == torch.float32
+        assert isinstance(router.symphony.adjacency, torch.nn.Parameter) == (graph == "learned")
+        assert torch.equal(
+            router.symphony.adjacency, halves[f"model.layers.{layer}.mlp.gate.symphony.adjacency"].float()
+        )
+
+
 def test_a_residual_kept_in_inference_mode_is_not_used_in_training():
     """Autograd refuses tensors of inference mode."""
     model = move_graphs(symphonize(make_model("olmoe")))

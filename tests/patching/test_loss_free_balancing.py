@@ -1,6 +1,7 @@
 """`balance="bias"`: the correction bias moves by the sign of each expert's missing load, at each graph update."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,25 @@ import transformers
 from models import make_ids, make_model
 from packaging.version import Version
 
-from symphony_hf import ConfigError, PatchError, SymphonyConfig, export_folded, symphonize, update_graphs
+from symphony_hf import (
+    ConfigError,
+    PatchError,
+    SymphonyConfig,
+    export_folded,
+    load_adapter,
+    lora_config,
+    symphonize,
+    update_graphs,
+)
 from symphony_hf.config import settings_of
 from symphony_hf.experiments.conformance.matrix import quiet
 from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
 from symphony_hf.experiments.conformance.tiny import moe_families, tiny_model
 from symphony_hf.patching.correction_bias import correction_bias, move_bias
 from symphony_hf.patching.families.discovery import find_routers
+from symphony_hf.patching.symphonize import all_routers
+from symphony_hf.training.callback import refuse_vllm
+from symphony_hf.training.reference_model import mix_graphs
 
 # In the router, given by the block, in a child of the router, a parameter, of logits, and in groups.
 FAMILIES = ("deepseek_v3", "minimax_m2", "ernie4_5_moe", "laguna", "kolibri1", "glm4_moe", "lfm2_moe", "longcat_flash")
@@ -34,7 +47,7 @@ def biases_of(model):
     modules = dict(model.named_modules())
     return {
         router.name: correction_bias(router.contract, router.module, modules[router.name.rpartition(".")[0]])
-        for router in find_routers(model)
+        for router in all_routers(model)
     }
 
 
@@ -126,3 +139,71 @@ def test_it_takes_the_place_of_the_balance_loss():
         SymphonyConfig(balance="bias", balance_loss_weight=0.02)
     with pytest.raises(ConfigError, match="`balance` is 'biases'"):
         SymphonyConfig(balance="biases")
+
+
+def adapted(family, **settings):
+    peft = pytest.importorskip("peft")
+    with quiet():
+        model = symphonize(tiny_model(family), balance="bias", bias_rate=0.125)
+    config = (
+        lora_config(model, **settings)
+        if settings
+        else peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["symphony"])
+    )
+    return peft.get_peft_model(model, config).train()
+
+
+def train_a_step(model):
+    ids = make_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return update_graphs(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "modes"), [("glm4_moe", ["graph"]), ("minimax_m2", ["graph", "train"])])
+def test_an_adapter_that_does_not_hold_the_bias_is_refused(family, modes):
+    """In MiniMax-M2 the block holds it, in GLM-4 the router. It would move in the base, and not be saved."""
+    for router in modes:
+        with pytest.raises(ConfigError, match=r"lora_config: .*correction_bias` of .* is not in the adapter"):
+            adapted(family, router=router)
+    model = adapted(family)
+    before = [bias.clone() for bias in biases_of(model).values()]
+    with pytest.raises(PatchError, match=r"balance='bias': .*correction_bias` of .* is not in the adapter"):
+        train_a_step(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, biases_of(model).values(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "settings"), [("glm4_moe", {"router": "train"}), ("minimax_m2", {"modules_to_save": ["mlp"]})]
+)
+def test_an_adapter_that_holds_the_bias_moves_its_own(family, settings, tmp_path):
+    model = adapted(family, **settings)
+    before = [bias.clone() for bias in biases_of(model).values()]
+    assert train_a_step(model)
+    moved = [bias.clone() for bias in biases_of(model).values()]
+    assert not any(torch.equal(a, b) for a, b in zip(before, moved, strict=True))
+    with model.disable_adapter():
+        assert all(torch.equal(a, b) for a, b in zip(before, biases_of(model).values(), strict=True))
+    model.save_pretrained(tmp_path)
+    with quiet():
+        loaded = load_adapter(tiny_model(family), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(moved, biases_of(loaded).values(), strict=True))
+
+
+def test_vllm_is_refused_where_a_bias_moves_without_a_graph_too():
+    with quiet():
+        model = symphonize(tiny_model("glm4_moe"), balance="bias", strength=0)
+    with pytest.raises(PatchError, match="without the correction biases"):
+        refuse_vllm(SimpleNamespace(use_vllm=True), model._symphony_tracker, "SymphonyCallback")
+
+
+def test_a_synced_reference_gets_the_bias():
+    with quiet():
+        policy, reference = (symphonize(tiny_model("glm4_moe"), balance="bias") for _ in range(2))
+    for bias, target in zip(biases_of(policy).values(), biases_of(reference).values(), strict=True):
+        bias.fill_(1.0), target.zero_()
+    args = SimpleNamespace(ref_model_sync_steps=2, ref_model_mixup_alpha=0.25)
+    for step, wanted in ((1, 0.0), (2, 0.25)):
+        mix_graphs(args, SimpleNamespace(global_step=step), policy, reference)
+        assert all((bias == wanted).all() for bias in biases_of(reference).values())

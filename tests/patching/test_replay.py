@@ -201,6 +201,47 @@ def test_each_forward_takes_the_next_sequences(model, other):
     assert torch.equal(choices.experts, other[[0, 1, 0]].experts)
 
 
+class OutOfMemory(RuntimeError):
+    pass
+
+
+def out_of_memory(*_):
+    raise OutOfMemory
+
+
+def test_a_forward_that_fails_takes_no_sequences(model, other):
+    """A retry, as after memory ran out, replays and records the sequences of the forward that failed."""
+    ids = make_ids()
+    with torch.no_grad(), replay_routing(model, other), record_routing(model) as choices:
+        for row in range(2):
+            handle = model.model.layers[1].register_forward_pre_hook(out_of_memory)
+            with pytest.raises(OutOfMemory):
+                model(input_ids=ids[row : row + 1])
+            handle.remove()
+            model(input_ids=ids[row : row + 1])
+    assert torch.equal(choices.experts, other.experts)
+    assert torch.equal(choices.tokens, ids.int())
+
+
+def test_padding_that_a_mask_of_four_dimensions_hides_is_refused(model):
+    inputs = padded(make_ids(), (5, 9), "left")
+    inputs.pop("position_ids")
+    with record_routing(model), pytest.raises(PatchError, match=r"mask of shape \(2, 1, 11, 12\) and .* the 2-D mask"):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, cache_implementation="static")
+    with record_routing(model) as choices:  # nothing is hidden without padding
+        model.generate(make_ids(), max_new_tokens=2, min_new_tokens=2, do_sample=False, cache_implementation="static")
+    assert choices.lengths().tolist() == [13, 13]
+
+
+def test_one_sequence_is_taken_by_its_index(other):
+    for taken in (other[1], other[-1], list(other)[1]):
+        assert torch.equal(taken.experts, other.experts[:, 1:])
+        assert torch.equal(taken.tokens, other.tokens[1:])
+        assert taken.lengths().tolist() == [12]
+    with pytest.raises(DataError, match=r"shape \(layers, sequences, positions, top_k\), got \(3, 12, 3\)"):
+        RoutingChoices(other.experts[:, 0])
+
+
 def test_choices_are_saved_and_loaded(other, tmp_path):
     other.save(tmp_path / "choices.safetensors")
     loaded = RoutingChoices.load(tmp_path / "choices.safetensors")

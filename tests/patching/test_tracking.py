@@ -188,6 +188,22 @@ def test_routers_that_their_block_goes_past_are_named():
         update_graphs(model)
 
 
+def test_the_mode_of_the_stack_decides_not_that_of_a_layer():
+    """A layer in evaluation mode, as when its dropout is switched off, counts and has its share of the losses."""
+    ids, found = make_ids(), []
+    for frozen in (False, True):
+        model = symphonize(make_model(), decay=DECAY, balance_loss_weight=1.0).train()
+        if frozen:
+            model.model.layers[1].eval()
+        for _ in range(3):  # a block is watched from the first step on in which its router is idle
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            assert update_graphs(model)
+        found.append((expert_graphs(model), model.model.layers[1].mlp.gate.weight.grad))
+    assert all(torch.equal(graph, found[1][0][name]) for name, graph in found[0][0].items())
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_routers_of_skipped_layers_are_idle_by_right():
     """Experts for images are idle in a batch of text, and so are layers that are dropped at random."""
     model, ids = symphonize(make_model()).train(), make_ids()
@@ -247,6 +263,54 @@ def test_non_finite_logits_leave_the_graph_and_are_named_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         update_graphs(model)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_a_step_that_the_loop_skips_leaves_no_trace_in_the_next(family):
+    """Its forward had logits that are not finite, and no optimizer stepped, so its counts are pending."""
+    graphs = []
+    for is_skipped in (False, True):
+        model = symphonize(make_model(family), decay=DECAY).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for bad in (False, True, False) if is_skipped else (False, False):
+            ids = make_ids(seed=int(bad))
+            if bad:
+                weight = model.model.layers[0].mlp.gate.weight
+                kept = weight.detach().clone()
+                weight.data[0, 0] = torch.nan
+            model(ids, labels=ids).loss.backward()
+            if bad:
+                weight.data.copy_(kept)
+                optimizer.zero_grad()
+                continue
+            optimizer.step()
+            if is_skipped and int(model.model.layers[0].mlp.gate.symphony.updates) == 1:
+                with pytest.warns(SymphonyWarning, match="not finite"):
+                    update_graphs(model)
+            else:
+                update_graphs(model)
+        graphs.append(expert_graphs(model))
+        assert [int(router.symphony.updates) for _, router in symphony_routers(model)] == [2, 2, 2]
+    assert all(torch.equal(graph, graphs[1][name]) for name, graph in graphs[0].items())
+
+
+def test_a_micro_batch_that_is_not_finite_leaves_the_others_of_its_step():
+    graphs = []
+    for seeds in ((0, 2), (0, 1, 2)):
+        model = symphonize(make_model(), decay=DECAY).train()
+        for seed in seeds:
+            ids = make_ids(seed=seed)
+            embeddings = model.model.embed_tokens(ids)
+            if seed == 1:
+                embeddings = torch.where(torch.arange(12).view(1, 12, 1) == 3, torch.nan, embeddings)
+            model(inputs_embeds=embeddings, labels=ids).loss.backward()
+        if seeds == (0, 2):
+            update_graphs(model)
+        else:
+            with pytest.warns(SymphonyWarning, match="not finite"):
+                update_graphs(model)
+        graphs.append(expert_graphs(model))
+    assert all(torch.equal(graph, graphs[1][name]) for name, graph in graphs[0].items())
 
 
 def test_the_callback_refuses_a_plain_model(tmp_path):
@@ -408,6 +472,12 @@ READERS = {
     "state_dict": lambda model, folder: model.state_dict(),
     "save_pretrained": lambda model, folder: model.save_pretrained(folder),
     "evaluation": lambda model, folder: model.eval()(make_ids()),
+    "expert_graphs of the stack": lambda model, folder: expert_graphs(model.model),
+    "expert_graphs of a layer": lambda model, folder: expert_graphs(model.model.layers[2]),
+    "state_dict of the stack": lambda model, folder: model.model.state_dict(),
+    "state_dict of a layer": lambda model, folder: model.model.layers[2].state_dict(),
+    "evaluation of the stack": lambda model, folder: model.model.eval()(make_ids()),
+    "update of the stack": lambda model, folder: update_graphs(model.model),
     "inference mode": lambda model, folder: torch.inference_mode()(model.eval())(make_ids()),
     "fold": lambda model, folder: export_folded(model, folder),
 }

@@ -264,14 +264,29 @@ def test_centred_is_the_identity_under_independent_choices_at_even_load(num_expe
     naive.assert_near(transition_matrix(adjacency, "centred"), torch.eye(num_experts).tolist(), rtol=RTOL, atol=RTOL)
 
 
-def test_centred_is_nearly_the_identity_under_independent_choices_at_uneven_load():
-    adjacency = pairs_of_independent_choices(torch.linspace(1, 6, 16))
+def error_of_centred(weights):
+    """Return the largest deviation from the identity, and by what factor the loads differ."""
+    adjacency = pairs_of_independent_choices(weights)
     loads = adjacency.diagonal()
-    assert loads.max() > 5 * loads.min()
-    deviation = (transition_matrix(adjacency, "centred") - torch.eye(16)).abs().max()
-    assert deviation < 1e-3  # the docstring's figure; the probabilities themselves are up to 0.1
-    uncentred = transition_matrix(adjacency, "conditional") - torch.eye(16)
-    assert uncentred.max() > 0.1
+    return (transition_matrix(adjacency, "centred") - torch.eye(len(weights))).abs().max(), loads.max() / loads.min()
+
+
+def test_centred_is_nearly_the_identity_under_independent_choices_at_uneven_load():
+    """The docstring's figures. The probabilities themselves are up to 0.1 where loads are spread evenly."""
+    error, factor = error_of_centred(torch.linspace(1, 6, 16))
+    assert factor > 5
+    assert error < 1e-3
+    assert (transition_matrix(pairs_of_independent_choices(torch.linspace(1, 6, 16)), "conditional")).triu(
+        1
+    ).max() > 0.1
+    # Of 16 experts, one with weight 7 has (7 * 15) / (7 + 14) = 5 times the load of each other.
+    worst, factor = error_of_centred(torch.tensor([7.0] + [1.0] * 15))
+    assert factor == pytest.approx(5)
+    assert worst == pytest.approx(0.022, abs=5e-4)  # to the digits of the docstring
+    for seed in range(200):
+        skew = 0.2 + 10 * torch.rand((), generator=torch.Generator().manual_seed(seed))
+        error, factor = error_of_centred(1 + 6 * torch.rand(16, generator=torch.Generator().manual_seed(seed)) ** skew)
+        assert error <= worst or factor > 5
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), SIZES)

@@ -135,7 +135,8 @@ class _Reading:
         others = [place for place in floats if place != self.logits]
         # A row with all experts may be logits or probabilities, returned for recording.
         weights = [place for place in others if outputs[place].shape[-1] != self.probe.rows]
-        # Switch returned each token's highest probability twice before it returned its logits, and used the second.
+        # Up to some release, Switch returned the highest probability twice in place of logits; its experts used the
+        # second.
         return (weights or others or floats)[-1 if self.logits is None else 0]
 
     @property

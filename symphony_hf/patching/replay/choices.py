@@ -30,6 +30,9 @@ class RoutingChoices:
         num_experts: Number of experts of each layer.
         tokens: Token ids of the sequences, -1 after the last; None where they are unknown. Shape: (sequences,
             positions), int32.
+
+    Raises:
+        DataError: If `experts` has another number of dimensions.
     """
 
     def __init__(
@@ -40,6 +43,11 @@ class RoutingChoices:
         tokens: Tensor | None = None,
     ) -> None:
         self.experts = torch.empty(0, 0, 0, 0, dtype=torch.int16) if experts is None else experts.to(torch.int16)
+        if self.experts.dim() != 4:
+            raise DataError(
+                "RoutingChoices: expected `experts` of shape (layers, sequences, positions, top_k), got "
+                f"{tuple(self.experts.shape)}"
+            )
         self.routers = list(routers)
         self.num_experts = list(num_experts)
         self.tokens = tokens
@@ -49,7 +57,9 @@ class RoutingChoices:
         return self.experts.shape[1]
 
     def __getitem__(self, sequences: Any) -> "RoutingChoices":
-        """Return the choices of some sequences, in the order given: a slice, or indices."""
+        """Return the choices of some sequences, in the order given: a slice, indices, or the index of one."""
+        if isinstance(sequences, int):
+            sequences = [range(len(self))[sequences]]  # raises IndexError after the last, which ends an iteration
         tokens = None if self.tokens is None else self.tokens[sequences]
         return RoutingChoices(self.experts[:, sequences], self.routers, self.num_experts, tokens)
 

@@ -34,10 +34,11 @@ def record_routing(model: nn.Module) -> Iterator[RoutingChoices]:
 
     Raises:
         UnsupportedModelError: If a router does not choose its experts by a top-k.
-        PatchError: If the model is compiled, or a part of it is called by itself.
+        PatchError: If the model is compiled, a part of it is called by itself, or a mask with four dimensions hides
+            padding.
     """
     recorder, choices = _Recorder(), RoutingChoices()
-    hooks = RoutingHooks(model, "record_routing", recorder.open, recorder.forwards.append)
+    hooks = RoutingHooks(model, "record_routing", recorder.open, recorder.close)
     try:
         yield choices
         vars(choices).update(vars(recorder.gather([router.contract.num_experts for router in hooks.routers])))
@@ -51,21 +52,21 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.forwards: list[RoutedForward] = []
-        self._first: list[int] = []  # of each forward, the index of its first sequence
         self._num_sequences = 0
 
     def open(self, layout: TokenLayout) -> RoutedForward:
         if not layout.continues:
-            self._first.append(self._num_sequences)
-            self._num_sequences += layout.num_sequences
-        elif not self.forwards or self.forwards[-1].layout.num_sequences != layout.num_sequences:
+            return RoutedForward(layout, self._num_sequences)
+        if not self.forwards or self.forwards[-1].layout.num_sequences != layout.num_sequences:
             raise PatchError(
                 f"record_routing: a forward of {layout.num_sequences} rows continues a cache that no forward with as "
                 "many rows has filled in this context: record the prompt, too"
             )
-        else:
-            self._first.append(self._first[-1])
-        return RoutedForward(layout)
+        return RoutedForward(layout, self.forwards[-1].first)
+
+    def close(self, forward: RoutedForward) -> None:
+        self.forwards.append(forward)
+        self._num_sequences = forward.first + forward.layout.num_sequences
 
     def gather(self, num_experts: list[int]) -> RoutingChoices:
         """Put together what the forwards have recorded.
@@ -83,9 +84,9 @@ class _Recorder:
         experts = chosen_LTK.new_full((len(chosen_LTK), self._num_sequences, length, chosen_LTK.shape[-1]), -1)
         has_ids = all(forward.layout.ids_T is not None for forward in self.forwards)
         tokens = torch.full((self._num_sequences, length), -1, dtype=torch.int32) if has_ids else None
-        for forward, first in zip(self.forwards, self._first, strict=False):
+        for forward in self.forwards:
             kept_T = (forward.layout.index_T >= 0).cpu()
-            sequence_T = first + forward.layout.sequence_T.cpu()[kept_T]
+            sequence_T = forward.first + forward.layout.sequence_T.cpu()[kept_T]
             index_T = forward.layout.index_T.cpu()[kept_T]
             experts[:, sequence_T, index_T] = torch.stack([call.cpu() for call in forward.chosen])[:, kept_T]
             if tokens is not None and forward.layout.ids_T is not None:
@@ -103,9 +104,9 @@ def replay_routing(model: nn.Module, choices: Any) -> Iterator[None]:
 
     The gate weights are computed from the current logits, with gradient, by the model's own scoring, normalization and
     scaling. Expert graphs count the replayed choices. Each forward takes the choices of as many sequences as it has,
-    in their order; after the last, the first come again. Padding, and the token after the last that is known, are
-    routed as usual. A sequence may be cut at its end. Layers that checkpointing runs again in backward replay, too,
-    after this context as well.
+    in their order; after the last, the first come again. A forward that fails takes none. Padding, and the token after
+    the last that is known, are routed as usual. A sequence may be cut at its end. Layers that checkpointing runs again
+    in backward replay, too, after this context as well.
 
     Args:
         model: Any MoE model that `symphonize` supports, with graphs or without, also wrapped. It is not changed.
@@ -119,7 +120,7 @@ def replay_routing(model: nn.Module, choices: Any) -> Iterator[None]:
         PatchError: If the model is compiled, no forward ran, or a part of the model is called by itself.
     """
     replay = _Replay()
-    hooks = RoutingHooks(model, "replay_routing", replay.open, lambda forward: None)
+    hooks = RoutingHooks(model, "replay_routing", replay.open, replay.close)
     try:
         replay.choices = choices_for(choices, hooks.routers)
         yield
@@ -140,24 +141,27 @@ class _Replay:
         self._first = self._next = 0
 
     def open(self, layout: TokenLayout) -> RoutedForward:
-        num_known, self.num_forwards = len(self.choices), self.num_forwards + 1
+        num_known, first = len(self.choices), self._first
         if not layout.continues:
-            self._first = self._next if self._next < num_known else 0
-            self._next = self._first + layout.num_sequences
-        if self._first + layout.num_sequences > num_known:
+            first = self._next if self._next < num_known else 0
+        if first + layout.num_sequences > num_known:
             raise DataError(
                 f"replay_routing: a forward of {layout.num_sequences} sequences, and choices of "
-                f"{num_known - self._first} more (of {num_known}): give the choices of its own sequences, "
+                f"{num_known - first} more (of {num_known}): give the choices of its own sequences, "
                 "`choices[indices]`"
             )
-        sequence_T, index_T = self._first + layout.sequence_T.cpu(), layout.index_T.cpu()
+        sequence_T, index_T = first + layout.sequence_T.cpu(), layout.index_T.cpu()
         self._check_positions(sequence_T, index_T, layout)
         experts = self.choices.experts
         inside_T = ((index_T >= 0) & (index_T < experts.shape[2])).to(experts.device)
         sequence_T, index_T = sequence_T.to(experts.device), index_T.to(experts.device)
         given_LTK = experts[:, sequence_T, index_T.clamp(0, experts.shape[2] - 1)]
         given_LTK = given_LTK.masked_fill(~inside_T.view(1, -1, 1), -1)
-        return RoutedForward(layout, given_LTK.to(layout.index_T.device))
+        return RoutedForward(layout, first, given_LTK.to(layout.index_T.device))
+
+    def close(self, forward: RoutedForward) -> None:
+        self.num_forwards += 1
+        self._first, self._next = forward.first, forward.first + forward.layout.num_sequences
 
     def _check_positions(self, sequence_T: Tensor, index_T: Tensor, layout: TokenLayout) -> None:
         known_T = self.choices.lengths().cpu()[sequence_T]

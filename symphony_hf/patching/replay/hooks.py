@@ -25,6 +25,7 @@ class RoutedForward:
 
     Args:
         layout: The sequences of its tokens.
+        first: Index of the first of them, among all sequences of the context.
         given_LTK: Choices to replay, -1 where a router chooses itself; None to record. Shape: (layers, tokens, top_k).
 
     Attributes:
@@ -33,8 +34,9 @@ class RoutedForward:
         closed: Whether the forward has ended. What runs after that is a recomputation.
     """
 
-    def __init__(self, layout: TokenLayout, given_LTK: Tensor | None = None) -> None:
+    def __init__(self, layout: TokenLayout, first: int, given_LTK: Tensor | None = None) -> None:
         self.layout = layout
+        self.first = first
         self.given_LTK = given_LTK
         self.routers: list[int] = []
         self.chosen: list[Tensor] = []
@@ -63,7 +65,7 @@ class RoutingHooks:
         model: Any supported model, also wrapped.
         call: The call, for error messages.
         open_forward: Makes the record of a forward that begins, from its layout.
-        close_forward: Takes that of a forward that has ended.
+        close_forward: Takes that of a forward that has ended; one that fails leaves no trace.
 
     Raises:
         UnsupportedModelError: If a router of the model does not choose by a top-k, or the model has none.
@@ -179,7 +181,7 @@ class RoutingHooks:
             return
         tap.__exit__(None, None, None)
         if output is None or forward is None:
-            return  # an error, or all that backward needs was computed again
+            return  # an exception, or checkpointing stopped the recomputation early
         chosen_TK, given_TK, num_tokens = tap.chosen_TK, tap.given_TK, len(forward.layout.index_T)
         got = () if chosen_TK is None else tuple(chosen_TK.shape)
         wanted = (num_tokens, *got[1:]) if given_TK is None else tuple(given_TK.shape)

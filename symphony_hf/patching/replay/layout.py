@@ -35,7 +35,7 @@ def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
         arguments: The forward's arguments by name.
 
     Raises:
-        PatchError: If it gets neither token ids nor embeddings.
+        PatchError: If it gets neither token ids nor embeddings, or a mask that does not tell padding from packing.
     """
     ids = arguments.get("input_ids")
     embeddings = arguments.get("inputs_embeds")
@@ -60,6 +60,7 @@ def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
     if not past and isinstance(positions, Tensor) and positions.shape[-1] == length and positions.dim() <= 2:
         starts_RP = (positions.expand(rows, length) == 0) & (index_RP >= 0)
         if bool((starts_RP & (index_RP > 0)).any()):
+            _refuse_hidden_padding(model, arguments)
             num_sequences, sequence_RP, index_RP = _unpack(starts_RP, index_RP)
     return TokenLayout(
         num_sequences,
@@ -74,6 +75,18 @@ def padding_mask(arguments: dict[str, Any]) -> Tensor | None:
     """Return the attention mask, if it says what is padding. Shape: (rows, positions)."""
     mask = arguments.get("attention_mask")
     return mask if is_padding_mask(mask) else None
+
+
+def _refuse_hidden_padding(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuse positions that begin anew, as after padding and in packed rows, with a mask that does not say which."""
+    mask = arguments.get("attention_mask")
+    if mask is not None and not is_padding_mask(mask):
+        kind = f"attention mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else "attention mask by layer"
+        raise PatchError(
+            f"{type(model).__name__} was called with an {kind} and with positions that begin anew within a row, so "
+            "padding cannot be told from packing: pass the 2-D mask (`generate` makes another for a static cache, so "
+            "leave `cache_implementation` out), or rows without padding"
+        )
 
 
 def _num_cached(arguments: dict[str, Any]) -> int:
