@@ -91,7 +91,11 @@ PRIVATE_NAMES = {
         "_forward_pre_hooks_with_kwargs",
         "_forward_hooks_always_called",
     ),
-    "_apply": PrivateName("torch", ("patching",), "called by every cast and move of a model: graphs stay float32"),
+    "_apply": PrivateName(
+        "torch",
+        ("conversion", "patching"),
+        "called by every cast and move: graphs stay float32, 4-bit experts are moved",
+    ),
     "_save_to_state_dict": PrivateName(
         "torch", ("patching",), "the public pre-hook does not see the module's own storage in time"
     ),
@@ -142,8 +146,10 @@ PRIVATE_NAMES = {
         "transformers", ("conversion",), "overridden: the one moment at which a quantizer may change the model"
     ),
     **_of_trainer(
-        "_finalize_training", "_get_output_dir", "_load_from_checkpoint", "_push_from_checkpoint", "_save_checkpoint"
+        *("_finalize_training", "_get_output_dir", "_load_best_model", "_load_from_checkpoint"),
+        *("_push_from_checkpoint", "_save_checkpoint"),
     ),
+    "_n_gpu": PrivateName("transformers", ("training",), "the number of GPUs that Trainer would use in one process"),
     **_of_online_trainers(
         "_generate_and_score_completions", "_generate_single_turn", "_get_per_token_logps_and_entropies"
     ),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed.algorithms.join import Joinable
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.output_capturing import OutputRecorder
 from trl import GRPOTrainer
@@ -50,6 +50,7 @@ HOLDERS = {
         ("_generate_and_score_completions", "_generate_single_turn", "_get_per_token_logps_and_entropies"),
         lambda: GRPOTrainer,
     ),
+    "_n_gpu": lambda: TrainingArguments("unused", use_cpu=True, report_to=[]),
     "_loss_function": model_with_a_loss,
     "_experts_implementation": lambda: make_model().config,
     "_process_model_before_weight_loading": lambda: HfQuantizer,
@@ -57,7 +58,7 @@ HOLDERS = {
     **dict.fromkeys(("_hf_hook", "_old_forward"), lambda: add_hook_to_module(nn.Linear(1, 1), ModelHook())),
     **dict.fromkeys(
         (
-            *("_finalize_training", "_get_output_dir", "_load_from_checkpoint"),
+            *("_finalize_training", "_get_output_dir", "_load_best_model", "_load_from_checkpoint"),
             *("_push_from_checkpoint", "_save_checkpoint"),
         ),
         lambda: Trainer,

@@ -13,8 +13,8 @@ from symphony_hf.checkpoints.provenance import Origin
 from symphony_hf.checkpoints.saving import check_shard_size
 from symphony_hf.checkpoints.upload import publish
 from symphony_hf.errors import ConfigError, PushError
-from symphony_hf.files import check_folder_place
 from symphony_hf.patching.folding import export_folded
+from symphony_hf.results import check_folder_place
 
 
 def push(

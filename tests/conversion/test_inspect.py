@@ -414,7 +414,7 @@ def test_the_command(tmp_path):
     assert "MixtralForCausalLM" in result.output
     assert "3 routers: top-2 of 6 experts" in result.output
     for arguments, message in (
-        (["--output", "x.json"], "--output is for --four-bit"),
+        (["--output", "x.json"], "--output is for --four_bit"),
         (["--four-bit", "--output", str(tmp_path)], "is a folder, and the result is a file"),
     ):
         wrong = CliRunner().invoke(app, ["inspect", str(tmp_path), *arguments])

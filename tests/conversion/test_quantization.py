@@ -34,6 +34,7 @@ from symphony_hf import (
 )
 from symphony_hf.conversion.inspection.counts import held_types
 from symphony_hf.conversion.inspection.parts import Part
+from symphony_hf.conversion.inspection.tensors import held_tensors
 from symphony_hf.conversion.quantization.estimate import plan_bytes
 from symphony_hf.conversion.quantization.packing import Packing
 from symphony_hf.experiments.conformance.matrix import quiet
@@ -123,6 +124,20 @@ def test_packing_by_experts_is_bitsandbytes_own(quant_type, double_quant):
         # Of the scales' mean, added up in another order, one rounding may be another.
         torch.testing.assert_close(state[key], value, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_packed_experts_follow_the_model_to_another_device(double_quant):
+    model = quantize_experts(make_model("mixtral"), double_quant=double_quant)
+    states = [held.quant_state for held in held_tensors(model) if held.quant_state is not None]
+    assert len(states) == 6
+    model.to(torch.bfloat16)
+    assert {state.absmax.dtype for state in states} == {torch.uint8 if double_quant else torch.float32}
+    model.to("meta")
+    parts = [part for state in states for part in (state, state.state2) if part is not None]
+    tensors = [tensor for part in parts for tensor in (part.absmax, part.code, part.offset) if tensor is not None]
+    assert len(tensors) == 6 * (5 if double_quant else 2)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_the_size_is_counted_by_hand():

@@ -4,7 +4,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,26 +46,33 @@ def sample_weights(model: nn.Module, routers: Sequence[str]) -> dict[str, list[f
     return sampled
 
 
-def check_base(stored: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]], folder: str | Path) -> None:
+def check_base(stored: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]], where: str) -> None:
     """Compare the sampled weights in an adapter's record with those of the model that the adapter is to be put on.
 
-    Weights that only one of the two has are ignored; records of earlier versions have none. Unrelated weights raise
-    ConfigError, and weights that differ by more than rounding give a warning.
+    Weights that only one of the two has are ignored; records of earlier versions have none. Weights that differ by more
+    than rounding give a warning.
+
+    Args:
+        stored: The record's.
+        own: The model's.
+        where: Place of the record, for the messages.
+
+    Raises:
+        ConfigError: If the weights are unrelated.
     """
     distance = max(
         (_distance(stored[name], own[name]) for name in stored if len(stored[name]) == len(own.get(name, ()))),
         default=0.0,
     )
-    then = "load the base model that the adapter was trained on"
     if not distance <= _UNRELATED:
         raise ConfigError(
-            f"load_adapter: `{folder}` was trained on a base model with other weights: {then}, or, if these are the "
-            "ones you mean, delete `base_weights` from its symphony_config.json"
+            f"`{where}`: the adapter was trained on a different base model, with other weights: load that one, or, if "
+            "these weights are the ones you mean, delete `base_weights` there"
         )
     if distance > _CHANGED:
         warnings.warn(
-            f"load_adapter: the base model's weights differ by {distance:.1%} from those that the adapter of "
-            f"`{folder}` was trained on: {then}, unless you mean this one",
+            f"`{where}`: the base model's weights differ by {distance:.1%} from those that the adapter was trained "
+            "on: load the base model that it was trained on, unless you mean this one",
             SymphonyWarning,
             stacklevel=3,
         )

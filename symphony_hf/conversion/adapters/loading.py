@@ -9,21 +9,24 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from symphony_hf.checkpoints.graph_files import read_graphs
 from symphony_hf.conversion.inspection.parts import Routing
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError, GraphError, PatchError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS
+from symphony_hf.patching.expert_graph import is_adapted
 from symphony_hf.patching.families.named_gates import routers_of
 from symphony_hf.patching.symphonize import is_symphonized, symphonize, unsymphonize
 from symphony_hf.routing.graph import adjacency_problems
 
 from .base_weights import check_base, sample_weights
-from .record import NEEDS, AdapterRecord, keep_record
+from .record import NEEDS, AdapterRecord, check_same_mode, keep_record
 from .targets import base_of, family_of
 from .untrusted import adapter_tensors, add_adapter, check_tensors, read_peft_config, refusals, try_config
+
+_OTHERWISE = "to run it otherwise, save that model after `merge_and_unload()`"
 
 
 def load_adapter(
@@ -43,7 +46,8 @@ def load_adapter(
         model: Base model, plain or symphonized, or the result of an earlier call, to add another adapter.
         adapter: Folder, or repository on the Hub.
         name: Name of the adapter in the model, for `set_adapter(name)`.
-        trainable: Whether to continue training it.
+        trainable: Whether its parameters get gradients. The first adapter also puts the model into training mode or
+            evaluation mode; a further one leaves the model's mode.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
@@ -53,8 +57,9 @@ def load_adapter(
         ConfigError: If the adapter's record or PEFT's config is missing or invalid, the adapter belongs to another base
             model or other settings, or its tensors do not match.
         GraphError: If a graph is missing or invalid.
-        PatchError: If the model already has an adapter of that name.
+        PatchError: If the model already has an adapter of that name, or is sharded or offloaded.
     """
+    _check_not_sharded(model)
     folder = _local_folder(str(adapter), revision)
     record = AdapterRecord.read(folder)
     _check_graphs(folder / ADAPTER_WEIGHTS, record)
@@ -63,15 +68,16 @@ def load_adapter(
     config = keep_record(read_peft_config(folder), record)
     config.__dict__[NEEDS] = None  # the graphs are brought here
     config.inference_mode = not trainable
-    weights = folder / ADAPTER_WEIGHTS
-    prepare_base(model, record, folder, lambda: try_config(model, config, weights, name))
-    # On a 16-bit model PEFT's LoRA is float32 unless it was trained otherwise, as TRL does on 4-bit models.
+    weights, trains = folder / ADAPTER_WEIGHTS, model.training if is_adapted(model) else trainable
+    prepare_base(model, record, str(folder / ADAPTER_RECORD), lambda: try_config(model, config, weights, name))
+    # On a 16-bit model PEFT's adapters are float32 unless it was trained otherwise, as TRL does on 4-bit models.
     with refusals(f"{folder / ADAPTER_CONFIG}"):
-        adapted = add_adapter(model, config, name, widens=_is_wide(weights))
+        adapted = add_adapter(model, config, name, widens=_is_wide(weights, config.peft_type))
+    config.__dict__[NEEDS] = record  # of other models that the config is used for
     _copy_tensors(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
-    return adapted.train(trainable)
+    return adapted.train(trains)
 
 
 def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> None:
@@ -83,12 +89,14 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
     Raises:
         ConfigError: If the tensors do not match the adapter, or its record does not match the model. The model is
             unchanged then.
+        PatchError: If the model is sharded or offloaded.
     """
-    folder = Path(folder)
+    _check_not_sharded(model)
+    folder, base = Path(folder), base_of(model)
     if (folder / ADAPTER_RECORD).exists():
-        record = AdapterRecord.read(folder)
-        _check_ready(base_of(model), record, folder)
-        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
+        record, where = AdapterRecord.read(folder), str(folder / ADAPTER_RECORD)
+        _check_ready(base, record, where, "symphonize the model with the adapter's settings, or start without it")
+        check_base(record.base_weights, sample_weights(base, list(record.routers)), where)
     _copy_tensors(model, folder, name)
 
 
@@ -97,9 +105,34 @@ def _copy_tensors(model: Any, folder: Path, name: str) -> None:
     own = adapter_tensors(model, name, saved)
     shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
     check_tensors(folder, model, *shapes)
+    _check_own(own, model)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    size = getattr(base_of(model), "tp_size", None) or 1
+    if size > 1:
+        raise PatchError(
+            f"an adapter cannot be loaded into a model that tensor parallelism shards over {size} processes, since PEFT"
+            f" gives copies of its tensors: load it onto the whole model; {_OTHERWISE}"
+        )
+
+
+def _check_own(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Refuse tensors that are copies, as of sharded models, or empty, as of weights that are offloaded."""
+    held = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    lost = [name for name, tensor in tensors.items() if tensor.is_meta or _storage(tensor) not in held]
+    if lost:
+        raise PatchError(
+            f"{len(lost)} tensors of the adapter ({lost[0]}, ...) would be lost, since the model is sharded or "
+            f"offloaded: load it onto the whole model; {_OTHERWISE}"
+        )
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _local_folder(adapter: str, revision: str | None) -> Path:
@@ -142,65 +175,67 @@ def _updates_problems(weights: Path) -> list[str]:
     ]
 
 
-def _is_wide(weights: Path) -> bool:
-    """Return whether LoRA was saved in float32."""
+def _is_wide(weights: Path, peft_type: Any) -> bool:
+    """Return whether what the adapter adds was saved in float32. Graphs always are, and whole modules have any type."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    added = f".{PEFT_TYPE_TO_PREFIX_MAPPING[peft_type]}"
     with safe_open(weights, "pt") as file:
-        return any(file.get_slice(name).get_dtype() == "F32" for name in file.keys() if ".lora_" in name)  # noqa: SIM118
+        return any(file.get_slice(name).get_dtype() == "F32" for name in file.keys() if added in name)  # noqa: SIM118
 
 
-def prepare_base(
-    model: nn.Module, record: AdapterRecord, folder: str | Path, check: Callable[[], None] = lambda: None
-) -> None:
+def prepare_base(model: nn.Module, record: AdapterRecord, where: str, check: Callable[[], None] = lambda: None) -> None:
     """Symphonize a plain base model for an adapter, or check a symphonized one.
 
     Args:
         model: Base model, plain or symphonized, with or without other adapters. Unchanged if it is refused.
         record: Record of the adapter.
-        folder: Folder of the adapter, for error messages.
+        where: Place of the record, for error messages.
         check: Further check of the model, once it is symphonized.
 
     Raises:
-        ConfigError: If the adapter is for another base model, or for other settings.
+        ConfigError: If the adapter is for another base model, for other settings, or cannot be beside the others.
     """
-    made_ready = _make_ready(model, record, folder)
+    check_same_mode(model, record.router, f"`{where}`")
+    made_ready = _make_ready(model, record, where)
     try:
         check()
-        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), folder)
+        check_base(record.base_weights, sample_weights(base_of(model), list(record.routers)), where)
     except BaseException:
         if made_ready:
             unsymphonize(base_of(model))
         raise
 
 
-def _make_ready(model: nn.Module, record: AdapterRecord, folder: str | Path) -> bool:
+def _make_ready(model: nn.Module, record: AdapterRecord, where: str) -> bool:
     """Return whether the base model was plain."""
     base = base_of(model)
     if record.model_type != getattr(getattr(base, "config", None), "model_type", None):
-        raise ConfigError(f"load_adapter: `{folder}` is for a model of type {record.model_type}, not {family_of(base)}")
+        raise ConfigError(f"`{where}`: the adapter is for a model of type {record.model_type}, not {family_of(base)}")
     if is_symphonized(base):
-        _check_ready(base, record, folder)
+        _check_ready(base, record, where, "load it onto the plain base model, which is symphonized as it needs")
         return False
     found = {router.name: Routing.of(router.contract) for router in routers_of(base, record.settings)}
-    _check_routers(record.routers, found, folder)
+    _check_routers(record.routers, found, where)
     symphonize(base, record.settings)
     return True
 
 
-def _check_ready(base: nn.Module, record: AdapterRecord, folder: str | Path) -> None:
+def _check_ready(base: nn.Module, record: AdapterRecord, where: str, advice: str) -> None:
     own = AdapterRecord.of(base, record.router)
     wanted, stored = record.settings.to_dict(), own.settings.to_dict()
     differing = [f"{key} {stored[key]!r}, not {value!r}" for key, value in wanted.items() if stored[key] != value]
     if differing:
         raise ConfigError(
-            f"the model is symphonized with other settings than the adapter of `{folder}` needs: "
-            f"{', '.join(differing)}. Give `load_adapter` the plain base, which it symphonizes with the right settings"
+            f"`{where}`: the model is symphonized with other settings than the adapter needs: {', '.join(differing)}: "
+            f"{advice}"
         )
-    _check_routers(record.routers, own.routers, folder)
+    _check_routers(record.routers, own.routers, where)
 
 
-def _check_routers(wanted: dict[str, Routing], found: dict[str, Routing], folder: str | Path) -> None:
+def _check_routers(wanted: dict[str, Routing], found: dict[str, Routing], where: str) -> None:
     if found != wanted:
-        raise ConfigError(f"load_adapter: `{folder}` is for {_describe(wanted)}; the model has {_describe(found)}")
+        raise ConfigError(f"`{where}`: the adapter is for {_describe(wanted)}; the model has {_describe(found)}")
 
 
 def _describe(routers: dict[str, Routing]) -> str:

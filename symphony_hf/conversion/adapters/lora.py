@@ -11,8 +11,9 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 from symphony_hf.conversion.inspection.parts import Anatomy
 from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
 from symphony_hf.errors import ConfigError, nearest
+from symphony_hf.patching.symphonize import symphony_routers
 
-from .record import AdapterRecord, RouterMode, graphs_in_adapter, keep_record
+from .record import AdapterRecord, RouterMode, check_same_mode, keep_record
 from .targets import (
     ExpertTargets,
     attention_targets,
@@ -62,7 +63,8 @@ def lora_config(
 
     Raises:
         PatchError: If the model is not symphonized.
-        ConfigError: If a setting is unknown, matches nothing, or is not supported by PEFT.
+        ConfigError: If a setting is unknown, matches nothing, or is not supported by PEFT; or if `balance` is `bias`,
+            and the adapter would not hold the biases.
         UnsupportedModelError: If LoRA cannot be applied to the attention or the experts.
     """
     from peft import LoraConfig
@@ -71,18 +73,14 @@ def lora_config(
     record = AdapterRecord.of(model, router)  # refuses a model without graphs
     _check_settings(model, router, more)
     anatomy = Anatomy(model)
-    modules = attention_targets(model, anatomy) if attention else []
-    parameters: list[str] = []
-    if experts:
-        found = expert_targets(model, anatomy)
-        _check_experts(found, dropout, more)
-        modules, parameters = modules + found.modules, found.parameters
+    modules, parameters = _found_targets(model, anatomy, attention, experts, dropout, more)
     wanted = {name: list(more.pop(name, None) or ()) for name in _LISTS}
     _check_wanted(model, anatomy, wanted)
     modules, parameters = modules + wanted["target_modules"], parameters + wanted["target_parameters"]
+    saved = _saved_modules(anatomy, router) + wanted["modules_to_save"]
+    _check_biases(model, record, saved)
     learns = router == "train" or record.settings.graph == "learned" or wanted["modules_to_save"]
-    if not (modules or parameters or learns):
-        raise ConfigError("lora_config: nothing would be trained: turn on attention or experts, or give router='train'")
+    _check_trains(modules or parameters or learns)
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
@@ -90,13 +88,59 @@ def lora_config(
         # PEFT requires a target; this placeholder of its own matches nothing.
         target_modules=modules or ([] if parameters else DUMMY_TARGET_MODULES),
         target_parameters=parameters or None,
-        modules_to_save=_saved_modules(anatomy, router) + wanted["modules_to_save"],
+        modules_to_save=saved,
         **{"task_type": _task_type(base_of(model)), **more},
     )
     return keep_record(config, record)
 
 
-def _check_settings(model: nn.Module, router: str, more: dict[str, Any]) -> None:
+def plain_lora_config(
+    model: nn.Module, *, router: RouterMode, experts: bool, attention: bool, r: int, alpha: int, dropout: float
+) -> Any:
+    """Return the LoraConfig that `lora_config` would, for a model without graphs: the baseline of an adapter with them.
+
+    With `router="train"`, the adapter has the routers whole.
+
+    Raises:
+        ConfigError: If nothing would be trained, or a setting is not supported by PEFT.
+        UnsupportedModelError: If the model has no router, or LoRA cannot be applied to the attention or the experts.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    anatomy = Anatomy(model)
+    modules, parameters = _found_targets(model, anatomy, attention, experts, dropout, {})
+    saved = _saved_modules(anatomy, router) if router == "train" else []
+    _check_trains(modules or parameters or saved)
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules or ([] if parameters else DUMMY_TARGET_MODULES),
+        target_parameters=parameters or None,
+        modules_to_save=saved or None,
+        task_type=_task_type(base_of(model)),
+    )
+
+
+def _found_targets(
+    model: nn.Module, anatomy: Anatomy, attention: bool, experts: bool, dropout: float, more: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Return `target_modules` and `target_parameters`."""
+    modules = attention_targets(model, anatomy) if attention else []
+    if not experts:
+        return modules, []
+    found = expert_targets(model, anatomy)
+    _check_experts(found, dropout, more)
+    return modules + found.modules, found.parameters
+
+
+def _check_trains(trained: Any) -> None:
+    if not trained:
+        raise ConfigError("lora_config: nothing would be trained: turn on attention or experts, or give router='train'")
+
+
+def _check_settings(model: nn.Module, router: RouterMode, more: dict[str, Any]) -> None:
     from peft import LoraConfig
 
     if router not in ("graph", "train"):
@@ -113,13 +157,7 @@ def _check_settings(model: nn.Module, router: str, more: dict[str, Any]) -> None
                 f"lora_config: `{name}` must be a list of names, got {more[name]!r}: a pattern, such as 'all-linear', "
                 "may match routers, whose LoRA would go past the graph"
             )
-    for adapter in getattr(model, "peft_config", {}):
-        mode = graphs_in_adapter(model, adapter)
-        if mode not in (None, router):
-            raise ConfigError(
-                f"lora_config: the model's adapter `{adapter}` has router={mode!r}: PEFT cannot hold a router in one "
-                "adapter and its graph alone in another, so give the same"
-            )
+    check_same_mode(model, router, "lora_config")
 
 
 def _check_experts(found: ExpertTargets, dropout: float, more: dict[str, Any]) -> None:
@@ -173,6 +211,22 @@ def _saved_modules(anatomy: Anatomy, router: RouterMode) -> list[str]:
     """Return name suffixes of the modules that the adapter holds whole. PEFT matches them regardless of dots."""
     wanted = [name if router == "train" else f"{name}.symphony" for name in anatomy.routers]
     return shortest_ends(wanted, anatomy.modules, matches=str.endswith)
+
+
+def _check_biases(model: nn.Module, record: AdapterRecord, saved: list[str]) -> None:
+    """Refuse balance `bias` where no saved module holds the correction bias, which would move in the base model."""
+    if record.settings.balance != "bias":
+        return
+    for name, router in symphony_routers(model):
+        contract = router.contract
+        pieces = (name.rpartition(".")[0] if contract.bias_in_block else name).split(".")
+        around = [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
+        if not any(module.endswith(end) for module in around for end in saved):
+            remedy = f"modules_to_save=[{pieces[-1]!r}]" if contract.bias_in_block else "router='train'"
+            raise ConfigError(
+                f"lora_config: `{contract.correction_bias}` of `{'.'.join(pieces)}` is not in the adapter, which would "
+                f"be saved without what balance='bias' moves: give {remedy}, or symphonize with balance='loss'"
+            )
 
 
 def _task_type(model: nn.Module) -> str | None:

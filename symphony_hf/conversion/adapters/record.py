@@ -5,14 +5,17 @@ The record is also in adapter_config.json, where `peft_wraps` finds it. A `task_
 of this package, keeps PEFT alone from loading such an adapter onto a model without graphs.
 """
 
+import copy
 import dataclasses
 import functools
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from symphony_hf.checkpoints.marks import MARK, NEEDED
@@ -21,7 +24,7 @@ from symphony_hf.conversion.inspection.parts import Routing
 from symphony_hf.conversion.inspection.tensors import bare_name
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, read_object, write_json
-from symphony_hf.patching.expert_graph import active_graph
+from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 from symphony_hf.settings import parse_settings
 
@@ -91,9 +94,8 @@ class AdapterRecord:
         file = Path(folder) / ADAPTER_RECORD
         if not file.exists():
             raise ConfigError(
-                f"`{folder}` has no {ADAPTER_RECORD}: its adapter holds no graphs, or was saved without `lora_config` "
-                "and SymphonyCallback, and its base model is unknown. Load it with PEFT onto a model that is ready for "
-                "it"
+                f"`{folder}` has no {ADAPTER_RECORD}: its adapter has no graphs, or an early symphony_hf saved it, "
+                "without `lora_config`: load it with PEFT, onto a model that is ready for it"
             )
         return cls.parse(read_object(file, ConfigError), str(file))
 
@@ -116,6 +118,19 @@ def keep_record(config: Any, record: AdapterRecord) -> Any:
     return config
 
 
+def has_record(config: Any) -> bool:
+    """Return whether PEFT writes a record when it saves the adapter of this config."""
+    return getattr(config.__dict__.get("save_pretrained"), "func", None) is _save_with_record
+
+
+def without_record(config: Any) -> Any:
+    """Return a copy of a config, for which PEFT writes no record."""
+    copied = copy.copy(config)
+    if has_record(copied):
+        del copied.save_pretrained
+    return copied
+
+
 def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, **kwargs: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # the adapter's folder never has a config without the marks
         type(config).save_pretrained(config, scratch, **kwargs)
@@ -128,29 +143,51 @@ def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, *
     write_json(folder / ADAPTER_CONFIG, stored | {"symphony": record.symphony} | marks)
 
 
-def record_adapters(model: nn.Module) -> None:
-    """Make PEFT write a record of each adapter with graphs, including those without a config from `lora_config`.
-
-    A model that is not symphonized or has no adapters is unchanged.
-    """
-    if not is_symphonized(model):
-        return
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config", {})  # of PeftModel, its tuner, or transformers' integration
-        for name, config in configs.items() if isinstance(configs, dict) else ():
-            mode = graphs_in_adapter(model, name)
-            if mode is not None and "save_pretrained" not in config.__dict__:
-                keep_record(config, AdapterRecord.of(model, mode))
-
-
 def graphs_in_adapter(model: nn.Module, adapter: str) -> RouterMode | None:
     """Return whether an adapter of a model has the routers with their graphs, only the graphs, or neither."""
-    for wrapper in model.modules():
-        saved = wrapper._modules.get("modules_to_save")
-        if saved is None or adapter not in saved._modules:
+    for copies in _modules_to_save(model):
+        if adapter not in copies:
             continue
-        if is_symphonized(saved[adapter]):  # type: ignore[index]
+        if is_symphonized(copies[adapter]):
             return "train"
-        if hasattr(saved[adapter], "adjacency"):  # type: ignore[index]
+        if isinstance(copies[adapter], ExpertGraph):
             return "graph"
     return None
+
+
+def check_same_mode(model: nn.Module, router: RouterMode, where: str) -> None:
+    """Check that the adapters of a model have what a new one would have: routers, or graphs alone.
+
+    Args:
+        model: Model with or without adapters.
+        router: Mode of the new adapter.
+        where: Where that is from, for the error message.
+
+    Raises:
+        ConfigError: If an adapter has the other.
+    """
+    for adapter in getattr(model, "peft_config", {}):
+        mode = graphs_in_adapter(model, adapter)
+        if mode not in (None, router):
+            raise ConfigError(
+                f"{where}: router={router!r}, but the model's adapter `{adapter}` has router={mode!r}: PEFT cannot "
+                "hold a router in one adapter and its graph alone in another, so give the same, or use two models"
+            )
+
+
+@torch.no_grad()
+def copy_graphs(model: nn.Module, source: str, target: str) -> None:
+    """Copy the graphs, and other buffers of the routers, from one adapter of a model into another."""
+    for copies in _modules_to_save(model):
+        if {source, target} <= copies.keys():
+            buffers = dict(copies[source].named_buffers())
+            for name, buffer in copies[target].named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def _modules_to_save(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """Yield, for each module that adapters have copies of, these copies by the adapters' names."""
+    for wrapper in model.modules():
+        copies = wrapper._modules.get("modules_to_save")
+        if copies is not None:
+            yield dict(copies.named_children())

@@ -11,7 +11,8 @@ from torch import nn
 from symphony_hf.conversion.inspection.parts import Anatomy, Part
 from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
 from symphony_hf.errors import SymphonyWarning, UnsupportedModelError
-from symphony_hf.patching.symphonize import symphony_routers
+from symphony_hf.patching.families.discovery import find_routers
+from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 
 
 def is_end_of(name: str, end: str) -> bool:
@@ -141,7 +142,7 @@ def family_of(model: nn.Module) -> str:
 
 def _attention_maps(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:
     """Yield names of linear layers in the attention of the stacks with routers, and so not of a vision tower."""
-    stacks = {id(router.stack.owner) for _, router in symphony_routers(model) if router.stack is not None}
+    stacks = set(map(id, _stacks_with_routers(model)))
     for name, module in anatomy.modules.items():
         if not _is_linear_map(module) or ".lora_" in name:
             continue
@@ -155,6 +156,12 @@ def _attention_maps(model: nn.Module, anatomy: Anatomy) -> Iterator[str]:
             continue
         if any(anatomy.is_attention(owner) for owner in owners) and any(id(owner) in stacks for owner in owners):
             yield name
+
+
+def _stacks_with_routers(model: nn.Module) -> list[nn.Module]:
+    if is_symphonized(model):
+        return [router.stack.owner for _, router in symphony_routers(model) if router.stack is not None]
+    return [router.owner for router in find_routers(model)]
 
 
 def _is_linear_map(module: nn.Module) -> bool:

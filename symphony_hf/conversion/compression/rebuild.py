@@ -46,8 +46,10 @@ def with_fewer_experts(
 
     Source: HC-SMoE (arXiv 2410.08589) for the means. Deviation: its router keeps a row for each old expert and maps
     several to one new expert, which stock checkpoints cannot express; here a cluster has one row, the load-weighted
-    mean of its members' rows. Up to a constant, that is the first-order approximation of the cluster's exact logit, the
-    logarithm of the sum of its members' exponentials.
+    mean of its members' rows. The cluster's exact logit, the logarithm of the sum of its members' exponentials, is at
+    least that mean plus the entropy of the shares, with equality where the members' probabilities have these shares.
+    The entropy, from 0 to log n for n members, is left out, as most routers have no bias: clusters are selected too
+    rarely against experts that are alone.
     """
     num_experts = len(plan[0])
     config = _changed(model, _NUM_EXPERTS, layers[0].num_experts, num_experts, "experts")

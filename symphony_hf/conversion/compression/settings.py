@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from symphony_hf.errors import CheckpointError, ConfigError, nearest
 from symphony_hf.evaluation.settings import DTYPES
-from symphony_hf.files import check_file_place, check_folder_place
+from symphony_hf.results import check_file_place, check_folder_place
 from symphony_hf.settings import changed_settings, check_least, command_line
 
 MERGE_BY = ("graph", "outputs")
@@ -100,7 +100,8 @@ class FewerExpertsSettings(TextSettings):
         by: Criterion.
         graph: Graph to use: learned, the one saved with the checkpoint, whatever its `graph` setting was; or counted,
             from the calibration text, for any model.
-        calibration_tokens: Number of calibration tokens from the train split.
+        calibration_tokens: Maximum number of calibration tokens from the train split, rounded down to whole windows (at
+            least one).
     """
 
     experts: int

@@ -6,7 +6,8 @@ from typing import Any
 
 from symphony_hf.conversion.upcycling.target import writing
 from symphony_hf.errors import UnsupportedModelError
-from symphony_hf.files import check_file_place, write_json
+from symphony_hf.files import write_json
+from symphony_hf.results import check_file_place
 
 from .layers import open_model
 from .rebuild import with_top_k

@@ -1,8 +1,9 @@
 """Packing of stacked expert weights in 4 bits, behind bitsandbytes' own parametrization."""
 
+import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,23 @@ class Packing:
             state.nested = True
         module._parameters[name] = nn.Parameter(torch.cat([part for part, _ in packed]), requires_grad=False)
         replace_parameter_4bit_prequantized(module, name, state.as_dict(), weight.device)
+        module.parametrizations[name][0].__class__ = _unpacking_class()  # type: ignore[index, union-attr]
+
+
+@functools.cache
+def _unpacking_class() -> type[nn.Module]:
+    from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+
+    class Unpacking(Bnb4bitParametrization):  # type: ignore[misc]
+        """bitsandbytes' parametrization, whose scales follow the weight to another device. They keep their types."""
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Unpacking":
+            super()._apply(fn, recurse)
+            of_no_type = torch.empty(0, dtype=torch.uint8, device=self.quant_state.code.device)
+            self.quant_state.to(fn(of_no_type).device)
+            return self
+
+    return Unpacking
 
 
 def check_bitsandbytes() -> None:

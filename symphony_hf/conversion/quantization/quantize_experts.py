@@ -24,10 +24,10 @@ def quantize_experts(
 ) -> PreTrainedModel:
     """Quantize stacked experts, most of a MoE's memory, to 4 bits; bitsandbytes by itself leaves them in 16 bits.
 
-    A checkpoint is quantized during loading and a model in place, one layer at a time, so that at most one layer's
-    experts are in 16 bits. The packed experts are frozen and are unpacked whenever they are used, with every
-    `experts_implementation`. Train adapters on them with gradient checkpointing: without it, the unpacked experts of
-    all layers are kept for the backward pass.
+    A checkpoint is quantized as it is loaded, so that at most one layer's experts are in 16 bits at any time. A loaded
+    model is quantized in place, one weight at a time. The packed experts are frozen and are unpacked whenever they are
+    used, with every `experts_implementation`. Train adapters on them with gradient checkpointing: without it, the
+    unpacked experts of all layers are kept for the backward pass.
 
     Args:
         model: Folder or Hub name of a checkpoint, or a loaded model, symphonized or not.

@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from symphony_hf.checkpoints.model_class import INVALID_CONFIG
-from symphony_hf.errors import CheckpointError, UpcycleError
-from symphony_hf.files import read_object
+from symphony_hf.errors import UNREADABLE, CheckpointError, UpcycleError
+from symphony_hf.files import TOKENIZER_CONFIG, read_object
 
 from .checkpoint import Checkpoint, StoredTensor, check_tensors
 from .families import CONVERSIONS
 
+_VOCABULARY = ("merges.txt", "spiece.model", "tekken.json", "tokenizer*", "vocab.*")
 CARRIED = (
     "LICENSE*",
     "NOTICE*",
@@ -34,12 +35,8 @@ CARRIED = (
     "additional_chat_templates",
     "chat_template.*",
     "generation_config.json",
-    "merges.txt",
     "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer*",
-    "vocab.*",
+    *_VOCABULARY,
 )
 """Name patterns of the files that are copied. The model card is not: it describes another model."""
 
@@ -72,16 +69,16 @@ def keep_tokenizer_class(source: Path, folder: Path) -> list[str]:
 
     transformers selects the class by the tokenizer's config and the model's family, which has changed.
     """
-    file = folder / "tokenizer_config.json"
-    if not file.exists():
+    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARY):
         return []
     try:
         wanted, found = (type(AutoTokenizer.from_pretrained(path)).__name__ for path in (source, folder))
-    except (OSError, ValueError, ImportError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
-        return [f"the tokenizer's files were copied, but could not be read here ({reason})"]
+        return [f"the tokenizer's files were copied, but could not be read here ({type(error).__name__}: {reason})"]
     if wanted != found:
-        settings = read_object(file, CheckpointError) | {"tokenizer_class": wanted}
+        file = folder / TOKENIZER_CONFIG
+        settings = (read_object(file, CheckpointError) if file.exists() else {}) | {"tokenizer_class": wanted}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return []
 

@@ -1,13 +1,13 @@
 """The output folder of a conversion: checks before writing, and writing as a whole or not at all."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from symphony_hf.errors import CheckpointError, UpcycleError
-from symphony_hf.files import check_folder_place, place_to_write, remove_if_empty, replacing_folder
+from symphony_hf.files import replacing_folder
+from symphony_hf.results import check_folder_place
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -65,7 +65,7 @@ def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
         CheckpointError: If writing fails, or another process is writing the same target.
     """
     try:
-        with _alone(target, command), replacing_folder(target) as folder:
+        with replacing_folder(target) as folder:
             yield folder
     except OSError as error:
         if isinstance(error, CheckpointError):
@@ -74,26 +74,6 @@ def writing(target: Path, command: str = "upcycle") -> Iterator[Path]:
         raise CheckpointError(
             f"{command}: `{target}` could not be written: {reason}; nothing of it was kept"
         ) from error
-
-
-@contextlib.contextmanager
-def _alone(target: Path, command: str) -> Iterator[None]:
-    """Lock the target against other processes, until this process ends."""
-    lock = place_to_write(target).with_name(f"{target.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(f"{command}: another process is writing `{target}`") from error
-        try:
-            yield
-        finally:
-            lock.unlink()
-            remove_if_empty(lock.parent)
 
 
 def _nearest_folder(path: Path) -> Path:

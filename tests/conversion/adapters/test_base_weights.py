@@ -34,7 +34,10 @@ def test_the_record_has_weights_of_the_base_and_not_of_the_adapter(saved):
 @pytest.mark.parametrize("prepare", [lambda model: model, lambda model: symphonize(model, decay=DECAY)])
 def test_weights_of_another_seed_are_refused(saved, prepare):
     refuses(
-        prepare(make_model(seed=1)), saved, ConfigError, "other weights: load the base model .* or, .* `base_weights`"
+        prepare(make_model(seed=1)),
+        saved,
+        ConfigError,
+        r"symphony_config\.json`: the adapter .* other weights: load that one, or, .* delete `base_weights`",
     )
 
 

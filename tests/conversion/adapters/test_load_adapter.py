@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapted import DECAY, adapt, adapted_model, assert_same_graphs, logits, refuses
 from models import assert_folded, make_ids, make_llava, make_model, move_graphs
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from symphony_hf import (
@@ -26,7 +27,6 @@ from symphony_hf import (
 )
 from symphony_hf.conversion.adapters import loading, record
 from symphony_hf.conversion.adapters.loading import restore_adapter
-from symphony_hf.conversion.adapters.record import record_adapters
 
 CASES = [{}, {"experts": True}, {"router": "train"}, {"router": "train", "experts": True, "attention": False}]
 NAMES = ["graph", "graph, experts", "train", "train, experts alone"]
@@ -57,7 +57,6 @@ def test_an_adapter_of_the_head_or_the_embeddings(tmp_path, adapted_layer):
     base = symphonize(make_model(), decay=DECAY)
     config = lora_config(base, target_modules=[adapted_layer], init_lora_weights=False)
     adapted = peft.get_peft_model(base, config)
-    record_adapters(adapted)
     adapted.save_pretrained(tmp_path)
     assert torch.equal(logits(load_adapter(make_model(), tmp_path)), logits(adapted))
 
@@ -178,6 +177,16 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path):
     assert len(trained) == 27
 
 
+@pytest.mark.parametrize("was_trained", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_further_adapter_leaves_the_mode(tmp_path, was_trained, trainable):
+    adapted_model().save_pretrained(tmp_path)
+    model = load_adapter(make_model(), tmp_path, trainable=True).train(was_trained)
+    load_adapter(model, tmp_path, name="second", trainable=trainable)
+    assert {module.training for module in model.modules()} == {was_trained}
+    assert any(p.requires_grad for name, p in model.named_parameters() if ".second." in name) == trainable
+
+
 def test_llava(tmp_path):
     adapted = adapt(symphonize(make_llava(), decay=DECAY)).eval()
     adapted.save_pretrained(tmp_path)
@@ -245,24 +254,14 @@ def move_graphs_of_adapter(model):
                 graph.adjacency.copy_(values + values.T)
 
 
-def test_a_config_of_the_users_own_gets_a_record(tmp_path):
-    model = symphonize(make_model(), decay=DECAY)
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["symphony"], init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config)
-    adapted.save_pretrained(tmp_path / "without")
-    assert not (tmp_path / "without" / "symphony_config.json").exists()
-    record_adapters(adapted)
-    adapted.save_pretrained(tmp_path / "with")
-    assert torch.equal(logits(load_adapter(make_model(), tmp_path / "with")), logits(adapted))
-    with pytest.raises(ConfigError, match=r"no symphony_config\.json"):
-        load_adapter(make_model(), tmp_path / "without")
+def test_an_adapter_without_a_record_is_refused(saved):
+    (saved / "symphony_config.json").unlink()
+    refuses(make_model(), saved, ConfigError, r"no symphony_config\.json")
 
 
 def test_an_adapter_without_graphs_gets_no_record(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], inference_mode=True)
     adapted = peft.get_peft_model(symphonize(make_model()), config)
-    record_adapters(adapted)
-    record_adapters(make_model())
     adapted.save_pretrained(tmp_path)
     assert not (tmp_path / "symphony_config.json").exists()
 
@@ -302,12 +301,16 @@ def test_pefts_own_loader_refuses_what_does_not_fit(tmp_path):
     for base, message in (
         (symphonize(make_model(), decay=DECAY, strength=0.5), "strength 0.5, not 1.0"),
         (make_model("mixtral"), "for a model of type olmoe, not mixtral"),
-        (make_model(seed=1), "other weights"),
+        (make_model(seed=1), r"`adapter_config\.json: symphony_hf\.record`.*delete `base_weights` there"),
     ):
         plain = not is_symphonized(base)
         with pytest.raises(ConfigError, match=message):
             peft.PeftModel.from_pretrained(base, tmp_path)
         assert is_symphonized(base) != plain
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    del values["symphony_hf"]["record"]["base_weights"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    peft.PeftModel.from_pretrained(make_model(seed=1), tmp_path)
 
 
 def test_pefts_own_loader_refuses_a_graph_with_impossible_values(tmp_path):
@@ -384,13 +387,49 @@ def test_another_width_is_refused_before_numbers_are_written(saved):
 
 def test_other_settings(saved):
     model = symphonize(make_model(), strength=0.5, decay=DECAY)
-    refuses(model, saved, ConfigError, r"other settings.*strength 0\.5, not 1\.0.*plain base")
+    refuses(model, saved, ConfigError, r"other settings.*strength 0\.5, not 1\.0: load it onto the plain base")
 
 
 def test_numbers_of_other_settings(saved):
     model = symphonize(make_model(), strength=0.5, decay=DECAY)
     adapted = peft.get_peft_model(model, lora_config(model, r=4))
-    with pytest.raises(ConfigError, match=r"strength 0\.5, not 1\.0"):
+    with pytest.raises(ConfigError, match=r"strength 0\.5, not 1\.0: symphonize the model with the adapter's settings"):
+        restore_adapter(adapted, saved)
+
+
+@pytest.mark.parametrize("load", [load_adapter, lambda model, folder, name: model.load_adapter(folder, name)])
+@pytest.mark.parametrize(("first", "second"), [("train", "graph"), ("graph", "train")])
+def test_an_adapter_of_the_other_mode(tmp_path, first, second, load):
+    adapted_model(router=second).save_pretrained(tmp_path)
+    model = adapted_model(router=first)
+    before = logits(model)
+    with pytest.raises(ConfigError, match=f"router='{second}', but the model's adapter `default` has router='{first}'"):
+        load(model, tmp_path, name="second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
+
+
+def gathered(model, **settings):
+    """Return copies, as PEFT does of a sharded model."""
+    return {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model, **settings).items()}
+
+
+def test_tensors_that_are_not_the_models_own(saved, monkeypatch):
+    adapted = peft.get_peft_model(model := symphonize(make_model(), decay=DECAY), lora_config(model, r=4))
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", gathered)
+    with pytest.raises(PatchError, match=r"would be lost.*sharded.*merge_and_unload"):
+        restore_adapter(adapted, saved)
+    monkeypatch.undo()
+    adapted.base_model.model.model.layers[1].self_attn.q_proj.to("meta")
+    with pytest.raises(PatchError, match=r"2 tensors of the adapter .*q_proj\.lora_A"):
+        restore_adapter(adapted, saved)
+
+
+def test_a_model_that_is_sharded(saved, monkeypatch):
+    adapted = adapted_model()
+    monkeypatch.setattr("transformers.PreTrainedModel.tp_size", 2)
+    refuses(make_model(), saved, PatchError, "tensor parallelism shards over 2 processes")
+    with pytest.raises(PatchError, match="tensor parallelism shards over 2 processes"):
         restore_adapter(adapted, saved)
 
 

@@ -114,6 +114,29 @@ def test_trls_trainer_takes_the_config(tmp_path):
     assert torch.equal(logits(loaded), logits(trainer.model))
 
 
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore")  # of TRL's imports
+def test_dpo_of_a_trained_adapter_begins_at_its_reference(tmp_path):
+    """TRL's reference is a copy of the adapter: before the first step, both give the same log-probabilities."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from trainers import ARGUMENTS, make_tokenizer
+
+    words = [" ".join(map(str, range(start, start + 6))) for start in (10, 20, 30)]
+    rows = Dataset.from_dict({"prompt": words[:1] * 2, "chosen": words[1:2] * 2, "rejected": words[2:] * 2})
+    model = adapted_model(router="train").train()
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(str(tmp_path), **{**ARGUMENTS, "max_steps": 1}),
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+        callbacks=[SymphonyCallback()],
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+
+
 def test_trainer_on_a_base_without_graphs(tmp_path):
     with pytest.raises(PatchError, match="not symphonized"):
         train(tmp_path / "plain", peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])))

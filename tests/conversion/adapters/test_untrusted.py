@@ -10,7 +10,6 @@ from adapted import DECAY, adapted_model, logits, refuses
 from models import make_model, move_graphs
 
 from symphony_hf import ConfigError, load_adapter, lora_config, symphonize
-from symphony_hf.conversion.adapters.record import record_adapters
 from symphony_hf.experiments.fuzzing.campaign import MemoryPeak
 
 CONFIG = "adapter_config.json"
@@ -87,7 +86,6 @@ def test_patterns_that_people_write_are_taken(tmp_path):
     settings = {"rank_pattern": {r"layers\.[01]\..*q_proj": 2}, "init_lora_weights": False}
     config = peft.LoraConfig(target_modules=r".*\.(q|v)_proj", modules_to_save=["symphony"], **settings)
     adapted = peft.get_peft_model(model, config)
-    record_adapters(adapted)
     adapted.save_pretrained(tmp_path)
     assert torch.equal(logits(load_adapter(make_model(), tmp_path)), logits(adapted))
 
@@ -127,9 +125,24 @@ def test_other_kinds_of_adapters_with_graphs(tmp_path, kind, settings):
     model = symphonize(make_model(), decay=DECAY)
     config = kind(target_modules=["k_proj", "v_proj"], modules_to_save=["symphony"], **settings)
     adapted = move_graphs(peft.get_peft_model(model, config))
-    record_adapters(adapted)
     adapted.save_pretrained(tmp_path)
     assert torch.equal(logits(load_adapter(make_model(), tmp_path)), logits(adapted))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("kind", [peft.IA3Config, peft.LoHaConfig, peft.LoKrConfig])
+def test_other_kinds_of_adapters_in_bfloat16(tmp_path, kind, wide):
+    """They have the type that they were trained in."""
+    settings = {"feedforward_modules": [], "init_ia3_weights": False} if kind is peft.IA3Config else {"r": 2}
+    settings |= {"init_weights": False} if kind is not peft.IA3Config else {}
+    config = kind(target_modules=["v_proj"], **settings)
+    base = symphonize(make_model(dtype=torch.bfloat16), decay=DECAY)
+    adapted = move_graphs(peft.get_peft_model(base, config, autocast_adapter_dtype=wide))
+    adapted.save_pretrained(tmp_path)
+    loaded = load_adapter(make_model(dtype=torch.bfloat16), tmp_path)
+    dtypes = {p.dtype for name, p in loaded.named_parameters() if "v_proj." in name and "base_layer" not in name}
+    assert dtypes == {torch.float32 if wide else torch.bfloat16}
+    assert torch.equal(logits(loaded), logits(adapted))
 
 
 def test_dora(tmp_path):

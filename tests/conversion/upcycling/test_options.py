@@ -183,12 +183,26 @@ def test_the_same_class_reads_the_tokenizer(tmp_path):
     assert found("a b")["input_ids"] == expected("a b")["input_ids"]
 
 
-def test_a_tokenizer_that_cannot_be_read_is_carried_and_said(source, tmp_path):
+def test_a_tokenizer_without_a_config_of_its_own(tmp_path):
+    """Numbers are whole for the backend of Mistral's, and Qwen2's own class would take them apart."""
+    _, source = save_dense(tmp_path / "dense", "mistral")
+    words = Tokenizer(models.BPE({"<unk>": 0, "1": 1, "2": 2, "12": 3}, [("1", "2")], unk_token="<unk>"))
+    words.save(str(source / "tokenizer.json"))
+    run(source, tmp_path / "moe", to="qwen2_moe")
+    for folder in (source, tmp_path / "moe"):
+        assert AutoTokenizer.from_pretrained(folder)("12")["input_ids"] == [3]
+    assert list(tmp_path.glob("*/tokenizer_config.json")) == [tmp_path / "moe" / "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer_config.json", "{"), ("tokenizer.json", "{}"), ("tokenizer.json", "[]")]
+)
+def test_a_tokenizer_that_cannot_be_read_is_carried_and_said(source, tmp_path, name, text):
     shutil.copytree(source, tmp_path / "dense")
-    (tmp_path / "dense" / "tokenizer_config.json").write_text("{")
+    (tmp_path / "dense" / name).write_text(text)
     result = run(tmp_path / "dense", tmp_path / "moe")
     assert any("tokenizer's files were copied, but could not be read" in note for note in result.notes)
-    assert (tmp_path / "moe" / "tokenizer_config.json").read_text() == "{"
+    assert (tmp_path / "moe" / name).read_text() == text
 
 
 @pytest.mark.parametrize(("kind", "said"), [("phi3, longrope", "longrope"), ("phi3, windows", "FlashAttention")])
