@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, SymphonyError
+from .errors import CheckpointError, ConfigError, SymphonyError
 
 CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,35 +43,67 @@ def place_to_write(target: Path) -> Path:
     return target.parent / UNFINISHED / target.name
 
 
-def place_of_replaced(target: Path) -> Path:
-    """Return the path of the folder that `target` replaces, between the two renames."""
-    return target.parent / UNFINISHED / f"{target.name}.replaced"
-
-
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
 
     A checkpoint at `target` is replaced, other files there stay, and leftovers of a killed process are removed.
+
+    Raises:
+        CheckpointError: If another process is writing the same folder.
     """
-    clear(target)
-    folder = place_to_write(target)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        finish(target)
-    except BaseException:
+    with _locked(target):
         clear(target)
-        raise
+        folder = place_to_write(target)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            finish(target)
+        except BaseException:
+            clear(target)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Lock a folder's name against other processes, as far as the system can, until the block or this process ends."""
+    lock = place_to_write(target).with_name(f"{target.name}.lock")
+    with contextlib.ExitStack() as files:
+        while os.name == "posix" and not _lock(lock, target, files):
+            pass  # another process removed it, or its folder, between our steps
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # before it is closed: a process that has opened it will find it removed
+            remove_if_empty(lock.parent)
+
+
+def _lock(lock: Path, target: Path, files: contextlib.ExitStack) -> bool:
+    """Create and lock a file, to be closed with `files`. Return whether it still has its name."""
+    import fcntl
+
+    with contextlib.suppress(FileExistsError):
+        lock.parent.mkdir(parents=True)
+    try:
+        file = files.enter_context(lock.open("w"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
+    except BlockingIOError as error:
+        raise CheckpointError(f"another process is writing `{target}`: try again when it has finished") from error
+    except OSError:
+        return True  # the file system has no locks
 
 
 def finish(target: Path, recorded: Collection[str] | None = None) -> None:
     """Move a folder from its `place_to_write` to its final path, replacing an existing checkpoint. Other files stay.
 
-    If the process ends between the two renames, the replaced folder is in its `place_of_replaced`. `recorded` are names
-    of the replaced checkpoint's files, from its own record; by default, see `stale_files`.
+    If the process ends between the two renames, the next `clear` restores the replaced folder. `recorded` are names of
+    the replaced checkpoint's files, from its own record; by default, see `stale_files`.
     """
-    written, replaced = place_to_write(target), place_of_replaced(target)
+    written = place_to_write(target)
+    replaced = written.with_name(f"{target.name}.replaced")
     for path in written.rglob("*"):  # before others are kept: it takes long, and more may come meanwhile
         if path.is_file() and not path.is_symlink():
             flush(path)
@@ -157,12 +189,12 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def clear(target: Path) -> None:
     """Remove the leftovers of a killed write to `target`, and restore the folder that it was replacing."""
-    replaced = place_of_replaced(target)
+    written = place_to_write(target)
+    replaced = written.with_name(f"{target.name}.replaced")
     if os.path.lexists(replaced) and not os.path.lexists(target):
         os.replace(replaced, target)
-    for left in (replaced, place_to_write(target)):
-        if os.path.lexists(left):
-            remove_folder(left)
+    for left in filter(os.path.lexists, (replaced, written)):
+        remove_folder(left)
     remove_if_empty(target.parent / UNFINISHED)
 
 
@@ -189,8 +221,7 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
 
-    Its folder is created if necessary. The temporary name is unique, also where nodes share a folder. The file must be
-    closed by then.
+    Its folder is created if necessary. The temporary name is unique across nodes. The file must be closed by then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -201,37 +232,6 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         written.unlink(missing_ok=True)
-
-
-def check_file_place(path: str | Path, command: str) -> None:
-    """Check that a result file can be written, before the work that produces it, or raise ConfigError."""
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{command}: `{path}` is a folder, and the result is a file: give its name, too")
-    check_folder_of(path, command)
-
-
-def check_folder_place(path: Path, command: str) -> None:
-    """Check that a folder can be written, or replaced as a whole, or raise ConfigError."""
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{command}: `{path}` is a file, and the result is a folder: give another place")
-    place = path.resolve()
-    is_fixed = Path.cwd().is_relative_to(place) or (place.exists() and not os.access(place.parent, os.W_OK))
-    if is_fixed or any(os.path.ismount(folder) for folder, _, _ in os.walk(place)):
-        raise ConfigError(
-            f"{command}: `{path}` cannot be replaced as a whole: it is or holds a disk or the current folder, or it is "
-            "in a read-only folder. Give a folder in it"
-        )
-    check_folder_of(place, command)
-
-
-def check_folder_of(path: Path, command: str) -> None:
-    """Check that files can be created beside a path: raise ConfigError if its nearest parent is a file or read-only."""
-    nearest = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-    if not nearest.is_dir():
-        raise ConfigError(f"{command}: `{path}` cannot be written, because `{nearest}` is a file: give another place")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{command}: `{path}` cannot be written: no permission for `{nearest}`; give another place")
 
 
 def flush(path: Path) -> None:

@@ -1,13 +1,16 @@
 """Files that have their name only once they are whole, and places that are refused before the work."""
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import CheckpointError, ConfigError
 from symphony_hf.experiments.conformance.table import write_readme
-from symphony_hf.files import check_file_place, check_folder_place, replacing, replacing_folder, write_json, write_text
+from symphony_hf.files import replacing, replacing_folder, write_json, write_text
+from symphony_hf.results import check_file_place, check_folder_place
 from symphony_hf.training.report import write_run_report
 
 
@@ -46,6 +49,56 @@ def test_two_processes_do_not_write_into_each_other_s_file(tmp_path):
         assert (tmp_path / "file").read_text() == "other"
     assert (tmp_path / "file").read_text() == "one"
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    target = tmp_path / "model"
+    with replacing_folder(target) as folder:
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"another process is writing `.*model`"), replacing_folder(target):
+            raise AssertionError("the second one began")
+        with replacing_folder(tmp_path / "other") as other:
+            (other / "config.json").write_text("{}")
+    assert names(tmp_path) == ["model", "other"]
+    assert names(target) == ["config.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_to(number, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for name in ("one", "other"):
+        with replacing_folder(tmp_path / "model") as folder:
+            (folder / name).touch()
+    assert names(tmp_path / "model") == ["one", "other"]
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+@pytest.mark.parametrize("remove", [Path.unlink, lambda lock: shutil.rmtree(lock.parent)], ids=["file", "folder"])
+def test_a_lock_that_another_process_removes_is_taken_again(remove, tmp_path, monkeypatch):
+    """It ends between our opening of the file and our lock on it."""
+    import fcntl
+
+    target, flock, calls = tmp_path / "model", fcntl.flock, []
+
+    def slow_flock(file, operation):
+        if not calls:
+            remove(Path(file.name))
+        calls.append(file)
+        flock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", slow_flock)
+    with replacing_folder(target) as folder:
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="try again when it has finished"), replacing_folder(target):
+            raise AssertionError("the second one began")
+    assert len(calls) == 3
+    assert names(tmp_path) == ["model"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")

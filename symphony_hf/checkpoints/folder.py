@@ -15,6 +15,7 @@ from symphony_hf.errors import NoGraphError, PushError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS, CONFIG, read_object
 
 from .graph_files import read_usable_graphs
+from .hub_names import hub_name
 from .marks import unmark
 
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".png", ".svg", ".yaml", ".yml"}
@@ -31,7 +32,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _TEXT = (".json", ".txt", ".md", ".jinja", ".yaml", ".yml", "")
 
 
-def is_wanted(entry: Path) -> str | None:
+def reason_to_leave_out(entry: Path) -> str | None:
     """Return the reason why a file or folder is not part of the model; None if it may be part of it."""
     return next((reason for pattern, reason in _STAYS.items() if re.fullmatch(pattern, entry.name)), None)
 
@@ -90,7 +91,7 @@ _AUTO_CLASSES = {  # with transformers' mapping of each
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
 _RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
-"""Model folders of a run (recipe or quickstart) -> file beside them with the run's results."""
+"""Model folders of a run (recipe or quickstart) -> file beside them with the run's results, once there are any."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class ModelFolder:
         files: File of each name in the repository.
         left_out: Reason for each file that is not pushed.
         results: File with the results of a run.
+        base_model: Name on the Hub of the base model, as far as the adapter's config or the loaded model tells.
     """
 
     path: Path
@@ -116,6 +118,7 @@ class ModelFolder:
     files: Mapping[str, Path]
     left_out: Mapping[str, str] = field(default_factory=dict)
     results: Path | None = None
+    base_model: str | None = None
 
     @property
     def has_our_modules(self) -> bool:
@@ -170,6 +173,7 @@ def open_folder(directory: str | Path) -> ModelFolder:
         files=files,
         left_out=left_out,
         results=results,
+        base_model=hub_name(config.get("base_model_name_or_path")),
     )
 
 
@@ -183,8 +187,7 @@ def _find(directory: Path) -> tuple[Path, Path | None]:
     """Return the folder of the model and the file with the results of its run."""
     if not directory.is_dir():
         raise PushError(f"push: `{directory}` is not a folder: give the folder of a checkpoint, an adapter or a run")
-    inside = [directory / name for name, measured in _RUNS.items() if (directory / measured).exists()]
-    for path in (directory, *inside):
+    for path in (directory, directory / "final", directory / "symphony"):
         if (path / CONFIG).exists() or (path / ADAPTER_CONFIG).exists():
             measured = [path / "results.json", path / "report.json"]
             for place in (path.absolute(), path.resolve()):  # `final` may be a link to another disk
@@ -200,7 +203,7 @@ def _sort(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     for entry in sorted(path.iterdir()):
-        reason = is_wanted(entry)
+        reason = reason_to_leave_out(entry)
         if reason is not None:
             left_out[entry.name] = reason
         elif not entry.exists():

@@ -64,7 +64,8 @@ def read_usable_graphs(path: Path, command: str) -> dict[str, Tensor]:
 def checkpoint_files(path: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint's folder or file, all of which are in its own folder.
 
-    A whole file comes before the index of shards, as in transformers, whose `save_pretrained` leaves old ones of both.
+    `model.safetensors` takes precedence over an index of shards, as in transformers, whose `save_pretrained` deletes
+    neither.
 
     Raises GraphError if a file is missing, or the index of the shards cannot be read.
     """

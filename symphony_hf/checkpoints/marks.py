@@ -28,7 +28,8 @@ ARCHITECTURE_PREFIX = "Symphony"
 """Prefix of the class name in a file's `architectures`, for software that chooses classes of its own by it."""
 
 CHOOSES_BY_MARK: dict[str, Callable[[], bool]] = dict.fromkeys(ENGINES, lambda: True)
-"""For each engine, whether it chooses classes or tensor names by the mark in `architectures`; its plugin may not."""
+"""Engine -> whether it looks up classes or tensor names by the marked `architectures`. With our SGLang plugin it does
+not."""
 
 _RECORDS = ("symphony", "upcycled")
 
@@ -37,7 +38,8 @@ def mark(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a config with the marks of a Symphony model; unchanged if nothing in it is one."""
     if not _has_record(values):
         return values
-    # None is named before a model's first save; nested configs, and those that are saved on their own, have one here.
+    # Before a model's first save `architectures` is empty; nested configs, and configs saved on their own, take the
+    # class from `model_class`.
     named = (values.get("symphony") or {}).get("model_class")
     classes = values.get("architectures") or ([] if named is None else [named])
     names = [ARCHITECTURE_PREFIX + name.removeprefix(ARCHITECTURE_PREFIX) for name in classes]  # also of a marked name

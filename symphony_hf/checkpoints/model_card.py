@@ -11,7 +11,8 @@ from symphony_hf.files import ADAPTER_RECORD
 from symphony_hf.tables import Table
 
 from .folder import ModelFolder
-from .provenance import Origin, hub_name
+from .hub_names import hub_name
+from .provenance import Origin
 from .results import Results, eval_results, result_rows
 
 
@@ -41,14 +42,13 @@ def _served(folder: ModelFolder) -> str:
     """Return what other software can do with the model."""
     if folder.has_our_modules:
         return f"{_NEEDED} Other software has no place for its experts."
-    warning = f"{_NEEDED} Other software would route without the graphs."
     if folder.settings is None or folder.settings.smoothing != "logits":
         return (
-            f"{warning} It smooths scores, which no plain router computes: it cannot be folded into a plain checkpoint."
+            f"{_NEEDED} It smooths scores, which no plain router computes: it cannot be folded into a plain checkpoint."
         )
     return (
-        f'{warning} `symphony_hf.export_folded(model, "folded")` writes a plain checkpoint with the same logits, for '
-        "software that does not know of graphs."
+        f'{_NEEDED} `symphony_hf.export_folded(model, "folded")` writes a plain checkpoint with the same logits, for '
+        "software without support for graphs."
     )
 
 
@@ -80,6 +80,15 @@ PICTURE = "graphs.png"
 BEGIN, END = "<!-- symphony card -->", "<!-- end of the symphony card -->"
 """Marks around the part that later pushes rewrite."""
 
+EFFECT = (
+    "Measured at small scale only (fine-tuning of a model of 1.1M parameters that reads characters, eight seeds): the "
+    "graph raises the loss on clean text by 0.0079 nats a character [0.0053, 0.0105], and 4.4 points more of the "
+    "experts' choices stay the same where 15% of the characters are damaged (`symphony ablate "
+    "recipes/wikitext103-216m/ablation/fine-tuning-short.yaml`). For this model, compare with the same training at "
+    "`strength: 0`."
+)
+"""The effect of graphs where it was measured; a test compares the figures with the result file."""
+
 _LIBRARIES = {"symphony": "symphony_hf", "plain": "transformers", "adapter": "peft"}
 
 _CITATION = f"""```bibtex
@@ -107,6 +116,7 @@ def _metadata(
 ) -> ModelCardData:
     relation = "adapter" if folder.kind == "adapter" else "finetune"
     data_id = hub_name(origin.data)
+    ours = ["moe"] if folder.kind == "adapter" and not folder.graphs else TAGS
     data = ModelCardData(
         base_model=origin.base_model,
         base_model_relation=relation if origin.base_model is not None else None,
@@ -114,7 +124,7 @@ def _metadata(
         library_name="symphony_hf" if folder.has_our_modules else _LIBRARIES[folder.kind],
         license=origin.license,
         pipeline_tag=_pipeline_tag(folder),
-        tags=[*TAGS, *(tag for tag in tags if tag not in TAGS)],
+        tags=list(dict.fromkeys([*ours, *tags])),
     )
     if results is not None and results.scores:
         data.model_name = repo_id.split("/")[-1]
@@ -132,6 +142,8 @@ def _sections(folder: ModelFolder, repo_id: str, origin: Origin, results: Result
     if folder.settings is not None:
         rows = [(f"`{key}`", f"`{value}`") for key, value in folder.settings.to_dict().items()]
         sections.append(f"## Settings of the graph\n\n{Table('', ('setting', 'value'), rows).to_markdown()}")
+    if folder.graphs and (folder.settings is None or folder.settings.strength != 0):
+        sections.append(f"## What to expect of the graph\n\n{EFFECT}")
     if results is not None and results.scores:
         sections.append(
             f"## Results\n\n{Table('', ('', 'value'), result_rows(results)).to_markdown()}\n\n{results.note}"
@@ -155,7 +167,8 @@ def _what_it_is(folder: ModelFolder) -> str:
     graph = "a graph of which experts are chosen together, learned while the model was trained"
     family = f"`{folder.config.get('model_type')}`"
     if folder.kind == "adapter":
-        sentences = [f"A PEFT adapter for a mixture of experts with {symphony}."]
+        routing = f"with {symphony}" if folder.graphs else "without graphs of its own"
+        sentences = [f"A PEFT adapter for a mixture of experts, {routing}."]
     elif folder.kind == "symphony":
         sentences = [f"A mixture of experts ({family}) with {symphony}: each expert's gate is smoothed over {graph}."]
     else:
@@ -174,7 +187,7 @@ def _what_it_is(folder: ModelFolder) -> str:
         sizes = " or ".join(str(size) for size in sorted({len(graph) for graph in folder.graphs.values()}))
         sentences.append(f"{len(folder.graphs)} layers have a graph, of {sizes} experts each.")
     if folder.settings is not None and folder.settings.strength == 0:
-        sentences.append("At strength 0 it routes as its base does: the graph was learned beside the routing.")
+        sentences.append("At strength 0 it routes as its base does: routing ignores the graph.")
     return " ".join([*sentences, f"Made with symphony_hf {__version__}."])
 
 

@@ -11,6 +11,7 @@ from symphony_hf.errors import PushError
 from symphony_hf.files import read_object
 
 from .folder import ModelFolder
+from .hub_names import origin_record, without_folders
 
 Metric = Literal["perplexity", "loss", "accuracy"]
 _CONFIDENCE = 0.95
@@ -65,8 +66,8 @@ class Results:
     Attributes:
         scores: Scores; empty if there was no held-out data.
         note: Description of the data that was measured on.
-        data: Training data: name on the Hub, file, or a description.
-        base_model: Checkpoint that training started from, if there was one.
+        data: Training data: name on the Hub, name of a file or folder, or a description.
+        base_model: Name on the Hub of the checkpoint that training started from, if it has one.
         task: Task, by the Hub's name.
         config: Configuration of the data, if it has several, such as GLUE's task.
         others: Other rows of the table.
@@ -87,7 +88,7 @@ def read_results(folder: ModelFolder) -> Results | None:
         return None
     values = read_object(folder.results, PushError)
     try:
-        return _from_report(folder, values) if "arms" in values else _from_run(values)
+        return _from_report(folder, values) if "arms" in values else _from_run(folder, values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PushError(
             f"`{folder.results}` is neither a run's results nor a quickstart's report ({error!r}): move it away to "
@@ -103,13 +104,14 @@ def _from_report(folder: ModelFolder, report: Mapping[str, Any]) -> Results:
         value, *interval = (float(arm[text][name]) for name in ("estimate", "low", "high", "confidence"))
         scores.append(Score("perplexity", value, text, *interval))
     others = {**_ratio(scores), "routing stability under attack": f"{arm['routing_kept']:.2%}"}
-    return Results(scores, _of_documents(report["documents"]), report["corpus"]["source"], others=others)
+    data = without_folders(report["corpus"]["source"])
+    return Results(scores, _of_documents(report["documents"]), data, others=others)
 
 
-def _from_run(results: Mapping[str, Any]) -> Results:
-    measured, data, model = results["test"], results["recipe"]["data"], results["recipe"]["model"]
+def _from_run(folder: ModelFolder, results: Mapping[str, Any]) -> Results:
+    measured, data = results["test"], results["recipe"]["data"]
     kind = data.get("kind", "text")
-    embedded = data["path"] in (None, "embedded")
+    origin = results.get("origin") or _guessed_origin(folder, results["recipe"])
     others: dict[str, str] = {}
     if "clean" in measured:
         scores = [_score("perplexity", measured, text, text) for text in ("clean", "attacked")]
@@ -127,12 +129,18 @@ def _from_run(results: Mapping[str, Any]) -> Results:
     return Results(
         scores,
         note,
-        _EMBEDDED[kind] if embedded else data["path"],
-        base_model=model["path"],
+        origin["data"] or _EMBEDDED[kind],
+        base_model=origin["base_model"],
         task=_TASKS.get(kind, "text-generation"),
         config=data.get("name"),
         others=others,
     )
+
+
+def _guessed_origin(folder: ModelFolder, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the origin of a run whose results do not record it: a path of another machine may look like a name."""
+    origin = origin_record(recipe["model"]["path"], recipe["data"]["path"])
+    return origin | {"base_model": origin["base_model"] or folder.base_model}
 
 
 def _score(metric: Metric, measured: Mapping[str, Any], name: str, text: str) -> Score:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
 import re
 import tempfile
@@ -12,11 +13,12 @@ from typing import Any
 from huggingface_hub import CommitInfo, split_state_dict_into_shards_factory
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import ConfigError, PushError
 
 from .folder import open_folder
+from .hub_names import hub_name
 from .model_class import nested_configs
-from .provenance import Origin, hub_name
+from .provenance import Origin
 from .upload import publish
 
 
@@ -45,8 +47,16 @@ def check_shard_size(size: int | str, command: str) -> None:
         )
 
 
-_OF_FILES = ("max_shard_size", "variant", "save_original_format")
+_OF_FILES = ("max_shard_size", "save_original_format")
 """Settings of `save_pretrained` that decide what is written."""
+
+
+def _refuse_variant(settings: dict[str, Any]) -> None:
+    if settings.get("variant") is not None:
+        raise PushError(
+            f"push: `variant` is {settings['variant']!r}, and a pushed model needs weights that load without it: leave "
+            "it out"
+        )
 
 
 class SymphonySaver:
@@ -70,6 +80,8 @@ class SymphonySaver:
         **kwargs: Any,
     ) -> Any:
         folder = Path(save_directory)
+        if push_to_hub:
+            _refuse_variant(kwargs)
         if self.settle is not None:
             self.settle()
         if re.fullmatch(r"checkpoint-\d+", folder.name):
@@ -122,21 +134,22 @@ class SymphonyPusher:
             license: License of the base model; by default the one on the Hub.
             data: Training data: name on the Hub, or a description.
             **settings: `private`, `revision`, `token`, `create_pr`, `commit_message`, `commit_description`, `tags`; and
-                of `save_pretrained` `max_shard_size`, `variant` and `save_original_format`.
+                of `save_pretrained` `max_shard_size` and `save_original_format`.
 
         Returns:
             The commit; None on the other ranks of a tensor-parallel model.
 
         Raises:
-            PushError: If the Hub refuses or is unreachable.
+            PushError: If a setting is not supported, or the Hub refuses or is unreachable.
         """
-        origin = Origin(base_model or hub_name(self.model.name_or_path), license, data)
+        _refuse_variant(settings)
         with tempfile.TemporaryDirectory() as scratch:
             of_files = {name: settings.pop(name) for name in _OF_FILES if name in settings}
             self.model.save_pretrained(scratch, state_dict=state_dict, **of_files)
             if not self.model.should_save_on_this_rank(is_main_process=True):
                 return None
-            return publish(open_folder(scratch), repo_id, origin=origin, **settings)
+            folder = dataclasses.replace(open_folder(scratch), base_model=hub_name(self.model.name_or_path))
+            return publish(folder, repo_id, origin=Origin(base_model, license, data), **settings)
 
 
 def own_config(model: PreTrainedModel) -> None:

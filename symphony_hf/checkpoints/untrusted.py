@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedModel
 
 from symphony_hf.errors import UNREADABLE, CheckpointError, GraphError, SymphonyError
@@ -20,6 +21,9 @@ from .model_class import named_class_of, nested_configs
 
 _REFUSALS = (*UNREADABLE, SafetensorError, StrictDataclassError)
 """Errors that transformers and torch raise for a config or a file that they cannot build a model from."""
+
+_CALLS = 100
+"""Most calls of torch for each tensor while a model is built. No family of transformers needs 10, at four layers."""
 
 
 def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -107,24 +111,31 @@ def _tensors(directory: Path) -> dict[str, int]:
 
 def _check_size(directory: Path, model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, int]) -> None:
     """Refuse a config that needs more weights than the files have, by building the model on the meta device."""
-    for name, value in _whole_numbers(config.to_dict()):
-        if name.endswith("_layers") and value > len(tensors):  # even on the meta device, each layer takes time to build
-            raise CheckpointError(f"`{directory}`: `{name}` is {value}, and the files have {len(tensors)} tensors")
     plain = copy.deepcopy(config)
     for inner in nested_configs(plain):
         inner.symphony = None  # patching would try each router on the CPU, at the claimed size
-    with torch.device("meta"):
+    with torch.device("meta"), _MostCalls(directory, len(tensors)):
         model = model_class(plain)
     asked, there = sum(tensor.numel() for tensor in model.parameters()), sum(tensors.values())
     if asked > there:
         raise CheckpointError(f"`{directory}`: its config asks for {asked:,} weights, and the files have {there:,}")
 
 
-def _whole_numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found += _whole_numbers(value)
-        elif isinstance(value, int) and isinstance(name, str):
-            found.append((name, value))
-    return found
+class _MostCalls(TorchFunctionMode):
+    """Raises CheckpointError if building a model takes far more calls of torch than its files have tensors.
+
+    Even on the meta device, each module takes time, and a config may ask for any number of them.
+    """
+
+    def __init__(self, directory: Path, num_tensors: int) -> None:
+        super().__init__()
+        self.directory, self.num_tensors, self.num_calls = directory, num_tensors, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_calls += 1
+        if self.num_calls > _CALLS * self.num_tensors:
+            raise CheckpointError(
+                f"`{self.directory}`: its config asks for far more modules than the {self.num_tensors} tensors of the "
+                "files can fill"
+            )
+        return func(*args, **(kwargs or {}))

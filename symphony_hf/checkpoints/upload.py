@@ -62,7 +62,7 @@ def publish(
         picture = _draw(folder, Path(scratch) / PICTURE) if folder.graphs else None
         repo_id = _prepare(api, repo_id, private, revision)
         there = set(api.list_repo_files(repo_id, revision=revision))
-        card = model_card(folder, repo_id, complete(origin, results, folder, api), results, tags or [])
+        card = model_card(folder, repo_id, complete(origin, results, folder, repo_id, api), results, tags or [])
         files = {name: file for name, file in folder.files.items() if name != _README}
         if picture is not None:
             files[PICTURE] = picture
@@ -99,7 +99,8 @@ def write_card(directory: str | Path, name: str) -> Path:
     """
     folder = open_folder(directory)
     results = read_results(folder)
-    card = model_card(folder, f"NAMESPACE/{name}", complete(None, results, folder, None), results, [])
+    repo_id = f"NAMESPACE/{name}"
+    card = model_card(folder, repo_id, complete(None, results, folder, repo_id, None), results, [])
     if folder.graphs:
         _draw(folder, folder.path / PICTURE)
     readme = folder.path / _README

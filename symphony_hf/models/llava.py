@@ -9,6 +9,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from symphony_hf.errors import ConfigError
@@ -78,7 +79,7 @@ def build_llava(
         text_revision: Branch, tag or commit of the language model on the Hub.
 
     Raises:
-        ConfigError: If the first is a Symphony checkpoint, or the second has no vision tower.
+        ConfigError: If the first is a Symphony checkpoint, or the second has no vision tower or lacks weights of it.
     """
     vision_config = vision_config_of(vision_path)
     text_config = AutoConfig.from_pretrained(text_path, revision=text_revision)
@@ -89,7 +90,7 @@ def build_llava(
         vision_class = type(AutoModel.from_config(vision_config))
         model = LlavaForConditionalGeneration._from_config(config, dtype=text.dtype)
     model.model.language_model, model.lm_head = text.model, text.lm_head
-    model.model.vision_tower = vision_class.from_pretrained(vision_path, dtype=text.dtype)
+    model.model.vision_tower = _load_tower(vision_class, vision_path, text.dtype)
     projector = model.model.multi_modal_projector.to_empty(device=text.device)
     generator = torch.Generator().manual_seed(seed)
     for module in projector.modules():
@@ -103,3 +104,15 @@ def build_llava(
     if image_token_id >= text.config.vocab_size:
         model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
     return model
+
+
+def _load_tower(vision_class: type[PreTrainedModel], path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a vision tower as a whole: transformers would leave missing weights random."""
+    tower, info = vision_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ConfigError(
+            f"model: vision: `{path}` lacks {len(missing)} weights of {vision_class.__name__} ({missing[0]}, ...): "
+            "give a checkpoint with a whole vision tower"
+        )
+    return tower

@@ -14,16 +14,18 @@ class RouterNames:
         router: Name of the router within its decoder layer. Its graph is `<router>.symphony`.
         parameters: Names of the linear map's parameters within the router. Other tensors of the router, such as a bias
             by which experts are chosen, are not smoothed.
+        in_model: Name of the router in Transformers' model, which the setting `routers` is about, if it is another.
     """
 
     router: str
     parameters: tuple[str, ...] = ("weight",)
+    in_model: str | None = None
 
 
 ROUTERS = {
     "Glm4MoeForCausalLM": RouterNames("mlp.gate"),
     "GraniteMoeForCausalLM": RouterNames("block_sparse_moe.router", ("layer.weight",)),
-    "MixtralForCausalLM": RouterNames("block_sparse_moe.gate"),
+    "MixtralForCausalLM": RouterNames("block_sparse_moe.gate", in_model="mlp.gate"),
     "OlmoeForCausalLM": RouterNames("mlp.gate"),
     "Qwen2MoeForCausalLM": RouterNames("mlp.gate"),
     "Qwen3MoeForCausalLM": RouterNames("mlp.gate"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -120,9 +121,10 @@ class WeightStream:
 
     def _check_whole(self, name: str, router: _Router) -> None:
         """Raise GraphError for a router whose graph or weight has not come."""
-        settings = self.settings
-        is_left_out = settings.routers is not None or (
-            settings.layers is not None and layer_number(name, -1) not in settings.layers
+        layers, patterns = self.settings.layers, self.settings.routers
+        in_model = name.removesuffix(self.names.router) + (self.names.in_model or self.names.router)
+        is_left_out = (layers is not None and layer_number(name, -1) not in layers) or (
+            patterns is not None and not any(fnmatchcase(in_model, pattern) for pattern in patterns)
         )
         if router.is_folded or (is_left_out and not router.graph):
             return

@@ -25,6 +25,7 @@ from symphony_hf import (
 from symphony_hf.checkpoints.model_class import read_config
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.errors import CheckpointError
+from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.experiments.fuzzing.campaign import MemoryPeak
 from symphony_hf.recipe import load_recipe
 from symphony_hf.train import main as train_main
@@ -303,6 +304,32 @@ def test_experts_of_a_nested_config_that_are_not_there_are_not_allocated(tmp_pat
     with pytest.raises(CheckpointError, match="its config asks for"), MemoryPeak() as memory:
         load_checkpoint(tmp_path)
     assert memory.taken < 2**25 or sys.platform != "linux"
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("switch_transformers", lambda config: config.update(num_experts=10**5)),
+        ("qwen3_vl_moe", lambda config: config["vision_config"].update(depth=10**5)),
+        ("olmoe", lambda config: config.update(num_hidden_layers=10**5)),
+    ],
+)
+def test_modules_that_no_file_could_fill_are_refused_before_they_are_built(family, change, tmp_path):
+    """Also on the meta device, 100,000 of them would take minutes to build."""
+    tiny_model(family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"asks for far more modules than the \d+ tensors of the files can fill"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_large_number_that_is_no_number_of_modules_is_taken(tmp_path):
+    """A window may begin at a layer that a shallow model does not have."""
+    symphonize(make_model()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"max_window_layers": 10**6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(load_checkpoint(tmp_path).model.layers) == 3
 
 
 @pytest.mark.parametrize("values", [{"hidden_size": "wide"}, {"rope_parameters": 3}])

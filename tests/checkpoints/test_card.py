@@ -1,6 +1,7 @@
 """What the card says, and what becomes of a README that is there already."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -10,6 +11,8 @@ from pushed import card_of, make_run
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from symphony_hf import PushError, expert_graphs, load_adapter, lora_config, push, symphonize, upcycle_modules
+from symphony_hf.checkpoints.hub_names import origin_record
+from symphony_hf.checkpoints.model_card import EFFECT
 from symphony_hf.checkpoints.upload import write_card
 from symphony_hf.diagnostics.plots.heat_maps import plot_graphs
 
@@ -35,6 +38,7 @@ def test_what_is_known_is_said_and_what_is_not_known_too(hub, checkpoint):
     for words in ("3 layers have a graph, of 6 experts each", "| `strength` | `1.0` |", "eprint        = {2510.16411}"):
         assert words in card.text
     assert "![How often two experts of a layer are chosen together](graphs.png)" in card.text
+    assert EFFECT in card.text
     assert "## Results" not in card.text
 
 
@@ -87,6 +91,14 @@ def test_a_checkpoint_without_graphs_does_not_say_that_it_had_any(hub, tmp_path)
     assert "without graphs of its own" in text
     assert "Where it was trained with graphs" in text
     assert "import symphony_hf" not in text
+    assert EFFECT not in text
+
+
+def test_a_graph_without_an_effect_is_said_to_have_none(hub, tmp_path):
+    move_graphs(symphonize(make_model("mixtral"), strength=0)).save_pretrained(tmp_path)
+    push(tmp_path, "me/it")
+    assert EFFECT not in card_of(hub).text
+    assert "routing ignores the graph" in card_of(hub).text
 
 
 def test_upcycled_experts_need_this_package_folded_or_not(hub, tmp_path):
@@ -210,8 +222,10 @@ def test_an_adapter(graphs, hub, tmp_path):
     assert card.data.base_model_relation == "adapter"
     assert card.data.pipeline_tag == "text-generation"
     assert "[More Information Needed]" not in card.text
-    assert ("symphonize(model)" in code_of(card)) == graphs
+    assert ("symphony_hf.load_adapter" in code_of(card)) == graphs
     assert ("graphs.png" in hub.files("me/it")) == graphs
+    assert ("symphony-smoe" in card.data.tags) == graphs
+    assert ("with [Symphony routing]" in card.text) == graphs
     ids = make_ids()
     again = peft.PeftModel.from_pretrained(base(), "me/it").eval()
     assert torch.equal(again(ids).logits, adapted(ids).logits)
@@ -274,3 +288,44 @@ def test_an_untrained_auto_class_is_not_needed_for_a_base_name(hub, model):
     loaded.push_to_hub("me/second")
     assert card_of(hub, "me/second").data.base_model == "me/first"
     assert card_of(hub, "me/first").data.base_model is None
+
+
+def test_a_model_that_is_pushed_again_is_not_its_own_base(hub, model):
+    model.push_to_hub("me/it", base_model="them/base")
+    loaded = AutoModelForCausalLM.from_pretrained("me/it")
+    for base_model in (None, "them/other"):
+        loaded.push_to_hub("me/it", base_model=base_model)
+        assert card_of(hub).data.base_model == (base_model or "them/base")
+    assert "me/it" not in card_of(hub).text.split("## What it was made from")[1].split("##")[0]
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_what_is_inferred_does_not_replace_what_was_written(is_run, hub, model, tmp_path):
+    """From a run's results, and from what a model was loaded from."""
+    model.push_to_hub("me/it", base_model="them/written", license="mit")
+    if is_run:
+        push(make_run(tmp_path, model, model={"path": "them/inferred"}), "me/it")
+    else:
+        model.push_to_hub("me/first")
+        AutoModelForCausalLM.from_pretrained("me/first").push_to_hub("me/it")
+    assert card_of(hub).data.base_model == "them/written"
+
+
+def test_a_path_of_the_machine_that_trained_is_no_name_on_the_hub(hub, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "pretrained").mkdir(parents=True)
+    (tmp_path / "runs" / "words").mkdir()
+    run = make_run(tmp_path, model, model={"path": "runs/pretrained"}, data={"path": "runs/words"})
+    values = json.loads((run / "results.json").read_text())
+    values["origin"] = origin_record("runs/pretrained", "runs/words")
+    (run / "results.json").write_text(json.dumps(values))
+    shutil.rmtree(tmp_path / "runs")
+    push(run, "me/it")
+    card = card_of(hub)
+    assert card.data.base_model is None
+    assert card.data.datasets is None
+    assert "| data | words |" in card.text
+    values["origin"] = origin_record("them/base", "them/words:en")
+    (run / "results.json").write_text(json.dumps(values))
+    push(run, "me/other")
+    assert card_of(hub, "me/other").data.base_model == "them/base"

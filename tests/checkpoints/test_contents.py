@@ -74,6 +74,15 @@ def test_the_results_of_a_run_are_found_where_its_model_is_a_link(model, tmp_pat
         assert open_folder(directory).results == run / "results.json"
 
 
+@pytest.mark.parametrize("name", ["final", "symphony"])
+def test_a_run_without_results_has_its_model(name, checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    checkpoint.rename(tmp_path / "run" / name)
+    folder = open_folder(tmp_path / "run")
+    assert folder.path == tmp_path / "run" / name
+    assert folder.results is None
+
+
 def test_the_state_of_a_run_stays(checkpoint):
     for name in ("training_args.bin", "optimizer.pt", "rng_state_1.pth", "trainer_state.json", "zero_to_fp32.py"):
         (checkpoint / name).write_bytes(b"\x80\x04")

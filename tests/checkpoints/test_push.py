@@ -86,6 +86,17 @@ def test_weights_of_the_users_own_are_pushed_as_they_are_saved(hub, model, tmp_p
         assert loaded.model.norm.weight.unique().tolist() == [7.0]
 
 
+def test_a_variant_is_refused_before_anything_is_saved(hub, model, tmp_path):
+    with pytest.raises(PushError, match="`variant` is 'fp16'"):
+        model.push_to_hub("me/it", variant="fp16")
+    with pytest.raises(PushError, match="`variant` is 'fp16'"):
+        model.save_pretrained(tmp_path / "saved", variant="fp16", push_to_hub=True, repo_id="me/it")
+    assert not (tmp_path / "saved").exists()
+    assert not hub.repos
+    model.save_pretrained(tmp_path / "saved", variant="fp16")
+    assert (tmp_path / "saved" / "model.fp16.safetensors").exists()
+
+
 def test_folded_it_leaves_out_other_weights_and_nothing_else(hub, checkpoint, caplog):
     (checkpoint / "model_notes.md").write_text("Mine.")
     shutil.copy(checkpoint / "model.safetensors", checkpoint / "consolidated.safetensors")

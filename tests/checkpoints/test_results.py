@@ -120,6 +120,7 @@ def test_the_quickstarts_model_is_as_its_recipe_left_it(hub, tmp_path, monkeypat
 def test_a_recipes_run_is_pushed_with_its_results(recipe, kind, task, data, hub, shared_runs, tmp_path):
     folder, returned = shared_runs.smoke(RECIPES / recipe / "smoke.yaml")
     results = returned["test"]
+    assert returned["origin"] == {"base_model": None, "data": None}  # both are made for the run
     push(shutil.copytree(folder / "run", tmp_path / "run"), "me/it")
     card = card_of(hub)
     assert card.data.library_name == kind

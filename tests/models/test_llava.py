@@ -1,5 +1,6 @@
 """LLaVA out of two checkpoints: both are in it, unchanged, and the projector is new."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from models import make_model as make_text_model
 from models import move_graphs
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from trainers import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -154,6 +156,16 @@ def test_the_vocabulary_grows_for_the_image(text, tower):
 def test_a_text_model_is_no_vision_tower(text):
     with pytest.raises(ConfigError, match="has no vision tower"):
         build_llava(text, text, IMAGE)
+
+
+@pytest.mark.parametrize("part", ["", "encoder.layers.1."])
+def test_a_tower_that_lacks_weights_is_refused(part, text, tower):
+    """All of them, and one layer's."""
+    file = Path(tower) / "model.safetensors"
+    tensors = {f"other.{n}" if n.startswith(part) else n: tensor for n, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"tower` lacks \d+ weights of CLIPVisionModel \("):
+        build_llava(text, tower, IMAGE)
 
 
 def test_a_plan_of_it_is_made_from_the_two_configs(text, tower):

@@ -1,5 +1,6 @@
 """Folding while a checkpoint's tensors pass by: the result is `export_folded`'s, in any order, or a refusal."""
 
+import copy
 import random
 
 import pytest
@@ -9,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from symphony_hf import ConfigError, FoldError, GraphError, export_folded, symphonize
+from symphony_hf import ConfigError, FoldError, GraphError, expert_graphs, export_folded, symphonize
 from symphony_hf.checkpoints.graph_files import SUFFIX
 from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.patching.families.discovery import layer_number
 from symphony_hf.serving.router_names import ROUTERS
 from symphony_hf.serving.weight_stream import WeightStream
 
@@ -131,6 +133,33 @@ def test_graphs_that_are_missing_or_invalid(checkpoint, changes, message):
     tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
     with pytest.raises(GraphError, match=message):
         list(WeightStream(config, "OlmoeForCausalLM").fold(tensors.items()))
+
+
+@pytest.mark.parametrize(("pattern", "is_named"), [("*.1.mlp.gate", True), ("*.2.mlp.gate", False)])
+def test_a_named_router_needs_its_graph_and_another_has_none(checkpoint, pattern, is_named):
+    config, tensors, _ = checkpoint
+    config = copy.deepcopy(config)
+    config.symphony |= {"routers": [pattern], "top_k": 2}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{ROUTER}.symphony.")}
+    stream = WeightStream(config, "OlmoeForCausalLM").fold(tensors.items())
+    if is_named:
+        with pytest.raises(GraphError, match=rf"lack {ROUTER}{SUFFIX}"):
+            list(stream)
+    else:
+        assert torch.equal(dict(stream)[f"{ROUTER}.weight"], tensors[f"{ROUTER}.weight"])
+
+
+@pytest.mark.parametrize("architecture", ROUTERS)
+def test_a_router_goes_by_its_name_in_the_model(architecture, tmp_path):
+    """On disk it may have another one, which the patterns of `routers` do not match."""
+    model = tiny_model(MODEL_TYPES[architecture])
+    router, other = list(expert_graphs(symphonize(copy.deepcopy(model))))[:2]
+    symphonize(model, routers=[router]).save_pretrained(tmp_path)
+    config, tensors = AutoConfig.from_pretrained(tmp_path), load_file(tmp_path / "model.safetensors")
+    assert list(WeightStream(config, architecture).fold(tensors.items()))
+    config.symphony["routers"].append(other)
+    with pytest.raises(GraphError, match=rf"lack model\.layers\.{layer_number(other, 0)}\..*\.symphony\.adjacency"):
+        list(WeightStream(config, architecture).fold(tensors.items()))
 
 
 def test_weights_without_any_graph(checkpoint):
