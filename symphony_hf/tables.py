@@ -53,36 +53,37 @@ class Table:
         ]
 
     def to_rich(self, **style: Any) -> "RichTable":
-        """The table for the terminal.
+        """The table for the terminal. All text is shown as it is: names may have brackets, which are markup to rich.
 
         Args:
             **style: Settings of `rich.table.Table`, such as `box`.
         """
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(
-            title=self.title or None,
+            title=Text(self.title, "table.title") if self.title else None,
             title_justify="left",
-            caption=self.caption,
+            caption=Text(self.caption, "table.caption") if self.caption else None,
             caption_justify="left",
             show_footer=self.footer is not None,
             **style,
         )
         for column, name in enumerate(self.header):
             table.add_column(
-                name,
-                footer=self.footer[column] if self.footer is not None else "",
+                Text(name),
+                footer=Text(self.footer[column]) if self.footer is not None else "",
                 justify="right" if self.numeric[column] else "left",
             )
         for row in self.rows:
-            table.add_row(*(cell_text(cell) for cell in row))
+            table.add_row(*(Text(cell_text(cell)) for cell in row))
         return table
 
     def print(self, console: "Console | None" = None, **style: Any) -> None:
         """Print the table to the terminal."""
         from rich.console import Console
 
-        (console or Console()).print(self.to_rich(**style), markup=False)
+        (console or Console()).print(self.to_rich(**style))
 
     def to_markdown(self) -> str:
         """The table as GitHub-flavoured Markdown, without the title."""

@@ -25,10 +25,12 @@ def test_the_terminal_has_every_cell_with_numbers_to_the_right():
     assert TABLE.to_rich().columns[0].justify == "left"
 
 
-def test_markup_in_a_cell_is_shown_as_it_is():
+def test_names_are_shown_letter_by_letter():
+    """rich would read brackets as markup, and `:key:` as a symbol."""
     console = Console(file=io.StringIO(), width=60)
-    Table("", ("a",), [("[red]x[/red]",)]).print(console)
-    assert "[red]x[/red]" in console.file.getvalue()
+    names = [f"runs/[lr{n}]/:key:[/x]" for n in range(5)]
+    Table(names[0], (names[1],), [(names[2],)], footer=(names[3],), caption=names[4]).print(console)
+    assert all(name in console.file.getvalue() for name in names)
 
 
 def test_markdown_keeps_one_line_a_row_and_escapes_bars():

@@ -1,6 +1,6 @@
 """Documents to evaluate on, and their attacked forms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,12 @@ from .statistics import MIN_DOCUMENTS
 MIN_WORDS = 5
 """Minimum number of words of a document. A shorter one is a heading, of which an attack may leave nothing."""
 
+_LONGEST_WORD = 50
+"""Maximum mean number of bytes in a word. Above it, the text has no spaces, and a perplexity per word may overflow."""
+
+_BYTES_PER_WORD = 6
+"""Number of bytes that count as one word in text without spaces: an English word, or two Chinese characters."""
+
 
 @dataclass(frozen=True)
 class AttackedCorpus:
@@ -33,10 +39,11 @@ def prepare_corpus(settings: EvaluationSettings, words: int | None = None) -> At
     """Read the documents and attack them. Of each, keep the lines up to about the first `words` words; None for all.
 
     Raises:
-        DataError: If the data does not exist, has too few documents for an interval, or an attack changes none of them.
+        DataError: If the data does not exist, has too few documents for an interval, or an attack changes none of them
+            or leaves nothing of one.
     """
     source, found = _read_documents(settings)
-    usable = [document for document in found if len(document.text.split()) >= MIN_WORDS]
+    usable = [document for document in found if _word_counter(document.text)(document.text) >= MIN_WORDS]
     documents = [_shorten(document, words) for document in thinned(usable, settings.documents)]
     if len(documents) < MIN_DOCUMENTS:
         raise DataError(
@@ -48,14 +55,31 @@ def prepare_corpus(settings: EvaluationSettings, words: int | None = None) -> At
     return AttackedCorpus(source, documents, {case: _attack(documents, case, source) for case in cases})
 
 
+def has_spaces(num_words: int, num_bytes: int) -> bool:
+    """Whether spaces separate the words of a text, unlike in Chinese or Japanese."""
+    return num_bytes <= _LONGEST_WORD * num_words
+
+
+def num_bytes(text: str) -> int:
+    """Return the number of bytes of a text in UTF-8."""
+    return len(text.encode(errors="surrogatepass"))  # file names and texts need not be valid Unicode
+
+
+def _word_counter(text: str) -> Callable[[str], int]:
+    """Return a function that counts the words in parts of a text: by spaces, or by bytes if the text has none."""
+    if has_spaces(len(text.split()), num_bytes(text)):
+        return lambda part: len(part.split())
+    return lambda part: num_bytes(part) // _BYTES_PER_WORD
+
+
 def _shorten(document: Document, words: int | None) -> Document:
     """Return the first lines of a document, up to the one in which it has enough words."""
     if words is None:
         return document
-    lines, number = [], 0
+    count_words, lines, number = _word_counter(document.text), [], 0
     for line in document.text.splitlines(keepends=True):
         lines.append(line)
-        number += len(line.split())
+        number += count_words(line)
         if number >= words:
             break
     return Document(document.name, "".join(lines))
@@ -81,12 +105,18 @@ def _read_documents(settings: EvaluationSettings) -> tuple[str, list[Document]]:
 
 
 def _attack(documents: Sequence[Document], case: AttackCase, source: str) -> list[Document]:
-    """Attack all documents. Raises DataError if the attack changes none of them."""
+    """Attack all documents. Raises DataError if the attack changes none of them, or leaves nothing of one."""
     attack = find_text_attack(case.attack)
     attacked = attack_documents(documents, attack, attack.rate(case.severity), case.seed)
     if attacked == documents:
         raise DataError(
             f"{source}: {case.attack} at severity {case.severity} changes nothing in {len(documents)} documents: in "
             f"this attack, {attack.what}; use another attack"
+        )
+    emptied = next((document.name for document in attacked if not document.text.strip()), None)
+    if emptied is not None:
+        raise DataError(
+            f"{source}: {case.attack} at severity {case.severity} leaves nothing of document {emptied!r}: leave it "
+            "out, or use another attack"
         )
     return attacked

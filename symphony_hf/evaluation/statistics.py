@@ -13,6 +13,10 @@ from symphony_hf.errors import EvaluationError
 MIN_DOCUMENTS = 10
 Verdict = Literal["better", "worse", "not distinguishable"]
 
+_ROUNDING = 1e-12
+"""Difference of two values of a statistic that is rounding alone, absolute. Sums of a million shares are off by less,
+and the smallest difference of two accuracies is larger by far."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -39,7 +43,9 @@ class Interval:
         if self.null is None:
             raise EvaluationError("this is the interval of one model, not of a comparison: it has no verdict")
         if not (np.isfinite(self.low) and np.isfinite(self.high)):
-            raise EvaluationError("an interval without finite ends has no verdict: leave out documents without tokens")
+            raise EvaluationError(
+                "an interval without finite ends has no verdict: its ends overflow, or a resample has no tokens"
+            )
         by_chance = self.p_value is not None and self.p_value > 1 - self.confidence
         if by_chance or self.low <= self.null <= self.high:
             return "not distinguishable"
@@ -78,6 +84,18 @@ def of_sums(value: Callable[..., Any]) -> Callable[..., Any]:
         return value(*(column.sum(axis) for column in columns))
 
     return statistic
+
+
+def _with_ties(statistic: Callable[..., Any], value: float | None) -> Callable[..., Any]:
+    """Return the statistic with its values that differ from `value` by rounding alone set to it; as it is for None."""
+    if value is None:
+        return statistic
+
+    def tied(*columns: np.ndarray, axis: int) -> Any:
+        found = statistic(*columns, axis=axis)
+        return np.where(np.isclose(found, value, rtol=0, atol=_ROUNDING), value, found)
+
+    return tied
 
 
 def paired_bootstrap(
@@ -127,6 +145,7 @@ def paired_bootstrap(
         )
     if not all(np.isfinite(column).all() for column in columns):
         raise EvaluationError("a document's score is not finite: no interval can be given")
+    statistic = _with_ties(statistic, null)
     interval = stats.bootstrap(
         tuple(columns),
         statistic,
@@ -174,8 +193,11 @@ def _exchange_test(
     # Entry i of a column is the document's value, entry i + num_documents its value with both models exchanged.
     both = [np.concatenate([column, columns[partner]]) for column, partner in zip(columns, partners, strict=True)]
 
-    def exchanged(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
-        return statistic(*(column[first] for column in both), axis=axis)
+    # An exchange with the observed difference counts as one. scipy allows for less rounding than sums have.
+    tied = _with_ties(statistic, float(statistic(*columns, axis=-1)))
+
+    def exchanged(first: np.ndarray, second: np.ndarray, axis: int) -> Any:
+        return tied(*(column[first] for column in both), axis=axis)
 
     positions = np.arange(num_documents)
     test = stats.permutation_test(

@@ -127,7 +127,7 @@ def attacked_cuts(cuts: np.ndarray, untouched: Untouched, num_attacked: int) -> 
     There are as many as `cuts`, the ends of the document's windows. They are non-decreasing; two are equal where much
     is dropped.
     """
-    # Each end is between two untouched tokens: at the earliest right after the one, at the latest before the other.
+    # Each end is between the end of the last untouched token and the start of the next.
     after_one = [np.append(0, positions + 1) for positions in untouched]
     at_other = [np.append(untouched.clean, cuts[-1]), np.append(untouched.attacked, num_attacked)]
     number = np.searchsorted(untouched.clean, cuts)
@@ -162,6 +162,27 @@ def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
     """Return a window size for clean text, the same for all models, that leaves room for attacked text."""
     limits = [checkpoint.max_tokens for checkpoint in models_under_test if checkpoint.max_tokens]
     return max(2, min([_MAX_BLOCK, *(limit // _GROWTH for limit in limits)])) if limits else _DEFAULT_BLOCK
+
+
+def check_context(command: str, what: str, num_tokens: int, block_size: int, model: ModelUnderTest) -> None:
+    """Check that a model takes windows of `num_tokens` tokens, by its config.
+
+    Args:
+        command: Command that asks.
+        what: Text of the windows.
+        num_tokens: Number of tokens of the longest window.
+        block_size: Number of tokens in a window of clean text.
+        model: Model that reads the windows.
+
+    Raises:
+        ConfigError: If the windows are longer than the model's context.
+    """
+    most = model.max_tokens
+    if most is not None and num_tokens > most:
+        raise ConfigError(
+            f"{command}: {what}: a window has {num_tokens} tokens, and `{model.source}` takes {most}: set --block_size "
+            f"to {min(most, block_size - 1)} or less, so that the same words fit under attack"
+        )
 
 
 def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:

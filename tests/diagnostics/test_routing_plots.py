@@ -194,6 +194,32 @@ def test_accuracies_and_their_differences_are_drawn_likewise(figures, tmp_path):
     assert any(list(line.get_ydata()) == [0, 0] for line in difference.lines)  # where an attack makes nothing of it
 
 
+def test_tokens_that_differ_are_said(figures, tmp_path):
+    for unit in ("token", "word"):
+        result = evaluation(["aaa"])
+        result["comparisons"] = {"unit": unit}
+        plot_robustness(result, tmp_path / "a.png")
+    notes = [figure.get_supxlabel() for figure in figures]
+    assert [figure.axes[0].get_ylabel() for figure in figures] == ["perplexity per token"] * 2
+    assert ["tokens differ, so these perplexities do not compare" in note for note in notes] == [False, True]
+    assert all(note.startswith("bars: 95% intervals of each model over the same ") for note in notes)
+
+
+def test_names_are_drawn_letter_by_letter(figures, tmp_path):
+    names = ["_a$1$", "b$2$"]
+    drawn = [" _a\\$1\\$", "b\\$2\\$"]
+    plot_load_history({"gate": [[0.25] * 4] * 2}, names, tmp_path / "a.png")
+    plot_allocation({"gate": {name: [0.5, 0.5] for name in names}}, {"gate": 1}, tmp_path / "a.png")
+    plot_saturation({f"{name}.x": [0.5, 1.0] for name in names}, names, tmp_path / "a.png")
+    plot_graph_evolution([{"gate": graph()}] * 2, names, tmp_path / "a.png")
+    history, allocation, saturation, evolution = figures
+    assert [label.get_text() for label in history.axes[0].get_xticklabels()] == drawn
+    assert [label.get_text() for label in allocation.axes[0].get_yticklabels()] == drawn
+    assert [label.get_text() for label in saturation.axes[0].get_xticklabels()] == drawn
+    assert [text.get_text() for text in saturation.legends[0].texts] == drawn
+    assert [axes.get_title() for axes in evolution.axes[:2]] == drawn
+
+
 def test_one_model_alone_has_curves(figures, tmp_path):
     plot_robustness(evaluation(["aaa"], roles=("model",)), tmp_path / "a.png")
     assert [text.get_text() for text in figures[0].legends[0].texts] == ["symphony"]

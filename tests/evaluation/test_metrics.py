@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from symphony_hf.errors import EvaluationError
@@ -111,6 +112,35 @@ def test_a_few_questions_that_differ_alone_make_no_verdict():
     interval = compare_choices(METRICS["accuracy"], better, ten)
     assert interval.p_value == pytest.approx(2 / 2**10, abs=1e-3)
     assert interval.verdict(lower_is_better=False) == "better"
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_equal_differences_are_ties_however_they_are_rounded(changes, rng):
+    """Two models differ in one form of three at 14 of 1,000 questions, 11 to 3: McNemar's exact test.
+
+    A question's count is a third, or two, so sums with the same exact value differ in their last bits.
+    """
+    answers = np.ones(1000, dtype=int)
+    a = (rng.random((3, 1000)) < 0.7).astype(int)
+    a[0, :14], b = [1] * 11 + [0] * 3, a.copy()
+    b[0, :14] = 1 - a[0, :14]
+    pair, metric = (Choices(a, answers), Choices(b, answers)), METRICS["accuracy"]
+    clean = Choices((rng.random((1, 1000)) < 0.9).astype(int), answers)
+    found = compare_changes(metric, clean, pair[0], clean, pair[1]) if changes else compare_choices(metric, *pair)
+    expected = stats.binomtest(11, 14).pvalue
+    # Twice a tail of 10,000 draws, which varies by 0.0033: three times that.
+    assert found.p_value == pytest.approx(expected, abs=0.01)
+    assert found.verdict(lower_is_better=False) == "not distinguishable"
+
+
+def test_the_interval_of_ties_ends_at_exactly_no_difference(rng):
+    """The same shares, added up in two orders."""
+    shares = rng.choice([0.1, 0.2, 0.3, 1 / 3], (2, 12))
+    interval = paired_bootstrap(
+        (shares[0], shares[1], shares[1], shares[0]),
+        lambda a, b, c, d, axis: a.sum(axis) + b.sum(axis) - c[..., ::-1].sum(axis) - d[..., ::-1].sum(axis),
+    )
+    assert (interval.low, interval.estimate, interval.high) == (0.0, 0.0, 0.0)
 
 
 def test_the_exchange_test_counts_all_exchanges_of_few_documents(rng):

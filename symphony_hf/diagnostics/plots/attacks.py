@@ -20,6 +20,8 @@ from .figure import COLORS, plain_label, save_png, shown_names
 _MOST_COLUMNS = 4
 _CHANGES = {"ratio": ("attacked / clean", 1), "difference": ("attacked - clean", 0)}
 """Label of each change of a level, and its value without a change."""
+_LEVELS = {"perplexity": "perplexity per token", "accuracy": "accuracy"}
+"""Label of each level."""
 
 
 def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -40,7 +42,7 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     axes = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
     for position, attack in enumerate(attacks):
         band, column = divmod(position, columns)
-        for row, (measure, label) in enumerate({level: level, change: in_words}.items()):
+        for row, (measure, label) in enumerate({level: _LEVELS[level], change: in_words}.items()):
             panel = axes[2 * band + row, column]
             for number, (role, model) in enumerate(models.items()):
                 _draw(panel, model, attack, measure, number, len(models), names[role])
@@ -58,7 +60,11 @@ def plot_robustness(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9, frameon=False)
     confidence, documents = models["model"]["clean"][level]["confidence"], result["documents"]
-    note = f"bars: {confidence:.0%} intervals over {documents['number']} {documents['unit']}, shared by the models"
+    sample = f"{documents['number']} {documents['unit']}"
+    each = f"over {sample}" if len(models) == 1 else f"of each model over the same {sample}"
+    note = f"bars: {confidence:.0%} intervals {each}"
+    if result.get("comparisons", {}).get("unit", "token") != "token":
+        note += "\nthe models' tokens differ, so these perplexities do not compare"
     figure.supxlabel(note, fontsize=8)
     return save_png(figure, path)
 
@@ -182,7 +188,7 @@ def plot_saturation(
     turned: dict[str, Any] = (
         {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if longest * len(moments) > 60 else {}
     )
-    axes.set_xticks(range(len(moments)), moments, fontsize=8, **turned)
+    axes.set_xticks(range(len(moments)), list(map(plain_label, moments)), fontsize=8, **turned)
     axes.set(ylim=(0, 1.03), ylabel="selections that match the last checkpoint")
     axes.set_title(f"Router saturation{left_out}", fontsize=11)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -114,8 +114,8 @@ def plot_comparison(
         _draw_intervals(left, positions, by_text.values(), number, plain_label(model))
     _draw_intervals(right, range(len(ratios)), ratios.values(), number=len(perplexities))
     left.legend(frameon=False, fontsize=9)
-    left.set_xticks(range(len(texts)), texts)
-    right.set_xticks(range(len(ratios)), [label.replace(", ", "\n") for label in ratios])
+    left.set_xticks(range(len(texts)), list(map(plain_label, texts)))
+    right.set_xticks(range(len(ratios)), [_in_lines(label) for label in ratios])
     right.axhline(1, color="black", linewidth=0.8, linestyle="--")
     left.set(title="each model", ylabel="perplexity", xlim=(-0.5, len(texts) - 0.5))
     right.set(
@@ -129,6 +129,10 @@ def plot_comparison(
     note = f"bars: {any_ratio.confidence:.0%} intervals over {any_ratio.num_documents} documents"
     figure.supxlabel(note, fontsize=9)
     return save_png(figure, path)
+
+
+def _in_lines(label: str) -> str:
+    return "\n".join(map(plain_label, label.split(", ")))
 
 
 Ends = tuple[float, float | None, float | None]

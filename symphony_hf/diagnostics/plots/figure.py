@@ -63,7 +63,8 @@ def shown_names(names: Sequence[str], most: int = _MAX_LAYERS) -> tuple[dict[str
     """Return the names of at most `most` evenly spaced layers by title, and a note on how many are left out."""
     shown = [names[index] for index in evenly_spaced(len(names), most)]
     left_out = "" if len(shown) == len(names) else f" ({len(shown)} of {len(names)} layers)"
-    return dict(zip(layer_titles(shown), shown, strict=True)), left_out
+    titles = [plain_label(title, len(title)) for title in layer_titles(shown)]  # in full: they tell layers apart
+    return dict(zip(titles, shown, strict=True)), left_out
 
 
 def shown_layers(graphs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 
 from symphony_hf.errors import EvaluationError
 
-from .figure import evenly_spaced, grid, save_png, shown_names, titled_panels
+from .figure import evenly_spaced, grid, plain_label, save_png, shown_names, titled_panels
 
 _LIMIT = 2.0
 """Limit of the colour scale, as a logarithm to base 2: four times and a quarter of the even load."""
@@ -87,7 +87,7 @@ def plot_allocation(
         share_DE = np.array(list(allocation[name].values()), dtype=float)
         image = _draw(panel, share_DE * share_DE.shape[1] / top_k[name])
         _number_experts(panel.set_xticks, np.arange(share_DE.shape[1]), size=6)
-        domains = list(allocation[name]) if position % columns == 0 else []
+        domains = list(map(plain_label, allocation[name])) if position % columns == 0 else []
         panel.set_yticks(range(len(domains)), domains, fontsize=8)
     figure.supxlabel("expert", fontsize=9)
     _bar(figure, axes, image)
@@ -115,11 +115,12 @@ def _number_experts(set_ticks: "matplotlib.axis.Axis", order: np.ndarray, size: 
 
 def _name_moments(axes: Axes, moments: Sequence[str]) -> None:
     positions = evenly_spaced(len(moments), _MOST_MOMENTS)
-    longest = max(len(moments[position]) for position in positions)
+    labels = [plain_label(moments[position]) for position in positions]
+    longest = max(map(len, labels))
     turned: dict[str, Any] = (
         {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if longest * len(positions) > 22 else {}
     )
-    axes.set_xticks(positions, [moments[position] for position in positions], fontsize=7, **turned)
+    axes.set_xticks(positions, labels, fontsize=7, **turned)
 
 
 def _bar(figure: Figure, axes: np.ndarray, image: AxesImage) -> Colorbar:

@@ -17,7 +17,7 @@ from torch import Tensor
 from symphony_hf.diagnostics.graph_metrics import cluster_order, communities, coselection_lift, load, modularity
 from symphony_hf.errors import GraphError
 
-from .figure import COLORS, evenly_spaced, grid, save_png, shown_layers, shown_names
+from .figure import COLORS, evenly_spaced, grid, plain_label, save_png, shown_layers, shown_names
 
 MIN_LIFT = 1.25
 """Minimum lift of a pair that is drawn."""
@@ -125,7 +125,7 @@ def plot_graph_evolution(
             _draw(panel, graph, edges[position, name], top, layout, colors)
             panel.set_xlabel(f"modularity {modularity(graph):.2f}", fontsize=7, labelpad=1)
             if row == 0:
-                panel.set_title(moments[position], fontsize=9)
+                panel.set_title(plain_label(moments[position], 20), fontsize=9)
         axes[row, 0].set_ylabel(title, fontsize=9)
     lifts = [1 + share * (top - 1) for share in (0.3, 1.0)]
     labels = [f"{lift:.1f} x expected{end}" for lift, end in zip(lifts, ("", " or more"), strict=True)]

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from symphony_hf.errors import EvaluationError
 
 from .curves import LINES, MARKERS
-from .figure import COLORS, save_png
+from .figure import COLORS, plain_label, save_png
 
 
 def plot_convergence(curves: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
@@ -49,7 +49,9 @@ def plot_shares(shares: Mapping[str, Sequence[Mapping[str, Any]]], path: str | o
 
 def _draw_band(axes: Any, xs: Sequence[float], points: Sequence[Mapping[str, Any]], number: int, label: str) -> None:
     style = {"color": COLORS[number % 6], "marker": MARKERS[number % 6], "linestyle": LINES[number % 4]}
-    axes.plot(xs, [point["estimate"] for point in points], label=label, markersize=4, linewidth=1.5, **style)
+    axes.plot(
+        xs, [point["estimate"] for point in points], label=plain_label(label), markersize=4, linewidth=1.5, **style
+    )
     if all(point["low"] is not None for point in points):
         low, high = ([point[end] for point in points] for end in ("low", "high"))
         axes.fill_between(xs, low, high, color=COLORS[number % 6], alpha=0.2, linewidth=0)
@@ -84,7 +86,7 @@ def plot_points(
         axes.axvline(alike, color="black", linewidth=0.8, linestyle="--")
         axes.set_title(f"{title}\nagainst no graph", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    drawn[0].set_yticks(range(len(points)), list(points), fontsize=8)
+    drawn[0].set_yticks(range(len(points)), [plain_label(name, len(name)) for name in points], fontsize=8)
     drawn[0].invert_yaxis()
     figure.supxlabel("bars: 95% t-intervals over seeds; dashed: no difference", fontsize=9)
     return save_png(figure, path)

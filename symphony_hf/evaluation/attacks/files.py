@@ -5,6 +5,7 @@ from pathlib import Path
 
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.files import replacing
+from symphony_hf.results import check_file_place
 
 from .text import find_text_attack
 from .word_swap import word_swap
@@ -74,6 +75,7 @@ def attack_file(
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
+    check_file_place(output, "attack")
     if not source.is_file():
         raise DataError(f"{source}: the text file does not exist")
     if output.exists() and output.samefile(source):

@@ -99,10 +99,14 @@ def routing(runs: Named) -> Section | None:
     tables = []
     for name, run in found.items():
         header = list(dict.fromkeys(column for row in run.metrics for column in row))
-        rows = [[text(row.get(column)) for column in header] for row in run.metrics]
+        rows = [[_measured(row.get(column)) for column in header] for row in run.metrics]
         if rows:
             tables.append(Table(f"Routing of {name}", header, rows))
     return Section("routing", "Routing", (), pictures, tables)
+
+
+def _measured(value: str | float | None) -> TableCell:
+    return number(value) if isinstance(value, int | float) else text(value)
 
 
 def cost(runs: Named) -> Section | None:

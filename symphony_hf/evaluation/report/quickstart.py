@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from symphony_hf.evaluation.statistics import interval_text
@@ -45,11 +46,9 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     console = console or Console()
     result_table(report).print(console)
     for sentence in findings(report):
-        console.print(f"- {sentence}", highlight=False)
+        console.print(Text(f"- {sentence}"))
     output = Path(report["settings"]["output"]).resolve()
-    console.print(
-        f"\nReport, pictures and checkpoints: {output} (start with report.md)", highlight=False, soft_wrap=True
-    )
+    console.print(Text(f"\nReport, pictures and checkpoints: {output} (start with report.md)"), soft_wrap=True)
 
 
 def result_table(report: Mapping[str, Any]) -> Table:
@@ -92,7 +91,10 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         f"step of the stock base model took {report['stock_seconds_per_step']:.3f} seconds. The cost is measured by "
         "`symphony bench`."
     )
-    sentences.append(f"The attack changed {report['words_changed']:.1%} of the words: at least one in every line.")
+    sentences.append(
+        f"The attack changed {report['words_changed']:.1%} of the words: at least one in every line that has a "
+        "word to replace."
+    )
     sentences.append(
         f"Reloaded checkpoint: largest logit difference {checks['reload_max_difference']:g}; folded into plain "
         f"routers: {checks['folded_max_difference']:g}, with the same experts for "
@@ -131,9 +133,9 @@ def _page(report: Mapping[str, Any]) -> str:
 
 
 _COMPARED = {
-    "clean": ("clean", "ratio of perplexities"),
-    "attacked": ("attacked", "ratio of perplexities"),
-    "attacked_to_clean": ("attacked", "difference of attacked / clean"),
+    "clean": ("clean", "ratio of perplexities per token"),
+    "attacked": ("attacked", "ratio of perplexities per token"),
+    "attacked_to_clean": ("attacked", "difference of attacked / clean per token"),
 }
 """Text and quantity of the report's comparisons."""
 

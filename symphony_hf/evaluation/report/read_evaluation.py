@@ -48,11 +48,11 @@ def _command_of(command: str, settings: Mapping[str, Any]) -> str:
 
 
 _WHAT = {
-    "perplexity": "ratio of perplexities",
+    "perplexity": "ratio of perplexities per {unit}",
     "accuracy": "difference of accuracies",
-    "ratio": "difference of attacked / clean",
+    "ratio": "difference of attacked / clean per {unit}",
     "difference": "difference of attacked - clean",
-    "untouched": "ratio on untouched tokens",
+    "untouched": "ratio of perplexities per token, on untouched tokens",
 }
 _CHANGES = ("ratio", "difference")
 """Entries of a row that compare attacked with clean inputs; its other intervals are levels."""
@@ -64,11 +64,12 @@ def read_evaluation(folder: Path, result: Mapping[str, Any]) -> Run:
     """Read a folder whose `result.json` has `models`."""
     models = {role: result["models"][role] for role in ("model", "against") if role in result["models"]}
     labels, settings = model_names(result["settings"], list(models)), _given(RobustnessSettings, result["settings"])
-    levels = [level for role, model in models.items() for level in _levels(labels[role], model["clean"])]
+    documents = result["documents"]
+    unit = str(documents["unit"])
+    levels = [level for role, model in models.items() for level in _levels(labels[role], model["clean"], unit)]
     attacks = [row for role, model in models.items() for row in _attacks(labels[role], model)]
     compared = result.get("comparisons")
-    documents = result["documents"]
-    on = f"{documents['number']} {documents['unit']} of {documents['source']}"
+    on = f"{documents['number']} {unit} of {documents['source']}"
     return Run(
         folder=folder,
         kind="evaluation",
@@ -94,10 +95,10 @@ def _metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, Interval, Interva
         yield name, as_interval(own["level"]), as_interval(own["difference"]) if "difference" in own else None
 
 
-def _levels(label: str, clean: Mapping[str, Any]) -> Iterator[Level]:
+def _levels(label: str, clean: Mapping[str, Any], unit: str) -> Iterator[Level]:
     for metric, interval, _ in _metrics(clean):
         ends = interval.low, interval.high
-        yield Level(label, metric, "clean", interval.estimate, *ends, interval.num_documents)
+        yield Level(label, metric, "clean", interval.estimate, *ends, interval.num_documents, unit)
 
 
 def _attacks(label: str, model: Mapping[str, Any]) -> Iterator[AttackRow]:
@@ -111,7 +112,8 @@ def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iter
     first, second = labels["model"], labels["against"]
     clean = compared["clean"]
     level = "accuracy" if clean["null"] == 0 else "perplexity"  # a difference, or a ratio
-    yield Comparison(first, second, "clean", _WHAT[level], as_interval(clean), clean["verdict"], headline=True)
+    in_words = {name: what.format(unit=compared.get("unit", "token")) for name, what in _WHAT.items()}
+    yield Comparison(first, second, "clean", in_words[level], as_interval(clean), clean["verdict"], headline=True)
     for name, value in compared.get("also", {}).items():
         yield Comparison(first, second, "clean", f"difference of {name}", as_interval(value), value["verdict"])
     overall = {row["attack"]: row for row in compared["attacks"]}  # the last row: all severities together
@@ -121,7 +123,7 @@ def _comparisons(compared: Mapping[str, Any], labels: Mapping[str, str]) -> Iter
         for name, value in row.items():
             if is_interval(value) and "verdict" in value:
                 headline = row is overall[row["attack"]] and name != "untouched"
-                what = _WHAT.get(name, name)
+                what = in_words.get(name, name)
                 yield Comparison(first, second, text, what, as_interval(value), value["verdict"], headline=headline)
         for name, own in row.get("also", {}).items():
             for what, value in ((name, own["level"]), (f"attacked - clean, {name}", own["difference"])):

@@ -31,8 +31,8 @@ Points = list[tuple[float, float]]
 def read_training_run(folder: Path, results: Mapping[str, Any]) -> Run:
     """Read a folder with `results.json`, and the model in `final/`."""
     recipe = results["recipe"]
-    levels = list(_levels(results["test"]))
-    unit = "windows" if recipe.get("eval", {}).get("context") else "held-out documents"
+    unit = "windows" if recipe.get("eval", {}).get("context") else "documents"
+    levels = list(_levels(results["test"], unit))
     curves = _curves(folder, results)
     settings = flat({name: recipe[name] for name in recipe if name != "output"})  # the folder makes no difference
     for name in ("processes", "strategy", "device"):
@@ -41,7 +41,7 @@ def read_training_run(folder: Path, results: Mapping[str, Any]) -> Run:
         folder=folder,
         kind="training run",
         about=_about(results),
-        findings=[*_describe_levels(levels, results["test"], unit), *_describe_losses(curves, int(results["steps"]))],
+        findings=[*_describe_levels(levels, results["test"]), *_describe_losses(curves, int(results["steps"]))],
         settings=settings,
         levels=levels,
         curves={"": curves},
@@ -64,25 +64,27 @@ def _about(results: Mapping[str, Any]) -> str:
     return f"{name}, {graph}, {trained}, {results['steps']} steps on {text}"
 
 
-def _levels(test: Mapping[str, Any]) -> Sequence[Level]:
+def _levels(test: Mapping[str, Any], unit: str) -> Sequence[Level]:
     if "clean" in test:
-        return [_level(test, text, "perplexity", text, test["documents"]) for text in ("clean", "attacked")]
+        return [_level(test, text, "perplexity", text, test["documents"], unit) for text in ("clean", "attacked")]
     names = [name for name in ("loss", "perplexity", "accuracy") if name in test]
     return [
-        _level(test, name, name, test["split"], test.get("questions") if name == "accuracy" else None) for name in names
+        _level(test, name, name, test["split"], test.get("questions") if name == "accuracy" else None, "questions")
+        for name in names
     ]
 
 
-def _level(test: Mapping[str, Any], key: str, metric: str, text: str, documents: Any) -> Level:
+def _level(test: Mapping[str, Any], key: str, metric: str, text: str, number: Any, unit: str) -> Level:
     low, high = (test.get(f"{key}_{end}") for end in ("low", "high"))
-    return Level("", metric, text, float(test[key]), low, high, documents)
+    return Level("", metric, text, float(test[key]), low, high, number, unit)
 
 
-def _describe_levels(levels: Sequence[Level], test: Mapping[str, Any], unit: str) -> list[str]:
+def _describe_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
     if "clean" in test:
         clean, attacked = levels
+        held_out = "held-out " if clean.unit == "documents" else ""
         return [
-            f"Perplexity {clean.value:.2f} on {clean.documents} {unit}; {attacked.value:.2f} with words "
+            f"Perplexity {clean.value:.2f} on {clean.number} {held_out}{clean.unit}; {attacked.value:.2f} with words "
             f"replaced by AAA, {attacked.value / clean.value:.2f} times as high."
         ]
     if not levels:

@@ -22,7 +22,8 @@ class Level:
         metric: `perplexity`, `loss`, `accuracy`, ...
         text: `clean`, `attacked`, or the name of a split.
         low: Lower end of the interval; None without an interval.
-        documents: Number of documents or questions measured on.
+        number: Number of documents, windows or questions measured on.
+        unit: `documents`, `windows` or `questions`.
     """
 
     model: str
@@ -31,7 +32,8 @@ class Level:
     value: float
     low: float | None = None
     high: float | None = None
-    documents: int | None = None
+    number: int | None = None
+    unit: str = "documents"
 
 
 @dataclass(frozen=True)

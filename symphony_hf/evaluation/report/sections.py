@@ -7,7 +7,7 @@ from symphony_hf.tables import Table
 
 from .pictures import Picture, from_svg
 from .runs import Level, Run
-from .tables import interval, is_share, level, make_table, number, show, text, verdict
+from .tables import interval, is_share, level, make_table, number, sample, show, text, verdict
 
 Named = Mapping[str, Run]
 """Runs by their name on the page."""
@@ -44,7 +44,7 @@ def measured(runs: Named) -> Section | None:
     if not found:
         return None
     rows = [
-        [text(name), text(value.model), text(value.metric), text(value.text), *level(value), number(value.documents)]
+        [text(name), text(value.model), text(value.metric), text(value.text), *level(value), sample(value)]
         for name, value in found
     ]
     pictures = []
@@ -59,11 +59,12 @@ def measured(runs: Named) -> Section | None:
             for model, by in levels.items()
         )
         pictures.append(from_svg(plots.draw_levels(levels, metric, is_share(metric)), alt, _capital(metric)))
-    header = ("run", "model", "measure", "on", "value", "low", "high", "documents")
+    header = ("run", "model", "measure", "on", "value", "low", "high", "measured on")
     notes = [
-        "Intervals are 95% intervals over documents, of each model alone. Most of their width is the variety of the "
-        "documents, which the models share, so two models whose intervals overlap may still differ: use a paired "
-        "comparison. Runs measured on different text or with different tokenizers do not compare."
+        "Intervals are 95% intervals over documents, windows or questions, of each model alone. Most of their width is "
+        "the variety of these, which the models share, so two models whose intervals overlap may still differ: use a "
+        "paired comparison. Losses and perplexities are per token: those on different text or with different "
+        "tokenizers do not compare."
     ]
     if not any(run.comparisons for run in runs.values()):
         notes.append("For a paired comparison with a verdict: symphony eval ONE/final --against OTHER/final.")
@@ -88,10 +89,11 @@ def compared(runs: Named) -> Section | None:
         for name, value in found
     ]
     note = (
-        "Paired over documents; the verdict is about the first model. Better or worse requires two things: the 95% "
-        "interval excludes the value of equal models (1 for a ratio, 0 for a difference), and two models exchanged at "
-        "random, document by document, differ as much in 5% of draws at most (p). Of equal models, one comparison in "
-        f"twenty would be better or worse by chance; there are {len(rows)}. Other training seeds may give others."
+        "Paired over documents or questions; the verdict is about the first model. Better or worse requires two "
+        "things: the 95% interval excludes the value of equal models (1 for a ratio, 0 for a difference), and p is at "
+        "most 5%. p: when the two models' scores are swapped at random, document by document, a difference this large "
+        "occurs in this share of draws. Of equal models, one comparison in twenty would be better or worse by chance; "
+        f"there are {len(rows)}. Other training seeds may give others."
     )
     header = ("run", "models", "on", "what", "value [95%]", "p", "verdict")
     return Section(
@@ -120,7 +122,8 @@ def attacked(runs: Named) -> Section | None:
     header = ("run", "model", "attack", "severity", "measure", "value [95%]", "against clean", "on untouched tokens")
     note = (
         "Against clean: attacked / clean for perplexity, attacked - clean for accuracy. On untouched tokens: the same "
-        "over the tokens that the attack leaves alone, so that a changed number of tokens does not affect it."
+        "over the tokens that the attack leaves alone, so that a changed number of tokens does not affect it. "
+        "Perplexities are per token: those of different tokenizers do not compare."
     )
     table = make_table("Attacks by severity", header, rows, len(runs))
     return Section("attacked", "Under attack", [note], list(_attack_pictures(runs)), [table])
@@ -201,7 +204,10 @@ def trained(runs: Named) -> Section | None:
             ]
         )
     header = ("run", "model", "last step", "first loss", "last loss", "last evaluation", "lowest evaluation")
-    note = "Losses in nats per token as logged: each point is the mean since the previous point."
+    note = (
+        "Losses in nats per token. Training losses: each point is the mean since the previous one. Evaluation losses: "
+        "the validation data at that step."
+    )
     return Section("trained", "Training", [note], pictures, [make_table("Losses", header, rows, len(runs))])
 
 

@@ -27,13 +27,15 @@ def make_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Tabl
 
 
 def text(value: Any, *, code: bool = False) -> TableCell:
-    """Return a cell with a word, a name or a setting."""
+    """Return a cell with a word, a name, or a setting in full."""
     if value is None or value == "":
         return TableCell(MISSING)
     if isinstance(value, bool):
         return TableCell("yes" if value else "no")
-    if isinstance(value, int | float):
+    if isinstance(value, int):
         return number(value)
+    if isinstance(value, float):
+        return TableCell(repr(value), value)
     if isinstance(value, list | tuple):
         return TableCell(", ".join(map(str, value)), code=code)
     return TableCell(str(value), code=code)
@@ -70,6 +72,13 @@ def level(value: Level) -> tuple[TableCell, TableCell, TableCell]:
     """Return cells with a level and the ends of its interval."""
     form = level_format(value.metric, value.value)
     return number(value.value, form), number(value.low, form), number(value.high, form)
+
+
+def sample(value: Level) -> TableCell:
+    """Return a cell with the number of documents, windows or questions that a level is measured on."""
+    if value.number is None:
+        return TableCell(MISSING)
+    return TableCell(f"{value.number:,} {value.unit}", float(value.number))
 
 
 def is_share(metric: str) -> bool:

@@ -51,7 +51,7 @@ class Perplexity(MetricReport[TextScores]):
 
     def attacked(self, measured: Measured[TextScores], cases: Sequence[AttackCase]) -> dict[str, Any]:
         """Return the same with the ratio to clean text, also on untouched tokens."""
-        clean, weights = measured.clean.per("token", self.names), measured.clean.num_words
+        clean, weights = measured.clean.per("token", self.names), measured.clean.sizes
         forms = {case: measured.attacked[case] for case in cases}
         scores = pooled(list(forms.values()))
         attacked = scores.per("token", self.names)
@@ -70,14 +70,14 @@ class Perplexity(MetricReport[TextScores]):
     def compare_clean(self, a: Measured[TextScores], b: Measured[TextScores]) -> Interval:
         """Return the ratio of perplexities."""
         pair = [measured.clean.per(_unit_of(a, b), self.names) for measured in (a, b)]
-        return compare_perplexity(*pair, seed=SEED, weights=a.clean.num_words).exp()
+        return compare_perplexity(*pair, seed=SEED, weights=a.clean.sizes).exp()
 
     def compare_attacked(
         self, a: Measured[TextScores], b: Measured[TextScores], cases: Sequence[AttackCase]
     ) -> dict[str, Any]:
         """Return the ratio of perplexities on attacked text and on its untouched tokens, and the difference of the
         attacked/clean ratios."""
-        unit, weights = _unit_of(a, b), a.clean.num_words
+        unit, weights = _unit_of(a, b), a.clean.sizes
         ours, theirs = (pooled([own.attacked[case] for case in cases]) for own in (a, b))
         attacked = ours.per(unit, self.names), theirs.per(unit, self.names)
         clean = a.clean.per(unit, self.names), b.clean.per(unit, self.names)

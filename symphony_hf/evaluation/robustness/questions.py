@@ -172,7 +172,11 @@ def _data_of(settings: RobustnessSettings) -> tuple[str | None, str]:
     if settings.name is not None and settings.data != EMBEDDED:
         return settings.data, settings.name
     if settings.data not in (None, EMBEDDED):
-        raise ConfigError(f"eval: {settings.data}: whose columns and labels are these? Name the GLUE task with --name")
+        raise ConfigError(
+            f"eval: {settings.data}: the columns and labels of this data are unknown: name its GLUE task with --name"
+        )
     if settings.name is not None:
-        raise ConfigError(f"eval: --data {EMBEDDED} is a stand-in, of no GLUE task: leave --name out")
+        raise ConfigError(
+            f"eval: --data {EMBEDDED} is an offline stand-in and belongs to no GLUE task: leave --name out"
+        )
     return EMBEDDED, ""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from symphony_hf.diagnostics.labels import model_names
 from symphony_hf.evaluation.statistics import interval_text
@@ -34,14 +35,14 @@ def print_robustness(result: Mapping[str, Any], console: Console | None = None) 
         *_narrow(result),
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(Text(line), soft_wrap=True)
     names = model_names(settings, list(result["models"]))
     for role, model in result["models"].items():
         _levels_table(names[role], model, result["measure"]).print(console)
     if "comparisons" in result:
         _comparison_table(result).print(console)
         for line in verdicts(result):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            console.print(Text(line), soft_wrap=True)
 
 
 def _narrow(result: Mapping[str, Any]) -> list[str]:
@@ -52,8 +53,8 @@ def _narrow(result: Mapping[str, Any]) -> list[str]:
     if measure["change"] != "difference" or all(one["low"] < one["high"] for one in intervals):
         return []
     return [
-        f"An interval without a width means that none of the {number} questions differs; a change that affects fewer "
-        f"than {3 / number:.1%} of all questions may not occur among them"
+        f"An interval has no width where all {number} questions agree. A case that affects fewer than "
+        f"{3 / number:.1%} of questions may be missing from so few."
     ]
 
 
@@ -61,15 +62,37 @@ def verdicts(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence for clean inputs, and one for each attack over all its severities."""
     comparisons, measure = result["comparisons"], result["measure"]
     a, b = model_names(result["settings"], ("model", "against")).values()
-    what = KINDS[result["task"]].name
-    lines = [f"On clean {what}, {a} is {_describe(comparisons['clean'], b, measure)}."]
+    what, quantity = KINDS[result["task"]].name, _quantity(comparisons, measure)
+    lines = [f"On clean {what}, {a} is {_describe(comparisons['clean'], b, quantity)}."]
     for row in _overall(comparisons["attacks"]):
         loses = _LOSSES[row[measure["change"]]["verdict"]]
-        compared = _describe(row[measure["level"]], b, measure)
+        compared = _describe(row[measure["level"]], b, quantity)
         lines.append(f"Under {row['attack']}, {a} is {compared}. Against clean {what} {loses} {b}.")
-    number = (1 + 2 * len(comparisons["attacks"])) * (1 + len(measure["also"]))
-    lines.append(f"For equal models, one verdict in twenty would be better or worse by chance; there are {number}.")
+    unit = comparisons.get("unit", "token")
+    if unit != "token":
+        lines.append(
+            f"The models' tokens differ, so their perplexities per token do not compare: they are compared per {unit}."
+        )
+    lines.append(
+        "For equal models, one verdict in twenty would be better or worse by chance; there are "
+        f"{_num_verdicts(comparisons)}."
+    )
     return lines
+
+
+def _quantity(comparisons: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
+    """Return what two models are compared by, such as `ratio of perplexities per token`."""
+    per = f" per {comparisons['unit']}" if "unit" in comparisons else ""
+    return f"{measure['change']} of {_PLURALS[measure['level']]}{per}"
+
+
+def _num_verdicts(entry: Any) -> int:
+    """Count the intervals with a verdict in a part of a result."""
+    if isinstance(entry, list):
+        return sum(map(_num_verdicts, entry))
+    if not isinstance(entry, Mapping):
+        return 0
+    return 1 if "verdict" in entry else sum(map(_num_verdicts, entry.values()))
 
 
 def _overall(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -77,8 +100,8 @@ def _overall(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list({row["attack"]: row for row in rows}.values())
 
 
-def _describe(interval: Mapping[str, Any], other: str, measure: Mapping[str, Any]) -> str:
-    value = f"({measure['change']} {interval_text(interval, 4)})"
+def _describe(interval: Mapping[str, Any], other: str, quantity: str) -> str:
+    value = f"({quantity} {interval_text(interval, 4)})"
     if interval["verdict"] == "not distinguishable":
         return f"not distinguishable from {other} {value}"
     return f"{interval['verdict']} than {other} {value}"

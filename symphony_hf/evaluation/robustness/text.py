@@ -12,16 +12,17 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from symphony_hf.data.documents import Document
-from symphony_hf.errors import ConfigError, SymphonyWarning
+from symphony_hf.errors import SymphonyWarning
 from symphony_hf.evaluation.attacks.text import find_text_attack
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.clean_attacked import Measured
-from symphony_hf.evaluation.documents import prepare_corpus
+from symphony_hf.evaluation.documents import num_bytes, prepare_corpus
 from symphony_hf.evaluation.perplexity import score_tokens
 from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.windows import (
     Tokens,
     Untouched,
+    check_context,
     cut_attacked,
     cut_clean,
     default_block_size,
@@ -69,14 +70,17 @@ class TextTask(Task[TextScores]):
         super().__init__(settings, store)
         self.settings = settings
         self.tokenizers = {role: load_tokenizer(*source) for role, source in self.sources.items()}
+        models = list(self.models_under_test.values())
+        self.block_size = settings.block_size or default_block_size(models)
+        for model in models:
+            check_context("eval", "clean text", self.block_size, self.block_size, model)
         self.corpus = prepare_corpus(settings)
         self.names = [document.name for document in self.corpus.documents]
-        self.block_size = settings.block_size or default_block_size(list(self.models_under_test.values()))
         self.report = Perplexity(self.names)
         self._clean: dict[str, tuple[_Form, list[np.ndarray]]] = {}
         self._is_shared = len(self.tokenizers) > 1 and _are_same(*self.tokenizers.values())
         self._shared_forms: dict[AttackCase | None, _Form] = {}  # for the second model
-        self._untouched: dict[tuple[str, str], list[Untouched]] = {}  # models mostly share a tokenizer
+        self._shared_untouched: dict[AttackCase, list[Untouched]] = {}  # the same
 
     def score(self, role: str, case: AttackCase | None) -> TextScores:
         """Compute the likelihoods of the documents in one form.
@@ -94,7 +98,7 @@ class TextTask(Task[TextScores]):
         return TextScores(
             num_tokens=form.lengths,
             num_words=np.array([len(document.text.split()) for document in documents]),
-            num_bytes=np.array([len(document.text.encode(errors="surrogatepass")) for document in documents]),
+            num_bytes=np.array([num_bytes(document.text) for document in documents]),
             tokens=form.digest,
             **sums,
         )
@@ -123,7 +127,7 @@ class TextTask(Task[TextScores]):
         clean, clean_nll = self._clean[role]
 
         def measure() -> dict[str, np.ndarray]:
-            untouched = self._find_untouched(clean, attacked, case)
+            untouched = self._find_untouched(role, case, clean, attacked)
             windows = cut_attacked(clean.documents, attacked.documents, untouched, self.block_size, self._first(role))
             nll = self._score(role, windows, f"Scoring {case}")
             pairs = list(zip(clean_nll, nll, untouched, strict=True))
@@ -142,23 +146,21 @@ class TextTask(Task[TextScores]):
     def _first(self, role: str) -> int:
         return first_token(self.tokenizers[role])
 
-    def _find_untouched(self, clean: _Form, attacked: _Form, case: AttackCase) -> list[Untouched]:
-        key = (clean.digest, attacked.digest)
-        if key not in self._untouched:
-            pairs = list(zip(clean.documents, attacked.documents, strict=True))
-            bar = tqdm(pairs, desc=f"Aligning {case}", unit=" documents", delay=2, disable=None)
-            self._untouched[key] = [find_untouched(before, after) for before, after in bar]
-        return self._untouched[key]
+    def _find_untouched(self, role: str, case: AttackCase, clean: _Form, attacked: _Form) -> list[Untouched]:
+        """Align a form with the clean one, once for models with the same tokenizer."""
+        if case in self._shared_untouched:
+            return self._shared_untouched.pop(case)
+        pairs = list(zip(clean.documents, attacked.documents, strict=True))
+        bar = tqdm(pairs, desc=f"Aligning {case}", unit=" documents", delay=2, disable=None)
+        found = [find_untouched(before, after) for before, after in bar]
+        if self._is_shared and role == next(iter(self.models_under_test)):
+            self._shared_untouched[case] = [Untouched(*(own.astype(np.int32) for own in one)) for one in found]
+        return found
 
     def _score(self, role: str, windows: list[list[Tensor]], progress: str) -> list[np.ndarray]:
         checkpoint = self.models_under_test[role]
         longest = max(len(window) for parts in windows for window in parts)
-        if checkpoint.max_tokens is not None and longest > checkpoint.max_tokens:
-            raise ConfigError(
-                f"eval: {progress}: a window has {longest} tokens, and `{checkpoint.source}` takes "
-                f"{checkpoint.max_tokens}: set --block_size below {self.block_size}, so that the same words "
-                "fit under attack"
-            )
+        check_context("eval", progress, longest, self.block_size, checkpoint)
         by_name = dict(zip(self.names, windows, strict=True))
         return list(score_tokens(checkpoint.model, by_name, batch_size=self.batch_size, progress=progress).values())
 

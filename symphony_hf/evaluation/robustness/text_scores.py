@@ -7,12 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from symphony_hf.evaluation.documents import has_spaces
 from symphony_hf.evaluation.perplexity import DocumentScores
 
 Unit = Literal["token", "word", "byte"]
-
-_MAX_WORD = 50
-"""Maximum mean number of bytes in a word. Above it, the text has no spaces, and a perplexity per word may overflow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,12 @@ class TextScores:
     @property
     def has_words(self) -> bool:
         """Whether spaces separate the words of the text, so that a perplexity per word says something."""
-        return bool(self.num_bytes.sum() <= _MAX_WORD * self.num_words.sum())
+        return has_spaces(int(self.num_words.sum()), int(self.num_bytes.sum()))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Length of each document, by which it weighs: in words, or in bytes if the text has no spaces."""
+        return self.num_words if self.has_words else self.num_bytes
 
     def per(self, unit: Unit, names: list[str]) -> DocumentScores:
         """Return the likelihood of the text with the number of its tokens, words or bytes."""

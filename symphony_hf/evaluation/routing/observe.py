@@ -13,7 +13,7 @@ from symphony_hf.compat import versions
 from symphony_hf.diagnostics.routing_metrics import coactivation
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.comparison import compare_perplexity
-from symphony_hf.evaluation.windows import default_block_size
+from symphony_hf.evaluation.windows import check_context, default_block_size
 from symphony_hf.files import replacing, write_json
 from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
 from symphony_hf.results import check_results, remove_results
@@ -49,7 +49,8 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         the router's name, and `checkpoint/<number>/coselection/...`.
 
     Raises:
-        SymphonyError: If a model or the data could not be loaded, or the checkpoints are not of one model.
+        SymphonyError: If a model or the data could not be loaded, the checkpoints are not of one model, or windows are
+            longer than the context of one.
     """
     started, output = time.perf_counter(), Path(settings.output)
     check_results(output / RESULT, [MATRICES, *CAPTIONS], "routing", _KEYS)
@@ -60,7 +61,11 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
     named = settings.tokenizer or checkpoint.source
     tokenizer = load_tokenizer(named, None if settings.tokenizer else checkpoint.revision)
     block_size = settings.block_size or default_block_size([checkpoint, *earlier])
+    for model in (checkpoint, *earlier):
+        check_context("routing", "clean text", block_size, block_size, model)
     texts = prepare_observed(settings, tokenizer, block_size)
+    for case, form in texts.attacked.items():
+        check_context("routing", str(case), form.form.longest, block_size, checkpoint)
     observation = _Observation(settings, texts)
     observation.observe(checkpoint)
     for number, other in enumerate(earlier):
@@ -82,8 +87,8 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
     }
     remove_results(output / RESULT, [MATRICES, *picture_names(output / RESULT)], _KEYS)
+    write_json(output / RESULT, result)  # first: it marks the others as ours
     _write_matrices(output / MATRICES, observation.matrices)
-    write_json(output / RESULT, result)
     return result
 
 

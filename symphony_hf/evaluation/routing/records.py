@@ -175,7 +175,7 @@ def routing_stability(
 
 
 def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[str, RoutingRecord]:
-    """Record each router's decisions for the documents\' tokens, without the given first token of each window."""
+    """Record each router's decisions for the documents' tokens, without the given first token of each window."""
     recorded = record_routing(model, form.windows, batch_size, progress=progress)
     kept = torch.from_numpy(form.kept_rows())
     return {name: RoutingRecord(*(part[kept] for part in record)) for name, record in recorded.items()}

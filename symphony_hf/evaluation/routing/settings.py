@@ -22,7 +22,7 @@ class RoutingSettings(EvaluationSettings):
         against: Earlier checkpoints of the same model, the earliest first.
         data: Text file, table, folder, or data set on the Hub to run the model on; by default the sources of the
             running Python's library.
-        attacks: Attacks on text, as for `symphony eval`; may be empty.
+        attacks: Attacks on text, as for `symphony eval`, or `none`.
         seed: Seed of the attacks.
         words: Approximate number of words read from each document's beginning; None for all.
         drop_first: Whether to measure the loss without each token's first expert.

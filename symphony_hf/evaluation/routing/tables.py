@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
+from rich.text import Text
 
 from symphony_hf.diagnostics.labels import layer_titles, short_names
 from symphony_hf.evaluation.statistics import interval_text
@@ -40,19 +41,16 @@ def print_observation(result: Mapping[str, Any], console: Console | None = None)
     """Print the result of `observe_routing`: by layer, under attack, by checkpoint, and in sentences."""
     console = console or Console()
     documents = result["documents"]
-    console.print(
-        f"{documents['number']} documents, {documents['tokens']:,} tokens, {len(result['domains'])} domains: "
-        f"{documents['source']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    number, tokens, domains = documents["number"], documents["tokens"], len(result["domains"])
+    line = f"{number} documents, {tokens:,} tokens, {domains} domains: {documents['source']}"
+    console.print(Text(line), soft_wrap=True)
     _layer_table(result).print(console, **_NARROW)
     if result["corruption"]:
         _corruption_table(result).print(console)
     if result["checkpoints"]:
         _checkpoint_table(result).print(console)
     for sentence in findings(result):
-        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+        console.print(Text(f"- {sentence}"), soft_wrap=True)
 
 
 def findings(result: Mapping[str, Any]) -> list[str]:

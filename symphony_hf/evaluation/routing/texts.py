@@ -17,7 +17,9 @@ from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.windows import (
     Tokens,
     Untouched,
-    cut_attacked,
+    attacked_cuts,
+    clean_cuts,
+    cut,
     cut_clean,
     find_untouched,
     first_token,
@@ -47,6 +49,11 @@ class Form:
 
     windows: dict[str, list[Tensor]]
     num_tokens: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest window."""
+        return max(len(window) for parts in self.windows.values() for window in parts)
 
     def kept_rows(self) -> np.ndarray:
         """Return which positions of all windows are tokens of a document. Shape: (rows,), bool."""
@@ -132,12 +139,16 @@ def _align(
     names: Sequence[str], clean: Sequence[Tokens], attacked: Sequence[Tokens], block_size: int, first: int
 ) -> AttackedForm:
     untouched = [find_untouched(before, after) for before, after in zip(clean, attacked, strict=True)]
-    windows = cut_attacked(clean, attacked, untouched, block_size, first)
+    cuts = [clean_cuts(len(tokens.ids), block_size) for tokens in clean]
+    ends = [
+        attacked_cuts(own, kept, len(after.ids)) for own, kept, after in zip(cuts, untouched, attacked, strict=True)
+    ]
+    windows = [cut(after.ids, own, first) for after, own in zip(attacked, ends, strict=True)]
     starts = [np.cumsum([0, *(len(tokens.ids) for tokens in form[:-1])]) for form in (clean, attacked)]
     shifted = [
         (positions.clean + a, positions.attacked + b) for positions, a, b in zip(untouched, *starts, strict=True)
     ]
-    distances = [_distances(positions, own) for positions, own in zip(untouched, windows, strict=True)]
+    distances = [_distances(*own) for own in zip(untouched, cuts, ends, strict=True)]
     return AttackedForm(
         form=_form(names, attacked, windows),
         clean=np.concatenate([positions for positions, _ in shifted]),
@@ -147,16 +158,19 @@ def _align(
     )
 
 
-def _distances(untouched: Untouched, windows: Sequence[Tensor]) -> np.ndarray:
-    """Return the distance of each untouched token from the last edit of its window, as an index of `DISTANCE_NAMES`."""
+def _distances(untouched: Untouched, cuts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the distance of each untouched token from the last edit of its window, as an index of `DISTANCE_NAMES`.
+
+    `cuts` and `ends` are the ends of the windows in the clean and in the attacked form.
+    """
     number = len(untouched.clean)
-    ends = np.cumsum([len(window) - 1 for window in windows])  # the first token of a window is given
-    window = np.searchsorted(ends, untouched.attacked, side="right")
+    window = np.searchsorted(cuts, untouched.clean, side="right")  # in both forms
+    starts = [np.append(0, form[:-1])[window] for form in (cuts, ends)]
+    # A token that is first in one form alone has an edit before it in the other.
+    is_first = (untouched.clean == starts[0]) & (untouched.attacked == starts[1])
     # Tokens with an edit right before them in the same window.
-    is_first = window != np.searchsorted(ends, untouched.attacked - 1, side="right")
     before = [np.append(-1, positions[:-1]) for positions in untouched]
-    is_behind = (untouched.clean - before[0] != 1) | (untouched.attacked - before[1] != 1)
-    is_behind &= ~is_first & (untouched.attacked > 0)
+    is_behind = ~is_first & ((untouched.clean - before[0] != 1) | (untouched.attacked - before[1] != 1))
     last = np.maximum.accumulate(np.where(is_behind, np.arange(number), -1))
     has_edit = (last >= 0) & (window[last] == window)
     distance = untouched.attacked - untouched.attacked[last] + 1
@@ -175,7 +189,7 @@ def _domains(names: Sequence[str], num_tokens: Sequence[int]) -> tuple[list[str]
         sizes[folder] += size
     least = LEAST_SHARE * sizes.total()
     kept = [folder for folder, size in sizes.most_common(MOST_DOMAINS) if size >= least]
-    if len(sizes) > len(kept):
+    if len(sizes) > len(kept) and OTHERS not in kept:
         kept.append(OTHERS)
     return kept, np.array([kept.index(folder if folder in kept else OTHERS) for folder in folders])
 

@@ -116,3 +116,8 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(source, tmp_path):
     assert output.read_text() == "precious"
     assert attack_file(source, output, "aaa", overwrite=True).num_changed
     assert "AAA" in output.read_text()
+
+
+def test_a_place_under_a_file_is_refused(source):
+    with pytest.raises(ConfigError, match=r"cannot be written, because `.*wiki.test.tokens` is a file"):
+        attack_file(source, source / "attacked.tokens")

@@ -41,12 +41,13 @@ def test_every_section_is_there_and_can_be_reached(parsed):
 def test_levels_are_those_of_the_files(parsed, quickstart, trained):
     header, *rows = parsed.tables["Levels"]
     values = {tuple(cell for cell, _ in row[:4]): row[4:] for row in rows}
-    assert [cell for cell, _ in header] == ["run", "model", "measure", "on", "value", "low", "high", "documents"]
+    assert [cell for cell, _ in header] == ["run", "model", "measure", "on", "value", "low", "high", "measured on"]
     arms = json.loads((quickstart / "report.json").read_text())["arms"]
     for model, arm in arms.items():
         for form in ("clean", "attacked"):
             value, low, high, documents = (value for _, value in values["out", model, "perplexity", form])
             assert value == arm[form]["estimate"]
+            assert values["out", model, "perplexity", form][3][0] == f"{documents:.0f} documents"
             assert (low, high, documents) == (arm[form]["low"], arm[form]["high"], arm[form]["num_documents"])
         assert values["out", model, "routing stability", "attacked"][0][0] == f"{arm['routing_kept']:.2%}"
     test = json.loads((trained / "results.json").read_text())["test"]
@@ -67,7 +68,7 @@ def test_verdicts_are_those_of_the_files(parsed, quickstart, evaluated):
     assert [float(value) for value in shown[:3]] == [
         pytest.approx(report[name]["p_value"], rel=1e-3) for name in ("clean", "attacked", "attacked_to_clean")
     ]
-    assert "differ as much in 5% of draws at most (p)" in " ".join(parsed.words.split())
+    assert "a difference this large occurs in this share of draws" in " ".join(parsed.words.split())
     # Clean, then each attack once, over all its severities.
     assert [attributes.get("class") for attributes in parsed.all("span")].count("what") == 3 + 1 + 2 * 2
 
@@ -119,7 +120,7 @@ def test_settings_that_differ_are_shown_and_no_others(trained, tmp_path, quick_p
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     results = json.loads((other / "results.json").read_text())
-    results["recipe"]["symphony"]["strength"] = 0.0
+    results["recipe"]["symphony"] |= {"strength": 0.0, "decay": 0.99999}
     results["recipe"]["train"]["seed"] = 7
     results["recipe"]["output"]["directory"] = "elsewhere"
     (other / "results.json").write_text(json.dumps(results))
@@ -127,7 +128,8 @@ def test_settings_that_differ_are_shown_and_no_others(trained, tmp_path, quick_p
     table = parsed.tables["Settings that differ: training run"]
     assert [[cell for cell, _ in row] for row in table] == [
         ["setting", "run", "other"],
-        ["symphony.strength", "1.000", "0.000"],
+        ["symphony.decay", "0.99", "0.99999"],
+        ["symphony.strength", "1.0", "0.0"],
         ["train.seed", "0", "7"],
     ]
 
@@ -220,7 +222,9 @@ def test_numbers_have_four_digits(values, shown):
 
 def test_cells_say_what_they_hold():
     assert show_interval(Interval(1.0, 0.9961, 1.0112, 0.95, 12, 0)) == "1.000 [0.996, 1.011]"
-    assert [text(value).text for value in (None, True, 12345, [1, 2], "a")] == ["–", "yes", "12,345", "1, 2", "a"]
+    values = (None, True, 12345, 0.99999, 1e-5, [1, 0.25], "a")
+    assert [text(value).text for value in values] == ["–", "yes", "12,345", "0.99999", "1e-05", "1, 0.25", "a"]
+    assert text(0.99999).value == 0.99999
     assert text(True).value is None
 
 

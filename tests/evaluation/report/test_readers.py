@@ -5,13 +5,16 @@ import itertools
 import json
 import shlex
 import shutil
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from symphony_hf.errors import GraphError, ReportError
 from symphony_hf.evaluation.report.find_runs import read_runs
+from symphony_hf.evaluation.report.quickstart import print_report
 from symphony_hf.evaluation.report.read_training import read_run_graphs
 from symphony_hf.evaluation.report.runs import as_interval
 from symphony_hf.evaluation.statistics import Interval
@@ -129,11 +132,37 @@ def test_the_file_that_is_to_blame_is_named(trained, copy):
     assert "results.json" not in str(caught.value)
 
 
+def test_a_quickstarts_names_are_printed_letter_by_letter(quickstart):
+    report = json.loads((quickstart / "report.json").read_text())
+    report["settings"]["output"] = "runs/[lr1]/[/x]"
+    page = StringIO()
+    print_report(report, Console(width=300, file=page))
+    assert "runs/[lr1]/[/x] (start with report.md)" in page.getvalue()
+
+
+def test_a_comparison_says_its_unit(evaluated, copy):
+    folder = copy(evaluated)
+    for unit in ("token", "word"):
+        rewrite(folder / "result.json", lambda result, unit=unit: result["comparisons"].update(unit=unit))
+        (run,) = read_runs([folder])
+        compared = {comparison.what for comparison in run.comparisons}
+        level, change = f"ratio of perplexities per {unit}", f"difference of attacked / clean per {unit}"
+        assert compared == {level, change, "ratio of perplexities per token, on untouched tokens"}
+    assert any("do not compare" in sentence for sentence in run.findings)
+
+
+def test_the_count_of_verdicts_is_that_of_the_comparisons(evaluated):
+    (run,) = read_runs([evaluated])
+    assert run.findings[-1].endswith(f"there are {len(run.comparisons)}.")
+
+
 def test_windows_that_overlap_are_no_documents(trained, copy):
     folder = copy(trained)
     assert " held-out documents; " in read_runs([folder])[0].findings[0]
     rewrite(folder / "results.json", lambda results: results["recipe"]["eval"].update(context=8))
-    assert " windows; " in read_runs([folder])[0].findings[0]
+    (run,) = read_runs([folder])
+    assert " windows; " in run.findings[0]
+    assert [level.unit for level in run.levels] == ["windows"] * len(run.levels)
 
 
 def test_seconds_a_step_are_left_out_where_a_run_was_resumed(trained, copy):

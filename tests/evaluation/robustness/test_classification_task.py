@@ -256,7 +256,7 @@ def test_the_command_prints_accuracies_and_verdicts(models, table, compared, tmp
     page = " ".join(result.output.split())
     estimate = compared[0]["comparisons"]["clean"]["estimate"]
     names = [Path(models[name]).name for name in ("trained", "untrained")]
-    assert f"On clean text, {names[0]} is better than {names[1]} (difference {estimate:.4f}" in page
+    assert f"On clean text, {names[0]} is better than {names[1]} (difference of accuracies {estimate:.4f}" in page
     assert f"{NUMBER} questions: {table}" in page
     assert "there are 7." in page
     assert json.loads((output / "result.json").read_text())["models"] == json.loads(json.dumps(compared[0]["models"]))
@@ -276,7 +276,7 @@ def test_what_cannot_be_asked_is_refused(models, table, tmp_path, review_tokeniz
         make_settings(model, table, output, attacks=("fog",))
     with pytest.raises(ConfigError, match=r"`block_size` is of --task text, not of classification"):
         make_settings(model, table, output, block_size=24)
-    with pytest.raises(ConfigError, match=r"reviews.jsonl: whose columns and labels are these\? .* --name"):
+    with pytest.raises(ConfigError, match=r"reviews.jsonl: the columns and labels of this data are unknown: .* --name"):
         evaluate_robustness(make_settings(model, table, output, name=None))
     with pytest.raises(ConfigError, match="leave --name out"):
         evaluate_robustness(make_settings(model, "embedded", output))

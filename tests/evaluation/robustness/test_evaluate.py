@@ -24,7 +24,7 @@ from symphony_hf.errors import ConfigError, DataError, EvaluationError, Symphony
 from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS, attack_documents
 from symphony_hf.evaluation.robustness.evaluate import evaluate_robustness
 from symphony_hf.evaluation.robustness.settings import RobustnessSettings
-from symphony_hf.evaluation.robustness.tables import print_robustness
+from symphony_hf.evaluation.robustness.tables import print_robustness, verdicts
 from symphony_hf.evaluation.robustness.task import Store
 
 # One float32 rounding is 6e-8 of a value; a document sums a few hundred, and batches are padded.
@@ -145,6 +145,37 @@ def test_the_result_is_on_the_disk_and_says_what_it_is_of(compared, trained):
     assert result["settings"]["model"] == trained
     assert result["rates"]["aaa"][0] == 0.015
     assert not [path for path in output.rglob("*") if path.name.startswith(".")]
+
+
+def test_windows_longer_than_either_context_are_refused_before_any_text_is_read(
+    trained, untrained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measure, "prepare_corpus", lambda settings: pytest.fail("text is read"))
+    short = shutil.copytree(untrained, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (short / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"^eval: clean text: a window has 100 tokens, and `.*short` takes 64: set"):
+        evaluate_robustness(make_settings(trained, "none", tmp_path / "out", against=str(short), block_size=100))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_alignments_are_found_once_and_freed(trained, untrained, word_tokenizer, data_file, tmp_path, is_shared):
+    other = untrained
+    if not is_shared:
+        model = make_model("olmoe", vocab_size=len(word_tokenizer), max_position_embeddings=128)
+        other = save(tmp_path / "words", model, word_tokenizer)
+    task = measure.TextTask(make_settings(trained, data_file, tmp_path, against=other), Store(tmp_path / "cells"))
+    first = task.measure("model")
+    assert len(task._shared_untouched) == (4 if is_shared else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_shared:
+            patch.setattr(measure, "find_untouched", lambda *forms: pytest.fail("aligned again"))
+        second = task.measure("against")
+    assert not task._shared_untouched
+    for case, form in second.attacked.items():
+        assert (form.num_untouched > 0).all()
+        assert not is_shared or np.array_equal(form.num_untouched, first.attacked[case].num_untouched)
 
 
 @pytest.mark.thorough
@@ -274,9 +305,9 @@ def test_the_command_prints_levels_and_verdicts(trained, untrained, data_file, c
     page = " ".join(result.output.split())
     estimate = compared[0]["comparisons"]["clean"]["estimate"]
     against = Path(untrained).name
-    assert f"is better than {against} (ratio {estimate:.4f}" in page
+    assert f"is better than {against} (ratio of perplexities per token {estimate:.4f}" in page
     assert f"Against clean text it loses more than {against}." in page
-    assert "there are 7." in page
+    assert "there are 10." in page
     assert "14 documents" in page
     assert (output / "robustness.png").stat().st_size > 10_000
 
@@ -286,6 +317,32 @@ def test_two_revisions_of_a_model_have_two_names(compared):
     page = StringIO()
     print_robustness({**compared[0], "settings": settings}, Console(width=200, file=page))
     assert "org/model (model) is better than org/model (against)" in page.getvalue()
+
+
+def test_names_are_printed_letter_by_letter(compared):
+    result = {**compared[0], "notes": ["from runs/[lr1]"]}
+    result["settings"] = result["settings"] | {"model": "runs/[lr1]/final", "against": "runs/[/x]/final"}
+    page = StringIO()
+    print_robustness(result, Console(width=200, file=page))
+    for name in ("runs/[lr1]/final", "from runs/[lr1]", "than runs/[/x]/final"):
+        assert name in page.getvalue()
+
+
+def test_each_verdict_of_the_result_is_counted(compared):
+    result = json.loads(json.dumps(compared[0]))
+    assert verdicts(result)[-1].endswith("there are 10.")  # clean, and three of each of three rows
+    for row in result["comparisons"]["attacks"]:
+        row["untouched"] = None
+    assert verdicts(result)[-1].endswith("there are 7.")
+
+
+def test_a_comparison_says_its_unit_and_that_levels_have_another(compared):
+    result = json.loads(json.dumps(compared[0]))
+    assert " (ratio of perplexities per token 0." in verdicts(result)[0]
+    assert not any("do not compare" in sentence for sentence in verdicts(result))
+    result["comparisons"]["unit"] = "word"
+    assert " (ratio of perplexities per word 0." in verdicts(result)[0]
+    assert "The models' tokens differ, so their perplexities per token do not compare" in verdicts(result)[-2]
 
 
 def test_an_earlier_result_does_not_outlive_a_new_evaluation_in_its_folder(
@@ -351,7 +408,7 @@ def test_missing_inputs_are_named(trained, data_file, tmp_path, capsys, monkeypa
     short.write_text("one line of very few words\n")
     with pytest.raises(DataError, match=r"1 documents of 5 words or more .* intervals need 10"):
         evaluate_robustness(make_settings(trained, short, tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"a window has .* takes 128: set --block_size below 128"):
+    with pytest.raises(ConfigError, match=r"a window has .* takes 128: set --block_size to 127 or less"):
         evaluate_robustness(make_settings(trained, data_file, tmp_path / "out", block_size=128, attacks=("homoglyph",)))
     numbers = tmp_path / "numbers.jsonl"
     numbers.write_text('{"text": "1 2 3 4 5 6"}\n' * 12)

@@ -7,7 +7,7 @@ import pytest
 
 from symphony_hf.errors import EvaluationError
 from symphony_hf.evaluation.clean_attacked import Measured
-from symphony_hf.evaluation.comparison import compare_robustness, perplexity_interval
+from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
 from symphony_hf.evaluation.perplexity import DocumentScores
 from symphony_hf.evaluation.robustness.metric_reports import Perplexity
 from symphony_hf.evaluation.robustness.text_scores import TextScores
@@ -65,6 +65,20 @@ def test_text_without_spaces_is_compared_by_bytes():
     assert report.clean(a.clean)["per_word"] is None
     assert report.comparison(a, b) == {"unit": "byte"}
     assert report.compare_clean(a, b).estimate == pytest.approx(np.exp(-100 * 10 / 9000))
+
+
+def test_documents_without_spaces_weigh_by_their_bytes():
+    """By their lines, two documents that are nearly all of the text would count like the others."""
+    size = np.array([30_000] * 2 + [300] * 18)
+    nats = np.random.default_rng(0).normal(2.0, 0.1, (2, 20)) * size
+    a, b = (
+        Measured(dataclasses.replace(scores(1.0, 1), nll=own, num_bytes=size, num_tokens=size, tokens="t"), {})
+        for own in nats
+    )
+    found = Perplexity(NAMES).compare_clean(a, b)
+    pair = [DocumentScores(NAMES, own, size) for own in nats]
+    assert found == compare_perplexity(*pair, weights=size).exp()
+    assert found != compare_perplexity(*pair, weights=np.ones(20)).exp()
 
 
 def test_an_interval_without_ends_has_no_verdict():

@@ -1,6 +1,7 @@
 """`symphony routing`: its numbers against loops over single windows, what it refuses, and what it leaves out."""
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,7 +27,7 @@ from symphony_hf.evaluation.routing.observe import observe_routing
 from symphony_hf.evaluation.routing.pictures import _draw_flips
 from symphony_hf.evaluation.routing.records import RoutingRecord, _spread
 from symphony_hf.evaluation.routing.settings import RoutingSettings
-from symphony_hf.evaluation.routing.tables import _corruption_table
+from symphony_hf.evaluation.routing.tables import _corruption_table, print_observation
 from symphony_hf.evaluation.routing.texts import CLASS_NAMES, DISTANCE_NAMES, AttackedForm, Form, ObservedTexts
 from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.experiments.conformance.tiny import tiny_model
@@ -124,6 +125,46 @@ def test_changes_under_attack_equal_loops_over_words(observed, by_loops, texts):
     rate = row["change_rate"]
     assert rate["estimate"] == pytest.approx(np.mean(list(row["per_layer"].values())))
     assert rate["low"] < rate["estimate"] < rate["high"]
+
+
+@pytest.mark.thorough
+def test_no_attack_changes_routing_before_its_first_edit(checkpoints, data, tmp_path):
+    """The models are causal, so this is exact, also where words are missing or in another order."""
+    changes = {"attacks": tuple(TEXT_ATTACKS), "severities": (5,), "similarity_tokens": 0, "drop_first": False}
+    result = observe_routing(settings(checkpoints[1], data, tmp_path, **changes))
+    for row in result["corruption"]:
+        for rates in row["by_distance"].values():
+            assert rates[0] > 0, row["attack"]
+            assert rates[-1] == 0, row["attack"]
+
+
+def test_windows_that_are_longer_than_the_context_are_refused_before_weights_are_read(
+    checkpoints, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(observe.RoutedModel, "model", property(lambda self: pytest.fail("weights are read")))
+    for checkpoint in checkpoints:  # the model, and an earlier checkpoint
+        config = json.loads((Path(checkpoint) / "config.json").read_text())
+        short = shutil.copytree(checkpoint, tmp_path / Path(checkpoint).name)
+        (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+        models = (str(short), ()) if checkpoint == checkpoints[1] else (checkpoints[1], (str(short),))
+        with pytest.raises(
+            ConfigError, match=rf"^routing: .*24 tokens, and `{short}` takes 16: set --block_size to 16 or less"
+        ):
+            observe_routing(settings(models[0], data, tmp_path / "out", against=models[1]))
+
+
+def test_attacked_windows_that_are_longer_than_the_context_are_refused_before_weights_are_read(
+    checkpoints, data, tmp_path, monkeypatch
+):
+    """An attack that doubles the text, in windows that clean text fits into."""
+    monkeypatch.setattr(observe.RoutedModel, "model", property(lambda self: pytest.fail("weights are read")))
+    monkeypatch.setattr("symphony_hf.evaluation.documents.attack_documents", twice)
+    with pytest.raises(ConfigError, match=r"^routing: aaa-3-seed0: .* takes 128: set --block_size to 127 or less"):
+        observe_routing(settings(checkpoints[1], data, tmp_path, block_size=128))
+
+
+def twice(documents, *settings):
+    return [Document(document.name, f"{document.text} {document.text}") for document in documents]
 
 
 @pytest.mark.thorough
@@ -244,6 +285,17 @@ def test_too_few_documents_and_bad_settings_are_refused(tmp_path, checkpoints, d
         assert "--task" not in str(refused.value)
 
 
+def test_names_are_printed_letter_by_letter(observed):
+    result = {**observed[0], "documents": observed[0]["documents"] | {"source": "texts/[lr2]"}}
+    result["settings"] = result["settings"] | {"model": "runs/[/x]/final"}
+    result["checkpoints"] = [row | {"source": f"runs/[lr{n}]"} for n, row in enumerate(result["checkpoints"])]
+    result["unavailable"] = {"similarity": "not in [lr3]"}
+    page = StringIO()
+    print_observation(result, Console(width=200, file=page))
+    for name in ("texts/[lr2]", "runs/[/x]/final", "[lr0]", "[lr1]", "not in [lr3]"):
+        assert name in page.getvalue()
+
+
 @pytest.mark.thorough
 def test_the_command(tmp_path, checkpoints, data):
     early, late = checkpoints
@@ -283,12 +335,15 @@ def test_a_used_folder_keeps_nothing_of_an_earlier_observation(tmp_path, checkpo
     assert "result.json" in removed
     assert names() == {"result.json", "matrices.safetensors", "notes.png", "flips-mine.png"}
     assert "routers" in json.loads((tmp_path / "result.json").read_text())
-    fill()
-    with monkeypatch.context() as patch:
-        patch.setattr(observe, "write_json", lambda path, values: pytest.fail("killed", pytrace=False))
-        with pytest.raises(pytest.fail.Exception):
-            observe_routing(short)
-    assert names() == {"matrices.safetensors", "notes.png", "flips-mine.png"}
+    for writer, left in (("write_json", set()), ("_write_matrices", {"result.json"})):
+        fill()
+        with monkeypatch.context() as patch:
+            patch.setattr(observe, writer, lambda *arguments: pytest.fail("killed", pytrace=False))
+            with pytest.raises(pytest.fail.Exception):
+                observe_routing(short)
+        assert names() == {*left, "notes.png", "flips-mine.png"}
+    observe_routing(short)
+    (tmp_path / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"has `matrices.safetensors`, which no run of symphony_hf wrote"):
         observe_routing(short)
 
