@@ -12,6 +12,11 @@ class SymphonyError(Exception):
     """Base class of the errors that symphony_hf raises."""
 
 
+def one_line(error: SymphonyError) -> str:
+    """Return the message of an error in one line, since that of another library, which it may quote, has several."""
+    return " ".join(filter(None, map(str.strip, str(error).splitlines())))
+
+
 class ConfigError(SymphonyError, ValueError):
     """A setting is unknown, out of range, or contradicts another one."""
 

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 
-from symphony_hf.errors import SymphonyError
+from symphony_hf.errors import SymphonyError, one_line
 
 from .app import app
 
@@ -39,5 +39,5 @@ def main() -> None:
     try:
         app()
     except SymphonyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

@@ -17,7 +17,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("-", "_"),  # `--four-bit` is `--four_bit`
+    },
 )
 
 _ENTRY = re.compile(r"    (\w+): (.+(?:\n     .*)*)")

@@ -30,7 +30,7 @@ def _file_size(text: str) -> int:
 @command_from(
     upcycle_checkpoint,
     arguments=("source", "target"),
-    flags={"check": "--check/--no-check", "overwrite": "--overwrite/--no-overwrite"},
+    flags={"check": "--check/--no_check", "overwrite": "--overwrite/--no_overwrite"},
     parsers={"max_shard_size": _file_size},
 )
 def upcycle(result: UpcycleResult) -> None:
@@ -72,16 +72,17 @@ def topk(settings: TopKSettings) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder, a config.json, a model on the Hub, or a recipe's YAML.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    four_bit: Annotated[bool, typer.Option("--four-bit", help="Estimate the memory with 4-bit experts.")] = False,
-    output: Annotated[str | None, typer.Option(help="JSON file to write; with --four-bit.")] = None,
+    four_bit: Annotated[bool, typer.Option("--four_bit", help="Estimate the memory with 4-bit experts.")] = False,
+    output: Annotated[str | None, typer.Option(help="JSON file to write; with --four_bit.")] = None,
 ) -> None:
     """Show a model's parameters by part, active parameters, data types and routers, without loading weights."""
     from symphony_hf.checkpoints.model_class import empty_model
     from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
-    from symphony_hf.files import check_file_place, write_json
+    from symphony_hf.files import write_json
+    from symphony_hf.results import check_file_place
 
     if output is not None and not four_bit:
-        raise ConfigError("symphony inspect: --output is for --four-bit")
+        raise ConfigError("symphony inspect: --output is for --four_bit")
     if output is not None:
         check_file_place(output, "inspect")
     is_recipe = Path(model).suffix in (".yaml", ".yml")

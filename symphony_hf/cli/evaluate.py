@@ -38,7 +38,7 @@ def eval_(settings: RobustnessSettings) -> None:
 
 @app.command(epilog="Example: symphony attack wiki.test.txt --attack aaa --seed 0 --output wiki.test.attacked.txt")
 @command_from(
-    attack_file, arguments=("source",), names={"source": "file"}, flags={"overwrite": "--overwrite/--no-overwrite"}
+    attack_file, arguments=("source",), names={"source": "file"}, flags={"overwrite": "--overwrite/--no_overwrite"}
 )
 def attack(written: AttackedFile) -> None:
     """Write the attacked form of a text file: the same for the same file, seed and attack, on any machine."""

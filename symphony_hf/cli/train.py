@@ -61,8 +61,9 @@ def plan(
 
     Any setting of the recipe can be overridden by name, as for `symphony train`.
     """
-    from symphony_hf.files import check_file_place, write_json
+    from symphony_hf.files import write_json
     from symphony_hf.recipe import load_recipe
+    from symphony_hf.results import check_file_place
     from symphony_hf.train import parse_overrides
     from symphony_hf.training.planning.launches import read_launches
     from symphony_hf.training.planning.plan import Machine, accelerate_folder, plan_recipe

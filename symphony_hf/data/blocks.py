@@ -63,12 +63,12 @@ def token_stream(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerB
     return torch.frombuffer(token_ids, dtype=torch.int64) if token_ids else torch.empty(0, dtype=torch.int64)
 
 
-def count_blocks(num_documents: int, num_tokens: int, block_size: int) -> int:
-    """Return the number of blocks that tokens fill. Raises DataError if there are too few for one."""
+def count_blocks(num_documents: int, num_tokens: int, block_size: int, where: str = "") -> int:
+    """Return the number of blocks that tokens fill. Too few for one raise DataError, which begins with `where`."""
     if num_tokens < block_size:
         raise DataError(
-            f"{num_documents:,} documents have {num_tokens:,} tokens, less than one block of {block_size:,}; "
-            "give more text, or a smaller block_size"
+            f"{where and f'{where}: '}{num_documents:,} documents have {num_tokens:,} tokens, less than one block of "
+            f"{block_size:,}; give more text, or a smaller block_size"
         )
     return num_tokens // block_size
 

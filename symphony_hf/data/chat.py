@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from symphony_hf.errors import DataError
 
-from .chat_rows import RowSettings, check_row, output_columns, training_template
+from .chat_rows import KEYWORDS, TOOLS, RowSettings, check_row, output_columns, training_template
 from .chat_template import ensure_chat_template, ensure_padding
 from .datasets import digest_rows
 from .documents import SPLIT_NAMES, split_of
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from symphony_hf.recipe import DataSection
 
 _SPLIT_NAMES = {**SPLIT_NAMES, "train_sft": "train", "test_sft": "test"}
-
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns that TRL passes to the chat template with each conversation."""
 
 
 def prepare_chat(
@@ -109,7 +106,12 @@ def _checked(rows: "Dataset", step: Step, layout: Layout, where: str, notes: lis
     """Return the rows that can be used, with the columns that TRL reads."""
     import datasets
 
-    kept = [name for name in _TEMPLATE_COLUMNS if layout.conversational and name in rows.column_names]
+    kept = [name for name in (TOOLS, KEYWORDS) if layout.conversational and name in rows.column_names]
+    empty = [name for name in kept if rows.features[name] == datasets.Value("null")]
+    rows, kept = rows.remove_columns(empty), [name for name in kept if name not in empty]
+    if KEYWORDS in kept and isinstance(rows.features[KEYWORDS], datasets.Value):
+        kind = rows.features[KEYWORDS].dtype
+        raise DataError(f"{where}: column `{KEYWORDS}` is {kind}, not objects: give each row an object, or none")
     feature = _messages_feature if layout.conversational else lambda _: datasets.Value("string")
     columns = {
         name: feature(rows.features[source])

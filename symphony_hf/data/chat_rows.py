@@ -19,6 +19,9 @@ from .rows import PROBLEM
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOOLS, KEYWORDS = "tools", "chat_template_kwargs"
+"""Columns that TRL passes to the chat template with each conversation."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Marker of the assistant's tokens in a chat template."""
 
@@ -86,15 +89,20 @@ def check_row(
     """Convert a row to the columns that TRL reads, and check it. TRL keeps `block_size` tokens of it, or splits it.
 
     Returns:
-        `messages`, `prompt` and `completion`, or `text`; and `problem`.
+        `messages`, `prompt` and `completion`, or `text`; `tools` and `chat_template_kwargs`, if a conversation has
+        them; and `problem`.
     """
     layout = settings.layout
     sides, problem = _read_conversation(row, layout) if layout.conversational else _read_text(row, layout)
+    for_template: dict[str, Any] = {}
+    if layout.conversational:
+        for_template, template_problem = _read_template_columns(row)
+        problem = problem or template_problem
     if not problem and settings.own_template:
-        problem = _token_problem(row, sides, settings, tokenizer, block_size)
+        problem = _token_problem(for_template, sides, settings, tokenizer, block_size)
     if problem:
         sides = [[] if layout.conversational else "" for _ in sides]
-    return {**dict(zip(output_columns(layout), sides, strict=True)), PROBLEM: problem}
+    return {**for_template, **dict(zip(output_columns(layout), sides, strict=True)), PROBLEM: problem}
 
 
 def output_columns(layout: Layout) -> tuple[str, ...]:
@@ -117,6 +125,26 @@ def _read_conversation(row: Mapping[str, Any], layout: Layout) -> tuple[list[Any
     return [prompt, completion], "" if has_answer else "no answer in `completion`"
 
 
+def _read_template_columns(row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the columns for the chat template in a form that TRL takes unchecked, and their problem."""
+    columns = {name: row[name] for name in (TOOLS, KEYWORDS) if name in row}
+    if columns.get(TOOLS) == "":
+        columns[TOOLS] = None
+    if KEYWORDS in columns and columns[KEYWORDS] is None:
+        columns[KEYWORDS] = {}
+    if not isinstance(columns.get(KEYWORDS, {}), Mapping):
+        return columns, f"`{KEYWORDS}` that is no object: {type(columns[KEYWORDS]).__name__}"
+    try:
+        tools = _parsed(columns.get(TOOLS))
+    except ValueError as error:
+        return columns, f"`{TOOLS}` that is no JSON: {error}"
+    return columns, "" if isinstance(tools, list | None) else f"`{TOOLS}` that is no list: {type(tools).__name__}"
+
+
+def _parsed(tools: Any) -> Any:
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
 def _read_text(row: Mapping[str, Any], layout: Layout) -> tuple[list[Any], str]:
     sides = [row[column] for column in layout.columns]
     for column, side in zip(layout.columns, sides, strict=True):
@@ -128,29 +156,31 @@ def _read_text(row: Mapping[str, Any], layout: Layout) -> tuple[list[Any], str]:
 
 
 def _token_problem(
-    row: Mapping[str, Any], sides: list[Any], settings: RowSettings, tokenizer: Any, block_size: int
+    for_template: Mapping[str, Any], sides: list[Any], settings: RowSettings, tokenizer: Any, block_size: int
 ) -> str:
-    """Return why a chat template cannot render a row, or why none of its first `block_size` tokens is in the loss."""
+    """Return why a chat template cannot render a row, or that none of the tokens that TRL keeps is in the loss."""
     if settings.completion_only or settings.assistant_only:
         try:
-            in_loss = _tokens_in_loss(row, sides, settings, tokenizer)
+            in_loss = _tokens_in_loss(for_template, sides, settings, tokenizer)
         except TemplateError as error:
             return f"{REFUSED}: {error}"
         kept = {"start": in_loss[:block_size], "end": in_loss[-block_size:], "all": in_loss}[settings.kept]
         if not any(kept):
-            return f"a prompt longer than block_size: nothing of the answer is within {block_size} tokens"
+            return f"no token in the loss among those that are kept: {len(kept)} of {len(in_loss)}"
     elif settings.layout.conversational:
         try:
-            tokenizer.apply_chat_template(sides[0], tokenize=False, **_template_settings(row, settings))
+            tokenizer.apply_chat_template(sides[0], tokenize=False, **_template_settings(for_template, settings))
         except TemplateError as error:
             return f"{REFUSED}: {error}"
     return ""
 
 
-def _tokens_in_loss(row: Mapping[str, Any], sides: list[Any], settings: RowSettings, tokenizer: Any) -> list[bool]:
+def _tokens_in_loss(
+    for_template: Mapping[str, Any], sides: list[Any], settings: RowSettings, tokenizer: Any
+) -> list[bool]:
     """Tokenize a row as TRL does, and return whether each token is in the loss."""
     if settings.layout.conversational:
-        render = _template_settings(row, settings) | {"tokenize": True, "return_dict": True}
+        render = _template_settings(for_template, settings) | {"tokenize": True, "return_dict": True}
         whole = tokenizer.apply_chat_template(
             [message for side in sides for message in side],
             return_assistant_tokens_mask=settings.assistant_only,
@@ -170,7 +200,6 @@ def _tokens_in_loss(row: Mapping[str, Any], sides: list[Any], settings: RowSetti
     return list(map(bool, in_loss))
 
 
-def _template_settings(row: Mapping[str, Any], settings: RowSettings) -> dict[str, Any]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"chat_template": settings.chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
+def _template_settings(for_template: Mapping[str, Any], settings: RowSettings) -> dict[str, Any]:
+    tools = _parsed(for_template.get(TOOLS))
+    return {"chat_template": settings.chat_template, "tools": tools, **for_template.get(KEYWORDS, {})}

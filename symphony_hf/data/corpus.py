@@ -83,7 +83,7 @@ def hub_name(path: str, config: str | None = None) -> tuple[str, str | None]:
     # A mistyped file name should fail at once, not after half a minute of requests to the Hub.
     if match is None or Path(path).suffix.lower() in TEXT_SUFFIXES | TABLE_FORMATS.keys():
         raise DataError(
-            f"data.path: `{path}`: no such file or folder, and not the name of a reachable data set "
+            f"data: `{path}`: no such file or folder, and not the name of a reachable data set "
             "(`owner/name` or `owner/name:configuration`)"
         )
     if match["config"] and config and match["config"] != config:

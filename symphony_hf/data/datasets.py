@@ -82,6 +82,14 @@ def open_hub(
         return dict(builder.as_streaming_dataset()), builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
 
 
+def has_configuration(name: str, config: str, revision: str | None, instead: str) -> bool:
+    """Return whether a data set of the Hub has a configuration. Arguments and errors: `load_hub`."""
+    import datasets
+
+    with _hub_errors(name, instead):
+        return config in datasets.get_dataset_config_names(name, **_given(revision=revision))
+
+
 def open_table(path: Path) -> "IterableDataset":
     """Open a local table as a stream."""
     import datasets
@@ -113,14 +121,17 @@ def _hub_errors(name: str, instead: str) -> Iterator[None]:
     # RuntimeError: `datasets` no longer runs data sets that are scripts.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"data.path: `{name}`: no such file or folder, and not a data set that can be reached and read ({error}); "
+            f"data: `{name}`: no such file or folder, and not a data set that can be reached and read ({error}); "
             f"check the spelling (`owner/name` or `owner/name:configuration`) and the network, or {instead}"
         ) from error
 
 
 def _settings(suffix: str) -> dict[str, Any]:
     """Return the settings of a reader. In GLUE's tables with tabs, quotation marks are plain characters."""
-    return {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    if TABLE_FORMATS[suffix] != "csv":
+        return {}
+    only_empty_is_missing = {"keep_default_na": False, "na_values": [""]}  # `None` and `NA` are words, too
+    return only_empty_is_missing | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {})
 
 
 def _given(**settings: Any) -> dict[str, Any]:

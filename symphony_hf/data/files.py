@@ -1,7 +1,7 @@
 """Documents of a local file, a folder, or a data set of the Hub."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def read_hub(
         DataError: If there is no such data set, it cannot be reached, it has no train split, or the column is missing
             or is not text.
     """
-    loaded = load_hub(name, config, revision, "leave data.path out to use the embedded corpus")
+    loaded = load_hub(name, config, revision, "leave it out to use the running Python's library")
     given = {
         split: _row_documents(rows, text_column, split, lines, where=f"{name}, {split} split")
         for split, rows in rename_splits(loaded, name).items()
@@ -50,13 +50,13 @@ def read_hub(
 def _row_documents(rows: "Dataset", text_column: str, name: str, lines: bool, where: str) -> list[Document]:
     if text_column not in rows.column_names:
         hint = nearest(text_column, rows.column_names)
-        raise DataError(f"{where}: no column `{text_column}` (data.text_column) to read the text from; {hint}")
+        raise DataError(f"{where}: no column `{text_column}` (text_column) to read the text from; {hint}")
     texts = []
     # The slice decodes the column at once; iterating it would decode row by row.
     for index, text in enumerate(rows[text_column][:]):
         if not isinstance(text, str | None):
             kind = type(text).__name__
-            raise DataError(f"{where}: row {index} of column `{text_column}` (data.text_column) is {kind}, not text")
+            raise DataError(f"{where}: row {index} of column `{text_column}` (text_column) is {kind}, not text")
         texts.append(text or "")
     if lines:  # with or without their line breaks, depending on the data set
         texts = list(pieces_of(text if text.endswith("\n") else f"{text}\n" for text in texts))
@@ -103,16 +103,22 @@ def read_folder(folder: Path, text_column: str, lines: bool = False) -> dict[str
     return complete_splits({"train": documents}, by_name)
 
 
-def entries_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Return the files and subfolders that are named after a split, by split, sorted."""
+def entries_by_split(folder: Path, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, list[Path]]:
+    """Return the files and subfolders that are named after a split, by split, sorted.
+
+    `names` are names of splits -> our names. The first name that the folder has is used.
+    """
     named: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
-        parts = re.split("[.-]", entry.name.lower())
-        splits = {SPLIT_NAMES[part] for part in parts if part in SPLIT_NAMES}
+        found = names.keys() & set(re.split("[.-]", entry.name.lower()))
         readable = entry.is_dir() or entry.suffix.lower() in _SPLIT_SUFFIXES
-        if len(splits) == 1 and readable and not entry.name.startswith("."):
-            named.setdefault(splits.pop(), []).append(entry)
-    return named
+        if len({names[name] for name in found}) == 1 and readable and not entry.name.startswith("."):
+            named.setdefault(min(found, key=list(names).index), []).append(entry)
+    splits: dict[str, list[Path]] = {}
+    for name, split in names.items():
+        if name in named:
+            splits.setdefault(split, named[name])
+    return splits
 
 
 def _entry_documents(entries: Iterable[Path], folder: Path, text_column: str, lines: bool) -> list[Document]:

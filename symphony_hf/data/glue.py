@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -10,7 +11,8 @@ from symphony_hf.errors import DataError
 
 from .blocks import NO_LABEL, PadCollator
 from .chat_template import ensure_padding
-from .datasets import digest_rows
+from .corpus import hub_name
+from .datasets import digest_rows, has_configuration
 from .documents import split_of
 from .embedded import SOURCE, Described, described_names
 from .glue_tasks import STAND_IN, GlueTask, find_task
@@ -153,7 +155,7 @@ def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tok
 def _read(path: str, revision: str | None, task: GlueTask, notes: list[str]) -> Rows:
     names = {"train": "train", task.validation: "validation", "validation": "validation", "test": "test"}
     instead = "give a folder of tables train and validation with GLUE's columns, or `embedded` for a stand-in"
-    rows = read_rows(path, task.name, revision, instead=instead, names=names)
+    rows = read_rows(path, _configuration(path, task, revision, instead), revision, instead=instead, names=names)
     splits = dict(rows.splits)
     if "test" in splits and _labels_are_hidden(splits["test"]):
         notes.append(f"{rows.source}: the test split's labels are hidden, so it is left out")
@@ -164,6 +166,16 @@ def _read(path: str, revision: str | None, task: GlueTask, notes: list[str]) -> 
         notes.append(f"{rows.source}: no validation split, so 5% of train are held out")
     splits = cut_held_out(splits, lambda row: "\n".join(str(row[column]) for column in task.columns), ("validation",))
     return rows._replace(splits=splits)
+
+
+def _configuration(path: str, task: GlueTask, revision: str | None, instead: str) -> str | None:
+    """Return the configuration of a data set of the Hub: the one in `path`, or the task's if there is one."""
+    if path == HUB:
+        return task.name
+    if Path(path).expanduser().exists():
+        return None
+    repository, config = hub_name(path)
+    return task.name if config is None and has_configuration(repository, task.name, revision, instead) else config
 
 
 def _labels_are_hidden(table: "Table") -> bool:

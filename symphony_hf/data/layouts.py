@@ -144,9 +144,13 @@ def _check_packing_arguments(section: "DataSection", train: Mapping[str, Any]) -
     for name, (setting, value) in given_by_data.items():
         if name in train and train[name] != value:
             raise ConfigError(f"train: `{name}: {train[name]}`: in a recipe, `data.{setting}` sets it: change that")
-    packs = section.packing or bool(train.get("eval_packing"))
+    if train.get("eval_packing") and not section.packing:
+        raise ConfigError(
+            "train: `eval_packing: true` without `data.packing: true` lets rows of evaluation attend to each other: "
+            "leave it out, or set `data.packing: true`"
+        )
     strategy = train.get("packing_strategy")
-    if strategy is not None and not packs:
+    if strategy is not None and not section.packing:
         raise ConfigError(f"train: `packing_strategy: {strategy}` has no effect without `data.packing: true`")
     if strategy == "wrapped":
         raise ConfigError(

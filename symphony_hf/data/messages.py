@@ -39,7 +39,9 @@ def to_messages(
         if not isinstance(speaker, str) or speaker not in roles:
             return [], f"an unknown role: {speaker!r}"
         may_be_empty = "tool" in roles and (speaker == "tool" or turn.get("tool_calls"))
-        if not may_be_empty and (not isinstance(content, str) or not content.strip()):
+        if not may_be_empty and not isinstance(content, str | None):
+            return [], f"content that is not a string: {type(content).__name__}"
+        if not may_be_empty and not (content and content.strip()):
             return [], f"a turn without text: of {speaker!r}"
         others = {name: value for name, value in turn.items() if name not in ("role", "content", "from", "value")}
         messages.append({"role": roles[speaker], "content": content, **others})

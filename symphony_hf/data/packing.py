@@ -1,8 +1,8 @@
 """Packing: blocks of several documents that do not attend to each other.
 
 Positions restart at 0 with every document. Without an attention mask and without a key-value cache, transformers
-detects packed documents by their positions and masks attention between them. Trainers use no cache; a custom training
-loop must pass `use_cache=False`.
+detects packed documents by their positions and masks attention between them; with flash attention, only in batches of
+one row. Trainer disables the cache unless `use_cache: true`; a custom training loop must pass `use_cache=False`.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from symphony_hf.errors import DataError
+from symphony_hf.errors import ConfigError, DataError
 
 from .blocks import NO_LABEL, count_blocks
 from .token_store import TokenStore
@@ -34,14 +34,14 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
     There is no attention mask because there is no padding. Tokens that do not fill a last block are dropped. With
     `packing`, each document, or the part of it in the block, attends only to itself; its first token is then not in the
-    loss, since nothing precedes it. Too few tokens for one block raise DataError.
+    loss, since nothing precedes it. Too few tokens for one block raise DataError, which begins with `where`.
     """
 
-    def __init__(self, store: TokenStore, block_size: int, packing: bool = False) -> None:
+    def __init__(self, store: TokenStore, block_size: int, packing: bool = False, where: str = "") -> None:
         self.store = store
         self.block_size = block_size
         self.packing = packing
-        self.num_blocks = count_blocks(len(store.starts) - 1, len(store), block_size)
+        self.num_blocks = count_blocks(len(store.starts) - 1, len(store), block_size, where)
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -76,8 +76,26 @@ def make_block(tokens: np.ndarray, starts: np.ndarray | None = None) -> dict[str
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def check_packed_batches(attention: str | None, **rows: int) -> None:
+    """Refuse flash attention for batches of several packed rows, in which it would not keep documents apart.
+
+    Args:
+        attention: The model's `attn_implementation`, if one was chosen.
+        **rows: Number of rows of each kind of batch, by the setting that it is from.
+
+    Raises:
+        ConfigError: If there are several.
+    """
+    several = [f"`{name}: {number}`" for name, number in rows.items() if number > 1]
+    if several and "flash" in (attention or ""):
+        raise ConfigError(
+            f"data: packing: attention `{attention}` keeps documents apart only in batches of one row, got "
+            f"{' and '.join(several)}: set 1, with more `gradient_accumulation_steps`, or `model.attention: sdpa`"
+        )
+
+
 @torch.no_grad()
-def check_packing(model: "PreTrainedModel", attention: str | None = None) -> None:
+def check_packing(model: "PreTrainedModel", attention: str | None = None, rows: int = 2) -> None:
     """Refuse a model whose packed documents influence each other.
 
     Recurrent layers ignore positions, and so does the attention of some families; no setting says which. So the check
@@ -87,6 +105,7 @@ def check_packing(model: "PreTrainedModel", attention: str | None = None) -> Non
         model: Model to train, or a small one of its family with random weights.
         attention: The model's `attn_implementation`, if one was chosen. On the CPU, where kernels such as flash
             attention do not run, `eager` takes its place during the check.
+        rows: Number of rows of a batch; some kernels keep documents apart only in batches of one.
 
     Raises:
         DataError: If the logits change, or the model takes no positions.
@@ -99,7 +118,7 @@ def check_packing(model: "PreTrainedModel", attention: str | None = None) -> Non
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     second, *firsts = torch.randint(vocab_size, (3, _PROBE), generator=generator)
-    positions = torch.arange(_PROBE).repeat(2).unsqueeze(0).to(model.device)
+    positions = torch.arange(_PROBE).repeat(2).expand(rows, -1).to(model.device)
     was_training = model.training
     chosen = attention if model.device.type == "cpu" else None
     model.eval()
@@ -108,7 +127,7 @@ def check_packing(model: "PreTrainedModel", attention: str | None = None) -> Non
     try:
         one, other = (
             model(
-                input_ids=torch.cat([first, second]).unsqueeze(0).to(model.device),
+                input_ids=torch.cat([first, second]).expand(rows, -1).to(model.device),
                 position_ids=positions,
                 use_cache=False,
             ).logits[0, _PROBE:]

@@ -9,7 +9,7 @@ from symphony_hf.errors import ConfigError, DataError
 
 from .chat import prepare_chat
 from .datasets import progress_bars
-from .glue import prepare_glue
+from .glue import EMBEDDED, prepare_glue
 from .prepared import PreparedData
 from .text import prepare_text
 
@@ -50,7 +50,7 @@ def prepare_data(
     _check_settings(section, processor)
     with progress_bars(progress):
         if section.kind == "text":
-            return prepare_text(section, processor, seed)
+            return prepare_text(section, processor, seed, train or {})
         if section.kind == "chat":
             return prepare_chat(section, processor, seed, train or {})
         if section.kind == "glue":
@@ -67,7 +67,14 @@ def _check_settings(section: "DataSection", processor: Any) -> None:
         raise ConfigError(f"data: packing: only text and chat can be packed, not {kind}: leave `packing` out")
     if section.images is not None and kind != "llava":
         raise ConfigError(f"data: images: only `kind: llava` has images, not {kind}")
-    is_local = kind == "llava" or (path is not None and Path(path).expanduser().exists())
+    if section.images is not None and path is None:
+        raise ConfigError("data: images: without `path`, the images are scikit-learn's digits: leave `images` out")
+    if section.text_column != "text" and path is None:
+        raise ConfigError(
+            f"data: text_column: without `path`, there is no column `{section.text_column}`: leave `text_column` out"
+        )
+    is_stand_in = kind == "glue" and path == EMBEDDED
+    is_local = kind == "llava" or is_stand_in or (path is not None and Path(path).expanduser().exists())
     names = ("revision",) if kind == "glue" else ("revision", "name")
     given = [name for name in names if getattr(section, name) is not None]
     if given and (is_local or (path is None and kind != "glue")):

@@ -23,8 +23,8 @@ class PreparedData:
     Attributes:
         kind: Kind of the data section.
         train: Training examples for a Trainer; rows for TRL's SFTTrainer if `kind` is `chat`.
-        validation: Validation examples, or None if the source has none.
-        test: Test examples, or None if the source has none.
+        validation: Validation examples, or None if the source has none, or less text than a block.
+        test: Test examples, or None if the source has none, or less text than a block.
         collator: Data collator; the Trainer's own when None.
         documents: Whole documents of the test split if `kind` is `text`, for statistics per document; otherwise None.
         revision: Commit of a data set on the Hub, or SHA-256 of local data; None if neither is known.

@@ -49,14 +49,14 @@ def read_rows(
         config: Configuration on the Hub.
         revision: Branch, tag or commit on the Hub.
         instead: Alternative for the user if nothing is found, for the error message.
-        names: Names of splits on the Hub -> our names. The first name that the source has is used.
+        names: Names of splits -> our names. The first name that the source has is used.
 
     Raises:
         DataError: If `path` does not exist, cannot be read, or has no train split.
     """
     local = Path(path).expanduser()
     if path and local.exists():
-        files = _files_by_split(local)
+        files = _files_by_split(local, {**names, **SPLIT_NAMES})
         splits = {split: _load_tables(paths) for split, paths in files.items()}
         return Rows(splits, digest_files(path for paths in files.values() for path in paths), path)
     loaded = load_hub(*hub_name(path, config), revision, instead)
@@ -98,12 +98,12 @@ def thin_rows(rows: "Dataset", limit: int | None) -> "Dataset":
     return rows if limit is None or len(rows) <= limit else rows.select(thinned(range(len(rows)), limit))
 
 
-def _files_by_split(local: Path) -> dict[str, list[Path]]:
+def _files_by_split(local: Path, names: Mapping[str, str]) -> dict[str, list[Path]]:
     if local.is_file():
         if local.suffix.lower() not in TABLE_FORMATS:
             raise DataError(f"{local}: not a table; give a file with one of the suffixes {', '.join(TABLE_FORMATS)}")
         return {"train": [local]}
-    files = {split: _tables_in(entries) for split, entries in entries_by_split(local).items()}
+    files = {split: _tables_in(entries) for split, entries in entries_by_split(local, names).items()}
     files = {split: paths for split, paths in files.items() if paths}
     if "train" not in files:
         found = ", ".join(sorted(entry.name for entry in local.iterdir())[:10]) or "nothing"

@@ -3,12 +3,14 @@
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.files import replacing_folder
+from symphony_hf.results import check_folder_of
 
 from .documents import SPLITS, pieces_of
 
@@ -43,8 +45,10 @@ def prepare_split(
             leaves nothing. Blank lines are removed too, since tagged text has them around each sentence.
 
     Raises:
-        ConfigError: If there is no such split, or `strip_tags` is not a single character.
-        DataError: If `source` has no text, it is not UTF-8, two documents have one name, or the output folder exists.
+        ConfigError: If there is no such split, `strip_tags` is not a single character, or nothing can be written to
+            `output`.
+        DataError: If `source` has no text, cannot be read or is not UTF-8, two documents have one name, or the output
+            folder exists.
     """
     if split not in SPLITS:
         raise ConfigError(f"prepare: split must be train, validation or test; got {split!r}")
@@ -52,6 +56,7 @@ def prepare_split(
         raise ConfigError(f"prepare: strip_tags must be one character, such as /; got {strip_tags!r}")
     source = Path(source).expanduser()
     folder = Path(output).expanduser() / split / source.name
+    check_folder_of(folder, "prepare")
     if folder.exists():
         raise DataError(f"{folder}: something is there already; remove it, or give another --output")
     texts: dict[PurePosixPath, str] = {}
@@ -98,12 +103,8 @@ def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
             name = PurePosixPath(path.relative_to(source).as_posix())
             if _is_text(name):
                 yield name, _decoded(path.read_bytes(), path)
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
-                name = PurePosixPath(entry.filename.lstrip("/"))  # an absolute one would be written outside
-                if not entry.is_dir() and _is_text(name):
-                    yield name, _decoded(archive.read(entry), source)
+    elif zipfile.is_zipfile(source) or (source.is_file() and source.suffix.lower() == ".zip"):
+        yield from _archived(source)
     elif source.is_file():
         # Lines as of a file in text mode: a form feed does not end one.
         lines = io.StringIO(_decoded(source.read_bytes(), source), newline=None)
@@ -113,12 +114,28 @@ def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
         raise DataError(f"{source}: no such file or folder")
 
 
+def _archived(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
+    where = f"{source}"
+    try:
+        with zipfile.ZipFile(source) as archive:
+            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+                where = f"{source}: {entry.filename}"
+                name = PurePosixPath(entry.filename.lstrip("/"))  # an absolute one would be written outside
+                if not entry.is_dir() and _is_text(name):
+                    yield name, _decoded(archive.read(entry), where)
+    # RuntimeError: encrypted; NotImplementedError, a kind of it: another compression.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise DataError(
+            f"{where}: cannot be read from the archive ({error}): unpack it, and give the folder"
+        ) from error
+
+
 def _is_text(name: PurePosixPath) -> bool:
     hidden = any(part.startswith(".") for part in name.parts)  # `..` too
     return not hidden and not _NOT_TEXT.fullmatch(name.name)
 
 
-def _decoded(contents: bytes, where: Path) -> str:
+def _decoded(contents: bytes, where: Path | str) -> str:
     try:
         return contents.decode("utf-8-sig")
     except UnicodeDecodeError as error:

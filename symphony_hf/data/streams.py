@@ -1,10 +1,13 @@
 """Streams of text, read, tokenized and cut into blocks during training, for data that does not fit on the disk."""
 
+import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from symphony_hf.errors import DataError, nearest
 
@@ -36,6 +39,32 @@ class TextStream(NamedTuple):
     blocks: "IterableDataset"
     held_out: dict[str, list[Document]]
     revision: str | None
+
+
+class EndlessStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Passes over a stream, one after another and each in its own order, as a single dataset without end.
+
+    Trainer resumes by skipping what was read in the current pass over its dataset, and counts no passes over a dataset
+    without a length.
+
+    Args:
+        rows: Stream with `set_epoch`.
+    """
+
+    def __init__(self, rows: "IterableDataset") -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of each pass; none without end if a worker has no share of the stream."""
+        for number in itertools.count():
+            rows = copy.deepcopy(self.rows)  # workers share the stream's epoch
+            rows.set_epoch(number)
+            is_empty = True
+            for row in rows:
+                is_empty = False
+                yield row
+            if is_empty:
+                return
 
 
 def open_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> TextStream:
@@ -121,9 +150,9 @@ def _check_column(rows: "IterableDataset", column: str, where: str) -> None:
     if first is None:
         raise DataError(f"{where}: no rows; give a source that has some")
     if column not in first:
-        raise DataError(f"{where}: no column `{column}` (data.text_column); {nearest(column, first)}")
+        raise DataError(f"{where}: no column `{column}` (text_column); {nearest(column, first)}")
     if not isinstance(first[column], str | None):
-        raise DataError(f"{where}: column `{column}` (data.text_column) is {type(first[column]).__name__}, not text")
+        raise DataError(f"{where}: column `{column}` (text_column) is {type(first[column]).__name__}, not text")
 
 
 def _documents(rows: Iterable[Mapping[str, Any]], column: str, name: str) -> Iterator[Document]:

@@ -1,7 +1,7 @@
 """Data of kind `text`: documents in blocks."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .corpus import corpus_of
 from .datasets import digest_texts
@@ -18,40 +18,45 @@ if TYPE_CHECKING:
     from symphony_hf.recipe import DataSection
 
 
-def prepare_text(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
+def prepare_text(
+    section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int, train: Mapping[str, Any]
+) -> PreparedData:
     """Read documents, tokenize them (or find them tokenized), and cut them into blocks.
 
     Returns splits of blocks, and the test documents. The train split of a stream is iterable, in an order by the seed.
+    A held-out split that does not fill a block is None, unless the train section of the recipe evaluates on it.
 
     Raises:
         DataError: If there is no such text, too little of it, or it cannot be streamed.
         ConfigError: If the tokenizer has no end-of-text token.
     """
     if section.streaming:
-        return _prepare_stream(section, tokenizer, seed)
+        return _prepare_stream(section, tokenizer, seed, train)
     corpus = corpus_of(section)
     documents = {split: list(thinned(getattr(corpus, split), section.limit)) for split in SPLITS}
     stores = {split: _store(documents[split], tokenizer) for split in SPLITS}
-    train = TokenBlocks(stores["train"], section.block_size, section.packing)
+    blocks = TokenBlocks(stores["train"], section.block_size, section.packing, where=f"{corpus.source}, train split")
     return PreparedData(
         kind="text",
-        train=train,
-        validation=TokenBlocks(stores["validation"], section.block_size, section.packing),
+        train=blocks,
+        validation=_validation_blocks(stores["validation"], section, train, corpus.source),
         test=_blocks_if_any(stores["test"], section),
         documents=documents["test"],
         revision=corpus.commit or digest_texts(document.text for split in SPLITS for document in documents[split]),
-        num_tokens=len(train) * section.block_size,
+        num_tokens=len(blocks) * section.block_size,
         notes=[f"{corpus.source}: {_counted(documents)}"],
     )
 
 
-def _prepare_stream(section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int) -> PreparedData:
+def _prepare_stream(
+    section: "DataSection", tokenizer: "PreTrainedTokenizerBase", seed: int, train: Mapping[str, Any]
+) -> PreparedData:
     stream = open_stream(section, tokenizer, seed)
     stores = {split: _store(documents, tokenizer) for split, documents in stream.held_out.items()}
     return PreparedData(
         kind="text",
         train=stream.blocks,
-        validation=TokenBlocks(stores["validation"], section.block_size, section.packing),
+        validation=_validation_blocks(stores["validation"], section, train, str(section.path)),
         test=_blocks_if_any(stores["test"], section),
         documents=stream.held_out["test"],
         revision=stream.revision,
@@ -63,8 +68,16 @@ def _store(documents: list[Document], tokenizer: "PreTrainedTokenizerBase") -> T
     return TokenStore([document.text for document in documents], tokenizer)
 
 
+def _validation_blocks(
+    store: TokenStore, section: "DataSection", train: Mapping[str, Any], source: str
+) -> TokenBlocks | None:
+    if train.get("eval_strategy") in (None, False, "no"):
+        return _blocks_if_any(store, section)
+    return TokenBlocks(store, section.block_size, section.packing, where=f"{source}, validation split")
+
+
 def _blocks_if_any(store: TokenStore, section: "DataSection") -> TokenBlocks | None:
-    """Return None if a test split does not fill a block; it is measured per document."""
+    """Return None if a split does not fill a block. The test split is measured per document."""
     if len(store) < section.block_size:
         return None
     return TokenBlocks(store, section.block_size, section.packing)

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from symphony_hf import cli
 from symphony_hf.cli import app
 from symphony_hf.cli.app import command_from
 from symphony_hf.cli.convert import _file_size
@@ -162,6 +163,29 @@ def test_a_revision_is_not_of_a_recipe():
     result = CliRunner().invoke(app, ["inspect", "recipe.yaml", "--revision", "main"])
     assert isinstance(result.exception, ConfigError)
     assert "set `model.revision` in `recipe.yaml`" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["inspect --four-bit", "upcycle --no-check --no-overwrite", "attack --no-overwrite", "fold --max-shard-size 1GB"],
+)
+def test_dashes_in_the_name_of_an_option_are_underscores(words):
+    """Some options had dashes at first."""
+    name, *options = words.split()
+    for given in (options, [option.replace("-", "_").replace("__", "--", 1) for option in options]):
+        result = CliRunner().invoke(app, [name, *given, "--help"])
+        assert result.exit_code == 0, result.output
+        assert options[0].replace("-", "_").replace("__", "--", 1) in result.output
+
+
+def test_an_error_is_printed_in_one_line(monkeypatch, capsys):
+    def fail():
+        raise ConfigError("recipe `r.yaml` is not valid YAML: mapping\n  in line 1,\n\n    ^")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == "error: recipe `r.yaml` is not valid YAML: mapping in line 1, ^\n"
 
 
 def test_defaults_are_those_of_the_settings():

@@ -88,6 +88,14 @@ def test_splits_of_a_folder_are_kept(tmp_path, own_tokenizer):
     assert sorted(all_messages(prepared), key=str) == sorted(MESSAGES[:60], key=str)
 
 
+def test_splits_of_a_folder_may_be_named_for_fine_tuning(tmp_path, own_tokenizer):
+    for split, rows in (("train_sft", FORMS["messages"][:60]), ("test_sft", FORMS["messages"][60:])):
+        write(tmp_path / f"{split}-00000-of-00001.parquet", rows)
+    prepared = chats(str(tmp_path), own_tokenizer)
+    assert [row["messages"] for row in prepared.test] == MESSAGES[60:]
+    assert len(prepared.train) + len(prepared.validation) == 60
+
+
 def test_splits_of_the_hub_may_be_named_for_fine_tuning(monkeypatch, own_tokenizer):
     splits = {"train_sft": FORMS["messages"][:60], "test_sft": FORMS["messages"][60:], "train_gen": []}
 
@@ -111,6 +119,7 @@ def test_splits_of_the_hub_may_be_named_for_fine_tuning(monkeypatch, own_tokeniz
         ([{"role": "tool", "content": "42"}], "an unknown role: 'tool'"),
         ([{"role": "user", "content": " "}], "a turn without text: of 'user'"),
         ([{"from": "human", "value": None}], "a turn without text: of 'human'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content that is not a string: list"),
         ([{"from": "gpt", "value": "Hello!"}], "roles out of turn: 'assistant' as number 1"),
         (
             [{"role": role, "content": "x"} for role in ("user", "assistant", "assistant")],

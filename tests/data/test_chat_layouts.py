@@ -139,13 +139,13 @@ def test_a_prompt_that_fills_a_block_is_left_out_and_counted(tmp_path, tokenizer
     rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS * 5, ANSWERS * 5, strict=True)]
     rows[7]["prompt"] = "Why? " * 300
     path = in_splits(tmp_path, rows, held_out=rows[:5])
-    note = "1 of 30 rows were left out: 1 a prompt longer than block_size"
+    note = "1 of 30 rows were left out: 1 no token in the loss among those that are kept"
     prepared = prepare(path, tokenizer)
     assert any(line.endswith(note) for line in prepared.notes)
     theirs = make_trainer(datasets.Dataset.from_list(rows), model, tokenizer, tmp_path)
     assert len(prepared.train) == len(theirs.train_dataset) == 29  # which TRL does without a word
     assert len(prepare(path, tokenizer, {"completion_only_loss": False}).train) == 30
-    with pytest.raises(DataError, match=r"(\d+) of \1 rows cannot be used: \1 a prompt longer than block_size"):
+    with pytest.raises(DataError, match=r"(\d+) of \1 rows cannot be used: \1 no token in the loss"):
         prepare(path, tokenizer, block_size=4)
 
 
@@ -265,3 +265,55 @@ def test_a_prompt_may_be_empty(tmp_path, tokenizer):
     rows = [*LAYOUTS["pairs of text"], {"prompt": "", "completion": "Hello."}]
     path = in_splits(tmp_path, rows)
     assert prepare(path, tokenizer).train[6] == rows[6]
+
+
+def test_cells_of_the_chat_template_are_made_what_trl_reads(tmp_path, tokenizer, model):
+    """TRL parses `tools` that are text, and takes a null of `chat_template_kwargs` for a dictionary."""
+    tokenizer.chat_template = TOOL_TEMPLATE
+    cells = [("", None), (None, {"mood": "glad"}), ('[{"type": "function"}]', {})]
+    rows = [
+        {"messages": messages, "tools": tools, "chat_template_kwargs": keywords}
+        for messages, (tools, keywords) in zip(MESSAGES * 5, cells * 10, strict=True)
+    ]
+    train = prepare(in_splits(tmp_path, rows, held_out=rows[:5]), tokenizer).train
+    assert train[:3]["tools"] == [None, None, '[{"type": "function"}]']
+    trainer = make_trainer(train, model, tokenizer, tmp_path)
+    texts = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset.select(range(3))]
+    assert [text.partition("|")[0] for text in texts] == ["0 tools, calm", "0 tools, glad", "1 tools, calm"]
+
+
+def test_a_column_without_any_value_is_none(tmp_path, tokenizer):
+    rows = [{"messages": messages, "tools": None, "chat_template_kwargs": None} for messages in MESSAGES]
+    train = prepare(in_splits(tmp_path, rows, held_out=rows[:5]), tokenizer).train
+    assert train.column_names == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "problem"),
+    [
+        ({"tools": "[{"}, "1 `tools` that is no JSON"),
+        ({"tools": "{}"}, "1 `tools` that is no list"),
+        ({"chat_template_kwargs": ["x"]}, "1 `chat_template_kwargs` that is no object"),
+    ],
+)
+def test_bad_cells_of_the_chat_template_are_counted(tmp_path, tokenizer, cells, problem):
+    others = {name: "[]" if name == "tools" else {"mood": "glad"} for name in cells}
+    rows = [{"messages": messages, **others} for messages in MESSAGES * 5]
+    rows[7] = {**rows[7], **cells}
+    prepared = prepare(in_splits(tmp_path, rows, held_out=rows[:5]), tokenizer)
+    assert any(note.endswith(f"1 of 30 rows were left out: {problem}") for note in prepared.notes)
+
+
+def test_keywords_for_the_chat_template_are_no_text(tmp_path, tokenizer):
+    rows = [{"messages": messages, "chat_template_kwargs": "mood"} for messages in MESSAGES]
+    with pytest.raises(DataError, match=r"column `chat_template_kwargs` is .*string, not objects"):
+        prepare(in_splits(tmp_path, rows, held_out=rows[:5]), tokenizer)
+
+
+@pytest.mark.parametrize("train", [{"eval_packing": True}, {"eval_packing": True, "packing_strategy": "bfd"}])
+def test_rows_of_evaluation_are_not_packed_alone(tmp_path, tokenizer, train):
+    path = in_splits(tmp_path, LAYOUTS["messages"], held_out=LAYOUTS["messages"])
+    with pytest.raises(ConfigError, match=r"`eval_packing: true` without `data.packing: true` lets rows"):
+        prepare(path, tokenizer, train)
+    prepare(path, tokenizer, {"eval_packing": False})
+    prepare(path, tokenizer, train, packing=True)

@@ -87,7 +87,7 @@ def test_embedded_corpus_keeps_the_first_of_identical_files(monkeypatch, tmp_pat
 
 def test_python_without_sources_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match=rf"{tmp_path}.*found 0; give data\.path"):
+    with pytest.raises(DataError, match=rf"{tmp_path}.*found 0; give data: a text file"):
         load_corpus(None)
 
 

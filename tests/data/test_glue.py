@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from symphony_hf.data.blocks import NO_LABEL
+from symphony_hf.data.datasets import load_table
 from symphony_hf.data.embedded import described_names
 from symphony_hf.data.glue import _with_answers
 from symphony_hf.data.glue_tasks import TASKS, find_task
@@ -159,6 +161,47 @@ def test_a_missing_validation_split_is_cut_from_train(tmp_path, tokenizer):
     assert len(prepared.train) + len(prepared.validation) == 200
     assert 0 < len(prepared.validation) < 30
     assert any("no validation split, so 5% of train are held out" in note for note in prepared.notes)
+
+
+@pytest.mark.parametrize("others", [(), ("validation_mismatched", "validation")])
+def test_a_folder_of_mnli_has_the_splits_of_the_hub(tmp_path, tokenizer, others):
+    rows = glue_rows("mnli", 40)
+    splits = {"train": rows[:30], "validation_matched": rows[30:], **dict.fromkeys(others, rows[:3])}
+    prepared = glue("mnli", tokenizer, write_folder(tmp_path / "mnli", splits, ".parquet"))
+    assert (len(prepared.train), len(prepared.validation)) == (30, 10)
+
+
+@pytest.mark.parametrize(
+    ("path", "config"),
+    [("me/sentences", None), ("me/sentences:small", "small"), ("me/mirror", "qnli"), ("nyu-mll/glue", "qnli")],
+)
+def test_a_data_set_of_the_hub_has_the_tasks_configuration_or_its_own(monkeypatch, tokenizer, path, config):
+    asked = []
+
+    def load_dataset(name, config=None, revision=None):
+        asked.append((name, config))
+        rows = datasets.Dataset.from_list(glue_rows("qnli"))
+        return datasets.DatasetDict({"train": rows, "validation": rows})
+
+    names = {"me/sentences": ["default", "small"], "me/mirror": ["qnli", "rte"]}
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision=None: names[name])
+    glue("qnli", tokenizer, path)
+    assert asked == [(path.partition(":")[0], config)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_words_that_pandas_takes_for_missing_are_words(tmp_path, tokenizer, suffix):
+    rows = glue_rows("sst2", 40)
+    for row, word in zip(rows, ["None", "NA", "null", "n/a", "nan"], strict=False):
+        row["sentence"] = word
+    path = write_folder(tmp_path / "sst2", {"train": rows, "validation": rows}, suffix)
+    texts = [tokenizer.decode(question.prompt) for question in glue("sst2", tokenizer, path).validation.questions()]
+    assert all(row["sentence"] in text for row, text in zip(rows, texts, strict=True))
+    assert "None" in texts[0]
+    rows[3]["sentence"] = ""
+    table = load_table(Path(write_folder(tmp_path / "empty", {"train": rows}, suffix)) / f"train{suffix}")
+    assert [row for row, text in enumerate(table["sentence"]) if text is None] == [3]
 
 
 def test_a_limit_takes_as_many_of_each_split(hub, tokenizer):

@@ -1,5 +1,6 @@
 """LLaVA's files: what is read, learned, cut, left out and refused; and the handwritten digits."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from visual import (
     PARTS_TEMPLATE,
@@ -22,6 +24,7 @@ from visual import (
 from symphony_hf.data.blocks import NO_LABEL
 from symphony_hf.data.images import llava as llava_module
 from symphony_hf.data.images.decoding import decode, handwritten_digits
+from symphony_hf.data.images.processors import Asked, VisualExample, make_asker
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.recipe import DataSection
@@ -143,15 +146,57 @@ def test_batches_have_the_tokens_and_pixels_that_the_processor_makes(tmp_path, t
     assert (batch["labels"][batch["input_ids"] == prepared.collator.image_id] == NO_LABEL).all()
 
 
+def adding(tokenizer, form):
+    """Let a tokenizer put special tokens around a text: `[BOS] $A`, for example."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "[BOS]"})
+    tokens = [("[BOS]", tokenizer.bos_token_id), ("<|endoftext|>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=tokens)
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [PARTS_TEMPLATE, "{{ bos_token }}" + PARTS_TEMPLATE], ids=["bare", "with BOS"])
+@pytest.mark.parametrize("form", ["[BOS] $A", "$A"])
+def test_a_conversation_begins_as_transformers_lets_it(tmp_path, tokenizer, template, form):
+    processor = make_processor(adding(tokenizer, form), PARTS_TEMPLATE)
+    processor.chat_template = template
+    prepared = llava(write_llava(tmp_path, [entry(0), entry(1)]), processor)
+    batch = prepared.collator([prepared.train[0]])
+    row = prepared.train.rows[0]
+    image = decode(row["images"][0])
+    messages = parted(row["messages"])
+    messages[0]["content"][0]["image"] = image
+    theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], theirs["input_ids"])
+    assert (batch["input_ids"] == processor.tokenizer.bos_token_id).sum() == int("bos" in template or "BOS" in form)
+    assert " Answer 0 of turn 0. " in learned_text(prepared.train[0], processor)
+    asked = Asked(VisualExample("0", row["messages"][:1], row["images"], "it"), [image])
+    prompt = make_asker(processor, []).prompts([asked])["input_ids"]
+    start = processor.apply_chat_template(
+        messages[:1], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert torch.equal(prompt, start["input_ids"])
+
+
+def test_no_end_of_text_is_added_to_what_is_to_be_answered(tmp_path, tokenizer):
+    processor = make_processor(adding(tokenizer, "[BOS] $A <|endoftext|>"), PARTS_TEMPLATE)
+    prepared = llava(write_llava(tmp_path, [entry(0)]), processor)
+    assert not {processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id} & set(prepared.train[0].input_ids)
+
+
 def prepared_text(processor, messages, in_parts):
     if not in_parts:
         return processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    parted = []
+    return processor.apply_chat_template(parted(messages), tokenize=False)
+
+
+def parted(messages):
+    found = []
     for message in messages:
         *images, text = message["content"].split("<image>\n")
-        parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-        parted.append({"role": message["role"], "content": parts})
-    return processor.apply_chat_template(parted, tokenize=False)
+        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+        found.append({"role": message["role"], "content": parts})
+    return found
 
 
 def test_a_template_that_loses_images_is_refused(tmp_path, tokenizer):

@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB, gradients, make_model, move_graphs
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from symphony_hf import expert_graphs, symphonize, update_graphs
 from symphony_hf.data.blocks import NO_LABEL, pack_blocks
 from symphony_hf.data.documents import Document
-from symphony_hf.data.packing import TokenBlocks, check_packing, make_block
+from symphony_hf.data.packing import TokenBlocks, check_packed_batches, check_packing, make_block
 from symphony_hf.data.token_store import TokenStore
 from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ConfigError, DataError
@@ -103,6 +104,30 @@ def test_attention_that_needs_an_accelerator_is_kept_and_not_run_on_the_cpu(monk
     check_packing(model, "kernel")
     with pytest.raises(RuntimeError, match="no kernel"):
         model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_attention_that_keeps_documents_apart_in_one_row_alone_is_refused(monkeypatch):
+    """As flash attention does, which is causal attention over whole rows where there are several."""
+
+    def forward(module, query, key, value, mask, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, mask if len(query) == 1 else None, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "one_row", forward)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "one_row", sdpa_mask)
+    model = tiny_model("olmoe")
+    model.set_attn_implementation("one_row")
+    check_packing(model, rows=1)
+    with pytest.raises(DataError, match="influence each other"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn3"])
+def test_flash_attention_needs_batches_of_one_packed_row(attention):
+    check_packed_batches(attention, train=1, evaluation=1)
+    check_packed_batches("sdpa", train=4)
+    check_packed_batches(None, train=4)
+    with pytest.raises(ConfigError, match=r"only in batches of one row, got `evaluation: 8`: set 1"):
+        check_packed_batches(attention, train=1, evaluation=8)
 
 
 def test_a_model_whose_logits_show_nothing_is_refused():

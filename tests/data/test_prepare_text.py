@@ -1,5 +1,6 @@
 """Recipes' text: in blocks from the cache, and as a stream."""
 
+import itertools
 import json
 import types
 
@@ -15,6 +16,7 @@ from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.documents import split_of
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.data.prepared import check_lengths
+from symphony_hf.data.streams import EndlessStream
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.recipe import DataSection
 
@@ -110,6 +112,17 @@ def test_a_test_split_that_fills_no_block_is_measured_by_document(tmp_path, toke
     assert [document.text for document in prepared.documents] == ["short"]
 
 
+def test_a_validation_split_that_fills_no_block_is_refused_where_it_is_needed(tmp_path, tokenizer):
+    for split, texts in (("train", ROWS), ("validation", ["short"]), ("test", ROWS[:9])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for train in (None, {"eval_strategy": "no"}, {"eval_strategy": False}):
+        assert prepare_data(section(str(tmp_path)), tokenizer, seed=0, train=train).validation is None
+    with pytest.raises(DataError, match=rf"{tmp_path}, validation split: 1 documents have \d+ tokens, less than one"):
+        prepare_data(section(str(tmp_path)), tokenizer, seed=0, train={"eval_strategy": "steps"})
+    with pytest.raises(DataError, match=rf"{tmp_path}, train split: 400 documents have .* less than one block"):
+        prepare_data(DataSection(path=str(tmp_path), block_size=100_000), tokenizer, seed=0)
+
+
 def test_a_revision_and_a_configuration_reach_the_hub(monkeypatch, tokenizer):
     asked = []
 
@@ -183,6 +196,21 @@ def test_no_block_of_a_stream_reaches_into_the_next_batch_of_documents(table, to
     assert [block["input_ids"] for block in prepared.train] == expected
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_passes_over_a_stream_are_one_stream_without_end(table, tokenizer, workers):
+    stream = prepare_data(section(table, streaming=True, limit=20), tokenizer, seed=0).train
+    size = len(ids_of(stream))
+    endless, one_pass = (
+        DataLoader(rows, batch_size=None, num_workers=workers) for rows in (EndlessStream(stream), stream)
+    )
+    passes = ids_of(itertools.islice(endless, 3 * size)).view(3, size, BLOCK)
+    for number in range(3):
+        stream.set_epoch(number)  # as Trainer does
+        assert torch.equal(passes[number], ids_of(one_pass))
+    assert not torch.equal(passes[1], passes[0])
+    assert not torch.equal(passes[2], passes[1])
+
+
 def test_a_packed_stream_can_be_batched(table, tokenizer):
     prepared = prepare_data(section(table, streaming=True, packing=True), tokenizer, seed=0)
     batch = next(iter(DataLoader(prepared.train, batch_size=4, collate_fn=default_data_collator)))
@@ -232,7 +260,7 @@ def test_what_cannot_stream_is_refused(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": {"body": ROWS}}, r"train split: no column `text` \(data.text_column\); known names: body"),
+        ({"train": {"body": ROWS}}, r"train split: no column `text` \(text_column\); known names: body"),
         ({"train": {"texts": ROWS}}, "did you mean `texts`"),
         ({"train": {"text": list(range(9))}}, "column `text` .* is int, not text"),
         ({"train": {"text": []}}, "train split: no rows"),
@@ -266,6 +294,13 @@ def test_settings_of_another_kind_are_refused(tokenizer):
     for settings in ({"revision": "v1"}, {"name": "small"}, {"revision": "v1", "path": __file__}):
         with pytest.raises(ConfigError, match="is a setting of data sets on the Hub, and this one is not from there"):
             prepare_data(DataSection(**settings), tokenizer, seed=0)
+    with pytest.raises(ConfigError, match="is a setting of data sets on the Hub"):
+        prepare_data(DataSection(kind="glue", name="qnli", path="embedded", revision="v1"), tokenizer, seed=0)
+    for kind in ("text", "chat"):
+        with pytest.raises(ConfigError, match="without `path`, there is no column `body`"):
+            prepare_data(DataSection(kind=kind, text_column="body"), tokenizer, seed=0)
+    with pytest.raises(ConfigError, match="without `path`, the images are scikit-learn's digits"):
+        prepare_data(DataSection(kind="llava", images="folder"), tokenizer, seed=0)
     with pytest.raises(ConfigError, match="needs a LlavaProcessor, got Tok"):
         prepare_data(DataSection(kind="llava"), tokenizer, seed=0)
 

@@ -77,6 +77,59 @@ def test_what_cannot_be_prepared_is_refused(tagged, tmp_path):
         prepare_split(tagged, output)
 
 
+def encrypted(archive):
+    """Set the bit of the flags that says so, in the header of the file and in the directory."""
+    contents = bytearray(archive.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        contents[contents.index(signature) + offset] |= 1
+    archive.write_bytes(contents)
+
+
+def spoiled(archive):
+    contents = bytearray(archive.read_bytes())
+    contents[contents.index(b"The/at")] ^= 1
+    archive.write_bytes(contents)
+
+
+def without_directory(archive):
+    contents = bytearray(archive.read_bytes())
+    contents[contents.index(b"PK\x01\x02")] ^= 1
+    archive.write_bytes(contents)
+
+
+def truncated(archive):
+    archive.write_bytes(archive.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncated, r"tagged.zip: cannot be read from the archive \(File is not a zip file"),
+        (encrypted, r"tagged.zip: corpus/ca01: cannot be read from the archive \(.*password"),
+        (spoiled, r"tagged.zip: corpus/ca01: cannot be read from the archive \(Bad CRC"),
+        (without_directory, "tagged.zip: cannot be read from the archive"),
+    ],
+)
+def test_an_archive_that_cannot_be_read_is_refused(tagged, tmp_path, change, message):
+    change(tagged)
+    with pytest.raises(DataError, match=message):
+        prepare_split(tagged, tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
+def test_a_file_of_an_archive_that_is_no_text_is_named(tagged, tmp_path):
+    with zipfile.ZipFile(tagged, "a") as file:
+        file.writestr("corpus/picture", b"\xff\xd8")
+    with pytest.raises(DataError, match=r"tagged.zip: corpus/picture: not UTF-8 text"):
+        prepare_split(tagged, tmp_path / "text")
+
+
+def test_a_place_under_a_file_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ConfigError, match=r"cannot be written, because `.*file` is a file"):
+        prepare_split(tmp_path / "none", tmp_path / "file" / "text")
+
+
 def hold_out(corpus):
     """Add the splits without which a folder's train split is not recognized."""
     for split in ("validation", "test"):

@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 from symphony_hf.data.corpus import load_corpus
+from symphony_hf.data.files import entries_by_split
 from symphony_hf.errors import DataError
 
 ROWS = [f"Row {index} has some text." for index in range(200)]
@@ -61,6 +62,14 @@ def test_tables_named_for_splits_make_a_corpus(tmp_path):
     assert texts(corpus.train + corpus.validation + corpus.test) == ["To train.", "To valid.", "To test."]
 
 
+def test_the_first_name_of_a_split_is_used(tmp_path):
+    for name in ("train-0", "train-1", "training", "validation", "dev", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    splits = entries_by_split(tmp_path)
+    names = {split: [path.stem for path in paths] for split, paths in splits.items()}
+    assert names == {"train": ["train-0", "train-1"], "validation": ["validation"], "test": ["test"]}
+
+
 def test_unreadable_table_is_named(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     with pytest.raises(DataError, match=r"broken\.jsonl: not a readable \.jsonl table \(JSON parse error"):
@@ -69,7 +78,7 @@ def test_unreadable_table_is_named(tmp_path):
 
 def test_unknown_column_of_a_table_names_the_nearest(tmp_path):
     write_table(tmp_path / "table.csv")
-    with pytest.raises(DataError, match=r"table\.csv: no column `boddy` \(data\.text_column\).*did you mean `body`\?"):
+    with pytest.raises(DataError, match=r"table\.csv: no column `boddy` \(text_column\).*did you mean `body`\?"):
         load_corpus(str(tmp_path / "table.csv"), text_column="boddy")
 
 

@@ -50,7 +50,7 @@ def read_llava(path: Path, images: Path | None) -> Rows:
     files = _files(path)
     folder = images if images is not None else (path if path.is_dir() else path.parent)
     if not folder.is_dir():
-        raise DataError(f"data.images: `{folder}`: no such folder; give the one that the JSON's image names are in")
+        raise DataError(f"images: `{folder}`: no such folder; give the one that the JSON's image names are in")
     digests = {split: digest_files([file]) for split, file in files.items()}
     splits = {split: _read(file, folder, digests[split]) for split, file in files.items()}
     return Rows(splits, digest_texts(digests.values()), str(path))
@@ -76,11 +76,11 @@ def _files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"train": path}
     if not path.exists():
-        raise DataError(f"data.path: `{path}`: no such file; give LLaVA's JSON, or leave data.path out for the digits")
+        raise DataError(f"data: `{path}`: no such file; give LLaVA's JSON, or leave it out for the digits")
     files = {SPLIT_NAMES[file.stem]: file for file in sorted(path.glob("*.json")) if file.stem in SPLIT_NAMES}
     if "train" not in files:
         found = ", ".join(sorted(file.name for file in path.glob("*.json"))) or "no JSON"
-        raise DataError(f"data.path: `{path}`: no train.json in this folder ({found}); give the JSON file itself")
+        raise DataError(f"data: `{path}`: no train.json in this folder ({found}); give the JSON file itself")
     return files
 
 

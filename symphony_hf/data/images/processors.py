@@ -32,21 +32,27 @@ class Renderer:
         tokenizer: Tokenizer of the processor.
         image_token: Placeholder of an image in the tokenizer.
         in_parts: Whether the content of a message is a list of parts.
+        begins_texts: Whether the tokenizer puts a BOS in front of a text, and no other special token.
     """
 
     owner: Any
     tokenizer: Any
     image_token: str
     in_parts: bool
+    begins_texts: bool = False
 
     def text(self, messages: list[Message], *, to_answer: bool = False) -> str:
         """Render a conversation; with `to_answer`, up to the beginning of the next answer."""
         contents = [{"role": message["role"], "content": self._content(message["content"])} for message in messages]
         return self.owner.apply_chat_template(contents, tokenize=False, add_generation_prompt=to_answer)
 
+    def needs_bos(self, text: str) -> bool:
+        """Whether the tokenizer adds its BOS to rendered text: if the template has not, as in transformers."""
+        return self.begins_texts and not text.startswith(self.tokenizer.bos_token)
+
     def ids(self, text: str) -> list[int]:
         """Return the token ids of rendered text, one token per image."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=self.needs_bos(text), verbose=False)["input_ids"]
 
     def tokens(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Return the token ids and labels of a conversation, one token per image.
@@ -84,8 +90,9 @@ def make_renderer(processor: Any) -> Renderer:
     owner = processor if processor.chat_template is not None else processor.tokenizer
     asked, answered = f"{PLACEHOLDER}\nwhich?", "this."
     probe = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    begins_texts = _begins_texts(processor.tokenizer)
     for in_parts in (True, False):
-        renderer = Renderer(owner, processor.tokenizer, processor.image_token, in_parts)
+        renderer = Renderer(owner, processor.tokenizer, processor.image_token, in_parts, begins_texts)
         try:
             text = renderer.text(probe)
         except (TypeError, ValueError, TemplateError):
@@ -96,6 +103,11 @@ def make_renderer(processor: Any) -> Renderer:
         f"the chat template of {type(owner).__name__} drops the text or the image of a question: give it one that "
         f"takes content as a list of parts, or as a text with {processor.image_token!r} in it"
     )
+
+
+def _begins_texts(tokenizer: Any) -> bool:
+    whole, text = (tokenizer(".", add_special_tokens=added)["input_ids"] for added in (True, False))
+    return whole == [tokenizer.bos_token_id, *text]
 
 
 class VisualExample(NamedTuple):
@@ -138,14 +150,14 @@ class Asker:
         return self._inputs(texts, asked, "right")
 
     def _inputs(self, texts: list[str], asked: Sequence[Asked], side: Literal["left", "right"]) -> dict[str, Tensor]:
-        # Chat templates add special tokens themselves.
+        (needs_bos,) = set(map(self.renderer.needs_bos, texts))  # of one template
         return dict(
             self.processor(
                 text=texts,
                 images=[one.images for one in asked],
                 padding=True,
                 padding_side=side,
-                add_special_tokens=False,
+                add_special_tokens=needs_bos,
                 return_tensors="pt",
             )
         )
