@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, SymphonyError
+from .errors import ConfigError, SymphonyError, one_line
 from .recipe import load_recipe
 from .settings import read_yaml
 
@@ -67,14 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         results = run_recipe(recipe, command)
     except SymphonyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", 0)) == 0:
         measured = ", ".join(
             f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
             for name, value in results["test"].items()
         )
-        print(f"test: {measured}; report: {Path(recipe.output.directory) / 'report.md'}")
+        print(f"test: {measured or 'no held-out split'}; report: {Path(recipe.output.directory) / 'report.md'}")
     return 0
 
 

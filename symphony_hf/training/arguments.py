@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from symphony_hf.data.packing import check_packed_batches
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Recipe
 from symphony_hf.settings import parse_settings
+
+from .damage import damage_of
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -25,8 +28,8 @@ def training_arguments(recipe: Recipe, not_checked: list[str] | None = None) -> 
         not_checked: For a dry run: what this machine lacks is added to it, and not refused.
 
     Raises:
-        ConfigError: If a setting is unknown or belongs elsewhere, TrainingArguments refuses a value, a stream has no
-            `max_steps`, or a package or device that the recipe needs is missing.
+        ConfigError: If a setting is unknown or belongs elsewhere, TrainingArguments refuses a value, the data cannot be
+            read with it, or a package or device that the recipe needs is missing.
     """
     if "output_dir" in recipe.train:
         raise ConfigError(
@@ -58,10 +61,24 @@ def training_arguments(recipe: Recipe, not_checked: list[str] | None = None) -> 
             "metric_for_best_model": "loss"
         }  # otherwise Trainer tracks no best checkpoint, and deletes it as an old one
     arguments = parse_settings(kind, settings, "train", **fixed)
-    if recipe.data.streaming and arguments.max_steps <= 0:
-        raise ConfigError("train: a stream has no known length: set `max_steps`, or remove `data.streaming`")
+    _check_data(recipe, arguments)
     arguments.resume_from_checkpoint = recipe.train.get("resume_from_checkpoint")
     return arguments
+
+
+def _check_data(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Refuse training arguments with which the data could not be read, or would be other data."""
+    if recipe.data.streaming and arguments.max_steps <= 0:
+        raise ConfigError("train: a stream has no known length: set `max_steps`, or remove `data.streaming`")
+    if damage_of(recipe) is not None and arguments.dataloader_persistent_workers:
+        raise ConfigError(
+            "train: dataloader_persistent_workers keeps the workers of the first epoch, and with `data.damage` they "
+            "would repeat its damage in every epoch: leave it out"
+        )
+    if recipe.data.packing and recipe.data.kind == "text":  # TRL joins the rows of a batch
+        evaluated = ["per_device_eval_batch_size"] if arguments.eval_strategy.value != "no" else []
+        names = ["per_device_train_batch_size", *evaluated]
+        check_packed_batches(recipe.model.attention, **{name: getattr(arguments, name) for name in names})
 
 
 def _settings_anywhere(settings: dict[str, Any], not_checked: list[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from symphony_hf.conversion.adapters.record import record_adapters
 from symphony_hf.conversion.adapters.trainable import print_trainable_parameters
 from symphony_hf.errors import PatchError
 from symphony_hf.patching.attachment import record_log_probs, tracker_of
@@ -59,15 +58,16 @@ def saved_attributes(callback: TrainerCallback, state: TrainerState) -> dict[str
 
 
 def refuse_vllm(args: Any, tracker: Any, call: str) -> None:
-    """Refuse completions of TRL's vLLM from a model that routes by its graphs: TRL sends it the parameters alone.
+    """Refuse completions of TRL's vLLM from a model that routes by graphs or moved biases: TRL sends parameters alone.
 
     Raises:
         PatchError: If that is what the arguments ask for.
     """
-    if getattr(args, "use_vllm", False) and tracker.config.strength != 0:
+    if getattr(args, "use_vllm", False) and (tracker.config.strength != 0 or tracker.config.balance == "bias"):
         raise PatchError(
-            f"{call}: use_vllm=True samples completions without the graphs, since TRL sends vLLM parameters and no "
-            "buffers: set use_vllm=False, or symphonize with strength=0"
+            f"{call}: use_vllm=True samples completions without the graphs, and without the correction biases that "
+            "balance='bias' moves, since TRL sends vLLM parameters and no buffers: set use_vllm=False, or symphonize "
+            "with strength=0 and balance='loss'"
         )
 
 
@@ -117,10 +117,8 @@ class SymphonyCallback(TrainerCallback, ExportableState):
             tracker.log_probs_hook = model.register_forward_hook(record_log_probs)
         tracker.state.optimizer_parameters = parameters_of(kwargs.get("optimizer"))
         tracker.checks.check_optimizers(tracker.state, list(symphony_routers(model)), model.parameters())
-        if is_adapted(model):
-            record_adapters(model)
-            if state.is_world_process_zero:
-                print_trainable_parameters(model)
+        if is_adapted(model) and state.is_world_process_zero:
+            print_trainable_parameters(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from symphony_hf.data.blocks import NO_LABEL
 from symphony_hf.data.images.collator import VisualCollator
 from symphony_hf.data.images.questions import VisualQuestions
 from symphony_hf.data.prepared import PreparedData
@@ -25,9 +27,9 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     """Evaluate the trained model on the test split. Every process calls this.
 
     Returns:
-        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss` and `perplexity` of the
-        split named by `split` (the validation split if there is no test split), and `accuracy` for multiple-choice
-        questions. Empty without either split.
+        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss`, the mean over all
+        tokens in it, and `perplexity` of the split named by `split` (the validation split if there is no test split),
+        and `accuracy` for multiple-choice questions. Empty without either split.
     """
     if data.documents is not None:
         documents = thinned(data.documents, recipe.eval.documents)
@@ -38,7 +40,7 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     held_out = getattr(data, split)
     if held_out is None:
         return {}
-    loss = trainer.evaluate(held_out, metric_key_prefix=split)[f"{split}_loss"]
+    loss = _mean_loss(trainer, held_out, split)
     with np.errstate(over="ignore"):  # a diverged loss has an infinite perplexity
         values = {"split": split, "loss": loss, "perplexity": float(np.exp(loss))}
     questions = _questions(held_out, data)
@@ -50,6 +52,31 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
             interval = metric_interval(METRICS["accuracy"], scores.choices, seed=recipe.eval.seed)
             values |= {"accuracy_low": interval.low, "accuracy_high": interval.high}
     return values
+
+
+def _mean_loss(trainer: ResumableTrainer, held_out: Any, split: str) -> float:
+    """Return the mean loss over all tokens in it. Trainer's own is a mean over batches, and so depends on their size.
+
+    In a run of several processes, rows that fill up the last batch count twice.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of tokens in them
+    step = trainer.prediction_step
+
+    def summed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        num_tokens = int((inputs["labels"][..., 1:] != NO_LABEL).sum())
+        result = step(model, inputs, *args, **kwargs)
+        if num_tokens:
+            sums.add_(torch.tensor([float(result[0]) * num_tokens, num_tokens], dtype=torch.float64))
+        return result
+
+    trainer.prediction_step = summed  # type: ignore[method-assign]
+    try:
+        trainer.evaluate(held_out, metric_key_prefix=split)
+    finally:
+        del trainer.prediction_step
+    if trainer.args.world_size > 1:
+        sums = trainer.accelerator.reduce(sums.to(trainer.args.device))
+    return float(sums[0] / sums[1])
 
 
 def _questions(held_out: Any, data: PreparedData) -> Iterable[Question] | None:

@@ -17,6 +17,7 @@ from symphony_hf.patching.symphonize import is_symphonized
 
 from .callback import SymphonyCallback
 from .launch import Request, check_launch, strategy_of
+from .precision import keep_steps_precise
 from .router_losses import with_router_losses
 from .trainer import ResumableTrainer, resumable_sft_trainer
 
@@ -59,6 +60,7 @@ def train(
     collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     processor: Any = None,
     settings: Mapping[str, Any] | None = None,
+    started: float | None = None,
 ) -> ResumableTrainer:
     """Train a model with transformers' Trainer, or with TRL's SFTTrainer. Symphony models get `SymphonyCallback`.
 
@@ -73,6 +75,7 @@ def train(
         collator: Function that makes a batch of examples; transformers' default if None.
         processor: Tokenizer or processor of the model, for SFTTrainer.
         settings: Settings of the run to record in each checkpoint.
+        started: Time by `time.perf_counter` since which the seconds in each checkpoint's record count; now if None.
 
     Raises:
         ConfigError: If another launch runs than was requested.
@@ -90,7 +93,11 @@ def train(
         callbacks=ours,
     )
     trainer.run_settings = settings
-    check_launch(requested, trainer.accelerator.num_processes, strategy_of(trainer.accelerator.state))
+    if started is not None:
+        trainer.started = started
+    strategy = strategy_of(trainer.accelerator.state)
+    check_launch(requested, trainer.accelerator.num_processes, strategy)
+    keep_steps_precise(trainer, strategy)
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(StepProgress())

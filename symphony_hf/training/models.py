@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -234,7 +235,8 @@ def add_graph(model: PreTrainedModel, recipe: Recipe) -> None:
         differing = [name for name, value in stored.to_dict().items() if wanted.get(name) != value]
         raise ConfigError(
             f"symphony: the checkpoint `{recipe.model.path}` was saved with other settings ({', '.join(differing)}): "
-            "use the same ones, or start from its base model with `symphony.graph` set to the checkpoint's path"
+            "use the same ones, or set `model.path` to the plain base model and `symphony.graph` to this checkpoint, "
+            "which keeps its graph"
         )
 
 
@@ -275,21 +277,15 @@ def _unread_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
 
 
 def add_adapters(model: PreTrainedModel, section: PeftSection | None) -> Any:
-    """Add LoRA adapters to the model, if there is a section for them."""
+    """Add LoRA adapters to the model, if there is a section for them. Those of a Symphony model contain its graphs."""
     if section is None:
         return model
     from peft import get_peft_model
 
-    from symphony_hf.conversion.adapters.lora import lora_config
+    from symphony_hf.conversion.adapters.lora import lora_config, plain_lora_config
 
-    alpha = 2 * section.r if section.alpha is None else section.alpha
-    config = lora_config(
-        model,
-        router=section.router,
-        experts=section.experts,
-        attention=section.attention,
-        r=section.r,
-        alpha=alpha,
-        dropout=section.dropout,
-    )
-    return get_peft_model(model, config)
+    settings = dataclasses.asdict(section) | {"alpha": 2 * section.r if section.alpha is None else section.alpha}
+    config = (lora_config if is_symphonized(model) else plain_lora_config)(model, **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*deprecated", FutureWarning)  # in PEFT
+        return get_peft_model(model, config)

@@ -1,6 +1,7 @@
 """GraphMonitor: metrics of the graphs in every log, and pictures at every checkpoint, for any tracker."""
 
 import itertools
+import os
 import statistics
 import warnings
 from collections.abc import Mapping
@@ -181,7 +182,9 @@ def _to_tensorboard(picture: Path, args: TrainingArguments, step: int) -> None:
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(Path(args.output_dir) / "runs" / "graphs")) as writer, Image.open(picture) as image:
+    # Beside the scalars, which Trainer's callback writes to this folder of the environment's.
+    folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", Path(args.output_dir) / "runs")).expanduser()
+    with SummaryWriter(str(folder / "graphs")) as writer, Image.open(picture) as image:
         writer.add_image(f"symphony/{picture.stem}", np.asarray(image), step, dataformats="HWC")
 
 

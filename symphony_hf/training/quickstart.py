@@ -23,7 +23,7 @@ from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.documents import Corpus
 from symphony_hf.data.rows import thinned
 from symphony_hf.data.tokenizer import cached_tokenizer
-from symphony_hf.errors import DataError, EvaluationError
+from symphony_hf.errors import DataError
 from symphony_hf.evaluation.attacks.word_swap import attack, words_changed
 from symphony_hf.evaluation.clean_attacked import clean_and_attacked_windows
 from symphony_hf.evaluation.comparison import compare_perplexity, compare_robustness, perplexity_interval
@@ -32,7 +32,6 @@ from symphony_hf.evaluation.report.quickstart import write_report
 from symphony_hf.evaluation.routing.records import RoutingStability, routing_stability
 from symphony_hf.evaluation.statistics import MIN_DOCUMENTS
 from symphony_hf.files import write_json
-from symphony_hf.patching.folding import export_folded, folded_parameters
 from symphony_hf.patching.symphonize import expert_graphs, unsymphonize
 from symphony_hf.recipe import EvalSection, Recipe, load_recipe
 from symphony_hf.results import check_results, remove_results
@@ -40,6 +39,7 @@ from symphony_hf.results import check_results, remove_results
 from .arguments import training_arguments
 from .fit import train
 from .models import add_graph, load_model
+from .quickstart_checks import compare_saved_forms, refuse_differences
 from .quickstart_settings import RECIPE, QuickstartSettings
 
 ARMS = ("plain", "symphony")
@@ -62,7 +62,8 @@ class Arm:
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     """Run the quickstart, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
 
-    Returns the values of `report.json`. Raises SymphonyError if there is too little text, or a check fails.
+    Returns the values of `report.json`. Raises SymphonyError if there is too little text, or, once all is written, if a
+    saved checkpoint does not compute what the model does.
     """
     started = time.perf_counter()
     # Progress bars for milliseconds of work would bury those for minutes of it.
@@ -102,7 +103,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
         tokenizer.save_pretrained(output / name)
         if name == "symphony":
             graphs = expert_graphs(model)
-            checks = _check_saved_forms(model, windows[0], output)
+            checks = compare_saved_forms(model, windows[0], output, _model_config()["num_experts_per_tok"])
     report = _report(settings, corpus, arms, checks, len(base_blocks), len(tune_blocks))
     report |= {
         "stock_seconds_per_step": base_seconds,
@@ -112,6 +113,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     }
     write_json(output / "report.json", report)
     write_report(report, graphs, report["curves"], output)
+    refuse_differences(checks)
     return report
 
 
@@ -168,8 +170,9 @@ def _fine_tune(
 def _train(
     model: PreTrainedModel, recipe: Recipe, blocks: torch.Tensor, validation: torch.Tensor
 ) -> tuple[dict[str, list[tuple[float, float]]], float]:
-    timer = _StepTimer()
-    trainer = train(model, BlockDataset(blocks), BlockDataset(_sample(validation)), training_arguments(recipe), [timer])
+    timer, arguments = _StepTimer(), training_arguments(recipe)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # on several, Trainer would train other batches, by DataParallel
+    trainer = train(model, BlockDataset(blocks), BlockDataset(_sample(validation)), arguments, [timer])
     return _curves(trainer.state.log_history), timer.median()
 
 
@@ -206,42 +209,6 @@ class _StepTimer(TrainerCallback):
 
     def median(self) -> float:
         return float(torch.tensor(self.seconds).median())
-
-
-@torch.inference_mode()
-def _check_saved_forms(
-    model: PreTrainedModel, windows: dict[str, list[torch.Tensor]], output: Path
-) -> dict[str, float | bool]:
-    """Compare the logits of the reloaded and of the folded checkpoint with the model's.
-
-    Raises:
-        EvaluationError: If they differ by more than rounding.
-    """
-    model.eval().cpu()  # where the checkpoints are loaded
-    export_folded(model, output / "folded")
-    starts = [texts[0] for texts in windows.values()][:16]
-    ids = torch.stack([start[: min(map(len, starts))] for start in starts])
-    expected = model(ids, output_router_logits=True)
-    reloaded = AutoModelForCausalLM.from_pretrained(output / "symphony")(ids)
-    folded = AutoModelForCausalLM.from_pretrained(output / "folded")(ids, output_router_logits=True)
-    same = [
-        (_chosen(a) == _chosen(b)).all(-1).float().mean()
-        for a, b in zip(expected.router_logits, folded.router_logits, strict=True)
-    ]
-    checks: dict[str, float | bool] = {
-        "reload_max_difference": float((reloaded.logits - expected.logits).abs().max()),
-        "folded_max_difference": float((folded.logits - expected.logits).abs().max()),
-        "folded_same_choices": float(torch.stack(same).mean()),
-        "folded_routers": len(folded_parameters(model)),
-    }
-    exact = checks["reload_max_difference"] == 0 and checks["folded_max_difference"] <= 1e-5
-    if not exact or checks["folded_same_choices"] < 0.999:
-        raise EvaluationError(f"quickstart: a saved checkpoint does not compute what the model does: {checks}")
-    return checks
-
-
-def _chosen(router_logits_TE: torch.Tensor) -> torch.Tensor:
-    return router_logits_TE.topk(_model_config()["num_experts_per_tok"]).indices.sort().values
 
 
 def _report(

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from symphony_hf.errors import PatchError
+from symphony_hf.patching.attachment import tracker_of
 from symphony_hf.patching.expert_graph import ExpertGraph, active_graph
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 
@@ -14,8 +16,8 @@ from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 def synced_reference(callbacks: Iterable[TrainerCallback], args: TrainingArguments, model: Any) -> Any | None:
     """Return the reference model that TRL mixes the policy into (`sync_ref_model`); None if it does not.
 
-    TRL mixes only parameters, and a graph is a buffer. transformers does not give a callback its trainer, so the
-    reference is found through TRL's own callback, among those of the trainer.
+    TRL mixes only parameters, and a graph is a buffer unless it is learned. transformers does not give a callback its
+    trainer, so the reference is found through TRL's own callback, among those of the trainer.
 
     Raises:
         PatchError: If the reference has no graphs, or not those of the policy.
@@ -36,14 +38,20 @@ def synced_reference(callbacks: Iterable[TrainerCallback], args: TrainingArgumen
 
 @torch.no_grad()
 def mix_graphs(args: Any, state: TrainerState, model: Any, reference: Any) -> None:
-    """Mix the policy's graphs into the reference's, at the steps and with the weight that TRL uses for parameters."""
+    """Mix what training moves beside parameters into the reference's, at TRL's steps and with its weight."""
     if state.global_step % args.ref_model_sync_steps != 0:
         return
     share = args.ref_model_mixup_alpha
     for graph, target in zip(graphs_of(model), graphs_of(reference), strict=True):
-        target.adjacency.mul_(1.0 - share).add_(graph.symmetrized().to(target.adjacency.device), alpha=share)
+        if not isinstance(target.adjacency, nn.Parameter):  # a learned graph, which TRL mixes itself
+            target.adjacency.mul_(1.0 - share).add_(graph.symmetrized().to(target.adjacency.device), alpha=share)
         updates = (1.0 - share) * target.updates + share * graph.updates.to(target.updates.device)
         target.updates.copy_(updates.round())
+    if tracker_of(model).config.balance == "bias":
+        biases = (tracker_of(each).correction_biases() for each in (model, reference))
+        for bias, target_bias in zip(*biases, strict=True):
+            if not isinstance(target_bias, nn.Parameter):
+                target_bias.mul_(1.0 - share).add_(bias.to(target_bias.device), alpha=share)
 
 
 def graphs_of(model: Any) -> list[ExpertGraph]:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from symphony_hf.checkpoints.hub_names import origin_record
 from symphony_hf.compat import versions
 from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
 from symphony_hf.errors import ConfigError
@@ -18,8 +19,9 @@ from symphony_hf.recipe import Recipe
 from symphony_hf.settings import changed_settings
 from symphony_hf.tables import Table
 
+from .damage import damage_of
 from .launch import expected_strategy, strategy_of
-from .models import add_graph, empty_model
+from .models import add_adapters, add_graph, choose_trained, empty_model
 from .monitor import PICTURE, GraphMonitor
 from .routing_monitor import RoutingMonitor
 from .trainer import ResumableTrainer
@@ -43,6 +45,7 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
         train["train_loss"] = mean_loss
     return {
         "recipe": dataclasses.asdict(recipe),
+        "origin": origin_record(recipe.model.path, recipe.data.path),
         "command": command,
         "processes": trainer.accelerator.num_processes,
         "strategy": strategy_of(trainer.accelerator.state),
@@ -95,8 +98,10 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
     rows = [(name.replace("_", " "), _number(value)) for name, value in results["test"].items()]
     yield from ("## Result", "", Table("Result", ("", ""), rows).to_markdown(), "")
     if "train_loss" in train:
+        since = results.get("seconds_since_step")
+        period = "in total" if since is None else f"since step {since}, after which it was resumed"
         loss, seconds = train["train_loss"], results["seconds"]
-        yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds in total."
+        yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds {period}."
         yield ""
     yield f"Model: `final/`, {_which(results)}. To share it: `symphony push {output} NAMESPACE/NAME`."
     parameters = results["parameters"]
@@ -148,7 +153,7 @@ def print_dry_run(
         console: Console to print to.
 
     Raises:
-        SymphonyError: If the model cannot be built or symphonized.
+        SymphonyError: If the model cannot be built, symphonized or adapted.
     """
     from rich.console import Console
 
@@ -162,7 +167,9 @@ def print_dry_run(
     else:
         add_graph(model, recipe)
         print_inspection(inspect_model(model), console)
-    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        choose_trained(model, recipe.model.trainable)
+        add_adapters(model, recipe.peft)
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     length = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
     rows = {
         "processes, strategy": f"{arguments.world_size}, {expected_strategy(arguments)}",
@@ -170,6 +177,7 @@ def print_dry_run(
         "length": length,
         "optimizer step": f"{per_step} sequences of at most {recipe.data.block_size} tokens",
         "data": _describe(recipe.data),
+        **({} if (damage := damage_of(recipe)) is None else {"damage": damage.describe()}),
         "graph": "none: a plain model" if recipe.symphony is None else _describe(recipe.symphony),
         "adapters": "none: all parameters are trained" if recipe.peft is None else _describe(recipe.peft),
         "train": ", ".join(f"{name}: {value}" for name, value in recipe.train.items()),

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import CheckpointError, ConfigError
 
+from .launch import expected_strategy
 from .trainer_checkpoints import clear_leftovers, find_checkpoint, read_record
 
 
@@ -25,7 +26,7 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
 
     Raises:
         ConfigError: If the setting is neither true, false nor a path, or the processes find different checkpoints.
-        CheckpointError: If the checkpoint at the path is not complete.
+        CheckpointError: If the checkpoint at the path is not complete, or DeepSpeed cannot resume from it.
     """
     output = Path(arguments.output_dir)
     with arguments.main_process_first(local=arguments.save_on_each_node, desc="clearing unfinished checkpoints"):
@@ -38,12 +39,17 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
     differing = [f"{name} {record[name]}, now {now[name]}" for name in now if record.get(name, now[name]) != now[name]]
     if differing:
         notes.append(
-            f"it was saved with other batches ({', '.join(differing)}): the run resumes at its step, so that data of "
-            "this epoch may be skipped or repeated"
+            f"it was saved with other batches ({', '.join(differing)}): Trainer resumes at the step number, so some of "
+            "the epoch's data may be skipped or repeated"
         )
     if folder is not None and arguments.device.type == "cpu":
         _restore_numbered_cpus()
     if folder is not None and not any(folder.glob("rng_state*")):
+        if expected_strategy(arguments).startswith("zero"):
+            raise CheckpointError(
+                f"train: resume_from_checkpoint: `{folder}` has only weights (save_only_model), and DeepSpeed resumes "
+                "from its own states alone: give another checkpoint, or start a new run with `model.path` set to it"
+            )
         notes.append("it has only weights (save_only_model): the optimizer and the random states start anew")
     if arguments.process_index == 0:
         for note in notes:

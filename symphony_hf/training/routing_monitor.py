@@ -35,8 +35,9 @@ class RoutingMonitor(GraphMonitor, ExportableState):
     It logs, under `routing/`, the metrics of `diagnostics.graph_summary` on a moving average of co-selections and the
     mean margin of the choices, as means and for each router, to whatever `report_to` names. It draws what GraphMonitor
     draws, into files whose names begin with `routing_`. The model needs no graph, and stays as it is: hooks read the
-    routers in one forward before each log, of this process, without padding. The moving average is saved in a
-    checkpoint's trainer_state.json, so that a resumed run logs what an uninterrupted one does.
+    routers in one forward of each step that is logged, of this process, without padding. A log that is added for a
+    checkpoint has no metrics if no forward was read since the last. The moving average is saved in a checkpoint's
+    trainer_state.json, so that a resumed run logs what an uninterrupted one does.
 
     Args:
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
@@ -56,6 +57,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         self._counts: dict[str, tuple[Tensor, Tensor]] = {}
         self._mask_T: Tensor | None = None
         self._is_unseen = False
+        self._is_new = False
 
     def graphs_of(self, model: Any) -> dict[str, Tensor]:
         return {name: graph.clone() for name, graph in self._graphs.items()}
@@ -70,6 +72,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
             for name, router in routers_to_watch(model).items()
         }
         self._margins = {}
+        self._is_new = saved_attributes(self, state).get("is_new", False)
         if seen := saved_attributes(self, state).get("seen"):
             tensors = load(base64.b64decode(seen))
             self._margins = {name: tensors[f"margin/{name}"] for name in self._graphs if f"margin/{name}" in tensors}
@@ -85,14 +88,15 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         """Return what Trainer saves of this callback in a checkpoint: its tensors as safetensors, in letters."""
         graphs = {f"graph/{name}": graph for name, graph in self._graphs.items()}
         seen = save(graphs | {f"margin/{name}": margin.cpu() for name, margin in self._margins.items()})
-        attributes = {"seen": base64.b64encode(seen).decode()}
+        attributes = {"seen": base64.b64encode(seen).decode(), "is_new": self._is_new}
         return {"args": {"pictures": self.pictures, "decay": self.decay}, "attributes": attributes}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        step, every = state.global_step + 1, state.logging_steps if args.logging_strategy == "steps" else _EVERY
-        if step % max(1, int(every)) == 0 or step == 1:
+        step, by_steps = state.global_step + 1, args.logging_strategy == "steps"
+        is_on_grid = step % max(1, int(state.logging_steps if by_steps else _EVERY)) == 0
+        if is_on_grid or step == 1 or not (by_steps or self._is_new):  # without a grid, once for each log
             self._watch(model)
 
     def on_log(
@@ -104,13 +108,17 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs and self._is_unseen:
+        if logs is None or "loss" not in logs:
+            return
+        if self._is_unseen:
             warnings.warn(
                 "RoutingMonitor: no router was seen to run in training: does a compiled model go past its hooks?",
                 SymphonyWarning,
                 stacklevel=2,
             )
-        super().on_log(args, state, control, model=model, logs=logs, **kwargs)
+        if self._is_new:  # not so in a log between two on the grid, which is added before a checkpoint
+            self._is_new = False
+            super().on_log(args, state, control, model=model, logs=logs, **kwargs)
 
     def metrics(self, graphs: dict[str, Tensor], before: dict[str, Tensor] | None) -> dict[str, float]:
         values = super().metrics(graphs, before)
@@ -166,7 +174,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
             self._graphs[name] = update_adjacency(
                 self._graphs[name], counts_EE.float().cpu(), num_tokens.float().cpu(), self.decay
             )
-        self._is_unseen = not self._counts
+        self._is_unseen, self._is_new = not self._counts, self._is_new or bool(self._counts)
         self._stop_watching()
 
 

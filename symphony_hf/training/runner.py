@@ -1,23 +1,24 @@
 """The recipe runner: trains, saves and evaluates the model of a recipe, under every launcher."""
 
 import json
-import re
 import time
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from symphony_hf.checkpoints.model_card import BEGIN, END
 from symphony_hf.checkpoints.model_card import PICTURE as CARD_PICTURE
+from symphony_hf.checkpoints.model_card import is_card_alone
 from symphony_hf.checkpoints.upload import write_card
-from symphony_hf.config import SymphonyConfig
+from symphony_hf.config import GRAPHS, SymphonyConfig
 from symphony_hf.data.packing import check_packing
 from symphony_hf.data.prepare import prepare_data
-from symphony_hf.errors import ConfigError
-from symphony_hf.files import read_object, write_json
+from symphony_hf.data.streams import EndlessStream
+from symphony_hf.errors import ConfigError, SymphonyWarning
+from symphony_hf.files import ADAPTER_RECORD, CONFIG, read_object, write_json
 from symphony_hf.recipe import Recipe
 from symphony_hf.results import check_results, remove_results
 
@@ -25,7 +26,7 @@ from .arguments import training_arguments
 from .damage import DamageEpochs, damage_of, damaged
 from .final_evaluation import measure
 from .fit import train
-from .launch import Request, check_launch, expected_strategy, is_launched, requests_of
+from .launch import Request, check_launch, check_one_gpu, expected_strategy, is_launched, requests_of
 from .models import add_adapters, add_graph, choose_trained, load_model
 from .processors import load_processor
 from .report import REPORT, describe_run, write_run_report
@@ -42,9 +43,14 @@ _FIXED = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_dec
 _FIXED_SINCE = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("completion_only_loss", "assistant_only_loss", "packing", "max_length", "chat_template_path"),
+    *("packing_strategy", "truncation_mode", "shuffle_dataset", "loss_type"),
+    *("train_sampling_strategy", "dataloader_drop_last"),
 )
-"""Further ones, which the first releases did not record: the optimizer's, whose saved state has its own, and those of
-TRL's SFTTrainer that decide which tokens are trained."""
+"""Further ones, which the first releases did not record: the optimizer's, whose saved state has its own, those of
+TRL's SFTTrainer that decide which tokens are trained, and those of the order of rows."""
+
+_REVISION = "data_revision"
+"""Key of the data's revision in the settings of a checkpoint's record."""
 
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -67,13 +73,19 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     started, output = time.perf_counter(), Path(recipe.output.directory)
     arguments, requested = prepare_run(recipe)
-    settings = _settings(recipe, arguments)
+    settings, graphs = _settings(recipe, arguments), _graph_settings(recipe)
     checkpoint = checkpoint_to_resume(arguments)
+    seconds_before: float | None = 0.0
     if checkpoint is not None:
         _check_same_settings(settings, checkpoint)
+        _check_same_graphs(graphs, checkpoint)
+        seconds_before = (read_record(checkpoint) or {}).get("seconds")
+    started -= seconds_before or 0.0
     processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the other processes find it in the cache
         data = prepare_data(recipe.data, processor, seed=arguments.seed, train=recipe.train)
+    if checkpoint is not None:
+        _check_same_data(data.revision, checkpoint)
     callbacks: list[TrainerCallback] = []
     if (damage := damage_of(recipe)) is not None:
         data = damaged(data, damage, processor, arguments.seed)
@@ -88,15 +100,13 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     if expected_strategy(arguments) == "zero3":
         set_aside_empty_parameters(model)
     add_graph(model, recipe)
-    if recipe.data.packing and expected_strategy(arguments) != "zero3":  # whose weights are partitioned
-        check_packing(model, recipe.model.attention)
-    if checkpoint is not None:
-        _check_same_graphs(model, checkpoint)
+    if recipe.data.packing:
+        _check_packing(model, recipe, arguments)
     choose_trained(model, recipe.model.trainable)
     model = add_adapters(model, recipe.peft)
     trainer = train(
         model,
-        data.train,
+        EndlessStream(data.train) if recipe.data.streaming else data.train,
         data.validation,
         arguments,
         [*callbacks, *monitors_of(model)],
@@ -104,24 +114,26 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         requested,
         data.collator,
         processor,
-        settings,
+        {**settings, "symphony": graphs, _REVISION: data.revision},
+        started,
     )
     if trainer.is_world_process_zero():
         with reporting_failed_save(output / RESULTS):
             remove_results(output / RESULTS, [REPORT])
+            _remove_card(output / "final")
     trainer.save_final(output / "final", processor)
     results = describe_run(recipe, trainer, data, command)
     # On every process: with partitioned weights, each forward needs them all.
     results["test"] = measure(recipe, trainer, processor, data)
     results["seconds"] = time.perf_counter() - started
+    if checkpoint is not None and seconds_before is None:  # it is of a release that did not record them
+        results["seconds_since_step"] = trainer.resumed_at
     if trainer.is_world_process_zero():
         with reporting_failed_save(output / RESULTS):
             write_json(output / RESULTS, results)
             write_run_report(results, output)
             if recipe.symphony is not None:
                 write_card(output / "final", output.name)
-            else:
-                _remove_card(output / "final")
     return results
 
 
@@ -130,16 +142,11 @@ def prepare_run(recipe: Recipe) -> tuple[TrainingArguments, list[Request]]:
 
     Raises:
         ConfigError: If a setting is unknown or refused, a package or a device is missing, another launch runs than was
-            requested, or the output directory has files that would be overwritten.
+            requested, this process sees several GPUs, or the output directory has files that would be overwritten.
     """
     check_results(Path(recipe.output.directory) / RESULTS, [REPORT], "train")
-    damage = damage_of(recipe)
     arguments = training_arguments(recipe)
-    if damage is not None and arguments.dataloader_persistent_workers:
-        raise ConfigError(
-            "train: dataloader_persistent_workers keeps the workers of the first epoch, and with `data.damage` they "
-            "would repeat its damage in every epoch: leave it out"
-        )
+    check_one_gpu(arguments)
     requested = requests_of(recipe.launch, arguments)
     strategy = expected_strategy(arguments)
     _check_partitioning(recipe, strategy)
@@ -173,7 +180,21 @@ def prepare_dry_run(recipe: Recipe) -> tuple[TrainingArguments, list[str]]:
             raise
         asked = recipe.launch
         not_checked.append(f"launch: processes {asked.processes or 'any'}, strategy {asked.strategy or 'any'}")
+    if arguments.n_gpu > 1:
+        not_checked.append(f"launch: one process for each of the {arguments.n_gpu} GPUs here, or one GPU")
     return arguments, not_checked
+
+
+def _check_packing(model: PreTrainedModel, recipe: Recipe, arguments: TrainingArguments) -> None:
+    if expected_strategy(arguments) != "zero3":
+        check_packing(model, recipe.model.attention)
+    elif arguments.process_index == 0:
+        warnings.warn(
+            f"data: packing: under ZeRO-3, which partitions weights, it is not checked that {type(model).__name__} "
+            "keeps packed documents apart: check a small model of its family by symphony_hf.data.check_packing",
+            SymphonyWarning,
+            stacklevel=2,
+        )
 
 
 def _check_partitioning(recipe: Recipe, strategy: str | None) -> None:
@@ -182,10 +203,9 @@ def _check_partitioning(recipe: Recipe, strategy: str | None) -> None:
 
 
 def _remove_card(final: Path) -> None:
-    """Remove the model card of an earlier Symphony model, unless somebody has added to it."""
+    """Remove the model card of an earlier run's model, with its results, unless somebody has added text to it."""
     readme = final / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if re.fullmatch(rf"(---\n.*?\n---\n)?\s*{BEGIN}.*{END}\s*", text, re.DOTALL):
+    if readme.is_file() and is_card_alone(readme.read_text(encoding="utf-8")):
         readme.unlink()
         (final / CARD_PICTURE).unlink(missing_ok=True)
 
@@ -205,7 +225,9 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
     Raises:
         ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
     """
-    before = (read_record(checkpoint) or {}).get("settings", settings)
+    before = dict((read_record(checkpoint) or {}).get("settings", settings))
+    before.pop("symphony", None)  # compared by `_check_same_graphs`
+    before.pop(_REVISION, None)  # compared by `_check_same_data`
     before = {**{name: settings[name] for name in _FIXED_SINCE if name in settings}, **before}
     differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
     if differing:
@@ -216,18 +238,44 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
         )
 
 
-def _check_same_graphs(model: Any, checkpoint: Path) -> None:
+def _check_same_data(revision: str | None, checkpoint: Path) -> None:
+    """Refuse to resume on other data than the run began with.
+
+    Raises:
+        ConfigError: If the checkpoint records another revision. It is accepted if one of the two is unknown.
+    """
+    before = (read_record(checkpoint) or {}).get("settings", {}).get(_REVISION)
+    if None not in (before, revision) and before != revision:
+        raise ConfigError(
+            f"data: `{checkpoint}` is of a run on other data (revision {before}, now {revision}): restore it (from the "
+            "Hub, by `data.revision`), or start a new run in another output directory"
+        )
+
+
+def _graph_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the settings of the graphs that the model will have; None without graphs."""
+    if recipe.symphony is None:
+        return None
+    follows_path = recipe.symphony.graph not in GRAPHS
+    return (replace(recipe.symphony, graph="ema") if follows_path else recipe.symphony).to_dict()
+
+
+def _check_same_graphs(graphs: dict[str, Any] | None, checkpoint: Path) -> None:
     """Refuse to resume with other settings of the graphs than the run began with.
 
     Raises:
-        ConfigError: If the checkpoint's settings differ from the model's, or cannot be read.
+        ConfigError: If the checkpoint's settings differ, or cannot be read. A sharded checkpoint of a release that did
+            not record them is accepted.
     """
-    if not (checkpoint / "config.json").exists():
-        return  # sharded by FSDP, or adapters only
     hint = "resume from another checkpoint, or start a new run in another output directory"
-    stored = read_object(checkpoint / "config.json", ConfigError, hint=hint).get("symphony")
-    own = getattr(model.config, "symphony", None)
-    before, now = ({} if values is None else SymphonyConfig.from_dict(values).to_dict() for values in (stored, own))
+    recorded = (read_record(checkpoint) or {}).get("settings", {})
+    written = next((checkpoint / name for name in (CONFIG, ADAPTER_RECORD) if (checkpoint / name).exists()), None)
+    if written is not None:
+        recorded = read_object(written, ConfigError, hint=hint)
+    elif "symphony" not in recorded:
+        return
+    stored = recorded.get("symphony")
+    before, now = ({} if values is None else SymphonyConfig.from_dict(values).to_dict() for values in (stored, graphs))
     differing = [name for name in SymphonyConfig().to_dict() if before.get(name) != now.get(name)]
     if differing:
         raise ConfigError(

@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
+import json
+import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from symphony_hf.conversion.adapters.loading import restore_adapter
@@ -35,10 +38,14 @@ class ResumableTrainer(Trainer):
     run_settings: Mapping[str, Any] | None = None
     """Settings of the run, for the record of each checkpoint."""
 
+    resumed_at = 0
+    """Step of the checkpoint that the run resumed from."""
+
     _writing = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.started = time.perf_counter()
         self._flow = ResumableFlow()
         self.add_callback(self._flow)
 
@@ -46,6 +53,8 @@ class ResumableTrainer(Trainer):
         """Train as Trainer does, from the beginning or from a path, as a run of its own or the one that is resumed."""
         resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._flow.run = run_number(Path(self.args.output_dir), resumed)
+        if resumed is not None:
+            self.resumed_at = json.loads((resumed / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -61,8 +70,12 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process writes its own files
             if self.args.should_save:
                 run = self._flow.run
-                finish_checkpoint(target, self.state.global_step, batches_of(self.args), self.run_settings, run)
-                delete_oldest(output, self.args.save_total_limit, _newest_and_best(output, self.state), run)
+                seconds = time.perf_counter() - self.started
+                finish_checkpoint(
+                    target, self.state.global_step, batches_of(self.args), self.run_settings, run, seconds
+                )
+                newest_and_best = {target, Path(self.state.best_model_checkpoint or target)}
+                delete_oldest(output, self.args.save_total_limit, newest_and_best, run)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
@@ -77,13 +90,9 @@ class ResumableTrainer(Trainer):
             self._writing = False
 
     def _note_best(self, output: Path, target: Path) -> None:
-        """Correct the path of the best checkpoint: Trainer looked for it in the folder that is being written.
-
-        It may not be there, where saves are rarer than evaluations, and one of an earlier run may.
-        """
-        best = output / f"checkpoint-{self.state.best_global_step}"
-        if best == target or run_of(best) == self._flow.run:
-            self.state.best_model_checkpoint = str(best)
+        """Note the best checkpoint. Trainer looks for that of the best evaluation, at which nothing may be saved."""
+        best = _best_checkpoint(output, self.args, self.state, self._flow.run, target)
+        self.state.best_model_checkpoint = None if best is None else str(best)
         if self.args.should_save:
             self.state.save_to_json(str(place_to_write(target) / "trainer_state.json"))
 
@@ -110,6 +119,14 @@ class ResumableTrainer(Trainer):
                 raise
             first = [line.strip() for line in str(error).splitlines()[1:]][:1]
             raise CheckpointError(f"`{folder}` is of another model than the recipe's: {' '.join(first)}") from error
+
+    def _load_best_model(self) -> None:
+        folder = Path(str(self.state.best_model_checkpoint))
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if (folder / ADAPTER_RECORD).exists() and not is_sharded:
+            restore_adapter(self.model, folder)
+        else:
+            super()._load_best_model()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return no batches after the last step: a Trainer that resumes there within an epoch would train one more."""
@@ -184,7 +201,9 @@ class ResumableFlow(TrainerCallback):
         self._stepped = False
         if args.should_save:
             output = Path(args.output_dir)
-            delete_oldest(output, args.save_total_limit, _newest_and_best(output, state), self.run)
+            newest = output / f"checkpoint-{state.global_step}"
+            best = _best_checkpoint(output, args, state, self.run)  # Trainer forgets its path if the folder was moved
+            delete_oldest(output, args.save_total_limit, {newest, best or newest}, self.run)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._stepped = True
@@ -204,10 +223,25 @@ class ResumableFlow(TrainerCallback):
             control.should_log = True
 
 
-def _newest_and_best(output: Path, state: TrainerState) -> set[Path]:
-    """Return the checkpoints that are not deleted. Trainer forgets the path of the best where the folder was moved."""
-    by_step = {output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step)}
-    return by_step | ({Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set())
+def _best_checkpoint(
+    output: Path, args: TrainingArguments, state: TrainerState, run: int, target: Path | None = None
+) -> Path | None:
+    """Return the checkpoint of a run with the best evaluation at its own step, and the first of equals.
+
+    Args:
+        output: Folder of the checkpoints.
+        args: Training arguments, with the metric.
+        state: State of the run, with its evaluations.
+        run: Number of the run.
+        target: Checkpoint that is being written.
+    """
+    name, values = args.metric_for_best_model, {}
+    if name is not None:
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        values = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
+    folders = {output / f"checkpoint-{step}": value for step, value in values.items() if not math.isnan(value)}
+    saved = [folder for folder in folders if folder == target or run_of(folder) == run]
+    return (max if args.greater_is_better else min)(saved, key=folders.__getitem__, default=None)
 
 
 @contextlib.contextmanager

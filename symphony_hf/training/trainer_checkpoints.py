@@ -53,15 +53,25 @@ def run_of(folder: Path) -> int | None:
 
 
 def finish_checkpoint(
-    target: Path, step: int, batches: Mapping[str, int], settings: Mapping[str, Any] | None = None, run: int = 0
+    target: Path,
+    step: int,
+    batches: Mapping[str, int],
+    settings: Mapping[str, Any] | None = None,
+    run: int = 0,
+    seconds: float | None = None,
 ) -> None:
-    """Write the record of a checkpoint, with the batches and settings of its run, and give the checkpoint its name."""
+    """Write the record of a checkpoint, with the batches and settings of its run, and give the checkpoint its name.
+
+    `seconds` is how long the run took so far, including what came before it was resumed.
+    """
     written = place_to_write(target)
     known = [record["order"] for record in _records(target.parent).values()]
     sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in _files(written)}
     record = {**batches, "step": step, "run": run, "order": max(known, default=0) + 1, "files": sizes}
     if settings is not None:
         record["settings"] = dict(settings)
+    if seconds is not None:
+        record["seconds"] = seconds
     write_json(written / RECORD, record)
     finish(target, _recorded(target))
 
@@ -137,9 +147,11 @@ def find_checkpoint(output: Path, wanted: Any) -> tuple[Path | None, list[str]]:
     """
     if wanted is None or wanted is False:
         records = _records(output)
-        names = ", ".join(sorted((folder.name for folder in records), key=_step))
-        found = f"`{output}` has checkpoints of an earlier run ({names}), which are kept, but for those of a step at "
-        found += "which this run saves; `resume_from_checkpoint: true` would resume from the last"
+        names = ", ".join(folder.name for folder in sorted(records, key=_step_of))
+        found = (
+            f"`{output}` has checkpoints of an earlier run ({names}). They are kept, except where this run saves at "
+        )
+        found += "the same step; `resume_from_checkpoint: true` would resume from the last"
         return None, [found] if records else []
     if wanted is True:
         return _last_whole(output)
@@ -207,11 +219,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def _checkpoints(output: Path) -> list[Path]:
     found = [folder for folder in output.glob("checkpoint-*") if _CHECKPOINT.fullmatch(folder.name)]
-    return sorted((folder for folder in found if folder.is_dir()), key=lambda folder: _step(folder.name))
+    return sorted((folder for folder in found if folder.is_dir()), key=_step_of)
 
 
-def _step(name: str) -> int:
-    return int(name.rpartition("-")[2])
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _records(output: Path) -> dict[Path, dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Missing packages and devices are reported in one line, before data or weights are loaded."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from symphony_hf import ConfigError
 from symphony_hf.recipe import load_recipe
@@ -88,6 +90,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match="8 processes were started on a machine with 2 GPUs"):
         training_arguments(load_recipe(QUICKSTART))
+
+
+@pytest.mark.parametrize("symphony", [{}, {"symphony.strength": 0.5}])
+def test_several_gpus_in_one_process_are_refused(symphony, monkeypatch, tmp_path):
+    """Trainer would train by DataParallel, with a batch for each. A dry run says so."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    recipe = load_recipe(QUICKSTART, {"output.directory": str(tmp_path / "run"), "use_cpu": True, **symphony})
+    recipe = recipe if symphony else dataclasses.replace(recipe, symphony=None)
+    with pytest.raises(ConfigError, match=r"sees 2 GPUs.*--num_processes 2.*CUDA_VISIBLE_DEVICES=0"):
+        runner.prepare_run(recipe)
+    assert runner.prepare_dry_run(recipe)[1] == ["launch: one process for each of the 2 GPUs here, or one GPU"]
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])

@@ -60,6 +60,14 @@ def test_every_recipe_prints_its_plan_on_a_laptop(name, empty, monkeypatch, caps
     assert list(empty.iterdir()) == []
 
 
+def test_what_is_wrong_with_a_recipe_is_said_in_one_line(empty, capsys):
+    (empty / "bad.yaml").write_text("model: {config: [")
+    assert train_main(["bad.yaml", "--dry_run"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "is not valid YAML" in lines[0]
+
+
 def test_a_dry_run_needs_a_recipe(empty, capsys):
     assert train_main(["--dry_run"]) == 2
     assert "usage:" in capsys.readouterr().out
@@ -69,6 +77,37 @@ def test_what_is_wrong_anywhere_is_refused_in_a_dry_run(empty, capsys):
     words = [str(RECIPES / "mixtral-8x7b-qlora" / "config.yaml"), "--launch.strategy", "zero3", "--dry_run"]
     assert train_main(words) == 1
     assert "4-bit weights cannot be partitioned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config", "stock"])
+def test_adapters_that_the_run_would_refuse_are_refused_in_a_dry_run(name, empty, capsys):
+    words = [str(RECIPES / "olmoe-7b-sft" / f"{name}.yaml"), "--peft.experts", "true", "--peft.dropout", "0.1"]
+    assert train_main([*words, *ON_A_CPU, "--dry_run"]) == 1
+    assert "give dropout=0" in capsys.readouterr().err
+
+
+def test_damage_is_checked_and_described_in_a_dry_run(empty, capsys):
+    recipe, damage = str(RECIPES / "quickstart/config.yaml"), "{attack: keyboard, rate: 0.1}"
+    assert train_main([recipe, "--dry_run", "--data.damage", damage]) == 0
+    assert "training input damaged anew in each epoch" in " ".join(capsys.readouterr().out.split())
+    workers = ["--dataloader_persistent_workers", "true", "--dataloader_num_workers", "1"]
+    for words, message in (
+        (["--data.damage", "{attack: keybord, rate: 0.1}"], "did you mean `keyboard`"),
+        (["--data.damage", damage, "--data.streaming", "true"], "only `text` without `streaming` can be damaged"),
+        (["--data.damage", damage, *workers], "would repeat its damage in every epoch"),
+    ):
+        assert train_main([recipe, "--dry_run", *words]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_packed_text_and_flash_attention_in_batches_are_refused_in_a_dry_run(empty, capsys):
+    words = [str(RECIPES / "quickstart/config.yaml"), "--dry_run", "--data.packing", "true"]
+    flash = ["--model.attention", "flash_attention_2"]
+    one = ["--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1"]
+    assert train_main([*words, *flash]) == 1
+    assert "keeps documents apart only in batches of one row" in capsys.readouterr().err
+    train_main([*words, *flash, *one])
+    assert "in batches of one row" not in capsys.readouterr().err
 
 
 def test_symphony_train_is_the_same_without_accelerate(empty):
@@ -81,21 +120,24 @@ def test_symphony_train_is_the_same_without_accelerate(empty):
 
 def test_symphony_train_trains(monkeypatch):
     """The recipe with its overrides; the command that the report names is the one without the launcher."""
-    given = []
+    given, results = [], {"test": {"clean": 2.5, "documents": 3}}
 
     def run_recipe(recipe, command):
         given.extend((recipe, command))
-        return {"test": {"clean": 2.5, "documents": 3}}
+        return results
 
     monkeypatch.setattr("symphony_hf.training.runner.run_recipe", run_recipe)
     smoke = RECIPES / "phi3-smoe-7.4b-glue" / "smoke.yaml"
-    result = CliRunner().invoke(app, ["train", str(smoke), "--max_steps", "7", "--output.directory", "a run"])
+    words = ["train", str(smoke), "--max_steps", "7", "--output.directory", "a run"]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert given == [
         load_recipe(smoke, {"max_steps": 7, "output.directory": "a run"}),
         f"python -m symphony_hf.train {smoke} --max_steps 7 --output.directory 'a run'",
     ]
     assert "test: clean 2.5000, documents 3; report: a run/report.md" in result.output
+    results["test"] = {}
+    assert "test: no held-out split; report: a run/report.md" in CliRunner().invoke(app, words).output
 
 
 @pytest.mark.parametrize(

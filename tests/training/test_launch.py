@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from models import make_ids, make_model
 from transformers import Trainer, TrainingArguments
@@ -84,6 +85,24 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
 HOST = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
 
 
+MORE_OF_ZERO = {
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "OlmoeSparseMoeBlock",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",  # as it is without the option
+}
+NODES = {"GROUP_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "OlmoeDecoderLayer",
+}
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
@@ -99,6 +118,24 @@ HOST = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_DEEP
             "accelerate launch --num_processes 8 --mixed_precision bf16 --use_deepspeed --zero_stage 3 "
             "--offload_optimizer_device cpu",
         ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "8", **ZERO, **MORE_OF_ZERO},
+            "accelerate launch --num_processes 8 --mixed_precision bf16 --use_deepspeed --zero_stage 3 "
+            "--zero3_init_flag false --zero3_save_16bit_model true --deepspeed_moe_layer_cls_names OlmoeSparseMoeBlock "
+            "--gradient_clipping 0.5",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", **ZERO, **NODES},
+            "accelerate launch --num_processes 16 --mixed_precision bf16 --num_machines 2 --machine_rank 0 "
+            "--main_process_ip 10.0.0.1 --main_process_port 29500 --use_deepspeed --zero_stage 3 "
+            "--deepspeed_multinode_launcher standard",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "8", **FSDP},
+            "accelerate launch --num_processes 8 --mixed_precision bf16 --dynamo_backend inductor --use_fsdp "
+            "--fsdp_version 2 --fsdp_reshard_after_forward true --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+            "--fsdp_transformer_layer_cls_to_wrap OlmoeDecoderLayer",
+        ),
     ],
 )
 def test_a_report_has_the_launcher_in_its_command(environment, words, monkeypatch):
@@ -106,6 +143,9 @@ def test_a_report_has_the_launcher_in_its_command(environment, words, monkeypatc
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launch_command() == words.split()
+    if precision := environment.get("ACCELERATE_MIXED_PRECISION"):
+        given = launch_command_parser().parse_args([*launch_command()[2:], "train.py"])
+        assert given.mixed_precision == precision  # accelerate has the options
 
 
 def test_a_recipe_names_known_strategies():

@@ -5,9 +5,9 @@ import torch
 from models import make_model
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from symphony_hf import ConfigError
-from symphony_hf.recipe import DataSection, ModelSection, Recipe
-from symphony_hf.training.models import build_config, empty_model, load_model
+from symphony_hf import ConfigError, symphonize
+from symphony_hf.recipe import DataSection, ModelSection, PeftSection, Recipe
+from symphony_hf.training.models import add_adapters, build_config, empty_model, load_model
 
 IMAGES = DataSection(kind="llava")
 
@@ -87,3 +87,19 @@ def test_unknown_implementations_are_refused(text, settings, problem):
 def test_flash_attention_has_the_size_of_the_fused_kernel_that_is_always_there(text):
     model = empty_model(Recipe(model=ModelSection(path=text[0], attention="flash_attention_2")))
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("router", ["graph", "train"])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_adapters_of_a_stock_model_are_those_of_its_baseline(family, router, experts):
+    """The same weights are trained as with a graph."""
+    section = PeftSection(router=router, experts=experts, r=4)
+    stock, own = add_adapters(make_model(family), section), add_adapters(symphonize(make_model(family)), section)
+    trained, expected = (
+        {name: p.shape for name, p in model.named_parameters() if p.requires_grad} for model in (stock, own)
+    )
+    assert trained == expected
+    assert any("gate" in name and "lora" not in name for name in trained) == (router == "train")
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        add_adapters(make_model(family), PeftSection(attention=False))

@@ -126,6 +126,13 @@ def test_tensorboard_has_numbers_and_pictures(tmp_path):
     assert tags["symphony/graphs"] == tags["symphony/load"] == "images"
 
 
+def test_tensorboards_pictures_are_beside_its_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    train(tmp_path / "run", report_to=["tensorboard"])
+    assert {path.parent for path in tmp_path.rglob("events.out.*")} == {tmp_path / "logs", tmp_path / "logs" / "graphs"}
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_other_trackers_are_sent_the_picture(tracker, tmp_path, monkeypatch):
     """Up to the call of the tracker's own logging function: what follows needs its server."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from models import make_model
-from small_runs import RECIPE, recipe_overrides
+from small_runs import RECIPE, recipe_overrides, smoke_overrides
 from transformers import AutoConfig, AutoModelForCausalLM
 from visual import entry, write_llava
 
@@ -26,9 +26,10 @@ from symphony_hf import (
     symphonize,
 )
 from symphony_hf.checkpoints.folder import open_folder
+from symphony_hf.checkpoints.model_card import BEGIN, END
 from symphony_hf.data.documents import Document
 from symphony_hf.data.tokenizer import train_tokenizer
-from symphony_hf.errors import ReportError
+from symphony_hf.errors import ReportError, SymphonyWarning
 from symphony_hf.evaluation.report.find_runs import read_runs
 from symphony_hf.recipe import load_recipe
 from symphony_hf.training import final_evaluation, processors, runner
@@ -157,6 +158,18 @@ def test_each_kind_of_model_has_its_monitor():
 CHAT = RECIPE.parents[1] / "olmoe-7b-sft" / "smoke.yaml"
 
 
+@pytest.mark.thorough
+def test_a_stock_model_trains_with_adapters(tmp_path, shared_runs, monkeypatch):
+    """It is watched by RoutingMonitor, and its adapter is a plain one."""
+    monkeypatch.setenv("SYMPHONY_HF_CACHE", str(shared_runs.root / "cache"))  # its tokenizer takes seconds to train
+    recipe = dataclasses.replace(load_recipe(CHAT, smoke_overrides(tmp_path)), symphony=None)
+    results = run_recipe(recipe)
+    assert 0 < results["parameters"]["trained"] < results["parameters"]["total"]
+    assert (tmp_path / "run" / "routing_graphs.png").exists()
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / "final" / "symphony_config.json").exists()
+
+
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -258,16 +271,23 @@ def test_a_run_in_a_used_folder_does_not_keep_the_numbers_of_another_model(small
     output.mkdir()
     (output / "results.json").write_text('{"versions": {"symphony_hf": "0.1.0"}}')
     (output / "report.md").write_text("of an earlier run")
+    (output / "final").mkdir()
+    (output / "final" / "README.md").write_text(f"---\nlibrary_name: symphony_hf\n---\n\n{BEGIN}\n\n# Model\n\n{END}\n")
+    (output / "final" / "graphs.png").write_text("of an earlier run")
+    (output / "final" / "notes.md").write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr(runner, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(load_recipe(RECIPE, small))
-    assert (output / "results.json").exists()  # until then it is of the model that is there
+    for name in ("results.json", "final/README.md", "final/graphs.png"):
+        assert (output / name).exists()  # until then it is of the model that is there
     monkeypatch.setattr(runner, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(load_recipe(RECIPE, small))
     assert (output / "final" / "config.json").exists()
-    assert not (output / "report.md").exists()
+    assert (output / "final" / "notes.md").exists()
+    for name in ("report.md", "final/README.md", "final/graphs.png"):
+        assert not (output / name).exists()
     with pytest.raises(ReportError, match="a training run without results: continue it with --resume_from_checkpoint"):
         read_runs([output])
     assert open_folder(output / "final").results is None
@@ -288,11 +308,29 @@ def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(fi
     assert (final / "README.md").read_text().endswith("My notes.")
 
 
+class Diverged:
+    """A Trainer whose model has a loss of 1,000. exp(710) is more than a float holds."""
+
+    args = SimpleNamespace(world_size=1)
+
+    def evaluate(self, rows, metric_key_prefix):
+        self.prediction_step(None, {"labels": torch.tensor(rows)}, True)
+
+    def prediction_step(self, model, inputs, prediction_loss_only):
+        return torch.tensor(1000.0), None, None
+
+
 def test_a_diverged_model_has_an_infinite_perplexity():
-    """exp(710) is more than a float holds."""
-    trainer = SimpleNamespace(evaluate=lambda data, metric_key_prefix: {f"{metric_key_prefix}_loss": 1000.0})
-    data = SimpleNamespace(documents=None, test=[0], kind="chat", collator=None)
-    assert measure(None, trainer, None, data) == {"split": "test", "loss": 1000.0, "perplexity": float("inf")}
+    data = SimpleNamespace(documents=None, test=[[3, 4, 5]], kind="chat", collator=None)
+    assert measure(None, Diverged(), None, data) == {"split": "test", "loss": 1000.0, "perplexity": float("inf")}
+
+
+def test_packing_that_is_not_checked_is_said(monkeypatch):
+    monkeypatch.setattr(runner, "expected_strategy", lambda arguments: "zero3")
+    monkeypatch.setattr(runner, "check_packing", None)  # it could not run on weights that are partitioned
+    with pytest.warns(SymphonyWarning, match="under ZeRO-3, .* not checked that OlmoeForCausalLM keeps"):
+        runner._check_packing(make_model("olmoe"), None, SimpleNamespace(process_index=0))
+    runner._check_packing(make_model("olmoe"), None, SimpleNamespace(process_index=1))
 
 
 def test_a_limit_of_documents_takes_some_from_all_over(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from symphony_hf.recipe import load_recipe
 from symphony_hf.settings import parse_settings
 from symphony_hf.training.arguments import training_arguments
 from symphony_hf.training.models import empty_model
+from symphony_hf.training.planning.settings import GLUE_EXAMPLES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -72,6 +74,15 @@ def test_settings_have_their_annotated_types_after_a_script_was_parsed(tmp_path,
     given = {"lr_scheduler_type": "cosine", "learning_rate": "1e-4", "output_dir": str(tmp_path), "use_cpu": True}
     arguments = parse_settings(later, given, "train")
     assert (arguments.lr_scheduler_type, arguments.learning_rate) == (SchedulerType.COSINE, 1e-4)
+
+
+@pytest.mark.parametrize("task", GLUE_EXAMPLES)
+def test_every_task_of_glue_is_trained_and_evaluated_past_its_warm_up(task):
+    arguments = training_arguments(on_this_machine(RECIPES / "phi3-smoe-7.4b-glue" / "config.yaml"))
+    per_step = 8 * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    steps = math.ceil(arguments.num_train_epochs * GLUE_EXAMPLES[task] / per_step)
+    assert 0 < arguments.get_warmup_steps(steps) < steps / 10
+    assert arguments.eval_strategy == arguments.save_strategy == "epoch"
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)

@@ -11,6 +11,7 @@ from symphony_hf.diagnostics.graph_metrics import graph_summary
 from symphony_hf.errors import SymphonyWarning
 from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
 from symphony_hf.training.monitor import GraphMonitor, LoadHistory
+from symphony_hf.training.trainer import ResumableFlow
 
 
 def train(model, folder, *callbacks, steps=4, resume=None, **settings):
@@ -78,6 +79,29 @@ def test_a_resumed_run_goes_on_with_its_moving_average(tmp_path):
     assert logged[1] == logged[0]
 
 
+def test_a_log_between_two_observations_has_no_metrics(tmp_path):
+    """It is added before a checkpoint, and would repeat the last margin, with a drift of 0."""
+    model = symphonize(make_model())
+    arguments = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    callbacks = (ResumableFlow(), SymphonyCallback(), RoutingMonitor(pictures=False))
+    trainer = train(model, tmp_path, *callbacks, steps=6, **arguments)
+    logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    assert [step for step, entry in logs.items() if "routing/drift" in entry] == [2, 4, 6]
+    assert 3 in logs
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_each_log_of_an_epoch_has_metrics(strategy, tmp_path):
+    """An epoch has four steps."""
+    model = symphonize(make_model())
+    trainer = train(
+        model, tmp_path, SymphonyCallback(), RoutingMonitor(pictures=False), steps=8, logging_strategy=strategy
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == (2 if strategy == "epoch" else 4)
+    assert all(entry["routing/drift"] > 0 for entry in logs)
+
+
 def test_padding_is_left_out():
     model, monitor = make_model(), RoutingMonitor(pictures=False, decay=0.0)
     arguments = TrainingArguments("unused", use_cpu=True, report_to="none")
@@ -118,6 +142,7 @@ def test_a_folder_of_the_first_releases_keeps_its_loads(tmp_path):
     for model, steps in ((make_model(), [1, 3]), (symphonize(make_model()), [3])):
         monitor = RoutingMonitor(pictures=False)
         monitor.on_train_begin(arguments, state, None, model=model)
+        monitor._is_new = True
         monitor.on_log(arguments, state, None, model=model, logs={"loss": 1.0})
         monitor.on_save(arguments, state, None, model=model)
         written = tmp_path / "routing_load_history.safetensors"

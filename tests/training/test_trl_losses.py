@@ -33,10 +33,12 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from symphony_hf import ConfigError, PatchError, SymphonyCallback, add_router_losses, symphonize, with_router_losses
 from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.training.fit import train
+from symphony_hf.training.reference_model import mix_graphs
 from symphony_hf.training.router_losses import _counted_labels, _share_of_step
 
 NUMBERS = [str(i) for i in range(16)]
@@ -297,6 +299,19 @@ def test_a_synced_reference_gets_the_graphs_too(share, tokenizer, tmp_path):
     ).train()  # fmt: skip
     expected = (1 - share) * adjacency + share * at_step_2[0]
     assert torch.equal(reference.model.layers[0].mlp.gate.symphony.adjacency, expected)
+
+
+@pytest.mark.parametrize("graph", ["ema", "learned"])
+def test_a_learned_graph_is_left_to_trl_which_mixes_parameters(graph):
+    policy, reference = (move_graphs(symphonize(make_model(), graph=graph), seed=seed) for seed in (0, 1))
+    own, target = (model.model.layers[0].mlp.gate.symphony for model in (policy, reference))
+    own.updates.fill_(10)
+    before = target.adjacency.detach().clone()
+    step = SimpleNamespace(ref_model_sync_steps=1, ref_model_mixup_alpha=0.5)
+    mix_graphs(step, SimpleNamespace(global_step=1), policy, reference)
+    SyncRefModelCallback._sync_target_model(policy, reference, 0.5)
+    torch.testing.assert_close(target.adjacency, 0.5 * before + 0.5 * own.adjacency)
+    assert target.updates == 5
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -130,8 +130,8 @@ def memory_of(
 
     Returns:
         Memory by part: `weights`, `gradients`, `optimizer` (with the float32 weights that DeepSpeed updates),
-        `activations`, `graph`, and `buffers` (gradients in reduction, weights gathered by ZeRO-3, and temporaries of
-        the optimizer step as far as they exceed the activations).
+        `activations`, `graph`, and `buffers` (gradients in reduction, weights gathered by ZeRO-3, and the part of the
+        optimizer step's temporaries that does not fit in the memory the activations have freed).
     """
     local = processes // launch.machines
     if launch.uses_deepspeed:

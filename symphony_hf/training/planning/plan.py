@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Recipe
+from symphony_hf.training.precision import is_saved_whole, narrow_weights
 
 from .launches import Launch
 from .memory import Memory, States, memory_of, states_of
@@ -80,6 +82,7 @@ class Plan:
         flops_per_sequence: FLOPs of training on one sequence.
         rows: One row per launch and number of GPUs.
         left_out: Launches under which the recipe does not run, with the reason.
+        rounding: Launches under which weights are trained in 16 bits, without a float32 copy.
     """
 
     settings: TrainSettings
@@ -89,6 +92,7 @@ class Plan:
     flops_per_sequence: int
     rows: tuple[PlanRow, ...]
     left_out: dict[str, str]
+    rounding: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as values for a JSON file, with sizes in bytes."""
@@ -102,6 +106,7 @@ class Plan:
             "flops_per_sequence": self.flops_per_sequence,
             "rows": [self._row(row) for row in self.rows],
             "left_out": self.left_out,
+            "rounding": self.rounding,
         }
 
     def _row(self, row: PlanRow) -> dict[str, Any]:
@@ -137,7 +142,8 @@ def plan_recipe(
             raise ConfigError(f"plan: numbers of GPUs and sequences must be at least 1, got {number}")
     settings = read_settings(recipe)
     optimizer = optimizer_of(settings.optimizer)
-    states = states_of(meta_model(recipe), recipe.model.quantization is not None)
+    model = meta_model(recipe)
+    states = states_of(model, recipe.model.quantization is not None)
     if not states.trained:
         raise ConfigError("model: nothing is trained: `trainable` freezes every parameter")
     counts = {launch.name: _counts(launch, gpus, recipe.launch.processes) for launch in launches}
@@ -159,7 +165,14 @@ def plan_recipe(
         flops = steps.flops(launches[0])
         planner = _Planner(settings, states, optimizer, machine, steps, flops, sequences)
         rows = [planner.row(launch, count) for launch in launches for count in counts[launch.name]]
-    return Plan(settings, recipe.data.block_size, machine, states, flops, tuple(rows), left_out)
+    rounding = tuple(launch.name for launch in launches if _rounds(model, launch, steps.half(launch)))
+    return Plan(settings, recipe.data.block_size, machine, states, flops, tuple(rows), left_out, rounding)
+
+
+def _rounds(model: nn.Module, launch: Launch, half: torch.dtype | None) -> bool:
+    """Whether weights are trained in 16 bits, as `keep_steps_precise` warns of."""
+    narrow = narrow_weights(model)
+    return not launch.uses_deepspeed and any(half is None or not is_saved_whole(name) for name in narrow)
 
 
 def _counts(launch: Launch, gpus: Sequence[int], processes: int | None) -> list[int]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -105,10 +104,8 @@ def meta_model(recipe: Recipe) -> nn.Module:
     model = empty_model(recipe)
     add_graph(model, recipe)
     choose_trained(model, recipe.model.trainable)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*deprecated", FutureWarning)  # in PEFT
-        adapted = add_adapters(model, recipe.peft)
-    return adapted.to("meta")  # type: ignore[no-any-return]  # PEFT creates adapters on a real device
+    # PEFT creates adapters on a real device.
+    return add_adapters(model, recipe.peft).to("meta")  # type: ignore[no-any-return]
 
 
 class MetaStep:

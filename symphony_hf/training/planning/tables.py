@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.tables import Table, TableCell
+from symphony_hf.training.precision import REMEDY
 
 from .plan import MAX_MICRO_BATCH_SIZE, USABLE, Plan, PlanRow
 
@@ -36,6 +37,12 @@ def print_plan(plan: Plan, console: "Console | None" = None) -> None:
             console.print()
     for name, why in plan.left_out.items():
         console.print(f"{name} is left out: {why}", highlight=False)
+    if plan.rounding:
+        console.print(
+            f"{', '.join(plan.rounding)}: weights would be trained in 16 bits, where small steps are rounded away: "
+            f"{REMEDY}",
+            highlight=False,
+        )
     settings, machine = plan.settings, plan.machine
     checkpointing = "with" if settings.checkpointing else "without"
     console.print(

@@ -204,6 +204,23 @@ def test_launches_that_the_runner_refuses_are_left_out():
 
 
 @pytest.mark.thorough
+def test_launches_that_round_steps_away_are_named():
+    """DeepSpeed keeps float32 copies. Adapters are float32, and in mixed precision their routers are too."""
+
+    def found(lora, **train):
+        recipe = make_recipe(lora=lora, max_steps=1, **train)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))
+        return plan_recipe(recipe, [SINGLE, Launch("two", "zero2")], [1], Machine(1)).rounding
+
+    assert found(lora=False, bf16=True) == ("one",)
+    assert found(lora=True, bf16=True) == ()
+    assert found(lora=True) == ("one",)
+    recipe = RECIPES / "phi3-smoe-7.4b-glue" / "smoke.yaml"
+    result = run(recipe, "--model.dtype", "bfloat16", "--gpus", "1", "--gpu_memory", "1GB")
+    assert "single_gpu, ddp, cpu: weights would be trained in 16 bits" in " ".join(result.output.split())
+
+
+@pytest.mark.thorough
 def test_numbers_of_processes_that_the_runner_refuses_are_left_out():
     recipe = load_recipe(QUICKSTART, {"launch.processes": 4})
     plan = plan_recipe(recipe, [SINGLE, Launch("many", "ddp"), Launch("two", "ddp", machines=2)], [1, 2, 4, 8], SMALL)
