@@ -15,6 +15,7 @@ from pages import FAMILIES, README, ROOT, block, items, links_of, named_code, ta
 
 import symphony_hf
 from symphony_hf import SymphonyConfig
+from symphony_hf.checkpoints.model_card import EFFECT
 from symphony_hf.evaluation.report.quickstart import findings, result_table
 from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
@@ -127,10 +128,9 @@ def test_the_figures_of_upcycling_are_the_result_file():
 
 
 def test_the_figures_of_4_bits_are_the_result_files():
-    wanted = []
-    for recipe in ("olmoe-7b-sft", "mixtral-8x7b-qlora"):
-        sizes = result_of(recipe, "bytes_4bit")["bytes"]
-        wanted += [gigabytes(sizes["bfloat16"]), gigabytes(sizes["experts and linear maps in 4 bits"])]
+    sizes = [result_of(recipe, "bytes_4bit")["bytes"] for recipe in ("olmoe-7b-sft", "mixtral-8x7b-qlora")]
+    wanted = [gigabytes(size[form]) for size in sizes for form in ("bfloat16", "experts in 4 bits")]
+    wanted += [gigabytes(size["experts and linear maps in 4 bits"]) for size in sizes]
     assert re.findall(r"\d[\d.]* GB", figures("4-bit")) == wanted
 
 
@@ -148,26 +148,28 @@ def test_the_findings_are_those_of_the_result_files():
     assert chosen == {max(study["settings"]["learning_rates"])}
     assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, eight seeds" in routing
     assert (graph["clean_nats"]["num_seeds"], len(study["settings"]["tuning_seeds"])) == (8, 4)
-    assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')})" in " ".join(
+    assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')};" in " ".join(
         routing.split()
     )
     assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in routing
-    assert f"a difference of {graph['clean_nats']['smallest']:.4f}. With" in " ".join(routing.split())
+    assert f"a true difference of {graph['clean_nats']['smallest']:.4f} would" in " ".join(routing.split())
     verdicts = [graph[name]["verdict"] for name in ("clean_nats", "damaged_nats_0.15", "routing_kept_0.15")]
     assert verdicts == ["not distinguishable", "not distinguishable", "better"]
     assert dense["clean_nats"]["verdict"] == "not distinguishable"
     assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in gradient
+    seconds = [
+        statistics.median(
+            cell["train_cpu_seconds"] for cell in study["cells"] if (cell["label"], cell["stage"]) == (label, "judge")
+        )
+        for label in (DENSE, "smoe, no graph")
+    ]
+    assert f"for {seconds[0] / seconds[1]:.1f} times the CPU time" in gradient
 
     study = result_of("evidence", "characters-short")
     (dense,) = (row["against_plain"] for row in study["rows"] if row["label"] == DENSE)
     assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, three seeds" in gradient
     assert (dense["clean_nats"]["num_seeds"], dense["clean_nats"]["verdict"]) == (3, "better")
     assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in gradient
-    seconds = [
-        statistics.median(cell["train_cpu_seconds"] for cell in study["cells"] if cell["label"] == label)
-        for label in (DENSE, "smoe, no graph")
-    ]
-    assert f"for {seconds[0] / seconds[1]:.1f} times the CPU time" in gradient
 
     study = result_of("evidence", "characters-fine-tuning-short")
     (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == GRAPH)
@@ -176,12 +178,16 @@ def test_the_findings_are_those_of_the_result_files():
     first, then = (f"{number / 1e6:.1f}M" for number in tokens)
     assert f"{first} characters after {then} of another text, eight seeds" in tuning
     chosen = {row["label"]: row["chosen"] for row in study["tuning"]}
-    assert chosen[GRAPH] == 2 * chosen["smoe, no graph"]
+    assert f"{chosen[GRAPH]:g} with the graph; without it {chosen['smoe, no graph']:g}, the lowest tried" in tuning
+    assert chosen["smoe, no graph"] == min(settings["learning_rates"])
+    frozen = study["sight"]["measures"]["damaged_nats_0.15"]["frozen_routers"]
+    assert f"routers frozen at random ({interval_text(frozen, 4, sign='+')})" in " ".join(tuning.split())
+    assert graph["load_entropy"]["verdict"] == "lower"
     verdicts = {"clean_nats": "worse", "damaged_nats_0.15": "better", "forgotten_nats": "worse"}
     for name, verdict in verdicts.items():
         assert (graph[name]["num_seeds"], graph[name]["verdict"]) == (8, verdict)
         assert f"({interval_text(graph[name], 4, sign='+')}" in " ".join(tuning.split())
-    assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in " ".join(tuning.split())
+    assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more of the choices" in " ".join(tuning.split())
 
     pairs = result_of("evidence", "pairs")
     of_graph = {row["label"]: row["against_plain"] for row in pairs["rows"] if "against_plain" in row}
@@ -201,10 +207,15 @@ def test_the_findings_are_those_of_the_result_files():
     assert "better" not in {row["against_plain"]["clean"]["verdict"] for row in of_form.values()}
     assert {control[name]["verdict"] for name in ("clean", "routing_kept")} == {"not distinguishable"}
 
-    runs = {(run["settings"]["by"], run["settings"]["graph"]): run for run in result_of("quickstart", "merge")["runs"]}
-    losses = [
-        runs[key]["perplexity"]["ratio"]["estimate"] - 1 for key in (("graph", "learned"), ("outputs", "learned"))
+    runs = {
+        tuple(run["settings"][name].removeprefix("symphony-quickstart/") for name in ("model", "by", "graph")): run
+        for run in result_of("quickstart", "merge")["runs"]
+    }
+    keys = [
+        *(("symphony", by, "learned") for by in ("graph", "outputs")),
+        *(("plain", "graph", "counted"), ("plain", "outputs", "learned")),
     ]
+    losses = [runs[key]["perplexity"]["ratio"]["estimate"] - 1 for key in keys]
     assert re.findall(r"\d+%", compression) == [f"{loss:.0%}" for loss in losses]
     assert "centrality in the graph loses less than by load or by REAP" in " ".join(compression.split())
     pruned = [run for run in result_of("quickstart", "prune")["runs"] if run["settings"]["model"].endswith("symphony")]
@@ -222,6 +233,18 @@ def test_the_findings_are_those_of_the_result_files():
     added = [most("training, added", batches), most("inference, added", batches), most("inference, added", (1,))]
     assert re.findall(r"[\d.]+%", cost) == [f"{share:.2%}" for share in added]
     assert f"{max(row['ratio'] for row in bench['memory']):.4f} times" in cost
+
+
+def test_the_effect_on_cards_is_that_of_the_result_file():
+    study = result_of("evidence", "characters-fine-tuning-short")
+    (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == GRAPH)
+    clean, kept = graph["clean_nats"], graph["routing_kept_0.15"]
+    low, high = (f"{clean[end]:.4f}" for end in ("low", "high"))
+    assert f"raises the loss on clean text by {clean['estimate']:.4f} nats a character [{low}, {high}]" in EFFECT
+    assert f"{100 * kept['estimate']:.1f} points more" in EFFECT
+    assert (clean["verdict"], clean["num_seeds"], kept["verdict"]) == ("worse", 8, "better")
+    assert max(cell["parameters"] for cell in study["cells"]) == pytest.approx(1.1e6, rel=0.05)
+    assert study["command"].split(" --output")[0] in EFFECT
 
 
 def test_the_quickstarts_result_in_the_readme_is_the_result_file():

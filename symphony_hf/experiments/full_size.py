@@ -36,11 +36,11 @@ from symphony_hf.errors import ConfigError, EvaluationError, nearest
 from symphony_hf.experiments.bench.gpu.shapes import CLIP_L_336, Inputs, random_batch
 from symphony_hf.experiments.bench.results import number_cell, print_result, write_result
 from symphony_hf.experiments.bench.upcycle import check_scratch, peak_memory, report, run_alone, write_random_phi3
-from symphony_hf.files import check_file_place
 from symphony_hf.models.llava import build_llava
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs, symphonize
 from symphony_hf.patching.upcycle_modules import upcycle_modules
+from symphony_hf.results import check_file_place
 from symphony_hf.settings import check_least
 from symphony_hf.tables import Table
 

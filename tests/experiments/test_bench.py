@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import assert_folded
 
-from symphony_hf import ConfigError
+from symphony_hf import ConfigError, record_routing
 from symphony_hf.experiments.bench import commit as bench_commit
 from symphony_hf.experiments.bench import experts as bench_experts
 from symphony_hf.experiments.bench import gradient, layer_forms
@@ -50,6 +50,20 @@ def test_the_three_forms_share_experts_and_compute_the_same(is_bare):
     attention = () if is_bare else ("model.layers.0.self_attn.q_proj.weight",)
     for name in ("model.layers.0.mlp.experts.gate_up_proj", *attention):
         assert len({forms[form].get_parameter(name).data_ptr() for form in forms}) == 1
+
+
+def test_training_steps_leave_the_routing_of_the_forms_the_same():
+    """Otherwise the experts' work differs between them, and the ratio is not the cost of the graph."""
+    forms = build_forms("tiny", torch.device("cpu"), torch.float32, is_bare=True)
+    inputs = torch.randn(1, 64, 32)
+    for _ in range(300):
+        layer_forms.training_step(forms["symphony"], inputs)
+    chosen = []
+    for name in ("stock", "symphony"):
+        with record_routing(forms[name].eval()) as choices, torch.no_grad():
+            forms[name](inputs_embeds=inputs)
+        chosen.append(choices.experts.sort(-1).values)
+    assert torch.equal(*chosen)
 
 
 def test_rows_and_json(tmp_path, capsys):
@@ -190,7 +204,8 @@ def test_the_true_shapes_are_those_of_the_models():
 def test_one_round_of_upcycling_has_no_peak_memory_without_the_check(capsys, tmp_path, monkeypatch):
     run = {"seconds_writing": 1.0, "seconds_checking": 1.0, "weight_bytes": 1, "parameters": 1, "exactness": {}}
     monkeypatch.setattr(bench_upcycle, "_upcycle", lambda *_, **__: {**run, "peak_memory_bytes": 2_000_000_000})
-    monkeypatch.setattr(bench_upcycle, "_copy", lambda *_: 1.0)
+    for name in ("_copy", "_settle"):
+        monkeypatch.setattr(bench_upcycle, name, lambda *_: 1.0)
     monkeypatch.setattr(bench_upcycle, "write_random_phi3", lambda *_: 1)
     result = bench_upcycle.run_bench_upcycle(tmp_path, rounds=1, output=tmp_path / "upcycle.json")
     assert (result["peak_memory_bytes"], result["peak_memory_bytes_with_check"]) == (None, 2_000_000_000)

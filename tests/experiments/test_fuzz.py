@@ -200,7 +200,7 @@ def edit_config(folder, **values):
         ({"quantization_config": {"quant_method": "x"}}, "quantized"),
         ({"architectures": ["SymphonyNoneSuch"]}, "no model class NoneSuch"),
         ({"architectures": None}, "no model class in its config"),
-        ({"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000, and the files have"),
+        ({"num_hidden_layers": 10**9}, r"asks for far more modules than the \d+ tensors of the files can fill"),
         ({"hidden_size": 2**20}, "asks for .* weights, and the files have"),
         ({"vocab_size": -1}, "no model can be built from it"),
         ({"hidden_act": "none such"}, "no model can be built from it"),

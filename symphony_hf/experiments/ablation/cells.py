@@ -130,6 +130,8 @@ def digest_of(study: Study, cell: StudyRun, text_digest: str) -> str:
         "train": {**train, "steps": steps, "rows": study.batch_size, "block_size": recipe.data.block_size},
         "text": text_digest,
     }
+    if study.contamination and cell.stage != "pretrain":  # studies with and without it share their pre-training
+        identity["contamination"] = [study.contamination, recipe.eval.seed]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -23,6 +23,13 @@ NO_VERDICT = "no verdict"
 DIVERGED = "diverged"
 """Verdict where a run diverged: the seeds that are left would be a choice of the good ones."""
 
+SMALLEST = (
+    "Smallest difference: a true difference of this size is found four times out of five by a paired t-test over these "
+    "seeds, two-sided at 95%. It is pooled over the forms, each against its own system. A smaller one may be there and "
+    "not be found."
+)
+WITH_A_VERDICT = "Verdicts are given on measures in which a control differs from SMoE."
+
 Runs = Mapping[int, Mapping[str, Any]]
 """Finished runs of a point, by seed."""
 
@@ -199,11 +206,8 @@ def sight_page(sight: Mapping[str, Any]) -> list[str]:
         "",
         sight_table(sight).to_markdown(),
         "",
-        "Smallest difference: what a paired t-test over these seeds, two-sided at 95%, finds four times out of five: "
-        "(t at 97.5% + t at 80%) times the standard deviation of the differences by seed, over the square root of the "
-        "number of seeds; the deviation is pooled over the forms, each against its own system. A difference below it "
-        "may be there and not be found. "
-        "Verdicts are given on measures in which a control differs from SMoE.",
+        f"{SMALLEST} That is (t at 97.5% + t at 80%) times the standard deviation of the differences by seed, over the "
+        f"square root of the number of seeds. {WITH_A_VERDICT}",
     ]
 
 

@@ -19,6 +19,11 @@ ROUTING_STABILITY = (
 )
 """Explanation of these columns."""
 
+BY_CHANCE = (
+    "Verdicts are not corrected for multiple comparisons: of those in which nothing differs, expect one in twenty to "
+    "be better or worse by chance."
+)
+
 CHOICES_KEPT = ROUTING_STABILITY.replace("Routing stability", "Choices kept").replace("word", "character")
 
 
@@ -49,7 +54,7 @@ def shown_measures(report: Mapping[str, Any]) -> list[str]:
 
 def compared_measures(report: Mapping[str, Any]) -> list[str]:
     """Return the measures whose comparisons are in the table."""
-    return [name for name in shown_measures(report) if name not in ("ratio", "load_entropy")]
+    return [name for name in shown_measures(report) if name != "ratio"]
 
 
 def _level_text(values: Mapping[str, Any], measure: str) -> str:
@@ -86,7 +91,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"{settings['tokens']:,} tokens per run, seeds {', '.join(map(str, settings['seeds']))}. "
         f"{_UNITS[settings['tokenizer']]} Means with 95% t-intervals over seeds in brackets; comparisons are paired by "
-        "seed. Verdicts are not corrected for multiple comparisons: expect one in twenty to be chance.",
+        f"seed. {BY_CHANCE}",
         "",
         ROUTING_STABILITY if settings["tokenizer"] == "words" else CHOICES_KEPT,
         "",
@@ -134,10 +139,12 @@ def tuning_page(report: Mapping[str, Any]) -> list[str]:
     for tuned in report["tuning"]:
         losses = [f"{tuned['losses'][rate]:.4f}" if rate in tuned["losses"] else "" for rate in rates]
         rows.append([tuned["label"], *losses, "" if tuned["chosen"] is None else f"{tuned['chosen']:g}"])
-    at_the_end = {f"{tuned['chosen']:g}" for tuned in report["tuning"] if tuned["chosen"] is not None}
-    at_the_end &= {rates[0], rates[-1]} if len(rates) > 1 else set()
-    beyond = (
-        f" Where {' or '.join(sorted(at_the_end))} was chosen, a rate beyond it may be better." if at_the_end else ""
+    chosen = {f"{tuned['chosen']:g}" for tuned in report["tuning"] if tuned["chosen"] is not None}
+    ends = {"lowest": rates[0], "highest": rates[-1]} if len(rates) > 1 else {}
+    beyond = "".join(
+        f" {rate} is the {end} rate tried: for the forms that chose it, a {end[:-3]}er one may be better."
+        for end, rate in ends.items()
+        if rate in chosen
     )
     return [
         "",

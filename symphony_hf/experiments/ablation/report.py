@@ -90,6 +90,7 @@ def _settings(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
     assert recipe.model.config is not None
     first: Mapping[str, Any] = next((runs[min(runs)] for runs in by_point.values() if runs), {})
     return {
+        "title": study.title,
         "model": recipe.model.config,
         "hidden_size": AutoConfig.for_model(**recipe.model.config).hidden_size,
         "base": dataclasses.asdict(study.base.canonical()),

@@ -39,7 +39,7 @@ from .cells import (
 from .measure import DivergedError, measure, read_stream
 from .report import CURVES, GRAPHS, PAGE, POINTS, write_ablation
 from .study import Study, load_study, parse_changes
-from .text import StudyText, prepare_streams, read_streams
+from .text import StudyText, contaminated, prepare_streams, read_streams
 from .train import build_model, train
 
 _TRIAL_STEPS = 4
@@ -113,11 +113,12 @@ def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | N
     assert (first is None and cell.stage != "pretrain") or results is not None
     checkpoint = None if first is None or results is None else results.checkpoint(first)
     model = build_model(study, cell.point, text.vocab_size, checkpoint)
-    stream, steps = text.train, study.steps
     if cell.stage == "pretrain":
         assert study.pretraining is not None
         assert text.pretrain is not None
         stream, steps = text.pretrain, study.pretraining.max_steps
+    else:
+        stream, steps = contaminated(study, text), study.steps
     trained = train(model, study, cell.point, cell.seed, stream, rate=cell.rate, steps=steps)
     started = time.perf_counter()
     if cell.stage == "judge":

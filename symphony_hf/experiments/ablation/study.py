@@ -27,7 +27,8 @@ class Pretraining:
 
     Args:
         path: Text to pre-train on, as `data.path`; what a run forgets is measured on its test split.
-        max_steps: Number of optimizer steps, at the recipe's batch size and learning rate.
+        max_steps: Number of optimizer steps, at the recipe's batch size and learning rate, and with the
+            study's warm-up steps.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Study:
         learning_rates: Learning rates that each point is tried at; the recipe's alone when empty. The one with the
             lowest loss on held-out training text, as a mean over `tuning_seeds`, is the point's.
         tuning_seeds: Seeds for the choice of the learning rate, none of which is in `seeds`.
+        title: Heading of its results in EVIDENCE.md; made of its regime when empty.
         command: Command of the study, for the report, without the path of its text.
     """
 
@@ -73,12 +75,15 @@ class Study:
     pretraining: Pretraining | None = None
     learning_rates: tuple[float, ...] = ()
     tuning_seeds: tuple[int, ...] = ()
+    title: str = ""
     command: str = ""
 
     def __post_init__(self) -> None:
         for system in self.systems:
             if system not in SYSTEMS:
                 raise ConfigError(f"{WHERE}: `systems` has {system!r}; known are {', '.join(SYSTEMS)}")
+        if not isinstance(self.title, str):
+            raise ConfigError(f"{WHERE}: `title` must be text; got {self.title!r}")
         if not isinstance(self.product, bool):
             raise ConfigError(f"{WHERE}: `product` must be true or false; got {self.product!r}")
         self._check_seeds()
@@ -195,8 +200,8 @@ def load_study(path: str | Path, overrides: dict[str, Any] | None = None) -> Stu
     path = Path(path)
     where = f"study `{path}`"
     values = read_yaml(path, where)
-    known = ("recipe", "overrides", "base", "axes", "product", "test_tokens", "contamination", "pretraining", *_LISTS)
-    values = check_names(values, known, where)
+    known = ("recipe", "overrides", "base", "axes", "product", "test_tokens", "contamination", "pretraining", "title")
+    values = check_names(values, (*known, *_LISTS), where)
     changes = dict(overrides or {})
     if values.get("pretraining") is not None or any(name.startswith("pretraining.") for name in changes):
         pretraining = check_names(values.get("pretraining") or {}, None, f"{where}: pretraining")

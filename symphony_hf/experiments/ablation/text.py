@@ -40,7 +40,7 @@ class StudyText(NamedTuple):
     """Token streams and their vocabulary.
 
     Attributes:
-        train: Training tokens. All streams are int64. Shape: (tokens,).
+        train: Training tokens, without the study's contamination. All streams are int64. Shape: (tokens,).
         validation: Tokens of the validation documents.
         test: Tokens of the test documents.
         attacked: Forms of `test` by attack, of the same length: each changed token is replaced by one token.
@@ -93,7 +93,6 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
     for name, stream in streams.items():
         if name.startswith(_ATTACKED):
             _check_attacked(study, f"{corpus.source}: {name}", streams["test"], stream)
-    streams["train"] = replace_at_random(streams["train"], study.contamination, vocab_size, settings.seed)
     digest = hashlib.sha256(str(vocab_size).encode())
     for name, stream in streams.items():
         digest.update(name.encode() + stream.tobytes())
@@ -102,6 +101,12 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
         with replacing(path) as written, written.open("wb") as file:
             np.savez(file, **streams, vocab_size=np.array(vocab_size))  # type: ignore[arg-type]
     return read_streams(folder, digest.hexdigest())
+
+
+def contaminated(study: Study, text: StudyText) -> Tensor:
+    """Return a study's training tokens, with its contamination. Shape: (tokens,)."""
+    seed = study.recipe.eval.seed
+    return torch.from_numpy(replace_at_random(text.train.numpy(), study.contamination, text.vocab_size, seed))
 
 
 def read_streams(folder: Path, digest: str) -> StudyText:

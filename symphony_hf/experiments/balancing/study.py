@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from symphony_hf.evaluation.statistics import interval_text, t_interval
 from symphony_hf.experiments.bench.results import print_result, write_result
-from symphony_hf.files import check_file_place
+from symphony_hf.results import check_file_place
 from symphony_hf.settings import check_least
 from symphony_hf.tables import Table, TableCell
 

@@ -22,9 +22,9 @@ from transformers import OlmoeConfig, OlmoeModel, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from symphony_hf.experiments.distributed.loops import local_group
-from symphony_hf.files import check_file_place
 from symphony_hf.patching.attachment import tracker_of, update_graphs
 from symphony_hf.patching.symphonize import symphonize
+from symphony_hf.results import check_file_place
 from symphony_hf.tables import Table
 from symphony_hf.training.callback import SymphonyCallback
 from symphony_hf.training.monitor import GraphMonitor

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from symphony_hf.files import check_file_place
 from symphony_hf.models.dense_mlp import MlpParts
 from symphony_hf.models.upcycled_moe import UpcycledMoE
+from symphony_hf.results import check_file_place
 from symphony_hf.settings import check_least
 from symphony_hf.tables import Table
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from symphony_hf.errors import ConfigError, nearest
-from symphony_hf.files import check_file_place
+from symphony_hf.results import check_file_place
 
 from .gradient import bench_gradients
 from .layer_forms import (

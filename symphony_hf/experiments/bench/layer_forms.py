@@ -16,6 +16,8 @@ from symphony_hf.patching.symphonize import is_symphonized, symphonize, symphony
 from symphony_hf.training.planning.step import LiveBytes
 from symphony_hf.training.routing_monitor import RoutingMonitor
 
+from .timing import DECAY
+
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
         "model_type": "mixtral",
@@ -96,7 +98,7 @@ def build_forms(
             router is left.
 
     Returns:
-        The `stock`, `symphony` and `folded` models, which compute the same outputs.
+        The `stock`, `symphony` and `folded` models, which compute the same outputs, also after training steps.
     """
     widths = ("intermediate_size", "moe_intermediate_size") if is_bare else ()
     shape = {key: 8 if key in widths else value for key, value in SHAPES[name].items()}
@@ -111,7 +113,7 @@ def build_forms(
     shared = {id(p): p for p_name, p in symphony.named_parameters() if not p_name.endswith("gate.weight")}
     stock, folded = (copy.deepcopy(symphony, memo=dict(shared)) for _ in range(2))
     for model in (symphony, folded):
-        symphonize(model)
+        symphonize(model, decay=DECAY)
         for seed, (_, router) in enumerate(symphony_routers(model)):
             graph = active_graph(router.symphony)
             random = torch.rand(graph.num_experts, graph.num_experts, generator=torch.Generator().manual_seed(seed))

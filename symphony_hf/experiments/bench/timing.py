@@ -16,6 +16,10 @@ from symphony_hf.errors import ConfigError
 MIN_ROUNDS = 5
 """Minimum number of rounds: fewer ratios have no meaningful quartiles."""
 
+DECAY = 0.999999
+"""Decay of the graphs in training. They are updated at every step, at their full cost, but change so little that the
+routing, and with it the work of the experts, stays that of the stock form."""
+
 WARM_UP = 3
 """Untimed steps of each form, which choose kernels, grow the memory pool and create optimizer states."""
 

@@ -1,8 +1,7 @@
 """`symphony bench-upcycle`: upcycling at Phi-3-mini's true shapes, compared with a plain copy of as many bytes.
 
 The dense checkpoint has seeded random values. Each upcycling runs in a process of its own, and its peak resident memory
-is reported. Both flush their files to the disk. The page cache is left alone, so reading may be faster than from a cold
-disk, for both.
+is reported. Both read what the disk holds and memory does not, and flush their files to the disk.
 """
 
 import json
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Phi3Config
 
 from symphony_hf.errors import ConfigError, EvaluationError, SymphonyError
-from symphony_hf.files import check_file_place
+from symphony_hf.results import check_file_place
 from symphony_hf.tables import Table, TableCell
 
 from .results import number_cell, print_result, range_cell, write_result
@@ -66,7 +65,7 @@ def run_bench_upcycle(
         again: list[float] = []
         for number in tqdm(range(rounds), desc="bench-upcycle", unit=" rounds", disable=None):
             shutil.rmtree(target, ignore_errors=True)
-            _settle()
+            _settle(dense)
             runs.append(_upcycle(dense, target, check=number == 0))
             copies.append(_copy(target, Path(scratch) / "copy"))
             again.append(_copy(target, Path(scratch) / "copy"))
@@ -181,14 +180,22 @@ def report(measure: Callable[[], dict[str, Any]]) -> None:
     print(json.dumps(values))
 
 
-def _settle() -> None:
-    """Wait for the disk: what was written or deleted before must not be flushed in the time of what follows."""
+def _settle(source: Path) -> None:
+    """Wait for the disk, and let it forget what will be read.
+
+    What was written or deleted before is not flushed in the time of what follows, and a copy of files that were just
+    written does not read them from memory where upcycling reads its own from the disk.
+    """
     if hasattr(os, "sync"):
         os.sync()
+    if hasattr(os, "posix_fadvise"):
+        for path in source.iterdir():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(source: Path, target: Path) -> float:
-    _settle()
+    _settle(source)
     started = time.perf_counter()
     target.mkdir()
     for file in sorted(source.iterdir()):

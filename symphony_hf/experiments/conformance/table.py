@@ -8,8 +8,9 @@ from rich.console import Console
 
 from symphony_hf.compat import transformers_version
 from symphony_hf.errors import ConfigError
-from symphony_hf.files import check_file_place, write_text
+from symphony_hf.files import write_text
 from symphony_hf.patching.families.capability import Limited, Unsupported
+from symphony_hf.results import check_file_place
 from symphony_hf.tables import Table
 
 from .checks import NO_AUX_TERM

@@ -44,14 +44,15 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
     damage = max(study["settings"]["damage"])
     lines = [f"- **{study_title(study)}**: {sight_sentence(study['sight'])}"]
     forgotten = ["forgotten_nats"] if study["settings"]["pretraining_steps"] else []
-    for measure in ("clean_nats", *forgotten, f"damaged_nats_{damage:g}", f"routing_kept_{damage:g}"):
+    texts = ("clean_nats", *forgotten, f"damaged_nats_{damage:g}")
+    for measure in (*texts, f"routing_kept_{damage:g}", "load_entropy"):
         found = []
         for row in _compared(study):
             values = row["against_plain"][measure]
             verdict = "" if values["verdict"] == NO_VERDICT else f", {values['verdict']}"
             found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
         heading = f"**{study_title(study)}, {title_of(measure)}**, against the same system without a graph"
-        lines.append(f"- {heading}: {'; '.join(found)}.")
+        lines.append(f"- {heading}: {'; '.join(found)}.{_frozen(study, measure)}")
     better = _labels_of(_compared(study), "clean_nats", "better")
     if study["settings"]["learning_rates"] and study["sight"]["concludes"]:
         lines.append(f"- **{study_title(study)}, defaults**: {_winners(study)}.")
@@ -63,29 +64,57 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _frozen(study: Mapping[str, Any], measure: str) -> str:
+    """Return the sentence on the control with frozen routers: what differs from no graph may not need a graph."""
+    values = study["sight"]["measures"][measure].get("frozen_routers")
+    return "" if values is None else f" The control, routers frozen at random: {_difference(values, measure)}."
+
+
+def _is_better_frozen(study: Mapping[str, Any], measure: str) -> bool:
+    """Whether routers that are frozen at random are better than trained ones, so that no form of them wins there."""
+    values = study["sight"]["measures"][measure].get("frozen_routers")
+    return values is not None and values["high"] is not None and values["high"] < 0
+
+
 def _winners(study: Mapping[str, Any]) -> str:
     """Return the forms that are better on clean or damaged text, and worse on neither."""
     texts = ["clean_nats", *(f"damaged_nats_{rate:g}" for rate in study["settings"]["damage"])]
+    without = [name for name in texts if _is_better_frozen(study, name)]
     won: list[str] = []
     traded: list[str] = []
     for row in _compared(study):
-        verdicts = {row["against_plain"][name]["verdict"] for name in texts}
+        verdicts = {
+            verdict
+            for name in texts
+            if (verdict := row["against_plain"][name]["verdict"]) != "better" or name not in without
+        }
         if "better" in verdicts:
             (traded if "worse" in verdicts else won).append(f"`{row['label']}`")
     found = (
-        f"better on clean or damaged text, and worse on neither: {', '.join(won)}"
+        f"better on one of the texts and worse on none: {', '.join(won)}"
         if won
-        else "no form is better on clean or damaged text without being worse on the other, so the defaults stay"
+        else "no form is better on one of the texts and worse on none, so the defaults stay"
     )
-    return found + (f"; better on one and worse on another: {', '.join(traded)}" if traded else "")
+    found += f"; better on one and worse on another: {', '.join(traded)}" if traded else ""
+    if without:
+        found += (
+            f"; not counted: better on {' and '.join(title_of(name).removeprefix('nats, ') for name in without)} text, "
+            "where routers frozen at random are better than trained ones, too"
+        )
+    return found
 
 
 def study_title(study: Mapping[str, Any]) -> str:
-    """Return the heading of a study of characters: its regime, and whether each form has a learning rate of its own."""
+    """Return the heading of a study of characters: its title, or its regime and whether learning rates were tuned.
+
+    Reports of earlier versions have no title.
+    """
     settings = study["settings"]
+    if settings.get("title"):
+        return settings["title"]
     regime = "fine-tuning" if settings["pretraining_steps"] else "pre-training"
     if settings["contamination"]:
-        regime = "contaminated text"
+        regime += " on contaminated text"
     return f"Characters, {regime}" + (", tuned learning rates" if settings["learning_rates"] else "")
 
 

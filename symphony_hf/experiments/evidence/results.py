@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from symphony_hf.errors import DataError
-from symphony_hf.files import check_file_place, read_object, write_json, write_text
+from symphony_hf.files import read_object, write_json, write_text
+from symphony_hf.results import check_file_place
 
 from .page import CHARACTERS, evidence_page
 

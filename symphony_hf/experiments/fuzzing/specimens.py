@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from symphony_hf.conversion.adapters.record import record_adapters
 from symphony_hf.patching.expert_graph import ExpertGraph
 from symphony_hf.patching.symphonize import symphonize
 from symphony_hf.patching.upcycle_modules import upcycle_modules
@@ -40,7 +39,7 @@ def make_specimens(folder: Path) -> None:
     model = upcycle_modules(AutoModelForImageTextToText.from_config(llava), "*multi_modal_projector")
     _move(symphonize(model, normalization="conditional")).save_pretrained(folder / "upcycled")
     adapted = add_adapters(symphonize(make_base(), warmup_steps=10), PeftSection(router="train", r=2))
-    record_adapters(_move(adapted))
+    _move(adapted)
     adapted.save_pretrained(folder / "adapter")
 
 

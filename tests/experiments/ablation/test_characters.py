@@ -11,14 +11,14 @@ from study_files import write_text
 from torch.nn import functional as F
 
 from symphony_hf.errors import DataError
-from symphony_hf.experiments.ablation.cells import Results, StudyRun, pretraining_of
+from symphony_hf.experiments.ablation.cells import Results, StudyRun, digest_of, pretraining_of
 from symphony_hf.experiments.ablation.damage import SPECIAL_TOKENS, damage_batch, replace_at_random
 from symphony_hf.experiments.ablation.graph_control import GraphControl
 from symphony_hf.experiments.ablation.measure import measure
 from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.ablation.run import run_ablation, run_cell
 from symphony_hf.experiments.ablation.study import load_study
-from symphony_hf.experiments.ablation.text import prepare_streams, read_streams
+from symphony_hf.experiments.ablation.text import contaminated, prepare_streams, read_streams
 from symphony_hf.experiments.ablation.train import build_model, train
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -115,11 +115,25 @@ def test_training_under_damage_is_another_training(study, text):
 
 
 def test_contamination_is_in_the_training_text_alone(make, tmp_path):
-    clean, contaminated = (prepare_streams(make(f"contamination: {rate}"), tmp_path / "out") for rate in (0.0, 0.2))
-    assert 0.15 < (clean.train != contaminated.train).float().mean() < 0.2
-    assert torch.equal(clean.validation, contaminated.validation)
-    assert torch.equal(clean.test, contaminated.test)
-    assert clean.digest != contaminated.digest
+    first = f"pretraining: {{path: {write_text(tmp_path / 'first')}, max_steps: 1}}"
+    studies = [make(f"{first}\ncontamination: {rate}") for rate in (0.0, 0.2)]
+    texts = [prepare_streams(study, tmp_path / "out") for study in studies]
+    assert texts[0].digest == texts[1].digest  # one text for all that is not trained on
+    clean, damaged = (contaminated(study, text) for study, text in zip(studies, texts, strict=True))
+    assert torch.equal(clean, texts[1].train)
+    assert 0.15 < (clean != damaged).float().mean() < 0.2
+    # The models that are fine-tuned are the same, and what is fine-tuned is not.
+    for stage, is_shared in (("pretrain", True), ("tune", False), ("judge", False)):
+        digests = {digest_of(study, StudyRun(PLAIN, 0, stage), texts[0].digest) for study in studies}
+        assert (len(digests) == 1) == is_shared
+
+
+def test_a_contaminated_run_trains_on_the_damage(make, tmp_path):
+    runs = []
+    for rate in (0.0, 0.4):
+        study = make(f"contamination: {rate}")
+        runs.append(run_cell(study, StudyRun(PLAIN, 0), prepare_streams(study, tmp_path / "out"))["curve"])
+    assert runs[0] != runs[1]
 
 
 def strengths_of(study, text, graph):
@@ -245,5 +259,5 @@ def test_gradients_of_the_router_are_forms_with_and_without_a_graph(make, text):
 @pytest.mark.thorough
 def test_the_studies_of_the_recipe_are_valid():
     folder = Path(__file__).parents[3] / "recipes" / "wikitext103-216m" / "ablation"
-    for name in ("pretraining", "contamination", "fine-tuning", "pairs", "axes"):
-        assert load_study(folder / f"{name}.yaml").left_out() == []
+    for path in folder.glob("*.yaml"):
+        assert load_study(path).left_out() == []

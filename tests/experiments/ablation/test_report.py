@@ -263,7 +263,9 @@ def test_the_learning_rate_is_chosen_on_its_own_seeds_and_judged_once(make_study
     assert "may be better" not in page
     for cell in tuning_cells(study):
         results.save(cell, {**result(1.0, 1.0, 1.0), "validation_loss": -cell.rate})
-    assert "Where 0.3 was chosen, a rate beyond it may be better." in markdown(write_ablation(study, results, {}))
+    assert "0.3 is the highest rate tried: for the forms that chose it, a higher one may be better." in markdown(
+        write_ablation(study, results, {})
+    )
 
 
 def test_a_form_that_diverges_at_every_learning_rate_is_listed_and_not_waited_for(make_study, tmp_path):

@@ -9,15 +9,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from symphony_hf.experiments.bench.timing import DECAY
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.folding import fold
 from symphony_hf.patching.symphonize import all_routers, expert_graphs, symphonize
 
 from .flops import LORA_RANK, LORA_TARGETS
-
-DECAY = 0.999999
-"""Decay of the graphs in training. They are updated at every step, at their full cost, but change so little that the
-routing, and with it the work of the experts, stays that of the stock form."""
 
 LEARNING_RATE = 1e-5
 
