@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError, SymphonyError
+from .errors import ConfigError, SymphonyError
+from .locks import locked
 
 CONFIG, ADAPTER_CONFIG, TOKENIZER_CONFIG = "config.json", "adapter_config.json", "tokenizer_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,9 +53,9 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: If another process is writing the same folder.
     """
-    with _locked(target):
+    folder = place_to_write(target)
+    with locked(folder.with_name(f"{target.name}.lock"), target):
         clear(target)
-        folder = place_to_write(target)
         folder.mkdir(parents=True)
         try:
             yield folder
@@ -62,38 +63,6 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         except BaseException:
             clear(target)
             raise
-
-
-@contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Lock a folder's name against other processes, as far as the system can, until the block or this process ends."""
-    lock = place_to_write(target).with_name(f"{target.name}.lock")
-    with contextlib.ExitStack() as files:
-        while os.name == "posix" and not _lock(lock, target, files):
-            pass  # another process removed it, or its folder, between our steps
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)  # before it is closed: a process that has opened it will find it removed
-            remove_if_empty(lock.parent)
-
-
-def _lock(lock: Path, target: Path, files: contextlib.ExitStack) -> bool:
-    """Create and lock a file, to be closed with `files`. Return whether it still has its name."""
-    import fcntl
-
-    with contextlib.suppress(FileExistsError):
-        lock.parent.mkdir(parents=True)
-    try:
-        file = files.enter_context(lock.open("w"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
-    except FileNotFoundError:
-        return False
-    except BlockingIOError as error:
-        raise CheckpointError(f"another process is writing `{target}`: try again when it has finished") from error
-    except OSError:
-        return True  # the file system has no locks
 
 
 def finish(target: Path, recorded: Collection[str] | None = None) -> None:

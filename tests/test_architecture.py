@@ -12,6 +12,7 @@ import symphony_hf
 ROOT = Path(symphony_hf.__file__).parent
 ORDER = (
     ("errors", "compat"),
+    ("locks",),
     ("files", "tables", "settings"),
     ("config", "results"),
     ("recipe",),
@@ -27,7 +28,7 @@ ORDER = (
     ("cli",),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-WITHOUT_TRANSFORMERS = {"errors", "files", "results", "settings", "config", "recipe", "routing"}
+WITHOUT_TRANSFORMERS = {"errors", "locks", "files", "results", "settings", "config", "recipe", "routing"}
 ONLY_IN = {  # rooms that may import it; True: inside functions alone
     "matplotlib": ({"diagnostics"}, False),
     "peft": ({"conversion", "training", "experiments"}, True),

@@ -102,6 +102,13 @@ def test_a_lock_that_another_process_removes_is_taken_again(remove, tmp_path, mo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_parent_that_is_a_link_to_nothing_is_an_error(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(FileExistsError), replacing_folder(tmp_path / "runs" / "model"):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
 def test_a_link_that_is_replaced_leaves_what_it_points_to(tmp_path):
     stored, target = tmp_path / "storage", tmp_path / "final"
     stored.mkdir()

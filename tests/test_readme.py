@@ -171,23 +171,33 @@ def test_the_findings_are_those_of_the_result_files():
     assert (dense["clean_nats"]["num_seeds"], dense["clean_nats"]["verdict"]) == (3, "better")
     assert f"({interval_text(dense['clean_nats'], 4, sign='+')})" in gradient
 
-    study = result_of("evidence", "characters-fine-tuning-short")
-    (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == GRAPH)
-    settings = study["settings"]
+    study, second = (result_of("evidence", f"characters-fine-tuning-{name}") for name in ("forms", "short"))
+    settings, text = study["settings"], " ".join(tuning.split())
     tokens = settings["tokens"], settings["tokens"] / settings["steps"] * settings["pretraining_steps"]
     first, then = (f"{number / 1e6:.1f}M" for number in tokens)
-    assert f"{first} characters after {then} of another text, eight seeds" in tuning
-    chosen = {row["label"]: row["chosen"] for row in study["tuning"]}
-    assert f"{chosen[GRAPH]:g} with the graph; without it {chosen['smoe, no graph']:g}, the lowest tried" in tuning
-    assert chosen["smoe, no graph"] == min(settings["learning_rates"])
+    assert f"{first} characters after {then} of another text, eight seeds" in text
+    graph, centred, damage = (
+        next(row["against_plain"] for row in study["rows"] if row["label"] == label)
+        for label in (GRAPH, "smoe, normalization centred", "smoe, no graph, damage 0.05")
+    )
+    (again,) = (row["against_plain"] for row in second["rows"] if row["label"] == GRAPH)
     frozen = study["sight"]["measures"]["damaged_nats_0.15"]["frozen_routers"]
-    assert f"routers frozen at random ({interval_text(frozen, 4, sign='+')})" in " ".join(tuning.split())
-    assert graph["load_entropy"]["verdict"] == "lower"
-    verdicts = {"clean_nats": "worse", "damaged_nats_0.15": "better", "forgotten_nats": "worse"}
-    for name, verdict in verdicts.items():
-        assert (graph[name]["num_seeds"], graph[name]["verdict"]) == (8, verdict)
-        assert f"({interval_text(graph[name], 4, sign='+')}" in " ".join(tuning.split())
-    assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more of the choices" in " ".join(tuning.split())
+    for values, verdict in (
+        (graph["clean_nats"], "worse"),
+        (again["clean_nats"], "worse"),
+        (graph["forgotten_nats"], "worse"),
+        (graph["damaged_nats_0.15"], "not distinguishable"),
+        (frozen, None),
+        (centred["clean_nats"], "not distinguishable"),
+        (centred["forgotten_nats"], "worse"),
+        (damage["damaged_nats_0.15"], "better"),
+        (damage["clean_nats"], "worse"),
+    ):
+        assert (values["num_seeds"], values.get("verdict")) == (8, verdict)
+        assert interval_text(values, 4, sign="+") in text
+    kept = [100 * form["routing_kept_0.15"]["estimate"] for form in (graph, centred)]
+    assert re.findall(r"([\d.]+) points more", text) == [f"{points:.1f}" for points in kept]
+    assert (frozen["high"] < 0, graph["load_entropy"]["verdict"]) == (True, "lower")
 
     pairs = result_of("evidence", "pairs")
     of_graph = {row["label"]: row["against_plain"] for row in pairs["rows"] if "against_plain" in row}
@@ -235,16 +245,18 @@ def test_the_findings_are_those_of_the_result_files():
     assert f"{max(row['ratio'] for row in bench['memory']):.4f} times" in cost
 
 
-def test_the_effect_on_cards_is_that_of_the_result_file():
-    study = result_of("evidence", "characters-fine-tuning-short")
+def test_the_effect_on_the_first_screen_and_on_cards_is_that_of_the_result_file():
+    study = result_of("evidence", "characters-fine-tuning-forms")
     (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == GRAPH)
     clean, kept = graph["clean_nats"], graph["routing_kept_0.15"]
     low, high = (f"{clean[end]:.4f}" for end in ("low", "high"))
-    assert f"raises the loss on clean text by {clean['estimate']:.4f} nats a character [{low}, {high}]" in EFFECT
-    assert f"{100 * kept['estimate']:.1f} points more" in EFFECT
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for effect in (EFFECT, text[text.index("What to expect") : text.index("## Try it")]):
+        assert f"raises the loss on clean text by {clean['estimate']:.4f} nats a character [{low}, {high}]" in effect
+        assert f"{100 * kept['estimate']:.1f} points more" in effect
+        assert study["command"].split(" --output")[0] in effect
     assert (clean["verdict"], clean["num_seeds"], kept["verdict"]) == ("worse", 8, "better")
     assert max(cell["parameters"] for cell in study["cells"]) == pytest.approx(1.1e6, rel=0.05)
-    assert study["command"].split(" --output")[0] in EFFECT
 
 
 def test_the_quickstarts_result_in_the_readme_is_the_result_file():

@@ -83,11 +83,18 @@ def open_hub(
 
 
 def has_configuration(name: str, config: str, revision: str | None, instead: str) -> bool:
-    """Return whether a data set of the Hub has a configuration. Arguments and errors: `load_hub`."""
+    """Return whether a data set of the Hub, or its copy in the cache when offline, has a configuration.
+
+    Arguments and errors: `load_hub`.
+    """
     import datasets
 
     with _hub_errors(name, instead):
-        return config in datasets.get_dataset_config_names(name, **_given(revision=revision))
+        try:  # `datasets` can list configurations, but not those in the cache
+            datasets.load_dataset_builder(name, config, **_given(revision=revision))
+        except ValueError:
+            return False
+    return True
 
 
 def open_table(path: Path) -> "IterableDataset":

@@ -52,7 +52,8 @@ def embedded_corpus() -> Corpus:
     if num_characters < _ENOUGH:
         raise DataError(
             f"no embedded corpus: expected the sources of Python's standard library (over {_ENOUGH:,} characters) "
-            f"in {root}, found {num_characters:,}; give data: a text file, a folder, or the name of a data set"
+            f"in {root}, found {num_characters:,}; give `data.path` in a recipe, or `--data`: a text file, a "
+            "folder, or the name of a data set"
         )
     splits = complete_splits({"train": list(documents.values())}, by_name)
     return build_corpus(splits, source=f"standard library of Python {platform.python_version()}")
@@ -108,7 +109,7 @@ def described_names() -> list[Described]:
     if len(found) < _ENOUGH_SUMMARIES:
         raise DataError(
             f"the library of this Python describes {len(found)} of its functions, expected over {_ENOUGH_SUMMARIES}: "
-            "run without -OO, or give data"
+            "run without -OO, or give `data.path` in a recipe, or `--data`"
         )
     return list(found.values())
 

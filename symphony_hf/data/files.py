@@ -106,19 +106,22 @@ def read_folder(folder: Path, text_column: str, lines: bool = False) -> dict[str
 def entries_by_split(folder: Path, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, list[Path]]:
     """Return the files and subfolders that are named after a split, by split, sorted.
 
-    `names` are names of splits -> our names. The first name that the folder has is used.
+    `names` are names of splits -> our names, and those of `SPLIT_NAMES` are known in any case. A split is all entries
+    that are named after it, or, if the folder has a name that is not in `SPLIT_NAMES`, those with the first such name.
     """
+    own = {name: split for name, split in names.items() if name not in SPLIT_NAMES}
+    known = {**own, **SPLIT_NAMES}
     named: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
-        found = names.keys() & set(re.split("[.-]", entry.name.lower()))
+        found = known.keys() & set(re.split("[.-]", entry.name.lower()))
         readable = entry.is_dir() or entry.suffix.lower() in _SPLIT_SUFFIXES
-        if len({names[name] for name in found}) == 1 and readable and not entry.name.startswith("."):
-            named.setdefault(min(found, key=list(names).index), []).append(entry)
+        if len({known[name] for name in found}) == 1 and readable and not entry.name.startswith("."):
+            named.setdefault(min(found, key=list(known).index), []).append(entry)
     splits: dict[str, list[Path]] = {}
-    for name, split in names.items():
-        if name in named:
-            splits.setdefault(split, named[name])
-    return splits
+    for name, split in SPLIT_NAMES.items():
+        splits.setdefault(split, []).extend(named.get(name, ()))
+    splits |= {split: named[name] for name, split in reversed(own.items()) if name in named}
+    return {split: sorted(entries) for split, entries in splits.items() if entries}
 
 
 def _entry_documents(entries: Iterable[Path], folder: Path, text_column: str, lines: bool) -> list[Document]:

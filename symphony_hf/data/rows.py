@@ -49,14 +49,15 @@ def read_rows(
         config: Configuration on the Hub.
         revision: Branch, tag or commit on the Hub.
         instead: Alternative for the user if nothing is found, for the error message.
-        names: Names of splits -> our names. The first name that the source has is used.
+        names: Names of splits -> our names. The first name that a data set of the Hub has is used; for those of a
+            folder, see `entries_by_split`.
 
     Raises:
         DataError: If `path` does not exist, cannot be read, or has no train split.
     """
     local = Path(path).expanduser()
     if path and local.exists():
-        files = _files_by_split(local, {**names, **SPLIT_NAMES})
+        files = _files_by_split(local, names)
         splits = {split: _load_tables(paths) for split, paths in files.items()}
         return Rows(splits, digest_files(path for paths in files.values() for path in paths), path)
     loaded = load_hub(*hub_name(path, config), revision, instead)

@@ -14,6 +14,9 @@ from transformers import (
 
 from symphony_hf.errors import ConfigError
 
+_AFTER_LAYERS = {"post_layernorm", "layernorm", "head", "pooler"}
+"""Modules after a vision tower's layers, in CLIP, SigLIP, ViT and DINOv2."""
+
 
 def vision_config_of(path: str) -> PreTrainedConfig:
     """Return the config of a checkpoint's vision tower, which may be part of CLIP or SigLIP.
@@ -33,6 +36,15 @@ def has_class_token(vision: PreTrainedConfig) -> bool:
     with torch.device("meta"):
         tower = AutoModel.from_config(vision)
     return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
+
+
+def is_after_layers(name: str) -> bool:
+    """Whether a parameter of a vision tower is of its last norm or its pooling, which LLaVA's features do not pass.
+
+    Args:
+        name: Its name in the tower.
+    """
+    return name.removeprefix("vision_model.").partition(".")[0] in _AFTER_LAYERS
 
 
 def select_strategy(vision: PreTrainedConfig) -> str:
@@ -79,7 +91,8 @@ def build_llava(
         text_revision: Branch, tag or commit of the language model on the Hub.
 
     Raises:
-        ConfigError: If the first is a Symphony checkpoint, or the second has no vision tower or lacks weights of it.
+        ConfigError: If the first is a Symphony checkpoint, or the second has no vision tower or lacks weights that
+            LLaVA uses.
     """
     vision_config = vision_config_of(vision_path)
     text_config = AutoConfig.from_pretrained(text_path, revision=text_revision)
@@ -107,10 +120,10 @@ def build_llava(
 
 
 def _load_tower(vision_class: type[PreTrainedModel], path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a vision tower as a whole: transformers would leave missing weights random."""
+    """Load all of a vision tower that LLaVA uses: transformers would leave missing weights random."""
     tower, info = vision_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not is_after_layers(name))
+    if missing:
         raise ConfigError(
             f"model: vision: `{path}` lacks {len(missing)} weights of {vision_class.__name__} ({missing[0]}, ...): "
             "give a checkpoint with a whole vision tower"

@@ -14,9 +14,9 @@ from symphony_hf.errors import ConfigError, PatchError
 from symphony_hf.patching.families.discovery import FoundRouter
 
 from .counting import CoselectionCounter
+from .graph_updates import Tracker
 from .native_losses import switch_off_native_losses
 from .router_gradient import attach_gradients
-from .tracker import Tracker
 
 
 def check_balance_scope(model: nn.Module, found: list[FoundRouter], settings: SymphonyConfig) -> None:

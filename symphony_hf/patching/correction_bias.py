@@ -60,6 +60,16 @@ def correction_bias(contract: RouterContract, router: nn.Module, block: nn.Modul
     return bias
 
 
+def adapter_remedy(contract: RouterContract, holder: str) -> str:
+    """Return the argument of `lora_config` with which an adapter holds a router's correction bias, for error messages.
+
+    Args:
+        contract: The router's contract.
+        holder: Name of the module that holds the bias: the router or its block.
+    """
+    return f"modules_to_save=[{holder.rpartition('.')[2]!r}]" if contract.bias_in_block else "router='train'"
+
+
 @torch.no_grad()
 def move_bias(bias: Tensor, load_E: Tensor, rate: float) -> None:
     """Raise the bias of experts with less than the mean load, and lower that of experts with more, in place.

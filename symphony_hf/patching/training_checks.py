@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import PatchError, SymphonyWarning
 
+from .correction_bias import adapter_remedy
 from .expert_graph import ExpertGraph, is_adapted, kept_in_adapters
 from .observations import Observations
 from .training_state import TrainingState, num_ranks
@@ -70,6 +71,13 @@ def num_differing(graphs: Sequence[ExpertGraph], device: torch.device) -> int:
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     highest, lowest = extremes[: len(own)], ~extremes[len(own) :]
     return int((highest != lowest).sum())
+
+
+def _name_of_holder(model: nn.Module, tensor: Tensor) -> str:
+    """Return the name of the module that holds a tensor, without that of PEFT's wrapper around it."""
+    named = (*model.named_buffers(), *model.named_parameters())
+    name = next(name for name, held in named if held is tensor)
+    return name.rpartition(".")[0].removesuffix(".original_module")
 
 
 def is_trained(module: nn.Module) -> bool:
@@ -196,10 +204,11 @@ class TrainingChecks:
             held = {id(t) for module in inside for t in (*module.buffers(False), *module.parameters(False))}
             for router, bias in zip(counter.routers, counter.placed.correction_biases(), strict=True):
                 if id(bias) not in held:
+                    remedy = adapter_remedy(router.contract, _name_of_holder(counter.owner, bias))
                     raise PatchError(
                         f"balance='bias': `{router.contract.correction_bias}` of {type(router).__name__} is not in "
                         "the adapter, which would be saved without what training moves: make the adapter's config "
-                        "with `symphony_hf.lora_config(model, router='train')`, or symphonize with balance='loss'"
+                        f"with `symphony_hf.lora_config(model, {remedy})`, or symphonize with balance='loss'"
                     )
 
     def _compare_ranks(self, graphs: list[ExpertGraph], device: torch.device) -> None:

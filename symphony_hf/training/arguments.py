@@ -75,10 +75,19 @@ def _check_data(recipe: Recipe, arguments: TrainingArguments) -> None:
             "train: dataloader_persistent_workers keeps the workers of the first epoch, and with `data.damage` they "
             "would repeat its damage in every epoch: leave it out"
         )
-    if recipe.data.packing and recipe.data.kind == "text":  # TRL joins the rows of a batch
-        evaluated = ["per_device_eval_batch_size"] if arguments.eval_strategy.value != "no" else []
-        names = ["per_device_train_batch_size", *evaluated]
-        check_packed_batches(recipe.model.attention, **{name: getattr(arguments, name) for name in names})
+    if recipe.data.packing:
+        check_packed_batches(recipe.model.attention, **packed_rows(recipe, arguments))
+
+
+def packed_rows(recipe: Recipe, arguments: TrainingArguments) -> dict[str, int]:
+    """Return the number of packed rows of each kind of batch, by the setting that it is from.
+
+    There are none for `chat`, of which TRL makes one row of each batch.
+    """
+    if recipe.data.kind != "text":
+        return {}
+    evaluated = ["per_device_eval_batch_size"] if arguments.eval_strategy.value != "no" else []
+    return {name: getattr(arguments, name) for name in ("per_device_train_batch_size", *evaluated)}
 
 
 def _settings_anywhere(settings: dict[str, Any], not_checked: list[str]) -> dict[str, Any]:

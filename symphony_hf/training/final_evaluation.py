@@ -55,12 +55,13 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
 
 
 def _mean_loss(trainer: ResumableTrainer, held_out: Any, split: str) -> float:
-    """Return the mean loss over all tokens in it. Trainer's own is a mean over batches, and so depends on their size.
+    """Return the mean loss over all tokens in it, and log it. Trainer's own depends on how rows are put into batches.
 
     In a run of several processes, rows that fill up the last batch count twice.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of tokens in them
-    step = trainer.prediction_step
+    arguments = trainer.args
+    step, loop, is_mean = trainer.prediction_step, trainer.evaluation_loop, arguments.average_tokens_across_devices
 
     def summed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         num_tokens = int((inputs["labels"][..., 1:] != NO_LABEL).sum())
@@ -69,14 +70,21 @@ def _mean_loss(trainer: ResumableTrainer, held_out: Any, split: str) -> float:
             sums.add_(torch.tensor([float(result[0]) * num_tokens, num_tokens], dtype=torch.float64))
         return result
 
-    trainer.prediction_step = summed  # type: ignore[method-assign]
+    def over_tokens(*args: Any, **kwargs: Any) -> Any:
+        output = loop(*args, **kwargs)
+        total = sums
+        if arguments.world_size > 1:
+            total = trainer.accelerator.reduce(sums.to(arguments.device))
+        output.metrics[f"{split}_loss"] = float(total[0] / total[1])
+        return output
+
+    trainer.prediction_step, trainer.evaluation_loop = summed, over_tokens  # type: ignore[method-assign]
+    arguments.average_tokens_across_devices = False  # so that a batch's loss is the mean over its own tokens
     try:
-        trainer.evaluate(held_out, metric_key_prefix=split)
+        return trainer.evaluate(held_out, metric_key_prefix=split)[f"{split}_loss"]
     finally:
-        del trainer.prediction_step
-    if trainer.args.world_size > 1:
-        sums = trainer.accelerator.reduce(sums.to(trainer.args.device))
-    return float(sums[0] / sums[1])
+        del trainer.prediction_step, trainer.evaluation_loop
+        arguments.average_tokens_across_devices = is_mean
 
 
 def _questions(held_out: Any, data: PreparedData) -> Iterable[Question] | None:

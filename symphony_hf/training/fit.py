@@ -75,7 +75,8 @@ def train(
         collator: Function that makes a batch of examples; transformers' default if None.
         processor: Tokenizer or processor of the model, for SFTTrainer.
         settings: Settings of the run to record in each checkpoint.
-        started: Time by `time.perf_counter` since which the seconds in each checkpoint's record count; now if None.
+        started: Time by `time.perf_counter` since which the seconds in each checkpoint's record count. None if it is
+            unknown: then checkpoints record none.
 
     Raises:
         ConfigError: If another launch runs than was requested.
@@ -93,8 +94,7 @@ def train(
         callbacks=ours,
     )
     trainer.run_settings = settings
-    if started is not None:
-        trainer.started = started
+    trainer.started = started
     strategy = strategy_of(trainer.accelerator.state)
     check_launch(requested, trainer.accelerator.num_processes, strategy)
     keep_steps_precise(trainer, strategy)

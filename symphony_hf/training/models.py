@@ -26,7 +26,7 @@ from symphony_hf.checkpoints.model_class import without_empty_experts_warning
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.data.prepared import check_lengths
 from symphony_hf.errors import ConfigError, nearest
-from symphony_hf.models.llava import build_llava, llava_config, vision_config_of
+from symphony_hf.models.llava import build_llava, is_after_layers, llava_config, vision_config_of
 from symphony_hf.patching.symphonize import is_symphonized, symphonize
 from symphony_hf.patching.upcycle_modules import upcycle_modules
 from symphony_hf.recipe import ModelSection, PeftSection, Recipe
@@ -272,7 +272,7 @@ def _unread_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     for module in layers[len(layers) + layer + 1 :]:
         yield from module.parameters()
     for name, parameter in tower.named_parameters():
-        if any(part in name for part in ("post_layernorm", "head.")):  # CLIP's norm, SigLIP's pooling
+        if is_after_layers(name):
             yield parameter
 
 

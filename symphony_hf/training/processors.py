@@ -56,16 +56,26 @@ def _stored_processor(recipe: Recipe) -> Any:
     revision = recipe.model.revision if recipe.model.tokenizer is None else None
     try:
         if recipe.model.vision is not None:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            tokenizer = _not_empty(AutoTokenizer.from_pretrained(source, revision=revision))
             images = AutoImageProcessor.from_pretrained(recipe.model.vision)
             vision = vision_config_of(recipe.model.vision)
             return _processor(tokenizer, vision, select_strategy(vision), images)
         loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
-        return loader.from_pretrained(source, revision=revision)
+        return _not_empty(loader.from_pretrained(source, revision=revision))
     except (OSError, ValueError) as error:
         name = "path" if recipe.model.tokenizer is None else "tokenizer"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"model: {name}: the tokenizer of `{source}` could not be loaded: {first}") from error
+
+
+def _not_empty(processor: Any) -> Any:
+    """Refuse the empty tokenizer that transformers builds for a checkpoint without the files of one."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and not (
+        tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    ):
+        raise ValueError("its files are missing; set `model.tokenizer` to a checkpoint that has them")
+    return processor
 
 
 def _processor(

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from symphony_hf.errors import CheckpointError, ConfigError
+from symphony_hf.files import CONFIG
 
 from .launch import expected_strategy
 from .trainer_checkpoints import clear_leftovers, find_checkpoint, read_record
@@ -46,9 +47,10 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
         _restore_numbered_cpus()
     if folder is not None and not any(folder.glob("rng_state*")):
         if expected_strategy(arguments).startswith("zero"):
+            anew = ", or start a new run with `model.path` set to it and `model.tokenizer` to this run's tokenizer"
             raise CheckpointError(
                 f"train: resume_from_checkpoint: `{folder}` has only weights (save_only_model), and DeepSpeed resumes "
-                "from its own states alone: give another checkpoint, or start a new run with `model.path` set to it"
+                f"from its own states alone: give another checkpoint{anew if (folder / CONFIG).is_file() else ''}"
             )
         notes.append("it has only weights (save_only_model): the optimizer and the random states start anew")
     if arguments.process_index == 0:

@@ -35,7 +35,8 @@ class RoutingMonitor(GraphMonitor, ExportableState):
     It logs, under `routing/`, the metrics of `diagnostics.graph_summary` on a moving average of co-selections and the
     mean margin of the choices, as means and for each router, to whatever `report_to` names. It draws what GraphMonitor
     draws, into files whose names begin with `routing_`. The model needs no graph, and stays as it is: hooks read the
-    routers in one forward of each step that is logged, of this process, without padding. A log that is added for a
+    routers in one forward of this process, without padding, at the first step and at each that is logged; with
+    `logging_strategy` `epoch` or `no`, at every 50th, and at the first after each log. A log that is added for a
     checkpoint has no metrics if no forward was read since the last. The moving average is saved in a checkpoint's
     trainer_state.json, so that a resumed run logs what an uninterrupted one does.
 

@@ -22,7 +22,7 @@ from symphony_hf.files import ADAPTER_RECORD, CONFIG, read_object, write_json
 from symphony_hf.recipe import Recipe
 from symphony_hf.results import check_results, remove_results
 
-from .arguments import training_arguments
+from .arguments import packed_rows, training_arguments
 from .damage import DamageEpochs, damage_of, damaged
 from .final_evaluation import measure
 from .fit import train
@@ -71,16 +71,16 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         SymphonyError: Before training, if the recipe, the data, the model or the checkpoint is not usable; later, if a
             file cannot be written.
     """
-    started, output = time.perf_counter(), Path(recipe.output.directory)
+    began, output = time.perf_counter(), Path(recipe.output.directory)
     arguments, requested = prepare_run(recipe)
     settings, graphs = _settings(recipe, arguments), _graph_settings(recipe)
     checkpoint = checkpoint_to_resume(arguments)
-    seconds_before: float | None = 0.0
+    started: float | None = began
     if checkpoint is not None:
         _check_same_settings(settings, checkpoint)
         _check_same_graphs(graphs, checkpoint)
         seconds_before = (read_record(checkpoint) or {}).get("seconds")
-    started -= seconds_before or 0.0
+        started = None if seconds_before is None else began - seconds_before
     processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the other processes find it in the cache
         data = prepare_data(recipe.data, processor, seed=arguments.seed, train=recipe.train)
@@ -125,8 +125,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     results = describe_run(recipe, trainer, data, command)
     # On every process: with partitioned weights, each forward needs them all.
     results["test"] = measure(recipe, trainer, processor, data)
-    results["seconds"] = time.perf_counter() - started
-    if checkpoint is not None and seconds_before is None:  # it is of a release that did not record them
+    results["seconds"] = time.perf_counter() - (began if started is None else started)
+    if started is None:  # the run began under a release that did not record it
         results["seconds_since_step"] = trainer.resumed_at
     if trainer.is_world_process_zero():
         with reporting_failed_save(output / RESULTS):
@@ -187,7 +187,8 @@ def prepare_dry_run(recipe: Recipe) -> tuple[TrainingArguments, list[str]]:
 
 def _check_packing(model: PreTrainedModel, recipe: Recipe, arguments: TrainingArguments) -> None:
     if expected_strategy(arguments) != "zero3":
-        check_packing(model, recipe.model.attention)
+        has_several = any(number > 1 for number in packed_rows(recipe, arguments).values())
+        check_packing(model, recipe.model.attention, rows=2 if has_several else 1)
     elif arguments.process_index == 0:
         warnings.warn(
             f"data: packing: under ZeRO-3, which partitions weights, it is not checked that {type(model).__name__} "
@@ -225,11 +226,13 @@ def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
     Raises:
         ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
     """
-    before = dict((read_record(checkpoint) or {}).get("settings", settings))
-    before.pop("symphony", None)  # compared by `_check_same_graphs`
-    before.pop(_REVISION, None)  # compared by `_check_same_data`
+    before = (read_record(checkpoint) or {}).get("settings", settings)
+    elsewhere = {"symphony", _REVISION}  # compared by `_check_same_graphs` and `_check_same_data`
+    if before.get(_REVISION) is not None:
+        elsewhere.add("data.revision")  # which may name the recorded commit, or the branch that had it
     before = {**{name: settings[name] for name in _FIXED_SINCE if name in settings}, **before}
-    differing = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
+    names = [name for name in {**settings, **before} if name not in elsewhere]
+    differing = [name for name in names if before.get(name) != settings.get(name)]
     if differing:
         changes = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)
         raise ConfigError(

@@ -41,11 +41,13 @@ class ResumableTrainer(Trainer):
     resumed_at = 0
     """Step of the checkpoint that the run resumed from."""
 
+    started: float | None = None
+    """Time by `time.perf_counter` since which the seconds in each checkpoint's record count; none are if None."""
+
     _writing = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.started = time.perf_counter()
         self._flow = ResumableFlow()
         self.add_callback(self._flow)
 
@@ -70,7 +72,7 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process writes its own files
             if self.args.should_save:
                 run = self._flow.run
-                seconds = time.perf_counter() - self.started
+                seconds = None if self.started is None else time.perf_counter() - self.started
                 finish_checkpoint(
                     target, self.state.global_step, batches_of(self.args), self.run_settings, run, seconds
                 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from symphony_hf.data import embedded as embedded_module
 from symphony_hf.data.corpus import load_corpus
 from symphony_hf.errors import DataError
 
@@ -87,8 +88,14 @@ def test_embedded_corpus_keeps_the_first_of_identical_files(monkeypatch, tmp_pat
 
 def test_python_without_sources_is_an_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match=rf"{tmp_path}.*found 0; give data: a text file"):
+    with pytest.raises(DataError, match=rf"{tmp_path}.*found 0; give `data.path` in a recipe, or `--data`: a text"):
         load_corpus(None)
+
+
+def test_python_without_docstrings_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(embedded_module, "_public_objects", lambda: [])
+    with pytest.raises(DataError, match=r"run without -OO, or give `data.path` in a recipe, or `--data`"):
+        embedded_module.described_names()
 
 
 # One file

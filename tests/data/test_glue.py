@@ -183,11 +183,38 @@ def test_a_data_set_of_the_hub_has_the_tasks_configuration_or_its_own(monkeypatc
         rows = datasets.Dataset.from_list(glue_rows("qnli"))
         return datasets.DatasetDict({"train": rows, "validation": rows})
 
+    def load_dataset_builder(name, config=None, revision=None):
+        if config not in names[name]:
+            raise ValueError(f"BuilderConfig '{config}' not found. Available: {names[name]}")
+
     names = {"me/sentences": ["default", "small"], "me/mirror": ["qnli", "rte"]}
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision=None: names[name])
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     glue("qnli", tokenizer, path)
     assert asked == [(path.partition(":")[0], config)]
+
+
+class Downloaded(datasets.GeneratorBasedBuilder):
+    """Writes a data set of the Hub into the cache."""
+
+    def _info(self):
+        return datasets.DatasetInfo()
+
+    def _split_generators(self, manager):
+        return [datasets.SplitGenerator(name) for name in ("train", "validation")]
+
+    def _generate_examples(self):
+        number = 3 if self.config.name == "rte" else 20
+        yield from enumerate(glue_rows("qnli", number))
+
+
+@pytest.mark.parametrize("configs", [("qnli", "rte"), ("default",)])
+def test_a_data_set_of_the_cache_has_the_tasks_configuration_or_its_own(tokenizer, configs):
+    """Offline, `datasets` does not list its configurations."""
+    for config in configs:
+        Downloaded(repo_id="me/mirror", dataset_name="mirror", config_name=config, hash="0" * 40).download_and_prepare()
+    prepared = glue("qnli", tokenizer, "me/mirror")
+    assert (len(prepared.train), prepared.revision) == (20, "0" * 40)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])

@@ -328,7 +328,7 @@ def test_a_json_of_something_else_is_refused(tmp_path, processor, text, message)
 
 
 def test_no_such_file_and_no_image_at_all_are_refused(tmp_path, processor):
-    with pytest.raises(DataError, match=r"nothing.json`: no such file; give LLaVA's JSON"):
+    with pytest.raises(DataError, match=r"nothing.json`: no such file; give `data.path` .* or `--data`: LLaVA's JSON"):
         llava(tmp_path / "nothing.json", processor)
     with pytest.raises(DataError, match=r"no train.json in this folder \(no JSON\)"):
         llava(tmp_path, processor)

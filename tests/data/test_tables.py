@@ -62,12 +62,23 @@ def test_tables_named_for_splits_make_a_corpus(tmp_path):
     assert texts(corpus.train + corpus.validation + corpus.test) == ["To train.", "To valid.", "To test."]
 
 
-def test_the_first_name_of_a_split_is_used(tmp_path):
-    for name in ("train-0", "train-1", "training", "validation", "dev", "test"):
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({}, {"train": ["train-0", "train-1", "training-2"], "validation": ["dev", "validation"], "test": ["test"]}),
+        (
+            {"validation_b": "validation", "validation_a": "validation"},
+            {"train": ["train-0", "train-1", "training-2"], "validation": ["validation_b-0", "validation_b-1"]},
+        ),
+    ],
+    ids=["all of a split", "first of the caller's"],
+)
+def test_entries_of_a_split_are_all_read_unless_the_caller_has_names_of_its_own(names, expected, tmp_path):
+    found = ("train-0", "train-1", "training-2", "validation", "dev", "test")
+    for name in (*found, "validation_a", "validation_b-0", "validation_b-1"):
         (tmp_path / f"{name}.txt").write_text(name)
-    splits = entries_by_split(tmp_path)
-    names = {split: [path.stem for path in paths] for split, paths in splits.items()}
-    assert names == {"train": ["train-0", "train-1"], "validation": ["validation"], "test": ["test"]}
+    splits = entries_by_split(tmp_path, names)
+    assert {split: [path.stem for path in paths] for split, paths in splits.items()} == {"test": ["test"], **expected}
 
 
 def test_unreadable_table_is_named(tmp_path):

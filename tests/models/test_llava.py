@@ -1,5 +1,6 @@
 """LLaVA out of two checkpoints: both are in it, unchanged, and the projector is new."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,12 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from symphony_hf import ConfigError, expert_graphs, symphonize, upcycle_modules
-from symphony_hf.models.llava import build_llava
+from symphony_hf.models.llava import build_llava, is_after_layers
 from symphony_hf.recipe import DataSection, ModelSection, Recipe
 from symphony_hf.training import processors
 from symphony_hf.training.models import empty_model
@@ -166,6 +169,38 @@ def test_a_tower_that_lacks_weights_is_refused(part, text, tower):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ConfigError, match=r"tower` lacks \d+ weights of CLIPVisionModel \("):
         build_llava(text, tower, IMAGE)
+
+
+@torch.no_grad()
+def test_a_tower_needs_no_pooler(text, tmp_path):
+    """LLaVA reads features before it, and checkpoints of ViT for classification have none."""
+    config = ViTConfig(**VISION)
+    tower = ViTModel(config, add_pooling_layer=False).eval()
+    tower.save_pretrained(tmp_path / "vit")
+    model = build_llava(text, str(tmp_path / "vit"), IMAGE).eval()
+    inputs = batch()
+    features = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(features, tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2])
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+        lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
+        lambda: ViTModel(ViTConfig(**VISION)),
+    ],
+    ids=["clip", "siglip", "vit"],
+)
+def test_what_is_after_the_layers_gets_no_gradient(tower):
+    tower = tower()
+    features = tower(batch()["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    features.square().sum().backward()
+    without = {name for name, parameter in tower.named_parameters() if parameter.grad is None}
+    last_layer = {name for name in without if re.search(r"layers?\.1\.", name)}
+    after = {name for name, _ in tower.named_parameters() if is_after_layers(name)}
+    assert without - last_layer == after != set()
 
 
 def test_a_plan_of_it_is_made_from_the_two_configs(text, tower):

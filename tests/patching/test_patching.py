@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import llava_inputs, make_ids, make_llava, make_model, move_graphs
 from naive_graphs import naive_transition
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 from symphony_hf import (
@@ -277,6 +278,23 @@ def test_compiled_layers_give_the_same_under_checkpointing(wrap):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)  # float32 sums in another order
     for a, b in zip(expert_graphs(eager).values(), expert_graphs(compiled).values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.thorough
+def test_an_optimizer_step_does_not_compile_an_evaluation_again():
+    torch._dynamo.reset()
+    model, ids = symphonize(make_model("mixtral", experts="batched_mm", num_hidden_layers=2)), make_ids()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():
+        compiled(ids)
+    number = counter.frame_count
+    model.train()(ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        compiled.eval()(ids)
+    assert counter.frame_count == number
 
 
 def test_inference_mode_and_then_training():

@@ -23,6 +23,7 @@ from symphony_hf import (
 )
 from symphony_hf.experiments.conformance.naive import naive_counts, watch_choices
 from symphony_hf.experiments.conformance.tiny import tiny_model
+from symphony_hf.patching.replay.layout import read_layout
 
 
 def recorded(model, **inputs):
@@ -231,6 +232,38 @@ def test_padding_that_a_mask_of_four_dimensions_hides_is_refused(model):
     with record_routing(model) as choices:  # nothing is hidden without padding
         model.generate(make_ids(), max_new_tokens=2, min_new_tokens=2, do_sample=False, cache_implementation="static")
     assert choices.lengths().tolist() == [13, 13]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_packed_rows_with_a_mask_of_four_dimensions_hide_nothing(dtype, model, other):
+    """Each token attends to those before it in its own sequence, so each is attended to, at least by itself."""
+    ids, sequence = make_ids(), torch.tensor([0] * 5 + [1] * 7)
+    allowed = (sequence[:, None] == sequence).tril()[None, None]
+    mask = allowed if dtype is torch.bool else torch.zeros(12, 12).masked_fill(~allowed, torch.finfo(dtype).min)
+    inputs = {
+        "input_ids": torch.cat([ids[0, :5], ids[1, :7]]).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0),
+        "attention_mask": mask.reshape(1, 1, 12, 12),
+    }
+    with replay_routing(model, other), record_routing(model) as choices, torch.no_grad():
+        model(**inputs)
+    assert choices.lengths().tolist() == [5, 7]
+    for row, length in enumerate((5, 7)):
+        assert torch.equal(choices.experts[:, row, :length], other.experts[:, row, :length])
+
+
+def test_masks_by_layer_are_read_alike():
+    """As a static cache has them for models with sliding attention."""
+    ids, positions = make_ids(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    packed = (torch.arange(6)[:, None] // 3 == torch.arange(6) // 3).tril()[None, None]
+    narrow = packed.triu(-1)
+    masks = {"full_attention": packed, "sliding_attention": narrow, "linear_attention": None}
+    arguments = {"input_ids": ids, "position_ids": positions, "attention_mask": masks}
+    layout = read_layout(make_model(), arguments)
+    assert layout.index_T.tolist() == [0, 1, 2, 0, 1, 2]
+    hidden = masks | {"full_attention": packed & (torch.arange(6) > 0)}
+    with pytest.raises(PatchError, match=r"attention mask by layer and .* the 2-D mask"):
+        read_layout(make_model(), arguments | {"attention_mask": hidden})
 
 
 def test_one_sequence_is_taken_by_its_index(other):

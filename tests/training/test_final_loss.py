@@ -1,36 +1,37 @@
-"""The loss of a finished run is of the tokens, however they are put into batches."""
+"""The loss of a finished run is of the tokens, however they are put into batches and processes."""
 
-from types import SimpleNamespace
+import json
 
 import pytest
 import torch
-from models import make_ids, make_model
-from transformers import TrainingArguments
+from loss_ranks import answered_rows, final_loss, run_rank
+from models import make_model
 
-from symphony_hf.data.blocks import NO_LABEL, PadCollator
-from symphony_hf.data.prepared import PreparedData
-from symphony_hf.training.final_evaluation import measure
-from symphony_hf.training.trainer import ResumableTrainer
+from symphony_hf.data.blocks import NO_LABEL
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_loss_is_the_mean_over_tokens(batch_size, tmp_path):
-    rows = []
-    for number, num_answered in enumerate((1, 9, 2, 5, 1)):
-        ids = make_ids(1, 12, seed=number)[0].tolist()
-        rows.append({"input_ids": ids, "labels": [NO_LABEL] * (12 - num_answered) + ids[12 - num_answered :]})
-    model = make_model("olmoe")
-    losses = []
+def mean_over_tokens(rows):
+    model, losses = make_model("olmoe"), []
     for row in rows:
         with torch.no_grad():
             log_probs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
         losses += [-log_probs[i - 1, t] for i, t in enumerate(row["labels"]) if t != NO_LABEL]
-    arguments = TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=batch_size
-    )
-    trainer = ResumableTrainer(model, arguments, data_collator=PadCollator(0))
-    data = PreparedData("chat", train=rows, test=rows, collator=PadCollator(0))
-    found = measure(SimpleNamespace(), trainer, None, data)
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_loss_is_the_mean_over_tokens(batch_size, tmp_path):
+    rows = answered_rows(1, 9, 2, 5, 1)
     # float32 logits of padded batches, in sums of another order.
-    assert found["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
-    assert "prediction_step" not in vars(trainer)
+    expected = pytest.approx(mean_over_tokens(rows), rel=1e-5)
+    assert final_loss(tmp_path, rows, batch_size) == (expected, expected)
+
+
+@pytest.mark.slow
+def test_several_processes_have_the_same_loss(tmp_path):
+    """Each has batches of its own numbers of tokens; one batch has none."""
+    rows = answered_rows(1, 9, 0, 4)
+    torch.multiprocessing.spawn(run_rank, (2, tmp_path, rows), nprocs=2)
+    expected = pytest.approx(mean_over_tokens(rows), rel=1e-5)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [expected, expected]

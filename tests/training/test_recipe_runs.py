@@ -13,7 +13,7 @@ import torch
 import yaml
 from models import make_model
 from small_runs import RECIPE, recipe_overrides, smoke_overrides
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from visual import entry, write_llava
 
 from symphony_hf import (
@@ -311,10 +311,14 @@ def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(fi
 class Diverged:
     """A Trainer whose model has a loss of 1,000. exp(710) is more than a float holds."""
 
-    args = SimpleNamespace(world_size=1)
+    args = SimpleNamespace(world_size=1, average_tokens_across_devices=True)
 
     def evaluate(self, rows, metric_key_prefix):
+        return self.evaluation_loop(rows).metrics
+
+    def evaluation_loop(self, rows):
         self.prediction_step(None, {"labels": torch.tensor(rows)}, True)
+        return SimpleNamespace(metrics={})
 
     def prediction_step(self, model, inputs, prediction_loss_only):
         return torch.tensor(1000.0), None, None
@@ -331,6 +335,23 @@ def test_packing_that_is_not_checked_is_said(monkeypatch):
     with pytest.warns(SymphonyWarning, match="under ZeRO-3, .* not checked that OlmoeForCausalLM keeps"):
         runner._check_packing(make_model("olmoe"), None, SimpleNamespace(process_index=0))
     runner._check_packing(make_model("olmoe"), None, SimpleNamespace(process_index=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "evaluation", "rows"),
+    [("chat", 4, 4, 1), ("text", 1, 1, 1), ("text", 8, 1, 2), ("text", 1, 8, 2)],
+)
+def test_packing_is_checked_in_batches_of_several_rows_if_there_are_any(
+    kind, train, evaluation, rows, tmp_path, monkeypatch
+):
+    """TRL makes one row of a batch of conversations."""
+    checked = []
+    monkeypatch.setattr(runner, "check_packing", lambda model, attention, rows=2: checked.append((attention, rows)))
+    sizes = {"per_device_train_batch_size": train, "per_device_eval_batch_size": evaluation}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", eval_strategy="epoch", **sizes)
+    recipe = SimpleNamespace(data=SimpleNamespace(kind=kind), model=SimpleNamespace(attention="flash_attention_2"))
+    runner._check_packing(None, recipe, arguments)
+    assert checked == [("flash_attention_2", rows)]
 
 
 def test_a_limit_of_documents_takes_some_from_all_over(monkeypatch):
@@ -355,6 +376,15 @@ def test_the_revision_is_of_the_models_own_tokenizer(monkeypatch):
             processors.load_processor(dataclasses.replace(load_recipe(RECIPE), model=section))
     texts = [found for found in asked if found[0] != "a/vision"]
     assert texts == [("a/model", "v1"), ("a/tokenizer", None)] * 2
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
+    """Transformers builds an empty one. The checkpoints of a run have none, and its `final/` has."""
+    make_model("olmoe").save_pretrained(tmp_path)
+    for model in ({"path": str(tmp_path)}, {"path": "a/model", "tokenizer": str(tmp_path)}):
+        section = dataclasses.replace(load_recipe(RECIPE).model, config=None, **model)
+        with pytest.raises(ConfigError, match=r"its files are missing; set `model.tokenizer` to a checkpoint"):
+            processors.load_processor(dataclasses.replace(load_recipe(RECIPE), model=section))
 
 
 @pytest.mark.parametrize("name", ["results.json", "report.md"])

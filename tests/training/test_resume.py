@@ -396,7 +396,10 @@ def test_weights_alone_are_refused_under_deepspeed(tmp_path, monkeypatch, capsys
     checkpoint_to_resume(arguments)
     assert "the optimizer and the random states start anew" in capsys.readouterr().out
     monkeypatch.setattr(resuming, "expected_strategy", lambda arguments: "zero2")
-    with pytest.raises(CheckpointError, match=r"checkpoint-3` has only weights.*DeepSpeed resumes from its own states"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3` has only weights.* its own states .*another checkpoint$"):
+        checkpoint_to_resume(arguments)
+    (tmp_path / "checkpoint-3" / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"another checkpoint, or .* `model.path` .* and `model.tokenizer` to"):
         checkpoint_to_resume(arguments)
 
 

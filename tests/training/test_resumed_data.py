@@ -84,3 +84,35 @@ def test_a_run_resumes_on_the_same_data(small, tmp_path, monkeypatch):
     del record["settings"]["data_revision"]  # a release that did not record it
     (checkpoint / RECORD).write_text(json.dumps(record))
     runner._check_same_data("0" * 64, checkpoint)
+
+
+def test_a_commit_is_the_same_by_any_name(small, tmp_path):
+    """A run without `data.revision` resumes after the data set has changed, by the commit that the error names."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    recipes = (load_recipe(RECIPE, {**small, **given}) for given in ({}, {"data.revision": "a" * 40}))
+    before, now = (runner._settings(recipe, arguments) for recipe in recipes)
+    write_record(tmp_path, {**before, "data_revision": "a" * 40})
+    with pytest.raises(ConfigError, match=r"revision a{40}, now b{40}\): restore it"):
+        runner._check_same_data("b" * 40, tmp_path)
+    runner._check_same_settings(now, tmp_path)
+    runner._check_same_data("a" * 40, tmp_path)
+    write_record(tmp_path, before)  # a release that did not record the commit
+    with pytest.raises(ConfigError, match=r"a run with other settings \(data.revision None, now 'a{40}'\)"):
+        runner._check_same_settings(now, tmp_path)
+
+
+@pytest.mark.thorough
+def test_seconds_stay_unknown(small, tmp_path):
+    """Of a run that began under a release that did not record them, whose later checkpoints cannot either."""
+    every_step = {**small, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
+    results = run_recipe(load_recipe(RECIPE, every_step))
+    assert "seconds_since_step" not in results
+    for step in (1, 2):
+        record = tmp_path / "run" / f"checkpoint-{step}" / RECORD
+        written = json.loads(record.read_text())
+        if step == 1:
+            del written["seconds"]
+            record.write_text(json.dumps(written))
+        assert "seconds" not in written
+        results = run_recipe(load_recipe(RECIPE, {**every_step, "resume_from_checkpoint": str(record.parent)}))
+        assert results["seconds_since_step"] == step

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from symphony_hf.checkpoints.graph_files import read_graphs
 from symphony_hf.conversion.inspection.parts import Routing
@@ -22,11 +22,10 @@ from symphony_hf.patching.symphonize import is_symphonized, symphonize, unsympho
 from symphony_hf.routing.graph import adjacency_problems
 
 from .base_weights import check_base, sample_weights
+from .placement import check_not_sharded, check_own, check_targets
 from .record import NEEDS, AdapterRecord, check_same_mode, keep_record
 from .targets import base_of, family_of
 from .untrusted import adapter_tensors, add_adapter, check_tensors, read_peft_config, refusals, try_config
-
-_OTHERWISE = "to run it otherwise, save that model after `merge_and_unload()`"
 
 
 def load_adapter(
@@ -47,7 +46,7 @@ def load_adapter(
         adapter: Folder, or repository on the Hub.
         name: Name of the adapter in the model, for `set_adapter(name)`.
         trainable: Whether its parameters get gradients. The first adapter also puts the model into training mode or
-            evaluation mode; a further one leaves the model's mode.
+            evaluation mode; a further one leaves every module in its mode.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
@@ -59,7 +58,7 @@ def load_adapter(
         GraphError: If a graph is missing or invalid.
         PatchError: If the model already has an adapter of that name, or is sharded or offloaded.
     """
-    _check_not_sharded(model)
+    check_not_sharded(model)
     folder = _local_folder(str(adapter), revision)
     record = AdapterRecord.read(folder)
     _check_graphs(folder / ADAPTER_WEIGHTS, record)
@@ -68,8 +67,15 @@ def load_adapter(
     config = keep_record(read_peft_config(folder), record)
     config.__dict__[NEEDS] = None  # the graphs are brought here
     config.inference_mode = not trainable
-    weights, trains = folder / ADAPTER_WEIGHTS, model.training if is_adapted(model) else trainable
-    prepare_base(model, record, str(folder / ADAPTER_RECORD), lambda: try_config(model, config, weights, name))
+    weights = folder / ADAPTER_WEIGHTS
+    modes = {module: module.training for module in model.modules()} if is_adapted(model) else {}
+
+    def check() -> None:
+        try_config(model, config, weights, name)
+        with safe_open(weights, "pt") as file:
+            check_targets(model, file.keys())
+
+    prepare_base(model, record, str(folder / ADAPTER_RECORD), check)
     # On a 16-bit model PEFT's adapters are float32 unless it was trained otherwise, as TRL does on 4-bit models.
     with refusals(f"{folder / ADAPTER_CONFIG}"):
         adapted = add_adapter(model, config, name, widens=_is_wide(weights, config.peft_type))
@@ -77,7 +83,11 @@ def load_adapter(
     _copy_tensors(adapted, folder, name)
     if trainable:
         adapted.set_requires_grad(name)
-    return adapted.train(trains)
+    if not modes:
+        return adapted.train(trainable)
+    adapted.training = model.training  # where it is PEFT's first wrapper around transformers' own adapters
+    _keep_modes(adapted, modes)
+    return adapted
 
 
 def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> None:
@@ -91,7 +101,7 @@ def restore_adapter(model: Any, folder: str | Path, name: str = "default") -> No
             unchanged then.
         PatchError: If the model is sharded or offloaded.
     """
-    _check_not_sharded(model)
+    check_not_sharded(model)
     folder, base = Path(folder), base_of(model)
     if (folder / ADAPTER_RECORD).exists():
         record, where = AdapterRecord.read(folder), str(folder / ADAPTER_RECORD)
@@ -105,34 +115,17 @@ def _copy_tensors(model: Any, folder: Path, name: str) -> None:
     own = adapter_tensors(model, name, saved)
     shapes = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (own, saved))
     check_tensors(folder, model, *shapes)
-    _check_own(own, model)
+    check_own(own, model)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])
 
 
-def _check_not_sharded(model: nn.Module) -> None:
-    size = getattr(base_of(model), "tp_size", None) or 1
-    if size > 1:
-        raise PatchError(
-            f"an adapter cannot be loaded into a model that tensor parallelism shards over {size} processes, since PEFT"
-            f" gives copies of its tensors: load it onto the whole model; {_OTHERWISE}"
-        )
-
-
-def _check_own(tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Refuse tensors that are copies, as of sharded models, or empty, as of weights that are offloaded."""
-    held = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    lost = [name for name, tensor in tensors.items() if tensor.is_meta or _storage(tensor) not in held]
-    if lost:
-        raise PatchError(
-            f"{len(lost)} tensors of the adapter ({lost[0]}, ...) would be lost, since the model is sharded or "
-            f"offloaded: load it onto the whole model; {_OTHERWISE}"
-        )
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _keep_modes(model: nn.Module, modes: dict[nn.Module, bool]) -> None:
+    """Put modules back into training or evaluation mode, and new ones into the mode of the module that they are in."""
+    for module in model.modules():
+        for child in module.children():
+            child.training = modes.get(child, module.training)
 
 
 def _local_folder(adapter: str, revision: str | None) -> Path:

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 from symphony_hf.conversion.inspection.parts import Anatomy
 from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
 from symphony_hf.errors import ConfigError, nearest
+from symphony_hf.patching.correction_bias import adapter_remedy
 from symphony_hf.patching.symphonize import symphony_routers
 
 from .record import AdapterRecord, RouterMode, check_same_mode, keep_record
@@ -222,10 +223,10 @@ def _check_biases(model: nn.Module, record: AdapterRecord, saved: list[str]) -> 
         pieces = (name.rpartition(".")[0] if contract.bias_in_block else name).split(".")
         around = [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
         if not any(module.endswith(end) for module in around for end in saved):
-            remedy = f"modules_to_save=[{pieces[-1]!r}]" if contract.bias_in_block else "router='train'"
             raise ConfigError(
-                f"lora_config: `{contract.correction_bias}` of `{'.'.join(pieces)}` is not in the adapter, which would "
-                f"be saved without what balance='bias' moves: give {remedy}, or symphonize with balance='loss'"
+                f"lora_config: `{contract.correction_bias}` of `{around[-1]}` is not in the adapter, which would be "
+                f"saved without what balance='bias' moves: give {adapter_remedy(contract, around[-1])}, or symphonize "
+                "with balance='loss'"
             )
 
 

@@ -76,7 +76,10 @@ def _files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"train": path}
     if not path.exists():
-        raise DataError(f"data: `{path}`: no such file; give LLaVA's JSON, or leave it out for the digits")
+        raise DataError(
+            f"data: `{path}`: no such file; give `data.path` in a recipe, or `--data`: LLaVA's JSON; without it, the "
+            "digits are used"
+        )
     files = {SPLIT_NAMES[file.stem]: file for file in sorted(path.glob("*.json")) if file.stem in SPLIT_NAMES}
     if "train" not in files:
         found = ", ".join(sorted(file.name for file in path.glob("*.json"))) or "no JSON"

@@ -60,7 +60,7 @@ def read_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
     if not past and isinstance(positions, Tensor) and positions.shape[-1] == length and positions.dim() <= 2:
         starts_RP = (positions.expand(rows, length) == 0) & (index_RP >= 0)
         if bool((starts_RP & (index_RP > 0)).any()):
-            _refuse_hidden_padding(model, arguments)
+            _refuse_hidden_padding(model, arguments.get("attention_mask"), length)
             num_sequences, sequence_RP, index_RP = _unpack(starts_RP, index_RP)
     return TokenLayout(
         num_sequences,
@@ -77,16 +77,30 @@ def padding_mask(arguments: dict[str, Any]) -> Tensor | None:
     return mask if is_padding_mask(mask) else None
 
 
-def _refuse_hidden_padding(model: nn.Module, arguments: dict[str, Any]) -> None:
+def _refuse_hidden_padding(model: nn.Module, mask: Any, length: int) -> None:
     """Refuse positions that begin anew, as after padding and in packed rows, with a mask that does not say which."""
-    mask = arguments.get("attention_mask")
-    if mask is not None and not is_padding_mask(mask):
+    if mask is not None and not is_padding_mask(mask) and _may_hide_padding(mask, length):
         kind = f"attention mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else "attention mask by layer"
         raise PatchError(
             f"{type(model).__name__} was called with an {kind} and with positions that begin anew within a row, so "
             "padding cannot be told from packing: pass the 2-D mask (`generate` makes another for a static cache, so "
             "leave `cache_implementation` out), or rows without padding"
         )
+
+
+def _may_hide_padding(mask: Any, length: int) -> bool:
+    """Whether a mask is of an unknown kind, or no query attends to one of the keys: packed tokens attend to themselves.
+
+    Args:
+        mask: Mask of shape (rows, heads, queries, keys), or one for each kind of layer.
+        length: Number of positions; keys after them are of a cache that is not full.
+    """
+    if isinstance(mask, dict):
+        return any(_may_hide_padding(value, length) for value in mask.values() if value is not None)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return True
+    allowed = mask >= 0 if mask.is_floating_point() else mask.bool()
+    return not bool(allowed.any(dim=-2)[..., :length].all())
 
 
 def _num_cached(arguments: dict[str, Any]) -> int:

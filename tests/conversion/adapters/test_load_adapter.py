@@ -6,10 +6,12 @@ import shutil
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from adapted import DECAY, adapt, adapted_model, assert_same_graphs, logits, refuses
 from models import assert_folded, make_ids, make_llava, make_model, move_graphs
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 
 from symphony_hf import (
     ConfigError,
@@ -185,6 +187,17 @@ def test_a_further_adapter_leaves_the_mode(tmp_path, was_trained, trainable):
     load_adapter(model, tmp_path, name="second", trainable=trainable)
     assert {module.training for module in model.modules()} == {was_trained}
     assert any(p.requires_grad for name, p in model.named_parameters() if ".second." in name) == trainable
+
+
+@pytest.mark.parametrize("was_trained", [True, False])
+def test_a_further_adapter_leaves_frozen_layers_in_evaluation_mode(tmp_path, was_trained):
+    adapted_model().save_pretrained(tmp_path)
+    model = load_adapter(make_model(), tmp_path, trainable=True).train(was_trained)
+    layer = model.base_model.model.model.layers[0].train(not was_trained)
+    modes = {name: module.training for name, module in model.named_modules()}
+    load_adapter(model, tmp_path, name="second")
+    assert {name: module.training for name, module in model.named_modules() if name in modes} == modes
+    assert layer.self_attn.q_proj.lora_A.second.training != was_trained
 
 
 def test_llava(tmp_path):
@@ -423,6 +436,45 @@ def test_tensors_that_are_not_the_models_own(saved, monkeypatch):
     adapted.base_model.model.model.layers[1].self_attn.q_proj.to("meta")
     with pytest.raises(PatchError, match=r"2 tensors of the adapter .*q_proj\.lora_A"):
         restore_adapter(adapted, saved)
+
+
+def two_tensor(parameter):
+    """Return a parameter without a storage of its own, such as those of torchao and DTensor."""
+    return torch.nn.Parameter(TwoTensor(parameter.detach(), parameter.detach().clone()), requires_grad=False)
+
+
+def test_weights_of_tensor_subclasses(tmp_path):
+    adapted_model(router="train").save_pretrained(tmp_path)
+    model = make_model()
+    for module in (model.model.norm, model.model.layers[0].self_attn.q_proj):
+        module.weight = two_tensor(module.weight)
+    loaded = load_adapter(model, tmp_path)
+    assert torch.equal(logits(loaded).a, logits(load_adapter(make_model(), tmp_path)))
+    gate = loaded.base_model.model.model.layers[0].mlp.gate.modules_to_save.default
+    gate.weight = two_tensor(gate.weight)
+    with pytest.raises(PatchError, match=r"1 tensors of the adapter .*gate\.weight"):
+        restore_adapter(loaded, tmp_path)
+    model = make_model()
+    model.model.layers[1].mlp.gate.weight = two_tensor(model.model.layers[1].mlp.gate.weight)
+    refuses(model, tmp_path, PatchError, r"1 tensors of the adapter .*layers\.1\.mlp\.gate\.weight")
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_target_that_is_offloaded(saved, has_adapter):
+    model = load_adapter(make_model(), saved) if has_adapter else make_model()
+    before = logits(model)
+    cpu_offload(model, execution_device="cpu")
+    for _ in range(2):
+        message = r"24 tensors of the adapter .*layers\.0\.self_attn.* would be lost.*offloaded"
+        refuses(model, saved, PatchError, message, name="second")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.layers.1.mlp.gate"])
+def test_what_the_adapter_leaves_may_be_offloaded(saved, part):
+    model = make_model()
+    cpu_offload(model.get_submodule(part), execution_device="cpu")
+    assert torch.equal(logits(load_adapter(model, saved)), logits(load_adapter(make_model(), saved)))
 
 
 def test_a_model_that_is_sharded(saved, monkeypatch):

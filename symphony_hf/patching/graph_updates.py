@@ -1,4 +1,4 @@
-"""Tracker of a Symphony model: ties the router losses to the main loss, and updates the graphs at a commit."""
+"""Graph updates at each optimizer step. The tracker of a model also ties its router losses to the main loss."""
 
 import functools
 import weakref
@@ -182,7 +182,8 @@ class Tracker:
 
         Several ranks must commit together, and a save or an evaluation may be of one of them, so they are warned.
         """
-        if not self.state.stepped or torch.compiler.is_compiling() or is_functional():
+        # `stepped` last: a compiled forward that had read it would be compiled again when it changes.
+        if torch.compiler.is_compiling() or is_functional() or not self.state.stepped:
             return
         if num_ranks() == 1:
             with torch.inference_mode(False):
