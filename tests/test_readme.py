@@ -243,6 +243,8 @@ def test_the_findings_are_those_of_the_result_files():
     added = [most("training, added", batches), most("inference, added", batches), most("inference, added", (1,))]
     assert re.findall(r"[\d.]+%", cost) == [f"{share:.2%}" for share in added]
     assert f"{max(row['ratio'] for row in bench['memory']):.4f} times" in cost
+    generations = [row["ratio"] for row in bench["rows"] if row["mode"] == "generate"]
+    assert f"{min(generations):.2f} to {max(generations):.2f} times as long" in cost
 
 
 def test_the_effect_on_the_first_screen_and_on_cards_is_that_of_the_result_file():
