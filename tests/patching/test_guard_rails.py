@@ -214,7 +214,7 @@ def two_ranks(monkeypatch):
         else:
             tensor.add_(others["sum"](tensor.clone()))
 
-    for module in ("counting", "tracker", "training_checks", "training_state"):
+    for module in ("counting", "graph_updates", "training_checks", "training_state"):
         monkeypatch.setattr(f"symphony_hf.patching.{module}.num_ranks", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return others
