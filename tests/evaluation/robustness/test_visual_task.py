@@ -281,7 +281,7 @@ def test_what_cannot_be_asked_is_refused(untrained, processor, tmp_path, monkeyp
     make_model(processor).save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match=r"bare`: .*no processor.* --tokenizer"):
         evaluate_robustness(make_settings(tmp_path / "bare", output))
-    with pytest.raises(DataError, match="no such file; give `data.path` in a recipe"):
+    with pytest.raises(DataError, match=r"no such file; give `data.path` in a recipe"):
         evaluate_robustness(make_settings(untrained, output, data=str(tmp_path / "nowhere.json")))
     rows = [entry(number) for number in range(12)]
     for row in rows:
