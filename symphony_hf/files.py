@@ -44,6 +44,11 @@ def place_to_write(target: Path) -> Path:
     return target.parent / UNFINISHED / target.name
 
 
+def place_of_replaced(target: Path) -> Path:
+    """Return the path of the folder that `target` replaces, between the two renames."""
+    return place_to_write(target).with_name(f"{target.name}.replaced")
+
+
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Write a folder under a temporary name, which is yielded, and rename it when the block ends; remove it on errors.
@@ -71,8 +76,7 @@ def finish(target: Path, recorded: Collection[str] | None = None) -> None:
     If the process ends between the two renames, the next `clear` restores the replaced folder. `recorded` are names of
     the replaced checkpoint's files, from its own record; by default, see `stale_files`.
     """
-    written = place_to_write(target)
-    replaced = written.with_name(f"{target.name}.replaced")
+    written, replaced = place_to_write(target), place_of_replaced(target)
     for path in written.rglob("*"):  # before others are kept: it takes long, and more may come meanwhile
         if path.is_file() and not path.is_symlink():
             flush(path)
@@ -158,8 +162,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def clear(target: Path) -> None:
     """Remove the leftovers of a killed write to `target`, and restore the folder that it was replacing."""
-    written = place_to_write(target)
-    replaced = written.with_name(f"{target.name}.replaced")
+    written, replaced = place_to_write(target), place_of_replaced(target)
     if os.path.lexists(replaced) and not os.path.lexists(target):
         os.replace(replaced, target)
     for left in filter(os.path.lexists, (replaced, written)):

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -34,6 +34,15 @@ _FORMAT = 1
 """Version of cache entries. Increase it when the same texts give a different tokenizer."""
 
 _TOKENIZER, _DIGEST = "tokenizer.json", "tokenizer.json.sha256"
+
+
+def has_vocabulary(processor: Any) -> bool:
+    """Whether a tokenizer, or that of a processor, has tokens beside its special ones.
+
+    For a checkpoint without the files of one, transformers builds an empty tokenizer of the model's usual class.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return hasattr(tokenizer, "get_vocab") and bool(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
 
 
 def train_tokenizer(

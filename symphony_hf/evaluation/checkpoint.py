@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from symphony_hf.checkpoints.model_class import read_config
+from symphony_hf.data.tokenizer import has_vocabulary
 from symphony_hf.errors import ConfigError
 
 _DECIDING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
@@ -70,8 +71,7 @@ class ModelUnderTest:
 def load_tokenizer(source: str, revision: str | None) -> Any:
     """Load a checkpoint's tokenizer. Raises ConfigError if it has none."""
     tokenizer = _load(AutoTokenizer, "tokenizer", source, revision)
-    # Without files, transformers builds an empty tokenizer of the model's usual class.
-    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+    if not has_vocabulary(tokenizer):
         raise ConfigError(f"`{source}`: no tokenizer (its files are missing); {_HINT}")
     return tokenizer
 

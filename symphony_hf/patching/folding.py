@@ -12,6 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from symphony_hf.checkpoints.saving import check_shard_size, plain_config
+from symphony_hf.data.tokenizer import has_vocabulary
 from symphony_hf.errors import UNREADABLE, FoldError, PatchError, SymphonyWarning
 from symphony_hf.files import ADAPTER_CONFIG, replacing_folder
 from symphony_hf.patching.families.substitution import linear_of
@@ -154,9 +155,7 @@ def _find_tokenizer(model: PreTrainedModel) -> Any:
     try:
         if model.name_or_path:
             found = kind.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False)
-            own = getattr(found, "tokenizer", found)
-            # Without files, transformers returns an empty tokenizer of the model's usual class.
-            if hasattr(own, "get_vocab") and own.get_vocab().keys() - set(own.all_special_tokens):
+            if has_vocabulary(found):
                 return found
     except UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]

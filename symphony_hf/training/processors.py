@@ -15,7 +15,7 @@ from transformers import (
 from symphony_hf.data.corpus import corpus_of
 from symphony_hf.data.embedded import embedded_corpus
 from symphony_hf.data.streams import sample_stream
-from symphony_hf.data.tokenizer import cached_tokenizer
+from symphony_hf.data.tokenizer import cached_tokenizer, has_vocabulary
 from symphony_hf.errors import ConfigError
 from symphony_hf.models.llava import has_class_token, select_strategy, vision_config_of
 from symphony_hf.recipe import Recipe
@@ -71,9 +71,7 @@ def _stored_processor(recipe: Recipe) -> Any:
 def _not_empty(processor: Any) -> Any:
     """Refuse the empty tokenizer that transformers builds for a checkpoint without the files of one."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and not (
-        tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
-    ):
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and not has_vocabulary(tokenizer):
         raise ValueError("its files are missing; set `model.tokenizer` to a checkpoint that has them")
     return processor
 
