@@ -27,7 +27,9 @@ def supported_range() -> str:
 
 
 def transformers_is_supported() -> bool:
-    return Version(OLDEST_TRANSFORMERS) <= Version(transformers.__version__) < Version("6")
+    version = Version(transformers.__version__)
+    # By the major version: 6.0.0.dev0 comes before 6.
+    return Version(OLDEST_TRANSFORMERS) <= version and version.major < 6
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -102,7 +104,8 @@ PRIVATE_NAMES = {
     "_load_from_state_dict": PrivateName(
         "torch", ("patching",), "the public pre-hook cannot keep a refused tensor from being loaded"
     ),
-    "_C": PrivateName("torch", ("patching",), "the way to `_functorch`"),
+    "_C": PrivateName("torch", ("patching",), "the way to `_functorch` and `_current_graph_task_id`"),
+    "_current_graph_task_id": PrivateName("torch", ("patching",), "whether a backward pass is under way"),
     "_functorch": PrivateName("torch", ("patching",), "whether a transform of torch.func is running"),
     "_execution_engine": PrivateName("torch", ("patching",), "a callback at the end of the whole backward pass"),
     "_compiled_call_impl": PrivateName("torch", ("patching",), "whether `model.compile()` was called"),

@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from trl import GRPOTrainer
 
 import symphony_hf
+from symphony_hf import compat
 from symphony_hf.compat import PRIVATE_NAMES, supported_range, transformers_is_supported
 
 
@@ -36,6 +37,7 @@ def model_with_a_loss():
 HOLDERS = {
     "_C": lambda: torch,
     "_functorch": lambda: torch._C,
+    "_current_graph_task_id": lambda: torch._C,
     "_execution_engine": lambda: Variable,
     "_get_active_ddp_module": lambda: DistributedDataParallel,
     "_is_replica": lambda: torch.nn.Linear(1, 1)._replicate_for_data_parallel(),
@@ -98,10 +100,24 @@ def test_what_private_functions_do():
     (x * 2).register_hook(lambda _: order.append("middle"))
     x.sum().backward()
     assert order == ["end"]
+    tasks = []
+    x.register_hook(lambda _: tasks.append(torch._C._current_graph_task_id()))
+    x.sum().backward()
+    assert tasks[0] != -1
+    assert torch._C._current_graph_task_id() == -1
 
 
 def test_the_installed_version_is_one_that_we_support():
     assert transformers_is_supported(), supported_range()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [("5.16.9", False), ("5.17.0", True), ("5.99.0.dev0", True), ("6.0.0.dev0", False), ("6.0.0rc1", False)],
+)
+def test_versions_before_and_after_the_range_are_not(version, is_supported, monkeypatch):
+    monkeypatch.setattr(compat.transformers, "__version__", version)
+    assert transformers_is_supported() is is_supported
 
 
 def test_the_wrapped_methods_have_the_signatures_that_we_wrap():

@@ -1,14 +1,12 @@
 """Attach a tracker to a patched model: hooks on its decoder stacks, its loss function and `save_pretrained`."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from symphony_hf.checkpoints.saving import SymphonyPusher, SymphonySaver, mark_savers
+from symphony_hf.checkpoints.saving import give_savers, mark_savers, take_savers
 from symphony_hf.config import SymphonyConfig
 from symphony_hf.errors import ConfigError, PatchError
 from symphony_hf.patching.families.discovery import FoundRouter
@@ -16,6 +14,8 @@ from symphony_hf.patching.families.discovery import FoundRouter
 from .counting import CoselectionCounter
 from .graph_updates import Tracker
 from .native_losses import switch_off_native_losses
+from .padding import mask_name, watch_masks
+from .recorded_loss import loss_shifts_labels, record_loss_function, restore_loss_function, share_of_step
 from .router_gradient import attach_gradients
 
 
@@ -55,11 +55,12 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
         by_stack.setdefault((id(router.owner), router.contract.num_experts), []).append(router)
     for key, routers in enumerate(by_stack.values()):
         owner, modules = routers[0].owner, [router.module for router in routers]
-        tracker.counters.append(CoselectionCounter(key, owner, modules, _mask_position(owner), tracker))
+        tracker.counters.append(CoselectionCounter(key, owner, modules, mask_name(model, owner), tracker))
     tracker.place_scale()
     model._symphony_tracker = tracker  # type: ignore[assignment]
     tracker.handles.append(model.register_forward_pre_hook(_begin_forward, with_kwargs=True))
-    tracker.mask_position = _mask_position(model)
+    owners = [counter.owner for counter in tracker.counters]
+    tracker.handles.extend(watch_masks(model, owners, tracker.state.masks))
     tracker.handles.append(model.register_forward_hook(_end_forward, with_kwargs=True))
     tracker.handles.extend(attach_gradients(model, found))
     if isinstance(model, PreTrainedModel):
@@ -69,17 +70,14 @@ def attach(model: PreTrainedModel, found: list[FoundRouter], settings: dict[str,
 def _attach_to_pretrained(
     model: PreTrainedModel, found: list[FoundRouter], settings: dict[str, Any], tracker: Tracker
 ) -> None:
-    tracker.native_losses = switch_off_native_losses(model, tracker.config)
-    if getattr(model, "loss_type", None) is not None:
-        tracker.own_loss = model.__dict__.get("_loss_function")
-        model.loss_function = RecordedLoss(model.loss_function, tracker)
+    tracker.native_losses = switch_off_native_losses(model, tracker.config, tracker.state)
+    record_loss_function(model, tracker)
     patched = {id(router.module) for router in found}
     for module in reversed(list(model.modules())):  # a config that two models share names the outer one
         if isinstance(module, PreTrainedModel) and any(id(part) in patched for part in module.modules()):
             # A vision-language checkpoint may be loaded as its language model alone, by that model's own config.
             module.config.symphony = {**settings, "model_class": type(module).__name__}
-            module.save_pretrained = SymphonySaver(module, tracker.settle_alone)  # type: ignore[method-assign]
-            module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
+            give_savers(module, tracker.settle_alone)
     # What a cast or a loader keeps in float32: buffers stay by themselves, a learned graph is a parameter.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "symphony"}
 
@@ -95,14 +93,9 @@ def detach(module: nn.Module) -> None:
         losses.remove()
     tracker.remove_log_probs_hook()
     for part in module.modules():
-        if isinstance(part.__dict__.get("save_pretrained"), SymphonySaver):
-            del part.save_pretrained
-            del part.push_to_hub
+        take_savers(part)
     mark_savers(module)
-    if isinstance(module.__dict__.get("_loss_function"), RecordedLoss):
-        del module._loss_function
-        if tracker.own_loss is not None:
-            module._loss_function = tracker.own_loss
+    restore_loss_function(module)
     tracker.counters.clear()
     if isinstance(module, PreTrainedModel):
         strict = module.__dict__["_keep_in_fp32_modules_strict"]
@@ -115,11 +108,10 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if model.training and torch.is_grad_enabled():
         tracker.state.recorded_in_forward = False
         tracker.settle()
+        if isinstance(model, PreTrainedModel):
+            record_loss_function(model, tracker)
     else:
         tracker.settle_alone()
-    position = tracker.mask_position
-    by_position = args[position] if position is not None and len(args) > position else None
-    tracker.state.outer_mask = kwargs.get("attention_mask", by_position)
 
 
 def settle(model: nn.Module) -> None:
@@ -135,7 +127,6 @@ def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     `num_items_in_batch` as the loss function does. A forward that has logits takes a mean of its own.
     """
     tracker: Any = model._symphony_tracker
-    tracker.state.outer_mask = None
     if not (model.training and torch.is_grad_enabled()):
         return
     tracker.take_part(output)
@@ -147,7 +138,7 @@ def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if isinstance(loss, Tensor) and is_used and not tracker.state.recorded_in_forward:
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         if shifted is None and isinstance(labels, Tensor):
-            shifted = labels[..., 1:]
+            shifted = labels[..., 1:] if loss_shifts_labels(model) else labels
         is_mean = isinstance(getattr(output, "logits", None), Tensor)
         num_items = None if is_mean else kwargs.get("num_items_in_batch")
         output.loss = tracker.record_loss(loss, share_of_step(shifted, num_items))
@@ -158,47 +149,6 @@ def record_log_probs(model: nn.Module, args: tuple[Any, ...], output: Any) -> No
     log_probs = getattr(output, "log_probs", None)
     if isinstance(log_probs, Tensor) and model.training and torch.is_grad_enabled():
         output.log_probs = tracker_of(model).record_loss(log_probs, -output.label_mask.float())
-
-
-def _mask_position(owner: nn.Module) -> int | None:
-    names = list(inspect.signature(owner.forward).parameters)
-    return names.index("attention_mask") if "attention_mask" in names else None
-
-
-class RecordedLoss:
-    """A model's loss function that also ties the router losses to the loss it returns."""
-
-    def __init__(self, original: Any, tracker: Tracker) -> None:
-        self.original = original
-        self.tracker = tracker
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = self.original(*args, **kwargs)
-        if not self.tracker.in_training_forward:
-            return loss
-        return self.tracker.record_loss(loss, self._share_of_step(*args, **kwargs))
-
-    def _share_of_step(self, *args: Any, **kwargs: Any) -> Tensor | float:
-        labels = kwargs.get("shift_labels")
-        if labels is None and kwargs.get("num_items_in_batch") is not None:
-            labels = kwargs["labels"] if "labels" in kwargs else args[1]
-            labels = labels[..., 1:] if self.original is ForCausalLMLoss else labels
-        return share_of_step(labels, kwargs.get("num_items_in_batch"))
-
-
-def share_of_step(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
-    """Return a micro-batch's share of the optimizer step's tokens, where its loss is divided by all of them.
-
-    Trainer passes `num_items_in_batch` and then does not divide by the accumulation steps.
-
-    Args:
-        labels: What the loss is computed on, -100 where it is not.
-        num_items: Number of labels in the step; None where the loss is a mean of its own.
-    """
-    if num_items is None or labels is None:
-        return 1.0
-    # A step without any label has no tokens to share: its cross-entropy has no gradient, and neither have these.
-    return (labels != -100).sum() / torch.as_tensor(num_items).clamp(min=1)
 
 
 def tracker_of(model: nn.Module) -> Tracker:

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,8 @@ from symphony_hf.routing.graph import count_coselections
 from symphony_hf.routing.losses import load_and_probability, weigh_probability, z_loss
 
 from .expert_graph import ExpertGraph, active_graph, is_functional
-from .observations import ForwardRecord, backward_starts
+from .observations import ForwardRecord, backward_starts, in_backward
+from .padding import OF_DECODER, is_padding_mask, mask_of_tokens, mask_position
 from .stack_routers import StackRouters
 from .training_checks import TrainingChecks
 from .training_state import TrainingState, keeps_loads, num_ranks, shares_loads
@@ -27,7 +28,7 @@ class CoselectionCounter:
         key: The counter's number in its model.
         owner: The module.
         routers: The routers in layer order; each has its graph in `symphony`.
-        mask_position: The position of `attention_mask` in the owner's forward, if it may be passed by position.
+        mask_name: The argument of the models around the owner that says which of its tokens are padding.
         tracker: The model's tracker, which has its training state and its checks.
 
     Attributes:
@@ -41,12 +42,13 @@ class CoselectionCounter:
         key: int,
         owner: nn.Module,
         routers: list[nn.Module],
-        mask_position: int | None,
+        mask_name: str,
         tracker: Any,
     ) -> None:
         self.key = key
         self.owner = owner
-        self.mask_position = mask_position
+        self.mask_name = mask_name
+        self.mask_position = mask_position(owner)
         self.tracker = tracker
         self.state: TrainingState = tracker.state
         self.checks: TrainingChecks = tracker.checks
@@ -205,15 +207,17 @@ class CoselectionCounter:
 
         Returns:
             This router's share of the weighted losses, a float32 scalar with gradient; None without gradient (the
-            first pass of reentrant checkpointing) or weight.
+            first pass of reentrant checkpointing) or weight, or where no forward of the stack is open.
         """
         record = self.record
-        if record is None or is_functional() or not (self.active or torch.is_grad_enabled()):
+        if is_functional() or not (self.active or torch.is_grad_enabled()):
             return None  # a forward of a training model that nobody trains with
+        if record is None or self._is_outside():
+            return None
         row = record.rows.get(id(router), router.layer_index)
         config = self.config
         active_graph(router.symphony).top_k = indices_TK.shape[1]
-        mask_T = self._mask_for(record, router, logits_TE.shape[0])
+        mask_T = mask_of_tokens(record, router.contract, logits_TE.shape[0], self.checks)
         needs_loss = config.weighs_losses and torch.is_grad_enabled() and logits_TE.requires_grad
         with torch.set_grad_enabled(needs_loss):
             load_E = record.loads_LE[row] if shares_loads(config) else None
@@ -225,6 +229,20 @@ class CoselectionCounter:
             losses = torch.stack([balance, z, torch.ones_like(z)]).detach()
             self._write(record, row, logits_TE.detach(), indices_TK, mask_T, losses, probability_E.detach())
         return total if needs_loss else None
+
+    def _is_outside(self) -> bool:
+        """Whether a router runs while no forward of the stack is open, and no backward that recomputes one."""
+        record = self.record
+        return not torch.compiler.is_compiling() and (record is None or (record.closed and not in_backward()))
+
+    def watch_outside(self, carrier: Tensor) -> None:
+        """Note a backward that reaches a router which ran outside of the stack's forward: nothing counted it.
+
+        Args:
+            carrier: The router's output that the experts use.
+        """
+        if carrier.requires_grad and self._is_outside() and not is_functional():
+            carrier.register_hook(functools.partial(self.state.note_outside, type(self.owner).__name__))
 
     @torch.no_grad()
     def _write(
@@ -260,29 +278,15 @@ class CoselectionCounter:
         mask = kwargs.get("attention_mask")
         if mask is None and self.mask_position is not None and len(args) > self.mask_position:
             mask = args[self.mask_position]
-        if mask is not None and not is_padding_mask(mask):
+        if not is_padding_mask(mask) and (mask is not None or self.mask_name == OF_DECODER):
             # A 4-D mask, or one for each kind of layer, is causal structure: the model outside was given the padding.
-            mask = self.state.outer_mask
+            # A decoder whose inputs are made of labels is given no mask.
+            is_unknown = mask is not None and not self.state.masks.tells_padding(self.mask_name)
+            if is_unknown and not torch.compiler.is_compiling():
+                self.checks.warn_once(
+                    f"{type(self.owner).__name__} was given an attention mask that does not say which tokens are "
+                    "padding: padding, if there is any, is counted like other tokens. Pass a mask of shape (rows, "
+                    "positions), or call the model around it with one"
+                )
+            mask = self.state.masks.find(self.mask_name)
         return mask.reshape(-1).bool() if is_padding_mask(mask) else None
-
-    def _mask_for(self, record: ForwardRecord, router: Any, num_tokens: int) -> Tensor | None:
-        mask_T, image_T = record.mask_T, record.image_T
-        if router.contract.image_tokens and image_T is None:
-            return None  # a vision tower's or projector's: there the text's mask means nothing
-        if mask_T is None or mask_T.numel() == num_tokens:
-            return mask_T
-        gets_images = router.contract.image_tokens
-        if gets_images is not None and image_T is not None:
-            mask_T = mask_T[image_T if gets_images else ~image_T]
-            if mask_T.numel() == num_tokens:
-                return mask_T
-        self.checks.warn_once(
-            f"the attention mask has {mask_T.numel()} entries, the router {num_tokens} tokens: padding, if there is "
-            "any, is counted like other tokens"
-        )
-        return None
-
-
-def is_padding_mask(mask: Any) -> TypeGuard[Tensor]:
-    """Whether an attention mask says which tokens are padding. Shape: (rows, positions)."""
-    return isinstance(mask, Tensor) and mask.dim() == 2

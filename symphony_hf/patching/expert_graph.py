@@ -208,7 +208,7 @@ class ExpertGraph(nn.Module):
 
 def _is_plain_on_cpu(adjacency_EE: Tensor) -> bool:
     """Whether a graph's numbers can be compared now: no parameter, nothing that is traced or transformed."""
-    is_plain = type(adjacency_EE) is Tensor and adjacency_EE.device.type == "cpu" and not adjacency_EE.requires_grad
+    is_plain = type(adjacency_EE) is Tensor and adjacency_EE.is_cpu and not adjacency_EE.requires_grad
     return is_plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_functional())
 
 

@@ -32,6 +32,8 @@ def _note_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     held = parameters_of(optimizer)
     trackers = list(_TRACKERS)
     owners = {tracker for tracker in trackers if held & tracker.parameter_ids()}
+    for tracker in owners:
+        tracker.warn_if_bypassed()
     for tracker in trackers:
         tracker.state.note_step(optimizer, held, tracker in owners, is_foreign=bool(owners - {tracker}))
 
@@ -51,8 +53,6 @@ class Tracker:
         counters: One for each decoder stack and number of experts.
         handles: Hooks to remove when the model is restored.
         native_losses: What switches the model's own router losses off.
-        mask_position: Position of `attention_mask` in the model's forward, if it may be passed by position.
-        own_loss: The model's own loss function, if it was set on the instance.
         log_probs_hook: The hook for TRL's SFTTrainer, while one is training.
     """
 
@@ -62,8 +62,6 @@ class Tracker:
         self.counters: list[CoselectionCounter] = []
         self.handles: list[Any] = []
         self.native_losses: list[NativeLosses] = []
-        self.mask_position: int | None = None
-        self.own_loss: Any = None
         self.log_probs_hook: Any = None
         _watch_optimizers()
         _TRACKERS.add(self)
@@ -154,6 +152,15 @@ class Tracker:
                 "`optimizer.step()`, or give Trainer `callbacks=[symphony_hf.SymphonyCallback()]`"
             )
 
+    def warn_if_bypassed(self) -> None:
+        """Warn about a training loop that runs routers outside of their stack's forward, where nothing counts them."""
+        owner, self.state.ran_outside = self.state.ran_outside, None
+        if owner is not None:
+            self.checks.warn_once(
+                f"routers of {owner} ran outside of its forward, so they were not counted and had no router losses: in "
+                f"training, call the model, or its {owner}, itself, and not its `forward`, another method or its layers"
+            )
+
     def take_part(self, output: Any) -> None:
         """Let each of several ranks count a training forward once its backward begins, also if it ran no router.
 
@@ -206,24 +213,29 @@ class Tracker:
             Whether the graphs moved.
         """
         state = self.state
+        self.warn_if_bypassed()
         if not state.counted or self._is_early():
             return False
         # On several ranks every stack: one that no image came by here may have been run on another.
         counters = [counter for counter in self.counters if num_ranks() > 1 or counter.key in state.counted]
+        # Read before anything moves: one that cannot be moved is refused.
+        is_biased = self.config.balance == "bias"
+        biases = [counter.placed.correction_biases() if is_biased else [] for counter in counters]
         pending = [state.gather(counter.key, counter.num_experts, counter.device) for counter in counters]
         self.checks.before_commit(self.counters, self.config, state)
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
             self.checks.check_idle_routers(counters, pending)
         if state.loss_recorded or not self.config.weighs_losses:
             self._log_losses(counters, pending)
-        for counter, (counts_LEE, tokens_L, skipped_L) in zip(counters, self._sum_over_ranks(pending), strict=True):
+        summed = self._sum_over_ranks(pending)
+        for counter, biases_L, (counts_LEE, tokens_L, skipped_L) in zip(counters, biases, summed, strict=True):
             if self.config.counts_selections:
                 self.checks.note_skipped(skipped_L.sum())
             self._move(counter, counts_LEE, tokens_L)
             if keeps_loads(counter.config):
                 counter.keep_loads(counts_LEE, tokens_L)
-            if self.config.balance == "bias":
-                for bias, counts_EE in zip(counter.placed.correction_biases(), counts_LEE, strict=True):
+            if is_biased:
+                for bias, counts_EE in zip(biases_L, counts_LEE, strict=True):
                     move_bias(bias, counts_EE.diagonal(), self.config.bias_rate)
         state.finish_commit()
         self.checks.after_commit()

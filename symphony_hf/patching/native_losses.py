@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from symphony_hf.config import SymphonyConfig
 
+from .training_state import TrainingState
+
 _REPLACED = {
     "balances": (("router_aux_loss_coef", "aux_loss_coef"), ("aux_loss", "encoder_aux_loss", "decoder_aux_loss")),
     "z_loss_weight": (("router_z_loss_coef",), ("z_loss", "encoder_z_loss", "decoder_z_loss")),
@@ -20,19 +22,22 @@ class NativeLosses:
     """Hooks that keep native router losses out of a model's loss.
 
     Their weights are 0 while a forward with labels runs, and only then: outside it, the model and its config show the
-    user's values, and every way to save the config writes them. In training the output's losses are 0, too, since
-    trainers such as TRL's add them to a loss of their own. In evaluation they are as the model computes them.
+    user's values, and every way to save the config writes them. In training mode, and in evaluations once training has
+    begun, the output's losses are 0, too, since trainers such as TRL's add them to a loss of their own in both. Before
+    that, in a copy of the model, and after `unsymphonize` they are as it computes them.
 
     Args:
         weights: Names of the weights in the model and its config.
-        outputs: Names of the native losses in the model's output, which are set to 0 in training.
+        outputs: Names of the native losses in the model's output.
         labels_position: Position of `labels` in the model's forward.
+        state: The training state of the whole model, which knows whether training has begun.
     """
 
-    def __init__(self, weights: list[str], outputs: list[str], labels_position: int) -> None:
+    def __init__(self, weights: list[str], outputs: list[str], labels_position: int, state: TrainingState) -> None:
         self.weights = weights
         self.outputs = outputs
         self.labels_position = labels_position
+        self.state = state
         self._switched_off: list[tuple[Any, str, float]] = []
         self._handles: list[Any] = []
 
@@ -66,15 +71,15 @@ class NativeLosses:
                     setattr(holder, name, 0.0)
 
     def restore(self, model: PreTrainedModel, args: Any, output: Any) -> None:
-        """Restore the weights, and zero the losses in training: a post-hook that also runs after an Exception."""
+        """Restore the weights, and zero the losses for training: a post-hook that also runs after an Exception."""
         self.put_back()
         for name in self.outputs:
             loss = getattr(output, name, None)
-            if isinstance(loss, Tensor) and model.training:
+            if isinstance(loss, Tensor) and (model.training or self.state.has_begun):
                 setattr(output, name, torch.zeros_like(loss))
 
 
-def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> list[NativeLosses]:
+def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig, state: TrainingState) -> list[NativeLosses]:
     """Register the hooks on every model that computes a loss, the given one or one inside it. Returns all of them."""
     replaced = [names for setting, names in _REPLACED.items() if getattr(settings, setting) > 0]
     attached: list[NativeLosses] = []
@@ -86,6 +91,6 @@ def switch_off_native_losses(model: nn.Module, settings: SymphonyConfig) -> list
             continue
         parameters = list(inspect.signature(module.forward).parameters)
         if "labels" in parameters:
-            attached.append(NativeLosses(weights, outputs, parameters.index("labels")))
+            attached.append(NativeLosses(weights, outputs, parameters.index("labels"), state))
             attached[-1].attach(module)
     return attached

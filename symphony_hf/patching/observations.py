@@ -126,6 +126,11 @@ def backward_starts(output: Any) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in _tensors_in(output) if tensor.grad_fn is not None}.values())
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is under way, in which checkpointing runs a forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _tensors_in(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output

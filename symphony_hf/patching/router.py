@@ -67,6 +67,7 @@ class SymphonyRouter:
         # On what the experts use: a recorded logit may lead to no loss at all.
         place = contract.carrier
         carrier = parts[place]
+        self.stack.watch_outside(carrier)
         if self.gradient_of_others is not None and torch.is_grad_enabled() and logits_TE.requires_grad:
             carrier = self.gradient_of_others.extend(self, logits_TE, carrier, chosen_TK)
         if loss is not None:

@@ -1,7 +1,6 @@
 """symphonize and unsymphonize: patch a model's routers in place, and restore them."""
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -20,11 +19,10 @@ from symphony_hf.patching.families.substitution import linear_of
 from .attachment import attach, check_balance_scope, detach, settle, tracker_of
 from .correction_bias import check_correction_biases
 from .expert_graph import ExpertGraph, active_graph, is_adapted, put_aside
+from .no_effect import warn_of_no_effect
 from .router import ATTACHED, SymphonyRouter, check_swappable, swap_class, symphony_router_class
 from .router_gradient_checks import check_graph_of_neighbours, check_router_gradient
 from .self_check import check_routers
-
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,27 +80,11 @@ def symphonize(
     if isinstance(model, PreTrainedModel):
         own_config(model)
     attach(model, found, settings.to_dict())
-    if settings.strength == 0 and settings.counts_selections:
-        logger.warning("strength is 0: routing stays the base model's, and the graph is updated beside it")
-    if settings.decay == 1 and settings.counts_selections and adjacencies is None:
-        tracker_of(model).checks.warn_once(
-            "decay=1 keeps every graph as it is, and it starts as the identity, which has no effect: decay=1 is for a "
-            "checkpoint's graph, graph=PATH"
-        )
-    if settings.graph == "frozen":
-        tracker_of(model).checks.warn_once(
-            "a frozen graph that was never learned is the identity, and has no effect: start from a checkpoint's graph "
-            "with graph=PATH, decay=1 to keep it as it is"
-        )
     if adjacencies is not None:
         for graph, adjacency_EE in zip(graphs, adjacencies, strict=True):
             with torch.no_grad():
                 graph.adjacency.copy_(adjacency_EE)
-    if all(router.contract.top_k == 1 for router in found) and settings.strength != 0:
-        tracker_of(model).checks.warn_once(
-            "this model chooses one expert per token, so no two are ever chosen together: the graph stays the identity "
-            "and Symphony has no effect",
-        )
+    warn_of_no_effect(found, settings, tracker_of(model).checks, has_path=adjacencies is not None)
     return model
 
 

@@ -115,6 +115,11 @@ class TrainingChecks:
         self.num_commits = 0
         self.num_skipped: Tensor | None = None
         self._warned: set[str] = set()
+        self._checked: tuple[int, ...] = ()  # the graphs that moved when adapters were last checked
+
+    def recheck_adapters(self) -> None:
+        """Check adapters again at the next commit, as one was added."""
+        self._checked = ()
 
     def warn_once(self, message: str) -> None:
         """Warn, unless the same message has been given before."""
@@ -151,10 +156,13 @@ class TrainingChecks:
         """Check what the commit needs, and what training leaves unchanged although the settings say otherwise."""
         graphs = [graph for counter in counters for graph in counter.counted_graphs]
         self._widen(graphs)
-        if self.num_commits == 0 and config.graph != "frozen":
-            self._check_adapters(counters)
-        if self.num_commits == 0 and config.balance == "bias":
-            self._refuse_biases_of_base(counters)
+        counted = tuple(map(id, graphs))
+        if counted != self._checked:  # an adapter was added, or others are active
+            if config.graph != "frozen":
+                self._check_adapters(counters)
+            if config.balance == "bias":
+                self._refuse_biases_of_base(counters)
+            self._checked = counted
         if self.num_commits % RANK_CHECK_EVERY == 0 and num_ranks() > 1:
             self._compare_ranks(graphs, counters[0].device)
         self.num_commits += 1

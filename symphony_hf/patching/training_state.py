@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from symphony_hf.config import SymphonyConfig
 
 from .observations import ForwardRecord, Observations
+from .padding import GivenMasks
 
 
 class TrainingState:
@@ -28,7 +29,10 @@ class TrainingState:
         scale: The factor that the main loss's gradient arrived with, written in the backward pass. A scalar.
         loss_recorded: Whether a main loss that starts the routers' went backward since the last commit.
         recorded_in_forward: Whether the forward under way has recorded its loss.
-        outer_mask: The attention mask that the model itself was given, in the forward under way.
+        masks: The masks that the model, and those inside it, were given in the forwards under way.
+        ran_outside: Name of a stack whose routers were trained outside of its forward, and so were not counted; None if
+            there is none, or a warning has named it.
+        has_begun: Whether training has begun: an optimizer took a step that counts, or a trainer's callback said so.
         evaluated: Whether a forward with gradient ran in evaluation mode since the last commit.
         stepped_uncounted: Whether an optimizer stepped after a forward in evaluation mode while nothing was pending.
         optimizer_parameters: Identities of the parameters that optimizers which stepped hold; None once they were
@@ -47,7 +51,9 @@ class TrainingState:
         self.scale: Tensor | None = None
         self.loss_recorded = False
         self.recorded_in_forward = False
-        self.outer_mask: Any = None
+        self.masks = GivenMasks()
+        self.ran_outside: str | None = None
+        self.has_begun = False
         self.evaluated = False
         self.stepped_uncounted = False
         self.optimizer_parameters: set[int] | None = set()
@@ -61,7 +67,7 @@ class TrainingState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the optimizer: a copy of the model has its own, and weak references cannot be pickled."""
-        return {**self.__dict__, "_own_optimizer": None, "_in_backward": False}
+        return {**self.__dict__, "_own_optimizer": None, "_in_backward": False, "has_begun": False}
 
     @property
     def num_routers(self) -> int:
@@ -141,6 +147,10 @@ class TrainingState:
         record.counted = True
         self.add_pending(key, record)
 
+    def note_outside(self, owner: str, gradient: Tensor) -> None:
+        """Note that a backward reached a router that ran outside of its stack's forward: a hook of its logits."""
+        self.ran_outside = owner
+
     def note_step(self, optimizer: torch.optim.Optimizer, held: set[int], is_own: bool, is_foreign: bool) -> None:
         """Note that an optimizer has stepped.
 
@@ -154,6 +164,7 @@ class TrainingState:
             return  # sharded optimizers hold flat copies, which cannot be told from another model's parameters
         is_used = bool(self.counted) or self._in_backward
         self.stepped = self.stepped or is_used
+        self.has_begun = self.has_begun or is_used
         self.stepped_uncounted = self.stepped_uncounted or (self.evaluated and not is_used)
         if is_used and self.optimizer_parameters is not None:
             self.optimizer_parameters |= held
@@ -182,6 +193,7 @@ class TrainingState:
         """Drop what an earlier training, or a loop that was broken off within a step, has left for this one."""
         self.drop()
         self.logged_losses = None
+        self.has_begun = True
 
     def _clear_pending(self) -> None:
         for pending in self.pending.values():

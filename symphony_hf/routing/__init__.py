@@ -1,4 +1,4 @@
-"""Symphony routing as pure functions on tensors. Depends on torch only; no model and no state.
+"""Symphony routing as pure functions on tensors, which use torch alone: no model and no state.
 
 Shape suffixes, used for routing tensors throughout the package:
 
@@ -11,6 +11,7 @@ Pipeline: `count_coselections` -> `update_adjacency` -> `transition_matrix` ->
 `mix_with_identity` -> `smooth_weight` (on logits) or `smooth_scores` (on probabilities).
 """
 
+from .gradient import mixture_weights
 from .graph import (
     adjacency_problems,
     count_coselections,
@@ -39,6 +40,7 @@ __all__ = [
     "initial_adjacency",
     "load_balancing_loss",
     "mix_with_identity",
+    "mixture_weights",
     "smooth_logits",
     "smooth_probabilities",
     "smooth_scores",

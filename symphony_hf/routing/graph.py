@@ -11,6 +11,7 @@ from torch import Tensor
 
 from symphony_hf.config import Normalization
 
+_NO_CONTEXT = contextlib.nullcontext()
 _LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - 2.0**-149
 
 
@@ -18,7 +19,7 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Disable autocast on the tensor's device: bfloat16 would round the graph, and counts above 256."""
     # The meta device is none that autocast knows; and entering its context costs more than to ask whether it is on.
     if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
     return torch.autocast(tensor.device.type, enabled=False)  # type: ignore[return-value]
 
 

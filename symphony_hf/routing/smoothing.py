@@ -38,8 +38,10 @@ def smooth_logits(logits_TE: Tensor, transition_EE: Tensor) -> Tensor:
 def add_residual(logits_TE: Tensor, residual_EE: Tensor) -> Tensor:
     """Smooth logits by A - I, from `routing_residual`: `smooth_logits` for a caller that does not need A itself."""
     with without_autocast(logits_TE):
-        logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-        return torch.addmm(logits, logits, residual_EE.to(logits.dtype).T)
+        if logits_TE.dtype != residual_EE.dtype:
+            dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+            logits_TE, residual_EE = logits_TE.to(dtype), residual_EE.to(dtype)
+        return torch.addmm(logits_TE, logits_TE, residual_EE.T)
 
 
 def smooth_weight(weight_ED: Tensor, transition_EE: Tensor) -> Tensor:

@@ -384,7 +384,9 @@ def test_a_write_that_bumps_no_version_has_effect(write):
 
 @pytest.mark.parametrize("graph", ["ema", "learned"])
 def test_a_state_dict_is_the_live_storage(graph):
-    model, other, ids = move_graphs(model_of(graph=graph)), move_graphs(model_of(graph=graph), seed=1), make_ids()
+    settings = {"graph": graph, "decay": 0.99}  # the default: a learned graph reads no other
+    model, other = move_graphs(model_of(**settings)), move_graphs(model_of(**settings), seed=1)
+    ids = make_ids()
     live = model.state_dict()
     assert live[f"{GATE}.symphony.adjacency"].data_ptr() == model.get_submodule(GATE).symphony.adjacency.data_ptr()
     with torch.no_grad():

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from gates import HIDDEN, LinearGateBlock
 from models import make_ids, make_llava, make_model, move_graphs
 from ranks import make_routed_tower
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
@@ -340,8 +341,9 @@ def test_global_balance_refuses_what_a_batch_may_leave_out(tmp_path):
     with pytest.raises(ConfigError, match=r"`model\.vision_tower\.\S+` is in a CLIPVision.*balance_scope='local'"):
         symphonize(model, balance_scope="global")
     assert not is_symphonized(model)
-    for harmless in ({"balance_scope": "local"}, {"balance_scope": "global", "balance_loss_weight": 0.0}):
-        symphonize(upcycle_modules(make_llava(), tower), **harmless)
+    symphonize(upcycle_modules(make_llava(), tower), balance_scope="local")
+    with pytest.warns(SymphonyWarning, match="`balance_scope` .* is read only with"):  # without a loss, nothing waits
+        symphonize(upcycle_modules(make_llava(), tower), balance_scope="global", balance_loss_weight=0.0)
     symphonize(model).config.symphony["balance_scope"] = "global"
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="leaves out"):
@@ -389,3 +391,133 @@ def test_an_optimizer_that_never_steps_again_is_named():
             assert not update_graphs(model)
 
     warned_once(call, "took no step")
+
+
+class OwnLoss(torch.nn.Module):
+    """A model whose loop may call a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(LinearGateBlock(), LinearGateBlock())
+
+    def forward(self, x):
+        return self.blocks(x)
+
+    def loss(self, x):
+        return self.blocks(x).square().mean()
+
+
+def run_layers(model, ids):
+    """As a pipeline written by hand does."""
+    inner = model.model
+    hidden, positions = inner.embed_tokens(ids), torch.arange(ids.shape[1]).unsqueeze(0)
+    rotary = inner.rotary_emb(hidden, positions)
+    for layer in inner.layers:
+        hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
+    return model.lm_head(inner.norm(hidden)).square().mean()
+
+
+PAST_THE_FORWARD = {
+    "a method": ("OwnLoss", lambda model: model.loss(torch.randn(4, HIDDEN))),
+    "forward": ("OwnLoss", lambda model: model.forward(torch.randn(4, HIDDEN)).square().mean()),
+    "layers": ("OlmoeModel", lambda model: run_layers(model, make_ids())),
+}
+
+
+def symphonized_for(owner):
+    return symphonize(make_model()) if owner == "OlmoeModel" else symphonize(OwnLoss(), routers="*.gate")
+
+
+@pytest.mark.parametrize("way", PAST_THE_FORWARD)
+@pytest.mark.parametrize("updates", [True, False], ids=["with update_graphs", "without"])
+def test_a_loop_that_goes_past_the_forward_is_told(way, updates):
+    """Also after a step that went through it, whose record is not written to again."""
+    owner, loss_of = PAST_THE_FORWARD[way]
+    for counted_before in (False, True):
+        model = symphonized_for(owner).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        if counted_before:
+            inputs = make_ids() if owner == "OlmoeModel" else torch.randn(4, HIDDEN)
+            out = model(inputs)
+            add_router_losses(model, getattr(out, "logits", out).square().mean()).backward()
+            assert update_graphs(model)
+
+        def step(model=model, optimizer=optimizer):
+            add_router_losses(model, loss_of(model)).backward()
+            optimizer.step()
+            assert not (updates and update_graphs(model))
+
+        warned_once(step, rf"routers of {owner} ran outside of its forward.*call the model, or its {owner}, itself")
+
+
+def test_what_trains_nothing_may_go_past_the_forward():
+    """Without gradient, in evaluation mode, under torch.func, and with no step after it."""
+    model = symphonized_for("OwnLoss")
+    x = torch.randn(4, HIDDEN)
+    model.eval().loss(x).backward()
+    model.train()
+    with torch.no_grad():
+        model.loss(x)
+    parameters = dict(model.named_parameters())
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().mean())(parameters)
+    model.loss(x)  # with gradient, but nothing goes backward through it
+    add_router_losses(model, model(x).square().mean()).backward()
+    assert update_graphs(model)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_second_backward_through_checkpoints_is_no_way_past_the_forward(use_reentrant):
+    model, ids = symphonize(make_model()).train(), make_ids()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = model(ids, labels=ids).loss
+    for is_last in (False, True):
+        if use_reentrant and is_last:
+            break  # torch frees what it recomputes from
+        loss.backward(retain_graph=not is_last)
+    optimizer.step()
+    assert update_graphs(model)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (4, 4)])
+def test_a_graph_of_experts_that_are_all_chosen_is_named(num_experts, top_k):
+    def make():
+        return make_model("mixtral", num_local_experts=num_experts, num_experts_per_tok=top_k)
+
+    with pytest.warns(SymphonyWarning, match="3 of 3 routers .*choose all of their experts.*fewer experts per token"):
+        model = symphonize(make(), decay=0.0).train()
+    step(model)
+    logits = model(make_ids(), output_router_logits=True).router_logits[0]
+    # The uniform graph gives all experts the mean logit, up to the rounding of a float32 sum.
+    torch.testing.assert_close(logits, logits.mean(1, keepdim=True).expand_as(logits), rtol=0, atol=1e-6)
+    for harmless in ({"strength": 0.0}, {"normalization": "centred"}, {"graph": "learned"}):
+        symphonize(make(), **harmless)
+    with pytest.warns(SymphonyWarning) as caught:  # a graph that stays as it is becomes nothing
+        symphonize(make(), decay=1.0)
+    assert "choose all" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"graph": "learned", "strength": 0.0}, "a learned graph has no gradient"),
+        ({"graph": "learned", "decay": 0.5}, r"`decay` \(0.5\) is read only with graph='ema'"),
+        ({"bias_rate": 0.1}, "`bias_rate` .*balance='bias'"),
+        ({"num_neighbours": 4}, "`num_neighbours` .*router_gradient="),
+        ({"router_gradient": "dense", "num_neighbours": 4}, "`num_neighbours` .*router_gradient="),
+        ({"balance_loss_weight": 0.0, "balance_scope": "step"}, "`balance_scope` .*balance_loss_weight above 0"),
+        ({"bias_rate": 0.1, "num_neighbours": 4}, "`bias_rate` .*; `num_neighbours` .*Leave them out"),
+    ],
+    ids=str,
+)
+def test_settings_that_nothing_reads_are_named_once(settings, message):
+    with pytest.warns(SymphonyWarning, match=message) as caught:
+        symphonize(make_model(), **settings)
+    assert len(caught) == 1
+
+
+def test_settings_of_a_baseline_are_not():
+    """The same run with strength 0, whatever its graph would be."""
+    for settings in ({"decay": 0.5}, {"normalization": "centred"}, {"warmup_steps": 3}, {"self_loops": False}):
+        symphonize(make_model(), strength=0.0, **settings)

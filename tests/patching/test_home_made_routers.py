@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from gates import EXPERTS, HIDDEN, VOCAB
+from gates import EXPERTS, HIDDEN, VOCAB, LinearGateBlock
 from models import move_graphs
 from torch import nn
 
@@ -258,3 +258,24 @@ def test_a_map_whose_weight_is_read_is_smoothed_whatever_is_around_it(around):
         for router in find_routers(model):
             router.module.classifier.register_forward_hook(lambda *call: None)
     assert torch.equal(model(ids).logits, wanted)
+
+
+class Asserting(LinearGateBlock):
+    """Asserts the shape that it takes, as home-made code does."""
+
+    def forward(self, hidden_states):
+        assert hidden_states.ndim == 3, "expected (batch, time, channels)"
+        return super().forward(hidden_states)
+
+
+class NeverRuns(LinearGateBlock):
+    def forward(self, hidden_states):
+        raise AssertionError("expected something else")
+
+
+def test_a_block_that_asserts_its_inputs_shape_is_run_with_the_other():
+    model = symphonize(nn.Sequential(Asserting(), Asserting()), routers="*.gate").train()
+    add_router_losses(model, model(torch.randn(2, 5, HIDDEN)).square().mean()).backward()
+    assert update_graphs(model)
+    with pytest.raises(UnsupportedModelError, match="expected something else"):
+        symphonize(nn.Sequential(NeverRuns()), routers="*.gate")

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from symphony_hf import (
     PatchError,
     SymphonyCallback,
+    SymphonyWarning,
     expert_graphs,
     lora_config,
     record_routing,
@@ -151,13 +152,14 @@ def test_an_interrupt_while_routing_is_replayed_ends_the_replay():
 def test_a_mask_belongs_to_the_forward_that_it_was_given_to():
     model = symphonize(make_model("mixtral")).train()
     seen = []
-    model.model.register_forward_pre_hook(lambda *_: seen.append(tracker_of(model).state.outer_mask))
+    model.model.register_forward_pre_hook(lambda *_: seen.append(tracker_of(model).state.masks.find("attention_mask")))
     ids = make_ids()
     mask = torch.ones_like(ids)
     model(ids, mask, labels=ids)  # by position
     assert seen[0] is mask
     causal = torch.ones(*ids.shape, ids.shape[1], dtype=torch.bool).tril().unsqueeze(1)
-    model.model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=causal)
+    with pytest.warns(SymphonyWarning, match="does not say which tokens are padding"):
+        model.model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=causal)
     assert seen[1] is None
 
 

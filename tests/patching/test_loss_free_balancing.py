@@ -214,3 +214,17 @@ def test_a_synced_reference_gets_the_bias():
     for step, wanted in ((1, 0.0), (2, 0.25)):
         mix_graphs(args, SimpleNamespace(global_step=step), policy, reference)
         assert all((bias == wanted).all() for bias in biases_of(reference).values())
+
+
+def test_a_bias_that_was_cast_later_is_refused_before_a_graph_moves():
+    with quiet():
+        model = symphonize(tiny_model("deepseek_v3"), balance="bias", decay=0.5).train().bfloat16()
+    ids = make_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    routers = [module for module in model.modules() if hasattr(module, "symphony")]
+    for _ in range(2):
+        with pytest.raises(PatchError, match=r"is torch.bfloat16 with .* keep it in float32"):
+            update_graphs(model)
+        for router in routers:
+            assert router.symphony.updates == 0
+            assert not router.symphony.adjacency.fill_diagonal_(0).any()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from symphony_hf import (
     SymphonyWarning,
+    add_router_losses,
     expert_graphs,
     export_folded,
     is_symphonized,
@@ -34,6 +35,7 @@ from symphony_hf import (
 from symphony_hf.checkpoints.marks import unmark
 from symphony_hf.experiments.conformance.batches import tiny_batch
 from symphony_hf.experiments.conformance.tiny import moe_families, why_not_built
+from symphony_hf.patching.attachment import tracker_of
 
 WHOLE = ["aria", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "llama4", "minimax_m3_vl", "qwen3_5_moe", "qwen3_vl_moe"]
 MORE = [
@@ -386,3 +388,17 @@ def test_a_batch_of_images_is_labelled_on_its_text(case):
     stock = stock_model(case)
     found, other = (logits(stock, images)[:, -4] for images in (batch, other_image(batch)))
     assert not torch.allclose(found, other, atol=1e-3)  # the image is seen by the text after it
+
+
+@pytest.mark.parametrize("case", ["gemma4", "llava+olmoe"], indirect=True)
+def test_a_loop_that_calls_the_inner_model_leaves_padding_out(case):
+    """Gemma 4 makes the masks of its text model one level above it."""
+    model, batch = symphonized(case, decay=0.5).train(), image_batch(case)
+    batch["attention_mask"] = batch["attention_mask"].clone()
+    batch["attention_mask"][:, -3:] = 0
+    del batch["labels"]
+    add_router_losses(model, model.model(**batch).last_hidden_state.square().mean()).backward()
+    state = tracker_of(model).state
+    kept = {float(number) for pending in state.pending.values() for number in pending.tokens_L}
+    assert kept == {float(batch["attention_mask"].sum())}
+    assert state.masks.find("attention_mask") is None

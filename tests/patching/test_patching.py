@@ -259,6 +259,18 @@ def test_torch_compile_fullgraph_gives_the_same(settings):
 
 
 @pytest.mark.thorough
+def test_a_mask_that_hides_the_padding_does_not_break_a_compiled_graph():
+    """Eager forwards warn there, which a compiler cannot trace."""
+    torch._dynamo.reset()
+    model = symphonize(make_model("mixtral", experts="batched_mm", num_hidden_layers=1)).train()
+    ids = make_ids()
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(ids, labels=ids, attention_mask=causal).loss.backward()
+    assert update_graphs(model)
+
+
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, as it traces
 @pytest.mark.parametrize(
     "wrap",

@@ -36,6 +36,17 @@ def num_hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def cache_name(model):
+    """The argument for a cache: versions of transformers differ."""
+    return next(n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters)
+
+
+def prefilled(model, ids):
+    cache = DynamicCache()
+    model(ids, use_cache=True, **{cache_name(model): cache})
+    return cache
+
+
 def loss_of(model, ids, **inputs):
     loss = model(input_ids=ids, **inputs).logits.logsumexp(-1).square().mean()
     return add_router_losses(model, loss) if hasattr(model, "_symphony_tracker") else loss
@@ -187,7 +198,7 @@ def test_generation_is_recorded_token_by_token(model):
 def test_generation_with_a_cache_replays(model, other):
     """Decoding by hand: a prefill of five tokens, then one token after the other."""
     ids, cache = make_ids(), DynamicCache()
-    name = next(n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters)
+    name = cache_name(model)
     with torch.no_grad(), replay_routing(model, other), record_routing(model) as choices:
         for span in (slice(0, 5), *(slice(i, i + 1) for i in range(5, 12))):
             model(input_ids=ids[:, span], use_cache=True, **{name: cache})
@@ -385,3 +396,49 @@ def test_a_block_that_chooses_itself_replays():
         assert torch.equal(model.layers[layer]["moe"].last_choice, given.experts[layer].flatten(0, 1).long())
         pairs, num_tokens = naive_counts([given.experts[layer].flatten(0, 1)], torch.ones(ids.shape), 6)
         torch.testing.assert_close(graph, pairs / num_tokens)
+
+
+SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+
+def test_beams_are_refused(model):
+    """They reorder the cache, so a row's tokens are no sequence's."""
+    prompt, hooks = make_ids(2, 5), num_hooks(model)
+    with pytest.raises(PatchError, match=r"record_routing: the rows of the cache.*num_beams=1"), record_routing(model):
+        model.generate(prompt, num_beams=4, **SETTINGS)
+    assert num_hooks(model) == hooks
+    with record_routing(model) as choices:
+        model.generate(prompt, **SETTINGS)
+    with replay_routing(model, choices.experts):
+        cache = prefilled(model, prompt)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(PatchError, match="replay_routing: the rows of the cache"):
+            model(prompt[:, :1], **{cache_name(model): cache})
+
+
+def test_another_cache_is_refused(model):
+    first, second = make_ids(2, 5), make_ids(2, 5, seed=1)
+    with record_routing(model):
+        cache = prefilled(model, first)
+        prefilled(model, second)
+        with pytest.raises(PatchError, match="with one cache at a time"):
+            model(first[:, :1], **{cache_name(model): cache})
+
+
+@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}], ids=str)
+def test_a_cache_that_is_cut_or_filled_in_place_keeps_its_rows(model, settings):
+    prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    with record_routing(model) as choices:
+        tokens = model.generate(prompt, **SETTINGS, **settings)
+    expected = recorded(model, input_ids=tokens[:, :-1])
+    assert torch.equal(choices.tokens, expected.tokens)
+    assert torch.equal(choices.experts.sort(-1).values, expected.experts.sort(-1).values)
+
+
+def test_a_copied_or_reordered_cache_of_the_same_rows_continues(model):
+    prompt = make_ids(1, 5).repeat(2, 1)
+    with torch.no_grad(), record_routing(model) as choices:
+        cache = copy.deepcopy(prefilled(model, prompt))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        model(prompt[:, :1], **{cache_name(model): cache})
+    assert choices.experts.shape[1:3] == (2, 6)

@@ -1,5 +1,7 @@
 """The balance and z-loss reach the router once, with their weight, in every loop. Held against plain autograd."""
 
+import copy
+
 import pytest
 import torch
 from models import gradients, llava_inputs, make_ids, make_llava, make_model
@@ -11,6 +13,7 @@ from symphony_hf import (
     SymphonyWarning,
     add_router_losses,
     symphonize,
+    unsymphonize,
     upcycle_modules,
     update_graphs,
 )
@@ -291,3 +294,85 @@ def test_the_returned_loss_is_the_cross_entropy_alone():
     plain = base("olmoe")(ids, labels=ids).loss
     model = symphonize(base("olmoe"), **WEIGHTS).train()
     assert torch.equal(model(ids, labels=ids).loss, plain)
+
+
+def own_loss(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+    """The cross-entropy, divided as Trainer wants it."""
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def set_before(model):
+    model.loss_function = own_loss
+    return symphonize(model, **WEIGHTS)
+
+
+def set_after(model):
+    symphonize(model, **WEIGHTS).loss_function = own_loss
+    return model
+
+
+def set_around(model):
+    """A function that calls the one that was there."""
+    former = symphonize(model, **WEIGHTS).loss_function
+    model.loss_function = lambda *args, **kwargs: former(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("set_loss", [set_before, set_after, set_around])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_loss_function_of_the_users_shares_the_step_as_the_models_own(set_loss, count):
+    batches = batches_of(count)
+    num_items = torch.tensor(count * 2 * 7)
+    found = []
+    for make in (lambda model: symphonize(model, **WEIGHTS), set_loss):
+        model = make(base("olmoe")).train()
+        update_graphs(model)
+        for inputs in batches:
+            model(**inputs, num_items_in_batch=num_items).loss.backward()
+        found.append(gradients(model))
+    assert_gradients(found[1], found[0])
+
+
+def test_a_loss_function_that_was_set_later_is_back_after_unsymphonize():
+    model = set_after(base("olmoe")).train()
+    ids = make_ids()
+    model(ids, labels=ids)
+    assert unsymphonize(model).loss_function is own_loss
+
+
+def test_a_loss_function_that_was_set_for_a_while_is_gone_after_unsymphonize():
+    model = symphonize(base("olmoe")).train()
+    before, ids = model.loss_function, make_ids()
+    for function in (own_loss, before):
+        model.loss_function = function
+        model(ids, labels=ids)
+    assert unsymphonize(model).loss_function is base("olmoe").loss_function
+
+
+def test_labels_of_an_encoder_decoder_are_all_in_the_share():
+    """As Trainer counts them: the first of each row too."""
+    with quiet():
+        model = symphonize(tiny_model("nllb-moe"))
+    assert model.loss_type == "ForConditionalGeneration"
+    labels, num_items = torch.tensor([[5, 6, -100]]), torch.tensor(4)
+    assert model.loss_function._share_of_step(None, labels, num_items_in_batch=num_items) == 2 / 4
+
+
+@pytest.mark.parametrize("begins", ["a step", "a callback"])
+def test_losses_that_a_loop_might_add_are_0_in_its_evaluations(begins):
+    """TRL's trainers add them there, too. A model that nobody trains shows its own."""
+    model, ids = symphonize(make_model()), make_ids()
+    aux_loss = lambda: model.eval()(ids, output_router_logits=True).aux_loss  # noqa: E731
+    assert aux_loss() > 0
+    if begins == "a step":
+        model.train()(ids, labels=ids).loss.backward()
+        assert aux_loss() > 0
+        torch.optim.SGD(model.parameters(), lr=0.01).step()
+    else:
+        tracker_of(model).state.begin_training()  # as SymphonyCallback does
+    assert aux_loss() == 0
+    assert copy.deepcopy(model).eval()(ids, output_router_logits=True).aux_loss > 0  # a reference, which nobody trains
+    unsymphonize(model)
+    assert aux_loss() > 0

@@ -14,6 +14,7 @@ from symphony_hf import (
     PatchError,
     SymphonyCallback,
     SymphonyWarning,
+    add_router_losses,
     expert_graphs,
     export_folded,
     symphonize,
@@ -363,29 +364,6 @@ def test_counts_of_one_adapter_do_not_move_the_graphs_of_another(saved):
     assert_moved(model, before, seen, [[1] * 24])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:the model has adapters of PEFT, and its graphs are not in them"
-)  # not in all layers
-def test_counts_of_layers_that_two_adapters_share_stay():
-    peft = pytest.importorskip("peft")
-    configs = [
-        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[f"layers.{layer}.mlp.gate.symphony"])
-        for layer in (0, 1)
-    ]
-    model = peft.get_peft_model(symphonize(make_model(), decay=DECAY), configs[0]).train()
-    model.add_adapter("second", configs[1])
-    ids = make_ids()
-    before = list(expert_graphs(model).values())
-    model(input_ids=ids, labels=ids).loss.backward()
-    model.set_adapter("second")
-    with pytest.warns(SymphonyWarning, match="another adapter was set"):
-        model(input_ids=ids, labels=ids).loss.backward()
-    pending = next(iter(tracker_of(model).state.pending.values())).tokens_L
-    assert pending.tolist() == [24, 24, 48]  # both micro-batches of the layer without a graph of an adapter's own
-    assert update_graphs(model)
-    assert all(not torch.equal(a, b) for a, b in zip(before, expert_graphs(model).values(), strict=True))
-
-
 @pytest.mark.parametrize("saved", ["gate", "symphony"])
 def test_peft_may_copy_a_whole_router(saved):
     peft = pytest.importorskip("peft")
@@ -510,3 +488,41 @@ def test_a_read_before_the_optimizers_step_moves_nothing():
     assert all(torch.equal(graph, before[name]) for name, graph in expert_graphs(model).items())
     optimizer.step()
     assert update_graphs(model)
+
+
+@pytest.mark.parametrize("family", ["nllb-moe", "switch_transformers"])
+@pytest.mark.parametrize("given", ["labels", "a mask", "inputs"])
+def test_padding_that_an_encoder_decoder_makes_of_its_labels_is_left_out(family, given):
+    """The labels move to the right behind a start token, so one token more than the labels without -100 is real."""
+    with quiet():
+        model = symphonize(tiny_model(family), decay=0.0).train()
+    model.config.decoder_start_token_id = 2  # Switch has none
+    ids = make_ids(2, 8)
+    labels = ids.clone()
+    labels[0, 4:] = -100
+    inputs = {"input_ids": ids, "labels": labels}
+    if given == "a mask":
+        inputs["decoder_attention_mask"] = (torch.arange(8) < 3).long().expand(2, 8)
+    if given == "inputs":
+        inputs["decoder_input_ids"] = ids
+    model(**inputs).loss.backward()
+    pending = tracker_of(model).state.pending
+    counters = {counter.owner is model.get_decoder(): counter for counter in tracker_of(model).counters}
+    assert len(counters) == 2
+    tokens = {is_decoder: pending[counter.key].tokens_L for is_decoder, counter in counters.items()}
+    assert (tokens[False] == 16).all()
+    assert (tokens[True] == {"labels": 5 + 8, "a mask": 6, "inputs": 16}[given]).all()
+
+
+def test_a_mask_that_hides_padding_is_named():
+    """In a loop that makes its masks itself: for the model, or for the stack in it."""
+    model, ids = symphonize(make_model("mixtral")).train(), make_ids()
+    causal = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    model(ids, labels=ids).loss.backward()  # no mask: no padding
+    with pytest.warns(SymphonyWarning, match="does not say which tokens are padding.*Pass a mask of shape") as caught:
+        model(ids, attention_mask=causal, labels=ids).loss.backward()
+        model(ids, attention_mask=causal, labels=ids).loss.backward()
+    assert len(caught) == 1
+    other = symphonize(make_model("mixtral")).train()
+    with pytest.warns(SymphonyWarning, match="MixtralModel was given an attention mask that does not say"):
+        add_router_losses(other, other.model(ids, attention_mask=causal).last_hidden_state.sum()).backward()

@@ -86,7 +86,7 @@ def twin(module: nn.Module, make: Callable[[Tensor], Tensor], training: bool = F
 
 NUM_TOKENS = 24
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm")  # DeepSpeed replaces `linear` by its own
-WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
+WRONG_INPUT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError, AssertionError)
 """Errors that a forward raises for unsuitable inputs. Others are bugs of its own, and are not hidden."""
 
 

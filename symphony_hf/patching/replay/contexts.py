@@ -34,8 +34,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingChoices]:
 
     Raises:
         UnsupportedModelError: If a router does not choose its experts by a top-k.
-        PatchError: If the model is compiled, a part of it is called by itself, or a mask with four dimensions hides
-            padding.
+        PatchError: If the model is compiled, a part of it is called by itself, a mask with four dimensions hides
+            padding, or the rows of the cache change between two forwards, as in beam search.
     """
     recorder, choices = _Recorder(), RoutingChoices()
     hooks = RoutingHooks(model, "record_routing", recorder.open, recorder.close)
@@ -117,7 +117,8 @@ def replay_routing(model: nn.Module, choices: Any) -> Iterator[None]:
     Raises:
         DataError: If the choices are of another model, are not captured, or do not fit a forward's sequences.
         UnsupportedModelError: If a router does not choose its experts by a top-k.
-        PatchError: If the model is compiled, no forward ran, or a part of the model is called by itself.
+        PatchError: If the model is compiled, no forward ran, a part of the model is called by itself, or the rows of
+            the cache change between two forwards, as in beam search.
     """
     replay = _Replay()
     hooks = RoutingHooks(model, "replay_routing", replay.open, replay.close)

@@ -16,6 +16,7 @@ from symphony_hf.patching.families.discovery import FoundRouter
 from symphony_hf.patching.observations import backward_starts
 from symphony_hf.patching.symphonize import all_routers
 
+from .cache_rows import CacheRows, cache_in
 from .layout import TokenLayout, read_layout
 from .selection import SelectionTap, tapped_module, why_not_replayed
 
@@ -95,12 +96,13 @@ class RoutingHooks:
             )
         self._parameters = inspect.signature(self.model.forward)
         self._current: RoutedForward | None = None
+        self._cache_rows = CacheRows()
         self._taps: list[tuple[int, SelectionTap | None]] = []
         self._is_open = True
         self._num_kept = 0
         self._handles: list[Any] = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.model.register_forward_hook(self._after_model, always_call=True),
+            self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
         ]
         for index, router in enumerate(self.routers):
             module = tapped_module(router, modules)
@@ -111,6 +113,7 @@ class RoutingHooks:
     def close(self) -> None:
         """End the context."""
         self._is_open = False
+        self._cache_rows.clear()
         while self._taps:  # of routers that a KeyboardInterrupt broke off, past the hooks that leave them
             _, tap = self._taps.pop()
             if tap is not None:
@@ -126,14 +129,27 @@ class RoutingHooks:
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._current = None
         if self._is_open:
-            arguments = self._parameters.bind_partial(*args, **kwargs).arguments
-            self._current = self.open_forward(read_layout(model, {**arguments.pop("kwargs", {}), **arguments}))
+            arguments = self._arguments(args, kwargs)
+            layout = read_layout(model, arguments)
+            if layout.continues and not self._cache_rows.are_kept(cache_in(arguments)):
+                raise PatchError(
+                    f"{self.call}: the rows of the cache are not those of the forward before, so the tokens before "
+                    "these are not known: beam search reorders them. Generate with num_beams=1, or call the model with "
+                    "one cache at a time"
+                )
+            self._current = self.open_forward(layout)
 
-    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        arguments = self._parameters.bind_partial(*args, **kwargs).arguments
+        return {**arguments.pop("kwargs", {}), **arguments}
+
+    def _after_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward, self._current = self._current, None
         if forward is None or output is None:
             return  # outside of the context, or after an error
         forward.closed = True
+        made = dict(output) if isinstance(output, dict) else {}
+        self._cache_rows.note(cache_in({**self._arguments(args, kwargs), **made}))
         if forward.given_LTK is not None and len(forward.routers) != len(forward.given_LTK):
             raise PatchError(
                 f"{self.call}: {len(forward.routers)} calls of routers in a forward, for the choices of "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from symphony_hf.errors import PatchError
-from symphony_hf.patching.counting import is_padding_mask
+from symphony_hf.patching.padding import is_padding_mask
 
 
 class TokenLayout(NamedTuple):
