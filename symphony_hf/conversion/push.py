@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from symphony_hf.checkpoints.folder import ModelFolder, open_folder
 from symphony_hf.checkpoints.model_class import named_class_of, read_config
-from symphony_hf.checkpoints.provenance import Origin
+from symphony_hf.checkpoints.provenance import given_origin
 from symphony_hf.checkpoints.saving import check_shard_size
 from symphony_hf.checkpoints.upload import publish
 from symphony_hf.errors import ConfigError, PushError
@@ -57,8 +57,8 @@ def push(
         FoldError: If the graphs cannot be folded.
         GraphError: If the graphs cannot be read.
     """
+    origin = given_origin(base_model, license, data)
     folder = open_folder(directory)
-    origin = Origin(base_model, license, data)
     with tempfile.TemporaryDirectory() as scratch:
         if folded:
             folder = _fold(folder, Path(scratch))

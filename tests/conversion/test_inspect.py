@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 
+import peft
 import pytest
 import torch
 from models import make_llava, make_model
@@ -371,6 +372,25 @@ def test_names_are_the_bare_models():
     )
     assert bare_name("base_model.model.a.base_layer.lora_A.default.weight") == "a.lora_A.default.weight"
     assert bare_name("model.original.weight") == "model.original.weight"
+    assert bare_name("base_model.model") == ""
+    assert bare_name("base_model.modelling.weight") == "base_model.modelling.weight"
+
+
+@pytest.mark.parametrize("symphonizes", [False, True])
+@pytest.mark.parametrize("kind", ["LORA", "PROMPT_TUNING"])
+@pytest.mark.filterwarnings("ignore:PROMPT_TUNING has no place for the graphs")
+def test_a_model_in_pefts_wrapper(kind, symphonizes):
+    model = symphonize(make_model()) if symphonizes else make_model()
+    bare = inspect_model(model)
+    config = {
+        "LORA": peft.LoraConfig(target_modules=["q_proj"], r=2),
+        "PROMPT_TUNING": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }[kind]
+    wrapped = inspect_model(peft.get_peft_model(model, config))
+    assert (wrapped.name, wrapped.routers, wrapped.settings) == (bare.name, bare.routers, bare.settings)
+    # Three layers of A and B on a 32 x 32 map, and the adapter's own copies of three 8 x 8 graphs; or two prompts.
+    added = 3 * 2 * (32 + 32) + 3 * 64 * symphonizes if kind == "LORA" else 2 * 32
+    assert wrapped.total == bare.total + added
 
 
 def test_an_anatomy_finds_each_parameters_owners():

@@ -13,7 +13,7 @@ from torch import nn
 
 from symphony_hf.checkpoints.graph_files import read_graphs
 from symphony_hf.conversion.inspection.parts import Routing
-from symphony_hf.conversion.inspection.tensors import bare_name
+from symphony_hf.conversion.inspection.tensors import bare_name, base_of
 from symphony_hf.errors import ConfigError, GraphError, PatchError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS
 from symphony_hf.patching.expert_graph import is_adapted
@@ -24,7 +24,7 @@ from symphony_hf.routing.graph import adjacency_problems
 from .base_weights import check_base, sample_weights
 from .placement import check_not_sharded, check_own, check_targets
 from .record import NEEDS, AdapterRecord, check_same_mode, keep_record
-from .targets import base_of, family_of
+from .targets import family_of
 from .untrusted import adapter_tensors, add_adapter, check_tensors, read_peft_config, refusals, try_config
 
 

@@ -6,20 +6,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    PreTrainedModel,
+)
 
 from symphony_hf.conversion.inspection.parts import Anatomy
-from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
+from symphony_hf.conversion.inspection.tensors import bare_name, base_of, held_tensors
 from symphony_hf.errors import ConfigError, nearest
 from symphony_hf.patching.correction_bias import adapter_remedy
 from symphony_hf.patching.symphonize import symphony_routers
 
-from .record import AdapterRecord, RouterMode, check_same_mode, keep_record
+from .record import AdapterRecord, RouterMode, check_not_repeated, check_same_mode, keep_record
 from .targets import (
     ExpertTargets,
     attention_targets,
-    base_of,
     expert_targets,
+    in_chosen_layers,
     is_end_of,
     shortest_ends,
     taken_for_experts,
@@ -29,6 +35,16 @@ _OURS = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 _LISTS = ("target_modules", "target_parameters", "modules_to_save")
 _NOT_ON_STACKED_EXPERTS = ("use_dora", "lora_bias", "fan_in_fan_out", "velora_config", "kasa_config")
 """Settings of LoraConfig that PEFT does not support for `target_parameters`."""
+
+_CHOICES_OF_LAYERS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+"""Settings of LoraConfig that PEFT applies to `target_modules` alone."""
+
+_HEADS = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+"""Task types of the models with a head of their own, which is new where the rest was trained on text."""
 
 
 def lora_config(
@@ -45,7 +61,8 @@ def lora_config(
     """Return a LoraConfig with the graphs in the adapter, for `peft.get_peft_model` or TRL.
 
     Each adapter has its own graphs, in float32. They change during training, merging keeps them, and
-    `disable_adapter()` restores those of the base model. However the adapter is saved, a `symphony_config.json` is
+    `disable_adapter()` restores those of the base model. The head of a model for classification or question answering
+    is in the adapter as a whole. However the adapter is saved, a `symphony_config.json` is
     written beside it, which tells `load_adapter` what the adapter needs.
 
     Args:
@@ -57,7 +74,8 @@ def lora_config(
         alpha: LoRA's alpha; by default twice the rank.
         dropout: Dropout on LoRA's input. Must be 0 for experts that are stacked in one parameter.
         **more: Other settings of LoraConfig. `target_modules`, `target_parameters` and `modules_to_save` are lists of
-            names that are added to those found.
+            names that are added to those found. `layers_to_transform`, `layers_pattern` and `exclude_modules` also
+            choose among stacked experts, which PEFT alone does not apply them to.
 
     Returns:
         A `peft.LoraConfig`.
@@ -78,9 +96,11 @@ def lora_config(
     wanted = {name: list(more.pop(name, None) or ()) for name in _LISTS}
     _check_wanted(model, anatomy, wanted)
     modules, parameters = modules + wanted["target_modules"], parameters + wanted["target_parameters"]
-    saved = _saved_modules(anatomy, router) + wanted["modules_to_save"]
+    parameters = _in_chosen_layers(model, parameters, more)
+    whole = _head(model, anatomy) + wanted["modules_to_save"]
+    saved = _saved_modules(anatomy, router) + whole
     _check_biases(model, record, saved)
-    learns = router == "train" or record.settings.graph == "learned" or wanted["modules_to_save"]
+    learns = router == "train" or record.settings.graph == "learned" or whole
     _check_trains(modules or parameters or learns)
     config = LoraConfig(
         r=r,
@@ -100,7 +120,8 @@ def plain_lora_config(
 ) -> Any:
     """Return the LoraConfig that `lora_config` would, for a model without graphs: the baseline of an adapter with them.
 
-    With `router="train"`, the adapter has the routers whole.
+    With `router="train"`, the adapter has the routers whole; the head of a model for classification or question
+    answering it always has.
 
     Raises:
         ConfigError: If nothing would be trained, or a setting is not supported by PEFT.
@@ -111,7 +132,7 @@ def plain_lora_config(
 
     anatomy = Anatomy(model)
     modules, parameters = _found_targets(model, anatomy, attention, experts, dropout, {})
-    saved = _saved_modules(anatomy, router) if router == "train" else []
+    saved = (_saved_modules(anatomy, router) if router == "train" else []) + _head(model, anatomy)
     _check_trains(modules or parameters or saved)
     return LoraConfig(
         r=r,
@@ -158,7 +179,23 @@ def _check_settings(model: nn.Module, router: RouterMode, more: dict[str, Any]) 
                 f"lora_config: `{name}` must be a list of names, got {more[name]!r}: a pattern, such as 'all-linear', "
                 "may match routers, whose LoRA would go past the graph"
             )
+    check_not_repeated(more.get("layer_replication"), "lora_config")
     check_same_mode(model, router, "lora_config")
+
+
+def _in_chosen_layers(model: nn.Module, parameters: list[str], more: dict[str, Any]) -> list[str]:
+    """Return the entries of `target_parameters` for the layers that the settings choose."""
+    chosen = {name: more[name] for name in _CHOICES_OF_LAYERS if more.get(name) is not None}
+    if not parameters or not chosen:
+        return parameters
+    left = in_chosen_layers(model, parameters, chosen)
+    if not left:
+        settings = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        raise ConfigError(
+            f"lora_config: {settings} leave none of the stacked weights {', '.join(parameters)} to LoRA: choose other "
+            "layers, or leave out experts=True and `target_parameters`"
+        )
+    return left
 
 
 def _check_experts(found: ExpertTargets, dropout: float, more: dict[str, Any]) -> None:
@@ -230,9 +267,28 @@ def _check_biases(model: nn.Module, record: AdapterRecord, saved: list[str]) -> 
             )
 
 
+def _head(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Return name suffixes of the head of a model for classification or question answering.
+
+    PEFT adds such heads to some adapters, by the names that it knows; adapters of transformers' own integration lack
+    them.
+    """
+    base: Any = base_of(model)
+    if _task_type(base) not in _HEADS:
+        return []
+    others = {name: child for name, child in base.named_children() if child is not base.base_model}
+    heads = [name for name, child in others.items() if next(child.parameters(), None) is not None]
+    return shortest_ends(heads, anatomy.modules, matches=str.endswith)
+
+
 def _task_type(model: nn.Module) -> str | None:
-    """Return the task type with which PEFT's wrapper still generates."""
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+    """Return the task type by which PEFT's wrapper knows the inputs and outputs of a model, and still generates."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    for task, mapping in _HEADS.items():
+        if isinstance(model, mapping.get(type(model.config), ())):
+            return task
+    if not model.can_generate():
         return None
     if type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None  # PEFT has no such task; without one, it records the class for its AutoPeftModel

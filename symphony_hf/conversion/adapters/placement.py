@@ -5,10 +5,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from symphony_hf.conversion.inspection.tensors import bare_name
+from symphony_hf.conversion.inspection.tensors import bare_name, base_of
 from symphony_hf.errors import PatchError
-
-from .targets import base_of
 
 _OTHERWISE = "to run it otherwise, save that model after `merge_and_unload()`"
 

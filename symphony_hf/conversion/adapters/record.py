@@ -1,16 +1,15 @@
 """Record beside an adapter: its graph settings and its base model, which PEFT's own files do not contain.
 
-PEFT saves an adapter's config with the config's `save_pretrained`, which is replaced on the instance, not the class.
-The record is also in adapter_config.json, where `peft_wraps` finds it. A `task_type` that PEFT refuses, with the name
-of this package, keeps PEFT alone from loading such an adapter onto a model without graphs.
+PEFT saves an adapter's config with the config's `save_pretrained`, which `peft_wraps` wraps, so that it writes the
+record that the config holds. The record is also in adapter_config.json, where `peft_wraps` finds it. A `task_type` that
+PEFT refuses, with the name of this package, keeps PEFT alone from loading such an adapter onto a model without graphs.
 """
 
 import copy
 import dataclasses
-import functools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,9 @@ FORMAT = 1
 
 NEEDS = "_symphony_needs"
 """Attribute of an adapter's config from a file: its record, or the settings of its graphs if they are all it has."""
+
+_RECORD = "_symphony_record"
+"""Attribute of an adapter's config: the record that is written wherever the config is saved."""
 
 RouterMode = Literal["graph", "train"]
 
@@ -113,27 +115,35 @@ class AdapterRecord:
 
 
 def keep_record(config: Any, record: AdapterRecord) -> Any:
-    """Make PEFT write a record whenever it saves the adapter of this config. Returns the config."""
-    config.save_pretrained = functools.partial(_save_with_record, config, record)
+    """Make PEFT write a record whenever it saves the adapter of this config, or of a copy of it. Returns the config."""
+    config.__dict__[_RECORD] = record
     return config
 
 
-def has_record(config: Any) -> bool:
-    """Return whether PEFT writes a record when it saves the adapter of this config."""
-    return getattr(config.__dict__.get("save_pretrained"), "func", None) is _save_with_record
+def kept_record(config: Any) -> AdapterRecord | None:
+    """Return the record that PEFT writes when it saves the adapter of this config; None if there is none."""
+    record: AdapterRecord | None = config.__dict__.get(_RECORD)
+    return record
 
 
 def without_record(config: Any) -> Any:
     """Return a copy of a config, for which PEFT writes no record."""
     copied = copy.copy(config)
-    if has_record(copied):
-        del copied.save_pretrained
+    copied.__dict__.pop(_RECORD, None)
     return copied
 
 
-def _save_with_record(config: Any, record: AdapterRecord, save_directory: str, **kwargs: Any) -> None:
+def save_with_record(save: Callable[..., None], record: AdapterRecord, save_directory: str, **kwargs: Any) -> None:
+    """Save an adapter's config with its record, in it and beside it.
+
+    Args:
+        save: PEFT's own `save_pretrained` of the config.
+        record: The record.
+        save_directory: The adapter's folder.
+        **kwargs: Further arguments of `save`.
+    """
     with tempfile.TemporaryDirectory() as scratch:  # the adapter's folder never has a config without the marks
-        type(config).save_pretrained(config, scratch, **kwargs)
+        save(scratch, **kwargs)
         stored = json.loads((Path(scratch) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     folder = Path(save_directory)
     record = dataclasses.replace(record, base_model=stored.get("base_model_name_or_path"))
@@ -173,6 +183,23 @@ def check_same_mode(model: nn.Module, router: RouterMode, where: str) -> None:
                 f"{where}: router={router!r}, but the model's adapter `{adapter}` has router={mode!r}: PEFT cannot "
                 "hold a router in one adapter and its graph alone in another, so give the same, or use two models"
             )
+
+
+def check_not_repeated(replication: Any, where: str) -> None:
+    """Check that an adapter does not repeat layers of the model.
+
+    Args:
+        replication: The config's `layer_replication`.
+        where: Where that is from, for the error message.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    if replication:
+        raise ConfigError(
+            f"{where}: `layer_replication` is {replication!r}: the routers of repeated layers would have graphs of "
+            "their own, and an adapter with these cannot be loaded onto the base model: leave it out"
+        )
 
 
 @torch.no_grad()

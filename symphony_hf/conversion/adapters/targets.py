@@ -2,14 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from symphony_hf.conversion.inspection.parts import Anatomy, Part
-from symphony_hf.conversion.inspection.tensors import bare_name, held_tensors
+from symphony_hf.conversion.inspection.tensors import bare_name, base_of, held_tensors
 from symphony_hf.errors import SymphonyWarning, UnsupportedModelError
 from symphony_hf.patching.families.discovery import find_routers
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
@@ -108,6 +108,30 @@ def expert_targets(model: nn.Module, anatomy: Anatomy) -> ExpertTargets:
     )
 
 
+def in_chosen_layers(model: nn.Module, ends: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """Return the entries of `target_parameters` that match what `ends` match, in the layers that settings choose.
+
+    A parameter is left out where PEFT would leave out a module of its name, or the module that holds it.
+
+    Args:
+        model: Model with adapters or without.
+        ends: Entries of `target_parameters`.
+        settings: Settings of LoraConfig that choose among `target_modules`, such as `layers_to_transform`.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = [bare_name(held.name) for held in held_tensors(model) if ".lora_" not in held.name]
+    holders = {name: name.rpartition(".")[0] for name in names if any(is_end_of(name, end) for end in ends)}
+    # By the last parts of their names, since PEFT takes a module that is listed by its whole name in any layer.
+    leaves = {name.rpartition(".")[2] for pair in holders.items() for name in pair}
+    config: Any = LoraConfig(target_modules=leaves, **settings)
+    left = [
+        name for name, *more in holders.items() if all(check_target_module_exists(config, n) for n in (name, *more))
+    ]
+    return shortest_ends(left, names, parts=2)
+
+
 def taken_for_experts(model: nn.Module, ends: Sequence[str]) -> list[str]:
     """Return the entries of `target_modules` that PEFT would mistake for weights of experts.
 
@@ -128,11 +152,6 @@ def taken_for_experts(model: nn.Module, ends: Sequence[str]) -> list[str]:
         if set(config.target_modules) != {end}:
             taken.append(end)
     return taken
-
-
-def base_of(model: Any) -> Any:
-    """Return the model inside PEFT's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: nn.Module) -> str:

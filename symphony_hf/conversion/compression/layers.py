@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from symphony_hf.checkpoints.marks import ARCHITECTURE_PREFIX
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.evaluation.checkpoint import ModelUnderTest, load_tokenizer
-from symphony_hf.evaluation.windows import default_block_size
+from symphony_hf.evaluation.windows import check_context, default_block_size
 from symphony_hf.patching.families.discovery import FoundRouter, find_routers
 from symphony_hf.patching.families.substitution import linear_of
 from symphony_hf.patching.folding import fold
@@ -151,7 +151,7 @@ def open_model(settings: TextSettings) -> Opened:
     """Load the checkpoint to compress.
 
     Raises:
-        ConfigError: If there is no checkpoint, or its tokenizer is missing.
+        ConfigError: If there is no checkpoint, its tokenizer is missing, or windows are longer than its context.
         UnsupportedModelError: If it is quantized, has upcycled modules, is more than a language model, has an unknown
             form of experts, or does not fit on one device.
         FoldError: If its graphs smooth scores, which cannot be folded.
@@ -165,6 +165,8 @@ def open_model(settings: TextSettings) -> Opened:
         )
     if getattr(under_test.config, "upcycled", None) is not None:
         raise UnsupportedModelError(f"{where} has modules of `upcycle_modules`, for which there is no stock class")
+    block_size = settings.block_size or default_block_size([under_test])
+    check_context(settings.command, "the text", block_size, block_size, under_test)
     model = under_test.model
     named = [name.removeprefix(ARCHITECTURE_PREFIX) for name in under_test.config.architectures or ()]
     if named and type(model).__name__ not in named:
@@ -178,5 +180,4 @@ def open_model(settings: TextSettings) -> Opened:
     if is_symphonized(model):
         graphs = expert_graphs(model)
         fold(model)
-    block_size = settings.block_size or default_block_size([under_test])
     return Opened(model, tokenizer, graphs, expert_layers(model), block_size, under_test.fingerprint)

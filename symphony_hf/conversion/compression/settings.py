@@ -26,7 +26,8 @@ class TextSettings:
             Evaluation is on its test split.
         text_column: Text column of a table.
         documents: Maximum number of test documents to evaluate on, spread evenly over all.
-        block_size: Number of tokens in a window; by default a quarter of the model's context length, at most 1024.
+        block_size: Number of tokens in a window, at most the model's context length; by default a quarter of that, and
+            at most 1024.
         batch_size: Number of windows in a batch.
         seed: Seed of the bootstrap, and of the choice of calibration text where there is one.
         dtype: Data type of the weights: auto (as stored), float32, bfloat16 or float16.

@@ -38,7 +38,10 @@ def sweep_top_k(settings: TopKSettings) -> dict[str, Any]:
     own = opened.layers[0].top_k
     numbers = sorted(settings.top_k or range(1, own + 1))
     if numbers[-1] > own or (settings.keep or 1) > own:
-        raise UnsupportedModelError(f"topk: {max(numbers[-1], settings.keep or 1)} of a model's {own} experts a token")
+        raise UnsupportedModelError(
+            f"topk: the model selects {own} experts per token, so {max(numbers[-1], settings.keep or 1)} cannot be "
+            f"measured: give at most {own}"
+        )
     texts = read_texts(opened, settings)
     before = score(opened.model, texts, settings, f"top-{own}")
     result: dict[str, Any] = circumstances(opened, texts, settings) | {

@@ -14,6 +14,7 @@ from symphony_hf.tables import Table, TableCell
 
 from .counts import PartCount, TypeCount, count_parts, held_types, stored_types
 from .parts import Anatomy, Routing
+from .tensors import base_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def inspect_model(model: nn.Module | str | Path, revision: str | None = None) ->
 
 def _inspect(model: nn.Module, types: list[TypeCount] | None) -> Inspection:
     anatomy = Anatomy(model)
-    bare = anatomy.modules[""]
+    bare = base_of(model)
     return Inspection(
         name=type(bare).__name__,
         parts=count_parts(model, anatomy),

@@ -51,12 +51,17 @@ def _parametrized(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{path}" if name else path, parametrization.quant_state
 
 
+def base_of(model: Any) -> Any:
+    """Return the model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def bare_name(name: str) -> str:
     """Return the name of a module or parameter without what PEFT and parametrizations add to it.
 
     LoRA's own parameters start with the name of the adapted module: `q_proj.lora_A.default.weight`.
     """
-    parts = name.removeprefix("base_model.model.").split(".")
+    parts = name.removeprefix("base_model.model.").split(".") if name != "base_model.model" else []
     bare: list[str] = []
     is_parametrized = False
     while parts:

@@ -1,11 +1,13 @@
 """Check that the upcycled checkpoint computes what the dense one does, with one layer in memory at a time.
 
 transformers' own classes run in float32 on weights read from the files of both checkpoints, which are in memory only
-while their layer runs. Experts are compared bit by bit, and one copy is used for all of them, so that a MoE layer needs
-no more memory than a dense one.
+while their layer runs. Layers of equal shapes are read into the same memory, since fresh memory costs more time than
+reading. Experts are compared bit by bit, and one copy is used for all of them, so that a MoE layer needs no more memory
+than a dense one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +29,10 @@ TOLERANCE = 1e-5
 
 TOKENS = 64
 
-Reader = Callable[[str], Tensor]
+Allocate = Callable[[int], Tensor]
+"""Function of a number of values that returns a float32 tensor to fill with them. Shape: (values,)."""
+
+Reader = Callable[[str, Allocate], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Upcycled:
     experts: dict[ExpertPart, Rows]
     num_experts: int
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, allocate: Allocate) -> Tensor:
         """Return a parameter of the stock class by its name in memory; experts share one copy.
 
         Raises:
@@ -62,10 +67,11 @@ class Upcycled:
         """
         prefix, _, kind = name.rpartition(".experts.")
         if not prefix:
-            return _read(self.checkpoint, name.replace(self.container.router_in_memory, self.container.router))
+            stored = name.replace(self.container.router_in_memory, self.container.router)
+            return _read(self.checkpoint, stored, allocate)
         layer = int(name.split(".")[2])
         parts = {"gate_up_proj": (GATE, UP), "down_proj": (DOWN,)}[kind]
-        first = _floats(self.checkpoint, [self.experts[ExpertPart(layer, 0, part)] for part in parts])
+        first = _floats(self.checkpoint, [self.experts[ExpertPart(layer, 0, part)] for part in parts], allocate)
         for part in parts:
             self._check_copies(layer, part)
         return first.expand(self.num_experts, *first.shape)
@@ -108,13 +114,43 @@ def check_exactness(dense: DenseModel, upcycled: Upcycled, dtype: str | None) ->
 def _logits(config: PreTrainedConfig, read: Reader, ids: Tensor, description: str) -> Tensor:
     model = meta_model(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed, not stored
-    parts = list(_parts(model))
+    parts, memory = list(_parts(model)), _Memory()
     with tqdm(total=len(parts), desc=description, unit=" layers", disable=None) as progress, torch.no_grad():
         for name, module in parts:
-            module.register_forward_pre_hook(partial(_load, name=name, read=read))
-            module.register_forward_hook(partial(_release, progress=progress))
+            module.register_forward_pre_hook(partial(_load, name=name, read=read, memory=memory))
+            module.register_forward_hook(partial(_release, memory=memory, progress=progress))
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    memory.keep([])  # the model, which the hooks keep it with, may be freed much later
     return logits
+
+
+class _Memory:
+    """Tensors of the module that runs, which the next module fills anew where it has tensors of the same size."""
+
+    def __init__(self) -> None:
+        self._used: list[Tensor] = []
+        self._free: list[Tensor] = []
+
+    def keep(self, sizes: Iterable[int]) -> None:
+        """Drop free tensors, except those of these numbers of values."""
+        wanted = Counter(sizes)
+        kept: list[Tensor] = []
+        for tensor in self._free:
+            if wanted[tensor.numel()]:
+                wanted[tensor.numel()] -= 1
+                kept.append(tensor)
+        self._free = kept
+
+    def allocate(self, size: int) -> Tensor:
+        """Return a float32 tensor with arbitrary values, a free one if possible. Shape: (size,)."""
+        place = next((place for place, tensor in enumerate(self._free) if tensor.numel() == size), None)
+        tensor = torch.empty(size) if place is None else self._free.pop(place)
+        self._used.append(tensor)
+        return tensor
+
+    def release(self) -> None:
+        """Make the tensors in use free."""
+        self._free, self._used = self._used, []
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -126,26 +162,28 @@ def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     yield "lm_head", model.lm_head
 
 
-def _load(module: nn.Module, _: object, *, name: str, read: Reader) -> None:
-    module.load_state_dict({own: read(f"{name}.{own}") for own in module.state_dict()}, assign=True)
+def _load(module: nn.Module, _: object, *, name: str, read: Reader, memory: _Memory) -> None:
+    own = module.state_dict()
+    memory.keep(tensor[0].numel() if ".experts." in part else tensor.numel() for part, tensor in own.items())
+    module.load_state_dict({part: read(f"{name}.{part}", memory.allocate) for part in own}, assign=True)
 
 
-def _release(module: nn.Module, _: object, __: object, *, progress: "tqdm[Any]") -> None:
+def _release(module: nn.Module, _: object, __: object, *, memory: _Memory, progress: "tqdm[Any]") -> None:
     module.to_empty(device="meta")
+    memory.release()
     progress.update()
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: str | None = None) -> Tensor:
+def _read(checkpoint: Checkpoint, name: str, allocate: Allocate, dtype: str | None = None) -> Tensor:
     stored = name if name in checkpoint.tensors else name.replace("lm_head.", "model.embed_tokens.")  # they are tied
-    return _floats(checkpoint, [checkpoint.whole(stored)], dtype).view(checkpoint.tensors[stored].shape)
+    return _floats(checkpoint, [checkpoint.whole(stored)], allocate, dtype).view(checkpoint.tensors[stored].shape)
 
 
-def _floats(checkpoint: Checkpoint, parts: Sequence[Rows], dtype: str | None = None) -> Tensor:
+def _floats(checkpoint: Checkpoint, parts: Sequence[Rows], allocate: Allocate, dtype: str | None = None) -> Tensor:
     """Return concatenated rows in float32, without intermediate copies. Shape: (rows, width)."""
     width = checkpoint.tensors[parts[0].tensor].shape[-1]
-    values = torch.empty(sum(part.stop - part.start for part in parts), width)
-    flat, filled = values.view(-1), 0
+    flat, filled = allocate(width * sum(part.stop - part.start for part in parts)), 0
     for block in (block for part in parts for block in checkpoint.float_blocks(part)):
         flat[filled : filled + len(block)] = block if dtype is None else block.to(TORCH_DTYPES[dtype])
         filled += len(block)
-    return values
+    return flat.view(-1, width)

@@ -29,6 +29,7 @@ from symphony_hf import (
 )
 from symphony_hf.conversion.adapters import loading, record
 from symphony_hf.conversion.adapters.loading import restore_adapter
+from symphony_hf.experiments.conformance.tiny import tiny_model
 
 CASES = [{}, {"experts": True}, {"router": "train"}, {"router": "train", "experts": True, "attention": False}]
 NAMES = ["graph", "graph, experts", "train", "train, experts alone"]
@@ -289,6 +290,70 @@ def test_a_graph_outside_the_adapter_is_warned_about_in_training(tmp_path):
     adapted.train()(input_ids=ids, labels=ids).loss.backward()
     with pytest.warns(SymphonyWarning, match="not saved with the adapter.*lora_config"):
         update_graphs(adapted)
+
+
+def train_a_step(model):
+    ids = make_ids()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    update_graphs(model)
+
+
+@pytest.mark.parametrize("first", ["no adapter", "an adapter with its graphs"])
+def test_a_later_adapter_without_the_graphs_is_warned_about(first, tmp_path):
+    """One that was added, or made active, after the first update."""
+    peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = symphonize(make_model(), z_loss_weight=0, balance_loss_weight=0)
+    if first == "no adapter":
+        train_a_step(model)
+        model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    else:
+        model = peft.get_peft_model(model, lora_config(model))
+        model.load_adapter(tmp_path, "later", is_trainable=True)
+        train_a_step(model)  # without a warning: the active adapter has its graphs
+        model.set_adapter("later")
+    with pytest.warns(SymphonyWarning, match="not saved with the adapter.*lora_config"):
+        train_a_step(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tiny model
+def test_a_later_adapter_without_the_bias_is_refused_at_each_update():
+    model = symphonize(tiny_model("glm4_moe"), balance="bias")
+    train_a_step(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for _ in range(2):
+        with pytest.raises(PatchError, match=r"is not in the adapter.*router='train'"):
+            train_a_step(adapted)
+
+
+PROMPTS = {
+    "PROMPT_TUNING": peft.PromptTuningConfig,
+    "PREFIX_TUNING": peft.PrefixTuningConfig,
+    "P_TUNING": peft.PromptEncoderConfig,
+}
+
+
+def prompts(kind, **settings):
+    return PROMPTS[kind](task_type="CAUSAL_LM", num_virtual_tokens=4, **settings)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_which_hold_no_graphs_are_warned_about(kind, tmp_path):
+    model = symphonize(make_model(), decay=DECAY)
+    with pytest.warns(SymphonyWarning, match=rf"{kind} has no place for the graphs.*not saved.*lora_config"):
+        adapted = peft.get_peft_model(model, prompts(kind))
+    with pytest.warns(SymphonyWarning, match=f"{kind} has no place"):
+        adapted.add_adapter("second", prompts(kind))
+    with pytest.raises(PatchError, match=rf"{kind} has no place for .*correction bias.*balance='loss'"):
+        peft.get_peft_model(symphonize(tiny_model("glm4_moe"), balance="bias"), prompts(kind))
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_whose_training_moves_nothing_else_are_not_warned_about(kind, tmp_path):
+    adapted = peft.get_peft_model(make_model(), prompts(kind))  # without graphs
+    adapted.save_pretrained(tmp_path)
+    move_graphs(symphonize(make_model())).save_pretrained(tmp_path / "symphony")
+    peft.PeftModel.from_pretrained(symphonize(make_model()), tmp_path)  # not to train it
+    peft.get_peft_model(symphonize(make_model(), graph=str(tmp_path / "symphony"), decay=1), prompts(kind))
 
 
 @pytest.mark.parametrize("named", [None, ["lm_head"]])

@@ -7,10 +7,24 @@ import peft
 import pytest
 import torch
 from adapted import adapt, adapted_model
-from models import make_llava, make_model
+from models import make_config, make_ids, make_llava, make_model
 from torch import nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from symphony_hf import ConfigError, PatchError, SymphonyWarning, UnsupportedModelError, lora_config, symphonize
+from symphony_hf import (
+    ConfigError,
+    PatchError,
+    SymphonyWarning,
+    UnsupportedModelError,
+    load_adapter,
+    lora_config,
+    symphonize,
+)
+from symphony_hf.conversion.adapters.lora import plain_lora_config
 from symphony_hf.conversion.adapters.record import graphs_in_adapter
 from symphony_hf.conversion.adapters.targets import shortest_ends
 from symphony_hf.experiments.conformance.tiny import tiny_model
@@ -117,6 +131,66 @@ def test_it_is_a_stock_config():
     assert lora_config(symphonize(make_llava())).task_type is None
 
 
+TASKS = {
+    "SEQ_CLS": (AutoModelForSequenceClassification, "score"),
+    "TOKEN_CLS": (AutoModelForTokenClassification, "score"),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "qa_outputs"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_head_of_a_task_is_trained_and_saved(task, tmp_path):
+    """It is new where the base was trained on text, so another load of the base has another one."""
+    auto_class, head = TASKS[task]
+    make_model("mixtral").save_pretrained(tmp_path / "base")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        return auto_class.from_pretrained(tmp_path / "base").eval()
+
+    adapted = adapt(symphonize(load(1))).eval()
+    config = adapted.peft_config["default"]
+    assert config.task_type == task
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad and ".lora_" not in name} == {
+        f"base_model.model.{head}.modules_to_save.default.{kind}"
+        for kind in dict(getattr(load(1), head).named_parameters())
+    }
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(load(2), tmp_path / "adapter")
+    ours, others = (model(make_ids(), use_cache=False).to_tuple() for model in (loaded, adapted))
+    assert all(map(torch.equal, ours, others))
+    baseline = {"router": "graph", "experts": False, "attention": True, "r": 4, "alpha": 8, "dropout": 0.0}
+    plain = plain_lora_config(load(1), **baseline)
+    assert (plain.task_type, plain.modules_to_save) == (task, [head])
+
+
+def test_a_head_alone_can_be_trained():
+    model = symphonize(AutoModelForSequenceClassification.from_config(make_config("mixtral")))
+    adapted = peft.get_peft_model(model, lora_config(model, attention=False))
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained == ["base_model.model.score.modules_to_save.default.weight"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (
+            {"layers_to_transform": [0, 2]},
+            {(layer, name) for layer in (0, 2) for name in ("gate_up_proj", "down_proj")},
+        ),
+        ({"layers_to_transform": 0}, {(0, "gate_up_proj"), (0, "down_proj")}),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, {(1, "gate_up_proj"), (1, "down_proj")}),
+        ({"exclude_modules": r".*\.0\..*|.*gate_up_proj"}, {(1, "down_proj"), (2, "down_proj")}),
+    ],
+)
+@pytest.mark.parametrize("named", [{"experts": True}, {"target_parameters": ["gate_up_proj", "down_proj"]}])
+def test_lora_on_stacked_experts_of_some_layers(named, settings, wanted):
+    """PEFT itself applies these settings to `target_modules` alone."""
+    model = symphonize(make_model("olmoe"))
+    adapted = peft.get_peft_model(model, lora_config(model, attention=False, **named, **settings))
+    assert lora_names(adapted) == {f"model.layers.{layer}.mlp.experts.{name}" for layer, name in wanted}
+
+
 def test_names_of_the_users_are_added():
     model = symphonize(make_model("olmoe"))
     config = lora_config(model, attention=False, target_modules=["lm_head"], modules_to_save=["embed_tokens"])
@@ -161,6 +235,9 @@ def test_a_learned_graph_is_trained_in_the_adapter():
         ({"experts": True, "lora_bias": True}, "cannot do `lora_bias`"),
         ({"experts": True, "init_lora_weights": "pissa"}, "cannot start"),
         ({"attention": False}, "nothing would be trained"),
+        ({"experts": True, "exclude_modules": ["experts"]}, r"exclude_modules=\['experts'\] leave none"),
+        ({"target_parameters": ["down_proj"], "layers_to_transform": [7]}, r"layers_to_transform=\[7\] leave none"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, r"`layer_replication` is \[\[0, 2\], \[1, 3\]\].*leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message):

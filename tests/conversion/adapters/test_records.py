@@ -1,5 +1,6 @@
 """A new adapter's record and graphs are those of the model that it is put into, whichever config it is made of."""
 
+import copy
 import json
 
 import peft
@@ -7,8 +8,16 @@ import pytest
 import torch
 from adapted import DECAY, adapted_model, logits
 from models import make_model, move_graphs
+from safetensors.torch import load_file
 
-from symphony_hf import ConfigError, SymphonyWarning, expert_graphs, load_adapter, lora_config, symphonize
+from symphony_hf import (
+    ConfigError,
+    SymphonyWarning,
+    expert_graphs,
+    load_adapter,
+    lora_config,
+    symphonize,
+)
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.symphonize import symphony_routers
 
@@ -56,6 +65,55 @@ def test_a_config_that_names_the_graphs_itself(tmp_path, named, mode):
     assert record_of(tmp_path)["router"] == mode
     for loaded in (load_adapter(make_model(), tmp_path), peft.PeftModel.from_pretrained(make_model(), tmp_path)):
         assert torch.equal(logits(loaded), logits(adapted))
+
+
+@pytest.mark.parametrize("named", [["layers.0.mlp.gate"], ["layers.1.mlp.gate.symphony"], ["0.mlp.gate", "2.mlp.gate"]])
+def test_a_config_that_names_some_routers_gets_the_graphs_of_the_others(tmp_path, named):
+    adapted = peft.get_peft_model(symphonize(make_model(), decay=DECAY), own_config(modules_to_save=named))
+    move_graphs(adapted).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(name.endswith(".symphony.adjacency") for name in stored) == 3
+    weights = [name for name in stored if name.endswith("mlp.gate.weight")]
+    assert len(weights) == sum("symphony" not in name for name in named)
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path)), logits(adapted))
+
+
+@pytest.mark.parametrize("entry", ["mlp.gate.weight", "weight", "model.layers.1.mlp.gate.weight"])
+@pytest.mark.parametrize("named", [None, ["symphony"], ["gate"]])
+def test_a_config_with_lora_on_a_routers_weight_is_refused(entry, named):
+    model = symphonize(make_model())
+    kinds = [type(module) for module in model.modules()]
+    message = rf"`target_parameters`: '{entry}' .*`model\.layers\..\.mlp\.gate`.*lora_config\(model, router='train'\)"
+    with pytest.raises(ConfigError, match=message):
+        peft.get_peft_model(model, own_config(target_parameters=[entry], modules_to_save=named))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_config_that_repeats_layers_is_refused():
+    model = symphonize(make_model())
+    with pytest.raises(ConfigError, match=r"`layer_replication` is \[\[0, 2\], \[1, 3\]\].*leave it out"):
+        peft.get_peft_model(model, own_config(layer_replication=[[0, 2], [1, 3]]))
+    assert len(model.model.layers) == 3
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_copy_of_a_config_saves_its_own_values(tmp_path, copied, loads):
+    base = symphonize(make_model(), decay=DECAY)
+    config = lora_config(base, r=4, init_lora_weights=False)
+    if loads:
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / "first")
+        base = make_model()
+        config = load_adapter(make_model(), tmp_path / "first").peft_config["default"]
+    wider = copied(config)
+    wider.r = 8
+    adapted = move_graphs(peft.get_peft_model(base, wider))
+    adapted.save_pretrained(tmp_path / "second")
+    wider.save_pretrained(tmp_path / "config")
+    config.save_pretrained(tmp_path / "unchanged")
+    for folder, rank in (("second", 8), ("config", 8), ("unchanged", 4)):
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["r"] == rank
+    assert torch.equal(logits(load_adapter(make_model(), tmp_path / "second")), logits(adapted))
 
 
 def test_a_weighted_adapter_has_a_record(tmp_path):

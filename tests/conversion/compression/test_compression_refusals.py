@@ -188,9 +188,22 @@ def test_sweeps_out_of_range(changes, reason):
 
 
 def test_a_larger_top_k_is_no_sweep(plain, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="4 of a model's 3 experts a token"):
+    message = "^topk: the model selects 3 experts per token, so 4 cannot be measured: give at most 3$"
+    with pytest.raises(UnsupportedModelError, match=message):
         sweep_top_k(TopKSettings(model=plain, top_k=(2, 4), result=str(tmp_path / "sweep.json")))
     assert not (tmp_path / "sweep.json").exists()
+
+
+def test_windows_longer_than_the_context(plain, prune, data_folder, tmp_path, monkeypatch):
+    """They are refused before the weights are loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    message = "the text: a window has 65 tokens, and `.*` takes 64: set --block_size to 64 or less$"
+    with pytest.raises(ConfigError, match=f"^prune: {message}"):
+        prune(plain, block_size=65)
+    with pytest.raises(ConfigError, match=f"^merge: {message}"):
+        merge_experts(MergeSettings(model=plain, output=str(tmp_path / "out"), experts=4, by="outputs", block_size=65))
+    with pytest.raises(ConfigError, match=f"^topk: {message}"):
+        sweep_top_k(TopKSettings(model=plain, top_k=(2,), block_size=65, result=str(tmp_path / "sweep.json")))
 
 
 def test_layers_of_different_numbers():
