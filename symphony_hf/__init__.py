@@ -158,6 +158,11 @@ def _install_adapter_wraps(tuners: Any) -> None:
     importlib.import_module(".conversion.adapters.peft_wraps", __name__).install_adapter_wraps(tuners)
 
 
+def _install_prompt_wrap(peft_models: Any) -> None:
+    importlib.import_module(".conversion.adapters.peft_wraps", __name__).install_prompt_wrap(peft_models)
+
+
 install_loading_wraps()
 when_defined("peft.tuners.tuners_utils", "BaseTuner", _install_adapter_wraps)
+when_defined("peft.peft_model", "PeftModel", _install_prompt_wrap)
 importlib.import_module(".models.wikitext", __name__)  # transformers' Auto classes learn of its config

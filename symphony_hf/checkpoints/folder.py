@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import NoGraphError, PushError
+from symphony_hf.errors import GraphError, NoGraphError, PushError
 from symphony_hf.files import ADAPTER_CONFIG, ADAPTER_RECORD, ADAPTER_WEIGHTS, CONFIG, read_object
 
-from .graph_files import read_usable_graphs
+from .auto_classes import auto_class_of
+from .graph_files import checkpoint_files, read_usable_graphs
 from .hub_names import hub_name
 from .marks import unmark
 
@@ -85,11 +86,6 @@ def _check_text(name: str, file: Path) -> None:
 
 Kind = Literal["symphony", "plain", "adapter"]
 _WIKITEXT = "wikitext_moe"
-_AUTO_CLASSES = {  # with transformers' mapping of each
-    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",  # a model with images comes whole
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-}
 _RUNS = {"final": "results.json", "symphony": "report.json", "folded": "report.json", "plain": "report.json"}
 """Model folders of a run (recipe or quickstart) -> file beside them with the run's results, once there are any."""
 
@@ -127,19 +123,19 @@ class ModelFolder:
 
     @property
     def auto_class(self) -> str:
-        """Auto class that loads the model, or the base model of an adapter, as far as it is known."""
-        model_type, class_name = self.config.get("model_type"), None
-        if self.kind == "adapter":
-            class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
-            if ADAPTER_RECORD in self.files:
-                model_type = read_object(self.files[ADAPTER_RECORD], PushError).get("model_type")
-        from transformers.models.auto import modeling_auto  # it imports scikit-learn
+        """Auto class that loads the model, or the base model of an adapter, as far as it is known.
 
-        for name, mapping in _AUTO_CLASSES.items():
-            known = getattr(modeling_auto, mapping)
-            if model_type in known or class_name in known.values():
-                return name
-        return "AutoModelForImageTextToText" if "vision_config" in self.config else "AutoModelForCausalLM"
+        The named class itself, if no Auto class has it.
+        """
+        has_images = "vision_config" in self.config
+        if self.kind != "adapter":
+            class_name = next(iter(self.config.get("architectures") or ()), None)
+            return auto_class_of(class_name, self.config.get("model_type"), has_images=has_images)
+        model_type = None
+        if ADAPTER_RECORD in self.files:
+            model_type = read_object(self.files[ADAPTER_RECORD], PushError).get("model_type")
+        class_name = (self.config.get("auto_mapping") or {}).get("base_model_class")
+        return auto_class_of(class_name, model_type, self.config.get("task_type"), has_images=has_images)
 
 
 def open_folder(directory: str | Path) -> ModelFolder:
@@ -150,7 +146,8 @@ def open_folder(directory: str | Path) -> ModelFolder:
             `final/` or, for the quickstart, in `symphony/`.
 
     Raises:
-        PushError: If there is no model, or one of its files is a pickle, code, or of a kind that no model needs.
+        PushError: If there is no model, one of its files is a pickle, code, or of a kind that no model needs, or its
+            weights are missing.
         ConfigError: If the settings of the graphs cannot be read.
         GraphError: If the graphs cannot be read.
     """
@@ -164,6 +161,8 @@ def open_folder(directory: str | Path) -> ModelFolder:
         raise PushError(f"push: `{path / 'config.json'}` names no experts: it is not a mixture of experts")
     files, left_out = _sort(path)
     check_contents(files)
+    if not is_adapter:
+        _check_weights(path)
     return ModelFolder(
         path=path,
         kind="adapter" if is_adapter else "plain" if settings is None else "symphony",
@@ -175,6 +174,13 @@ def open_folder(directory: str | Path) -> ModelFolder:
         results=results,
         base_model=hub_name(config.get("base_model_name_or_path")),
     )
+
+
+def _check_weights(path: Path) -> None:
+    try:
+        checkpoint_files(path)
+    except GraphError as error:
+        raise PushError(f"push: `{path}` lacks weights ({error}): save the model again") from error
 
 
 def _names_experts(config: Mapping[str, Any]) -> bool:

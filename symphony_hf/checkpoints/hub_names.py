@@ -29,7 +29,7 @@ def without_folders(path: str) -> str:
 
 
 def origin_record(model: str | None, data: str | None) -> dict[str, Any]:
-    """Return a run's base model and data as its results record them: None for a local model, and for embedded data.
+    """Return a run's base model and data as its results record them: None for a local model, or data without a path.
 
     It is called where the run is trained. Where the model is pushed, a path may be missing, and look like a name.
     """

@@ -12,7 +12,7 @@ from symphony_hf.tables import Table
 
 from .folder import ModelFolder
 from .hub_names import hub_name
-from .provenance import Origin
+from .provenance import Origin, names
 from .results import Results, eval_results, result_rows
 
 
@@ -122,7 +122,7 @@ def _metadata(
         base_model_relation=relation if origin.base_model is not None else None,
         datasets=None if data_id is None else [data_id],
         library_name="symphony_hf" if folder.has_our_modules else _LIBRARIES[folder.kind],
-        license=origin.license,
+        license=origin.license,  # type: ignore[arg-type]  # several, if a card has them
         pipeline_tag=_pipeline_tag(folder),
         tags=list(dict.fromkeys([*ours, *tags])),
     )
@@ -133,10 +133,11 @@ def _metadata(
 
 
 def _sections(folder: ModelFolder, repo_id: str, origin: Origin, results: Results | None) -> list[str]:
+    base_model = origin.base_model if isinstance(origin.base_model, str) else None
     sections = [
         f"# {repo_id.split('/')[-1]}",
         _what_it_is(folder),
-        f"## Loading\n\n{loading(folder, repo_id, origin.base_model)}",
+        f"## Loading\n\n{loading(folder, repo_id, base_model)}",
         f"## What it was made from\n\n{_origin_text(origin)}",
     ]
     if folder.settings is not None:
@@ -192,13 +193,13 @@ def _what_it_is(folder: ModelFolder) -> str:
 
 
 def _origin_text(origin: Origin) -> str:
-    base = (
-        "not known"
-        if origin.base_model is None
-        else f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
-    )
-    licence = "not known: ask whoever made it before you use it" if origin.license is None else f"`{origin.license}`"
-    rows = [("base model", base), ("data", origin.data or "not known"), ("licence", licence)]
+    bases = [f"[{name}](https://huggingface.co/{name})" for name in names(origin.base_model)]
+    licences = [f"`{name}`" for name in names(origin.license)] or ["not known: ask whoever made it before you use it"]
+    rows = [
+        ("base model", ", ".join(bases) or "not known"),
+        ("data", origin.data or "not known"),
+        ("licence", ", ".join(licences)),
+    ]
     return Table("", ("", ""), rows).to_markdown()
 
 
@@ -213,17 +214,32 @@ def read_card(readme: str, where: str) -> ModelCard:
         raise PushError(f"{where}: its metadata cannot be read ({error}): mend it, or move it away") from error
 
 
-def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str) -> str:
+def written_origin(readme: str, where: str) -> Origin:
+    """Return the base model and the license in a README's metadata. Metadata that cannot be read raises PushError."""
+    data = read_card(readme, where).data
+    return Origin(data.get("base_model"), data.get("license"))
+
+
+def merge_cards(existing: str, card: ModelCard, where: str) -> str:
     """Merge a card into an existing README, which `where` names in errors.
 
-    Missing metadata is added, lists are joined, and the model-index is replaced. The part between the marks of an
-    earlier push is rewritten; all other text stays, and an empty one becomes the card's. `said` is the origin as given
-    by the user, which overrides existing metadata. Metadata that cannot be read raises PushError.
+    Missing metadata is added, lists are joined, and the model-index is replaced; the base model and the license are the
+    card's, whose text states them, see `complete`. The part between the marks of an earlier push is rewritten; all
+    other text stays, and an empty one becomes the card's. Metadata that cannot be read raises PushError.
     """
+    merged = _merge(existing, card, where)
+    if merged.data.get("license") != card.data.get("license"):
+        for name in ("license", "license_name", "license_link"):  # the last two describe a license `other`
+            merged.data[name] = card.data.get(name)
+    merged.data["base_model"] = card.data.get("base_model")
+    return str(merged)
+
+
+def _merge(existing: str, card: ModelCard, where: str) -> ModelCard:
     merged = read_card(existing, where)
     data, of_model = merged.data, ["eval_results", "model_name"]
     if BEGIN in merged.text:  # an earlier push wrote these too, maybe of another model or form
-        of_model += ["library_name", "pipeline_tag"]
+        of_model += ["library_name", "pipeline_tag", "base_model_relation"]
         for key in of_model:
             data[key] = None
     for key, value in vars(card.data).items():
@@ -233,9 +249,6 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
             data[key] = [*there, *(item for item in value if item not in there)]
         elif value is not None and (there is None or key in of_model):
             data[key] = value
-    for key, value in vars(said or Origin()).items():
-        if value is not None and key != "data":
-            data[key] = value
     before, begin, rest = merged.text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
@@ -243,12 +256,12 @@ def merge_cards(existing: str, card: ModelCard, said: Origin | None, where: str)
         merged.text = f"{before}{ours}{END}{after}"
     elif not merged.text.strip():  # metadata alone, as the Hub writes for a new repository with a license
         merged.text = card.text
-    return str(merged)
+    return merged
 
 
 def with_metadata_of(readme: str, card: ModelCard, where: str) -> str:
     """Return a README with a card's metadata added: single values replace those that are there, lists are joined."""
-    merged = ModelCard(merge_cards(readme, card, None, where))
+    merged = _merge(readme, card, where)
     for key, value in vars(card.data).items():
         if value is not None and not isinstance(value, list):
             merged.data[key] = value

@@ -109,13 +109,16 @@ def _from_report(folder: ModelFolder, report: Mapping[str, Any]) -> Results:
 
 
 def _from_run(folder: ModelFolder, results: Mapping[str, Any]) -> Results:
+    from symphony_hf.data.glue import HUB  # every program that loads a checkpoint imports this file
+
     measured, data = results["test"], results["recipe"]["data"]
     kind = data.get("kind", "text")
     origin = results.get("origin") or _guessed_origin(folder, results["recipe"])
     others: dict[str, str] = {}
     if "clean" in measured:
-        scores = [_score("perplexity", measured, text, text) for text in ("clean", "attacked")]
-        note, others = _of_documents(measured["documents"]), _ratio(scores)
+        # Text without spaces between its words is not attacked.
+        scores = [_score("perplexity", measured, text, text) for text in ("clean", "attacked") if text in measured]
+        note, others = _of_documents(measured["documents"], "attacked" in measured), _ratio(scores)
     elif measured:
         split = measured["split"]
         names: tuple[Metric, ...] = ("loss", "perplexity", "accuracy")
@@ -129,7 +132,8 @@ def _from_run(folder: ModelFolder, results: Mapping[str, Any]) -> Results:
     return Results(
         scores,
         note,
-        origin["data"] or _EMBEDDED[kind],
+        # GLUE without a path is the Hub's, of which the origin has no record.
+        HUB if kind == "glue" and data["path"] is None else origin["data"] or _EMBEDDED[kind],
         base_model=origin["base_model"],
         task=_TASKS.get(kind, "text-generation"),
         config=data.get("name"),
@@ -148,11 +152,14 @@ def _score(metric: Metric, measured: Mapping[str, Any], name: str, text: str) ->
     return Score(metric, float(measured[name]), text, low, high)
 
 
-def _of_documents(number: Any) -> str:
-    return f"On {int(number)} held-out documents; `attacked`: with words replaced by AAA."
+def _of_documents(number: Any, is_attacked: bool = True) -> str:
+    attacked = "; `attacked`: with words replaced by AAA" if is_attacked else ""
+    return f"On {int(number)} held-out documents{attacked}."
 
 
 def _ratio(scores: list[Score]) -> dict[str, str]:
+    if len(scores) == 1:
+        return {}
     clean, attacked = scores
     return {"attacked / clean": f"{attacked.value / clean.value:.4f}"}
 

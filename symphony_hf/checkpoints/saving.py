@@ -13,12 +13,12 @@ from typing import Any
 from huggingface_hub import CommitInfo, split_state_dict_into_shards_factory
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from symphony_hf.errors import ConfigError, PushError
+from symphony_hf.errors import ConfigError, PushError, nearest
 
 from .folder import open_folder
 from .hub_names import hub_name
 from .model_class import nested_configs
-from .provenance import Origin
+from .provenance import given_origin
 from .upload import publish
 
 
@@ -47,8 +47,14 @@ def check_shard_size(size: int | str, command: str) -> None:
         )
 
 
+_OF_CHECKPOINTS = "transformers_modules."
+"""Package into which transformers loads the code of checkpoints."""
+
 _OF_FILES = ("max_shard_size", "save_original_format")
 """Settings of `save_pretrained` that decide what is written."""
+
+_OF_THE_HUB = ("private", "revision", "token", "create_pr", "commit_message", "commit_description", "tags")
+"""Settings of an upload."""
 
 
 def _refuse_variant(settings: dict[str, Any]) -> None:
@@ -57,6 +63,23 @@ def _refuse_variant(settings: dict[str, Any]) -> None:
             f"push: `variant` is {settings['variant']!r}, and a pushed model needs weights that load without it: leave "
             "it out"
         )
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a push without those that are None, which callers pass for the default.
+
+    Raises:
+        PushError: If one is not supported.
+        ConfigError: If `max_shard_size` is not a size.
+    """
+    _refuse_variant(settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given:
+        if name not in (*_OF_THE_HUB, *_OF_FILES):
+            raise PushError(f"push: unknown setting `{name}`; {nearest(name, (*_OF_THE_HUB, *_OF_FILES))}")
+    if "max_shard_size" in given:
+        check_shard_size(given["max_shard_size"], "push")
+    return given
 
 
 class SymphonySaver:
@@ -70,6 +93,7 @@ class SymphonySaver:
     def __init__(self, model: PreTrainedModel, settle: Callable[[], None] | None = None) -> None:
         self.model = model
         self.settle = settle
+        self._dropped: list[tuple[Any, Any]] = []  # configs, and the names of code that they had
 
     def __call__(
         self,
@@ -91,18 +115,51 @@ class SymphonySaver:
         # Every rank of a tensor-parallel model calls this as the main process; transformers writes on the first.
         if push_to_hub and self.model.should_save_on_this_rank(is_main_process):
             # Not by the call above, which would upload no model card.
-            known = ("token", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
-            settings = {name: kwargs[name] for name in (*known, *_OF_FILES) if name in kwargs}
+            settings = {name: kwargs[name] for name in (*_OF_THE_HUB, *_OF_FILES) if name in kwargs}
             self.model.push_to_hub(kwargs.get("repo_id", folder.name), state_dict=state_dict, **settings)
         return result
+
+    def drop_unused_code(self) -> None:
+        """Drop the names of code (`auto_map`) from the config of a model that does not run that code.
+
+        A config on the Hub may name code beside it though transformers has the family. A model of transformers' own
+        class is saved without that code, and `push` and `load_checkpoint` would refuse the names.
+        """
+        if type(self.model).__module__.startswith(_OF_CHECKPOINTS):
+            return
+        for config in nested_configs(self.model.config):
+            if "auto_map" in config.__dict__:
+                self._dropped.append((config, config.__dict__.pop("auto_map")))
+
+    def put_back_unused_code(self) -> None:
+        """Undo `drop_unused_code`."""
+        for config, names in self._dropped:
+            config.auto_map = names
+        self._dropped.clear()
+
+
+def give_savers(model: PreTrainedModel, settle: Callable[[], None] | None = None) -> None:
+    """Give a model a `SymphonySaver` and a `SymphonyPusher`, and drop the names of code that it does not run."""
+    saver = SymphonySaver(model, settle)
+    saver.drop_unused_code()
+    model.save_pretrained = saver  # type: ignore[method-assign]
+    model.push_to_hub = SymphonyPusher(model)  # type: ignore[assignment]
+
+
+def take_savers(model: Any) -> None:
+    """Undo `give_savers`, if it was done."""
+    saver = model.__dict__.get("save_pretrained")
+    if isinstance(saver, SymphonySaver):
+        saver.put_back_unused_code()
+        del model.save_pretrained
+        del model.push_to_hub
 
 
 def mark_savers(model: Any) -> None:
     """Give a model whose config records upcycled modules, and the models inside it, a `SymphonySaver`."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module.config, "upcycled", None) is not None:
-            module.save_pretrained = SymphonySaver(module)  # type: ignore[method-assign]
-            module.push_to_hub = SymphonyPusher(module)  # type: ignore[assignment]
+            give_savers(module)
 
 
 class SymphonyPusher:
@@ -140,16 +197,17 @@ class SymphonyPusher:
             The commit; None on the other ranks of a tensor-parallel model.
 
         Raises:
-            PushError: If a setting is not supported, or the Hub refuses or is unreachable.
+            PushError: If a setting is not supported, before anything is written; if the Hub refuses or is unreachable.
+            ConfigError: If `max_shard_size` is not a size, before anything is written.
         """
-        _refuse_variant(settings)
+        settings, origin = _check_settings(settings), given_origin(base_model, license, data)
         with tempfile.TemporaryDirectory() as scratch:
             of_files = {name: settings.pop(name) for name in _OF_FILES if name in settings}
             self.model.save_pretrained(scratch, state_dict=state_dict, **of_files)
             if not self.model.should_save_on_this_rank(is_main_process=True):
                 return None
             folder = dataclasses.replace(open_folder(scratch), base_model=hub_name(self.model.name_or_path))
-            return publish(folder, repo_id, origin=Origin(base_model, license, data), **settings)
+            return publish(folder, repo_id, origin=origin, **settings)
 
 
 def own_config(model: PreTrainedModel) -> None:

@@ -25,12 +25,17 @@ _REFUSALS = (*UNREADABLE, SafetensorError, StrictDataclassError)
 _CALLS = 100
 """Most calls of torch for each tensor while a model is built. No family of transformers needs 10, at four layers."""
 
+_SMALL = 2**20
+"""Number of elements of a tensor that may be made to try out a router, however small the files are: 4 MiB."""
+
+_FACTORIES = (torch.eye, torch.empty, torch.full, torch.ones, torch.rand, torch.randn, torch.zeros)
+
 
 def load_checkpoint(directory: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Load an untrusted checkpoint: with graphs, with upcycled modules, or plain.
 
-    The Auto classes check graphs too. This function also checks, before it allocates anything, that the config needs
-    no more weights than the files have, and refuses a checkpoint that lacks a weight, which transformers would
+    The Auto classes check graphs too. This function also checks, before it allocates them, that the config needs no
+    more weights and graphs than the files have, and refuses a checkpoint that lacks a weight, which transformers would
     initialize at random. It reads only JSON and safetensors and runs no code of the checkpoint. Quantized checkpoints
     are refused; load them with their Auto class.
 
@@ -110,15 +115,30 @@ def _tensors(directory: Path) -> dict[str, int]:
 
 
 def _check_size(directory: Path, model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, int]) -> None:
-    """Refuse a config that needs more weights than the files have, by building the model on the meta device."""
+    """Refuse a config that needs more weights or graphs than the files have, by building it on the meta device.
+
+    The plain model is built first: patching tries each router on the CPU, at the size that the config claims.
+    """
     plain = copy.deepcopy(config)
     for inner in nested_configs(plain):
-        inner.symphony = None  # patching would try each router on the CPU, at the claimed size
+        inner.symphony = None
     with torch.device("meta"), _MostCalls(directory, len(tensors)):
         model = model_class(plain)
     asked, there = sum(tensor.numel() for tensor in model.parameters()), sum(tensors.values())
     if asked > there:
         raise CheckpointError(f"`{directory}`: its config asks for {asked:,} weights, and the files have {there:,}")
+    if all(getattr(inner, "symphony", None) is None for inner in nested_configs(config)):
+        return
+    with torch.device("meta"), _LargestTensor(directory, there):
+        model = model_class(copy.deepcopy(config))
+    graphs = [tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if name.endswith(SUFFIX)]
+    asked = sum(graph.numel() for graph in graphs)
+    there = sum(size for name, size in tensors.items() if name.endswith(SUFFIX))
+    if asked > there:
+        raise GraphError(
+            f"`{directory}`: its config asks for graphs with {asked:,} numbers in all, and the files have {there:,}: a "
+            "graph is missing or has another shape"
+        )
 
 
 class _MostCalls(TorchFunctionMode):
@@ -139,3 +159,27 @@ class _MostCalls(TorchFunctionMode):
                 "files can fill"
             )
         return func(*args, **(kwargs or {}))
+
+
+class _LargestTensor(TorchFunctionMode):
+    """Raises CheckpointError before a tensor is made that is larger than all tensors of the files together.
+
+    A router is tried out with a matrix of one number for each pair of experts, as large as its graph.
+    """
+
+    def __init__(self, directory: Path, num_elements: int) -> None:
+        super().__init__()
+        self.directory, self.num_elements = directory, num_elements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in _FACTORIES and device is not None and torch.device(device).type != "meta":
+            settings = {name: value for name, value in kwargs.items() if name not in ("device", "generator", "out")}
+            size = func(*args, **settings, device="meta").numel()
+            if size > max(self.num_elements, _SMALL):
+                raise CheckpointError(
+                    f"`{self.directory}`: its config asks for a graph or a tensor of {size:,} numbers, and all tensors "
+                    f"of the files have {self.num_elements:,}"
+                )
+        return func(*args, **kwargs)

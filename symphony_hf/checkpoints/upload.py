@@ -12,7 +12,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
     get_token,
     hf_hub_download,
 )
@@ -24,9 +23,18 @@ from symphony_hf.errors import PushError, SymphonyError
 from symphony_hf.files import stale_files, write_text
 
 from .folder import ModelFolder, open_folder
-from .model_card import PICTURE, is_card_alone, is_template, merge_cards, model_card, read_card, with_metadata_of
+from .model_card import (
+    PICTURE,
+    is_card_alone,
+    is_template,
+    merge_cards,
+    model_card,
+    read_card,
+    with_metadata_of,
+    written_origin,
+)
 from .provenance import Origin, complete
-from .results import read_results
+from .results import Results, read_results
 
 logger = logging.getLogger(__name__)
 _README = "README.md"
@@ -53,16 +61,17 @@ def publish(
     are those of `push` and of `huggingface_hub.HfApi.create_commit`; `tags` are added to the card.
 
     Raises:
-        PushError: If there is no token, the Hub refuses, or the connection fails. No message contains the token.
+        PushError: If there is no token, or the folder's results or README cannot be read, before the repository is
+            created; if the Hub refuses, or the connection fails. No message contains the token.
     """
     secret = _token(token)
     results = read_results(folder)
+    local = _local_readme(folder)
     api = HfApi(token=secret, library_name="symphony_hf", library_version=__version__)
     with _hub_errors(api, repo_id, secret), tempfile.TemporaryDirectory() as scratch:
         picture = _draw(folder, Path(scratch) / PICTURE) if folder.graphs else None
         repo_id = _prepare(api, repo_id, private, revision)
         there = set(api.list_repo_files(repo_id, revision=revision))
-        card = model_card(folder, repo_id, complete(origin, results, folder, repo_id, api), results, tags or [])
         files = {name: file for name, file in folder.files.items() if name != _README}
         if picture is not None:
             files[PICTURE] = picture
@@ -71,7 +80,7 @@ def publish(
             return Path(hf_hub_download(repo_id, name, revision=revision, token=api.token, endpoint=api.endpoint))
 
         remote = read(_README).read_text(encoding="utf-8") if _README in there else None
-        readme = _readme(card, folder, remote, origin)
+        readme = _readme(folder, repo_id, results, local, remote, given=origin, tags=tags, api=api)
         stale = stale_files(there, files, read)
         for name, reason in folder.left_out.items():
             logger.warning("left out: %s (%s)", name, reason)
@@ -99,12 +108,11 @@ def write_card(directory: str | Path, name: str) -> Path:
     """
     folder = open_folder(directory)
     results = read_results(folder)
-    repo_id = f"NAMESPACE/{name}"
-    card = model_card(folder, repo_id, complete(None, results, folder, repo_id, None), results, [])
+    text = _readme(folder, f"NAMESPACE/{name}", results, _local_readme(folder))
     if folder.graphs:
         _draw(folder, folder.path / PICTURE)
     readme = folder.path / _README
-    write_text(readme, _readme(card, folder, None, None))
+    write_text(readme, text)
     return readme
 
 
@@ -129,24 +137,48 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | Non
     return repo_id
 
 
-def _readme(card: ModelCard, folder: ModelFolder, remote: str | None, said: Origin | None) -> str:
+def _local_readme(folder: ModelFolder) -> str | None:
+    """Return the folder's README, if somebody wrote one. Text or metadata that cannot be read raises PushError."""
+    file = folder.files.get(_README)
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PushError(f"`{file}`: it is not text in UTF-8 ({error}): mend it, or move it away") from error
+    if is_template(text):
+        return None
+    read_card(text, f"`{file}`")
+    return text
+
+
+def _readme(
+    folder: ModelFolder,
+    repo_id: str,
+    results: Results | None,
+    local: str | None,
+    remote: str | None = None,
+    *,
+    given: Origin | None = None,
+    tags: list[str] | None = None,
+    api: HfApi | None = None,
+) -> str:
     """Return the card merged into the folder's README, else into the one on the Hub, else alone.
 
     A README of the folder that is a run's card alone gives its metadata to the one on the Hub, which keeps its text.
     """
-    file, on_hub = folder.files.get(_README), f"{_README} on the Hub"
-    local = file.read_text(encoding="utf-8") if file is not None else None
-    if local is not None and is_template(local):
-        local = None
+    in_folder, on_hub = f"`{folder.files.get(_README)}`", f"{_README} on the Hub"
     if remote is not None and is_template(remote):
         remote = None
     if local is not None and remote is not None and is_card_alone(local):
-        remote, local = with_metadata_of(remote, read_card(local, f"`{file}`"), where=on_hub), None
-    if local is not None:
-        if remote not in (None, local):
-            logger.warning("%s is replaced by the folder's; its history has it", on_hub)
-        return merge_cards(local, card, said, where=f"`{file}`")
-    return str(card) if remote is None else merge_cards(remote, card, said, where=on_hub)
+        remote, local = with_metadata_of(remote, read_card(local, in_folder), where=on_hub), None
+    if local is not None and remote not in (None, local):
+        logger.warning("%s is replaced by the folder's; its history has it", on_hub)
+    existing, where = (remote, on_hub) if local is None else (local, in_folder)
+    written = Origin() if existing is None else written_origin(existing, where)
+    origin = complete(given, written, results, folder, repo_id, api)
+    card = model_card(folder, repo_id, origin, results, tags or [])
+    return str(card) if existing is None else merge_cards(existing, card, where)
 
 
 def _draw(folder: ModelFolder, path: Path) -> Path:

@@ -18,6 +18,8 @@ from symphony_hf.routing.graph import adjacency_problems
 from .router_names import ROUTERS
 
 _GRAPH = ("symphony.adjacency", "symphony.updates")
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
+"""Ends of the names that transformers' models have for all experts of a layer, where their checkpoints name each."""
 
 
 @dataclass
@@ -72,7 +74,8 @@ class WeightStream:
 
         Raises:
             GraphError: If a graph is missing or invalid, or has no router.
-            FoldError: If a router's weight is quantized.
+            FoldError: If a router's weight is quantized, or the names are those of the model in memory, as in a
+                training checkpoint.
         """
         routers: dict[str, _Router] = {}
         for name, tensor in weights:
@@ -96,6 +99,12 @@ class WeightStream:
 
     def _split(self, name: str) -> tuple[str, str | None]:
         """Return a router's name and the name of its tensor within it, which is None for all other tensors."""
+        in_model = self.names.in_model
+        if name.endswith(_STACKED) or (in_model is not None and f".{in_model}." in name):
+            raise FoldError(
+                f"`{name}` is a name of the model in memory, as in Trainer's `checkpoint-N`, which engines do not "
+                "know: serve the run's `final/`, or load the folder with transformers and save it under another name"
+            )
         layer, found, part = name.rpartition(f".{self.names.router}.")
         if found and part in (*_GRAPH, *self.names.parameters):
             return f"{layer}.{self.names.router}", part

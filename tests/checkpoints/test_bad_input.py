@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import COMMON, make_llava, make_model
-from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, OlmoeConfig, OlmoeForCausalLM
 
 from symphony_hf import (
     ConfigError,
+    GraphError,
     PatchError,
     SymphonyConfig,
     SymphonyError,
@@ -22,6 +24,7 @@ from symphony_hf import (
     symphonize,
     update_graphs,
 )
+from symphony_hf.checkpoints.graph_files import SUFFIX
 from symphony_hf.checkpoints.model_class import read_config
 from symphony_hf.checkpoints.untrusted import load_checkpoint
 from symphony_hf.errors import CheckpointError
@@ -233,6 +236,16 @@ GOOD = "model: {config: {model_type: olmoe}}\n"
         (GOOD + "data: {block_size: 1}\n", "at least 2, got 1"),
         (GOOD + "symphony: {strength: 2}\n", "`strength` must be between"),
         (GOOD + "symphony: 3\n", "expected settings by name"),
+        (GOOD + "symphony: 0\n", "symphony: expected settings by name, got 0"),
+        (GOOD + "symphony: ''\n", "symphony: expected settings by name, got ''"),
+        (GOOD + "peft: []\n", r"peft: expected settings by name, got \[\]"),
+        (GOOD + "eval: false\n", "eval: expected settings by name, got False"),
+        (GOOD + "train: no\n", "train: expected settings by name, got False"),
+        (GOOD + "learning_rate: 1\n", "unknown section `learning_rate`"),
+        (GOOD + "peft: {alpha: 0}\n", "`alpha` must be at least 1, got 0"),
+        (GOOD + "peft: {alpha: -5}\n", "`alpha` must be at least 1, got -5"),
+        (GOOD + "train: {seed: 1}\ntrain: {bf16: true}\n", "`train` is given twice, on lines 2 and 3"),
+        (GOOD + "data: {rows: lines}\n", "`rows: lines` needs `kind: text` with a `path`, and no `streaming`"),
         (GOOD + "train: [1]\n", "expected settings by name"),
         (GOOD + "eval: {attack_rate: abc}\n", "`attack_rate` must be float, got 'abc'"),
         (GOOD + "eval: {documents: 0}\n", "`documents` must be at least 1"),
@@ -270,9 +283,55 @@ def test_recipe_overrides_and_null(tmp_path):
         (["max_steps", "2"], "expected `--NAME VALUE`"),
         (["--max_steps"], "has no value"),
         (["--max_steps", "[1"], "is not valid YAML"),
+        (["--data.path", ""], "`--data.path` has no value: give one, or write null"),  # "$UNSET" in a shell
+        (["--data.path= "], "`--data.path` has no value: give one, or write null"),
+        (["--data.path", "my #1.txt"], "`--data.path`: `my #1.txt`: `#` begins a comment"),
+        (["--data.path", "#1.txt"], "`#` begins a comment"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_overrides(words)
+
+
+def test_values_and_names_of_options_are_taken_as_they_are_written():
+    words = ["--max-steps", "2", "--data.block-size=8", "--data.path", "a#1-b.txt", "--data.name", '"my #1.txt"']
+    found = parse_overrides([*words, "--data.revision", "null", "--output.directory", "my-run"])
+    assert found == {
+        "max_steps": 2,
+        "data.block_size": 8,
+        "data.path": "a#1-b.txt",
+        "data.name": "my #1.txt",
+        "data.revision": None,
+        "output.directory": "my-run",
+    }
+
+
+def test_false_is_none_for_a_section_that_a_recipe_may_do_without(tmp_path):
+    path, below = tmp_path / "recipe.yaml", tmp_path / "below.yaml"
+    path.write_text(GOOD + "symphony: false\npeft: no\n")
+    assert (load_recipe(path).symphony, load_recipe(path).peft) == (None, None)
+    below.write_text("base: recipe.yaml\nsymphony: {strength: 0.5}\n")
+    assert load_recipe(below).symphony.strength == 0.5
+    assert load_recipe(path, {"peft.r": 4}).peft.r == 4
+    path.write_text(GOOD + "symphony: {strength: 0.5}\npeft: {r: 4}\n")
+    below.write_text("base: recipe.yaml\nsymphony: false\npeft: false\n")
+    assert (load_recipe(below).symphony, load_recipe(below).peft) == (None, None)
+
+
+def test_a_tilde_is_the_home_folder_in_every_local_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: {path: ~/m, tokenizer: ~/t, vision: ~/v}\nsymphony: {graph: ~/g}\n"
+        "train: {resume_from_checkpoint: ~/c}\noutput: {directory: ~/runs/a}\ndata: {path: ~/d}\n"
+    )
+    recipe = load_recipe(path)
+    model = (recipe.model.path, recipe.model.tokenizer, recipe.model.vision)
+    assert model == ("/home/me/m", "/home/me/t", "/home/me/v")
+    assert (recipe.symphony.graph, recipe.output.directory) == ("/home/me/g", "/home/me/runs/a")
+    assert recipe.train == {"resume_from_checkpoint": "/home/me/c"}
+    assert recipe.data.path == "~/d"  # which checkpoints record; it is expanded where the data is read
+    assert load_recipe(path, {"output.directory": "~/b"}).output.directory == "/home/me/b"
+    assert load_recipe(path, {"output.directory": "b~"}).output.directory == "b~"
 
 
 def test_the_command_says_errors_in_one_line(tmp_path, capsys):
@@ -304,6 +363,43 @@ def test_experts_of_a_nested_config_that_are_not_there_are_not_allocated(tmp_pat
     with pytest.raises(CheckpointError, match="its config asks for"), MemoryPeak() as memory:
         load_checkpoint(tmp_path)
     assert memory.taken < 2**25 or sys.platform != "linux"
+
+
+@pytest.mark.parametrize(
+    ("settings", "graph"),
+    [
+        ({}, None),
+        ({}, torch.eye(4)),
+        ({"graph": "learned"}, None),
+        ({"routers": ["lm_head"], "top_k": 2}, None),
+    ],
+)
+def test_graphs_that_are_not_there_are_not_allocated(settings, graph, tmp_path):
+    """They grow with the square of the number of experts, and no other weight does."""
+    sizes = dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"), 2)
+    config = OlmoeConfig(**sizes, vocab_size=4096, num_hidden_layers=1, num_experts=4096, eos_token_id=1)
+    OlmoeForCausalLM(config).save_pretrained(tmp_path, save_original_format=False)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"symphony": {"format": 2, **settings}}))
+    if graph is not None:
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors[f"model.layers.0.mlp.gate{SUFFIX}"] = graph
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with (
+        pytest.raises(SymphonyError, match=r"asks for (a graph or a tensor of|graphs with) 16,777,216"),
+        MemoryPeak() as memory,
+    ):
+        load_checkpoint(tmp_path)
+    assert memory.taken < 2**25 or sys.platform != "linux"  # half of one graph
+
+
+def test_a_graph_that_is_missing_is_counted(tmp_path):
+    symphonize(make_model()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.gate{SUFFIX}"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GraphError, match=r"asks for graphs with 192 numbers in all, and the files have 128"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,20 @@ import shutil
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import assert_folded, llava_inputs, make_ids, make_llava, make_model, move_graphs
 from pushed import card_of, make_run
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen3MoeForSequenceClassification,
+    Qwen3MoeForTokenClassification,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+)
 
 from symphony_hf import PushError, expert_graphs, load_adapter, lora_config, push, symphonize, upcycle_modules
+from symphony_hf.checkpoints.auto_classes import auto_class_of
 from symphony_hf.checkpoints.hub_names import origin_record
 from symphony_hf.checkpoints.model_card import EFFECT
 from symphony_hf.checkpoints.upload import write_card
@@ -115,6 +124,45 @@ def test_upcycled_experts_need_this_package_folded_or_not(hub, tmp_path):
         assert_folded(names["model"](**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "loader"),
+    [
+        (Qwen3MoeForSequenceClassification, "AutoModelForSequenceClassification"),
+        (Qwen3MoeForTokenClassification, "AutoModelForTokenClassification"),
+        (Qwen3MoeModel, "AutoModel"),
+        (Qwen3MoePreTrainedModel, "Qwen3MoePreTrainedModel"),
+    ],
+)
+def test_a_model_with_another_head_is_loaded_with_it(model_class, loader, model, checkpoint):
+    """The family's language model would have a head of random weights."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    names = {"model_type": "qwen3_moe", "architectures": [f"Symphony{model_class.__name__}"]}
+    config["symphony_hf"]["replaced"]["model_type"] = "qwen3_moe"
+    (checkpoint / "config.json").write_text(json.dumps({**config, **names, "model_type": "symphony_hf"}))
+    code = code_of(ModelCard(write_card(checkpoint, "it").read_text()))
+    assert f"from transformers import {loader}\n" in code
+    assert f"model = {loader}.from_pretrained(" in code
+
+
+@pytest.mark.parametrize(
+    ("class_name", "model_type", "task_type", "loader"),
+    [
+        (None, "mixtral", None, "AutoModelForCausalLM"),
+        (None, "switch_transformers", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        (None, "mixtral", "SEQ_CLS", "AutoModelForSequenceClassification"),
+        (None, "llava", "CAUSAL_LM", "AutoModelForImageTextToText"),
+        (None, None, None, "AutoModelForCausalLM"),
+        ("SwitchTransformersForConditionalGeneration", None, None, "AutoModelForSeq2SeqLM"),
+        ("WikiTextMoeForCausalLM", "wikitext_moe", None, "AutoModelForCausalLM"),
+        ("WikiTextMoeModel", "wikitext_moe", None, "AutoModel"),
+        ("Qwen3MoePreTrainedModel", "qwen3_moe", None, "Qwen3MoePreTrainedModel"),
+        ("MixtralOfTheUsers", "mixtral", None, "AutoModelForCausalLM"),  # nobody else could import it
+    ],
+)
+def test_the_class_decides_before_the_model_type(class_name, model_type, task_type, loader):
+    assert auto_class_of(class_name, model_type, task_type) == loader
+
+
 # A README that is there.
 
 
@@ -189,6 +237,48 @@ def test_a_readme_whose_metadata_cannot_be_read(metadata, hub, checkpoint):
     (checkpoint / "README.md").write_text(f"---\n{metadata}\n---\n")
     with pytest.raises(PushError, match=r"README\.md`: its metadata cannot be read"):
         push(checkpoint, "me/it")
+
+
+@pytest.mark.parametrize("licence", [None, "llama3"])
+def test_the_licence_follows_the_base_model(licence, hub, model, checkpoint, tmp_path):
+    push(make_run(tmp_path, model), "them/other", license=licence)
+    push(checkpoint, "me/it", base_model="them/base", license="other")
+    stored = hub.repos["me/it"].commit_of("main")[1]["README.md"]
+    stored.content = stored.content.replace(b"library_name:", b"license_name: base-only\nlibrary_name:")
+    push(checkpoint, "me/it", base_model="them/base")  # the same again: what was written about it still holds
+    assert (card_of(hub).data.license, card_of(hub).data.license_name) == ("other", "base-only")
+    push(checkpoint, "me/it", base_model="them/other")
+    card = card_of(hub)
+    assert card.data.base_model == "them/other"
+    assert card.data.license == licence
+    assert "license_name" not in card.data.to_dict()
+    assert "| base model | [them/other]" in card.text
+    assert f"| licence | {'`llama3`' if licence else 'not known'}" in card.text
+
+
+def test_a_licence_that_stood_alone_is_kept(hub, checkpoint):
+    """A repository that was created with a licence has a README of that alone."""
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
+    push(checkpoint, "me/it", base_model="them/base")
+    assert (card_of(hub).data.license, card_of(hub).data.base_model) == ("mit", "them/base")
+
+
+def test_an_earlier_push_of_another_kind_leaves_no_relation(hub, checkpoint, tmp_path):
+    adapted = peft.get_peft_model(symphonize(make_model()), lora_config(symphonize(make_model())))
+    adapted.save_pretrained(tmp_path / "adapter")
+    push(tmp_path / "adapter", "me/it", base_model="them/base")
+    assert card_of(hub).data.base_model_relation == "adapter"
+    push(checkpoint, "me/it", base_model="them/base")
+    assert card_of(hub).data.base_model_relation == "finetune"
+
+
+def test_several_base_models_that_were_written_stay_and_are_shown(hub, checkpoint):
+    push(checkpoint, "me/it")
+    stored = hub.repos["me/it"].commit_of("main")[1]["README.md"]
+    stored.content = stored.content.replace(b"library_name:", b"base_model: [them/a, them/b]\nlibrary_name:")
+    push(checkpoint, "me/it")
+    assert card_of(hub).data.base_model == ["them/a", "them/b"]
+    assert "[them/a](https://huggingface.co/them/a), [them/b](https://huggingface.co/them/b) |" in card_of(hub).text
 
 
 # Adapters.
@@ -309,6 +399,8 @@ def test_what_is_inferred_does_not_replace_what_was_written(is_run, hub, model, 
         model.push_to_hub("me/first")
         AutoModelForCausalLM.from_pretrained("me/first").push_to_hub("me/it")
     assert card_of(hub).data.base_model == "them/written"
+    assert "| base model | [them/written]" in card_of(hub).text  # as the metadata says
+    assert "| licence | `mit` |" in card_of(hub).text
 
 
 def test_a_path_of_the_machine_that_trained_is_no_name_on_the_hub(hub, model, tmp_path, monkeypatch):

@@ -1,14 +1,25 @@
 """A Symphony model's config says the same whoever writes it, and never hides a setting of the user's."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from models import gradients, make_ids, make_llava, make_model, move_graphs
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
-from symphony_hf import SymphonyWarning, is_symphonized, symphonize, unsymphonize, upcycle_modules
+from symphony_hf import (
+    SymphonyWarning,
+    export_folded,
+    is_symphonized,
+    load_checkpoint,
+    symphonize,
+    unsymphonize,
+    upcycle_modules,
+)
+from symphony_hf.checkpoints.folder import open_folder
+from symphony_hf.checkpoints.upload import write_card
 
 MODELS = {
     "text": lambda: symphonize(make_model(router_aux_loss_coef=0.5)),
@@ -49,6 +60,56 @@ def test_a_config_that_was_loaded_without_its_model_stays_marked(tmp_path):
     symphonize(make_model()).save_pretrained(tmp_path / "model")
     AutoConfig.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "config")
     assert config_in(tmp_path / "config") == config_in(tmp_path / "model")
+
+
+CODE = {"AutoModelForCausalLM": "modeling_mixtral.MixtralForCausalLM"}
+
+
+def with_code_on_the_hub(folder):
+    """Return a model whose config names code beside it, loaded by transformers' own class."""
+    make_model("mixtral").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": CODE}))
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_code_that_a_model_does_not_run_is_not_named(tmp_path):
+    """Or a push, its card and `load_checkpoint` would refuse what this package wrote."""
+    model = symphonize(with_code_on_the_hub(tmp_path / "base"))
+    model.config.save_pretrained(tmp_path / "config")
+    model.save_pretrained(tmp_path / "symphony")
+    export_folded(model, tmp_path / "folded", tokenizer=False)
+    assert unsymphonize(model).config.auto_map == CODE
+    for name in ("config", "symphony", "folded"):
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+    for name in ("symphony", "folded"):
+        assert open_folder(tmp_path / name)
+        write_card(tmp_path / name, "it")
+        assert is_symphonized(load_checkpoint(tmp_path / name)) == (name == "symphony")
+
+
+def test_a_checkpoint_that_names_such_code_is_saved_without_it(tmp_path):
+    symphonize(make_model("mixtral")).save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"auto_map": CODE}))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "old", trust_remote_code=False).save_pretrained(tmp_path / "new")
+    assert open_folder(tmp_path / "new").kind == "symphony"
+
+
+class Custom(MixtralForCausalLM):
+    """A model with code of its own, as the Auto classes import it from the Hub."""
+
+
+Custom.register_for_auto_class("AutoModelForCausalLM")
+
+
+def test_code_that_a_model_runs_is_named(tmp_path):
+    model = with_code_on_the_hub(tmp_path / "base")
+    symphonize(Custom(model.config)).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    file = Path(__file__)
+    assert config["auto_map"] == {"AutoModelForCausalLM": f"{file.stem}.Custom"}
+    assert (tmp_path / "saved" / file.name).exists()
 
 
 def test_a_plain_config_is_not_marked(tmp_path):

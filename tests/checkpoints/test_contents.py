@@ -118,6 +118,18 @@ def test_folders_that_are_no_model(tmp_path, checkpoint):
         push(checkpoint, "me/it")
 
 
+@pytest.mark.parametrize("make", [lambda: make_model("mixtral"), lambda: symphonize(make_model("mixtral"))])
+def test_a_checkpoint_that_lacks_weights(make, tmp_path):
+    make().save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    make().save_pretrained(tmp_path / "whole")
+    removed = (sorted((tmp_path / "sharded").glob("*.safetensors"))[1], tmp_path / "whole" / "model.safetensors")
+    for file in removed:
+        assert open_folder(file.parent)
+        file.unlink()
+        with pytest.raises(PushError, match=rf"`{file.parent}` lacks weights .*{file.name}.*: save the model again"):
+            open_folder(file.parent)
+
+
 def test_a_checkpoint_whose_graphs_cannot_be_read(checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "symphony": {"strength": 2}}))

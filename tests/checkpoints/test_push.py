@@ -18,6 +18,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from symphony_hf import (
+    ConfigError,
     FoldError,
     PushError,
     is_symphonized,
@@ -95,6 +96,29 @@ def test_a_variant_is_refused_before_anything_is_saved(hub, model, tmp_path):
     assert not hub.repos
     model.save_pretrained(tmp_path / "saved", variant="fp16")
     assert (tmp_path / "saved" / "model.fp16.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"use_temp_dir": True}, PushError, "unknown setting `use_temp_dir`; known names: .*max_shard_size"),
+        ({"comit_message": "x"}, PushError, "unknown setting `comit_message`; did you mean `commit_message`"),
+        ({"max_shard_size": "5XB"}, ConfigError, "push: `max_shard_size` must be a number of bytes"),
+        ({"base_model": "/home/base"}, PushError, "must be a `namespace/name` of the Hub"),
+    ],
+)
+def test_settings_that_a_push_has_not_are_refused_before_anything_is_saved(
+    settings, error, message, hub, model, monkeypatch
+):
+    monkeypatch.setattr(model, "save_pretrained", lambda *args, **kwargs: pytest.fail("it was saved"))
+    with pytest.raises(error, match=message):
+        model.push_to_hub("me/it", **settings)
+    assert hub.requests == []
+
+
+def test_a_setting_that_is_none_is_the_default(hub, model):
+    model.push_to_hub("me/it", variant=None, max_shard_size=None, use_temp_dir=None, private=None)
+    assert "model.safetensors" in hub.files("me/it")
 
 
 def test_folded_it_leaves_out_other_weights_and_nothing_else(hub, checkpoint, caplog):
@@ -308,6 +332,18 @@ def test_private_and_branches(hub, model, checkpoint, monkeypatch):
     push(checkpoint, "me/open")
     with pytest.raises(PushError, match="me/open is there already, and public"):
         push(checkpoint, "me/open", private=True)
+
+
+def test_what_is_refused_leaves_no_repository_and_no_branch(hub, checkpoint):
+    with pytest.raises(PushError, match="must be a `namespace/name` of the Hub, got `/home/base`"):
+        push(checkpoint, "me/it", base_model="/home/base", revision="v1")
+    (checkpoint / "README.md").write_text("---\nlicense: [a\n---\n")
+    with pytest.raises(PushError, match="its metadata cannot be read"):
+        push(checkpoint, "me/it", revision="v1")
+    (checkpoint / "README.md").write_bytes(b"\xff")
+    with pytest.raises(PushError, match=r"README\.md`: it is not text"):
+        push(checkpoint, "me/it", revision="v1")
+    assert hub.requests == []
 
 
 def test_names_that_are_none(hub, checkpoint):

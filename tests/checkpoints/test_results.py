@@ -138,6 +138,27 @@ def test_a_recipes_run_is_pushed_with_its_results(recipe, kind, task, data, hub,
     assert not any(str(place) in card.content for place in (folder, tmp_path))
 
 
+@pytest.mark.parametrize(("path", "names"), [(None, ["nyu-mll/glue"]), ("embedded", None)])
+def test_glue_without_a_path_is_the_hubs(hub, model, tmp_path, path, names):
+    run = make_run(tmp_path, model, data={"path": path, "kind": "glue", "name": "qnli"})
+    stored = json.loads((run / "results.json").read_text())
+    stored["test"] = {"split": "validation", "loss": 0.5, "accuracy": 0.75, "questions": 40}
+    (run / "results.json").write_text(json.dumps(stored))
+    push(run, "me/it")
+    card = card_of(hub)
+    assert card.data.datasets == names
+    assert ("a stand-in for GLUE" in card.text) == (path == "embedded")
+
+
+def test_text_that_was_not_attacked_has_a_card(hub, model, tmp_path):
+    run = make_run(tmp_path, model)
+    stored = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**stored, "test": {"clean": 10.0, "documents": 7, "note": "none"}}))
+    push(run, "me/it")
+    assert "| perplexity, clean | 10.00 |" in card_of(hub).text
+    assert "attacked" not in card_of(hub).text
+
+
 def test_a_run_without_held_out_data_has_a_card_without_results(hub, model, tmp_path):
     run = make_run(tmp_path, model, model={"path": "them/base"}, data={"path": "them/words:plain", "kind": "chat"})
     stored = json.loads((run / "results.json").read_text())

@@ -162,6 +162,24 @@ def test_a_router_goes_by_its_name_in_the_model(architecture, tmp_path):
         list(WeightStream(config, architecture).fold(tensors.items()))
 
 
+@pytest.mark.parametrize("architecture", ROUTERS)
+def test_a_training_checkpoint_has_the_names_of_the_model_in_memory(architecture, tmp_path):
+    model = move_graphs(symphonize(tiny_model(MODEL_TYPES[architecture])))
+    for name in ("final", "checkpoint-5"):
+        model.save_pretrained(tmp_path / name)
+    config = AutoConfig.from_pretrained(tmp_path / "checkpoint-5")
+    final, tensors = (load_file(tmp_path / name / "model.safetensors") for name in ("final", "checkpoint-5"))
+    for order in orders_of(tensors):
+        stream = WeightStream(config, architecture).fold((name, tensors[name]) for name in order)
+        if tensors.keys() == final.keys():
+            assert list(stream)
+        else:
+            with pytest.raises(
+                FoldError, match=r"as in Trainer's `checkpoint-N`, .* serve the run's `final/`, or load"
+            ):
+                list(stream)
+
+
 def test_weights_without_any_graph(checkpoint):
     config, _, folded = checkpoint
     with pytest.raises(GraphError, match=r"hold no expert graph \(no tensor is named `\*.mlp.gate.symphony.adjacency`"):

@@ -40,6 +40,7 @@ class WikiTextMoeConfig(PreTrainedConfig):
         dropout: Dropout on attention weights, expert activations and expert outputs.
         layer_norm_eps: Epsilon of the layer norms.
         use_cache: Whether a forward returns its memory for the next one.
+        tie_word_embeddings: False: the LM head has weights of its own.
 
     Raises:
         ConfigError: If a value is out of range or contradicts another one.
@@ -87,6 +88,11 @@ class WikiTextMoeConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{self.model_type}: `{name}` must be an integer of at least 1, got {value!r}")
+        if self.tie_word_embeddings:
+            raise ConfigError(
+                f"{self.model_type}: `tie_word_embeddings` is {self.tie_word_embeddings!r}, but the LM head has "
+                "weights of its own: set it to false"
+            )
         if self.router_type not in get_args(RouterType):
             hint = nearest(str(self.router_type), get_args(RouterType))
             raise ConfigError(f"{self.model_type}: `router_type` is {self.router_type!r}; {hint}")

@@ -222,6 +222,7 @@ def test_the_symphony_form_of_each(form, tmp_path):
         ({"router_type": "cosin"}, "did you mean `cosine`"),
         ({"momentum": 1.5}, "`momentum` must be from 0 to below 1"),
         ({"attention_span": 0}, "`attention_span` must be an integer of at least 1"),
+        ({"tie_word_embeddings": True}, "`tie_word_embeddings` is True, .* set it to false"),
     ],
 )
 def test_bad_settings(settings, message):
