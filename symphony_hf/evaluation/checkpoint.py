@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Pre
 from symphony_hf.checkpoints.model_class import read_config
 from symphony_hf.data.tokenizer import has_vocabulary
 from symphony_hf.errors import ConfigError
+from symphony_hf.models.llava import is_after_layers
 
 _DECIDING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 """Suffixes of the files that decide what a model computes: weights, settings, chat templates and vocabularies."""
@@ -50,16 +51,47 @@ class ModelUnderTest:
         """Context length of the model; None if its config does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    def check_vocabulary(self, highest: int) -> None:
+        """Check that the model has an embedding for every token of its inputs.
+
+        Args:
+            highest: Highest token id of the inputs.
+
+        Raises:
+            ConfigError: If it is not in the model's vocabulary.
+        """
+        size = self.config.get_text_config().vocab_size
+        if highest >= size:
+            raise ConfigError(
+                f"`{self.source}`: the tokenizer gives token id {highest}, and the model's vocabulary has {size} "
+                "tokens: the tokenizer is another model's, so give the model's own with --tokenizer"
+            )
+
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        """The model, on the accelerator if there is one. Raises ConfigError if its weights could not be loaded."""
-        device_map = "auto" if torch.cuda.is_available() else None
+        """The model, on the accelerator if there is one.
+
+        Raises:
+            ConfigError: If its weights could not be loaded, or some are missing, which transformers would leave random.
+        """
+        device_map = "auto" if torch.accelerator.is_available() else None
         try:
-            model = self.auto_class.from_pretrained(
-                self.source, revision=self.revision, dtype=self.dtype, device_map=device_map
+            model, info = self.auto_class.from_pretrained(
+                self.source,
+                revision=self.revision,
+                dtype=self.dtype,
+                device_map=device_map,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"`{self.source}`: the model could not be loaded: {error}") from error
+        unused = (name for name in info["missing_keys"] if is_after_layers(name.partition("vision_tower.")[2]))
+        missing = sorted(set(info["missing_keys"]).difference(unused))
+        if missing:
+            raise ConfigError(
+                f"`{self.source}`: it lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), and "
+                "random ones would take their place: give a checkpoint that has them"
+            )
         return model.eval()
 
     def release(self) -> None:

@@ -14,17 +14,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from symphony_hf.data.blocks import document_windows, token_stream
 from symphony_hf.data.documents import Document
+from symphony_hf.errors import DataError
 
+from .attacks.text import warn_of_unspaced
 from .attacks.word_swap import attack
 from .comparison import perplexity_interval
 from .perplexity import DocumentScores, score_documents, score_stream
 from .statistics import MIN_DOCUMENTS
+from .words import are_spaced
 
 if TYPE_CHECKING:
     from symphony_hf.recipe import EvalSection
 
 WORD_SWAP = "word swap"
 """The only attack of a training run and of a study: the paper's, at the rate of their settings."""
+
+_NO_WORDS = "not attacked: no spaces separate the words of the documents, so the word swap would replace whole lines"
 
 Scores = TypeVar("Scores")
 """Scores of a model on one form of the inputs."""
@@ -85,9 +90,13 @@ def evaluate_documents(
     Returns:
         `clean` and `attacked` perplexity, their `ratio`, and the numbers of `documents` and `tokens`. With enough
         documents, also the ends of their 95% intervals, `clean_low` and so on. With `section.context`, windows take the
-        place of documents.
+        place of documents. Without spaces between the words of the documents, the clean ones alone, and `note`, which
+        says so.
     """
-    forms: dict[str | None, Sequence[Document]] = {None: documents, WORD_SWAP: swap_words(documents, section)}
+    attacks = [WORD_SWAP] if are_spaced([document.text for document in documents]) else []
+    forms: dict[str | None, Sequence[Document]] = {None: documents}
+    if attacks:
+        forms[WORD_SWAP] = swap_words(documents, section)
     labels = {None: "Scoring clean text", WORD_SWAP: "Scoring attacked text"}
     if section.context:
         sizes = {"block_size": block_size, "context": section.context, "batch_size": batch_size}
@@ -95,20 +104,17 @@ def evaluate_documents(
         def score(form: str | None) -> DocumentScores:
             return score_stream(model, token_stream(forms[form], tokenizer), progress=labels[form], **sizes)
     else:
-        windows = dict(zip(forms, clean_and_attacked_windows(documents, tokenizer, block_size, section), strict=True))
+        windows = dict(zip(forms, _windows(list(forms.values()), tokenizer, block_size), strict=True))
 
         def score(form: str | None) -> DocumentScores:
             return score_documents(model, windows[form], batch_size=batch_size, progress=labels[form])
 
-    measured = measure_forms(score, [WORD_SWAP])
+    measured = measure_forms(score, attacks)
     clean = measured.clean
-    values = {
-        **perplexity_levels(measured),
-        "documents": len(clean.names),
-        "tokens": int(clean.num_tokens.sum()),
-    }
+    values: dict[str, Any] = perplexity_levels(measured) if attacks else {"clean": clean.perplexity, "note": _NO_WORDS}
+    values |= {"documents": len(clean.names), "tokens": int(clean.num_tokens.sum())}
     if len(clean.names) >= MIN_DOCUMENTS:
-        for name, scores in (("clean", clean), ("attacked", measured.attacked[WORD_SWAP])):
+        for name, scores in zip(("clean", "attacked"), (clean, *measured.attacked.values()), strict=False):
             interval = perplexity_interval(scores, seed=section.seed)
             values |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return values
@@ -119,15 +125,34 @@ def clean_and_attacked_windows(
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     """Cut documents and their word-swapped forms into windows of tokens, by document name.
 
-    Documents that are too short for a prediction in either form are left out of both.
+    Documents that are too short for a prediction in either form are left out of both. Raises DataError if no spaces
+    separate their words.
     """
-    names = [document.name for document in documents]
-    cut = [document_windows(form, tokenizer, block_size) for form in (documents, swap_words(documents, section))]
-    kept = [number for number in range(len(names)) if all(windows[number] for windows in cut)]
-    clean, attacked = ({names[number]: windows[number] for number in kept} for windows in cut)
+    clean, attacked = _windows((documents, swap_words(documents, section)), tokenizer, block_size)
     return clean, attacked
 
 
+def _windows(
+    forms: Sequence[Sequence[Document]], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> list[dict[str, list[Tensor]]]:
+    """Return the windows of each form of documents by name, without documents that are too short in any form."""
+    cut = [document_windows(form, tokenizer, block_size) for form in forms]
+    names = [document.name for document in forms[0]]
+    kept = [number for number in range(len(names)) if all(windows[number] for windows in cut)]
+    return [{names[number]: windows[number] for number in kept} for windows in cut]
+
+
 def swap_words(documents: Sequence[Document], section: "EvalSection") -> list[Document]:
-    """Return documents under the word swap at the rate of the settings."""
+    """Return documents under the word swap at the rate of the settings.
+
+    Raises:
+        DataError: If no spaces separate the words of the documents.
+    """
+    texts = [document.text for document in documents]
+    if not are_spaced(texts):
+        raise DataError(
+            "the word swap needs words that are separated by spaces, and no spaces separate the words of these "
+            "documents: give other text"
+        )
+    warn_of_unspaced(texts, "the word swap", "it")
     return attack(documents, rate=section.attack_rate, minimum=section.attack_minimum, seed=section.seed)

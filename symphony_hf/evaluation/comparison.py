@@ -92,7 +92,10 @@ def compare_attacked(
     """
     _check_versions(clean, attacked)
     difference = of_sums(lambda nll_a, num_a, nll, num: nll_a / num_a - nll / num)
-    columns = (attacked.nll, attacked.num_tokens, clean.nll, clean.num_tokens)
+    # The exchange test swaps a document's versions, which must count alike: pooled attacks have several times the
+    # tokens of the clean text, and dropped words fewer. A common factor leaves the statistic as it is.
+    scale = clean.num_tokens.sum() / attacked.num_tokens.sum()
+    columns = (scale * attacked.nll, scale * attacked.num_tokens, clean.nll, clean.num_tokens)
     weights = clean.num_tokens if weights is None else weights
     return paired_bootstrap(columns, difference, seed=seed, weights=weights, swapped=[(0, 2), (1, 3)])
 

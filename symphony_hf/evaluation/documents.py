@@ -1,6 +1,6 @@
 """Documents to evaluate on, and their attacked forms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,10 @@ from symphony_hf.errors import DataError
 from .attacks.text import attack_documents, find_text_attack
 from .settings import AttackCase, EvaluationSettings
 from .statistics import MIN_DOCUMENTS
+from .words import are_spaced, count_words, first_words
 
 MIN_WORDS = 5
 """Minimum number of words of a document. A shorter one is a heading, of which an attack may leave nothing."""
-
-_LONGEST_WORD = 50
-"""Maximum mean number of bytes in a word. Above it, the text has no spaces, and a perplexity per word may overflow."""
-
-_BYTES_PER_WORD = 6
-"""Number of bytes that count as one word in text without spaces: an English word, or two Chinese characters."""
 
 
 @dataclass(frozen=True)
@@ -40,46 +35,35 @@ def prepare_corpus(settings: EvaluationSettings, words: int | None = None) -> At
 
     Raises:
         DataError: If the data does not exist, has too few documents for an interval, or an attack changes none of them
-            or leaves nothing of one.
+            or leaves nothing of one, or changes words where no spaces separate them.
     """
     source, found = _read_documents(settings)
-    usable = [document for document in found if _word_counter(document.text)(document.text) >= MIN_WORDS]
+    usable = [one for one in found if count_words(one.text, are_spaced([one.text])) >= MIN_WORDS]
     documents = [_shorten(document, words) for document in thinned(usable, settings.documents)]
     if len(documents) < MIN_DOCUMENTS:
         raise DataError(
             f"{source}: {len(documents)} documents of {MIN_WORDS} words or more to evaluate on, of {len(found)} "
             f"found; intervals need {MIN_DOCUMENTS}: give more text, another --split, or raise --documents"
         )
+    for name in settings.attacks or ():
+        find_text_attack(name).check_words([document.text for document in documents], source)
     # disable=None: no bar where the output is not a terminal, such as a log file.
     cases = tqdm(settings.cases(), desc="Attacking", unit=" texts", delay=2, disable=None)
     return AttackedCorpus(source, documents, {case: _attack(documents, case, source) for case in cases})
 
 
-def has_spaces(num_words: int, num_bytes: int) -> bool:
-    """Whether spaces separate the words of a text, unlike in Chinese or Japanese."""
-    return num_bytes <= _LONGEST_WORD * num_words
-
-
-def num_bytes(text: str) -> int:
-    """Return the number of bytes of a text in UTF-8."""
-    return len(text.encode(errors="surrogatepass"))  # file names and texts need not be valid Unicode
-
-
-def _word_counter(text: str) -> Callable[[str], int]:
-    """Return a function that counts the words in parts of a text: by spaces, or by bytes if the text has none."""
-    if has_spaces(len(text.split()), num_bytes(text)):
-        return lambda part: len(part.split())
-    return lambda part: num_bytes(part) // _BYTES_PER_WORD
-
-
 def _shorten(document: Document, words: int | None) -> Document:
-    """Return the first lines of a document, up to the one in which it has enough words."""
+    """Return the first lines of a document, up to the one in which it has enough words.
+
+    A line that alone has more is cut after the words that are missing, since a text may be a single line.
+    """
     if words is None:
         return document
-    count_words, lines, number = _word_counter(document.text), [], 0
+    is_spaced, lines, number = are_spaced([document.text]), [], 0
     for line in document.text.splitlines(keepends=True):
-        lines.append(line)
-        number += count_words(line)
+        own = count_words(line, is_spaced)
+        lines.append(line if own <= words else first_words(line, words - number, is_spaced))
+        number += own
         if number >= words:
             break
     return Document(document.name, "".join(lines))

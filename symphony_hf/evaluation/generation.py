@@ -1,7 +1,8 @@
 """Answers of a vision-language model to questions about images, asked through its own processor."""
 
 import inspect
-import string
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,17 @@ from .batching import chunked, evaluating, question_bar
 from .multiple_choice import ChoiceScores, check_finite
 from .perplexity import next_token_nll
 
+_OUTER = "PSZC"
+"""Unicode categories of what may stand around an answer: punctuation, symbols, spaces and control characters."""
+
+_MINUS = re.compile(r"\N{MINUS SIGN}|\N{EN DASH}(?=\.?\d)")
+
+_BEFORE_DIGITS = re.compile(r"-?(?:(?<!\.)(?<!\. )\.)?$")
+"""Minus and point of a number, at the end of what stands before its digits: -5 and .5 are other answers than 5.
+
+The last point of an ellipsis is none of the number.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerScores:
@@ -30,7 +42,10 @@ class AnswerScores:
 
     @property
     def correct(self) -> np.ndarray:
-        """1 where both agree up to case, and spaces and punctuation at the ends, else 0. Shape: (questions,)."""
+        """1 where both agree up to case, and spaces and punctuation at the ends, else 0. Shape: (questions,).
+
+        Punctuation alone agrees with the same punctuation alone, and the minus of a number counts.
+        """
         pairs = zip(self.given, self.answers, strict=True)
         return np.array([float(_plain(given) == _plain(answer)) for given, answer in pairs])
 
@@ -41,7 +56,18 @@ class AnswerScores:
 
 
 def _plain(text: str) -> str:
-    return text.casefold().strip(string.whitespace + string.punctuation)
+    """Return a text without case, and without spaces and punctuation at its ends if there is anything else in it.
+
+    The minus and the point of a number stay, and letters are composed (NFC).
+    """
+    text = _MINUS.sub("-", unicodedata.normalize("NFC", text.casefold())).strip()
+    inner = [position for position, letter in enumerate(text) if unicodedata.category(letter)[0] not in _OUTER]
+    if not inner:
+        return text
+    start, end = inner[0], inner[-1] + 1
+    if text[start].isdigit():
+        start -= len(_BEFORE_DIGITS.search(text[:start])[0])  # type: ignore[index]
+    return text[start:end]
 
 
 def answer_freely(

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
+from symphony_hf.data.datasets import TABLE_FORMATS
 from symphony_hf.data.documents import SPLITS
 from symphony_hf.errors import ConfigError
 from symphony_hf.settings import check_least
@@ -88,6 +90,13 @@ class EvaluationSettings:
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.command}: `dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         self._check_distinct("severities")
+        for setting, reason in self.without_effect().items():
+            if reason is not None and getattr(self, setting) != type(self).__dataclass_fields__[setting].default:
+                raise ConfigError(f"{self.command}: `{setting}` has no effect, because {reason}: leave it out")
+
+    def without_effect(self) -> dict[str, str | None]:
+        """Return, by setting, the reason why it would have no effect beside the others; None where it has one."""
+        return {"text_column": _why_no_columns(self.data), "revision": why_no_revision(self.model)}
 
     @property
     def kind(self) -> InputKind:
@@ -145,3 +154,15 @@ class EvaluationSettings:
     def _describe_tasks_of(self, kind: InputKind) -> str:
         """Return the end of a message that names other tasks."""
         return ""
+
+
+def _why_no_columns(data: str | None) -> str | None:
+    if data is None:
+        return "without --data, the text is the sources of the running Python's library"
+    path = Path(data).expanduser()
+    return f"`{data}` is a text file" if path.is_file() and path.suffix.lower() not in TABLE_FORMATS else None
+
+
+def why_no_revision(source: str) -> str | None:
+    """Return why a checkpoint has no revisions; None for one on the Hub."""
+    return f"`{source}` is a local folder" if Path(source).expanduser().is_dir() else None

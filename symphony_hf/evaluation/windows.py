@@ -5,7 +5,7 @@ likelihood of a document can be divided by its words or bytes. A token has the s
 the attack. With windows of a fixed length it would not, since attacked text has more tokens.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,7 +69,30 @@ def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
     A tokenizer without offsets has all tokens in one line, which only makes the search for untouched tokens slower and
     less reliable.
     """
-    found: list[Tokens] = []
+    found = [
+        Tokens(ids, _lines(text, spans), _unknown(text, ids, spans, tokenizer.unk_token_id))
+        for text, ids, spans in _encoded(documents, tokenizer)
+    ]
+    for document, tokens in zip(documents, found, strict=True):
+        if not tokens.ids:
+            raise EvaluationError(f"document {document.name!r} has no tokens: leave it out")
+    return found
+
+
+def covered_texts(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[str] | None:
+    """Return the part of the text that each token of all documents covers; None from a tokenizer without offsets.
+
+    Tokens that are parts of one character cover all of it.
+    """
+    if not tokenizer.is_fast:
+        return None
+    return [text[slice(*span)] for text, _, spans in _encoded(documents, tokenizer) for span in spans]
+
+
+def _encoded(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[str, list[int], list[tuple[int, int]]]]:
+    """Return each document's text, and the ids and offsets of its tokens; offsets are 0 if the tokenizer has none."""
     for start in range(0, len(documents), _BATCH):
         texts = [document.text for document in documents[start : start + _BATCH]]
         batch = tokenizer(
@@ -82,14 +105,7 @@ def tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase"
         positions = (
             batch["offset_mapping"] if tokenizer.is_fast else [[(0, 0)] * len(ids) for ids in batch["input_ids"]]
         )
-        found += [
-            Tokens(ids, _lines(text, spans), _unknown(text, ids, spans, tokenizer.unk_token_id))
-            for text, ids, spans in zip(texts, batch["input_ids"], positions, strict=True)
-        ]
-    for document, tokens in zip(documents, found, strict=True):
-        if not tokens.ids:
-            raise EvaluationError(f"document {document.name!r} has no tokens: leave it out")
-    return found
+        yield from zip(texts, batch["input_ids"], positions, strict=True)
 
 
 def _lines(text: str, positions: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -152,10 +168,22 @@ def cut_attacked(
     clean: Sequence[Tokens], attacked: Sequence[Tokens], untouched: Sequence[Untouched], block_size: int, first: int
 ) -> list[list[Tensor]]:
     """Cut attacked documents at the same words as `cut_clean` cuts the clean ones. Shape of each: (2 or more,)."""
-    return [
-        cut(after.ids, attacked_cuts(clean_cuts(len(before.ids), block_size), kept, len(after.ids)), first)
-        for before, after, kept in zip(clean, attacked, untouched, strict=True)
-    ]
+    ends = _attacked_ends(clean, attacked, untouched, block_size)
+    return [cut(after.ids, own, first) for after, own in zip(attacked, ends, strict=True)]
+
+
+def longest_attacked(
+    clean: Sequence[Tokens], attacked: Sequence[Tokens], untouched: Sequence[Untouched], block_size: int
+) -> int:
+    """Return the number of tokens in the longest window that `cut_attacked` cuts, the given first one included."""
+    return 1 + max(int(np.diff(own, prepend=0).max()) for own in _attacked_ends(clean, attacked, untouched, block_size))
+
+
+def _attacked_ends(
+    clean: Sequence[Tokens], attacked: Sequence[Tokens], untouched: Sequence[Untouched], block_size: int
+) -> Iterator[np.ndarray]:
+    for before, after, kept in zip(clean, attacked, untouched, strict=True):
+        yield attacked_cuts(clean_cuts(len(before.ids), block_size), kept, len(after.ids))
 
 
 def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
@@ -164,7 +192,9 @@ def default_block_size(models_under_test: Sequence[ModelUnderTest]) -> int:
     return max(2, min([_MAX_BLOCK, *(limit // _GROWTH for limit in limits)])) if limits else _DEFAULT_BLOCK
 
 
-def check_context(command: str, what: str, num_tokens: int, block_size: int, model: ModelUnderTest) -> None:
+def check_context(
+    command: str, what: str, num_tokens: int, block_size: int, model: ModelUnderTest, *, under_attack: bool = False
+) -> None:
     """Check that a model takes windows of `num_tokens` tokens, by its config.
 
     Args:
@@ -173,16 +203,24 @@ def check_context(command: str, what: str, num_tokens: int, block_size: int, mod
         num_tokens: Number of tokens of the longest window.
         block_size: Number of tokens in a window of clean text.
         model: Model that reads the windows.
+        under_attack: Whether the text is attacked, so that windows of clean text must be shorter for it to fit.
 
     Raises:
         ConfigError: If the windows are longer than the model's context.
     """
     most = model.max_tokens
-    if most is not None and num_tokens > most:
-        raise ConfigError(
-            f"{command}: {what}: a window has {num_tokens} tokens, and `{model.source}` takes {most}: set --block_size "
-            f"to {min(most, block_size - 1)} or less, so that the same words fit under attack"
-        )
+    if most is None or num_tokens <= most:
+        return
+    size = block_size * most // num_tokens
+    advice = f"set --block_size to {size} or less"
+    if under_attack:
+        # Shorter windows begin at other words, and one of them may grow more.
+        advice = f"set --block_size to about {size} or less, so that the same words fit under attack"
+        if size < 2:  # the given token, and one to predict
+            advice = "the model's context is too short for this attack, so use another one"
+    raise ConfigError(
+        f"{command}: {what}: a window has {num_tokens} tokens, and `{model.source}` takes {most}: {advice}"
+    )
 
 
 def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:

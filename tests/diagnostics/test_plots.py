@@ -10,9 +10,10 @@ import torch
 from matplotlib.image import imread
 
 import symphony_hf.diagnostics
+from symphony_hf.diagnostics.plots import copies, figure, heat_maps, networks
 from symphony_hf.diagnostics.plots import curves as pages
 from symphony_hf.diagnostics.plots import curves as runs
-from symphony_hf.diagnostics.plots import figure, heat_maps, networks
+from symphony_hf.diagnostics.plots.copies import plot_copies
 from symphony_hf.diagnostics.plots.curves import (
     draw_attack,
     draw_levels,
@@ -59,7 +60,7 @@ RATIOS = {"symphony / plain, clean": interval(0.97), "symphony / plain, attacked
 def drawn(monkeypatch):
     """The figure that a plot would have saved."""
     figures = []
-    for module in (heat_maps, networks, runs):
+    for module in (copies, heat_maps, networks, runs):
         monkeypatch.setattr(module, "save_png", lambda figure, path: figures.append(figure))
     return figures
 
@@ -183,6 +184,48 @@ def test_curves_are_named_with_their_last_value(drawn):
     assert [line.get_label() for line in train.lines] == ["plain, last 3.500", "symphony, last 3.400"]
     assert [line.get_label() for line in evaluation.lines] == ["plain, last 3.600"]
     np.testing.assert_array_equal(train.lines[1].get_xydata(), CURVES["symphony"]["train"])
+
+
+def test_one_pair_does_not_set_the_scale_of_all_networks(drawn):
+    """Two experts that are hardly used but together: their lift is many times that of the others."""
+    graphs = layers(3, 16)
+    pairs = torch.cat([2 + torch.randn(495, 14).topk(2).indices, torch.tensor([[0, 1]] * 5)])
+    rare = count_coselections(pairs, 16) / 500
+    lifts = [lift for graph in graphs.values() for *_, lift in networks.strongest_edges(graph)]
+    assert max(lift for *_, lift in networks.strongest_edges(rare)) > 5 * max(lifts)
+    plot_expert_network(graphs | {"model.layers.3.mlp.gate": rare}, "unused.png")
+    figure = drawn[0]
+    widths = [[line.get_linewidth() for line in axes.lines] for axes in figure.axes]
+    assert max(map(max, widths[:3])) > 0.7 * max(widths[3])  # with the pair's lift as the end, below 0.2
+    assert figure.legends[0].get_texts()[2].get_text().endswith(" x expected or more")
+
+
+def test_the_grey_diagonal_is_explained(drawn):
+    plot_graphs({"gate": random_graph(6)}, "unused.png")
+    assert "grey: the expert itself" in drawn[0].get_supxlabel()
+
+
+def test_copies_have_panels_of_their_own_and_their_difference(drawn):
+    base = {"train": [(10, 5.0), (20, 4.2)], "eval": [(20, 4.1)]}
+    plot_copies(base, CURVES, "unused.png")
+    (before, after, difference), (eval_before, eval_after, eval_difference) = np.reshape(drawn[0].axes, (2, 3))
+    assert [line.get_label() for line in before.lines] == ["base, last 4.200"]
+    assert [line.get_label() for line in after.lines] == ["plain, last 3.500", "symphony, last 3.400"]
+    assert [len(axes.lines) for axes in (eval_before, eval_after)] == [1, 1]
+    _, curve = difference.lines  # after the line at 0
+    np.testing.assert_allclose(curve.get_xydata(), [(10, 0.1), (20, -0.1)])  # float64, up to rounding
+    assert [axes.get_title() for axes in (before, after, difference)] == [
+        "pre-training",
+        "fine-tuning",
+        "symphony minus plain",
+    ]
+    assert len(eval_difference.lines) == 1  # symphony was not evaluated
+
+
+def test_copies_are_drawn_from_the_steps_of_both(drawn):
+    copies = {"a": {"train": [(1, 2.0), (2, 1.5)]}, "b": {"train": [(2, 1.0), (3, 0.5)]}}
+    plot_copies({}, copies, "unused.png")
+    assert drawn[0].axes[2].lines[1].get_xydata().tolist() == [[2, -0.5]]
 
 
 def test_a_comparison_shows_each_interval(drawn):

@@ -7,6 +7,7 @@ from models import make_model
 from symphony_hf.data.blocks import document_windows
 from symphony_hf.data.documents import Document
 from symphony_hf.data.tokenizer import train_tokenizer
+from symphony_hf.errors import DataError, SymphonyWarning
 from symphony_hf.evaluation.attacks.word_swap import attack
 from symphony_hf.evaluation.clean_attacked import (
     clean_and_attacked_windows,
@@ -61,3 +62,27 @@ def test_documents_too_short_for_a_prediction_are_left_out_of_both_forms(tokeniz
     documents = [DOCUMENTS[0], Document("empty", ""), DOCUMENTS[1]]
     for windows in clean_and_attacked_windows(documents, tokenizer, 16, SECTION):
         assert list(windows) == ["d0", "d1"]
+
+
+@pytest.mark.parametrize("context", [0, 8])
+def test_text_without_spaces_is_evaluated_clean_alone(tokenizer, context):
+    """It is the end of a training run, whose result must not be lost to an attack that has no words to replace."""
+    chinese = [Document(f"d{number}", f"机器翻译的质量取决于数据和模型的规模{number}\n" * 3) for number in range(12)]
+    model = make_model("olmoe", vocab_size=len(tokenizer))
+    found = evaluate_documents(model, tokenizer, chinese, 16, EvalSection(context=context))
+    assert found["clean_low"] < found["clean"] < found["clean_high"]
+    assert not [name for name in found if name.startswith(("attacked", "ratio"))]
+    assert found["note"].startswith("not attacked: no spaces separate the words")
+    # No other attack can be chosen there.
+    wanted = (
+        "^the word swap needs words that are separated by spaces, and no spaces separate the words .*: give other text$"
+    )
+    with pytest.raises(DataError, match=wanted):
+        clean_and_attacked_windows(chinese, tokenizer, 16, SECTION)
+
+
+def test_documents_without_spaces_among_others_are_counted(tokenizer):
+    chinese = [Document(f"c{number}", "机器翻译的质量取决于数据和模型的规模\n" * 3) for number in range(3)]
+    wanted = "^the word swap: no spaces separate the words in 3 of 15 texts, so .* as one word: leave them out$"
+    with pytest.warns(SymphonyWarning, match=wanted):
+        clean_and_attacked_windows([*DOCUMENTS, *chinese], tokenizer, 16, SECTION)

@@ -94,9 +94,40 @@ def test_questions_of_all_lengths_and_numbers_of_images_are_asked_together(tmp_p
 
 
 def test_answers_agree_but_for_case_spaces_and_punctuation():
-    scores = AnswerScores([" the digit is 7", "No!", "8", ""], ["The digit is 7.", "no", "9", "."])
+    scores = AnswerScores([" the digit is 7", "No!", "8", " ?"], ["The digit is 7.", "no", "9", "?"])
     assert scores.correct.tolist() == [1, 1, 0, 1]
     assert scores.accuracy == 0.75
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("是。", "是"),
+        ("“Cat”", "cat"),
+        ("¿Sí?", "sí"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("(5)", "5"),
+        ("-5.", "\N{MINUS SIGN}5"),
+        ("\N{EN DASH}5", "-5"),
+        ("-.5", "\N{EN DASH}.5"),
+        ("+5", "5"),
+        ("+.5", ".5"),
+        ("...5", "5"),
+        (". . .5", "5"),
+        ("...-5", "-5"),
+        ("A\u0007.", "a"),
+    ],
+)
+def test_answers_agree_in_any_script(given, answer):
+    assert AnswerScores([given], [answer]).correct.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [("-", "+"), ("", "?"), ("5", "-5"), ("5", ".5"), ("-5", "-.5"), ("", "是"), ("5", "\N{EN DASH}5")],
+)
+def test_signs_and_punctuation_alone_are_answers(given, answer):
+    assert AnswerScores([given], [answer]).correct.tolist() == [0]
 
 
 def test_a_right_answer_that_cannot_be_chosen_is_refused(digits):

@@ -5,6 +5,7 @@ by layer name, each an adjacency of shape (num_experts, num_experts). No other m
 """
 
 from .attacks import plot_flips, plot_robustness, plot_saturation
+from .copies import plot_copies
 from .curves import draw_attack, draw_levels, draw_losses, plot_comparison, plot_curves
 from .heat_maps import plot_graphs, plot_similarity
 from .loads import plot_allocation, plot_load_history
@@ -18,6 +19,7 @@ __all__ = [
     "plot_allocation",
     "plot_comparison",
     "plot_convergence",
+    "plot_copies",
     "plot_curves",
     "plot_expert_network",
     "plot_flips",

@@ -159,7 +159,8 @@ def plot_saturation(
     """Draw the share of the final routing that each checkpoint has, with one curve per layer.
 
     Args:
-        saturation: Saturation by layer name, see `diagnostics.router_saturation`. Shape of each: (checkpoints,).
+        saturation: Saturation by layer name, see `diagnostics.routing_metrics.router_saturation`. Shape of each:
+            (checkpoints,).
         moments: Name of each checkpoint.
         path: Path of the PNG file.
         chance: Saturation of random selection, K / E; not drawn if None.

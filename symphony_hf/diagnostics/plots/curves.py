@@ -19,7 +19,7 @@ LINES = ("-", "--", "-.", ":")
 
 
 class HasInterval(Protocol):
-    """The drawn part of an `evaluation.Interval`, which this room must not import."""
+    """The drawn part of an `evaluation.statistics.Interval`, which this room must not import."""
 
     @property
     def estimate(self) -> float: ...
@@ -73,7 +73,7 @@ def finish_curves(axes: Axes, name: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=9, frameon=False)
 
 
@@ -96,8 +96,10 @@ def plot_comparison(
     the paired ratio is clearly not 1.
 
     Args:
-        perplexities: Perplexities by model, then by text ("clean", "attacked"): `evaluation.perplexity_interval`.
-        ratios: Ratios by what is compared ("symphony / plain, clean"): `evaluation.compare_perplexity(...).exp()`.
+        perplexities: Perplexities by model, then by text ("clean", "attacked"), such as those of
+            `evaluation.comparison.perplexity_interval`.
+        ratios: Ratios by what is compared ("symphony / plain, clean"), such as the `.exp()` of
+            `evaluation.comparison.compare_perplexity`.
         path: Path of the PNG file.
 
     Raises:

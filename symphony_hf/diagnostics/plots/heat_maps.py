@@ -83,7 +83,7 @@ def plot_graphs(graphs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> P
         above.set_title(title, fontsize=9)
         _draw_load(above, loads[number][order], highest)
         image = _draw_pairs(figure.add_subplot(halves[1]), shares[number], order, top, aspect="auto")
-    figure.supxlabel("partner (above: its load; dashed: even load)", fontsize=9)
+    figure.supxlabel("partner (grey: the expert itself)\nabove: its load (dashed: even load)", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     extend = "max" if np.nanmax(all_shares) > top else "neither"
     bar = figure.colorbar(image, cax=figure.add_subplot(cells[:, -1]), extend=extend, format=_percent)
@@ -99,7 +99,7 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: str | os.PathLike[str]
     similarity of two different experts.
 
     Args:
-        matrices: Similarities by layer name, see `diagnostics.cka_matrix`. Shape of each: (num_experts,
+        matrices: Similarities by layer name, see `diagnostics.routing_metrics.cka_matrix`. Shape of each: (num_experts,
             num_experts). Of more than 16 layers, 16 evenly spaced ones are drawn.
         path: Path of the PNG file.
 

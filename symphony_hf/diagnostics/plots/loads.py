@@ -65,7 +65,7 @@ def plot_allocation(
 
     Args:
         allocation: Share of the tokens that select each expert, by layer name, then by domain; see
-            `diagnostics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
+            `diagnostics.routing_metrics.domain_allocation`. Of more than 16 layers, 16 evenly spaced ones are drawn.
         top_k: Experts per token, by layer name.
         path: Path of the PNG file.
 

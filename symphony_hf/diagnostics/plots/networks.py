@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,27 @@ def strongest_edges(adjacency_EE: Tensor) -> list[tuple[int, int, float]]:
     return [(j, k, lift) for j, k, lift in pairs if lift > MIN_LIFT]
 
 
+def _scale_end(edges: Iterable[Sequence[tuple[int, int, float]]]) -> float:
+    """Return the lift of the widest edges of a figure: at least 2, so that a graph with faint preferences looks faint.
+
+    It is a quantile, because one pair of experts that are hardly used but together would leave all others hairlines.
+    """
+    lifts = [lift for layer in edges for _, _, lift in layer]
+    return max(2.0, float(np.quantile(lifts or [2.0], 0.9)))
+
+
 def edge_style(lift: float, top: float, scale: float = 1.0) -> dict[str, Any]:
-    strength = (lift - 1) / (top - 1)
+    """Return the colour, width and opacity of an edge, the same for all lifts from `top` on."""
+    strength = (min(lift, top) - 1) / (top - 1)
     return {"color": COLORS[0], "linewidth": scale * (0.4 + 3.6 * strength), "alpha": 0.25 + 0.75 * strength}
+
+
+def _edge_handles(top: float, shares: Sequence[float]) -> list[Line2D]:
+    """Return entries of the legend for edges at shares of the scale, the last of which is its end."""
+    lifts = [1 + share * (top - 1) for share in shares]
+    labels = [f"{lift:.1f} x expected" for lift in lifts]
+    labels[-1] += " or more"
+    return [Line2D([], [], label=label, **edge_style(lift, top)) for label, lift in zip(labels, lifts, strict=True)]
 
 
 def _draw_network(axes: Axes, adjacency_EE: Tensor, edges: list[tuple[int, int, float]], top: float) -> None:
@@ -64,16 +82,15 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
     """Draw one circle of experts per layer, with edges where experts are selected together more than loads explain.
 
     A node's area is the expert's load; an edge's width and opacity its lift (`coselection_lift`), on one scale for all
-    layers. At most 2 E edges are drawn per layer, so a missing edge is no sign of avoidance. Of more than 16 layers, 16
-    evenly spaced ones are drawn.
+    layers, which ends at the 90th percentile. At most 2 E edges are drawn per layer, so a missing edge is no sign of
+    avoidance. Of more than 16 layers, 16 evenly spaced ones are drawn.
 
     Raises:
         GraphError: If there are no graphs, or one is not a co-selection graph.
     """
     shown, left_out = shown_layers(graphs)
     edges = [strongest_edges(adjacency_EE) for adjacency_EE in shown.values()]
-    # At least 2, so that a graph with faint preferences looks faint.
-    top = max([2.0, *(lift for layer in edges for _, _, lift in layer)])
+    top = _scale_end(edges)
     rows, columns = grid(len(shown))
     side = np.interp(max(map(len, shown.values())), [16, 64], [2.6, 3.8])
     figure = Figure(figsize=(max(5.6, side * columns), (side + 0.3) * rows + 0.8), layout="constrained")
@@ -82,8 +99,7 @@ def plot_expert_network(graphs: Mapping[str, Tensor], path: str | os.PathLike[st
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.set_title(title, fontsize=9)
         _draw_network(axes, adjacency_EE, edges[number], top)
-    lifts = [1 + share * (top - 1) for share in (0.2, 0.5, 1.0)]
-    handles = [Line2D([], [], label=f"{lift:.1f} x expected", **edge_style(lift, top)) for lift in lifts]
+    handles = _edge_handles(top, (0.2, 0.5, 1.0))
     handles.append(Line2D([], [], marker="o", linestyle="", color=COLORS[1], label="area: load"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return save_png(figure, path)
@@ -112,8 +128,7 @@ def plot_graph_evolution(
     positions = evenly_spaced(len(graphs), _MOST_MOMENTS)
     titles, left_out = shown_names(list(graphs[0]), most=_MOST_LAYERS)
     edges = {(t, n): strongest_edges(graphs[t][n]) for t in positions for n in titles.values()}
-    # A quantile, because one pair that is nearly always together would leave all others faint.
-    top = max(2.0, float(np.quantile([lift for found in edges.values() for _, _, lift in found] or [2.0], 0.9)))
+    top = _scale_end(edges.values())
     figure = Figure(figsize=(2.15 * len(positions) + 0.5, 2.25 * len(titles) + 0.9), layout="constrained")
     figure.suptitle(f"Experts selected together, over time{left_out}", fontsize=11)
     axes = figure.subplots(len(titles), len(positions), squeeze=False)
@@ -127,9 +142,7 @@ def plot_graph_evolution(
             if row == 0:
                 panel.set_title(plain_label(moments[position], 20), fontsize=9)
         axes[row, 0].set_ylabel(title, fontsize=9)
-    lifts = [1 + share * (top - 1) for share in (0.3, 1.0)]
-    labels = [f"{lift:.1f} x expected{end}" for lift, end in zip(lifts, ("", " or more"), strict=True)]
-    handles = [Line2D([], [], label=label, **edge_style(lift, top)) for label, lift in zip(labels, lifts, strict=True)]
+    handles = _edge_handles(top, (0.3, 1.0))
     note = "area: load; colour: community at the end"
     handles.append(Line2D([], [], label=note, marker="o", linestyle="", color="0.5"))
     columns = 3 if len(graphs) > 2 else 1  # entries side by side are wider than two networks
@@ -168,7 +181,7 @@ def _draw(
 ) -> None:
     num_experts = len(adjacency_EE)
     for j, k, lift in edges:
-        axes.plot(*layout[[j, k]].T, **edge_style(min(lift, top), top, scale=min(1.0, 3 / np.sqrt(num_experts))))
+        axes.plot(*layout[[j, k]].T, **edge_style(lift, top, scale=min(1.0, 3 / np.sqrt(num_experts))))
     area = 900 * load(adjacency_EE).numpy()
     axes.scatter(layout[:, 0], layout[:, 1], s=area, c=colors, edgecolors="white", linewidths=0.4, zorder=3)
     if num_experts <= 32:

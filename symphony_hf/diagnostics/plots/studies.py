@@ -84,7 +84,7 @@ def plot_points(
     for number, (axes, (measure, title, alike, scale)) in enumerate(zip(drawn, panels, strict=True)):
         _draw_bars(axes, [values[measure] for values in points.values()], scale, COLORS[number % len(COLORS)])
         axes.axvline(alike, color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(f"{title}\nagainst no graph", fontsize=9)
+        axes.set_title(title, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(5))
     drawn[0].set_yticks(range(len(points)), [plain_label(name, len(name)) for name in points], fontsize=8)
     drawn[0].invert_yaxis()

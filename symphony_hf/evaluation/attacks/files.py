@@ -50,7 +50,8 @@ def attack_file(
 
     Raises:
         ConfigError: If the attack or severity is unknown, the rate is out of range, or the attack has no `minimum`.
-        DataError: If the file does not exist or is not UTF-8, nothing in it can be changed, or `output` exists.
+        DataError: If the file does not exist or is not UTF-8, nothing in it can be changed, no spaces separate the
+            words that the attack changes, or `output` exists.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     chosen = find_text_attack(attack)
@@ -59,6 +60,7 @@ def attack_file(
         raise ConfigError(f"attack {attack}: `minimum` is for aaa alone, which replaces words line by line")
     _check_output(source, output, overwrite)
     text = _read(source)
+    chosen.check_words([text], str(source))
     if minimum is None:
         attacked = chosen(text, rate, seed=seed, name=source.name)
     else:

@@ -18,7 +18,7 @@ from .runs import Comparison, Cost, Level, Run, as_interval, flat
 Curves = dict[str, list[tuple[float, float]]]
 _PICTURES = {
     "comparison.png": "Perplexity of both copies, clean and attacked, and their paired ratio",
-    "curves.png": "Loss while pre-training and fine-tuning",
+    "curves.png": "Loss while pre-training and fine-tuning, and the difference of both copies",
     "graphs.png": "The learned co-selection graphs: how often two experts are selected together",
     "network.png": "The same as networks: pairs that are selected together more often than their loads explain",
 }
@@ -35,7 +35,8 @@ def write_report(
     }
     ratios = {f"symphony / plain, {text}": as_interval(report["comparisons"][text]) for text in ("clean", "attacked")}
     plots.plot_comparison(perplexities, ratios, output / "comparison.png")
-    plots.plot_curves(curves, output / "curves.png")
+    copies = {name: own for name, own in curves.items() if name in report["arms"]}
+    plots.plot_copies(curves["base"], copies, output / "curves.png")
     plots.plot_graphs(graphs, output / "graphs.png")
     plots.plot_expert_network(graphs, output / "network.png")
     write_text(output / "report.md", _page(report))
@@ -126,7 +127,7 @@ def _page(report: Mapping[str, Any]) -> str:
         f"- Settings: {settings}",
         f"- Model: {model}",
         f"- Versions: {versions}",
-        "- Checkpoints: `base/`, `plain/`, `symphony/` (graph included; load it with `import symphony_hf`) and "
+        "- Checkpoints: `base/`, `plain/`, `symphony/` (graph included; loads where symphony_hf is installed) and "
         "`folded/` (plain OLMoE, for any server)",
     ]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from symphony_hf.checkpoints.graph_files import read_usable_graphs
+from symphony_hf.data.glue import describe_data
 from symphony_hf.errors import NoGraphError, ReportError
 from symphony_hf.files import ADAPTER_WEIGHTS, read_object
 
@@ -60,13 +61,13 @@ def _about(results: Mapping[str, Any]) -> str:
     name = model["path"] or model["config"]["model_type"]
     graph = "without a graph" if symphony is None else f"strength {symphony['strength']:g}"
     trained = "LoRA" if recipe.get("peft") else "whole model"
-    text = data["path"] or f"embedded {data['kind']} data"
-    return f"{name}, {graph}, {trained}, {results['steps']} steps on {text}"
+    return f"{name}, {graph}, {trained}, {results['steps']} steps on {describe_data(data)}"
 
 
 def _levels(test: Mapping[str, Any], unit: str) -> Sequence[Level]:
     if "clean" in test:
-        return [_level(test, text, "perplexity", text, test["documents"], unit) for text in ("clean", "attacked")]
+        texts = [text for text in ("clean", "attacked") if text in test]  # without words, text is not attacked
+        return [_level(test, text, "perplexity", text, test["documents"], unit) for text in texts]
     names = [name for name in ("loss", "perplexity", "accuracy") if name in test]
     return [
         _level(test, name, name, test["split"], test.get("questions") if name == "accuracy" else None, "questions")
@@ -81,12 +82,13 @@ def _level(test: Mapping[str, Any], key: str, metric: str, text: str, number: An
 
 def _describe_levels(levels: Sequence[Level], test: Mapping[str, Any]) -> list[str]:
     if "clean" in test:
-        clean, attacked = levels
+        clean, *others = levels
         held_out = "held-out " if clean.unit == "documents" else ""
-        return [
-            f"Perplexity {clean.value:.2f} on {clean.number} {held_out}{clean.unit}; {attacked.value:.2f} with words "
-            f"replaced by AAA, {attacked.value / clean.value:.2f} times as high."
-        ]
+        found = f"Perplexity {clean.value:.2f} on {clean.number} {held_out}{clean.unit}"
+        for attacked in others:
+            ratio = attacked.value / clean.value
+            found += f"; {attacked.value:.2f} with words replaced by AAA, {ratio:.2f} times as high"
+        return [f"{found}.", *(f"Note: {test[name]}." for name in ("note",) if name in test)]
     if not levels:
         return ["There was no held-out data to measure on."]
     values = ", ".join(f"{level.metric} {show(level.value, level.metric)}" for level in levels)

@@ -130,7 +130,7 @@ def _unit_of(a: Measured[TextScores], b: Measured[TextScores]) -> Unit:
 class Accuracy(MetricReport[Choices]):
     """Report of accuracies, in which changes and comparisons of models are differences.
 
-    Rows have other metrics of `evaluation.METRICS` in `also`, by name, each with `level` and `difference`.
+    Rows have other metrics of `evaluation.metrics.METRICS` in `also`, by name, each with `level` and `difference`.
     """
 
     level, change, lower_is_better = "accuracy", "difference", False

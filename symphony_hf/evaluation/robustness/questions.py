@@ -107,9 +107,12 @@ class ClassificationTask(QuestionTask):
         self.sentences = [{column: str(row[column]) for column in self.glue.columns} for row in table]
         self.answers = np.array(table["answer"][:])
         self.report = Accuracy(self.glue.metrics)
+        for attack in settings.attacks or ():
+            sentences = [text for texts in self.sentences for text in texts.values()]
+            find_text_attack(attack).check_words(sentences, self.source)
         self._attacked = {case: self._attack(case) for case in self.cases}
         for role in self.models_under_test:
-            self._check_lengths(role)
+            self._check_tokens(role)
 
     def describe(self, measured: Any) -> dict[str, Any]:
         """Describe the questions and the share of words that each attack changes."""
@@ -153,14 +156,14 @@ class ClassificationTask(QuestionTask):
             for sentences, answer in zip(forms, answers, strict=True)
         ]
 
-    def _check_lengths(self, role: str) -> None:
+    def _check_tokens(self, role: str) -> None:
         checkpoint = self.models_under_test[role]
         most = checkpoint.max_tokens
-        if most is None:
-            return
         for case in (None, *self.cases):
-            longest = max(len(q.prompt) + max(map(len, q.choices)) for q in self._questions(role, case))
-            if longest > most:
+            questions = self._questions(role, case)
+            checkpoint.check_vocabulary(max(max(ids, default=0) for q in questions for ids in (q.prompt, *q.choices)))
+            longest = max(len(q.prompt) + max(map(len, q.choices)) for q in questions)
+            if most is not None and longest > most:
                 raise ConfigError(
                     f"eval: {case or 'clean'}: a question has {longest} tokens, and `{checkpoint.source}` takes "
                     f"{most}: use other data, or a model with a longer context"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from symphony_hf.data.images.questions import DIGITS
 from symphony_hf.errors import ConfigError, nearest
-from symphony_hf.evaluation.settings import IMAGES, TEXT, EvaluationSettings, InputKind
+from symphony_hf.evaluation.settings import IMAGES, TEXT, EvaluationSettings, InputKind, why_no_revision
 
 KINDS = {"text": TEXT, "classification": TEXT, "vqa": IMAGES}
 """Kind of input by task."""
@@ -71,16 +72,25 @@ class RobustnessSettings(EvaluationSettings):
     def __post_init__(self) -> None:
         if self.task not in KINDS:
             raise ConfigError(f"{self.command}: no task is named {self.task!r}; {nearest(self.task, KINDS)}")
-        super().__post_init__()
         for setting, tasks in _TASKS.items():
             if getattr(self, setting) is not None and self.task not in tasks:
                 raise ConfigError(
                     f"{self.command}: `{setting}` is of --task {', '.join(tasks)}, not of {self.task}: leave it out"
                 )
+        super().__post_init__()
         for name in ("attacks", "seeds"):
             self._check_distinct(name)
         if self.answers not in (None, "choose", "free"):
             raise ConfigError(f"{self.command}: `answers` must be choose or free; got {self.answers!r}")
+
+    def without_effect(self) -> dict[str, str | None]:
+        no_second = "there is no second model, --against" if self.against is None else why_no_revision(self.against)
+        return {
+            **super().without_effect(),
+            "against_revision": no_second,
+            "images": "the handwritten digits have their own images" if self.data in (None, DIGITS) else None,
+            "max_new_tokens": "with --answers choose, no answers are generated" if self.answers == "choose" else None,
+        }
 
     @property
     def kind(self) -> InputKind:

@@ -36,6 +36,10 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def has(self, label: str, identity: Mapping[str, Any]) -> bool:
+        """Whether there is a file of an earlier measurement, which may be damaged."""
+        return self._path(label, identity).is_file()
+
     def load(self, label: str, identity: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
         """Return an earlier measurement, or None. A damaged file is measured again, with a SymphonyWarning."""
         path = self._path(label, identity)
@@ -171,17 +175,30 @@ class Task(ABC, Generic[Scores]):
         case: AttackCase | None,
         inputs: Mapping[str, Any],
         measure: Callable[[], dict[str, np.ndarray]],
+        *,
+        label: str | None = None,
     ) -> dict[str, np.ndarray]:
         """Return an earlier measurement of a model on the same inputs, or measure and keep it.
 
-        `inputs` is everything besides the weights that determines the numbers, as JSON values.
+        `inputs` is everything besides the weights that determines the numbers, as JSON values. `label` names what else
+        than the score of the case is measured.
         """
+        return self.store.get(label or _label(case), self._identity(role, inputs), measure)
+
+    def is_stored(self, role: str, case: AttackCase | None, inputs: Mapping[str, Any]) -> bool:
+        """Whether there is an earlier measurement of a model on the same inputs."""
+        return self.store.has(_label(case), self._identity(role, inputs))
+
+    def _identity(self, role: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         model = self.models_under_test[role]
-        identity = {
+        return {
             "format": _FORMAT,
             "model": model.fingerprint,
             "dtype": model.dtype,
             "versions": versions(),
             **inputs,
         }
-        return self.store.get("clean" if case is None else str(case), identity, measure)
+
+
+def _label(case: AttackCase | None) -> str:
+    return "clean" if case is None else str(case)

@@ -16,7 +16,7 @@ from symphony_hf.errors import SymphonyWarning
 from symphony_hf.evaluation.attacks.text import find_text_attack
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.clean_attacked import Measured
-from symphony_hf.evaluation.documents import num_bytes, prepare_corpus
+from symphony_hf.evaluation.documents import prepare_corpus
 from symphony_hf.evaluation.perplexity import score_tokens
 from symphony_hf.evaluation.settings import AttackCase
 from symphony_hf.evaluation.windows import (
@@ -28,8 +28,10 @@ from symphony_hf.evaluation.windows import (
     default_block_size,
     find_untouched,
     first_token,
+    longest_attacked,
     tokenize,
 )
+from symphony_hf.evaluation.words import num_bytes
 
 from .metric_reports import Perplexity
 from .settings import RobustnessSettings
@@ -51,10 +53,19 @@ class _Form(NamedTuple):
         """Number of tokens of each document."""
         return np.array([len(tokens.ids) for tokens in self.documents])
 
+    @property
+    def highest(self) -> int:
+        """Highest token id."""
+        return max(max(tokens.ids) for tokens in self.documents)
+
     def packed(self) -> "_Form":
-        """Return the form with its ids in arrays, in a tenth of a list's memory."""
-        ids = (np.array(tokens.ids, dtype=np.int32) for tokens in self.documents)
-        return self._replace(documents=[t._replace(ids=own) for t, own in zip(self.documents, ids, strict=True)])  # type: ignore[arg-type]
+        """Return the form with its ids in arrays, and these and lines in int32: a tenth of the memory."""
+        return self._replace(
+            documents=[
+                tokens._replace(ids=np.array(tokens.ids, dtype=np.int32), lines=tokens.lines.astype(np.int32))  # type: ignore[arg-type]
+                for tokens in self.documents
+            ]
+        )
 
     def unpacked(self) -> "_Form":
         """Return the form with its ids in lists."""
@@ -79,22 +90,67 @@ class TextTask(Task[TextScores]):
         self.report = Perplexity(self.names)
         self._clean: dict[str, tuple[_Form, list[np.ndarray]]] = {}
         self._is_shared = len(self.tokenizers) > 1 and _are_same(*self.tokenizers.values())
-        self._shared_forms: dict[AttackCase | None, _Form] = {}  # for the second model
-        self._shared_untouched: dict[AttackCase, list[Untouched]] = {}  # the same
+        # Of models that share a tokenizer, until the last one has been scored. Others keep none, to save memory.
+        self._forms: dict[AttackCase | None, _Form] = {}
+        self._untouched: dict[AttackCase, list[Untouched]] = {}
+        for role in self.models_under_test:
+            self._check_tokens(role)
+
+    def _check_tokens(self, role: str) -> None:
+        """Check that a model takes all forms, before any is scored.
+
+        Raises:
+            ConfigError: If a token is not in the model's vocabulary, or windows are longer than its context.
+        """
+        checkpoint, clean = self.models_under_test[role], self._form(role, None)
+        longest: dict[AttackCase, int] = {}
+        for case in (None, *self.cases):
+            form = clean if case is None else self._form(role, case)
+            checkpoint.check_vocabulary(max(form.highest, self._first(role)))
+            if case is not None and self._may_be_long(role, case, clean, form):
+                longest[case] = self._longest_window(role, case, clean, form)
+        if longest:  # the case that needs the smallest windows of clean text
+            case = max(longest, key=longest.__getitem__)
+            check_context("eval", str(case), longest[case], self.block_size, checkpoint, under_attack=True)
+
+    def _may_be_long(self, role: str, case: AttackCase, clean: _Form, attacked: _Form) -> bool:
+        """Whether a window may be longer than a model's context. Windows that were scored before are not."""
+        most = self.models_under_test[role].max_tokens
+        if most is None or attacked.lengths.max() < most:  # a window is a part of a document, after one token
+            return False
+        return not self.is_stored(role, case, self._attacked_inputs(role, clean, attacked))
+
+    def _longest_window(self, role: str, case: AttackCase, clean: _Form, attacked: _Form) -> int:
+        """Return the number of tokens in the longest window of an attacked form.
+
+        It is kept as soon as it is known, since aligning all forms may take long, and be interrupted.
+        """
+
+        def measure() -> dict[str, np.ndarray]:
+            untouched = self._find_untouched(case, clean, attacked)
+            longest = longest_attacked(clean.documents, attacked.documents, untouched, self.block_size)
+            return {"longest": np.array(longest)}
+
+        inputs = self._attacked_inputs(role, clean, attacked)
+        return int(self.stored(role, case, inputs, measure, label=f"windows-{case}")["longest"])
 
     def score(self, role: str, case: AttackCase | None) -> TextScores:
         """Compute the likelihoods of the documents in one form.
 
         Raises:
-            ConfigError: If windows are longer than the model's context.
             EvaluationError: If a likelihood is not finite.
         """
         form = self._form(role, case)
         if case is None:
-            self._clean[role] = form, self._score_clean(role, form)
-        clean, clean_nll = self._clean[role]
-        sums = _clean_sums(clean, clean_nll) if case is None else self._score_attacked(role, case, form)
+            self._clean[role] = form.packed(), self._score_clean(role, form)
+            sums = _clean_sums(form, self._clean[role][1])
+        else:
+            sums = self._score_attacked(role, case, form)
         documents = self.corpus.documents if case is None else self.corpus.attacked[case]
+        if self._is_shared and role != next(iter(self.models_under_test)):  # no other model needs them
+            self._forms.pop(case)
+            if case is not None:
+                self._untouched.pop(case, None)  # there are none of a form that was scored before
         return TextScores(
             num_tokens=form.lengths,
             num_words=np.array([len(document.text.split()) for document in documents]),
@@ -105,11 +161,11 @@ class TextTask(Task[TextScores]):
 
     def _form(self, role: str, case: AttackCase | None) -> _Form:
         """Tokenize a form, once for models with the same tokenizer."""
-        if case in self._shared_forms:
-            return self._shared_forms.pop(case).unpacked()
+        if case in self._forms:
+            return self._forms[case].unpacked()
         form = _tokenize(self.corpus.documents if case is None else self.corpus.attacked[case], self.tokenizers[role])
         if self._is_shared:
-            self._shared_forms[case] = form.packed()
+            self._forms[case] = form.packed()
         return form
 
     def _score_clean(self, role: str, form: _Form) -> list[np.ndarray]:
@@ -127,8 +183,9 @@ class TextTask(Task[TextScores]):
         clean, clean_nll = self._clean[role]
 
         def measure() -> dict[str, np.ndarray]:
-            untouched = self._find_untouched(role, case, clean, attacked)
-            windows = cut_attacked(clean.documents, attacked.documents, untouched, self.block_size, self._first(role))
+            before = clean.unpacked()
+            untouched = self._find_untouched(case, before, attacked)
+            windows = cut_attacked(before.documents, attacked.documents, untouched, self.block_size, self._first(role))
             nll = self._score(role, windows, f"Scoring {case}")
             pairs = list(zip(clean_nll, nll, untouched, strict=True))
             return {
@@ -138,29 +195,30 @@ class TextTask(Task[TextScores]):
                 "num_untouched": np.array([len(kept.clean) for kept in untouched]),
             }
 
-        return self.stored(role, case, {**self._inputs(role, clean), "attacked": attacked.digest}, measure)
+        return self.stored(role, case, self._attacked_inputs(role, clean, attacked), measure)
 
     def _inputs(self, role: str, clean: _Form) -> dict[str, Any]:
         return {"first": self._first(role), "block_size": self.block_size, "clean": clean.digest}
 
+    def _attacked_inputs(self, role: str, clean: _Form, attacked: _Form) -> dict[str, Any]:
+        return {**self._inputs(role, clean), "attacked": attacked.digest}
+
     def _first(self, role: str) -> int:
         return first_token(self.tokenizers[role])
 
-    def _find_untouched(self, role: str, case: AttackCase, clean: _Form, attacked: _Form) -> list[Untouched]:
+    def _find_untouched(self, case: AttackCase, clean: _Form, attacked: _Form) -> list[Untouched]:
         """Align a form with the clean one, once for models with the same tokenizer."""
-        if case in self._shared_untouched:
-            return self._shared_untouched.pop(case)
+        if case in self._untouched:
+            return self._untouched[case]
         pairs = list(zip(clean.documents, attacked.documents, strict=True))
         bar = tqdm(pairs, desc=f"Aligning {case}", unit=" documents", delay=2, disable=None)
-        found = [find_untouched(before, after) for before, after in bar]
-        if self._is_shared and role == next(iter(self.models_under_test)):
-            self._shared_untouched[case] = [Untouched(*(own.astype(np.int32) for own in one)) for one in found]
+        found = [Untouched(*(own.astype(np.int32) for own in find_untouched(before, after))) for before, after in bar]
+        if self._is_shared:
+            self._untouched[case] = found
         return found
 
     def _score(self, role: str, windows: list[list[Tensor]], progress: str) -> list[np.ndarray]:
         checkpoint = self.models_under_test[role]
-        longest = max(len(window) for parts in windows for window in parts)
-        check_context("eval", progress, longest, self.block_size, checkpoint)
         by_name = dict(zip(self.names, windows, strict=True))
         return list(score_tokens(checkpoint.model, by_name, batch_size=self.batch_size, progress=progress).values())
 

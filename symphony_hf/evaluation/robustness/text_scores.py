@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from symphony_hf.evaluation.documents import has_spaces
 from symphony_hf.evaluation.perplexity import DocumentScores
+from symphony_hf.evaluation.words import has_spaces
 
 Unit = Literal["token", "word", "byte"]
 

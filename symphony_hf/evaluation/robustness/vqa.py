@@ -9,6 +9,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImage
 from symphony_hf.data.images.decoding import decode
 from symphony_hf.data.images.processors import Asked, make_asker
 from symphony_hf.data.images.questions import digest_of, read_visual, visual_examples
+from symphony_hf.data.messages import Message
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.attacks.image import enlarged, find_image_attack, library_version
 from symphony_hf.evaluation.checkpoint import ModelUnderTest, fingerprint_of, load_processor
@@ -43,9 +44,16 @@ class VisualTask(QuestionTask):
         check_number(self.source, len(self.examples))
         self.digest = digest_of(self.examples)
         self.choices = self._choices_to_give(settings)
+        if self.choices and settings.max_new_tokens is not None:
+            self.notes.append(
+                f"answers are chosen among {len(self.choices)}, so `max_new_tokens` has no effect: to generate "
+                "them, set --answers free"
+            )
         right = [example.answer for example in self.examples]
         self.answers = np.array([self.choices.index(answer) if self.choices else 1 for answer in right])
         self.report = Accuracy()
+        for role in self.models_under_test:
+            self._check_tokens(role)
 
     def describe(self, measured: Any) -> dict[str, Any]:
         """Describe the questions and how they are answered."""
@@ -71,6 +79,18 @@ class VisualTask(QuestionTask):
             return {"chosen": scores.chosen}
         free = answer_freely(model, asker, asked, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, **bar)
         return {"chosen": free.correct.astype(np.int64), "given": np.array(free.given, dtype=np.str_)}
+
+    def _check_tokens(self, role: str) -> None:
+        """Check that a model has an embedding for each token of the questions, and of answers to choose from.
+
+        Corruptions do not change them. The placeholder of an image needs none, since image features take its place.
+        """
+        renderer, ids = self.askers[role].renderer, set[int]()
+        for example in self.examples:
+            answer: list[Message] = [{"role": "assistant", "content": example.answer}] if self.choices else []
+            ids.update(renderer.ids(renderer.text([*example.messages, *answer], to_answer=not answer)))
+        ids.discard(renderer.tokenizer.convert_tokens_to_ids(renderer.image_token))
+        self.models_under_test[role].check_vocabulary(max(ids))
 
     def _asked(self, case: AttackCase | None) -> Iterator[Asked]:
         for example in self.examples:

@@ -64,8 +64,10 @@ def observe_routing(settings: RoutingSettings) -> dict[str, Any]:
     for model in (checkpoint, *earlier):
         check_context("routing", "clean text", block_size, block_size, model)
     texts = prepare_observed(settings, tokenizer, block_size)
-    for case, form in texts.attacked.items():
-        check_context("routing", str(case), form.form.longest, block_size, checkpoint)
+    checkpoint.check_vocabulary(max(form.highest for form in (texts.clean, *(o.form for o in texts.attacked.values()))))
+    if texts.attacked:  # the case that needs the smallest windows of clean text
+        case, attacked = max(texts.attacked.items(), key=lambda item: item[1].form.longest)
+        check_context("routing", str(case), attacked.form.longest, block_size, checkpoint, under_attack=True)
     observation = _Observation(settings, texts)
     observation.observe(checkpoint)
     for number, other in enumerate(earlier):

@@ -40,7 +40,7 @@ class RoutingRecord(NamedTuple):
 
     Attributes:
         indices_TK: Selected experts, sorted within a token, int16.
-        margin_T: Margins in nats, see `diagnostics.router_margin`, float32.
+        margin_T: Margins in nats, see `diagnostics.routing_metrics.router_margin`, float32.
     """
 
     indices_TK: Tensor

@@ -3,6 +3,7 @@
 As in `symphony eval`, windows of both forms begin and end at the same words, each after one given token.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from symphony_hf.evaluation.windows import (
     Untouched,
     attacked_cuts,
     clean_cuts,
+    covered_texts,
     cut,
     cut_clean,
     find_untouched,
@@ -54,6 +56,11 @@ class Form:
     def longest(self) -> int:
         """Number of tokens of the longest window."""
         return max(len(window) for parts in self.windows.values() for window in parts)
+
+    @property
+    def highest(self) -> int:
+        """Highest token id."""
+        return max(int(window.max()) for parts in self.windows.values() for window in parts)
 
     def kept_rows(self) -> np.ndarray:
         """Return which positions of all windows are tokens of a document. Shape: (rows,), bool."""
@@ -127,7 +134,9 @@ def prepare_observed(settings: RoutingSettings, tokenizer: "PreTrainedTokenizerB
         attacked=attacked,
         domains=domains,
         domain=np.repeat(of_document, [len(tokens.ids) for tokens in clean]),
-        token_class=_classes([token for tokens in clean for token in tokens.ids], tokenizer),
+        token_class=_classes(
+            [token for tokens in clean for token in tokens.ids], tokenizer, covered_texts(documents, tokenizer)
+        ),
     )
 
 
@@ -202,19 +211,37 @@ def _folder_of(name: str) -> str:
     return parts[0] if len(parts) > 1 else "top level"
 
 
-def _classes(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+def _classes(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", covered: Sequence[str] | None) -> np.ndarray:
+    """Return the index of each token's class in `CLASS_NAMES`.
+
+    Args:
+        ids: Token ids.
+        tokenizer: Their tokenizer.
+        covered: Text that each token covers; None for a tokenizer without offsets, whose tokens are decoded.
+    """
     marks_starts = any(piece[:1] in ("Ġ", "▁") for piece in tokenizer.get_vocab())
-    by_id = {token: CLASS_NAMES.index(_class_of(token, tokenizer, marks_starts)) for token in set(ids)}
-    return np.array([by_id[token] for token in ids])
+    decoded = {token: str(tokenizer.decode([token])) for token in set(ids)}
+    texts = [decoded[token] for token in ids] if covered is None else covered
+    kinds = {
+        (token, text): CLASS_NAMES.index(_class_of(token, text, decoded[token], tokenizer, marks_starts))
+        for token, text in set(zip(ids, texts, strict=True))
+    }
+    return np.array([kinds[own] for own in zip(ids, texts, strict=True)])
 
 
-def _class_of(token: int, tokenizer: "PreTrainedTokenizerBase", marks_starts: bool) -> str:
-    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+def _class_of(token: int, text: str, decoded: str, tokenizer: "PreTrainedTokenizerBase", marks_starts: bool) -> str:
+    """Return the class of a token by the text that it covers, since parts of a character alone decode to no letter."""
     bare = text.strip()
     if not bare:
         return "space"
-    if any(letter.isalpha() for letter in bare) or bare == "_":
+    if any(map(_is_letter, bare)) or bare == "_":
         # Byte-level and SentencePiece tokenizers mark a leading space, WordPiece its absence, and whole words nothing.
-        starts = piece[0] in "Ġ▁" or text[0].isspace() if marks_starts else not piece.startswith("##")
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        starts = piece[0] in "Ġ▁" or decoded[:1].isspace() if marks_starts else not piece.startswith("##")
         return "word start" if starts else "word inside"
     return "number" if any(letter.isdigit() for letter in bare) else "punctuation"
+
+
+def _is_letter(character: str) -> bool:
+    """Whether a character is a letter, or a mark on one, such as an Indic vowel."""
+    return character.isalpha() or unicodedata.category(character).startswith("M")

@@ -92,6 +92,8 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(source, tmp_path)
     output = tmp_path / "out.txt"
     numbers = tmp_path / "numbers.txt"
     numbers.write_text("1 2 3\n")
+    chinese = tmp_path / "chinese.txt"
+    chinese.write_text("机器翻译的质量取决于数据和模型的规模以及训练的方法\n" * 3, encoding="utf-8")
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     for arguments, kind, message in [
@@ -99,13 +101,14 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(source, tmp_path)
         ((tmp_path / "none", output, "aaa"), DataError, r"none: the text file does not exist"),
         ((source, source, "aaa"), DataError, r"the output would replace the input"),
         ((numbers, output, "keyboard"), DataError, r"keyboard at rate 0.01 changes nothing"),
+        ((chinese, output, "aaa"), DataError, r"chinese.txt: aaa changes words, and no spaces separate the words"),
         ((binary, output, "aaa"), DataError, r"not UTF-8 text"),
     ]:
         with pytest.raises(kind, match=message):
             attack_file(*arguments)
     with pytest.raises(ConfigError, match="`minimum` is for aaa alone"):
         attack_file(source, output, "keyboard", minimum=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "numbers.txt", source.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "chinese.txt", "numbers.txt", source.name]
 
 
 def test_a_file_that_is_there_is_replaced_only_when_asked(source, tmp_path):

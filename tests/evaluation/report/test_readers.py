@@ -156,6 +156,43 @@ def test_the_count_of_verdicts_is_that_of_the_comparisons(evaluated):
     assert run.findings[-1].endswith(f"there are {len(run.comparisons)}.")
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "described"),
+    [
+        ("glue", None, "GLUE qnli"),
+        ("glue", "embedded", "embedded glue data"),
+        ("glue", "tables/qnli", "tables/qnli"),
+        ("chat", None, "embedded chat data"),
+    ],
+)
+def test_data_without_a_path_is_embedded_but_for_glue(trained, copy, kind, path, described):
+    folder = copy(trained)
+    change = {"kind": kind, "path": path, "name": "qnli"}
+    rewrite(folder / "results.json", lambda results: results["recipe"]["data"].update(change))
+    assert read_runs([folder])[0].about.endswith(f" steps on {described}")
+
+
+def test_text_that_was_not_attacked_has_no_level_for_it(trained, copy):
+    folder = copy(trained)
+
+    def leave_out(results):
+        results["test"] = {name: value for name, value in results["test"].items() if name.startswith("clean")}
+        results["test"] |= {"documents": 12, "note": "not attacked: no spaces"}
+
+    rewrite(folder / "results.json", leave_out)
+    (run,) = read_runs([folder])
+    assert [level.text for level in run.levels] == ["clean"]
+    assert run.findings[0].endswith(" on 12 held-out documents.")
+    assert run.findings[1] == "Note: not attacked: no spaces."
+
+
+def test_a_quickstarts_page_asks_for_no_import(quickstart):
+    """Where the package is installed, its checkpoints load without one."""
+    page = (quickstart / "report.md").read_text()
+    assert "loads where symphony_hf is installed" in page
+    assert "import symphony_hf" not in page
+
+
 def test_windows_that_overlap_are_no_documents(trained, copy):
     folder = copy(trained)
     assert " held-out documents; " in read_runs([folder])[0].findings[0]

@@ -123,6 +123,22 @@ def test_accuracies_equal_a_loop_over_questions(compared, models, review_tokeniz
     assert np.mean(right) > 0.8
 
 
+def test_sentences_without_spaces_have_no_words_to_drop(models, tmp_path):
+    rows = [{"sentence": "机器翻译的质量取决于数据和模型的规模以及训练的方法", "label": n % 2} for n in range(NUMBER)]
+    table = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="word_drop changes words, and no spaces separate"):
+        evaluate_robustness(make_settings(models["untrained"], table, tmp_path / "out"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(models, table, tmp_path):
+    train_tokenizer([Document("a", "\n".join(row["sentence"] for row in reviews()))], 290).save_pretrained(tmp_path)
+    small = make_model("olmoe", vocab_size=260)
+    small.save_pretrained(tmp_path / "model")
+    settings = make_settings(str(tmp_path / "model"), table, tmp_path / "out", tokenizer=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"gives token id 2\d\d, and the model's vocabulary has 260 tokens"):
+        evaluate_robustness(settings)
+
+
 @pytest.mark.thorough
 def test_attacked_accuracies_equal_a_loop_over_attacked_sentences(models, review_tokenizer, tmp_path):
     folder = tmp_path / "data"

@@ -1,6 +1,8 @@
 """`symphony eval` with text: its numbers against loops over single windows, its verdicts, and what it keeps."""
 
+import dataclasses
 import json
+import re
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -20,12 +22,15 @@ from symphony_hf import symphonize
 from symphony_hf.cli import app, main
 from symphony_hf.compat import versions
 from symphony_hf.data.documents import Document
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ConfigError, DataError, EvaluationError, SymphonyWarning
 from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS, attack_documents
 from symphony_hf.evaluation.robustness.evaluate import evaluate_robustness
 from symphony_hf.evaluation.robustness.settings import RobustnessSettings
 from symphony_hf.evaluation.robustness.tables import print_robustness, verdicts
 from symphony_hf.evaluation.robustness.task import Store
+from symphony_hf.evaluation.routing.observe import observe_routing
+from symphony_hf.evaluation.routing.settings import RoutingSettings
 
 # One float32 rounding is 6e-8 of a value; a document sums a few hundred, and batches are padded.
 ROUNDING = 1e-5
@@ -166,13 +171,18 @@ def test_alignments_are_found_once_and_freed(trained, untrained, word_tokenizer,
         model = make_model("olmoe", vocab_size=len(word_tokenizer), max_position_embeddings=128)
         other = save(tmp_path / "words", model, word_tokenizer)
     task = measure.TextTask(make_settings(trained, data_file, tmp_path, against=other), Store(tmp_path / "cells"))
-    first = task.measure("model")
-    assert len(task._shared_untouched) == (4 if is_shared else 0)
+    assert len(task._forms) == (5 if is_shared else 0)
+    assert len(task._untouched) == (4 if is_shared else 0)
+    for form in task._forms.values():
+        assert all(own.dtype == np.int32 for tokens in form.documents for own in (tokens.ids, tokens.lines))
     with pytest.MonkeyPatch.context() as patch:
         if is_shared:
             patch.setattr(measure, "find_untouched", lambda *forms: pytest.fail("aligned again"))
+        first = task.measure("model")
+        assert len(task._untouched) == (4 if is_shared else 0)  # those of the second model
         second = task.measure("against")
-    assert not task._shared_untouched
+    assert not task._untouched
+    assert not task._forms
     for case, form in second.attacked.items():
         assert (form.num_untouched > 0).all()
         assert not is_shared or np.array_equal(form.num_untouched, first.attacked[case].num_untouched)
@@ -398,6 +408,30 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_read():
             RobustnessSettings(model="nowhere", **changes)
 
 
+def test_settings_without_effect_are_refused(tmp_path):
+    text = tmp_path / "notes.text"
+    text.write_text("the old harbour")
+    folder = str(tmp_path)
+    for changes, message in [
+        ({"against_revision": "v2"}, "`against_revision` has no effect, because there is no second model"),
+        ({"against": folder, "against_revision": "v2"}, "`against_revision` .* is a local folder: leave it out"),
+        ({"model": folder, "revision": "v2"}, "`revision` has no effect, because .* is a local folder"),
+        ({"text_column": "body"}, "`text_column` has no effect, because without --data"),
+        ({"text_column": "body", "data": str(text)}, r"`text_column` .*notes\.text` is a text file"),
+        ({"task": "vqa", "images": folder}, "`images` has no effect, because the handwritten digits"),
+        ({"task": "vqa", "answers": "choose", "max_new_tokens": 4}, "`max_new_tokens` .* no answers are generated"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            RobustnessSettings(**{"model": "org/model"} | changes)
+    for settings in ({"revision": "v2"}, {"text_column": "body"}):
+        with pytest.raises(ConfigError, match="has no effect"):
+            RoutingSettings(model=folder, **settings)
+    RobustnessSettings(model="org/model", revision="v2", against="org/model", against_revision="v3", data="org/texts")
+    table = tmp_path / "table.jsonl"
+    table.write_text("{}")
+    RoutingSettings(model="org/model", data=str(table), text_column="body")
+
+
 def test_missing_inputs_are_named(trained, data_file, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="no config of a model"):
         evaluate_robustness(make_settings(str(tmp_path), data_file, tmp_path / "out"))
@@ -408,8 +442,6 @@ def test_missing_inputs_are_named(trained, data_file, tmp_path, capsys, monkeypa
     short.write_text("one line of very few words\n")
     with pytest.raises(DataError, match=r"1 documents of 5 words or more .* intervals need 10"):
         evaluate_robustness(make_settings(trained, short, tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"a window has .* takes 128: set --block_size to 127 or less"):
-        evaluate_robustness(make_settings(trained, data_file, tmp_path / "out", block_size=128, attacks=("homoglyph",)))
     numbers = tmp_path / "numbers.jsonl"
     numbers.write_text('{"text": "1 2 3 4 5 6"}\n' * 12)
     with pytest.raises(DataError, match="keyboard at severity 2 changes nothing in 12 documents"):
@@ -421,6 +453,79 @@ def test_missing_inputs_are_named(trained, data_file, tmp_path, capsys, monkeypa
     assert "--severity takes numbers with commas between them, got 'one'" in capsys.readouterr().err
 
 
+def test_attacked_windows_that_are_too_long_are_refused_before_the_earlier_result_goes(
+    untrained, data_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measure, "score_tokens", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "result.json").write_text(json.dumps({"models": {}, "versions": versions()}))
+    settings = make_settings(untrained, data_file, tmp_path, block_size=128, attacks=("homoglyph",))
+    block_size, refusals = 128, 0
+    while block_size:
+        try:
+            measure.TextTask(dataclasses.replace(settings, block_size=block_size), Store(tmp_path / "cells"))
+            break
+        except ConfigError as error:
+            refused = re.match(
+                r"eval: homoglyph-5-seed\d: a window has (\d+) tokens, .* takes 128: .* (\d+) or", str(error)
+            )
+            assert int(refused[2]) == block_size * 128 // int(refused[1])
+            block_size, refusals = int(refused[2]), refusals + 1
+    # Shorter windows begin at other words, so a few of them grow a little more than the longest one.
+    assert 1 <= refusals <= 3
+    with pytest.raises(ConfigError, match=r"^eval: homoglyph-5-seed\d: a window has \d+ tokens"):
+        evaluate_robustness(settings)
+    assert (tmp_path / "result.json").exists()
+
+
+def test_an_interrupted_check_of_windows_goes_on_with_the_next_form(trained, data_file, tmp_path, monkeypatch):
+    """Aligning all forms may take longer than scoring them."""
+    original, calls = measure.find_untouched, []
+
+    def stop_at(number):
+        def find(*forms):
+            calls.append(forms)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return original(*forms)
+
+        return find
+
+    settings = make_settings(trained, data_file, tmp_path)
+    monkeypatch.setattr(measure, "find_untouched", stop_at(2 * 14 + 3))  # in the third of four forms of 14 documents
+    with pytest.raises(KeyboardInterrupt):
+        measure.TextTask(settings, Store(tmp_path / "cells"))
+    calls.clear()
+    monkeypatch.setattr(measure, "find_untouched", stop_at(0))
+    measure.TextTask(settings, Store(tmp_path / "cells"))
+    assert len(calls) == 2 * 14
+
+
+def test_forms_that_fit_into_one_window_each_are_not_aligned_to_check_them(trained, documents, tmp_path, monkeypatch):
+    data = tmp_path / "lines.jsonl"
+    lines = [line for document in documents for line in document.text.splitlines()]
+    data.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines if line.count(".") == 1))
+    monkeypatch.setattr(measure, "find_untouched", lambda *forms: pytest.fail("aligned"))
+    measure.TextTask(make_settings(trained, data, tmp_path), Store(tmp_path / "cells"))
+
+
+def test_windows_that_were_scored_before_are_not_cut_again(trained, data_file, tmp_path, monkeypatch):
+    settings = make_settings(trained, data_file, tmp_path, severities=(2,), seeds=(0,))
+    evaluate_robustness(settings)
+    monkeypatch.setattr(measure, "find_untouched", lambda *forms: pytest.fail("aligned again"))
+    evaluate_robustness(settings)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(trained, documents, data_file, tmp_path):
+    train_tokenizer(documents, 400).save_pretrained(tmp_path / "tokenizer")
+    path = str(tmp_path / "tokenizer")
+    with pytest.raises(
+        ConfigError, match=r"gives token id 3\d\d, and the model's vocabulary has 300 tokens: .*--tokenizer"
+    ):
+        evaluate_robustness(make_settings(trained, data_file, tmp_path / "out", tokenizer=path))
+    with pytest.raises(ConfigError, match=r"gives token id 3\d\d, and the model's vocabulary has 300 tokens"):
+        observe_routing(RoutingSettings(model=trained, data=str(data_file), tokenizer=path, output=str(tmp_path / "r")))
+
+
 def test_a_model_without_finite_logits_is_refused(untrained, tokenizer, data_file, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(untrained)
     with torch.no_grad():
@@ -428,7 +533,8 @@ def test_a_model_without_finite_logits_is_refused(untrained, tokenizer, data_fil
     path = save(tmp_path / "broken", model, tokenizer)
     with pytest.raises(EvaluationError, match="not finite"):
         evaluate_robustness(make_settings(path, data_file, tmp_path / "out"))
-    assert not list(Path(tmp_path / "out").rglob("*.npz"))
+    # No measurement is kept; the lengths of windows, which are, are none of the model.
+    assert {path.name.partition("-")[0] for path in Path(tmp_path / "out").rglob("*.npz")} == {"windows"}
 
 
 def test_entries_are_written_atomically(tmp_path, monkeypatch):

@@ -146,6 +146,31 @@ def test_seeds_of_one_document_are_one_draw():
     assert repeated["perplexity"]["high"] == pytest.approx(single["perplexity"]["high"])
 
 
+@pytest.mark.parametrize("repeats", [3, 9])
+def test_forms_that_are_the_same_have_the_p_value_of_one(repeats):
+    """Their sums are several times as large as the clean text's, which the exchange of both must not see."""
+    one, _ = draw_pair(np.random.default_rng(2), sturdier=0.24)  # an attack that does little
+    ratios = []
+    for number in (1, repeats):
+        cases = [AttackCase("aaa", 1, seed) for seed in range(number)]
+        measured = Measured(one.clean, dict.fromkeys(cases, one.attacked[CELLS[0]]))
+        ratios.append(Perplexity(NAMES).attacked(measured, cases)["ratio"])
+    assert 0.001 < ratios[0]["p_value"] < 0.9  # neither the least of 10,000 exchanges nor the most
+    # Scaled sums round differently, by 1e-16 of their size.
+    assert ratios[1] == pytest.approx(ratios[0])
+
+
+def test_an_attack_that_leaves_half_of_the_tokens_is_seen_as_well():
+    """Each token costs 0.1 nats more, and there are half as many."""
+    rng = np.random.default_rng(0)
+    tokens = 2 * (rng.lognormal(6.5, 0.6, DOCUMENTS).astype(np.int64) + 30)
+    nats = 3.5 + 0.3 * rng.standard_normal(DOCUMENTS)
+    attacked = text_scores(nats + 0.1 + 0.02 * rng.standard_normal(DOCUMENTS), tokens // 2)
+    ratio = Perplexity(NAMES).attacked(Measured(text_scores(nats, tokens), {CELLS[0]: attacked}), CELLS[:1])["ratio"]
+    assert ratio["p_value"] < 0.001  # all documents agree: of 10,000 exchanges, next to none is as far from 0
+    assert ratio["verdict"] == "worse"
+
+
 def test_pooled_forms_are_sums_by_document():
     one, other = (draw_pair(np.random.default_rng(seed))[0].clean for seed in (0, 1))
     both = pooled([one, other])

@@ -124,6 +124,32 @@ def test_chosen_answers_are_those_of_the_processor_by_hand(trained, tmp_path, pr
         assert scores[number] >= scores.max() - 1e-3
 
 
+def test_the_length_of_answers_that_are_chosen_is_noted(untrained, tmp_path):
+    task = open_task(make_settings(untrained, tmp_path, max_new_tokens=9), Store(tmp_path))
+    assert any("`max_new_tokens` has no effect" in note for note in task.notes)
+
+
+@pytest.mark.parametrize("answers", ["free", "choose"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(processor, tmp_path, answers):
+    text = "Which digit is shown? The digit is 7. " * 9 + "The digit is 0. 1. 2. 3. 4. 5. 6. 8. 9. "
+    large = make_processor(train_tokenizer([Document("a", text)], 300))
+    model = make_model(processor)
+    model.resize_token_embeddings(258)  # without the last merges, of which all prompts have some
+    save(tmp_path / "model", model, large)
+    with pytest.raises(ConfigError, match=r"gives token id 2\d\d, and the model's vocabulary has 258 tokens"):
+        open_task(make_settings(tmp_path / "model", tmp_path / "out", answers=answers), Store(tmp_path / "out"))
+
+
+def test_the_placeholder_of_images_needs_no_embedding(processor, tmp_path):
+    """Models put the features of images in its place."""
+    model = make_model(processor)
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert image_id == len(processor.tokenizer) - 1
+    model.resize_token_embeddings(image_id)
+    save(tmp_path / "model", model, processor)
+    open_task(make_settings(tmp_path / "model", tmp_path / "out"), Store(tmp_path / "out"))
+
+
 @pytest.mark.thorough
 def test_free_answers_are_those_of_generate(trained, tmp_path, processor):
     task = open_task(make_settings(trained, tmp_path, answers="free", max_new_tokens=9), Store(tmp_path))

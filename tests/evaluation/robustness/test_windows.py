@@ -1,5 +1,7 @@
 """Windows of a document and of its attacked form: at the same words, and nothing lost."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,13 @@ from symphony_hf.evaluation.windows import (
     Tokens,
     Untouched,
     attacked_cuts,
+    check_context,
     clean_cuts,
     cut,
+    cut_attacked,
     find_untouched,
     first_token,
+    longest_attacked,
     tokenize,
 )
 
@@ -23,6 +28,24 @@ def joined(windows, first):
     """The tokens of all windows, the given one at the front of each taken off."""
     assert all(window[0] == first for window in windows)
     return torch.cat([window[1:] for window in windows]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "block_size", "under_attack", "advice"),
+    [
+        (65, 65, False, "set --block_size to 64 or less"),
+        (128, 68, True, "set --block_size to about 34 or less, so that the same words fit under attack"),
+        (128, 4, True, "set --block_size to about 2 or less, so that the same words fit under attack"),
+        (129, 4, True, "the model's context is too short for this attack, so use another one"),
+    ],
+)
+def test_a_window_that_is_too_long_is_refused_with_a_size_that_exists(num_tokens, block_size, under_attack, advice):
+    model = SimpleNamespace(source="model", max_tokens=64)
+    with pytest.raises(
+        ConfigError, match=rf"^eval: it: a window has {num_tokens} tokens, and `model` takes 64: {advice}$"
+    ):
+        check_context("eval", "it", num_tokens, block_size, model, under_attack=under_attack)
+    check_context("eval", "it", 64, block_size, model, under_attack=under_attack)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 30, 31, 100])
@@ -39,6 +62,8 @@ def test_attacked_windows_lose_nothing_and_keep_to_the_words_of_the_clean_ones(n
     attacked = attack_documents(documents, TEXT_ATTACKS[name], TEXT_ATTACKS[name].rate(5), 0)
     for before, after in zip(tokenize(documents, tokenizer), tokenize(attacked, tokenizer), strict=True):
         untouched = find_untouched(before, after)
+        (windows,) = cut_attacked([before], [after], [untouched], 16, first=0)
+        assert longest_attacked([before], [after], [untouched], 16) == max(map(len, windows))
         cuts = clean_cuts(len(before.ids), 16)
         ends = attacked_cuts(cuts, untouched, len(after.ids))
         assert joined(cut(after.ids, ends, 0), 0) == after.ids

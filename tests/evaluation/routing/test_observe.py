@@ -159,7 +159,7 @@ def test_attacked_windows_that_are_longer_than_the_context_are_refused_before_we
     """An attack that doubles the text, in windows that clean text fits into."""
     monkeypatch.setattr(observe.RoutedModel, "model", property(lambda self: pytest.fail("weights are read")))
     monkeypatch.setattr("symphony_hf.evaluation.documents.attack_documents", twice)
-    with pytest.raises(ConfigError, match=r"^routing: aaa-3-seed0: .* takes 128: set --block_size to 127 or less"):
+    with pytest.raises(ConfigError, match=r"^routing: aaa-3-seed0: .* takes 128: set --block_size to about 68 or less"):
         observe_routing(settings(checkpoints[1], data, tmp_path, block_size=128))
 
 

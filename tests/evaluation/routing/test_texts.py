@@ -6,9 +6,18 @@ from grammar import make_documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from symphony_hf.data.documents import Document
+from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.evaluation.attacks.text import TEXT_ATTACKS, attack_documents
 from symphony_hf.evaluation.routing.texts import CLASS_NAMES, DISTANCE_NAMES, _align, _classes, _domains
-from symphony_hf.evaluation.windows import Tokens, attacked_cuts, clean_cuts, find_untouched, tokenize
+from symphony_hf.evaluation.windows import (
+    Tokens,
+    attacked_cuts,
+    clean_cuts,
+    covered_texts,
+    find_untouched,
+    tokenize,
+)
 
 WORDS = {"hello": 0, "world": 1, "12": 2, ".": 3, "[UNK]": 4}
 PIECES = {"hel": 0, "##lo": 1, "world": 2, ".": 3, "[UNK]": 4}
@@ -39,7 +48,27 @@ def tokenizer_of(model):
     ids=["words", "pieces", "bytes"],
 )
 def test_words_begin_where_the_tokenizer_says(model, ids, names):
-    assert [CLASS_NAMES[index] for index in _classes(ids, tokenizer_of(model))] == names
+    assert [CLASS_NAMES[index] for index in _classes(ids, tokenizer_of(model), None)] == names
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("我们读书", {"word inside"}),
+        ("книгу моря", {"word inside", "space"}),
+        ("हिन्दी", {"word inside"}),  # letters, and marks on them
+        ("。！", {"punctuation"}),
+        ("\N{ARABIC-INDIC DIGIT FIVE}", {"number"}),
+    ],
+)
+def test_parts_of_a_character_are_of_the_class_of_the_character(text, expected):
+    """Bytes alone decode to a replacement character, which is no letter."""
+    tokenizer = train_tokenizer([Document("a", "the old harbour of stone")], 280)
+    documents = [Document("a", text)]
+    (tokens,) = tokenize(documents, tokenizer)
+    assert len(tokens.ids) >= len(text.replace(" ", "").encode())  # each byte is a token
+    classes = _classes(tokens.ids, tokenizer, covered_texts(documents, tokenizer))
+    assert {CLASS_NAMES[index] for index in classes} == expected
 
 
 def naive_distances(before, after, block_size):
