@@ -1,13 +1,14 @@
 """Recipes: YAML files with the settings of a training run, in one dataclass per section."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .config import SymphonyConfig
-from .errors import ConfigError, nearest
-from .settings import check_names, parse_settings, read_yaml
+from .errors import ConfigError
+from .recipe_files import OPTIONAL, read_sections
+from .settings import parse_settings
 
 Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 DataKind = Literal["text", "chat", "glue", "llava"]
@@ -84,6 +85,7 @@ class PeftSection:
 
     def __post_init__(self) -> None:
         _check(self.r >= 1, f"`r` must be at least 1, got {self.r}")
+        _check(self.alpha is None or self.alpha >= 1, f"`alpha` must be at least 1, got {self.alpha}")
         _check(0 <= self.dropout < 1, f"`dropout` must be from 0 to below 1, got {self.dropout}")
 
 
@@ -105,7 +107,8 @@ class DataSection:
         packing: Whether several short examples share a sequence, each attending only to itself.
         streaming: Whether to read a `text` data set during training, for one that does not fit on the disk.
         limit: Maximum number of examples of each split.
-        vocab_size: Vocabulary size of the tokenizer that is trained if the model is built from a config.
+        vocab_size: Maximum vocabulary size of the tokenizer that is trained on the data if the model is built from a
+            config, without `model.tokenizer`.
         tokenizer: Kind of that tokenizer: `bpe` for subwords, `words` for words separated by whitespace, `characters`.
         damage: `attack` and `rate` of damage to the input of training, which is not scored there.
     """
@@ -130,7 +133,9 @@ class DataSection:
         _check(self.vocab_size >= 300, f"`vocab_size` must be at least 300, got {self.vocab_size}")
         _check(self.limit is None or self.limit >= 1, f"`limit` must be at least 1, got {self.limit}")
         whole_text = self.kind == "text" and not self.streaming
-        _check(whole_text or self.rows != "lines", "`rows: lines` is only for `text` without `streaming`")
+        is_read_whole = whole_text and self.path is not None
+        lines = "`rows: lines` needs `kind: text` with a `path`, and no `streaming`"
+        _check(is_read_whole or self.rows != "lines", lines)
         reads_text = self.kind in ("text", "chat") or self.text_column == "text"
         _check(reads_text, f"`text_column` has no effect on data of kind `{self.kind}`, got {self.text_column!r}")
         _check(self.kind != "glue" or self.name is not None, "`glue` needs `name`: qnli, sst2, wnli, ...")
@@ -195,8 +200,9 @@ class Recipe:
 
     Args:
         model: Model to train.
-        symphony: Symphony routing; null for the model's own routing. A baseline is the same recipe with `strength: 0`.
-        peft: Adapters; null trains all parameters.
+        symphony: Symphony routing; null or false for the model's own routing. A baseline is the same recipe with
+            `strength: 0`.
+        peft: Adapters; null or false trains all parameters.
         data: Data to train and evaluate on.
         launch: Launch that the recipe requires.
         train: Settings of transformers' TrainingArguments, or of TRL's SFTConfig for data of kind `chat`.
@@ -212,6 +218,11 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained on the data: the model is built, and none is named."""
+        return self.model.path is None and self.model.tokenizer is None
 
     def __post_init__(self) -> None:
         alone = "model: `trainable` has no effect with `peft`, which trains adapters: leave out one of them"
@@ -241,7 +252,8 @@ SECTIONS = {
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe.
 
-    `base: other.yaml` names another recipe, relative to this one, whose settings this one overrides.
+    `base: other.yaml` names another recipe, relative to this one, whose settings this one overrides. `~` at the
+    beginning of a local path is the home folder.
 
     Args:
         path: Path of the YAML file.
@@ -250,47 +262,16 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: If a file cannot be read, or a section, a setting or a value is invalid.
     """
-    values = _read(Path(path), ())
-    for name, value in (overrides or {}).items():
-        section, _, setting = name.partition(".") if "." in name else ("train", "", name)
-        _put(values, section, {setting: value}, Path(path))
-    return _build(values, f"recipe `{path}`")
-
-
-def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
-    """Read the sections of a recipe, merged over those of its base."""
-    if path.resolve() in seen:
-        raise ConfigError(f"recipe `{path}`: it is its own `base`")
-    values = read_yaml(path, f"recipe `{path}`")
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe `{path}`: expected sections by name, got {type(values).__name__}")
-    if (base := values.pop("base", None)) is None:
-        return values
-    below = _read(path.parent / str(base), [*seen, path.resolve()])
-    for section, settings in values.items():
-        _put(below, section, settings, path)
-    return below
-
-
-def _put(values: dict[str, Any], section: str, settings: Any, path: Path) -> None:
-    """Merge settings into a section; null removes the section."""
-    where = f"recipe `{path}`: {section}"
-    below = check_names(values.get(section) or {}, None, where)
-    values[section] = None if settings is None else {**below, **check_names(settings, None, where)}
-
-
-def _build(values: dict[str, Any], where: str) -> Recipe:
     known = [section.name for section in fields(Recipe)]
-    for name in [name for name in values if name not in known]:
-        raise ConfigError(f"{where}: unknown section `{name}`; {nearest(str(name), known)}")
+    values, where = read_sections(Path(path), overrides or {}, known), f"recipe `{path}`"
     if "model" not in values:
         raise ConfigError(f"{where}: `model` is missing")
     built: dict[str, Any] = {}
     for name, settings in values.items():
-        if settings is None and name in ("symphony", "peft"):
+        if settings is None and name in OPTIONAL:
             built[name] = None
         elif name == "train":
-            built[name] = check_names(settings or {}, None, f"{where}: train")
+            built[name] = settings or {}
         else:
             built[name] = parse_settings(SECTIONS[name], settings or {}, f"{where}: {name}")
     return Recipe(**built)

@@ -135,7 +135,24 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader for which `2025-06-01` is text, since a run may be named so, and `1e-5` a number, as in YAML 1.2."""
+    """Loader for which `2025-06-01` is text, since a run may be named so, and `1e-5` a number, as in YAML 1.2.
+
+    A key that is given twice is an error, since PyYAML keeps the last one and drops the others. Merge keys (`<<`) may
+    be repeated, and what they merge may be given again.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping before anything is merged into it, and check its keys."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"`{key.value}` is given twice, on lines {lines[name]} and {line}: keep one")
+            lines[name] = line
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -155,6 +172,24 @@ def read_yaml(source: Path | str, where: str) -> Any:
         raise ConfigError(f"{where}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
+def read_option(option: str, value: str) -> Any:
+    """Read the value of a command-line option, in YAML. `option` begins the error message.
+
+    Raises:
+        ConfigError: If it is empty, which an unset variable of a shell is, ends in a comment, or is not valid YAML.
+    """
+    if not value.strip():
+        raise ConfigError(f"{option} has no value: give one, or write null")
+    where = f"{option}: `{value}`"
+    read = read_yaml(value, where)
+    # The tokens that end a block or the text have no characters of their own: they stand behind the comment.
+    empty = (yaml.BlockEndToken, yaml.StreamEndToken)
+    ends = [token.end_mark.index for token in yaml.scan(value, _Loader) if not isinstance(token, empty)]
+    if "#" in value[max(ends) :]:
+        raise ConfigError(f"{where}: `#` begins a comment in YAML: quote the value once more, as in '\"a #1.txt\"'")
+    return read
 
 
 def check_least(where: str, least: int, **values: int | None) -> None:

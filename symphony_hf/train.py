@@ -3,13 +3,14 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .allocator import keep_freed_memory
 from .errors import ConfigError, SymphonyError, one_line
 from .recipe import load_recipe
-from .settings import read_yaml
+from .settings import read_option
 
 USAGE = """usage: python -m symphony_hf.train RECIPE.yaml [--NAME VALUE ...]
 
@@ -25,10 +26,11 @@ With --dry_run, print the plan without loading or writing anything.
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Parse `--name value` and `--name=value` pairs, with values in YAML.
+    """Parse `--name value` and `--name=value` pairs, with values in YAML. Dashes in a name are underscores.
 
     Raises:
-        ConfigError: If a name has no value, an argument does not begin with `--`, or a value is not valid YAML.
+        ConfigError: If a name has no value, an argument does not begin with `--`, or a value is not valid YAML, or ends
+            in a comment.
     """
     overrides: dict[str, Any] = {}
     words = list(arguments)
@@ -41,13 +43,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise ConfigError(f"`--{name}` has no value")
             value = words.pop(0)
-        overrides[name] = read_yaml(value, f"`--{name}`: `{value}`")
+        overrides[name.replace("-", "_")] = read_option(f"`--{name}`", value)
     return overrides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words = [word for word in given if word != "--dry_run"]
+    words = [word for word in given if word not in ("--dry_run", "--dry-run")]
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -70,13 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", 0)) == 0:
-        measured = ", ".join(
-            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in results["test"].items()
-        )
-        print(f"test: {measured or 'no held-out split'}; report: {Path(recipe.output.directory) / 'report.md'}")
+        print(f"{_summary(results['test'])}; report: {Path(recipe.output.directory) / 'report.md'}")
     return 0
 
 
+def _summary(test: Mapping[str, Any]) -> str:
+    """Return the results of the final evaluation in one line. Those of text are perplexities; see `measure`."""
+    if not test:
+        return "test: no held-out split"
+    values = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in test.items()}
+    if "clean" in test:
+        shown = [f"{name} {values[name]}" for name in ("clean", "attacked", "ratio") if name in values]
+        return f"test perplexity: {', '.join(shown)}"
+    if "loss" in test:
+        values["loss"] += " nats a token"
+    return "test: " + ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -1,6 +1,5 @@
 """`symphony bench` and its kin, `ablate`, `balance`, `check`, `evidence`, `families` and `theory`."""
 
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,7 +15,7 @@ from symphony_hf.experiments.bench.upcycle import print_bench_upcycle, run_bench
 from symphony_hf.experiments.conformance.matrix import FamilyResult
 from symphony_hf.experiments.conformance.table import list_families, print_rows
 from symphony_hf.experiments.distributed.invariance import Comparison, check_distributed, print_comparisons
-from symphony_hf.experiments.evidence.results import write_evidence
+from symphony_hf.experiments.evidence.results import WrittenFile, describe_files, write_evidence
 from symphony_hf.experiments.full_size import print_full_size, run_full_size
 from symphony_hf.experiments.fuzzing.campaign import Outcome, print_outcomes
 from symphony_hf.experiments.fuzzing.campaign import fuzz as run_campaign
@@ -82,13 +81,13 @@ def balance(result: dict[str, Any]) -> None:
     print_balance(result)
 
 
-check_app = typer.Typer(no_args_is_help=True, help="Checks that take minutes.")
+check_app = typer.Typer(no_args_is_help=True)
 app.add_typer(check_app, name="check")
 
 
 @check_app.callback()
 def check() -> None:
-    """Checks that take minutes."""
+    """Check the method: distributed training, full-size models, damaged checkpoints."""
 
 
 @check_app.command(epilog="Example: symphony check distributed")
@@ -115,11 +114,14 @@ def fuzz(outcomes: list[Outcome]) -> None:
     raise typer.Exit(1 if any(outcome.verdict == "failed" for outcome in outcomes) else 0)
 
 
-@app.command(epilog="Example: symphony evidence --ablation runs/axes --theory symphony-theory")
+@app.command(
+    epilog="Example: symphony evidence --folder evidence --page EVIDENCE.md --pairs runs/pairs --about 'On my text.' "
+    "--theory symphony-theory",
+)
 @command_from(write_evidence)
-def evidence(page: Path) -> None:
+def evidence(files: list[WrittenFile]) -> None:
     """Write the page of evidence from result files, next to the paper's numbers, after adding new results."""
-    typer.echo(f"Written to {page.resolve()}")
+    typer.echo(describe_files(files))
 
 
 @app.command(epilog="Example: symphony families mixtral olmoe --check")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from symphony_hf.errors import DataError
 
 from .chat_rows import KEYWORDS, TOOLS, RowSettings, check_row, output_columns, training_template
-from .chat_template import ensure_chat_template, ensure_padding
+from .chat_template import ensure_chat_template, ensure_padding, plain_text
 from .datasets import digest_rows
 from .documents import SPLIT_NAMES, split_of
 from .embedded import SOURCE, described_names
@@ -74,6 +74,25 @@ def prepare_chat(
     return PreparedData(
         "chat", splits["train"], splits["validation"], splits["test"], revision=rows.revision, notes=notes
     )
+
+
+def read_conversations(section: "DataSection") -> list[str]:
+    """Return the text of each row that a model is trained on, to train a tokenizer on: see `plain_text`.
+
+    Raises:
+        DataError: As `prepare_chat`.
+    """
+    rows = _read(section)
+    layout = _common_layout(rows, section)
+    settings = RowSettings(layout, completion_only=False, assistant_only=False, own_template=False)
+    step = Step(check_row, {"settings": settings, "tokenizer": None, "block_size": section.block_size})
+    table = _checked(rows.splits["train"], step, layout, f"{rows.source}, train split", [])
+    table = cut_held_out({**rows.splits, "train": table}, _split_key)["train"]
+    columns = output_columns(layout)
+    sides_of: Iterator[list[Any]] = ([row[name] for name in columns] for row in thin_rows(table, section.limit))
+    if layout.conversational:
+        return [plain_text(message for side in sides for message in side) for sides in sides_of]
+    return ["".join(sides) for sides in sides_of]
 
 
 def _read(section: "DataSection") -> Rows:

@@ -168,8 +168,11 @@ def _token_problem(
         if not any(kept):
             return f"no token in the loss among those that are kept: {len(kept)} of {len(in_loss)}"
     elif settings.layout.conversational:
-        try:
-            tokenizer.apply_chat_template(sides[0], tokenize=False, **_template_settings(for_template, settings))
+        render = _template_settings(for_template, settings)
+        try:  # TRL renders the prompt alone, too
+            if settings.layout.has_completion:
+                tokenizer.apply_chat_template(sides[0], tokenize=False, add_generation_prompt=True, **render)
+            tokenizer.apply_chat_template([message for side in sides for message in side], tokenize=False, **render)
         except TemplateError as error:
             return f"{REFUSED}: {error}"
     return ""

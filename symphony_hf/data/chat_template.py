@@ -1,6 +1,7 @@
 """Chat template and padding token for tokenizers that have none."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from symphony_hf.errors import DataError
 
@@ -26,6 +27,11 @@ CHAT_TEMPLATE = """\
 
 REFUSED = "a conversation that the chat template refuses"
 """Problem of a row: some templates take no system message, or expect other turns."""
+
+
+def plain_text(messages: Iterable[Mapping[str, Any]]) -> str:
+    """Return messages as `CHAT_TEMPLATE` renders them, without special tokens. Tools' messages are rendered, too."""
+    return "\n".join(f"{message['role'].capitalize()}: {(message['content'] or '').strip()}" for message in messages)
 
 
 def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase", notes: list[str]) -> None:

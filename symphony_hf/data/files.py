@@ -1,11 +1,12 @@
 """Documents of a local file, a folder, or a data set of the Hub."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from symphony_hf.errors import DataError, nearest
+from symphony_hf.errors import DataError, SymphonyWarning, nearest
 from symphony_hf.files import UNFINISHED
 
 from .datasets import TABLE_FORMATS, commit_of, load_hub, load_table
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def read_table(path: Path, text_column: str, lines: bool = False) -> list[Document]:
-    """Read the rows of a local table as documents named `<file>[<row>]`.
+def read_table(path: Path, text_column: str, lines: bool = False, name: str | None = None) -> list[Document]:
+    """Read the rows of a local table as documents named `<name>[<row>]`, by default after the file.
 
     With `lines`, rows are the lines of one text, which is cut into documents as a text file is.
 
     Raises:
         DataError: If the file cannot be parsed, or the column is missing or is not text.
     """
-    return _row_documents(load_table(path), text_column, path.name, lines, where=str(path))
+    return _row_documents(load_table(path), text_column, name or path.name, lines, where=str(path))
 
 
 def read_hub(
@@ -88,19 +89,52 @@ def read_folder(folder: Path, text_column: str, lines: bool = False) -> dict[str
     A folder has splits if one entry is named after train (`train.txt`, `wiki.train.tokens`,
     `train-00000-of-00002.parquet`, or the subfolder `train`) and another after validation (or `valid`, `val`, `dev`) or
     test. Other entries are then ignored, as hidden and unfinished files always are. Missing splits are cut from train
-    by the hash of the file's path or the document's text. `text_column` and `lines` are for tables named after a split.
+    by the hash of the file's path or the document's text. `text_column` and `lines` are for tables named after a split,
+    or in a subfolder named after one. Tables among text files are left out.
 
     Raises:
-        DataError: If there is no text file, or one is not UTF-8.
+        DataError: If there is no text file, and no table of a split; or if a text file is not UTF-8.
+
+    Warns:
+        SymphonyWarning: If tables are left out.
     """
     named = entries_by_split(folder)
+    left_out: list[str] = []
     if "train" in named and any(split in named for split in HELD_OUT):
-        given = {split: _entry_documents(entries, folder, text_column, lines) for split, entries in named.items()}
-        return complete_splits(given, by_text)
-    documents = _folder_documents(folder, folder)
-    if not documents:
-        raise DataError(f"{folder}: no text files in this folder; looked for {', '.join(sorted(TEXT_SUFFIXES))}")
-    return complete_splits({"train": documents}, by_name)
+        given = {
+            split: _entry_documents(entries, folder, text_column, lines, left_out) for split, entries in named.items()
+        }
+        splits = complete_splits(given, by_text)
+    else:
+        texts, tables = _files_in(folder, folder)
+        if not texts and tables:
+            raise DataError(
+                f"{folder}: no text file in this folder, and `{next(iter(tables))}` is a table that is not named after "
+                "a split: give the table itself, or name tables after splits (`train.jsonl` and `test.jsonl`)"
+            )
+        if not texts:
+            raise DataError(f"{folder}: no text files in this folder; looked for {', '.join(sorted(TEXT_SUFFIXES))}")
+        left_out += tables
+        splits = complete_splits({"train": _text_documents(texts)}, by_name)
+    warn_of_tables(folder, left_out)
+    return splits
+
+
+def warn_of_tables(source: Path, left_out: Sequence[str]) -> None:
+    """Warn of the tables that are left out of a folder or archive of text files."""
+    if left_out:
+        number = f"{len(left_out)} table{'s' if len(left_out) > 1 else ''}"
+        warnings.warn(
+            f"{source}: {number} among its text files left out, such as `{left_out[0]}`: give a table itself as "
+            "`data.path` to read it",
+            SymphonyWarning,
+            stacklevel=3,
+        )
+
+
+def has_tables(path: Path) -> bool:
+    """Return whether a file is a table, or a folder has one, whether it is read or left out."""
+    return bool(_files_in(path, path)[1]) if path.is_dir() else _is_table(path)
 
 
 def entries_by_split(folder: Path, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, list[Path]]:
@@ -124,25 +158,47 @@ def entries_by_split(folder: Path, names: Mapping[str, str] = SPLIT_NAMES) -> di
     return {split: sorted(entries) for split, entries in splits.items() if entries}
 
 
-def _entry_documents(entries: Iterable[Path], folder: Path, text_column: str, lines: bool) -> list[Document]:
+def _entry_documents(
+    entries: Iterable[Path], folder: Path, text_column: str, lines: bool, left_out: list[str]
+) -> list[Document]:
+    """Read the files and subfolders of a split. The names of tables among text files are added to `left_out`."""
     documents = []
     for entry in entries:
-        documents += _folder_documents(entry, folder) if entry.is_dir() else _file_documents(entry, text_column, lines)
+        if not entry.is_dir():
+            documents += _file_documents(entry, text_column, lines)
+            continue
+        texts, tables = _files_in(entry, folder)
+        if texts:
+            documents += _text_documents(texts)
+            left_out += tables
+            continue
+        for name, path in tables.items():
+            documents += read_table(path, text_column, lines, name)
     return documents
 
 
-def _folder_documents(folder: Path, root: Path) -> list[Document]:
-    documents = []
+def _files_in(folder: Path, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the text files and the tables in a folder at any depth, by their names from `root`, sorted."""
+    texts: dict[str, Path] = {}
+    tables: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(root)
         hidden = any(part.startswith(".") or part == UNFINISHED for part in name.parts)
-        if path.suffix.lower() in TEXT_SUFFIXES and not hidden and path.is_file():
-            documents.append(Document(name.as_posix(), "".join(_lines(path))))
-    return documents
+        if path.suffix.lower() in TEXT_SUFFIXES | TABLE_FORMATS.keys() and not hidden and path.is_file():
+            (tables if _is_table(path) else texts)[name.as_posix()] = path
+    return texts, tables
+
+
+def _text_documents(files: Mapping[str, Path]) -> list[Document]:
+    return [Document(name, "".join(_lines(path))) for name, path in files.items()]
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_FORMATS
 
 
 def _file_documents(path: Path, text_column: str, lines: bool) -> list[Document]:
-    if path.suffix.lower() in TABLE_FORMATS:
+    if _is_table(path):
         return read_table(path, text_column, lines)
     return [Document(f"{path.name}[{index}]", piece) for index, piece in enumerate(pieces_of(_lines(path)))]
 

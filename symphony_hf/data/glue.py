@@ -13,7 +13,7 @@ from .blocks import NO_LABEL, PadCollator
 from .chat_template import ensure_padding
 from .corpus import hub_name
 from .datasets import digest_rows, has_configuration
-from .documents import split_of
+from .documents import SPLIT_NAMES, split_of
 from .embedded import SOURCE, Described, described_names
 from .glue_tasks import STAND_IN, GlueTask, find_task
 from .prepared import PreparedData, Step
@@ -60,7 +60,7 @@ class LabelledQuestions(Dataset[dict[str, list[int]]]):
         return {"input_ids": question.prompt + answer, "labels": [NO_LABEL] * len(question.prompt) + answer}
 
     def question(self, index: int) -> Question:
-        """Return one question with all its answers, for `evaluation.score_choices`."""
+        """Return one question with all its answers, for `evaluation.multiple_choice.score_choices`."""
         row = self.rows[index]
         return Question(row["prompt"], row["choices"], row["answer"])
 
@@ -87,6 +87,7 @@ def prepare_glue(section: "DataSection", tokenizer: "PreTrainedTokenizerBase") -
     notes: list[str] = []
     pad_id = ensure_padding(tokenizer, notes)
     assert section.name is not None
+    find_task(section.name)  # of the stand-in too, so that a mistyped name does not pass there
     task, rows = read_glue(section.path, section.name, section.revision, notes)
     splits = {}
     for split, table in rows.splits.items():
@@ -119,21 +120,25 @@ def read_glue(path: str | None, name: str, revision: str | None, notes: list[str
         notes: List that notes on the data are added to.
 
     Returns:
-        The task, and rows with its columns and `answer`, the index of the right answer.
+        The task, and rows with its columns and `answer`, the index of the right answer. Rows that lack a sentence are
+        left out.
 
     Raises:
-        DataError: If there is no such task, file, column or label.
+        DataError: If there is no such task, file, column or label, or more than a tenth of a split lacks a sentence.
     """
     if path == EMBEDDED:
-        task, rows = STAND_IN, _stand_in()
         notes.append(f"no GLUE: a stand-in made of the {SOURCE}, for trying things out")
-    else:
-        task = find_task(name)
-        rows = _read(path or HUB, revision, task, notes)
-    splits = {
-        split: _with_answers(table, task, f"{rows.source}, {split} split") for split, table in rows.splits.items()
-    }
-    return task, rows._replace(splits=splits)
+        return STAND_IN, _stand_in()
+    task = find_task(name)
+    return task, _read(path or HUB, revision, task, notes)
+
+
+def describe_data(data: Mapping[str, Any]) -> str:
+    """Return the name of a recipe's data: its path, GLUE's task on the Hub, or that it is embedded."""
+    kind = data.get("kind", "text")
+    if data["path"] == (EMBEDDED if kind == "glue" else None):
+        return f"embedded {kind} data"
+    return f"GLUE {data['name']}" if data["path"] is None else str(data["path"])
 
 
 def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tokenizer: Any) -> Question:
@@ -153,7 +158,7 @@ def make_question(task: GlueTask, sentences: Mapping[str, Any], answer: int, tok
 
 
 def _read(path: str, revision: str | None, task: GlueTask, notes: list[str]) -> Rows:
-    names = {"train": "train", task.validation: "validation", "validation": "validation", "test": "test"}
+    names = {task.validation: "validation", **SPLIT_NAMES}
     instead = "give a folder of tables train and validation with GLUE's columns, or `embedded` for a stand-in"
     rows = read_rows(path, _configuration(path, task, revision, instead), revision, instead=instead, names=names)
     splits = dict(rows.splits)
@@ -161,10 +166,13 @@ def _read(path: str, revision: str | None, task: GlueTask, notes: list[str]) -> 
         notes.append(f"{rows.source}: the test split's labels are hidden, so it is left out")
         del splits["test"]
     for split, table in splits.items():
-        require_columns(table, [*task.columns, "label"], f"{rows.source}, {split} split")
+        where = f"{rows.source}, {split} split"
+        require_columns(table, [*task.columns, "label"], where)
+        # Before rows are held out, so that an error has the number of the row in the source.
+        splits[split] = without_problems(_with_answers(table, task, where), where, notes)
     if "validation" not in splits:
         notes.append(f"{rows.source}: no validation split, so 5% of train are held out")
-    splits = cut_held_out(splits, lambda row: "\n".join(str(row[column]) for column in task.columns), ("validation",))
+    splits = cut_held_out(splits, lambda row: "\n".join(row[column] for column in task.columns), ("validation",))
     return rows._replace(splits=splits)
 
 
@@ -183,7 +191,13 @@ def _labels_are_hidden(table: "Table") -> bool:
 
 
 def _with_answers(table: "Table", task: GlueTask, where: str) -> "Table":
-    """Return the task's sentences and the index of the right answer, for labels that are numbers or names."""
+    """Return the task's sentences, the index of the right answer, and the problem of a row without a sentence.
+
+    Labels are numbers or names.
+
+    Raises:
+        DataError: If a row has no label, or one that the task does not have.
+    """
     import datasets
 
     feature = table.features["label"]
@@ -192,13 +206,21 @@ def _with_answers(table: "Table", task: GlueTask, where: str) -> "Table":
     for row, label in enumerate(table["label"][:]):
         if names is not None and label in range(len(names)):
             label = names[label]
+        if isinstance(label, float) and label.is_integer():  # a column of CSV in which a number is missing
+            label = int(label)
         if label in task.labels:
             label = task.labels.index(label)
         if not isinstance(label, int) or not 0 <= label < len(task.labels):
             known = ", ".join(f"{number} or `{name}`" for number, name in enumerate(task.labels))
             raise DataError(f"{where}: row {row} has the label {label!r}; {task.name} has {known}")
         answers.append(label)
-    return table.select_columns(list(task.columns)).add_column("answer", answers)
+    table = table.select_columns(list(task.columns))
+    problems = [""] * len(table)
+    for column in task.columns:
+        for row, sentence in enumerate(table[column][:]):
+            if not isinstance(sentence, str):
+                problems[row] = problems[row] or f"no text in `{column}`: {type(sentence).__name__}"
+    return table.add_column("answer", answers).add_column(PROBLEM, problems)
 
 
 def _tokenized(table: "Table", task: GlueTask, tokenizer: "PreTrainedTokenizerBase", section: "DataSection") -> "Table":
@@ -263,4 +285,6 @@ def _stand_in() -> Rows:
                 }
             )
         tables[split] = datasets.Dataset.from_list(rows)
-    return Rows(tables, digest_rows(row for table in tables.values() for row in table), EMBEDDED)
+    digest = digest_rows(row for table in tables.values() for row in table)
+    answered = {split: _with_answers(table, STAND_IN, EMBEDDED) for split, table in tables.items()}
+    return Rows({split: table.remove_columns(PROBLEM) for split, table in answered.items()}, digest, EMBEDDED)

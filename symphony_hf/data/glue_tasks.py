@@ -16,7 +16,7 @@ class GlueTask:
         labels: Names of the labels in GLUE, in the order of their numbers.
         answers: Words that the model answers with, one per label.
         validation: GLUE's name of the split to report on.
-        metrics: Metrics that GLUE reports beside accuracy, or instead: names in `evaluation.METRICS`.
+        metrics: Metrics that GLUE reports beside accuracy, or instead: names in `evaluation.metrics.METRICS`.
     """
 
     name: str

@@ -73,8 +73,9 @@ def _check_settings(section: "DataSection", processor: Any) -> None:
         raise ConfigError(
             f"data: text_column: without `path`, there is no column `{section.text_column}`: leave `text_column` out"
         )
+    local = None if path is None else Path(path).expanduser()
     is_stand_in = kind == "glue" and path == EMBEDDED
-    is_local = kind == "llava" or is_stand_in or (path is not None and Path(path).expanduser().exists())
+    is_local = kind == "llava" or is_stand_in or (local is not None and local.exists())
     names = ("revision",) if kind == "glue" else ("revision", "name")
     given = [name for name in names if getattr(section, name) is not None]
     if given and (is_local or (path is None and kind != "glue")):

@@ -12,7 +12,9 @@ from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.files import replacing_folder
 from symphony_hf.results import check_folder_of
 
+from .datasets import TABLE_FORMATS
 from .documents import SPLITS, pieces_of
+from .files import warn_of_tables
 
 _WORD = re.compile(r"\S+")
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -34,8 +36,8 @@ def prepare_split(
     """Write a text file, a folder or a zip archive as a split of a corpus that `load_corpus` reads.
 
     A single file is cut at blank lines into documents of about 2,000 characters, as `load_corpus` does. Each file of a
-    folder or archive is one document and keeps its path. Lists of contents, licences and README files are skipped. The
-    output folder gets its name only when it is complete.
+    folder or archive is one document and keeps its path. Lists of contents, licences and README files are skipped, and
+    tables are left out. The output folder gets its name only when it is complete.
 
     Args:
         source: UTF-8 text file, folder, or zip archive.
@@ -47,8 +49,11 @@ def prepare_split(
     Raises:
         ConfigError: If there is no such split, `strip_tags` is not a single character, or nothing can be written to
             `output`.
-        DataError: If `source` has no text, cannot be read or is not UTF-8, two documents have one name, or the output
-            folder exists.
+        DataError: If `source` has no text, is a table, cannot be read or is not UTF-8, two documents have one name, or
+            the output folder exists.
+
+    Warns:
+        SymphonyWarning: If tables are left out of a folder or archive.
     """
     if split not in SPLITS:
         raise ConfigError(f"prepare: split must be train, validation or test; got {split!r}")
@@ -60,11 +65,14 @@ def prepare_split(
     if folder.exists():
         raise DataError(f"{folder}: something is there already; remove it, or give another --output")
     texts: dict[PurePosixPath, str] = {}
-    for name, text in _texts(source):
+    tables: list[str] = []
+    for name, text in _texts(source, tables):
         if text.strip():
             _add(texts, name, _plain(text, strip_tags), source)
     if not texts:
-        raise DataError(f"{source}: no text in it")
+        only = f": `{tables[0]}` is a table, and `data.path` reads tables directly" if tables else ""
+        raise DataError(f"{source}: no text in it{only}")
+    warn_of_tables(source, tables)
     _write(texts, folder)
     return PreparedSplit(folder, len(texts), sum(len(text.split()) for text in texts.values()))
 
@@ -96,16 +104,18 @@ def _plain(text: str, separator: str | None) -> str:
     return _BLANK_LINES.sub("\n", words).lstrip("\n")
 
 
-def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
-    """Yield the path within the source and the text of each document."""
+def _texts(source: Path, tables: list[str]) -> Iterator[tuple[PurePosixPath, str]]:
+    """Yield the path within the source and the text of each document. The names of tables are added to `tables`."""
     if source.is_dir():
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             name = PurePosixPath(path.relative_to(source).as_posix())
-            if _is_text(name):
+            if _is_text(name, tables):
                 yield name, _decoded(path.read_bytes(), path)
     elif zipfile.is_zipfile(source) or (source.is_file() and source.suffix.lower() == ".zip"):
-        yield from _archived(source)
+        yield from _archived(source, tables)
     elif source.is_file():
+        if _is_table(PurePosixPath(source.name), tables):
+            return
         # Lines as of a file in text mode: a form feed does not end one.
         lines = io.StringIO(_decoded(source.read_bytes(), source), newline=None)
         for number, piece in enumerate(pieces_of(lines)):
@@ -114,14 +124,14 @@ def _texts(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
         raise DataError(f"{source}: no such file or folder")
 
 
-def _archived(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
+def _archived(source: Path, tables: list[str]) -> Iterator[tuple[PurePosixPath, str]]:
     where = f"{source}"
     try:
         with zipfile.ZipFile(source) as archive:
             for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
                 where = f"{source}: {entry.filename}"
                 name = PurePosixPath(entry.filename.lstrip("/"))  # an absolute one would be written outside
-                if not entry.is_dir() and _is_text(name):
+                if not entry.is_dir() and _is_text(name, tables):
                     yield name, _decoded(archive.read(entry), where)
     # RuntimeError: encrypted; NotImplementedError, a kind of it: another compression.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
@@ -130,9 +140,17 @@ def _archived(source: Path) -> Iterator[tuple[PurePosixPath, str]]:
         ) from error
 
 
-def _is_text(name: PurePosixPath) -> bool:
+def _is_text(name: PurePosixPath, tables: list[str]) -> bool:
+    """Whether a file of a folder or archive is a document. The name of a table is added to `tables`."""
     hidden = any(part.startswith(".") for part in name.parts)  # `..` too
-    return not hidden and not _NOT_TEXT.fullmatch(name.name)
+    return not hidden and not _NOT_TEXT.fullmatch(name.name) and not _is_table(name, tables)
+
+
+def _is_table(name: PurePosixPath, tables: list[str]) -> bool:
+    if name.suffix.lower() not in TABLE_FORMATS:
+        return False
+    tables.append(str(name))
+    return True
 
 
 def _decoded(contents: bytes, where: Path | str) -> str:

@@ -1,11 +1,15 @@
 """Data of kind `text`: documents in blocks."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from symphony_hf.settings import changed_settings
 
 from .corpus import corpus_of
 from .datasets import digest_texts
 from .documents import SPLITS, Document
+from .files import has_tables
 from .packing import TokenBlocks
 from .prepared import PreparedData
 from .rows import thinned
@@ -16,6 +20,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from symphony_hf.recipe import DataSection
+
+
+OF_TABLES = ("text_column", "rows")
+"""Settings of a data section of kind `text` that have no effect where there is no table."""
+
+
+def may_read_tables(section: "DataSection") -> bool:
+    """Return whether a data section of kind `text` has tables: on the Hub, or its file or a file of its folder."""
+    if section.path is None:
+        return False
+    local = Path(section.path).expanduser()
+    return has_tables(local) if local.exists() else True
 
 
 def prepare_text(
@@ -44,8 +60,18 @@ def prepare_text(
         documents=documents["test"],
         revision=corpus.commit or digest_texts(document.text for split in SPLITS for document in documents[split]),
         num_tokens=len(blocks) * section.block_size,
-        notes=[f"{corpus.source}: {_counted(documents)}"],
+        notes=[f"{corpus.source}: {_counted(documents)}", *_unused_settings(section)],
     )
+
+
+def _unused_settings(section: "DataSection") -> list[str]:
+    """Return notes on settings of tables that have no effect on text files."""
+    given: dict[str, Any] = {} if may_read_tables(section) else changed_settings(section)
+    return [
+        f"data: `{name}: {given[name]}` has no effect: `{section.path}` has no table"
+        for name in OF_TABLES
+        if name in given
+    ]
 
 
 def _prepare_stream(

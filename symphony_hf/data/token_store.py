@@ -54,6 +54,13 @@ class TokenStore:
         return joined[start - offset : stop - offset].astype(np.int64)
 
 
+def _table(texts: list[str]) -> "Dataset":
+    """Return a table of the texts, whose offsets have 64 bits: with 32, a column ends at 2 GiB of text."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": texts}, datasets.Features({"text": datasets.Value("large_string")}))
+
+
 def _tokenized(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
     """Return one row of token ids per text, from the cache of `datasets` if possible."""
     import datasets
@@ -62,7 +69,7 @@ def _tokenized(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> "Datas
     key = digest_texts([str(_FORMAT), Hasher.hash(tokenizer), *texts])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "symphony_hf" / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    return datasets.Dataset.from_dict({"text": texts}).map(
+    return _table(texts).map(
         lambda batch: {_COLUMN: closed_ids(batch["text"], tokenizer)},
         batched=True,
         remove_columns="text",

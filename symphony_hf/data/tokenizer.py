@@ -45,6 +45,23 @@ def has_vocabulary(processor: Any) -> bool:
     return hasattr(tokenizer, "get_vocab") and bool(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens))
 
 
+def digest_tokenizer(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's tokens in the order of their ids, in hexadecimal.
+
+    It is the same in any version of `tokenizers`, and after a call that pads or truncates, which the tokenizer keeps.
+    """
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return digest_texts(sorted(ids, key=ids.__getitem__))
+
+
+def special_ids(kind: TokenizerKind) -> dict[str, int | None]:
+    """Return the ids of the special tokens of a trained tokenizer, by their names in a model's config."""
+    if kind == "bpe":
+        end = _SPECIAL.index(END_OF_TEXT)
+        return {"pad_token_id": _SPECIAL.index(PADDING), "bos_token_id": end, "eos_token_id": end}
+    return {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0}
+
+
 def train_tokenizer(
     documents: Sequence[Document], vocab_size: int = 4096, kind: TokenizerKind = "bpe"
 ) -> "PreTrainedTokenizerFast":

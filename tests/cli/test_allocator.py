@@ -3,12 +3,13 @@
 import inspect
 import os
 import platform
+import runpy
 import subprocess
 import sys
 
 import pytest
 
-from symphony_hf import cli
+from symphony_hf import allocator
 
 # The resident memory that is left after a large block was freed. In a process of its own, because the settings stay.
 _LEFT = """
@@ -26,11 +27,11 @@ print(resident() - before)
 
 
 def left(**settings):
-    function = inspect.getsource(cli._keep_freed_memory)  # by itself: the package's import takes seconds
+    function = inspect.getsource(allocator.keep_freed_memory)  # by itself: the package's import takes seconds
     constants = "\n".join(
-        f"{name} = {getattr(cli, name)}" for name in ("_ALLOCATOR", "_M_TRIM_THRESHOLD", "_M_MMAP_MAX")
+        f"{name} = {getattr(allocator, name)}" for name in ("_ALLOCATOR", "_M_TRIM_THRESHOLD", "_M_MMAP_MAX")
     )
-    code = f"import ctypes, os, platform\n{constants}\n{function}\n_keep_freed_memory()\n{_LEFT}"
+    code = f"import ctypes, os, platform\n{constants}\n{function}\nkeep_freed_memory()\n{_LEFT}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | settings
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return int(done.stdout)
@@ -48,5 +49,16 @@ def test_started_processes_inherit_the_settings(monkeypatch):
     monkeypatch.setattr("os.environ", {})
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr("ctypes.CDLL", lambda _: type("Glibc", (), {"mallopt": staticmethod(lambda *_: 1)}))
-    cli._keep_freed_memory()
-    assert os.environ == cli._ALLOCATOR
+    allocator.keep_freed_memory()
+    assert os.environ == allocator._ALLOCATOR
+
+
+def test_training_by_a_launcher_keeps_freed_memory_too(monkeypatch):
+    """`python -m symphony_hf.train`, which accelerate starts."""
+    calls = []
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    monkeypatch.delitem(sys.modules, "symphony_hf.train", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("symphony_hf.train", run_name="__main__")
+    assert calls == [1]

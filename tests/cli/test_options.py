@@ -1,5 +1,6 @@
 """Commands keep their options and defaults, and options that come from a settings class are read as its types."""
 
+import ast
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -225,3 +226,19 @@ def test_help_comes_from_the_docstrings_of_the_class_and_its_base():
     assert "Layers, or all." in result.output
     assert "Maximum number; none for all." in " ".join(result.output.replace("│", " ").split())
     assert "ConfigError" not in result.output
+
+
+def test_importing_the_commands_loads_no_trainer(plain_python):
+    """The options of each command are made from what it calls, which is imported for that, also for `--help`."""
+    script = (
+        "import sys, symphony_hf.cli; "
+        "heavy = ('peft', 'bitsandbytes', 'transformers.trainer', 'transformers.trainer_utils', 'datasets', 'trl', "
+        "'matplotlib', 'deepspeed'); "
+        "print([module for module in heavy if module in sys.modules])"
+    )
+    assert ast.literal_eval(plain_python(script)) == []
+
+
+def test_the_checks_say_what_they_check():
+    result = CliRunner().invoke(app, ["--help"])
+    assert "Check the method: distributed training, full-size" in " ".join(result.output.replace("│", " ").split())

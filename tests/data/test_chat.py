@@ -176,6 +176,19 @@ def test_conversations_that_the_template_refuses_are_counted(tmp_path, own_token
     assert left_out in prepared.notes
 
 
+@pytest.mark.parametrize("loss", [None, True, False])
+def test_a_completion_that_the_template_refuses_is_counted_whatever_is_in_the_loss(tmp_path, own_tokenizer, loss):
+    """TRL renders it in any case. The plain template has no tools."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    completion = [call, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "One."}]
+    rows = [*FORMS["turns"][:60], {"prompt": MESSAGES[60][:1], "completion": completion}]
+    section = DataSection(kind="chat", path=write(tmp_path / "rows.jsonl", rows))
+    train = {} if loss is None else {"completion_only_loss": loss}
+    prepared = prepare_data(section, own_tokenizer, seed=0, train=train)
+    assert len(all_rows(prepared)) == 60
+    assert any("1 a conversation that the chat template refuses" in note for note in prepared.notes)
+
+
 def test_too_many_bad_rows_are_an_error_that_shows_the_first(tmp_path, own_tokenizer):
     rows = copy.deepcopy(FORMS["messages"])
     for row in rows[5:16]:

@@ -10,7 +10,7 @@ import pytest
 
 from symphony_hf.data import embedded as embedded_module
 from symphony_hf.data.corpus import load_corpus
-from symphony_hf.errors import DataError
+from symphony_hf.errors import DataError, SymphonyWarning
 
 SPLITS = ("train", "validation", "test")
 
@@ -236,3 +236,51 @@ def test_file_of_a_folder_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Füße".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt: not UTF-8"):
         load_corpus(str(tmp_path))
+
+
+def rows(split, number=3):
+    return "".join(f'{{"text": "{split} row {index}"}}\n' for index in range(number))
+
+
+def test_tables_in_the_subfolder_of_a_split_are_read(tmp_path):
+    files = {f"{split}/part-{part}.jsonl": rows(f"{split} {part}") for split in SPLITS for part in (0, 1)}
+    corpus = load_corpus(write(tmp_path, files | {"README.md": "About this data."}))
+    for split in SPLITS:
+        found = {document.name: document.text for document in getattr(corpus, split)}
+        assert found == {
+            f"{split}/part-{part}.jsonl[{row}]": f"{split} {part} row {row}" for part in (0, 1) for row in range(3)
+        }
+
+
+@pytest.mark.parametrize(
+    ("texts", "tables"),
+    [
+        ([f"{index}.txt" for index in range(200)], ["deep/data.jsonl"]),
+        ([f"{index}.md" for index in range(200)], ["a.csv", "deep/b.tsv", "package.json", "train.jsonl"]),
+        ([f"{split}/a.txt" for split in SPLITS], [f"{split}/b.json" for split in SPLITS]),
+        ([f"{split}/a.txt" for split in SPLITS], ["test/b.json"]),
+    ],
+)
+def test_tables_among_text_files_are_left_out_with_one_warning(tmp_path, texts, tables):
+    files = {name: f"Text of {name}." for name in texts} | {name: rows("any") for name in tables}
+    with pytest.warns(SymphonyWarning) as caught:
+        corpus = load_corpus(write(tmp_path, files))
+    assert {document.name for document in all_documents(corpus)} == set(texts)
+    (warning,) = caught
+    number = "1 table" if len(tables) == 1 else f"{len(tables)} tables"
+    assert f"{number} among its text files left out, such as `{tables[0]}`" in str(warning.message)
+
+
+@pytest.mark.parametrize("names", [["data.csv"], ["train.jsonl", "deep/more.jsonl"]])
+def test_a_folder_of_tables_that_are_not_read_is_an_error(tmp_path, names):
+    files = {name: rows("any") for name in names}
+    with pytest.raises(
+        DataError, match=rf"no text file in this folder, and `{min(names)}` is a table .*give the table"
+    ):
+        load_corpus(write(tmp_path, files))
+
+
+def test_hidden_tables_are_ignored(tmp_path):
+    files = {f"{index}.txt": f"Text {index}." for index in range(200)}
+    corpus = load_corpus(write(tmp_path, files | {".cache/data.jsonl": rows("any")}))
+    assert {document.name for document in all_documents(corpus)} == files.keys()

@@ -261,7 +261,58 @@ def test_long_questions_that_are_measured_are_an_error(tmp_path, tokenizer):
         glue("cola", tokenizer, path, block_size=longest - 1)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_row_without_a_sentence_is_left_out_and_counted(tmp_path, tokenizer, suffix):
+    """Its sentence is not the word None."""
+    rows = glue_rows("qqp", 40)
+    rows[7]["question2"] = None
+    path = write_folder(tmp_path, {"train": rows, "validation": rows}, suffix)
+    prepared = glue("qqp", tokenizer, path)
+    for split, questions in (("train", prepared.train), ("validation", prepared.validation)):
+        assert len(questions) == 39
+        assert not any("None" in tokenizer.decode(question.prompt) for question in questions.questions())
+        assert f"{path}, {split} split: 1 of 40 rows were left out: 1 no text in `question2`" in prepared.notes
+    for row in rows[:6]:
+        row["question1"] = None
+    path = write_folder(tmp_path, {"train": rows, "validation": rows[8:]}, suffix)
+    with pytest.raises(DataError, match=r"7 of 40 rows cannot be used.* The first is row 0 \(no text in `question1`"):
+        glue("qqp", tokenizer, path)
+
+
+def test_a_sentence_that_is_no_text_is_left_out(tmp_path, tokenizer):
+    rows = [{**row, "sentence": 5} for row in glue_rows("sst2", 20)]
+    with pytest.raises(DataError, match=r"20 no text in `sentence`\. The first is row 0 .*: int"):
+        glue("sst2", tokenizer, write_folder(tmp_path, {"train": rows, "validation": rows}, ".jsonl"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_missing_label_is_an_error_with_its_row_in_the_source(tmp_path, tokenizer, suffix):
+    """Without a validation split, too, whose rows are taken from train. Pandas reads the others as 0.0 and 1.0."""
+    rows = glue_rows("sst2", 60)
+    rows[41]["label"] = None
+    with pytest.raises(DataError, match="train split: row 41 has the label None; sst2 has 0 or `negative`"):
+        glue("sst2", tokenizer, write_folder(tmp_path, {"train": rows}, suffix))
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+@pytest.mark.parametrize("name", ["dev", "valid", "validation"])
+def test_a_validation_split_has_any_of_its_names(tmp_path, tokenizer, monkeypatch, place, name):
+    rows = glue_rows("sst2", 40)
+    splits = {"training": rows[:30], name: rows[30:]}
+    if place == "hub":
+        tables = {split: datasets.Dataset.from_list(own) for split, own in splits.items()}
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, config: datasets.DatasetDict(tables))
+    path = "me/sentences:default" if place == "hub" else write_folder(tmp_path, splits, ".jsonl")
+    prepared = glue("sst2", tokenizer, path)
+    assert (len(prepared.train), len(prepared.validation)) == (30, 10)
+
+
 # The stand-in
+
+
+def test_a_mistyped_task_is_an_error_for_the_stand_in_too(tokenizer):
+    with pytest.raises(DataError, match=r"no GLUE task `qnlu`; did you mean `qnli`\?"):
+        glue("qnlu", tokenizer, "embedded")
 
 
 @pytest.mark.thorough

@@ -13,7 +13,7 @@ from symphony_hf import expert_graphs, symphonize, update_graphs
 from symphony_hf.data.blocks import NO_LABEL, pack_blocks
 from symphony_hf.data.documents import Document
 from symphony_hf.data.packing import TokenBlocks, check_packed_batches, check_packing, make_block
-from symphony_hf.data.token_store import TokenStore
+from symphony_hf.data.token_store import TokenStore, _table
 from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.experiments.conformance.tiny import tiny_model
@@ -235,3 +235,8 @@ def test_there_is_no_block_outside(tokenizer):
     for index in (-1, len(blocks)):
         with pytest.raises(IndexError):
             blocks[index]
+
+
+def test_texts_of_more_than_two_gigabytes_have_offsets_for_them():
+    """Arrow's `string` has offsets of 32 bits. So much text is not for a test."""
+    assert str(_table(["a", "b"]).data.schema.field("text").type) == "large_string"

@@ -78,6 +78,34 @@ def test_blocks_are_those_of_the_corpus(table, tokenizer):
     ]
 
 
+@pytest.mark.parametrize("setting", [{"text_column": "body"}, {"rows": "lines"}])
+@pytest.mark.parametrize("form", ["file", "folder", "split files"])
+def test_settings_of_tables_are_noted_for_text_files(tokenizer, tmp_path, form, setting):
+    names = [f"{split}.txt" for split in ("train", "validation", "test")]
+    if form == "folder":
+        names = [f"{number}.txt" for number in range(200)]
+    for name in names:
+        (tmp_path / name).write_text("\n\n".join(ROWS))
+    path = str(tmp_path / names[0] if form == "file" else tmp_path)
+    plain, noted = (prepare_data(section(path, **given), tokenizer, seed=0) for given in ({}, setting))
+    ((name, value),) = setting.items()
+    assert noted.notes == [*plain.notes, f"data: `{name}: {value}` has no effect: `{path}` has no table"]
+    assert noted.revision == plain.revision
+
+
+def test_a_folder_of_tables_is_not_said_to_have_none(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "A row."}\n')
+    with pytest.raises(DataError, match=r"no text file in this folder, and `rows.jsonl` is a table .*give the table"):
+        prepare_data(section(str(tmp_path), text_column="body"), tokenizer, seed=0)
+
+
+def test_settings_of_tables_are_taken_for_those_of_a_folder(tokenizer, tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in ROWS))
+    assert len(prepare_data(section(str(tmp_path), text_column="body"), tokenizer, seed=0).documents) == len(ROWS)
+
+
 def test_the_revision_is_that_of_the_text(table, tokenizer, tmp_path):
     first = prepare_data(section(table), tokenizer, seed=0).revision
     copy = tmp_path / "copy.jsonl"

@@ -11,7 +11,7 @@ from symphony_hf.cli import app
 from symphony_hf.data.corpus import load_corpus
 from symphony_hf.data.files import read_file, read_folder
 from symphony_hf.data.splits import prepare_split
-from symphony_hf.errors import ConfigError, DataError
+from symphony_hf.errors import ConfigError, DataError, SymphonyWarning
 from symphony_hf.files import UNFINISHED
 
 TAGGED = "\n\n\tThe/at jury/nn said/vbd 1\\/2/cd ,/, //nil ./.\n\n\n\tA/at second/od one/nn\n"
@@ -226,3 +226,33 @@ def test_a_preparation_that_fails_leaves_nothing(tagged, tmp_path, disk_that_fil
     with pytest.raises(OSError, match="No space left"):
         prepare_split(tagged, tmp_path / "text")
     assert list((tmp_path / "text").rglob("*")) == [tmp_path / "text" / "train"]
+
+
+def with_tables(folder, form, *names):
+    """Return a folder or an archive with files of these names, each with the row of a table."""
+    (folder / "in").mkdir()
+    for name in names:
+        (folder / "in" / name).write_text('{"text": "a row"}\n')
+    with zipfile.ZipFile(folder / "in.zip", "w") as archive:
+        for name in names:
+            archive.write(folder / "in" / name, name)
+    return {"file": folder / "in" / names[0], "folder": folder / "in", "archive": folder / "in.zip"}[form]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".JSONL"])
+@pytest.mark.parametrize("form", ["file", "folder", "archive"])
+def test_tables_alone_are_refused(form, suffix, tmp_path):
+    """Their rows would be one text, with its braces or commas."""
+    source = with_tables(tmp_path, form, f"rows{suffix}")
+    with pytest.raises(DataError, match=rf"no text in it: `rows{suffix}` is a table, .*`data.path` reads tables direc"):
+        prepare_split(source, tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_tables_among_text_files_are_left_out_with_one_warning(form, tmp_path):
+    source = with_tables(tmp_path, form, "a.txt", "b.json", "c.csv", ".hidden.json")
+    with pytest.warns(SymphonyWarning, match="2 tables among its text files left out, such as `b.json`") as caught:
+        written = prepare_split(source, tmp_path / "text")
+    assert len(caught) == 1
+    assert [path.name for path in written.folder.iterdir()] == ["a.txt.txt"]

@@ -1,5 +1,6 @@
 """Training the tokenizer, and keeping it."""
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,9 +10,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from symphony_hf.data import tokenizer as tokenizer_module
+from symphony_hf.data.chat_template import CHAT_TEMPLATE
 from symphony_hf.data.documents import Corpus, Document
-from symphony_hf.data.tokenizer import cached_tokenizer, train_tokenizer
+from symphony_hf.data.tokenizer import cached_tokenizer, special_ids, train_tokenizer
+from symphony_hf.data.tokenizer_text import tokenizer_corpus
 from symphony_hf.errors import ConfigError, SymphonyWarning
+from symphony_hf.recipe import DataSection
 
 VOCAB_SIZE = 300
 
@@ -196,3 +200,93 @@ def test_words_are_kept_beside_pieces(tmp_path):
     assert len(pieces) > 256
     again = cached_tokenizer(corpus, 300, tmp_path, "words")
     assert again("two one\n")["input_ids"] == words("two one\n")["input_ids"] == [3, 2, 0]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words", "characters"])
+def test_special_tokens_are_known_before_training(small, kind):
+    trained = train_tokenizer(small.train, VOCAB_SIZE, kind)
+    assert special_ids(kind) == {name: getattr(trained, name) for name in special_ids(kind)}
+
+
+TURNS = [("第一个问题是什么？", "答案是一。"), ("第二个问题是什么？", "答案是二。")]
+
+
+def rows_of(kind):
+    for number in range(60):
+        question, answer = (f"{text}{number}" for text in TURNS[number % 2])
+        if kind == "messages":
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        elif kind == "prompt":
+            yield {"prompt": question, "completion": answer}
+        elif kind == "glue":
+            yield {"question": question, "sentence": answer, "label": number % 2}
+        else:
+            yield {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt", "glue", "llava"])
+def test_a_tokenizer_is_trained_on_what_the_model_reads(tmp_path, form):
+    """Not on another text, in whose vocabulary half of this one would be unknown."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(list(rows_of(form)), ensure_ascii=False))
+    kind, name = (form, "qnli") if form == "glue" else ("llava" if form == "llava" else "chat", None)
+    corpus = tokenizer_corpus(DataSection(kind=kind, name=name, path=str(path)))
+    text = "\n".join(document.text for document in corpus.train)
+    assert all(sentence in text for turn in TURNS for sentence in turn)
+    assert ("Assistant: " in text) == (form in ("messages", "llava"))
+    tokenizer = train_tokenizer(corpus.train, VOCAB_SIZE, "characters")
+    assert tokenizer.unk_token_id not in tokenizer(TURNS[0][0] + TURNS[1][1])["input_ids"]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt", "glue", "llava"])
+def test_a_tokenizer_is_trained_on_no_more_rows_than_the_model(tmp_path, form):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(list(rows_of(form)), ensure_ascii=False))
+    kind, name = (form, "qnli") if form == "glue" else ("llava" if form == "llava" else "chat", None)
+    whole, limited = (
+        [
+            document.text
+            for document in tokenizer_corpus(DataSection(kind=kind, name=name, path=str(path), **more)).train
+        ]
+        for more in ({}, {"limit": 5})
+    )
+    assert len(whole) > 40
+    assert limited == [whole[number * len(whole) // 5] for number in range(5)]  # evenly spaced
+
+
+@pytest.mark.parametrize("kind", ["chat", "llava"])
+def test_conversations_are_the_text_of_the_plain_template(tmp_path, trained_tokenizer, kind):
+    """But for the special tokens, which no text of a tokenizer has."""
+    turns = [("user", " What is it?\n"), ("assistant", " A  number. "), ("user", "Which?")]
+    names = {"user": "human", "assistant": "gpt"}
+    conversations = [[*turns, ("assistant", f"{number} ")] for number in range(60)]
+    path = tmp_path / "rows.json"
+    rows = [[{"from": names[role], "value": text} for role, text in conversation] for conversation in conversations]
+    path.write_text(json.dumps([{"conversations": row} for row in rows]))
+    rendered = [
+        trained_tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in conversation],
+            chat_template=CHAT_TEMPLATE,
+            tokenize=False,
+        ).replace(trained_tokenizer.eos_token, "")
+        for conversation in conversations
+    ]
+    found = [document.text for document in tokenizer_corpus(DataSection(kind=kind, path=str(path))).train]
+    assert len(found) > 40
+    assert set(found) <= set(rendered)
+
+
+def test_the_digest_of_a_tokenizer_is_of_its_tokens(small):
+    first, again, other = (
+        tokenizer_module.digest_tokenizer(train_tokenizer(documents, VOCAB_SIZE))
+        for documents in (small.train, small.train, [Document("0", "another text " * 50)])
+    )
+    assert first == again != other
+    used = train_tokenizer(small.train, VOCAB_SIZE)
+    used(["a", "a longer text"], padding=True, truncation=True, max_length=2)  # which its backend keeps
+    assert tokenizer_module.digest_tokenizer(used) == first
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "llava"])
+def test_data_without_a_path_has_the_librarys_tokenizer(kind, embedded):
+    assert tokenizer_corpus(DataSection(kind=kind)) == embedded
