@@ -3,13 +3,27 @@
 import contextlib
 import errno
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .errors import CheckpointError
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of `flock` on file systems without locks, such as some mounts of NFS and Lustre."""
+
+_opened: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """Close a forked process's copies of locks: a worker that outlives its killed parent would keep them."""
+    for file in list(_opened):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextlib.contextmanager
@@ -42,6 +56,7 @@ def _lock(lock: Path, target: Path, files: contextlib.ExitStack) -> bool:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = files.enter_context(lock.open("w"))
+            _opened.add(file)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 return True

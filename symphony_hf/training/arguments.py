@@ -98,7 +98,7 @@ def _settings_anywhere(settings: dict[str, Any], not_checked: list[str]) -> dict
     if not torch.accelerator.is_available() and not settings.get("use_cpu"):
         unknown |= {"fp16", "fp16_full_eval", "tf32"}
         settings = settings | {"use_cpu": True}
-        not_checked.append("train: there is no GPU here: whether the run fits on one, and the precision that it has")
+        not_checked.append("whether the run fits on a GPU, and its precision there (no GPU here)")
     skipped = [name for name in settings if name in unknown]
     if skipped:
         not_checked.append(f"train: {', '.join(f'`{name}`' for name in skipped)}")

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from symphony_hf.data.blocks import NO_LABEL, end_of_text
 from symphony_hf.data.prepared import PreparedData
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import ConfigError, DataError
 from symphony_hf.evaluation.attacks.text import TextAttack, find_text_attack
 from symphony_hf.settings import parse_settings
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _PROBED = 8
-"""Number of rows that a tokenizer is checked on."""
+"""Number of rows that a tokenizer, and an attack on words, are checked on."""
 
 _READ_BACK = 0.95
 """Minimum share of tokens that it must give back; the ends of a row may cut a character."""
@@ -38,7 +38,8 @@ class Damage:
 
     Args:
         attack: Name of an attack on text, as for `symphony eval`.
-        rate: Share of the words or letters to change, from 0 to 1.
+        rate: Share of the words or letters to change, from 0 to 1. If it is not 0, at least one is changed in each row;
+            by `aaa`, in each line, so that short lines lose a larger share.
 
     Raises:
         ConfigError: If the attack is unknown, or the rate is out of range.
@@ -54,8 +55,11 @@ class Damage:
 
     def describe(self) -> str:
         """Return the damage in words, for plans and reports."""
-        what = find_text_attack(self.attack).what
-        return f"training input damaged anew in each epoch: {self.attack} at {self.rate:g} ({what}); not scored there"
+        attack = find_text_attack(self.attack)
+        part = {"text": "row", "line": "line"}[attack.minimum_per]  # a row is damaged as one text
+        least = f", at least one in each {part}" if self.rate else ""
+        how = f"{self.attack} at {self.rate:g}{least} ({attack.what})"
+        return f"training input damaged anew in each epoch: {how}; not scored there"
 
 
 def damage_of(recipe: "Recipe") -> Damage | None:
@@ -86,10 +90,12 @@ def damaged(data: PreparedData, damage: Damage, tokenizer: "PreTrainedTokenizerB
         seed: Seed of the damage.
 
     Raises:
-        ConfigError: If the tokenizer does not give a text its tokens back.
+        ConfigError: If the tokenizer does not give a text its tokens back, or no spaces separate the words that the
+            damage changes.
     """
     rows = DamagedRows(data.train, damage, tokenizer, seed)
     rows.check_tokenizer()
+    rows.check_words()
     return replace(data, train=rows, notes=[*data.notes, damage.describe()])
 
 
@@ -126,6 +132,23 @@ class DamagedRows(Dataset[dict[str, Tensor]]):
                 f"data: damage: {type(self.tokenizer).__name__} gives decoded text only {same:.0%} of its tokens back, "
                 "so that text which was left alone would count as damaged: leave `damage` out"
             )
+
+    def check_words(self) -> None:
+        """Check on a few rows of the whole dataset that an attack on words finds words.
+
+        Rows without spaces among others give a SymphonyWarning.
+
+        Raises:
+            ConfigError: If no spaces separate the words of these rows, taken together.
+        """
+        if self.damage.rate == 0:
+            return
+        chosen = range(0, len(self.rows), -(-len(self.rows) // _PROBED))  # the first ones alone may be of one text
+        try:
+            texts = [self._decode(self.rows[index]["input_ids"].tolist()) for index in chosen]
+            self.attack.check_words(texts, "data: damage: rows of the data")
+        except DataError as error:
+            raise ConfigError(str(error)) from error
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from symphony_hf.data.blocks import NO_LABEL
 from symphony_hf.data.images.collator import VisualCollator
 from symphony_hf.data.images.questions import VisualQuestions
 from symphony_hf.data.prepared import PreparedData
@@ -27,9 +25,9 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     """Evaluate the trained model on the test split. Every process calls this.
 
     Returns:
-        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss`, the mean over all
-        tokens in it, and `perplexity` of the split named by `split` (the validation split if there is no test split),
-        and `accuracy` for multiple-choice questions. Empty without either split.
+        For documents, clean and attacked perplexity, see `evaluate_documents`. Otherwise `loss`, the mean
+        cross-entropy of all tokens with a label, and `perplexity` of the split named by `split` (the validation split
+        if there is no test split), and `accuracy` for multiple-choice questions. Empty without either split.
     """
     if data.documents is not None:
         documents = thinned(data.documents, recipe.eval.documents)
@@ -40,7 +38,7 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
     held_out = getattr(data, split)
     if held_out is None:
         return {}
-    loss = _mean_loss(trainer, held_out, split)
+    loss = trainer.token_loss(held_out, split)
     with np.errstate(over="ignore"):  # a diverged loss has an infinite perplexity
         values = {"split": split, "loss": loss, "perplexity": float(np.exp(loss))}
     questions = _questions(held_out, data)
@@ -52,39 +50,6 @@ def measure(recipe: "Recipe", trainer: ResumableTrainer, processor: Any, data: P
             interval = metric_interval(METRICS["accuracy"], scores.choices, seed=recipe.eval.seed)
             values |= {"accuracy_low": interval.low, "accuracy_high": interval.high}
     return values
-
-
-def _mean_loss(trainer: ResumableTrainer, held_out: Any, split: str) -> float:
-    """Return the mean loss over all tokens in it, and log it. Trainer's own depends on how rows are put into batches.
-
-    In a run of several processes, rows that fill up the last batch count twice.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of tokens in them
-    arguments = trainer.args
-    step, loop, is_mean = trainer.prediction_step, trainer.evaluation_loop, arguments.average_tokens_across_devices
-
-    def summed(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        num_tokens = int((inputs["labels"][..., 1:] != NO_LABEL).sum())
-        result = step(model, inputs, *args, **kwargs)
-        if num_tokens:
-            sums.add_(torch.tensor([float(result[0]) * num_tokens, num_tokens], dtype=torch.float64))
-        return result
-
-    def over_tokens(*args: Any, **kwargs: Any) -> Any:
-        output = loop(*args, **kwargs)
-        total = sums
-        if arguments.world_size > 1:
-            total = trainer.accelerator.reduce(sums.to(arguments.device))
-        output.metrics[f"{split}_loss"] = float(total[0] / total[1])
-        return output
-
-    trainer.prediction_step, trainer.evaluation_loop = summed, over_tokens  # type: ignore[method-assign]
-    arguments.average_tokens_across_devices = False  # so that a batch's loss is the mean over its own tokens
-    try:
-        return trainer.evaluate(held_out, metric_key_prefix=split)[f"{split}_loss"]
-    finally:
-        del trainer.prediction_step, trainer.evaluation_loop
-        arguments.average_tokens_across_devices = is_mean
 
 
 def _questions(held_out: Any, data: PreparedData) -> Iterable[Question] | None:

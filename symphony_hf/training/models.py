@@ -1,6 +1,5 @@
 """Model of a recipe: built or loaded, upcycled, symphonized, adapted, and its trained parameters selected."""
 
-import contextlib
 import dataclasses
 import inspect
 import re
@@ -10,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,9 +30,9 @@ from symphony_hf.patching.upcycle_modules import upcycle_modules
 from symphony_hf.recipe import ModelSection, PeftSection, Recipe
 from symphony_hf.settings import check_names
 
+from .model_config import IMAGE_TOKEN, as_config_error, build_config, vocabulary_of
+from .processors import expected_vocabulary
 from .zero import gathered
-
-IMAGE_TOKEN = "<image>"
 
 
 def auto_class(recipe: Recipe) -> Any:
@@ -42,73 +40,39 @@ def auto_class(recipe: Recipe) -> Any:
     return AutoModelForImageTextToText if recipe.data.kind == "llava" else AutoModelForCausalLM
 
 
-def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    """Return the config that a model section spells out, with the vocabulary of the tokenizer.
-
-    Raises:
-        ConfigError: If transformers does not know the family, or its config refuses a value.
-    """
-    fields, of_text = dict(section.config or {}), {}
-    if tokenizer is not None:
-        of_text = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-    if "text_config" in fields:
-        fields["text_config"] = {**of_text, **fields["text_config"]}
-        if tokenizer is not None:
-            fields["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    else:
-        fields = {**of_text, **fields}
-    model_type = fields.pop("model_type")
-    with _as_config_error("config"):
-        return AutoConfig.for_model(model_type, **fields)
-
-
-@contextlib.contextmanager
-def _as_config_error(what: str) -> Iterator[None]:
-    """Raise what transformers refuses as a ConfigError with the first line of its message, or that of its cause."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
-        said = error.__cause__ or error if isinstance(error, StrictDataclassError) else error
-        first, _, _ = str(said).strip().partition("\n")
-        raise ConfigError(f"model: {what}: {first}") from error
-
-
 def empty_model(recipe: Recipe) -> PreTrainedModel:
     """Build the recipe's model on the meta device, without weights.
+
+    One that is built has the vocabulary of `expected_vocabulary`.
 
     Raises:
         ConfigError: If its config could not be loaded, the dtype of its checkpoint is unknown, or transformers refuses
             a setting.
+
+    Warns:
+        SymphonyWarning: If the vocabulary is that of a tokenizer that is not on this machine.
     """
     section = recipe.model
     if section.config is None:
         config = _stored_config(section)
     else:
-        fields = {"vocab_size": recipe.data.vocab_size} if section.path is None else {}
-        config = build_config(dataclasses.replace(section, config={**fields, **section.config}), None)
+        config = build_config(section, None if section.path is not None else expected_vocabulary(recipe))
     settings = {"dtype": _dtype_of(section, config), **_implementations(section)}
     if "flash" in settings.get("attn_implementation", ""):
         settings["attn_implementation"] = "sdpa"  # which needs no package, and has the same size
     if section.vision is not None:
-        with _as_config_error(f"the config of `{section.vision}` could not be loaded"):
+        with as_config_error(f"the config of `{section.vision}` could not be loaded"):
             vision = vision_config_of(section.vision)
         # The image token may be any: the tokenizer is not loaded, and no size depends on it.
         config = llava_config(config, vision, config.vocab_size - 1)
     with torch.device("meta"), without_empty_experts_warning():
-        with _as_config_error("it could not be built"):
+        with as_config_error("it could not be built"):
             model = auto_class(recipe).from_config(config, **settings)
         return _upcycle(model, section)
 
 
 def _stored_config(section: ModelSection) -> PreTrainedConfig:
-    with _as_config_error(f"the config of `{section.path}` could not be loaded"):
+    with as_config_error(f"the config of `{section.path}` could not be loaded"):
         return AutoConfig.from_pretrained(section.path, revision=section.revision)
 
 
@@ -154,7 +118,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             return _upcycle(_load_in_4_bits(section, auto, config, settings), section)
         with without_empty_experts_warning():
             return _upcycle(auto.from_pretrained(section.path, revision=section.revision, **settings), section)
-    config = build_config(section, tokenizer)
+    config = build_config(section, vocabulary_of(tokenizer))
     settings["dtype"] = _dtype_of(section, config)
     check_lengths(recipe.data, config)
     with without_empty_experts_warning():

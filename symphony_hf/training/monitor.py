@@ -89,10 +89,10 @@ HISTORY = "load_history.safetensors"
 class GraphMonitor(TrainerCallback):
     """Callback that logs metrics of the graphs and draws them: `Trainer(..., callbacks=[..., GraphMonitor()])`.
 
-    The metrics are those of `diagnostics.graph_summary`, and are reported with the loss. The pictures are `graphs.png`
-    and `load.png` (each expert's load over time) in the output directory, and images in TensorBoard, W&B or Trackio if
-    `report_to` names them. The loads themselves are in `load_history.safetensors`. A log costs under 2 ms for 16 layers
-    of 64 experts on one CPU core.
+    The metrics are those of `diagnostics.graph_metrics.graph_summary`, and are reported with the loss. The pictures are
+    `graphs.png` and `load.png` (each expert's load over time) in the output directory, and images in TensorBoard, W&B
+    or Trackio if `report_to` names them. The loads themselves are in `load_history.safetensors`. A log costs under 2 ms
+    for 16 layers of 64 experts on one CPU core.
 
     Args:
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.

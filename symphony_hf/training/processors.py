@@ -1,5 +1,7 @@
 """Tokenizer of a recipe's model, or its processor if there are images."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -12,37 +14,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from symphony_hf.data.corpus import corpus_of
-from symphony_hf.data.embedded import embedded_corpus
-from symphony_hf.data.streams import sample_stream
-from symphony_hf.data.tokenizer import cached_tokenizer, has_vocabulary
-from symphony_hf.errors import ConfigError
+from symphony_hf.data.tokenizer import cached_tokenizer, has_vocabulary, special_ids
+from symphony_hf.data.tokenizer_text import tokenizer_corpus
+from symphony_hf.errors import ConfigError, SymphonyWarning
 from symphony_hf.models.llava import has_class_token, select_strategy, vision_config_of
 from symphony_hf.recipe import Recipe
+from symphony_hf.settings import changed_settings
 
-from .models import IMAGE_TOKEN, build_config
+from .model_config import IMAGE_TOKEN, Vocabulary, build_config, vocabulary_of
 
 
 def load_processor(recipe: Recipe) -> Any:
     """Load the tokenizer of a recipe's checkpoint, or its processor if there are images.
 
-    For a model that is built, a tokenizer is trained on the recipe's text, or on the first documents of a stream, and
-    cached.
+    For a model that is built without `model.tokenizer`, a tokenizer is trained on the text that the model will read, or
+    on the first documents of a stream, and cached. For data that needs no download, it is trained on the source of the
+    running Python's library.
 
     Raises:
         ConfigError: If the checkpoint's tokenizer could not be loaded.
+        DataError: If the data could not be read.
     """
-    if recipe.model.tokenizer is not None or recipe.model.path is not None:
+    if not recipe.trains_tokenizer:
         return _stored_processor(recipe)
     data = recipe.data
-    is_text = data.kind == "text" and data.path is not None
-    if is_text and data.streaming:
-        corpus = sample_stream(data)
-    elif is_text:
-        corpus = corpus_of(data)
-    else:
-        corpus = embedded_corpus()
-    tokenizer = cached_tokenizer(corpus, data.vocab_size, kind=data.tokenizer)
+    tokenizer = cached_tokenizer(tokenizer_corpus(data), data.vocab_size, kind=data.tokenizer)
     if data.kind != "llava":
         return tokenizer
     config = build_config(recipe.model, None)
@@ -51,7 +47,55 @@ def load_processor(recipe: Recipe) -> Any:
     return _processor(tokenizer, vision, strategy, CLIPImageProcessorPil(size=size, crop_size=size))
 
 
-def _stored_processor(recipe: Recipe) -> Any:
+def tokenizer_notes(recipe: Recipe) -> list[str]:
+    """Return notes on settings of a trained tokenizer that have no effect, because another one is used."""
+    given: dict[str, Any] = {} if recipe.trains_tokenizer else changed_settings(recipe.data)
+    return [
+        f"data: `{name}: {given[name]}` has no effect: the tokenizer is that of `model.{tokenizer_source(recipe)}`"
+        for name in ("vocab_size", "tokenizer")
+        if name in given
+    ]
+
+
+def tokenizer_source(recipe: Recipe) -> str:
+    """Return the setting of the model that names a tokenizer which is not trained: `tokenizer` or `path`."""
+    return "path" if recipe.model.tokenizer is None else "tokenizer"
+
+
+def expected_vocabulary(recipe: Recipe) -> Vocabulary | None:
+    """Return the vocabulary that a model is built with, without reading data or downloading anything.
+
+    Returns:
+        That of `model.tokenizer`; of a tokenizer that is yet to be trained, its kind's, of `data.vocab_size` tokens at
+        most. None if `model.tokenizer` is not on this machine.
+
+    Raises:
+        ConfigError: If `model.tokenizer` is a local folder that could not be loaded.
+
+    Warns:
+        SymphonyWarning: If `model.tokenizer` is not on this machine.
+    """
+    if recipe.trains_tokenizer:
+        size, image = recipe.data.vocab_size, None
+        if recipe.data.kind == "llava":
+            size, image = size + 1, size
+        return Vocabulary(size, special_ids(recipe.data.tokenizer), image, is_exact=False)
+    try:
+        processor = _stored_processor(recipe, local_files_only=True)
+    except ConfigError as error:
+        if Path(str(recipe.model.tokenizer)).exists():
+            raise
+        warnings.warn(
+            f"model: `{recipe.model.tokenizer}` is not on this machine, so it is not checked how many tokens the model "
+            f"is built for ({error})",
+            SymphonyWarning,
+            stacklevel=3,
+        )
+        return None
+    return vocabulary_of(getattr(processor, "tokenizer", processor))
+
+
+def _stored_processor(recipe: Recipe, **settings: Any) -> Any:
     source = recipe.model.tokenizer or recipe.model.path
     revision = recipe.model.revision if recipe.model.tokenizer is None else None
     try:
@@ -61,11 +105,12 @@ def _stored_processor(recipe: Recipe) -> Any:
             vision = vision_config_of(recipe.model.vision)
             return _processor(tokenizer, vision, select_strategy(vision), images)
         loader = AutoProcessor if recipe.data.kind == "llava" else AutoTokenizer
-        return _not_empty(loader.from_pretrained(source, revision=revision))
+        return _not_empty(loader.from_pretrained(source, revision=revision, **settings))
     except (OSError, ValueError) as error:
-        name = "path" if recipe.model.tokenizer is None else "tokenizer"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"model: {name}: the tokenizer of `{source}` could not be loaded: {first}") from error
+        raise ConfigError(
+            f"model: {tokenizer_source(recipe)}: the tokenizer of `{source}` could not be loaded: {first}"
+        ) from error
 
 
 def _not_empty(processor: Any) -> Any:

@@ -39,6 +39,7 @@ from symphony_hf.results import check_results, remove_results
 from .arguments import training_arguments
 from .fit import train
 from .models import add_graph, load_model
+from .output_lock import only_run_in
 from .quickstart_checks import compare_saved_forms, refuse_differences
 from .quickstart_settings import RECIPE, QuickstartSettings
 
@@ -62,14 +63,19 @@ class Arm:
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     """Run the quickstart, and write `report.md`, `report.json`, pictures and checkpoints to the output folder.
 
-    Returns the values of `report.json`. Raises SymphonyError if there is too little text, or, once all is written, if a
-    saved checkpoint does not compute what the model does.
+    Returns the values of `report.json`. Raises SymphonyError if there is too little text, if another run is writing to
+    the folder, or, once all is written, if a saved checkpoint does not compute what the model does.
     """
+    output = Path(settings.output)
+    check_results(output / "report.json", ["report.md"], "quickstart")
+    with only_run_in(output, "quickstart"):
+        return _run(settings, output)
+
+
+def _run(settings: QuickstartSettings, output: Path) -> dict[str, Any]:
     started = time.perf_counter()
     # Progress bars for milliseconds of work would bury those for minutes of it.
     disable_progress_bar()
-    output = Path(settings.output)
-    check_results(output / "report.json", ["report.md"], "quickstart")
     corpus = load_corpus(settings.data)
     tokenizer = cached_tokenizer(corpus, settings.vocab_size)
     base_blocks, tune_blocks, validation_blocks = _blocks(settings, corpus, tokenizer)

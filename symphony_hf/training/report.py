@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from symphony_hf.checkpoints.hub_names import origin_record
 from symphony_hf.compat import versions
 from symphony_hf.conversion.inspection.inspect import inspect_model, print_inspection
+from symphony_hf.data.glue import describe_data
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import write_text
 from symphony_hf.recipe import Recipe
@@ -23,6 +24,7 @@ from .damage import damage_of
 from .launch import expected_strategy, strategy_of
 from .models import add_adapters, add_graph, choose_trained, empty_model
 from .monitor import PICTURE, GraphMonitor
+from .processors import tokenizer_source
 from .routing_monitor import RoutingMonitor
 from .trainer import ResumableTrainer
 
@@ -43,6 +45,8 @@ def describe_run(recipe: Recipe, trainer: ResumableTrainer, data: "PreparedData"
     mean_loss = trainer.mean_loss()
     if mean_loss is not None:
         train["train_loss"] = mean_loss
+    elif trainer.resumed_at:
+        train.pop("train_loss", None)  # Trainer's own covers only the steps after the resume
     return {
         "recipe": dataclasses.asdict(recipe),
         "origin": origin_record(recipe.model.path, recipe.data.path),
@@ -97,17 +101,17 @@ def _lines(results: Mapping[str, Any], output: Path) -> Iterator[str]:
         yield from ("```bash", results["command"], "```", "")
     rows = [(name.replace("_", " "), _number(value)) for name, value in results["test"].items()]
     yield from ("## Result", "", Table("Result", ("", ""), rows).to_markdown(), "")
-    if "train_loss" in train:
+    if "seconds" in results:
         since = results.get("seconds_since_step")
         period = "in total" if since is None else f"since step {since}, after which it was resumed"
-        loss, seconds = train["train_loss"], results["seconds"]
-        yield f"Training: {results['steps']} steps, mean loss {loss:.4f}, {seconds:.0f} seconds {period}."
+        loss = f"mean loss {train['train_loss']:.4f}, " if "train_loss" in train else ""
+        yield f"Training: {results['steps']} steps, {loss}{results['seconds']:.0f} seconds {period}."
         yield ""
     yield f"Model: `final/`, {_which(results)}. To share it: `symphony push {output} NAMESPACE/NAME`."
     parameters = results["parameters"]
     yield f"Parameters: {parameters['total']:,}, of which {parameters['trained']:,} were trained."
     yield f"Run by {results['processes']} processes, strategy {results['strategy']}, on {results['device']}."
-    yield f"Data: {recipe['data']['path'] or 'embedded'}, revision {results['data']['revision']}."
+    yield f"Data: {describe_data(recipe['data'])}, revision {results['data']['revision']}."
     yield from (f"- {note}" for note in results["data"]["notes"])
     yield ""
     yield f"Seeds: {', '.join(f'{name} {seed}' for name, seed in results['seeds'].items())}."
@@ -176,7 +180,7 @@ def print_dry_run(
         "device": str(arguments.device),
         "length": length,
         "optimizer step": f"{per_step} sequences of at most {recipe.data.block_size} tokens",
-        "data": _describe(recipe.data),
+        "data": _describe_data(recipe),
         **({} if (damage := damage_of(recipe)) is None else {"damage": damage.describe()}),
         "graph": "none: a plain model" if recipe.symphony is None else _describe(recipe.symphony),
         "adapters": "none: all parameters are trained" if recipe.peft is None else _describe(recipe.peft),
@@ -185,8 +189,20 @@ def print_dry_run(
     }
     Table("The run", ("", ""), list(rows.items())).print(console, show_header=False)
     for problem in not_checked:
-        console.print(f"Not checked here: {problem}", highlight=False, markup=False)
+        console.print(f"Not checked: {problem}", highlight=False, markup=False)
     console.print("This was a dry run: nothing was loaded, trained or written.", highlight=False)
+
+
+def _describe_data(recipe: Recipe) -> str:
+    """Return kind and source, even if they are the defaults, the settings, and the tokenizer."""
+    data = recipe.data
+    changed = {name: value for name, value in changed_settings(data).items() if name not in ("kind", "path")}
+    others = [f"{name}: {value}" for name, value in changed.items() if name not in ("vocab_size", "tokenizer")]
+    if recipe.trains_tokenizer:
+        others.append(f"a tokenizer trained on it ({data.tokenizer}, at most {data.vocab_size:,} tokens)")
+    else:
+        others.append(f"the tokenizer of `model.{tokenizer_source(recipe)}`")
+    return ", ".join([f"{data.kind}: {describe_data(dataclasses.asdict(data))}", *others])
 
 
 def _describe(section: Any) -> str:

@@ -53,10 +53,15 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
                 f"from its own states alone: give another checkpoint{anew if (folder / CONFIG).is_file() else ''}"
             )
         notes.append("it has only weights (save_only_model): the optimizer and the random states start anew")
+    print_notes(arguments, notes)
+    return folder
+
+
+def print_notes(arguments: TrainingArguments, notes: list[str]) -> None:
+    """Print notes on a run, on the first process alone."""
     if arguments.process_index == 0:
         for note in notes:
             print(f"symphony_hf: {note}", flush=True)
-    return folder
 
 
 def _check_same_on_all_processes(folder: Path | None) -> None:

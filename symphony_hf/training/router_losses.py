@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import Trainer
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from symphony_hf.errors import ConfigError, PatchError
-from symphony_hf.patching.attachment import share_of_step, tracker_of
+from symphony_hf.patching.attachment import tracker_of
+from symphony_hf.patching.recorded_loss import loss_shifts_labels, share_of_step
 from symphony_hf.patching.symphonize import is_symphonized
 
 TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])
@@ -84,9 +84,7 @@ def _counted_labels(trainer: Trainer, inputs: Any) -> Tensor | None:
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if shifted is not None or not isinstance(labels, Tensor):
         return shifted
-    model: Any = trainer.model
-    is_shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-    return labels[..., 1:] if is_shifted and not model.config.is_encoder_decoder else labels
+    return labels[..., 1:] if loss_shifts_labels(trainer.model) else labels  # type: ignore[arg-type]
 
 
 def _share_of_step(trainer: Trainer, labels: Tensor | None, num_items_in_batch: Any) -> Tensor | float:

@@ -28,21 +28,25 @@ _SHOWN = ("load_entropy", "dead_experts", "busiest")
 _EVERY = 50
 """Steps between two observations where the trainer does not log by steps."""
 
+_MANY = 2**30
+"""Number of observations in the moving average of a checkpoint that does not record it: its decay is the plain one."""
+
 
 class RoutingMonitor(GraphMonitor, ExportableState):
     """Callback that watches the routers of any MoE in training: `Trainer(model, ..., callbacks=[RoutingMonitor()])`.
 
-    It logs, under `routing/`, the metrics of `diagnostics.graph_summary` on a moving average of co-selections and the
-    mean margin of the choices, as means and for each router, to whatever `report_to` names. It draws what GraphMonitor
-    draws, into files whose names begin with `routing_`. The model needs no graph, and stays as it is: hooks read the
-    routers in one forward of this process, without padding, at the first step and at each that is logged; with
-    `logging_strategy` `epoch` or `no`, at every 50th, and at the first after each log. A log that is added for a
-    checkpoint has no metrics if no forward was read since the last. The moving average is saved in a checkpoint's
+    It logs, under `routing/`, the metrics of `diagnostics.graph_metrics.graph_summary` on a moving average of
+    co-selections and the mean margin of the choices, as means and for each router, to whatever `report_to` names. It
+    draws what GraphMonitor draws, into files whose names begin with `routing_`. The model needs no graph, and stays as
+    it is: hooks read the routers in one forward of this process, without padding, at the first step and at each that is
+    logged; with `logging_strategy` `epoch` or `no`, at every 50th, and at the first after each log. A log that is added
+    for a checkpoint has no metrics if no forward was read since the last. The moving average is saved in a checkpoint's
     trainer_state.json, so that a resumed run logs what an uninterrupted one does.
 
     Args:
         pictures: Whether to draw, which takes a second or two at each checkpoint and at the end.
-        decay: Decay of the moving average, per observation.
+        decay: Decay of the moving average, per observation. It begins with the first observation, and the
+            first 1 / (1 - decay) of them weigh the same.
     """
 
     prefix = "routing"
@@ -54,6 +58,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         self._handles: list[Any] = []
         self._readers: dict[str, RouterReader] = {}
         self._graphs: dict[str, Tensor] = {}
+        self._num_seen: dict[str, int] = {}
         self._margins: dict[str, Tensor] = {}
         self._counts: dict[str, tuple[Tensor, Tensor]] = {}
         self._mask_T: Tensor | None = None
@@ -72,10 +77,13 @@ class RoutingMonitor(GraphMonitor, ExportableState):
             name: initial_adjacency(router.contract.num_experts, router.contract.top_k, "cpu")
             for name, router in routers_to_watch(model).items()
         }
+        self._num_seen = {}
         self._margins = {}
         self._is_new = saved_attributes(self, state).get("is_new", False)
         if seen := saved_attributes(self, state).get("seen"):
             tensors = load(base64.b64decode(seen))
+            unknown = dict.fromkeys(self._graphs, _MANY)
+            self._num_seen = dict(saved_attributes(self, state).get("num_seen", unknown))
             self._margins = {name: tensors[f"margin/{name}"] for name in self._graphs if f"margin/{name}" in tensors}
             self._graphs = {name: tensors.get(f"graph/{name}", graph) for name, graph in self._graphs.items()}
         super().on_train_begin(args, state, control, model=model, **kwargs)
@@ -89,7 +97,7 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         """Return what Trainer saves of this callback in a checkpoint: its tensors as safetensors, in letters."""
         graphs = {f"graph/{name}": graph for name, graph in self._graphs.items()}
         seen = save(graphs | {f"margin/{name}": margin.cpu() for name, margin in self._margins.items()})
-        attributes = {"seen": base64.b64encode(seen).decode(), "is_new": self._is_new}
+        attributes = {"seen": base64.b64encode(seen).decode(), "num_seen": self._num_seen, "is_new": self._is_new}
         return {"args": {"pictures": self.pictures, "decay": self.decay}, "attributes": attributes}
 
     def on_step_begin(
@@ -168,13 +176,17 @@ class RoutingMonitor(GraphMonitor, ExportableState):
         margin_T = router_margin(logits_TE.detach(), indices_TK)
         kept_T = torch.ones_like(margin_T, dtype=torch.bool) if mask_T is None else mask_T.to(margin_T.device)
         self._counts[name] = (counts_EE, kept_T.sum())
-        self._margins[name] = margin_T[kept_T & margin_T.isfinite()].mean()
+        finite = margin_T[kept_T & margin_T.isfinite()]
+        self._margins.pop(name, None)
+        if len(finite):  # none is where all experts are chosen
+            self._margins[name] = finite.mean()
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for name, (counts_EE, num_tokens) in self._counts.items():
-            self._graphs[name] = update_adjacency(
-                self._graphs[name], counts_EE.float().cpu(), num_tokens.float().cpu(), self.decay
-            )
+            num_tokens = num_tokens.float().cpu()
+            self._num_seen[name] = self._num_seen.get(name, 0) + int(num_tokens > 0)
+            decay = min(self.decay, 1 - 1 / max(self._num_seen[name], 1))
+            self._graphs[name] = update_adjacency(self._graphs[name], counts_EE.float().cpu(), num_tokens, decay)
         self._is_unseen, self._is_new = not self._counts, self._is_new or bool(self._counts)
         self._stop_watching()
 

@@ -1,9 +1,7 @@
 """The recipe runner: trains, saves and evaluates the model of a recipe, under every launcher."""
 
-import json
 import time
 import warnings
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from symphony_hf.checkpoints.model_card import PICTURE as CARD_PICTURE
 from symphony_hf.checkpoints.model_card import is_card_alone
 from symphony_hf.checkpoints.upload import write_card
-from symphony_hf.config import GRAPHS, SymphonyConfig
 from symphony_hf.data.packing import check_packing
 from symphony_hf.data.prepare import prepare_data
 from symphony_hf.data.streams import EndlessStream
+from symphony_hf.data.tokenizer import digest_tokenizer
 from symphony_hf.errors import ConfigError, SymphonyWarning
-from symphony_hf.files import ADAPTER_RECORD, CONFIG, read_object, write_json
+from symphony_hf.files import write_json
 from symphony_hf.recipe import Recipe
 from symphony_hf.results import check_results, remove_results
 
@@ -28,29 +26,25 @@ from .final_evaluation import measure
 from .fit import train
 from .launch import Request, check_launch, check_one_gpu, expected_strategy, is_launched, requests_of
 from .models import add_adapters, add_graph, choose_trained, load_model
-from .processors import load_processor
+from .output_lock import only_run_in
+from .processors import load_processor, tokenizer_notes
 from .report import REPORT, describe_run, write_run_report
-from .resuming import checkpoint_to_resume
+from .resumed_settings import (
+    REVISION,
+    TOKENIZER,
+    check_same_data,
+    check_same_graphs,
+    check_same_settings,
+    check_same_tokenizer,
+    graph_settings,
+    settings_of,
+)
+from .resuming import checkpoint_to_resume, print_notes
 from .routing_monitor import monitors_of
 from .trainer_checkpoints import read_record, reporting_failed_save
 from .zero import gather_when_saving, prepare_deepspeed, set_aside_empty_parameters
 
 RESULTS = "results.json"
-
-_FIXED = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
-"""Training arguments that must be the same when a run is resumed."""
-
-_FIXED_SINCE = (
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("completion_only_loss", "assistant_only_loss", "packing", "max_length", "chat_template_path"),
-    *("packing_strategy", "truncation_mode", "shuffle_dataset", "loss_type"),
-    *("train_sampling_strategy", "dataloader_drop_last"),
-)
-"""Further ones, which the first releases did not record: the optimizer's, whose saved state has its own, those of
-TRL's SFTTrainer that decide which tokens are trained, and those of the order of rows."""
-
-_REVISION = "data_revision"
-"""Key of the data's revision in the settings of a checkpoint's record."""
 
 
 def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -68,24 +62,36 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         model card, ready to be pushed.
 
     Raises:
-        SymphonyError: Before training, if the recipe, the data, the model or the checkpoint is not usable; later, if a
-            file cannot be written.
+        SymphonyError: Before training, if the recipe, the data, the model or the checkpoint is not usable, or another
+            run is writing to the output directory; later, if a file cannot be written.
     """
     began, output = time.perf_counter(), Path(recipe.output.directory)
     arguments, requested = prepare_run(recipe)
-    settings, graphs = _settings(recipe, arguments), _graph_settings(recipe)
+    with only_run_in(output, "train", arguments):
+        return _run(recipe, arguments, requested, command, began)
+
+
+def _run(
+    recipe: Recipe, arguments: TrainingArguments, requested: list[Request], command: str, began: float
+) -> dict[str, Any]:
+    output = Path(recipe.output.directory)
+    settings, graphs = settings_of(recipe, arguments), graph_settings(recipe)
+    print_notes(arguments, tokenizer_notes(recipe))
     checkpoint = checkpoint_to_resume(arguments)
     started: float | None = began
     if checkpoint is not None:
-        _check_same_settings(settings, checkpoint)
-        _check_same_graphs(graphs, checkpoint)
+        print_notes(arguments, check_same_settings(settings, checkpoint))
+        check_same_graphs(graphs, checkpoint)
         seconds_before = (read_record(checkpoint) or {}).get("seconds")
         started = None if seconds_before is None else began - seconds_before
-    processor = load_processor(recipe)
     with arguments.main_process_first(desc="reading the data"):  # the other processes find it in the cache
+        processor = load_processor(recipe)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        digest = digest_tokenizer(tokenizer) if recipe.trains_tokenizer else None
         data = prepare_data(recipe.data, processor, seed=arguments.seed, train=recipe.train)
     if checkpoint is not None:
-        _check_same_data(data.revision, checkpoint)
+        check_same_data(data.revision, checkpoint)
+        check_same_tokenizer(digest, recipe.data, checkpoint)
     callbacks: list[TrainerCallback] = []
     if (damage := damage_of(recipe)) is not None:
         data = damaged(data, damage, processor, arguments.seed)
@@ -96,7 +102,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             f"`{recipe.data.path}` has none: add one, or set `eval_strategy: no`"
         )
     torch.manual_seed(arguments.seed)
-    model = load_model(recipe, getattr(processor, "tokenizer", processor))
+    model = load_model(recipe, tokenizer)
     if expected_strategy(arguments) == "zero3":
         set_aside_empty_parameters(model)
     add_graph(model, recipe)
@@ -114,7 +120,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         requested,
         data.collator,
         processor,
-        {**settings, "symphony": graphs, _REVISION: data.revision},
+        {**settings, "symphony": graphs, REVISION: data.revision, TOKENIZER: digest},
         started,
     )
     if trainer.is_world_process_zero():
@@ -209,79 +215,3 @@ def _remove_card(final: Path) -> None:
     if readme.is_file() and is_card_alone(readme.read_text(encoding="utf-8")):
         readme.unlink()
         (final / CARD_PICTURE).unlink(missing_ok=True)
-
-
-def _settings(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the settings that must be the same when a run is resumed, except for those of the graphs."""
-    sections = {"data": asdict(recipe.data), "peft": {} if recipe.peft is None else asdict(recipe.peft)}
-    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    settings |= {name: getattr(arguments, name) for name in _FIXED}
-    settings |= {name: getattr(arguments, name) for name in _FIXED_SINCE if hasattr(arguments, name)}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _check_same_settings(settings: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to resume with other settings than the run began with.
-
-    Raises:
-        ConfigError: If the checkpoint records other settings. A checkpoint without a record is accepted.
-    """
-    before = (read_record(checkpoint) or {}).get("settings", settings)
-    elsewhere = {"symphony", _REVISION}  # compared by `_check_same_graphs` and `_check_same_data`
-    if before.get(_REVISION) is not None:
-        elsewhere.add("data.revision")  # which may name the recorded commit, or the branch that had it
-    before = {**{name: settings[name] for name in _FIXED_SINCE if name in settings}, **before}
-    names = [name for name in {**settings, **before} if name not in elsewhere]
-    differing = [name for name in names if before.get(name) != settings.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in differing)
-        raise ConfigError(
-            f"train: `{checkpoint}` is of a run with other settings ({changes}): resume with the same ones, or start a "
-            "new run in another output directory"
-        )
-
-
-def _check_same_data(revision: str | None, checkpoint: Path) -> None:
-    """Refuse to resume on other data than the run began with.
-
-    Raises:
-        ConfigError: If the checkpoint records another revision. It is accepted if one of the two is unknown.
-    """
-    before = (read_record(checkpoint) or {}).get("settings", {}).get(_REVISION)
-    if None not in (before, revision) and before != revision:
-        raise ConfigError(
-            f"data: `{checkpoint}` is of a run on other data (revision {before}, now {revision}): restore it (from the "
-            "Hub, by `data.revision`), or start a new run in another output directory"
-        )
-
-
-def _graph_settings(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the settings of the graphs that the model will have; None without graphs."""
-    if recipe.symphony is None:
-        return None
-    follows_path = recipe.symphony.graph not in GRAPHS
-    return (replace(recipe.symphony, graph="ema") if follows_path else recipe.symphony).to_dict()
-
-
-def _check_same_graphs(graphs: dict[str, Any] | None, checkpoint: Path) -> None:
-    """Refuse to resume with other settings of the graphs than the run began with.
-
-    Raises:
-        ConfigError: If the checkpoint's settings differ, or cannot be read. A sharded checkpoint of a release that did
-            not record them is accepted.
-    """
-    hint = "resume from another checkpoint, or start a new run in another output directory"
-    recorded = (read_record(checkpoint) or {}).get("settings", {})
-    written = next((checkpoint / name for name in (CONFIG, ADAPTER_RECORD) if (checkpoint / name).exists()), None)
-    if written is not None:
-        recorded = read_object(written, ConfigError, hint=hint)
-    elif "symphony" not in recorded:
-        return
-    stored = recorded.get("symphony")
-    before, now = ({} if values is None else SymphonyConfig.from_dict(values).to_dict() for values in (stored, graphs))
-    differing = [name for name in SymphonyConfig().to_dict() if before.get(name) != now.get(name)]
-    if differing:
-        raise ConfigError(
-            f"symphony: `{checkpoint}` was saved with other settings ({', '.join(differing)}): resume with the same "
-            "ones, or start a new run in another output directory"
-        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging
 
@@ -19,12 +19,13 @@ from symphony_hf.errors import CheckpointError
 from symphony_hf.files import ADAPTER_RECORD, UNFINISHED, finish, place_to_write, read_weight_map
 
 from .resuming import batches_of
+from .token_loss import TokenLossTrainer
 from .trainer_checkpoints import delete_oldest, finish_checkpoint, reporting_failed_save, run_number, run_of
 
 logger = logging.get_logger(__name__)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(TokenLossTrainer):
     """transformers' Trainer, with checkpoints that get their name only once they are complete.
 
     A checkpoint keeps the model's own tensor names: Trainer loads it without the conversion from the Hub's, and so
@@ -201,10 +202,12 @@ class ResumableFlow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stepped = False
+        output = Path(args.output_dir)
+        best = _best_checkpoint(output, args, state, self.run)
+        if best is not None:  # Trainer has forgotten its path if the folder was moved
+            state.best_model_checkpoint = str(best)
         if args.should_save:
-            output = Path(args.output_dir)
             newest = output / f"checkpoint-{state.global_step}"
-            best = _best_checkpoint(output, args, state, self.run)  # Trainer forgets its path if the folder was moved
             delete_oldest(output, args.save_total_limit, {newest, best or newest}, self.run)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

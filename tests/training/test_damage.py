@@ -8,14 +8,16 @@ from transformers import TrainerState
 from symphony_hf.data.blocks import NO_LABEL, BlockDataset
 from symphony_hf.data.documents import Document
 from symphony_hf.data.packing import make_block
+from symphony_hf.data.prepared import PreparedData
 from symphony_hf.data.tokenizer import train_tokenizer
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import ConfigError, SymphonyWarning
 from symphony_hf.evaluation.attacks.text import find_text_attack
 from symphony_hf.recipe import load_recipe
-from symphony_hf.training.damage import Damage, DamagedRows, DamageEpochs, damage_of, left_alone
+from symphony_hf.training.damage import Damage, DamagedRows, DamageEpochs, damage_of, damaged, left_alone
 from symphony_hf.training.runner import prepare_run, run_recipe
 
 TEXTS = [f"the quick brown fox number {n} jumps over dog {n % 7}\nand runs away\n" for n in range(40)]
+CHINESE = [f"机器翻译的质量取决于数据{n}和模型的规模\n" for n in range(40)]
 KEYBOARD = Damage(attack="keyboard", rate=0.1)
 
 
@@ -101,6 +103,20 @@ def test_packed_documents_keep_their_places(tokenizer, name):
     assert ((steps == 1) | (row["position_ids"][1:] == 0)).all()
 
 
+@pytest.mark.parametrize(("name", "least", "changed"), [("aaa", "line", 3), ("keyboard", "row", 1)])
+def test_a_description_says_the_least_that_is_damaged(name, least, changed):
+    """At a share of which nothing would be left, in a row of three lines."""
+    tokenizer = train_tokenizer([Document("0", "".join(TEXTS))], 400, "characters")
+    damage = Damage(attack=name, rate=0.001)
+    assert f"{name} at 0.001, at least one in each {least} (" in damage.describe()
+    assert "at least" not in Damage(attack=name, rate=0.0).describe()
+    text = "the quick fox\njumps over dogs\nand runs"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    row = DamagedRows(BlockDataset(ids), damage, tokenizer, 0)[0]
+    before, after = text.split(), tokenizer.decode(row["input_ids"]).split()
+    assert sum(old != new for old, new in zip(before, after, strict=True)) == changed
+
+
 def test_left_alone_is_what_both_have_in_order():
     assert left_alone([1, 2, 3, 4], [1, 9, 3, 4]) == [True, False, True, True]
     assert left_alone([1, 2, 3], [1, 2, 8, 9, 3]) == [True, True, False, False, True]
@@ -112,6 +128,30 @@ def test_a_tokenizer_that_does_not_read_back_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(rows, "_decode", lambda ids: "other text")
     with pytest.raises(ConfigError, match="of its tokens back"):
         rows.check_tokenizer()
+
+
+def damage_texts(texts, name, rate=0.1, size=48):
+    tokenizer = train_tokenizer([Document(str(n), text) for n, text in enumerate(texts)], 400, "characters")
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    blocks = torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
+    damage = Damage(attack=name, rate=rate)
+    return damaged(PreparedData("text", BlockDataset(blocks)), damage, tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("name", ["aaa", "word_drop", "word_shuffle"])
+def test_damage_of_words_needs_spaces_between_them(name):
+    with pytest.raises(
+        ConfigError, match=rf"^data: damage: .*{name} changes words, and no spaces separate .* char_swap"
+    ):
+        damage_texts(CHINESE, name)
+    damage_texts(CHINESE, "char_swap")
+    damage_texts(CHINESE, name, rate=0.0)
+    damage_texts(TEXTS, name)
+
+
+def test_rows_without_spaces_among_others_are_counted_wherever_they_are():
+    with pytest.warns(SymphonyWarning, match=r"^data: damage: .*no spaces separate the words in [234] of 8 texts"):
+        damage_texts(TEXTS + CHINESE, "aaa")
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,11 @@ def test_every_recipe_prints_its_plan_on_a_laptop(name, empty, monkeypatch, caps
     assert train_main([str(RECIPES / name), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "This was a dry run: nothing was loaded, trained or written." in out
-    listed = "\n".join(line for line in out.split("Not checked here: ")[1:])
+    listed = " ".join(" ".join(out.split("Not checked: ")[1:]).split())  # long lines are wrapped
     recipe = load_recipe(RECIPES / name, {})
-    assert ("there is no GPU here" in listed) == (not recipe.train.get("use_cpu"))
+    assert ("whether the run fits on a GPU, and its precision there (no GPU here)" in listed) == (
+        not recipe.train.get("use_cpu")
+    )
     assert ("needs bitsandbytes" in listed) == (recipe.model.quantization is not None)
     assert ("strategy zero3" in listed) == (recipe.launch.strategy == "zero3")
     assert ("needs trl" in listed) == (recipe.data.kind == "chat")
@@ -118,9 +120,38 @@ def test_symphony_train_is_the_same_without_accelerate(empty):
     assert list(empty.iterdir()) == []
 
 
+def test_dashes_in_the_name_of_a_setting_are_underscores(empty):
+    words = ["train", str(RECIPES / "quickstart" / "config.yaml"), "--max-steps", "7", "--dry-run"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "7 steps" in result.output
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "described"),
+    [
+        ("", "text: embedded text data, block_size: 128, a tokenizer trained on it (bpe, at most 2,048 tokens)"),
+        ("{kind: chat, path: me/chats}", "chat: me/chats, a tokenizer trained on it (bpe, at most 4,096 tokens)"),
+        ("{kind: glue, name: rte}", "glue: GLUE rte, name: rte, a tokenizer"),
+        ("{path: me/data, vocab_size: 999}", "text: me/data, the tokenizer of `model.path`"),
+    ],
+)
+def test_the_data_and_its_source_are_always_shown(settings, described, empty, capsys):
+    recipe = empty / "recipe.yaml"
+    recipe.write_text(f"base: {RECIPES / 'quickstart' / 'config.yaml'}\n")
+    if settings:
+        path = ", path: me/model, dtype: float32" if "model.path" in described else ""
+        model = f"{{config: {{model_type: olmoe, num_hidden_layers: 1}}{path}}}"
+        recipe.write_text(f"model: {model}\ndata: {settings}\n")
+    assert train_main([str(recipe), "--dry_run"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert described in shown
+
+
 def test_symphony_train_trains(monkeypatch):
     """The recipe with its overrides; the command that the report names is the one without the launcher."""
-    given, results = [], {"test": {"clean": 2.5, "documents": 3}}
+    given, results = [], {"test": {"clean": 2.5, "attacked": 3.0, "ratio": 1.2, "documents": 3}}
 
     def run_recipe(recipe, command):
         given.extend((recipe, command))
@@ -135,7 +166,11 @@ def test_symphony_train_trains(monkeypatch):
         load_recipe(smoke, {"max_steps": 7, "output.directory": "a run"}),
         f"python -m symphony_hf.train {smoke} --max_steps 7 --output.directory 'a run'",
     ]
-    assert "test: clean 2.5000, documents 3; report: a run/report.md" in result.output
+    measured = "test perplexity: clean 2.5000, attacked 3.0000, ratio 1.2000; report: a run/report.md"
+    assert measured in result.output
+    results["test"] = {"split": "validation", "loss": 0.5, "perplexity": 1.6487}
+    expected = "test: split validation, loss 0.5000 nats a token, perplexity 1.6487; report: a run/report.md"
+    assert expected in CliRunner().invoke(app, words).output
     results["test"] = {}
     assert "test: no held-out split; report: a run/report.md" in CliRunner().invoke(app, words).output
 

@@ -6,8 +6,13 @@ from models import make_model
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from symphony_hf import ConfigError, symphonize
+from symphony_hf.data.documents import Document
+from symphony_hf.data.tokenizer import train_tokenizer
+from symphony_hf.errors import SymphonyWarning
 from symphony_hf.recipe import DataSection, ModelSection, PeftSection, Recipe
-from symphony_hf.training.models import add_adapters, build_config, empty_model, load_model
+from symphony_hf.training.model_config import build_config, vocabulary_of
+from symphony_hf.training.models import add_adapters, empty_model, load_model
+from symphony_hf.training.processors import load_processor
 
 IMAGES = DataSection(kind="llava")
 
@@ -103,3 +108,77 @@ def test_adapters_of_a_stock_model_are_those_of_its_baseline(family, router, exp
     assert any("gate" in name and "lora" not in name for name in trained) == (router == "train")
     with pytest.raises(ConfigError, match="nothing would be trained"):
         add_adapters(make_model(family), PeftSection(attention=False))
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY |= {"model_type": "olmoe", "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A folder with a tokenizer of 300 tokens."""
+    train_tokenizer([Document("a", "the quick brown fox jumps over the lazy dog. " * 50)], 300).save_pretrained(
+        tmp_path / "named"
+    )
+    return str(tmp_path / "named")
+
+
+def test_a_built_model_is_planned_with_the_tokenizer_that_it_is_trained_with(named):
+    recipe = Recipe(model=ModelSection(config=TINY, tokenizer=named))
+    empty, loaded = empty_model(recipe), load_model(recipe, load_processor(recipe))
+    assert empty.config.vocab_size == loaded.config.vocab_size < DataSection.vocab_size
+    assert [getattr(empty.config, name) for name in SPECIAL] == [getattr(loaded.config, name) for name in SPECIAL]
+
+
+def test_it_is_said_if_that_tokenizer_is_not_here():
+    recipe = Recipe(model=ModelSection(config={**TINY, "vocab_size": 77}, tokenizer="nobody/nothing"))
+    with pytest.warns(SymphonyWarning, match="`nobody/nothing` is not on this machine, so it is not checked how many"):
+        assert empty_model(recipe).config.vocab_size == 77
+
+
+def test_a_named_tokenizer_that_cannot_be_read_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"the tokenizer of `.*` could not be loaded"):
+        empty_model(Recipe(model=ModelSection(config=TINY, tokenizer=str(tmp_path))))
+
+
+@pytest.mark.parametrize(("kind", "ids"), [("bpe", [1, 0, 0]), ("words", [0, None, 0]), ("characters", [0, None, 0])])
+def test_a_model_is_planned_with_the_special_tokens_of_the_tokenizer_to_be_trained(kind, ids):
+    """Those of its family are beyond such a vocabulary."""
+    model = empty_model(Recipe(model=ModelSection(config=TINY), data=DataSection(vocab_size=500, tokenizer=kind)))
+    assert [getattr(model.config, name) for name in SPECIAL] == ids
+    assert model.config.vocab_size == 500
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"vocab_size": 200}, r"config: `vocab_size: 200` is too small for the tokenizer, which has \d+ tokens"),
+        ({"eos_token_id": 7}, "config: `eos_token_id: 7`, but the tokenizer has 0"),
+        ({"pad_token_id": 399}, "config: `pad_token_id: 399`, but the tokenizer has 1"),
+        ({"bos_token_id": 5000}, r"config: `bos_token_id: 5000` is beyond the vocabulary of \d+ tokens"),
+        ({"bos_token_id": 512, "vocab_size": 512}, "config: `bos_token_id: 512` is beyond the vocabulary of 512 tok"),
+    ],
+)
+def test_a_config_that_contradicts_the_tokenizer_is_refused(named, config, problem):
+    """An id beyond the vocabulary would be an IndexError in the first forward."""
+    for fields in ({**TINY, **config}, {"model_type": "llava", "text_config": {**TINY, **config}}):
+        where = "config.text_config" if "text_config" in fields else "config"
+        recipe = Recipe(model=ModelSection(config=fields, tokenizer=named))
+        with pytest.raises(ConfigError, match=problem.replace("config:", f"{where}:")):
+            build_config(recipe.model, vocabulary_of(load_processor(recipe)))
+    with pytest.raises(ConfigError, match=problem):
+        empty_model(Recipe(model=ModelSection(config={**TINY, **config}, tokenizer=named)))
+
+
+def test_a_config_may_have_room_for_more_tokens_and_several_ends(named):
+    recipe = Recipe(model=ModelSection(config={**TINY, "vocab_size": 512, "eos_token_id": [5, 0]}, tokenizer=named))
+    config = build_config(recipe.model, vocabulary_of(load_processor(recipe)))
+    assert (config.vocab_size, config.eos_token_id) == (512, [5, 0])
+
+
+def test_a_config_may_have_another_token_that_begins_a_text(named):
+    """A model is trained with the tokenizer's; its own is the one that generation begins with."""
+    recipe = Recipe(model=ModelSection(config={**TINY, "vocab_size": 512, "bos_token_id": 511}, tokenizer=named))
+    assert build_config(recipe.model, vocabulary_of(load_processor(recipe))).bos_token_id == 511
+    assert empty_model(recipe).config.bos_token_id == 511

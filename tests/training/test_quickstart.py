@@ -124,11 +124,11 @@ def test_a_quickstart_in_a_used_folder_does_not_keep_the_report_of_other_models(
 
 
 def test_a_full_disk_leaves_the_page_as_it_was(quickstart, tmp_path, monkeypatch, disk_that_fills):
-    for name in ("plot_comparison", "plot_curves", "plot_graphs", "plot_expert_network"):
+    for name in ("plot_comparison", "plot_copies", "plot_graphs", "plot_expert_network"):
         monkeypatch.setattr(plots, name, lambda *arguments: None)
     (tmp_path / "report.md").write_bytes(b"old")
     with pytest.raises(OSError, match="No space left"):
-        write_report(quickstart[1], {}, {}, tmp_path)
+        write_report(quickstart[1], {}, quickstart[1]["curves"], tmp_path)
     assert (tmp_path / "report.md").read_bytes() == b"old"
 
 

@@ -1,5 +1,6 @@
 """A recipe trains, saves and evaluates, in one process and in two."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,7 +32,7 @@ from symphony_hf.data.documents import Document
 from symphony_hf.data.tokenizer import train_tokenizer
 from symphony_hf.errors import ReportError, SymphonyWarning
 from symphony_hf.evaluation.report.find_runs import read_runs
-from symphony_hf.recipe import load_recipe
+from symphony_hf.recipe import DataSection, ModelSection, OutputSection, Recipe, load_recipe
 from symphony_hf.training import final_evaluation, processors, runner
 from symphony_hf.training.final_evaluation import measure
 from symphony_hf.training.monitor import HISTORY, GraphMonitor, LoadHistory
@@ -309,19 +310,10 @@ def test_a_plain_run_in_a_used_folder_does_not_keep_the_card_of_another_model(fi
 
 
 class Diverged:
-    """A Trainer whose model has a loss of 1,000. exp(710) is more than a float holds."""
+    """A trainer whose model has a loss of 1,000. exp(710) is more than a float holds."""
 
-    args = SimpleNamespace(world_size=1, average_tokens_across_devices=True)
-
-    def evaluate(self, rows, metric_key_prefix):
-        return self.evaluation_loop(rows).metrics
-
-    def evaluation_loop(self, rows):
-        self.prediction_step(None, {"labels": torch.tensor(rows)}, True)
-        return SimpleNamespace(metrics={})
-
-    def prediction_step(self, model, inputs, prediction_loss_only):
-        return torch.tensor(1000.0), None, None
+    def token_loss(self, rows, split):
+        return 1000.0
 
 
 def test_a_diverged_model_has_an_infinite_perplexity():
@@ -385,6 +377,50 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
         section = dataclasses.replace(load_recipe(RECIPE).model, config=None, **model)
         with pytest.raises(ConfigError, match=r"its files are missing; set `model.tokenizer` to a checkpoint"):
             processors.load_processor(dataclasses.replace(load_recipe(RECIPE), model=section))
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [({"path": "a/model"}, "path"), ({"config": {"model_type": "olmoe"}, "tokenizer": "a/model"}, "tokenizer")],
+)
+def test_settings_of_a_trained_tokenizer_are_noted_where_another_one_is_used(model, source, tmp_path, monkeypatch):
+    recipe = Recipe(model=ModelSection(**model), data=DataSection(vocab_size=999, tokenizer="words"))
+    assert processors.tokenizer_notes(recipe) == [
+        f"data: `{name}` has no effect: the tokenizer is that of `model.{source}`"
+        for name in ("vocab_size: 999", "tokenizer: words")
+    ]
+    assert processors.tokenizer_notes(dataclasses.replace(recipe, data=DataSection())) == []
+    assert processors.tokenizer_notes(load_recipe(RECIPE)) == []
+    # The run prints them before it loads anything.
+    printed = []
+    monkeypatch.setattr(runner, "print_notes", lambda arguments, notes: printed.extend(notes))
+    monkeypatch.setattr(runner, "load_processor", None)  # calling it ends the run
+    recipe = dataclasses.replace(recipe, train={"use_cpu": True}, output=OutputSection(directory=str(tmp_path / "run")))
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        run_recipe(recipe)
+    assert printed == processors.tokenizer_notes(recipe)
+
+
+def test_one_process_reads_the_text_of_the_tokenizer_first(small, monkeypatch):
+    """The others find what it read in the cache."""
+    inside = []
+
+    @contextlib.contextmanager
+    def first(arguments, local=True, desc="work"):
+        inside.append(desc)
+        yield
+        inside.pop()
+
+    class Reached(Exception):
+        pass
+
+    def load(recipe):
+        raise Reached(*inside)
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", first)
+    monkeypatch.setattr(runner, "load_processor", load)
+    with pytest.raises(Reached, match=r"^reading the data$"):
+        run_recipe(load_recipe(RECIPE, small))
 
 
 @pytest.mark.parametrize("name", ["results.json", "report.md"])

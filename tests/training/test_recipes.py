@@ -21,6 +21,7 @@ from symphony_hf.settings import parse_settings
 from symphony_hf.training.arguments import training_arguments
 from symphony_hf.training.models import empty_model
 from symphony_hf.training.planning.settings import GLUE_EXAMPLES
+from symphony_hf.training.quickstart_settings import RECIPE as QUICKSTART
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -91,6 +92,12 @@ def test_every_recipe_has_a_page_and_a_smoke_recipe(folder):
     assert f"recipes/{folder.name}/config.yaml" in page
     assert "--symphony.strength 0" in page
     assert folder.name == "quickstart" or (folder / "smoke.yaml").exists()
+
+
+def test_the_quickstarts_recipe_is_the_packages():
+    """Each a file of its own: where git makes no symbolic links, a link is a text file with a path in it."""
+    assert (RECIPES / "quickstart" / "config.yaml").read_bytes() == QUICKSTART.read_bytes()
+    assert [path for path in RECIPES.rglob("*") if path.is_symlink()] == []
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -26,12 +26,16 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from symphony_hf import CheckpointError, ConfigError, SymphonyCallback, symphonize
 from symphony_hf.compat import PRIVATE_NAMES
+from symphony_hf.data.prepared import PreparedData
 from symphony_hf.files import UNFINISHED
-from symphony_hf.recipe import PeftSection, load_recipe
-from symphony_hf.training import resuming, runner
+from symphony_hf.recipe import DataSection, ModelSection, PeftSection, Recipe, load_recipe
+from symphony_hf.training import resumed_settings, resuming
 from symphony_hf.training import trainer as trainer_module
 from symphony_hf.training import trainer_checkpoints as checkpoints
+from symphony_hf.training.fit import train
 from symphony_hf.training.models import add_adapters
+from symphony_hf.training.report import _lines as report_lines
+from symphony_hf.training.report import describe_run
 from symphony_hf.training.resuming import checkpoint_to_resume
 from symphony_hf.training.runner import run_recipe
 from symphony_hf.training.trainer import ResumableTrainer
@@ -333,15 +337,74 @@ def test_settings_of_only_one_run_differ_too(before, now, changed, tmp_path):
     target = tmp_path / "checkpoint-3"
     checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
     checkpoints.finish_checkpoint(target, 3, batches={}, settings=before)
-    runner._check_same_settings(before, target)
+    resumed_settings.check_same_settings(before, target)
     with pytest.raises(ConfigError, match=rf"a run with other settings \({changed}\)"):
-        runner._check_same_settings(now, target)
+        resumed_settings.check_same_settings(now, target)
     # As of a release that did not record it.
-    runner._check_same_settings({**before, "packing": True, "adam_beta2": 0.95}, target)
+    resumed_settings.check_same_settings({**before, "packing": True, "adam_beta2": 0.95}, target)
+
+
+def test_a_recorded_vocabulary_that_had_no_effect_is_not_compared(tmp_path):
+    """Earlier releases recorded it for a checkpoint with a tokenizer, too."""
+    now = compared(tmp_path, model={"path": "someone/model"})
+    target = tmp_path / "checkpoint-3"
+    checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
+    earlier = {**now, "data.vocab_size": 2048, "data.tokenizer": "words"}
+    checkpoints.finish_checkpoint(target, 3, batches={}, settings=earlier)
+    resumed_settings.check_same_settings(now, target)
+    built = {**now, "data.vocab_size": 4096, "data.tokenizer": "bpe"}
+    with pytest.raises(ConfigError, match=r"data\.vocab_size 2048, now 4096, data\.tokenizer 'words', now 'bpe'"):
+        resumed_settings.check_same_settings(built, target)
+
+
+def test_settings_of_tables_are_compared_only_where_a_table_is_read(tmp_path):
+    """Earlier releases recorded `rows: lines` for text files, too."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("Text.")
+    table = tmp_path / "rows.jsonl"
+    table.write_text('{"text": "Text."}\n')
+    for number, path in enumerate((None, str(tmp_path / "text"), str(tmp_path / "text" / "a.txt"))):
+        now = compared(tmp_path, data={"path": path})
+        earlier = {**now, "data.rows": "lines", "data.text_column": "body"}
+        resumed_settings.check_same_settings(now, recorded(tmp_path / str(number), earlier))
+    for number, path in enumerate((str(table), "someone/data")):
+        now = compared(tmp_path, data={"path": path})
+        target = recorded(tmp_path / f"table-{number}", {**now, "data.rows": "lines", "data.text_column": "body"})
+        with pytest.raises(ConfigError, match=r"text_column 'body', now 'text', data.rows 'lines', now 'documents'"):
+            resumed_settings.check_same_settings(now, target)
+
+
+@pytest.mark.parametrize(
+    ("data", "was_of_another_text"),
+    [
+        ({"kind": "chat", "path": "rows.jsonl"}, True),
+        ({"kind": "glue", "name": "qnli"}, True),
+        ({"kind": "llava", "path": "rows.json"}, True),
+        ({"kind": "text", "path": "text"}, False),
+        ({"kind": "chat"}, False),
+        ({"kind": "glue", "name": "qnli", "path": "embedded"}, False),
+    ],
+    ids=str,
+)
+def test_a_run_resumes_with_the_tokenizer_that_it_trained(data, was_of_another_text, tmp_path):
+    section = DataSection(**data)
+    check = resumed_settings.check_same_tokenizer
+    target = recorded(tmp_path / "now", {"seed": 0, resumed_settings.TOKENIZER: "a" * 64})
+    check("a" * 64, section, target)
+    check(None, section, target)  # another model's tokenizer, which is compared by the model's settings
+    with pytest.raises(ConfigError, match=r"another trained tokenizer \(digest a{64}, now b{64}\): resume with the"):
+        check("b" * 64, section, target)
+    resumed_settings.check_same_settings({"seed": 0}, target)  # it is compared alone
+    before = recorded(tmp_path / "before", {"seed": 0})  # a release that did not record it
+    if was_of_another_text:
+        with pytest.raises(ConfigError, match=rf"`{section.kind}` data on the running Python's library.* start a new"):
+            check("a" * 64, section, before)
+    else:
+        check("a" * 64, section, before)
 
 
 RUN = {"symphony.decay": 0.9}
-GRAPHS = runner._graph_settings(load_recipe(RECIPE, RUN))
+GRAPHS = resumed_settings.graph_settings(load_recipe(RECIPE, RUN))
 
 
 @pytest.mark.parametrize("form", ["config.json", "symphony_config.json", "the record"])
@@ -354,29 +417,125 @@ def test_graphs_of_every_form_of_checkpoint_are_compared(form, stored, tmp_path)
         checkpoints.write_json(checkpoints.place_to_write(target) / form, {"symphony": stored})
     settings = {"symphony": stored} if form == "the record" else None
     checkpoints.finish_checkpoint(target, 3, batches={}, settings=settings)
-    runner._check_same_graphs(stored, target)
-    other = runner._graph_settings(load_recipe(RECIPE, {**RUN, "symphony.decay": 0.5}))
+    resumed_settings.check_same_graphs(stored, target)
+    other = resumed_settings.graph_settings(load_recipe(RECIPE, {**RUN, "symphony.decay": 0.5}))
     with pytest.raises(ConfigError, match=r"saved with other settings \(.*decay"):
-        runner._check_same_graphs(other, target)
-    runner._check_same_settings({}, target)  # these are compared alone
+        resumed_settings.check_same_graphs(other, target)
+    resumed_settings.check_same_settings({}, target)  # these are compared alone
 
 
 def test_a_sharded_checkpoint_of_a_release_that_did_not_record_graphs_is_accepted(tmp_path):
     checkpoints.write_json(checkpoints.place_to_write(tmp_path / "checkpoint-3") / "trainer_state.json", {})
     checkpoints.finish_checkpoint(tmp_path / "checkpoint-3", 3, batches={}, settings={"seed": 0})
-    runner._check_same_graphs(GRAPHS, tmp_path / "checkpoint-3")
+    resumed_settings.check_same_graphs(GRAPHS, tmp_path / "checkpoint-3")
 
 
 def test_a_graph_from_a_path_is_compared_as_the_average_that_it_becomes():
-    settings = runner._graph_settings(load_recipe(RECIPE, {"symphony.graph": "runs/earlier"}))
+    settings = resumed_settings.graph_settings(load_recipe(RECIPE, {"symphony.graph": "runs/earlier"}))
     assert settings["graph"] == "ema"
 
 
-@pytest.mark.parametrize("name", ["optim", "adam_beta1", "adam_beta2", "adam_epsilon"])
-def test_settings_of_the_optimizer_are_recorded(name, tmp_path):
-    """Its saved state has its own, so that other ones would have no effect."""
+@pytest.mark.parametrize("name", ["optim", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"])
+def test_settings_of_the_optimizer_and_the_loss_are_recorded(name, tmp_path):
+    """The optimizer's saved state has its own, so that other ones would have no effect."""
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    assert runner._settings(load_recipe(RECIPE), arguments)[name] == getattr(arguments, name)
+    assert resumed_settings.settings_of(load_recipe(RECIPE), arguments)[name] == getattr(arguments, name)
+
+
+def recorded(output, settings):
+    """Write a checkpoint of a run with settings, and return it."""
+    target = output / "checkpoint-3"
+    checkpoints.write_json(checkpoints.place_to_write(target) / "trainer_state.json", {"global_step": 3})
+    checkpoints.finish_checkpoint(target, 3, batches={}, settings=settings)
+    return target
+
+
+def compared(output, model=None, peft=None, data=None, **settings):
+    model = ModelSection(**(model or {"config": {"model_type": "olmoe"}}))
+    recipe = Recipe(model=model, peft=peft, data=DataSection(**(data or {})))
+    return resumed_settings.settings_of(recipe, TrainingArguments(str(output), use_cpu=True, report_to=[], **settings))
+
+
+COMMIT = "a" * 40
+OTHER_BASES = [
+    ({"path": "someone/other"}, "model.path 'someone/base', now 'someone/other'"),
+    ({"path": "someone/base", "revision": "v2"}, "model.revision 'main', now 'v2'"),
+]
+PARTLY_TRAINED = [({}, PeftSection()), ({"trainable": ["*gate*"]}, None)]
+
+
+@pytest.mark.parametrize(("more", "peft"), PARTLY_TRAINED, ids=["peft", "trainable"])
+@pytest.mark.parametrize(("now", "changed"), OTHER_BASES)
+def test_another_base_model_is_refused_where_most_of_it_stays(now, changed, more, peft, tmp_path):
+    """Of adapters, a checkpoint has no other weights than theirs."""
+    target = recorded(tmp_path, compared(tmp_path, {"path": "someone/base", **more}, peft))
+    same = compared(tmp_path, {"path": "someone/base", "revision": "main", **more}, peft)
+    assert resumed_settings.check_same_settings(same, target) == []
+    with pytest.raises(ConfigError, match=rf"a run with other settings \({changed}\)"):
+        resumed_settings.check_same_settings(compared(tmp_path, {**now, **more}, peft), target)
+
+
+@pytest.mark.parametrize(("now", "changed"), OTHER_BASES)
+def test_another_base_model_is_noted_where_all_of_it_is_trained(now, changed, tmp_path):
+    """The weights are those of the checkpoint."""
+    target = recorded(tmp_path, compared(tmp_path, {"path": "someone/base"}))
+    (note,) = resumed_settings.check_same_settings(compared(tmp_path, now), target)
+    assert changed in note
+
+
+@pytest.mark.parametrize(("more", "peft"), [*PARTLY_TRAINED, ({}, None)], ids=["peft", "trainable", "all"])
+@pytest.mark.parametrize("before", [None, "v1"])
+def test_a_commit_of_the_base_model_is_noted(before, more, peft, tmp_path):
+    """It may be the one that the branch or tag had. Another commit than the recorded one is another model."""
+    recipe = {"path": "someone/base", **more}
+    target = recorded(tmp_path / "named", compared(tmp_path, {**recipe, "revision": before}, peft))
+    (note,) = resumed_settings.check_same_settings(compared(tmp_path, {**recipe, "revision": COMMIT}, peft), target)
+    assert f"model.revision '{before or 'main'}', now '{COMMIT}'" in note
+    target = recorded(tmp_path / "commit", compared(tmp_path, {**recipe, "revision": "b" * 40}, peft))
+    now = compared(tmp_path, {**recipe, "revision": COMMIT}, peft)
+    if peft is None and not more:
+        assert len(resumed_settings.check_same_settings(now, target)) == 1
+    else:
+        with pytest.raises(ConfigError, match=r"model.revision 'b{40}', now 'a{40}'"):
+            resumed_settings.check_same_settings(now, target)
+
+
+def test_other_trained_parameters_are_refused(tmp_path):
+    target = recorded(tmp_path, compared(tmp_path, {"path": "someone/base"}))
+    now = compared(tmp_path, {"path": "someone/base", "trainable": ["gate"]})
+    with pytest.raises(ConfigError, match=r"a run with other settings \(model.trainable None, now \['gate'\]\)"):
+        resumed_settings.check_same_settings(now, target)
+
+
+@pytest.mark.parametrize("now", ["moved/base", "someone/base"], ids=["another folder", "the Hub"])
+def test_a_base_model_in_another_place_is_noted(now, tmp_path, monkeypatch):
+    """It may be the same one. A relative path that is gone looks like a name on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/base", "moved/base"):
+        Path(folder).mkdir(parents=True)
+    target = recorded(tmp_path, compared(tmp_path, {"path": "runs/base"}))
+    shutil.rmtree("runs")
+    (note,) = resumed_settings.check_same_settings(compared(tmp_path, {"path": now}), target)
+    assert f"model.path 'runs/base', now '{now}'" in note
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"max_steps": 20}, {"warmup_steps": 5}, {"num_train_epochs": 4}, {"lr_scheduler_kwargs": {"num_cycles": 2}}],
+    ids=str,
+)
+def test_another_schedule_is_noted(changed, tmp_path):
+    """A longer run is legitimate."""
+    target = recorded(tmp_path, compared(tmp_path))
+    assert resumed_settings.check_same_settings(compared(tmp_path), target) == []
+    (note,) = resumed_settings.check_same_settings(compared(tmp_path, **changed), target)
+    assert re.search(rf"another schedule \({next(iter(changed))} .*\): the learning rate", note)
+    record = json.loads((target / RECORD).read_text())
+    for name in [*changed, "model.path", "model.on_hub", "model.revision", "model.trainable"]:
+        del record["settings"][name]  # as of a release that did not record it
+    (target / RECORD).write_text(json.dumps(record))
+    now = compared(tmp_path, {"path": "someone/other"}, **changed)
+    assert resumed_settings.check_same_settings(now, target) == []
 
 
 def resumable(output, **settings):
@@ -760,7 +919,8 @@ def test_a_bare_trainer_resumes_too(graph, tmp_path):
     """Without the runner: a symphonized model and the callback suffice if the checkpoint is complete."""
 
     def model():
-        return symphonize(make_model(attention_dropout=0.1), decay=0.9, graph=graph)
+        settings = {"decay": 0.9} if graph == "ema" else {}
+        return symphonize(make_model(attention_dropout=0.1), graph=graph, **settings)
 
     expected = trained(Trainer, model(), tmp_path / "whole", callbacks=[SymphonyCallback()])
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
@@ -849,7 +1009,7 @@ def test_the_best_adapter_is_loaded_as_it_was_saved(tmp_path, monkeypatch):
         assert torch.equal(weights[name.replace("gate.symphony", "gate.modules_to_save.default.symphony")], tensor)
 
 
-def test_the_best_stays_where_its_folder_was_moved(tmp_path):
+def test_the_best_stays_where_its_folder_was_moved(tmp_path, monkeypatch):
     """Trainer then forgets its path."""
     for step in (4, 6, 8):
         target = tmp_path / f"checkpoint-{step}"
@@ -858,5 +1018,51 @@ def test_the_best_stays_where_its_folder_was_moved(tmp_path):
     best = {"metric_for_best_model": "loss", "greater_is_better": False}
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_total_limit=2, **best)
     state = TrainerState(global_step=8, log_history=[{"step": 4, "eval_loss": 1.0}, {"step": 6, "eval_loss": 2.0}])
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "should_save", property(lambda self: False))  # of another process
+        trainer_module.ResumableFlow().on_train_begin(arguments, state, TrainerControl())
+    assert steps_of(tmp_path) == [4, 6, 8]
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")  # all of them load it at the end
+    state.best_model_checkpoint = None
     trainer_module.ResumableFlow().on_train_begin(arguments, state, TrainerControl())
     assert steps_of(tmp_path) == [4, 8]
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+def test_the_best_is_loaded_where_the_folder_was_moved(tmp_path):
+    """The run is over but for its end. The state names the old folder."""
+    best_is_first = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
+    best_is_first |= {"load_best_model_at_end": True, "learning_rate": 0.01}
+    trained(ResumableTrainer, make_model(), tmp_path / "run", settings=best_is_first)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    last = str(tmp_path / "moved" / "checkpoint-8")
+    _, weights = trained(ResumableTrainer, make_model(), tmp_path / "moved", last, settings=best_is_first)
+    found = json.loads((tmp_path / "moved" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert found["best_global_step"] == 4
+    stored = load_file(tmp_path / "moved" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("logging", ["no", "steps"])
+def test_a_mean_loss_of_the_whole_run_or_none(logging, tmp_path):
+    """Where no step was logged before the resume, Trainer's own mean is of the rest."""
+
+    def described(resume):
+        folder = tmp_path / "run"
+        data = [{"input_ids": row, "labels": row} for row in make_ids(40, 12)]
+        how = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "per_device_train_batch_size": 4}
+        quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "dataloader_pin_memory": False}
+        arguments = TrainingArguments(str(folder), logging_strategy=logging, logging_steps=2, **how, **quiet)
+        trainer = train(symphonize(make_model()), data, None, arguments, resume_from=resume)
+        results = describe_run(load_recipe(RECIPE), trainer, PreparedData("text", train=data), "")
+        return results, "\n".join(report_lines({**results, "test": {}, "seconds": 7.0}, folder))
+
+    whole, page = described(None)
+    assert f"4 steps, mean loss {whole['train']['train_loss']:.4f}, 7 seconds in total" in page
+    resumed, page = described(tmp_path / "run" / "checkpoint-2")
+    if logging == "no":
+        assert "train_loss" not in resumed["train"]
+        assert "Training: 4 steps, 7 seconds in total." in page
+    else:  # sums of float32 in another order
+        assert resumed["train"]["train_loss"] == pytest.approx(whole["train"]["train_loss"], rel=1e-6)
+        assert "4 steps, mean loss" in page

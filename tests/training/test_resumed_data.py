@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import load_recipe
-from symphony_hf.training import runner
+from symphony_hf.training import resumed_settings, runner
 from symphony_hf.training.runner import run_recipe
 from symphony_hf.training.trainer_checkpoints import RECORD
 
@@ -44,15 +44,17 @@ def write_record(folder, settings):
 @pytest.mark.parametrize(("name", "value"), [("train_sampling_strategy", "sequential"), ("dataloader_drop_last", True)])
 def test_settings_of_the_order_of_rows_must_stay(name, value, small, tmp_path):
     before, now = (
-        runner._settings(load_recipe(RECIPE, small), TrainingArguments(str(tmp_path), use_cpu=True, **given))
+        resumed_settings.settings_of(
+            load_recipe(RECIPE, small), TrainingArguments(str(tmp_path), use_cpu=True, **given)
+        )
         for given in ({}, {name: value})
     )
     write_record(tmp_path, before)
     with pytest.raises(ConfigError, match=rf"a run with other settings \({name} .*, now {value!r}\)"):
-        runner._check_same_settings(now, tmp_path)
+        resumed_settings.check_same_settings(now, tmp_path)
     del before[name]  # a release that did not record it
     write_record(tmp_path, before)
-    runner._check_same_settings(now, tmp_path)
+    resumed_settings.check_same_settings(now, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")  # newer releases of TRL
@@ -63,7 +65,7 @@ def test_settings_of_the_rows_of_conversations_must_stay(name, value, small, tmp
     from trl import SFTConfig
 
     recipe = load_recipe(RECIPE, small)
-    now = runner._settings(recipe, SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value}))
+    now = resumed_settings.settings_of(recipe, SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value}))
     assert now[name] == value
 
 
@@ -81,24 +83,30 @@ def test_a_run_resumes_on_the_same_data(small, tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # the data is accepted
         run_recipe(load_recipe(RECIPE, {**saved, "resume_from_checkpoint": str(checkpoint)}))
     record = json.loads((checkpoint / RECORD).read_text())
-    del record["settings"]["data_revision"]  # a release that did not record it
+    record["settings"]["tokenizer_digest"] = "0" * 64
     (checkpoint / RECORD).write_text(json.dumps(record))
-    runner._check_same_data("0" * 64, checkpoint)
+    with pytest.raises(ConfigError, match=r"another trained tokenizer \(digest 0{64}, now \w{64}\)"):
+        run_recipe(load_recipe(RECIPE, {**saved, "resume_from_checkpoint": str(checkpoint)}))
+    del record["settings"]["data_revision"], record["settings"]["tokenizer_digest"]  # a release without them
+    (checkpoint / RECORD).write_text(json.dumps(record))
+    resumed_settings.check_same_data("0" * 64, checkpoint)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # text files had the same tokenizer
+        run_recipe(load_recipe(RECIPE, {**saved, "resume_from_checkpoint": str(checkpoint)}))
 
 
 def test_a_commit_is_the_same_by_any_name(small, tmp_path):
     """A run without `data.revision` resumes after the data set has changed, by the commit that the error names."""
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     recipes = (load_recipe(RECIPE, {**small, **given}) for given in ({}, {"data.revision": "a" * 40}))
-    before, now = (runner._settings(recipe, arguments) for recipe in recipes)
+    before, now = (resumed_settings.settings_of(recipe, arguments) for recipe in recipes)
     write_record(tmp_path, {**before, "data_revision": "a" * 40})
     with pytest.raises(ConfigError, match=r"revision a{40}, now b{40}\): restore it"):
-        runner._check_same_data("b" * 40, tmp_path)
-    runner._check_same_settings(now, tmp_path)
-    runner._check_same_data("a" * 40, tmp_path)
+        resumed_settings.check_same_data("b" * 40, tmp_path)
+    resumed_settings.check_same_settings(now, tmp_path)
+    resumed_settings.check_same_data("a" * 40, tmp_path)
     write_record(tmp_path, before)  # a release that did not record the commit
     with pytest.raises(ConfigError, match=r"a run with other settings \(data.revision None, now 'a{40}'\)"):
-        runner._check_same_settings(now, tmp_path)
+        resumed_settings.check_same_settings(now, tmp_path)
 
 
 @pytest.mark.thorough

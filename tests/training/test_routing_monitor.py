@@ -66,6 +66,65 @@ def test_the_graph_is_the_naive_count(tmp_path):
             assert entry[f"routing/{name}"] == pytest.approx(value, abs=1e-6)
 
 
+def test_a_router_that_has_collapsed_is_seen_at_once(tmp_path):
+    """All tokens choose the same 2 of 8 experts, and the average has not begun at an even load."""
+    model = make_model(num_experts_per_tok=2)
+
+    def collapse(module, args, output):
+        logits, weights, indices = output
+        return logits, weights, torch.arange(2).expand_as(indices).clone()
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(collapse)
+    trainer = train(model, tmp_path, RoutingMonitor(pictures=False), steps=3, logging_steps=1)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["routing/busiest"] for entry in logs] == pytest.approx([4.0] * 3)
+    assert [entry["routing/dead_experts"] for entry in logs] == [0.75] * 3
+
+
+def observed(monitor, batches, state=None):
+    """Let a monitor observe batches, one a step, and return its graphs."""
+    model = make_model()
+    arguments = TrainingArguments("unused", use_cpu=True, report_to="none", logging_steps=1)
+    state = state or TrainerState(logging_steps=1)
+    monitor.on_train_begin(arguments, state, None, model=model)
+    for ids in batches:
+        monitor.on_step_begin(arguments, state, None, model=model)
+        model(input_ids=ids)
+        state.global_step += 1
+    return monitor.graphs_of(model)
+
+
+def test_the_first_observations_weigh_the_same():
+    batches = [make_ids(seed=seed) for seed in range(4)]
+    single = [observed(RoutingMonitor(pictures=False), [ids]) for ids in batches]
+    for name, graph in observed(RoutingMonitor(pictures=False, decay=0.7), batches[:3]).items():
+        torch.testing.assert_close(graph, sum(graphs[name] for graphs in single[:3]) / 3)
+    for name, graph in observed(RoutingMonitor(pictures=False, decay=0.7), batches).items():
+        before = sum(graphs[name] for graphs in single[:3]) / 3
+        torch.testing.assert_close(graph, 0.7 * before + 0.3 * single[3][name])  # 0.7 is less than 1 - 1 / 4
+
+
+def test_a_checkpoint_that_did_not_count_observations_goes_on_with_the_plain_decay():
+    first, second = make_ids(seed=0), make_ids(seed=1)
+    monitor = RoutingMonitor(pictures=False, decay=0.6)
+    before, alone = observed(monitor, [first]), observed(RoutingMonitor(pictures=False), [second])
+    saved = monitor.state()
+    saved["attributes"].pop("num_seen", None)
+    state = TrainerState(logging_steps=1, global_step=1, stateful_callbacks={"RoutingMonitor": saved})
+    for name, graph in observed(RoutingMonitor(pictures=False, decay=0.6), [second], state).items():
+        torch.testing.assert_close(graph, 0.6 * before[name] + 0.4 * alone[name])
+
+
+def test_routers_that_choose_all_experts_have_no_margin(tmp_path):
+    """There is no other expert: the margin is infinite for each token."""
+    model = make_model(num_experts_per_tok=8)
+    trainer = train(model, tmp_path, RoutingMonitor(pictures=False), steps=1, logging_steps=1)
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["routing/busiest"] == pytest.approx(1.0)
+    assert not [name for name in entry if "margin" in name]
+
+
 def test_a_resumed_run_goes_on_with_its_moving_average(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     logged = []

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_pt_utils import LabelSmoother
 
-from symphony_hf.conversion.adapters.targets import base_of
+from symphony_hf.conversion.inspection.tensors import base_of
 from symphony_hf.errors import UnsupportedModelError
 from symphony_hf.patching.symphonize import is_symphonized, symphony_routers
 from symphony_hf.recipe import Recipe
