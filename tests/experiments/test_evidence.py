@@ -159,6 +159,16 @@ REFUSED = {
         lambda values: {**values, "command": ""},
         "its `command` is '', which names no study file",
     ),
+    "pairs without a finished run": (
+        "pairs",
+        lambda values: {**values, "rows": []},
+        "has no finished run, only 0 missing",
+    ),
+    "axes without a finished run": (
+        "ablation",
+        lambda values: {**values, "rows": [], "missing": ["smoe, graph, seed 0"]},
+        "has no finished run, only 1 missing ones: finish the study first",
+    ),
     "nothing a page can be made of": ("theory", lambda values: {**values, "convergence": [{}]}, "no page can be made"),
 }
 
@@ -171,6 +181,81 @@ def test_refused_results_replace_nothing(name, taken_in, tmp_path):
     assert message in str(result.exception)
     assert {path.name: path.read_bytes() for path in (tmp_path / "evidence").iterdir()} == before
     assert not (tmp_path / "page.md").exists()
+
+
+def test_a_study_of_characters_without_a_finished_run_replaces_nothing(tmp_path):
+    folder, output = tmp_path / "evidence", tmp_path / "output"
+    shutil.copytree(RECIPES / "evidence", folder)
+    output.mkdir()
+    before = (folder / "characters-short.json").read_bytes()
+    (output / "report.json").write_text(json.dumps({**json.loads(before), "rows": [], "cells": [], "machines": []}))
+    with pytest.raises(DataError, match=r"--characters: `.*report.json` has no finished run"):
+        write_evidence(folder, tmp_path / "page.md", characters=str(output))
+    assert (folder / "characters-short.json").read_bytes() == before
+
+
+def test_replaced_files_are_named(taken_in, tmp_path):
+    page, pairs = tmp_path / "page.md", tmp_path / "evidence" / "pairs.json"
+    assert taken_in("pairs").output == f"Written to {page}, {pairs} (replaced)\n"
+    pairs.unlink()
+    about = ("--about", "On some text.")
+    assert taken_in("pairs", None, *about).output == f"Written to {page} (replaced), {pairs}\n"
+
+
+def test_the_regime_of_a_study_of_words_is_said(taken_in, tmp_path):
+    def tuned(values):
+        rates = {"learning_rates": [0.001, 0.003], "tuning_seeds": [7, 8], "tokenizer": "words"}
+        regime = {"pretraining_steps": 500, "contamination": 0.1, "text_vocab_size": 7654}
+        tuning = [{"label": "smoe, graph", "losses": {"0.001": 1.25, "0.003": 2.5}, "chosen": 0.001}]
+        return {**values, "settings": {**values["settings"], **rates, **regime}, "tuning": tuning}
+
+    assert taken_in("pairs", tuned).exit_code == 0
+    page = (tmp_path / "page.md").read_text()
+    pairs = page[page.index("## The three pairs") : page.index("## The axes")]
+    assert "Each run from a plain model, or for a control one of its own kind, after 500 steps on the first" in pairs
+    assert "10% of which were replaced at random once and scored like the rest" in pairs
+    assert "Adam, each form at the best of 2 learning rates for held-out training text" in pairs
+    assert "all at a learning rate of" not in pairs
+    assert "a vocabulary of 7,654 words" in pairs
+    assert "### Learning rates" in pairs
+    assert "| smoe, graph | 1.2500 | 2.5000 | 0.001 |" in pairs
+    # A study of an earlier version has one rate, and is known by its recipe's maximum.
+    axes = page[page.index("## The axes") :]
+    assert "all at a learning rate of 0.003, which was not tuned for each form" in axes
+    assert "a vocabulary of at most 8,192 words" in axes
+
+
+def test_the_graph_is_credited_with_what_it_adds_to_its_own_base(taken_in, tmp_path):
+    """A base with a dense router gradient, better than the plain system, and worse than itself without a graph."""
+    values = {"estimate": 0.5, "low": 0.4, "high": 0.6, "num_seeds": 3, "confidence": 0.95}
+
+    def dense(report, compared=True):
+        report["settings"]["base"]["router_gradient"] = "dense"
+        for row in report["rows"]:
+            if row["label"] == "smoe, graph":
+                row["point"]["router_gradient"] = "dense"
+                measures = row["against_plain"]
+                row["against_plain"] = {name: {**values, "verdict": "better"} for name in measures}
+                row["against_no_graph"] = {name: {**values, "verdict": "worse"} for name in measures}
+                if not compared:
+                    del row["against_no_graph"]
+        return report
+
+    assert taken_in("pairs", dense).exit_code == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "Lower clean perplexity with the graph**: SMoE refuted (0.5000 [0.4000, 0.6000])" in page
+    assert "clean against the plain system" in page[page.index("## The three pairs") :]
+    assert taken_in("pairs", lambda report: dense(report, compared=False)).exit_code == 0
+    assert "Lower clean perplexity with the graph**: SMoE not run" in (tmp_path / "page.md").read_text()
+
+
+def test_the_page_says_once_what_forms_are_compared_with():
+    """Not all forms of the page differ from the plain system by their graph alone."""
+    intro = PAGE.read_text().partition("## Summary")[0]
+    assert "A form that differs by its graph alone is compared with the same system without a graph." in intro
+    assert "Forms that differ in more than their graph are compared with the plain system" in intro
+    assert intro.count("compared with") == 2
+    assert "has no damage added to its batches" in intro
 
 
 def test_the_sentence_of_a_text_stays_with_it(taken_in, tmp_path):

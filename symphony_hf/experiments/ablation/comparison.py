@@ -36,10 +36,10 @@ Runs = Mapping[int, Mapping[str, Any]]
 
 def measures_of(study: Study) -> tuple[str, ...]:
     """Return the names of a study's measures, as a run's result has them."""
+    forgotten = [] if study.pretraining is None else ["forgotten_nats"]
     if not study.by_characters:
-        return WORD_MEASURES
-    names = ["validation_loss", "clean_nats"]
-    names += [] if study.pretraining is None else ["forgotten_nats"]
+        return (*WORD_MEASURES, *forgotten)
+    names = ["validation_loss", "clean_nats", *forgotten]
     names += [f"{kind}_{rate:g}" for kind in ("damaged_nats", "routing_kept") for rate in study.damage]
     return (*names, "load_entropy")
 

@@ -10,6 +10,7 @@ from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.tables import Table
 
 from .comparison import NO_VERDICT, WORD_MEASURES, difference_text, is_share, sight_page, sight_sentence, title_of
+from .point import point_of
 
 ROUTING_STABILITY = (
     "Routing stability: the share of their experts that words keep under attack, over words that are not attacked "
@@ -30,7 +31,7 @@ CHOICES_KEPT = ROUTING_STABILITY.replace("Routing stability", "Choices kept").re
 def table_of(report: Mapping[str, Any]) -> Table:
     """Return the table of a study's points."""
     shown, compared = shown_measures(report), compared_measures(report)
-    header = ["point", "seeds", *map(title_of, shown), *(f"{title_of(name)} against no graph" for name in compared)]
+    header = ["point", "seeds", *map(title_of, shown), *comparison_titles(report)]
     rows = []
     for row in report["rows"]:
         cells = [row["label"], str(len(row["seeds"]))]
@@ -40,6 +41,31 @@ def table_of(report: Mapping[str, Any]) -> Table:
             cells.append(_verdict_text(against[name], name) if against else "")
         rows.append(cells)
     return Table("", header, rows)
+
+
+PLAIN_SYSTEM = "the plain system"
+"""Name of what forms are compared with where they differ from it in more than their graph."""
+
+PLAIN_SYSTEM_NOTE = (
+    "Forms that differ in more than their graph are compared with the plain system: it has no graph, selects the "
+    "top-k, trains its router by the chosen experts alone, and has no damage added to its batches."
+)
+
+
+def plain_name(report: Mapping[str, Any]) -> str:
+    """Return the name of what the forms of a report are compared with: `no graph`, or `PLAIN_SYSTEM`."""
+    forms = [point for row in report["rows"] if (point := point_of(row["point"])).control == "none"]
+    return "no graph" if all(form.differs_by_graph for form in forms) else PLAIN_SYSTEM
+
+
+def comparison_titles(report: Mapping[str, Any]) -> list[str]:
+    """Return the headings of the comparisons in the table of a report."""
+    return [f"{title_of(name)} against {plain_name(report)}" for name in compared_measures(report)]
+
+
+def plain_note(report: Mapping[str, Any]) -> list[str]:
+    """Return the sentence on the plain system, if a report's table names it."""
+    return [PLAIN_SYSTEM_NOTE] if plain_name(report) == PLAIN_SYSTEM else []
 
 
 _UNSHOWN = ("validation", "validation_loss", "untouched_clean", "untouched_attacked")
@@ -71,7 +97,7 @@ def _brief_table(report: Mapping[str, Any]) -> Table:
         against = row.get("against_plain")
         cells = [_verdict_text(against[name] | {"low": None}, name) if against else "" for name in compared]
         rows.append([row["label"], str(len(row["seeds"])), *cells])
-    return Table("", ["point", "seeds", *(f"{title_of(name)} against no graph" for name in compared)], rows)
+    return Table("", ["point", "seeds", *comparison_titles(report)], rows)
 
 
 def _verdict_text(values: Mapping[str, Any], measure: str) -> str:
@@ -90,8 +116,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Points",
         "",
         f"{settings['tokens']:,} tokens per run, seeds {', '.join(map(str, settings['seeds']))}. "
-        f"{_UNITS[settings['tokenizer']]} Means with 95% t-intervals over seeds in brackets; comparisons are paired by "
-        f"seed. {BY_CHANCE}",
+        + " ".join([_UNITS[settings["tokenizer"]], *_forgotten(report), _INTERVALS, *plain_note(report), BY_CHANCE]),
         "",
         ROUTING_STABILITY if settings["tokenizer"] == "words" else CHOICES_KEPT,
         "",
@@ -114,8 +139,18 @@ _UNITS = {
 }
 
 
-def own_comparisons(report: Mapping[str, Any]) -> list[str]:
-    """Return the comparisons of forms with themselves without a graph, and with a shuffled one."""
+_INTERVALS = "Means with 95% t-intervals over seeds in brackets; comparisons are paired by seed."
+
+
+def _forgotten(report: Mapping[str, Any]) -> list[str]:
+    """Return the unit of what a study of words forgets, since its other measures of text are perplexities."""
+    if report["settings"]["tokenizer"] != "words" or "forgotten_nats" not in compared_measures(report):
+        return []
+    return ["Of the first text, nats per word; comparisons are differences, and below 0 is better."]
+
+
+def own_comparisons(report: Mapping[str, Any], level: str = "##") -> list[str]:
+    """Return the comparisons of forms with themselves without a graph, and with a shuffled one, under a heading."""
     names = {"against_no_graph": "without a graph", "against_shuffled": "with its experts shuffled"}
     shown = compared_measures(report)
     rows = [
@@ -126,13 +161,13 @@ def own_comparisons(report: Mapping[str, Any]) -> list[str]:
     ]
     if not rows:
         return []
-    return ["", "## Against themselves", "", Table("", ["point", *map(title_of, shown)], rows).to_markdown()]
+    return ["", f"{level} Against themselves", "", Table("", ["point", *map(title_of, shown)], rows).to_markdown()]
 
 
-def tuning_page(report: Mapping[str, Any]) -> list[str]:
-    """Return the table of learning rates and what was chosen; nothing for a study that has one rate."""
+def tuning_page(report: Mapping[str, Any], level: str = "##") -> list[str]:
+    """Return the table of learning rates and what was chosen, under a heading; nothing for a study of one rate."""
     settings = report["settings"]
-    if not report["tuning"]:
+    if not report.get("tuning"):  # reports of earlier versions have none
         return []
     rates = [f"{rate:g}" for rate in sorted(settings["learning_rates"])]
     rows = []
@@ -148,7 +183,7 @@ def tuning_page(report: Mapping[str, Any]) -> list[str]:
     )
     return [
         "",
-        "## Learning rates",
+        f"{level} Learning rates",
         "",
         f"Mean nats per {settings['tokenizer'].removesuffix('s')} of held-out training text over seeds "
         f"{', '.join(map(str, settings['tuning_seeds']))}, by learning rate. Each point was judged once, on the other "
@@ -171,4 +206,14 @@ def print_ablation(report: Mapping[str, Any], console: Console | None = None) ->
         console.print(f"diverged: {cell}", style="red", highlight=False, soft_wrap=True)
     for cell, words in report["failed"].items():
         console.print(f"failed: {cell}: {words}", style="red", highlight=False, soft_wrap=True)
+    console.print(_missing_sentence(report), highlight=False, soft_wrap=True)
     console.print(f"Written to {(Path(report['output']) / 'report.md').resolve()}", highlight=False, soft_wrap=True)
+
+
+def _missing_sentence(report: Mapping[str, Any]) -> str:
+    """Return the number of runs that are missing, with those at learning rates that are not chosen yet."""
+    settings, missing = report["settings"], len(report["missing"])
+    untuned = [point for point in report["tuning"] if len(point["losses"]) < len(settings["learning_rates"])]
+    coming = len(untuned) * len(settings["seeds"])
+    after = f", and {coming} at learning rates that are not chosen yet" if coming else ""
+    return f"Missing runs: {missing} of {missing + len(report['cells'])}{after}"

@@ -1,6 +1,7 @@
 """A point of the grid: a system, and the settings of its graph."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,8 +33,8 @@ _WITHOUT_A_GRAPH = ("system", "damage", "selection", "control", "router_gradient
 _OTHERS = ("neighbours", "random")
 """Gradients of the router that also take some of the experts that were not chosen."""
 
-_OF_NEIGHBOURS = ("normalization", "self_loops", "decay")
-"""Settings of the graph that decide which experts are neighbours."""
+_OF_NEIGHBOURS = ("normalization", "self_loops")
+"""Settings of the graph that decide, with its decay, which experts are neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Point:
             routed by afterwards only; `late`: its strength rises from 0 over the second half of the steps; `identity`:
             no graph, the plain system.
         freeze_after: Share of the steps before a `frozen` graph stops.
-        layers: Decoder layer indices with a graph, or with the router gradient; all when None.
+        layers: Decoder layer indices with a graph, the router gradient or the selection; all when None.
         damage: Share of the training input that is replaced at random, anew in each batch, and not scored.
         router_gradient: See `SymphonyConfig`, as for the next one. `neighbours` are those of the counted graph, by
             `normalization`, with `graph: identity`, too.
@@ -119,10 +120,13 @@ class Point:
     def canonical(self) -> "Point":
         """Return the simplest point with the same routing, so that none is run twice under two names."""
         if self.graph == "identity" or self.strength == 0:
+            is_conditional = self.selection == "conditional"
             names = [*_WITHOUT_A_GRAPH]
             names += ["num_neighbours"] if self.router_gradient in _OTHERS else []
             names += _OF_NEIGHBOURS if self.router_gradient == "neighbours" else ()
-            names += ["layers"] if self.router_gradient != "chosen" else []
+            # Both read the counted graph, in the layers that have one.
+            names += ["decay"] if is_conditional or self.router_gradient == "neighbours" else []
+            names += ["layers"] if is_conditional or self.router_gradient != "chosen" else []
             return Point(graph="identity", strength=0.0, **{name: getattr(self, name) for name in names})
         changes: dict[str, Any] = {}
         if self.graph != "frozen":
@@ -148,6 +152,11 @@ class Point:
         """The same point without a graph."""
         return dataclasses.replace(self, graph="identity").canonical()
 
+    @property
+    def differs_by_graph(self) -> bool:
+        """Whether it differs from the plain system by its graph alone, or not at all."""
+        return self.without_graph == self.plain
+
     def label(self, base: "Point") -> str:
         """Return the system and the differences from a base point, for tables."""
         point, base = self.canonical(), base.canonical()
@@ -164,6 +173,12 @@ class Point:
         if point.graph == "frozen" and f"freeze_after {point.freeze_after:g}" not in changed:
             changed.append(f"freeze_after {point.freeze_after:g}")
         return ", ".join([point.system, *(changed or ["graph"])])
+
+
+def point_of(values: Mapping[str, Any]) -> Point:
+    """Return the point of a report's row. Those of earlier versions lack the later settings."""
+    layers = values.get("layers")
+    return Point(**{**values, "layers": None if layers is None else tuple(layers)})
 
 
 def _text(value: Any) -> str:

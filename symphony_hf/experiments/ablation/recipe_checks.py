@@ -1,14 +1,18 @@
 """Checks of a study's recipe: a run supports a part of what recipes can say, and refuses the rest."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
+import torch
 from transformers import AutoConfig
 
 from symphony_hf.config import SymphonyConfig
-from symphony_hf.errors import ConfigError
+from symphony_hf.errors import ConfigError, SymphonyError
 from symphony_hf.recipe import ModelSection, Recipe
 
+from .model import build_model
 from .point import Point
 
 WHERE = "ablation"
@@ -101,9 +105,43 @@ def check_routing(recipe: Recipe, base: Point, points: Sequence[Point]) -> None:
                 f"the study's `base`, `base: {{{name}: {value}}}`"
             )
     config = AutoConfig.for_model(**recipe.model.config)
+    if config.num_experts_per_tok < 2:
+        raise ConfigError(
+            f"{WHERE}: the recipe's model has num_experts_per_tok {config.num_experts_per_tok}, so no two experts are "
+            "chosen together, and the control of only as many experts as are chosen has one: take 2 or more"
+        )
     for name, plain in _PLAIN_FORM.items():
         if getattr(config, name) != plain:
             raise ConfigError(
                 f"{WHERE}: the recipe's model has {name} {getattr(config, name)}, which is a system of its own: take "
                 "a recipe of SMoE, and name the systems in the study's `systems`"
             )
+
+
+def check_points(recipe: Recipe, base: Point, points: Sequence[Point]) -> None:
+    """Refuse points that the recipe's model cannot have, such as a graph in a layer without experts, before any run.
+
+    Each is built without weights, on the meta device, which takes hundredths of a second.
+    """
+    checked: set[tuple[str, str, str, SymphonyConfig]] = set()
+    for point in points:
+        form = point.system, point.control, point.selection, point.symphony(recipe.symphony)
+        if form in checked:  # points that differ in their training alone
+            continue
+        checked.add(form)
+        try:
+            with torch.device("meta"), _without_log():
+                build_model(recipe, point, vocab_size=8)
+        except SymphonyError as error:
+            raise ConfigError(f"{WHERE}: the point `{point.label(base)}` cannot be run: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Log no warnings: of a point without a graph, symphonize says each time that its strength is 0."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -26,7 +26,7 @@ from .comparison import (
     verdict_of,
 )
 from .graph_control import frozen_after
-from .page import compared_measures, markdown
+from .page import compared_measures, markdown, plain_name
 from .point import Point
 from .study import Study
 
@@ -89,6 +89,8 @@ def _settings(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
     recipe = study.recipe
     assert recipe.model.config is not None
     first: Mapping[str, Any] = next((runs[min(runs)] for runs in by_point.values() if runs), {})
+    # Runs of earlier versions do not have it.
+    sizes = [run["vocab_size"] for runs in by_point.values() for run in runs.values() if "vocab_size" in run]
     return {
         "title": study.title,
         "model": recipe.model.config,
@@ -101,7 +103,8 @@ def _settings(study: Study, by_point: Mapping[Point, Runs]) -> dict[str, Any]:
         "steps": study.steps,
         "rows": study.batch_size,
         "block_size": recipe.data.block_size,
-        "vocab_size": recipe.data.vocab_size,
+        "vocab_size": recipe.data.vocab_size,  # at most, by the recipe
+        "text_vocab_size": sizes[0] if sizes else None,
         "learning_rate": study.learning_rate,
         "warmup_steps": study.warmup_steps,
         "tokenizer": recipe.data.tokenizer,
@@ -136,7 +139,7 @@ def _row(
     others = {"against_plain": point.plain, "against_no_graph": point.without_graph}
     if point.graph == "ema":
         others["against_shuffled"] = dataclasses.replace(point, graph="random")
-    if point.without_graph == point.plain:
+    if point.differs_by_graph:
         del others["against_no_graph"]
     for name, other in others.items():
         compared = compare(runs, by_point.get(other, {}), measures)
@@ -173,7 +176,8 @@ def _write_pictures(
     compared = [row for row in report["rows"] if "against_plain" in row]
     if compared:
         panels = [
-            (name, title_of(name), null_of(name), 100 if is_share(name) else 1) for name in compared_measures(report)
+            (name, f"{title_of(name)}\nagainst {plain_name(report)}", null_of(name), 100 if is_share(name) else 1)
+            for name in compared_measures(report)
         ]
         plots.plot_points({row["label"]: row["against_plain"] for row in compared}, folder / POINTS, panels)
     curves = {

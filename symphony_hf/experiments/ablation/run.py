@@ -37,10 +37,11 @@ from .cells import (
     tuning_cells,
 )
 from .measure import DivergedError, measure, read_stream
+from .model import build_model
 from .report import CURVES, GRAPHS, PAGE, POINTS, write_ablation
 from .study import Study, load_study, parse_changes
 from .text import StudyText, contaminated, prepare_streams, read_streams
-from .train import build_model, train
+from .train import train
 
 _TRIAL_STEPS = 4
 
@@ -69,7 +70,8 @@ def run_ablation(
         The values of `report.json`; with `dry_run`, the lines of the plan.
 
     Raises:
-        ConfigError: If `workers` is below 1, the study cannot be read, or the folder has the report of another command.
+        ConfigError: If `workers` is below 1, the study cannot be read, or the folder has the report of another command,
+            or with `report_only`, no finished run of the study but pre-training.
         DataError: If the text does not exist or is too short, or its attack changes nothing.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
@@ -83,8 +85,25 @@ def run_ablation(
     results = Results(output, study, text.digest)
     if dry_run:
         return {"plan": describe_plan(study, results, _seconds_per_cell(study, results, text), workers)}
-    failed = {} if report_only else _run_stages(study, results, workers)
-    return write_ablation(study, results, failed)
+    if report_only:
+        _check_finished(study, results)
+    return write_ablation(study, results, {} if report_only else _run_stages(study, results, workers))
+
+
+def _check_finished(study: Study, results: Results) -> None:
+    """Refuse a report of nothing, which would replace an earlier one: the runs are those of other settings, if any."""
+    tuning_runs = tuning_cells(study)
+    if any(map(results.has, [*cells_of(study, chosen_rates(study, results)), *tuning_runs])):
+        return
+    tuning = f", and none of its {len(tuning_runs)} runs that choose learning rates" if tuning_runs else ""
+    num_files = len(list(results.folder.glob("cells/*.json")))
+    versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
+    raise ConfigError(
+        f"ablation: no judged run of this study in `{results.folder}` is finished{tuning}; finished runs there, of any "
+        f"study: {num_files}. A run is found by its point, seed, text with its attack, model, symphony settings, "
+        "learning rate, warm-up, steps, batch and block size, contamination, pre-training, and versions (here "
+        f"{versions}): give every `--set` that it was run with, or leave out `--report` to run the study"
+    )
 
 
 def _run_stages(study: Study, results: Results, workers: int) -> dict[StudyRun, str]:
@@ -112,7 +131,7 @@ def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | N
     first = pretraining_of(study, cell)
     assert (first is None and cell.stage != "pretrain") or results is not None
     checkpoint = None if first is None or results is None else results.checkpoint(first)
-    model = build_model(study, cell.point, text.vocab_size, checkpoint)
+    model = build_model(study.recipe, cell.point, text.vocab_size, checkpoint)
     if cell.stage == "pretrain":
         assert study.pretraining is not None
         assert text.pretrain is not None
@@ -137,6 +156,7 @@ def run_cell(study: Study, cell: StudyRun, text: StudyText, results: Results | N
         "tokens": study.tokens // study.steps * steps,
         "tokens_per_cpu_second": study.tokens // study.steps * steps / trained["train_cpu_seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocab_size": text.vocab_size,
     }
 
 
@@ -175,7 +195,7 @@ def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
     trial = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, train=train_settings))
     with using_threads(1), torch.random.fork_rng(devices=[]):  # one thread, as in each run
         torch.manual_seed(0)
-        model = build_model(trial, study.base, text.vocab_size)
+        model = build_model(trial.recipe, study.base, text.vocab_size)
         train(model, trial, study.base, 0, text.train)  # warm-up
         seconds = train(model, trial, study.base, 0, text.train)["train_seconds"] / trial.tokens
     # A forward without gradients takes about a third of a training step.
@@ -185,8 +205,9 @@ def _seconds_per_cell(study: Study, results: Results, text: StudyText) -> float:
 def _run_cells(study: Study, results: Results, cells: Sequence[StudyRun], workers: int) -> dict[StudyRun, str]:
     """Run in child processes. Returns the errors of failed runs."""
     context = multiprocessing.get_context("forkserver")
-    # Imported once, in the process from which the others are forked.
-    context.set_forkserver_preload(["symphony_hf.experiments.ablation.run"])
+    # Each run imports the main script again: what that needs of this package is imported once, by the process from
+    # which the others are forked. Preloading `__main__` has no effect: Python 3.11's server never gets its path.
+    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] == "symphony_hf"])
     waiting, failed = list(cells), dict[StudyRun, str]()
     if not waiting:
         return failed

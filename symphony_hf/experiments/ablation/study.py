@@ -13,10 +13,10 @@ import yaml
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.recipe import Recipe, load_recipe
-from symphony_hf.settings import check_names, parse_settings, read_yaml
+from symphony_hf.settings import check_names, parse_settings, read_option, read_yaml
 
 from .point import CONTROLS, SYSTEMS, Point
-from .recipe_checks import WHERE, check_recipe, check_routing, read_number
+from .recipe_checks import WHERE, check_points, check_recipe, check_routing, read_number
 
 _LISTS = ("systems", "seeds", "damage", "learning_rates", "tuning_seeds")
 
@@ -46,7 +46,7 @@ class Study:
     Args:
         recipe: Model, text, training and attack of every run; a pre-training recipe of `wikitext_moe`.
         base: Base point of the grid.
-        systems: Systems to run at the base point and without a graph.
+        systems: Systems to run at the base point, and as they are.
         axes: Values of each setting to try at the base point. A value that is a mapping sets those settings instead.
         seeds: Seeds of weights, batches and dropout. Runs of the same seed are compared in pairs.
         product: Whether to run all combinations of the axes' values instead of one change at a time. Combinations
@@ -91,7 +91,9 @@ class Study:
         if self.axes and self.base.is_plain:
             raise ConfigError(f"{WHERE}: the base point has no graph that the axes could change: give it one")
         check_recipe(self.recipe)
-        check_routing(self.recipe, self.base, self.points())
+        points = self.points()
+        check_routing(self.recipe, self.base, points)
+        check_points(self.recipe, self.base, points)
 
     def _check_seeds(self) -> None:
         for name in ("seeds", "tuning_seeds"):
@@ -159,22 +161,20 @@ class Study:
         return self.steps * self.batch_size * self.recipe.data.block_size
 
     def points(self) -> list[Point]:
-        """Return all distinct points: SMoE and its controls, the systems with and without a graph, the axes' values."""
+        """Return all distinct points: SMoE and its controls, the systems at the base point, the axes' values.
+
+        Each comes after what it is compared with: its system as it is, and itself without a graph.
+        """
         controls = [Point(graph="identity"), *(Point(graph="identity", control=name) for name in CONTROLS)]  # type: ignore[arg-type]
-        points = controls + [point for system in self.systems for point in self._pair(system)]
+        points = controls + [point for one in self.systems for point in _compared(_changed(self.base, {"system": one}))]
         changed = [_changed(self.base, change) for change in self._changes() if not _refusal(self.base, change)]
-        # Each is compared with its system as it is, and with itself without a graph.
-        points += [point for one in changed for point in (one.plain, one.without_graph, one)]
+        points += [point for one in changed for point in _compared(one)]
         return list(dict.fromkeys(point.canonical() for point in points))
 
     def left_out(self) -> list[str]:
         """Return the combinations that are refused, and why."""
         refusals = [(change, _refusal(self.base, change)) for change in self._changes()]
         return [f"{_named(change)}: {why}" for change, why in refusals if why is not None]
-
-    def _pair(self, system: str) -> list[Point]:
-        point = _changed(self.base, {"system": system})
-        return [point.plain, point]
 
     def _changes(self) -> list[dict[str, Any]]:
         choices = [[_change(name, value) for value in values] for name, values in self.axes.items()]
@@ -234,7 +234,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
         if "=" not in text:
             raise ConfigError(f"symphony ablate: --set takes NAME=VALUE, got {text!r}")
     pairs = [text.split("=", 1) for text in texts]
-    return {name: read_yaml(value, f"symphony ablate: --set {name}: `{value}`") for name, value in pairs}
+    return {name: read_option(f"symphony ablate: --set {name}", value) for name, value in pairs}
 
 
 def _command(path: Path, overrides: dict[str, Any]) -> str:
@@ -247,6 +247,11 @@ def _yaml(value: Any) -> str:
     """Format a value on one line of YAML."""
     is_word = isinstance(value, str) and yaml.safe_load(value) == value
     return value if is_word else json.dumps(value)
+
+
+def _compared(point: Point) -> tuple[Point, Point, Point]:
+    """Return a point, after what it is compared with: its system as it is, and itself without a graph."""
+    return point.plain, point.without_graph, point
 
 
 def _change(axis: str, value: Any) -> dict[str, Any]:

@@ -1,53 +1,24 @@
-"""Model and training of a run: the recipe's settings in a plain single-process loop."""
+"""Training of a run: the recipe's settings in a plain single-process loop."""
 
 import time
 from collections.abc import Iterator
 from multiprocessing import parent_process
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from symphony_hf.patching.attachment import update_graphs
-from symphony_hf.patching.symphonize import symphonize, symphony_routers
 
 from .damage import damage_batch
 from .graph_control import GraphControl
-from .point import SYSTEMS, Point
-from .selection import follow_graphs, select_conditionally
+from .point import Point
+from .selection import follow_graphs
 from .study import Study
 
 CURVE_POINTS = 40
 """Number of points of a loss curve."""
-
-
-def build_model(study: Study, point: Point, vocab_size: int, checkpoint: Path | None = None) -> PreTrainedModel:
-    """Build a model of the recipe's sizes with the point's system, control and routing, from the global generator.
-
-    Args:
-        study: The study.
-        point: The point.
-        vocab_size: Number of tokens.
-        checkpoint: Weights of a pre-trained model; at random when None.
-    """
-    assert study.recipe.model.config is not None
-    values = {**study.recipe.model.config, **SYSTEMS[point.system], "vocab_size": vocab_size, "use_cache": False}
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    if point.control == "chosen_experts":
-        config.num_experts = config.num_experts_per_tok
-    model = AutoModelForCausalLM.from_config(config)
-    if point.selection == "conditional":
-        select_conditionally(model)
-    if checkpoint is not None:
-        model.load_state_dict(load_file(checkpoint))
-    model = symphonize(model, point.symphony(study.recipe.symphony))
-    if point.control == "frozen_routers":
-        for name, _ in symphony_routers(model):
-            model.get_submodule(name).requires_grad_(False)
-    return model
 
 
 def batches(stream_N: Tensor, block_size: int, batch_size: int, seed: int) -> Iterator[Tensor]:

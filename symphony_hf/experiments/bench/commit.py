@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from tqdm import tqdm
-from transformers import OlmoeConfig, OlmoeModel, TrainerControl, TrainerState
+from transformers import OlmoeConfig, OlmoeModel
 from transformers.utils import logging
 
 from symphony_hf.experiments.distributed.loops import local_group
@@ -26,8 +26,6 @@ from symphony_hf.patching.attachment import tracker_of, update_graphs
 from symphony_hf.patching.symphonize import symphonize
 from symphony_hf.results import check_file_place
 from symphony_hf.tables import Table
-from symphony_hf.training.callback import SymphonyCallback
-from symphony_hf.training.monitor import GraphMonitor
 
 from .layer import measure_layer
 from .results import number_cell, print_result, range_cell, write_result
@@ -156,6 +154,12 @@ def _time_commits(layers: int, experts: int) -> list[float]:
 
 def _time_logs(layers: int, experts: int) -> list[float]:
     """Time what a recipe's run adds to one of Trainer's logs: the router losses and the metrics of the graphs."""
+    # Slow to import: the command line imports this file for its options.
+    from transformers import TrainerControl, TrainerState
+
+    from symphony_hf.training.callback import SymphonyCallback
+    from symphony_hf.training.monitor import GraphMonitor
+
     model, callbacks = _model(layers, experts), (SymphonyCallback(), GraphMonitor(pictures=False))
     state, control = TrainerState(), TrainerControl()
     arguments: Any = SimpleNamespace(output_dir=".")  # the only attribute that they read

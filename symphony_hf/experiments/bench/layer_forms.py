@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerControl, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from symphony_hf.patching.attachment import add_router_losses, update_graphs
 from symphony_hf.patching.expert_graph import active_graph
 from symphony_hf.patching.folding import fold
 from symphony_hf.patching.symphonize import is_symphonized, symphonize, symphony_routers
-from symphony_hf.training.planning.step import LiveBytes
-from symphony_hf.training.routing_monitor import RoutingMonitor
 
 from .timing import DECAY
 
@@ -159,6 +157,10 @@ def fitting_inputs(model: PreTrainedModel, tokens: int) -> Tensor:
 
 def watched(model: PreTrainedModel, step: Callable[[], None]) -> Callable[[], None]:
     """Return a step of a model that RoutingMonitor watches, with the log that it then makes."""
+    from transformers import TrainerControl, TrainerState  # slow to import, as the next
+
+    from symphony_hf.training.routing_monitor import RoutingMonitor
+
     monitor, state, control = RoutingMonitor(pictures=False), TrainerState(logging_steps=1), TrainerControl()
     arguments: Any = SimpleNamespace(output_dir=".", logging_strategy="steps")  # the attributes that it reads
     monitor.on_train_begin(arguments, state, control, model=model)
@@ -198,6 +200,8 @@ def peak_bytes(model: PreTrainedModel, step: Callable[[], None]) -> int:
 
     Two, for what a step leaves behind, such as counts. Workspaces inside a kernel are not seen.
     """
+    from symphony_hf.training.planning.step import LiveBytes  # slow to import
+
     held = [*model.parameters(), *model.buffers()]
     with LiveBytes(held) as live:
         step()

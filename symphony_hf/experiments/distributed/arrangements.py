@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
-from symphony_hf.config import RouterGradient
+from symphony_hf.config import RouterGradient, SymphonyConfig
 from symphony_hf.patching.symphonize import symphonize
 
 NUM_STEPS, NUM_ROWS, NUM_TOKENS, LENGTH, VOCAB = 8, 8, 12, 16, 64
@@ -197,7 +197,7 @@ def make_model(arrangement: Arrangement, seed: int = 0) -> PreTrainedModel:
         balance_scope=scope,
         router_gradient=arrangement.router_gradient,
         balance="bias" if arrangement.moves_bias else "loss",
-        bias_rate=0.01,
+        bias_rate=0.01 if arrangement.moves_bias else SymphonyConfig.bias_rate,
     )
     if arrangement.checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": arrangement.checkpointing == "reentrant"})

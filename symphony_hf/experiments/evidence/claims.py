@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from symphony_hf.experiments.ablation.comparison import DIVERGED, NO_VERDICT, difference_text, sight_sentence, title_of
-from symphony_hf.experiments.ablation.point import Point
+from symphony_hf.experiments.ablation.page import PLAIN_SYSTEM, plain_name
+from symphony_hf.experiments.ablation.point import Point, point_of
 from symphony_hf.experiments.theory.report import theory_findings
 
 SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
@@ -30,7 +31,7 @@ def summarize(
             lines.append(f"- **{claim.capitalize()} with the graph**: {_outcome(pairs, measure)}.")
         lines.append(f"- **The experts' load with the graph**, by its entropy: {_outcome(pairs, 'load_entropy')}.")
     if ablation is not None:
-        lines.append(f"- **Other forms of the graph**, against no graph: {_variants(ablation)}.")
+        lines.append(f"- **Other forms of the graph**, against {plain_name(ablation)}: {_variants(ablation)}.")
         lines += _control(ablation)
         lines.append(f"- **Defaults of `SymphonyConfig`**: {_defaults(pairs or ablation, ablation)}.")
     if theory is not None:
@@ -44,6 +45,7 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
     damage = max(study["settings"]["damage"])
     lines = [f"- **{study_title(study)}**: {sight_sentence(study['sight'])}"]
     forgotten = ["forgotten_nats"] if study["settings"]["pretraining_steps"] else []
+    other = PLAIN_SYSTEM if plain_name(study) == PLAIN_SYSTEM else "the same system without a graph"
     texts = ("clean_nats", *forgotten, f"damaged_nats_{damage:g}")
     for measure in (*texts, f"routing_kept_{damage:g}", "load_entropy"):
         found = []
@@ -51,7 +53,7 @@ def _of_characters(study: Mapping[str, Any]) -> list[str]:
             values = row["against_plain"][measure]
             verdict = "" if values["verdict"] == NO_VERDICT else f", {values['verdict']}"
             found.append(f"`{row['label']}` {_difference(values, measure)}{verdict}")
-        heading = f"**{study_title(study)}, {title_of(measure)}**, against the same system without a graph"
+        heading = f"**{study_title(study)}, {title_of(measure)}**, against {other}"
         lines.append(f"- {heading}: {'; '.join(found)}.{_frozen(study, measure)}")
     better = _labels_of(_compared(study), "clean_nats", "better")
     if study["settings"]["learning_rates"] and study["sight"]["concludes"]:
@@ -126,12 +128,18 @@ def _outcome(ablation: Mapping[str, Any], measure: str) -> str:
     found = []
     for system, name in SYSTEM_NAMES.items():
         row = find_row(ablation, system, graph=True)
-        if row is None or "against_plain" not in row:
+        compared = None if row is None else _without_its_graph(row)
+        if compared is None:
             found.append(f"{name} not run")
             continue
-        values = row["against_plain"][measure]
+        values = compared[measure]
         found.append(f"{name} {words.get(values['verdict'], 'open')} ({_difference(values, measure)})")
     return "; ".join(found)
+
+
+def _without_its_graph(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the comparisons of a form with itself without a graph, which owe nothing to its other settings."""
+    return row.get("against_plain" if point_of(row["point"]).differs_by_graph else "against_no_graph")
 
 
 def _variants(ablation: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The result files from which the page is generated."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from symphony_hf.errors import DataError
 from symphony_hf.files import read_object, write_json, write_text
@@ -28,14 +29,30 @@ _LOCAL = ("output",)
 """Keys that hold paths of a machine, which are left out."""
 
 
-def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> None:
+class WrittenFile(NamedTuple):
+    """A file of the evidence.
+
+    Attributes:
+        path: Path of the file.
+        is_replaced: Whether it was there before.
+    """
+
+    path: Path
+    is_replaced: bool
+
+
+def add_results(folder: str | Path, about: str | None = None, **outputs: str | None) -> list[WrittenFile]:
     """Copy results of commands into the folder of result files, without paths of the machine.
 
     `outputs` are output folders by name of the result; None keeps the present one. Without `about`, a study has the
     sentence of an earlier study on the same text. Nothing is replaced unless a page can be generated from all of them.
 
+    Returns:
+        The files that were written.
+
     Raises:
-        DataError: If a folder has no results or those of another command, or if a text has no sentence.
+        DataError: If a folder has no results or those of another command or of no finished run, or if a text has no
+            sentence.
     """
     known = read_results(folder)
     added = {name: _taken(name, Path(output), known, about) for name, output in outputs.items() if output is not None}
@@ -49,8 +66,16 @@ def add_results(folder: str | Path, about: str | None = None, **outputs: str | N
             f"evidence: no page can be made of these results ({error!r}): they are of an older version, or "
             "cut off; run the command that makes them again"
         ) from error
-    for name, values in added.items():
-        write_json(Path(folder) / f"{name}.json", values)
+    return [_written(Path(folder) / f"{name}.json", values) for name, values in added.items()]
+
+
+def _written(path: Path, content: dict[str, Any] | str) -> WrittenFile:
+    is_replaced = path.exists()
+    if isinstance(content, str):
+        write_text(path, content)
+    else:
+        write_json(path, content)
+    return WrittenFile(path, is_replaced)
 
 
 def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str | None) -> dict[str, Any]:
@@ -61,6 +86,11 @@ def _taken(name: str, output: Path, known: dict[str, dict[str, Any]], about: str
         raise DataError(f"evidence: --{name}: `{file}` has no {', '.join(missing)}: {_COMMANDS[name]} writes one")
     if name == "theory":
         return values
+    if not values["rows"]:
+        raise DataError(
+            f"evidence: --{name}: `{file}` has no finished run, only {len(values['missing'])} missing ones: finish the "
+            "study first, and give its report every `--set` that it was run with"
+        )
     if name == "ablation" and not values["settings"]["axes"]:
         raise DataError(f"evidence: --ablation: `{file}` is of a study without axes: take it in by --pairs")
     if (values["settings"].get("tokenizer") == "characters") != (name == CHARACTERS):
@@ -111,8 +141,8 @@ def write_evidence(
     about: str | None = None,
     theory: str | None = None,
     characters: str | None = None,
-) -> Path:
-    """Add new results, write the page of all, and return its path.
+) -> list[WrittenFile]:
+    """Add new results, and write the page of all.
 
     Args:
         folder: Folder of the result files.
@@ -123,14 +153,22 @@ def write_evidence(
         theory: Output folder of `symphony theory` to add.
         characters: Output folder of a study of characters to add, or to replace that of the same study file.
 
+    Returns:
+        The files that were written: the page, then those of the new results.
+
     Raises:
         ConfigError: If the page cannot be written.
         DataError: As `add_results`.
     """
     check_file_place(page, "evidence")
-    add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory, characters=characters)
-    write_text(Path(page), evidence_page(read_results(folder)))
-    return Path(page)
+    added = add_results(folder, about, pairs=pairs, ablation=ablation, theory=theory, characters=characters)
+    return [_written(Path(page), evidence_page(read_results(folder))), *added]
+
+
+def describe_files(files: Sequence[WrittenFile]) -> str:
+    """Describe written files in a line, with those that replaced another."""
+    names = [f"{file.path.resolve()}{' (replaced)' if file.is_replaced else ''}" for file in files]
+    return f"Written to {', '.join(names)}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from symphony_hf.errors import DataError, SymphonyWarning
 from symphony_hf.experiments.ablation.cells import StudyRun
 from symphony_hf.experiments.ablation.graph_control import GraphControl, shuffled
 from symphony_hf.experiments.ablation.measure import DivergedError, Reading, measure
+from symphony_hf.experiments.ablation.model import build_model
 from symphony_hf.experiments.ablation.point import SYSTEMS, Point
 from symphony_hf.experiments.ablation.run import run_cell
 from symphony_hf.experiments.ablation.text import prepare_streams, read_streams
-from symphony_hf.experiments.ablation.train import batches, build_model, train
+from symphony_hf.experiments.ablation.train import batches, train
 from symphony_hf.patching.attachment import update_graphs
 from symphony_hf.patching.symphonize import expert_graphs
 
@@ -64,7 +65,7 @@ def run_steps(study, text, graph, steps=5, seed=0, **settings):
     """Graphs after each step, as counted and as routed by, with a control or without."""
     torch.manual_seed(0)
     point = Point(graph=graph, decay=0.5, **settings)
-    model = build_model(study, point, text.vocab_size).train()
+    model = build_model(study.recipe, point, text.vocab_size).train()
     control = GraphControl(model, point, steps, seed)
     order = batches(text.train, 16, 2, seed=0)
     seen = []
@@ -113,7 +114,7 @@ def test_shuffling_is_a_renaming():
 
 def test_the_measures_are_those_of_a_loop_over_rows(study, text):
     torch.manual_seed(0)
-    model = build_model(study, Point(), text.vocab_size)
+    model = build_model(study.recipe, Point(), text.vocab_size)
     train(model, study, Point(), 0, text.train)
     measured = measure(model, text, 16)
     nll, chosen = {}, {}
@@ -153,6 +154,10 @@ def test_the_measures_are_those_of_a_loop_over_rows(study, text):
     assert measured["attacked_tokens"] == len(set(predicted) - set(same)) > 0
 
 
+def test_a_run_has_the_size_of_its_vocabulary(study, text):
+    assert run_cell(study, StudyRun(Point(), 0), text)["vocab_size"] == text.vocab_size
+
+
 def test_a_run_that_diverged_is_a_result(make_study, tmp_path):
     study = make_study("", learning_rate=1e30)  # weights are soon not finite
     text = prepare_streams(study, tmp_path / "out")
@@ -184,7 +189,7 @@ def test_the_plain_form_is_the_model_that_was_never_symphonized(study, text, sys
     # The same weights and batches at the first step, where the graph is still the identity.
     assert plain["curve"][0] == heard["curve"][0]
     assert plain["curve"][-1] != heard["curve"][-1]
-    monkeypatch.setattr("symphony_hf.experiments.ablation.train.symphonize", lambda model, config: model)
+    monkeypatch.setattr("symphony_hf.experiments.ablation.model.symphonize", lambda model, config: model)
     monkeypatch.setattr("symphony_hf.experiments.ablation.train.update_graphs", lambda model: None)
     monkeypatch.setattr("symphony_hf.experiments.ablation.train.GraphControl", mock.MagicMock())
     monkeypatch.setattr("symphony_hf.experiments.ablation.run.expert_graphs", lambda model: {})
@@ -195,7 +200,7 @@ def test_the_plain_form_is_the_model_that_was_never_symphonized(study, text, sys
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_systems_differ_by_what_their_papers_say(study, text, system):
-    model = build_model(study, Point(system=system), text.vocab_size)
+    model = build_model(study.recipe, Point(system=system), text.vocab_size)
     kinds = [type(layer.moe.gate).__mro__[2].__name__ if layer.moe else "dense" for layer in model.model.layers]
     expected = {
         "smoe": ["LinearRouter"] * 2,

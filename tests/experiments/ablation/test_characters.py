@@ -15,11 +15,12 @@ from symphony_hf.experiments.ablation.cells import Results, StudyRun, digest_of,
 from symphony_hf.experiments.ablation.damage import SPECIAL_TOKENS, damage_batch, replace_at_random
 from symphony_hf.experiments.ablation.graph_control import GraphControl
 from symphony_hf.experiments.ablation.measure import measure
+from symphony_hf.experiments.ablation.model import build_model
 from symphony_hf.experiments.ablation.point import Point
 from symphony_hf.experiments.ablation.run import run_ablation, run_cell
 from symphony_hf.experiments.ablation.study import load_study
 from symphony_hf.experiments.ablation.text import contaminated, prepare_streams, read_streams
-from symphony_hf.experiments.ablation.train import build_model, train
+from symphony_hf.experiments.ablation.train import train
 from symphony_hf.patching.symphonize import symphony_routers
 
 PLAIN = Point(graph="identity").canonical()
@@ -70,7 +71,7 @@ def test_a_damaged_batch_is_scored_where_it_was_left_alone():
 
 def test_the_measures_are_those_of_a_loop_over_characters(study, text):
     torch.manual_seed(0)
-    model = build_model(study, Point(), text.vocab_size)
+    model = build_model(study.recipe, Point(), text.vocab_size)
     train(model, study, Point(), 0, text.train)
     measured = measure(model, text, 16)
     streams = {"clean": text.test, **text.attacked}
@@ -98,13 +99,13 @@ def test_the_measures_are_those_of_a_loop_over_characters(study, text):
 
 def test_the_controls_are_what_they_say(study, text):
     torch.manual_seed(0)
-    frozen = build_model(study, Point(graph="identity", control="frozen_routers"), text.vocab_size)
+    frozen = build_model(study.recipe, Point(graph="identity", control="frozen_routers"), text.vocab_size)
     before = {name: weight.clone() for name, weight in frozen.named_parameters()}
     train(frozen, study, Point(graph="identity", control="frozen_routers").canonical(), 0, text.train)
     changed = {name for name, weight in frozen.named_parameters() if not torch.equal(weight, before[name])}
     assert "model.layers.0.moe.experts.up_proj" in changed
     assert not [name for name in changed if ".gate." in name]
-    few = build_model(study, Point(graph="identity", control="chosen_experts"), text.vocab_size)
+    few = build_model(study.recipe, Point(graph="identity", control="chosen_experts"), text.vocab_size)
     assert few.model.layers[0].moe.experts.num_experts == 2
     assert run_cell(study, StudyRun(Point(graph="identity", control="chosen_experts"), 0), text)["load_entropy"] == 1.0
 
@@ -138,7 +139,7 @@ def test_a_contaminated_run_trains_on_the_damage(make, tmp_path):
 
 def strengths_of(study, text, graph):
     point = Point(graph=graph, strength=0.5)
-    model = build_model(study, point, text.vocab_size)
+    model = build_model(study.recipe, point, text.vocab_size)
     control = GraphControl(model, point, 4, seed=0)
     seen = []
     for _ in range(4):
@@ -155,7 +156,7 @@ def test_a_late_graph_fades_in_and_one_at_inference_is_used_afterwards(study, te
 
 
 def test_a_graph_in_some_layers_is_in_these_alone(study, text):
-    model = build_model(study, Point(layers=(1,)), text.vocab_size)
+    model = build_model(study.recipe, Point(layers=(1,)), text.vocab_size)
     assert [name for name, _ in symphony_routers(model)] == ["model.layers.1.moe.gate"]
     assert "routing_kept_0.4" in run_cell(study, StudyRun(Point(layers=(1,)), 0), text)
 
@@ -186,9 +187,9 @@ def test_fine_tuning_starts_from_a_plain_model_that_forgets(tuned, tmp_path):
     first = pretraining_of(tuned, cell)
     assert first == StudyRun(PLAIN, 0, "pretrain")
     results.save(first, run_cell(tuned, first, text, results))
-    start = build_model(tuned, PLAIN, text.vocab_size, results.checkpoint(first))
+    start = build_model(tuned.recipe, PLAIN, text.vocab_size, results.checkpoint(first))
     torch.manual_seed(0)
-    random = build_model(tuned, PLAIN, text.vocab_size)
+    random = build_model(tuned.recipe, PLAIN, text.vocab_size)
     before, after = (measure(model, text, 16)["forgotten_nats"] for model in (random, start))
     assert after < before - 0.1  # it has learned the first text
     run = run_cell(tuned, cell, text, results)
@@ -208,7 +209,7 @@ def test_controls_pretrain_as_they_are_fine_tuned(tuned):
 def test_conditional_selection_is_that_of_a_loop(study, text):
     point = Point(graph="identity", selection="conditional").canonical()
     torch.manual_seed(0)
-    model = build_model(study, point, text.vocab_size)
+    model = build_model(study.recipe, point, text.vocab_size).eval()
     router = model.model.layers[0].moe.gate
     hidden = torch.randn(50, 16)
     logits, weights, indices = (part.detach() for part in router(hidden))

@@ -74,3 +74,17 @@ def test_runs_have_one_thread_each_and_the_process_keeps_its_own(run, monkeypatc
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert "no process with 1 thread" in str(run().exception)
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_what_the_main_script_imports_is_imported_before_the_runs_are_forked(run, monkeypatch):
+    """Each run imports it again, and finds there what the server has."""
+
+    class Process:
+        def __init__(self, **_):
+            raise OSError("no process")
+
+    preloaded = []
+    context = SimpleNamespace(set_forkserver_preload=preloaded.extend, Process=Process)
+    monkeypatch.setattr(run_module.multiprocessing, "get_context", lambda kind: context)
+    assert "no process" in str(run().exception)
+    assert {"symphony_hf.cli", "symphony_hf.cli.experiments", run_module.__name__} <= set(preloaded)

@@ -18,6 +18,7 @@ from symphony_hf.experiments.ablation.comparison import NO_VERDICT, title_of
 from symphony_hf.experiments.ablation.page import markdown, print_ablation
 from symphony_hf.experiments.ablation.report import write_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
+from symphony_hf.experiments.ablation.text import prepare_streams
 
 GRAPH = [[0.5, 0.25], [0.25, 0.5]]
 
@@ -116,10 +117,121 @@ def test_the_files_are_there(real_pictures, report, tmp_path):
     assert names >= {"report.json", "report.md", "points.png", "curves.png", "graphs.png", "cells"}
 
 
-def test_a_report_alone_runs_nothing(make_study, tmp_path):
-    report = run_ablation(make_study("seeds: [0]"), tmp_path / "out", report_only=True)
-    assert (report["rows"], len(report["missing"])) == ([], 4)
-    assert not (tmp_path / "out" / "cells").exists()
+def save_a_run(study, out):
+    """The first run of a study, on its own text."""
+    results = Results(out, study, prepare_streams(study, out).digest)
+    results.save(cells_of(study)[0], result(100.0, 120.0, 0.9))
+
+
+def test_a_report_alone_runs_nothing(make_study, tmp_path, capsys):
+    study, out = make_study("seeds: [0]"), tmp_path / "out"
+    save_a_run(study, out)
+    report = run_ablation(study, out, report_only=True)
+    assert (len(report["rows"]), len(report["missing"])) == (1, 3)
+    assert len(list((out / "cells").iterdir())) == 1
+    print_ablation(report)
+    assert "Missing runs: 3 of 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 7}, {"eval.attack_rate": 0.2}], ids=["steps", "text"])
+def test_a_report_with_other_settings_replaces_nothing(make_study, tmp_path, changes):
+    study, out = make_study("seeds: [0]"), tmp_path / "out"
+    save_a_run(study, out)
+    run_ablation(study, out, report_only=True)
+    before = (out / "report.json").read_bytes(), (out / "report.md").read_bytes()
+    wanted = r"no judged run of this study in `.*out` is finished; .* of any study: 1\. .* `--set` that it was run with"
+    with pytest.raises(ConfigError, match=wanted):
+        run_ablation(make_study("seeds: [0]", **changes), out, report_only=True)
+    assert before == ((out / "report.json").read_bytes(), (out / "report.md").read_bytes())
+
+
+def test_a_report_of_tuning_alone_has_the_learning_rates(make_study, tmp_path):
+    study, out = make_study("seeds: [0]\nlearning_rates: [0.1, 0.2]\ntuning_seeds: [8]"), tmp_path / "out"
+    results = Results(out, study, prepare_streams(study, out).digest)
+    wanted = r"no judged run of this study in `.*out` is finished, and none of its 8 runs that choose learning rates;"
+    with pytest.raises(ConfigError, match=wanted):
+        run_ablation(study, out, report_only=True)
+    results.save(tuning_cells(study)[0], {**result(1.0, 1.0, 1.0), "validation_loss": 1.25})
+    assert run_ablation(study, out, report_only=True)["rows"] == []
+    page = (out / "report.md").read_text()
+    assert "| smoe, no graph | 1.2500 |" in page[page.index("## Learning rates") :]
+
+
+def test_runs_whose_learning_rate_is_not_chosen_are_missing_too(make_study, tmp_path, capsys):
+    study = make_study("seeds: [0, 1]\nlearning_rates: [0.1, 0.2]\ntuning_seeds: [8]")
+    results = Results(tmp_path / "out", study, "text")
+    for cell in tuning_cells(study)[:3]:  # both rates of the first point, one of the second
+        results.save(cell, {**result(1.0, 1.0, 1.0), "validation_loss": 1.0})
+    print_ablation(write_ablation(study, results, {}))
+    # 5 of 8 tuning runs and 2 judged runs of the first point; 3 points with 2 seeds wait for their rates.
+    wanted = "Missing runs: 7 of 10, and 6 at learning rates that are not chosen yet\n"
+    assert wanted in capsys.readouterr().out
+
+
+def test_a_base_with_more_than_a_graph_is_compared_with_itself_without_it(make_study, tmp_path):
+    """A dense gradient that gains 10%, and a graph beside it that costs 1%."""
+    study = make_study("seeds: [0, 1, 2]\nbase: {router_gradient: dense}")
+    results = Results(tmp_path / "out", study, "text")
+    save_controls(study, results)
+    plain, _, _, dense, graph = study.points()
+    for seed in range(3):
+        clean = 100.0 + 10 * seed
+        results.save(StudyRun(plain, seed), result(clean, 120.0, 0.9))
+        results.save(StudyRun(dense, seed), result(clean * (0.9 + 0.001 * seed), 120.0, 0.9))
+        results.save(StudyRun(graph, seed), result(clean * (0.9 + 0.001 * seed) * (1.01 + 0.0001 * seed), 120.0, 0.9))
+    report = write_ablation(study, results, {})
+    row = report["rows"][-1]
+    assert row["against_plain"]["clean"]["verdict"] == "better"
+    assert row["against_no_graph"]["clean"]["verdict"] == "worse"
+    page = markdown(report)
+    assert "| clean against the plain system |" in page
+    assert "compared with the plain system: it has no graph" in page
+    assert "against no graph" not in page
+
+
+def test_the_plain_system_of_a_contaminated_study_has_the_contamination_of_the_others(make_study, tmp_path):
+    study = make_study("seeds: [0]\nbase: {router_gradient: dense}\ncontamination: 0.1")
+    results = Results(tmp_path / "out", study, "text")
+    for point in study.points():
+        results.save(StudyRun(point, 0), result(100.0, 120.0, 0.9))
+    page = markdown(write_ablation(study, results, {}))
+    assert "has no damage added to its batches." in page
+    assert "undamaged" not in page
+
+
+def test_a_form_that_differs_by_its_graph_is_compared_with_no_graph(report):
+    page = markdown(report)
+    assert "| clean against no graph |" in page
+    assert "plain system" not in page
+
+
+def test_what_a_study_of_words_forgets_is_compared(make_study, tmp_path):
+    study = make_study(f"seeds: [0, 1, 2]\npretraining: {{path: {tmp_path / 'text'}, max_steps: 3}}")
+    results = Results(tmp_path / "out", study, "text")
+    for number, point in enumerate(study.points()):
+        for seed in range(3):
+            forgotten = 4.0 + 0.1 * number + 0.001 * number * seed
+            clean = 100.0 + 2 * number * (1 + 0.001 * seed)
+            results.save(StudyRun(point, seed), {**result(clean, 120.0, 0.9), "forgotten_nats": forgotten})
+    report = write_ablation(study, results, {})
+    row = report["rows"][-1]
+    # 0.3, 0.303 and 0.306: a difference of nats, and more of them are worse.
+    assert row["against_plain"]["forgotten_nats"]["estimate"] == pytest.approx(0.303)
+    assert row["against_plain"]["forgotten_nats"]["verdict"] == "worse"
+    page = markdown(report)
+    assert "| nats, first text |" in page
+    assert "Of the first text, nats per word; comparisons are differences" in page
+
+
+def test_the_size_of_the_vocabulary_is_that_of_the_text(make_study, tmp_path):
+    study = make_study("seeds: [0]")
+    results = Results(tmp_path / "out", study, "text")
+    plain, frozen, *_ = study.points()
+    results.save(StudyRun(plain, 0), result(100.0, 120.0, 0.9))  # a run of an earlier version does not have it
+    assert write_ablation(study, results, {})["settings"]["text_vocab_size"] is None
+    results.save(StudyRun(frozen, 0), {**result(100.0, 120.0, 0.9), "vocab_size": 43})
+    settings = write_ablation(study, results, {})["settings"]
+    assert (settings["text_vocab_size"], settings["vocab_size"]) == (43, 300)
 
 
 def test_a_report_without_runs_lists_what_is_missing(make_study, tmp_path):
@@ -295,5 +407,6 @@ def test_the_report_of_another_command_is_not_replaced(make_study, tmp_path, rep
     assert (out / "report.md").read_text() == "another's"
     (out / "report.md").unlink()
     (out / "report.json").unlink(missing_ok=True)
+    save_a_run(study, out)
     for _ in range(2):  # its own report is replaced
         run_ablation(study, out, report_only=True)

@@ -17,7 +17,7 @@ from symphony_hf.experiments.ablation.cells import (
     pretraining_of,
 )
 from symphony_hf.experiments.ablation.point import Point
-from symphony_hf.experiments.ablation.run import run_ablation
+from symphony_hf.experiments.ablation.report import write_ablation
 
 AXES = """
 systems: [smoe, glam]
@@ -82,7 +82,7 @@ def test_a_product_lists_invalid_combinations_as_left_out(make_study, tmp_path):
     ]
     plan = describe_plan(study, Results(tmp_path / "out", study, "text"), seconds_per_cell=1.0, workers=1)
     assert [line for line in plan if "left out" in line] == [f"  left out {line}" for line in left_out]
-    assert run_ablation(study, tmp_path / "out", report_only=True)["left_out"] == left_out
+    assert write_ablation(study, Results(tmp_path / "out", study, "text"), {})["left_out"] == left_out
 
 
 @pytest.mark.parametrize("study", ["systems: [glam]\naxes: {system: [smoe, xmoe]}", "axes: {system: [glam, xmoe]}"])
@@ -122,6 +122,13 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
 @pytest.mark.parametrize(
     ("study", "overrides", "message"),
     [
+        ("axes: {layers: [[7]]}", {}, "point `smoe, layers .7.` cannot be run: .*layer 7 of `layers` has no router"),
+        ("systems: [glam]\nbase: {layers: [1]}", {}, "point `glam, graph` cannot be run: .*layer 1 of `layers`"),
+        (
+            "axes: {router_gradient: [{graph: identity, router_gradient: neighbours, num_neighbours: 9}]}",
+            {},
+            "router_gradient neighbours, num_neighbours 9` cannot be run: .*`num_neighbours` is 9, .* at most 2",
+        ),
         ("axis: {}", {}, "unknown setting `axis`; did you mean `axes`"),
         ("axes: {strenght: [1]}", {}, "unknown setting `strenght`; did you mean `strength`"),
         ("axes: {graph: [emma]}", {}, "`graph` is 'emma'; did you mean `ema`"),
@@ -234,6 +241,46 @@ def test_a_dense_gradient_in_some_layers_is_compared_with_one_in_the_same_layers
     point = Point(router_gradient="dense", layers=(0, 1))
     assert point.without_graph == Point(graph="identity", strength=0.0, router_gradient="dense", layers=(0, 1))
     assert point.plain.layers is None
+
+
+@pytest.mark.parametrize("reads", [{"selection": "conditional"}, {"router_gradient": "neighbours"}])
+def test_what_reads_the_counted_graph_keeps_its_decay_and_its_layers(reads):
+    points = [
+        Point(graph="identity", **reads, **change).canonical()
+        for change in ({}, {"decay": 0.9}, {"decay": 0.999}, {"layers": (0,)}, {"decay": 0.9, "layers": (0,)})
+    ]
+    assert len(set(points)) == 5
+    assert (points[-1].decay, points[-1].layers) == (0.9, (0,))
+    # What does not read the graph is one point at any decay.
+    assert Point(graph="identity", router_gradient="dense", decay=0.9).canonical().decay == Point.decay
+
+
+def test_a_study_of_decays_of_the_selection_runs_each(make_study):
+    forms = ", ".join(f"{{graph: identity, selection: conditional, decay: {decay}}}" for decay in (0.9, 0.999))
+    study = make_study(
+        f"base: {{decay: 0.95}}\naxes: {{selection: [{forms}, {{graph: identity, selection: conditional}}]}}"
+    )
+    decays = [point.symphony(study.recipe.symphony).decay for point in study.points() if point.selection != "top_k"]
+    assert decays == [0.9, 0.999, 0.95]
+
+
+@pytest.mark.parametrize(
+    "base", ["{router_gradient: dense}", "{damage: 0.1}", "{router_gradient: random, layers: [1]}"]
+)
+def test_a_base_with_more_than_a_graph_is_run_without_its_graph_too(make_study, base):
+    study = make_study(f"systems: [smoe, xmoe]\nbase: {base}")
+    points = study.points()
+    for system in ("smoe", "xmoe"):
+        point = dataclasses.replace(study.base, system=system)
+        assert point.without_graph != point.plain
+        assert {point.plain, point.without_graph, point.canonical()} <= set(points)
+    assert len(points) == 8  # with the two controls
+
+
+def test_a_recipe_that_chooses_one_expert_is_refused(make_study):
+    config = make_study("").recipe.model.config
+    with pytest.raises(ConfigError, match=r"num_experts_per_tok 1, so no two experts are chosen together.* take 2 or"):
+        make_study("", **{"model.config": {**config, "num_experts_per_tok": 1}})
 
 
 def test_plain_is_plain_by_any_name():
