@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import networkx
@@ -11,10 +12,10 @@ import symphony_hf
 
 ROOT = Path(symphony_hf.__file__).parent
 ORDER = (
-    ("errors", "compat"),
+    ("errors", "compat", "allocator"),
     ("locks",),
     ("files", "tables", "settings"),
-    ("config", "results"),
+    ("config", "results", "recipe_files"),
     ("recipe",),
     ("routing",),
     ("models", "diagnostics"),
@@ -29,6 +30,7 @@ ORDER = (
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 WITHOUT_TRANSFORMERS = {"errors", "locks", "files", "results", "settings", "config", "recipe", "routing"}
+WITHOUT_TRANSFORMERS |= {"allocator", "recipe_files"}
 ONLY_IN = {  # rooms that may import it; True: inside functions alone
     "matplotlib": ({"diagnostics"}, False),
     "peft": ({"conversion", "training", "experiments"}, True),
@@ -80,6 +82,13 @@ def _imports_of(path):
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
                 yield (inner if inner in NAMES else base), id(node) in top
+
+
+def test_the_layers_on_the_page_are_these():
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Find your way\n(.*?)^## ", page, re.M | re.S)
+    rows = re.findall(r"^\d+\. ([^:\n]*)", section, re.M)
+    assert tuple(tuple(re.findall(r"`(\w+)`", row)) for row in rows) == ORDER
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from symphony_hf.errors import CheckpointError, ConfigError
 from symphony_hf.experiments.conformance.table import write_readme
 from symphony_hf.files import replacing, replacing_folder, write_json, write_text
+from symphony_hf.locks import locked
 from symphony_hf.results import check_file_place, check_folder_place
 from symphony_hf.training.report import write_run_report
 
@@ -62,6 +65,34 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
             (other / "config.json").write_text("{}")
     assert names(tmp_path) == ["model", "other"]
     assert names(target) == ["config.json"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from symphony_hf.locks import locked
+with locked(Path(sys.argv[1]), Path("model")):
+    if os.fork() == 0:
+        print("forked", flush=True)
+        sys.stdin.read()
+        os._exit(0)
+    signal.pause()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+def test_a_killed_process_leaves_no_lock_to_what_it_has_forked(tmp_path):
+    """A worker of a loader, for example, which lives on for seconds."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"forked\n"
+        with pytest.raises(CheckpointError, match="another process"), locked(tmp_path / "lock", tmp_path):
+            raise AssertionError("it was not locked")
+        process.kill()
+        process.wait()
+        with locked(tmp_path / "lock", tmp_path):
+            pass
+        process.stdin.close()  # the forked process ends
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks")

@@ -1,24 +1,42 @@
-"""The pages: links lead somewhere, code runs, commands parse, and the README stays short."""
+"""The pages: links lead somewhere, code runs, commands parse, git ignores what they write, and the README is short."""
 
 import itertools
+import os
 import re
 import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
 from models import make_ids, make_llava, make_model
-from pages import NOTEBOOKS, PAGES, README, ROOT, code_of, commands_inline_of, headings_of, links_of, name_of, tokens_of
+from pages import (
+    NOTEBOOKS,
+    PAGES,
+    README,
+    ROOT,
+    code_of,
+    commands_inline_of,
+    headings_of,
+    inline_of,
+    links_of,
+    name_of,
+    pages_of,
+    tokens_of,
+)
 from trainers import Rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from symphony_hf import symphonize
 from symphony_hf.cli import app
+from symphony_hf.conversion.compression.top_k import RESULT_FILE
 from symphony_hf.errors import ConfigError
 from symphony_hf.experiments.bench.gpu import measure
 from symphony_hf.experiments.conformance.matrix import quiet
-from symphony_hf.recipe import load_recipe
+from symphony_hf.recipe import OutputSection, load_recipe
 from symphony_hf.train import parse_overrides
 from symphony_hf.training.arguments import training_arguments
 
@@ -61,6 +79,14 @@ def test_the_readme_is_short_and_shows_a_picture_early():
 def test_every_page_is_linked_from_the_readme():
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links_of(README) if "://" not in link}
     assert set(PAGES) - linked - {README} == set()
+
+
+def test_pages_that_a_notebook_writes_are_not_the_projects(tmp_path):
+    for name in ("README.md", "notebooks/README.md", "recipes/mine/README.md", "notebooks/notebook-05/final/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(page.relative_to(tmp_path)) for page in pages_of(tmp_path)]
+    assert found == ["README.md", "notebooks/README.md", "recipes/mine/README.md"]
 
 
 # Links.
@@ -247,3 +273,96 @@ def test_commands_within_sentences_have_the_options_that_they_name(page):
 def test_a_wrong_command_is_found(line, error, match):
     with pytest.raises(error, match=match):
         check_command(shlex.split(line))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=name_of)
+def test_pages_install_the_package_from_the_clone(page):
+    """In one form, with extras that exist. By its name, the package can only be installed once it is published."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    extras = set(re.findall(r"^(\w+) = ", project.split("\n[")[0], re.M))
+    spans = [token.content for token in inline_of(page) if token.type == "code_inline"]
+    for text in [*spans, *(code.text for code in code_of(page))]:
+        for command in re.findall(r"pip install[^\n&#]*", text):
+            assert "symphony" not in command, f'{command}: write `pip install -e ".[EXTRA]"`'
+            for names in re.findall(r"\.\[(.*?)\]", command):
+                assert set(names.split(",")) <= extras, command
+
+
+def test_the_readme_says_where_the_package_is_installed_from():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert "Until it is on PyPI, install from a clone" in text
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS, *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=name_of)
+def test_a_run_without_a_launcher_has_one_spelling(path):
+    assert "python -m symphony_hf.train " not in path.read_text(encoding="utf-8"), "write `symphony train`"
+
+
+# Outputs.
+
+WHERE = ("output", "target", "json")
+"""Parameters of commands that say where they write."""
+
+
+def default_outputs():
+    """Where commands, recipes and notebooks write by default."""
+    for command in commands_of(typer.main.get_command(app)):
+        yield from (one.default for one in command.params if one.name in WHERE and not one.required and one.default)
+    yield RESULT_FILE
+    yield measure.parse(["--tiny"]).output
+    yield OutputSection().directory
+    for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
+        if path.parent.name != "accelerate":
+            yield load_recipe(path).output.directory
+    for notebook in NOTEBOOKS:
+        yield f"notebooks/notebook-{notebook.name[:2]}"
+
+
+def outputs_of(words):
+    """Where a command of a page writes, as far as its words or its defaults say."""
+    if words[0] == ".ci/clients":
+        yield words[1]
+    elif "symphony_hf.train" in words:
+        yield recipe_output(words[words.index("symphony_hf.train") + 1 :])
+    elif words[0] == "symphony":
+        command, rest = command_of(words[1:])
+        context = command.make_context(command.name, rest)
+        if command.name == "train":
+            yield recipe_output([context.params["recipe"], *context.args])
+        yield from (context.params[name] for name in WHERE if context.params.get(name))
+
+
+def recipe_output(words):
+    path, *overrides = (word for word in words if word != "--dry_run")
+    return load_recipe(ROOT / path, parse_overrides(overrides)).output.directory
+
+
+def ignored_of(paths, folder):
+    """The paths that git ignores in a clone, by the project's file alone."""
+    shutil.copy(ROOT / ".gitignore", folder)
+    subprocess.run(["git", "init", "--quiet", folder], check=True, timeout=30)
+    command = ["git", "-c", f"core.excludesFile={os.devnull}", "check-ignore", "--no-index", "--stdin"]
+    lines = "".join(f"{path}\n" for path in paths)
+    run = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, timeout=30)
+    assert not run.stderr
+    return set(run.stdout.splitlines())
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+
+
+@needs_git
+def test_git_ignores_what_commands_write(tmp_path, monkeypatch):
+    """By default, and where the pages' commands say."""
+    monkeypatch.chdir(ROOT)
+    shown = [output for code in BASH for words in words_of(code) for output in outputs_of(words)]
+    paths = {str(path) for path in [*default_outputs(), *shown] if not Path(path).is_absolute()}
+    assert {"symphony-quickstart", "runs/symphony", "report.html", "text"} <= paths
+    assert paths - ignored_of(sorted(paths), tmp_path) == set()
+
+
+@needs_git
+def test_git_ignores_no_file_of_the_project(tmp_path):
+    kinds = (("symphony_hf", "py"), ("tests", "py"), ("recipes", "yaml"), ("recipes", "json"))
+    files = [*PAGES, *NOTEBOOKS, *(path for folder, kind in kinds for path in (ROOT / folder).rglob(f"*.{kind}"))]
+    assert ignored_of([name_of(path) for path in files], tmp_path) == set()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from symphony_hf import ConfigError
-from symphony_hf.settings import parse_settings, read_yaml
+from symphony_hf.settings import parse_settings, read_option, read_yaml
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,3 +70,34 @@ def test_dates_are_text(text):
 def test_an_impossible_value_is_refused():
     with pytest.raises(ConfigError, match="here is not valid YAML"):
         read_yaml("!!timestamp 2025-13-01", "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "`a` is given twice, on lines 1 and 3: keep one"),
+        ("train:\n  seed: 1\n  bf16: true\n  'seed': 2\n", "`seed` is given twice, on lines 2 and 4"),
+        ("{a: 1, a: 1}", "`a` is given twice, on lines 1 and 1"),
+        ("x: [{a: 1}, {b: 1, b: 2}]", "`b` is given twice"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(text, problem):
+    with pytest.raises(ConfigError, match=f"here is not valid YAML: {problem}"):
+        read_yaml(text, "here")
+
+
+@pytest.mark.parametrize("value", ["a: 1 # b", "- 1 # b", "a #1.txt", "[1] # b", "{a: 1} #", "a:\n  - 1 # b"])
+def test_an_option_that_ends_in_a_comment_is_refused(value):
+    with pytest.raises(ConfigError, match=r"(?s)`--name`: .*`#` begins a comment in YAML: quote the value once more"):
+        read_option("`--name`", value)
+
+
+@pytest.mark.parametrize("value", ["a#1.txt", "'a #1.txt'", "a: '#'", "- a#"])
+def test_an_option_may_have_a_number_sign(value):
+    assert read_option("`--name`", value) == read_yaml(value, "here")
+
+
+def test_merged_keys_may_be_given_again():
+    text = "one: &one {a: 1, b: 2}\ntwo: &two {<<: *one, b: 3}\nthree: {<<: *two, <<: *one, a: 4}\n"
+    found = read_yaml(text, "here")
+    assert (found["two"], found["three"]["a"]) == ({"a": 1, "b": 3}, 4)

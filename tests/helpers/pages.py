@@ -15,8 +15,16 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-FOLDERS = ("notebooks", "recipes", "symphony_hf")
-PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+FOLDERS = ("recipes", "symphony_hf")
+
+
+def pages_of(root: Path) -> list[Path]:
+    """The pages below a root, without the reports and model cards that notebooks write beside themselves."""
+    deep = (page for folder in FOLDERS for page in (root / folder).rglob("*.md"))
+    return sorted([*root.glob("*.md"), *(root / "notebooks").glob("*.md"), *deep])
+
+
+PAGES = pages_of(ROOT)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAMILIES = ROOT / "symphony_hf" / "patching" / "families" / "README.md"
 
