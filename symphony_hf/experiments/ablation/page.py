@@ -151,7 +151,11 @@ def _forgotten(report: Mapping[str, Any]) -> list[str]:
 
 def own_comparisons(report: Mapping[str, Any], level: str = "##") -> list[str]:
     """Return the comparisons of forms with themselves without a graph, and with a shuffled one, under a heading."""
-    names = {"against_no_graph": "without a graph", "against_shuffled": "with its experts shuffled"}
+    names = {
+        "against_no_graph": "without a graph",
+        "against_shuffled": "with its experts shuffled",
+        "against_random": "with as many experts at random",
+    }
     shown = compared_measures(report)
     rows = [
         [f"{row['label']}, against itself {label}", *(_verdict_text(row[key][name], name) for name in shown)]

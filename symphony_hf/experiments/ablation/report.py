@@ -128,8 +128,9 @@ def _start_left(study: Study, point: Point) -> float | None:
 def _row(
     study: Study, point: Point, by_point: Mapping[Point, Runs], sight: Mapping[str, Any], diverged: set[Point]
 ) -> dict[str, Any]:
-    """Return a point's means, and its comparisons by seed: with the plain system, with itself without a graph, and with
-    its shuffled graph. Runs that diverged are missing, so a point with one gets no other verdict."""
+    """Return a point's means, and its comparisons by seed: with the plain system, with itself without a graph, with its
+    shuffled graph, and with random experts in place of neighbours. Runs that diverged are missing, so a point with one
+    gets no other verdict."""
     runs, measures = by_point[point], measures_of(study)
     row: dict[str, Any] = {"label": point.label(study.base), "point": dataclasses.asdict(point), "seeds": sorted(runs)}
     row["start_left"] = _start_left(study, point)
@@ -139,6 +140,8 @@ def _row(
     others = {"against_plain": point.plain, "against_no_graph": point.without_graph}
     if point.graph == "ema":
         others["against_shuffled"] = dataclasses.replace(point, graph="random")
+    if point.router_gradient == "neighbours":
+        others["against_random"] = dataclasses.replace(point, router_gradient="random").canonical()
     if point.differs_by_graph:
         del others["against_no_graph"]
     for name, other in others.items():

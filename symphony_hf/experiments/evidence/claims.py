@@ -79,11 +79,15 @@ def _is_better_frozen(study: Mapping[str, Any], measure: str) -> bool:
 
 
 def _winners(study: Mapping[str, Any]) -> str:
-    """Return the forms that are better on clean or damaged text, and worse on neither."""
+    """Return the forms that are better on clean or damaged text, and worse on neither.
+
+    Neighbours that are no better than as many experts at random owe nothing to the graph.
+    """
     texts = ["clean_nats", *(f"damaged_nats_{rate:g}" for rate in study["settings"]["damage"])]
     without = [name for name in texts if _is_better_frozen(study, name)]
     won: list[str] = []
     traded: list[str] = []
+    alike: list[str] = []
     for row in _compared(study):
         verdicts = {
             verdict
@@ -91,13 +95,17 @@ def _winners(study: Mapping[str, Any]) -> str:
             if (verdict := row["against_plain"][name]["verdict"]) != "better" or name not in without
         }
         if "better" in verdicts:
-            (traded if "worse" in verdicts else won).append(f"`{row['label']}`")
+            control = row.get("against_random", {})
+            is_alike = bool(control) and "better" not in {control[name]["verdict"] for name in texts}
+            (alike if is_alike else traded if "worse" in verdicts else won).append(f"`{row['label']}`")
     found = (
         f"better on one of the texts and worse on none: {', '.join(won)}"
         if won
         else "no form is better on one of the texts and worse on none, so the defaults stay"
     )
     found += f"; better on one and worse on another: {', '.join(traded)}" if traded else ""
+    if alike:
+        found += f"; not counted: {', '.join(alike)}, no better than with as many experts at random"
     if without:
         found += (
             f"; not counted: better on {' and '.join(title_of(name).removeprefix('nats, ') for name in without)} text, "

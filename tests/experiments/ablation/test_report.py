@@ -101,6 +101,23 @@ def test_the_graph_is_set_beside_itself_with_its_experts_shuffled(make_study, tm
     assert "against_shuffled" not in of_shuffled
 
 
+def test_neighbours_are_set_beside_as_many_experts_at_random(make_study, tmp_path):
+    gradients = ", ".join(f"{{graph: identity, router_gradient: {name}}}" for name in ("neighbours", "random"))
+    study = make_study(f"seeds: [0, 1]\naxes: {{router_gradient: [{gradients}]}}")
+    results = Results(tmp_path / "out", study, "text")
+    save_controls(study, results)
+    losses = {"neighbours": (90.0, 80.0), "random": (100.0, 100.0)}
+    for point in study.points():
+        for seed, loss in enumerate(losses.get(point.router_gradient, (110.0, 110.0))):
+            if point.control == "none":
+                results.save(StudyRun(point, seed), result(loss, 120.0, 0.9, 0.9))
+    rows = {row["point"]["router_gradient"]: row for row in write_ablation(study, results, {})["rows"]}
+    against = rows["neighbours"]["against_random"]["clean"]
+    assert against["estimate"] == pytest.approx(math.sqrt(0.9 * 0.8))
+    assert "against_random" not in rows["random"]
+    assert "against itself with as many experts at random" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_missing_and_failed_runs_are_reported(report, capsys):
     assert report["missing"] == ["smoe, decay 0.9, seed 0", "smoe, decay 0.9, seed 2"]
     page = markdown(report)
