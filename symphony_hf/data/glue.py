@@ -133,10 +133,15 @@ def read_glue(path: str | None, name: str, revision: str | None, notes: list[str
     return task, _read(path or HUB, revision, task, notes)
 
 
+def is_embedded(kind: str, path: str | None) -> bool:
+    """Whether a recipe's data needs no file and no download. GLUE without a path is the Hub's."""
+    return path == (EMBEDDED if kind == "glue" else None)
+
+
 def describe_data(data: Mapping[str, Any]) -> str:
     """Return the name of a recipe's data: its path, GLUE's task on the Hub, or that it is embedded."""
     kind = data.get("kind", "text")
-    if data["path"] == (EMBEDDED if kind == "glue" else None):
+    if is_embedded(kind, data["path"]):
         return f"embedded {kind} data"
     return f"GLUE {data['name']}" if data["path"] is None else str(data["path"])
 

@@ -10,17 +10,12 @@ from .chat_template import plain_text
 from .corpus import corpus_of
 from .documents import Corpus, Document
 from .embedded import embedded_corpus
-from .glue import EMBEDDED, read_glue
+from .glue import is_embedded, read_glue
 from .rows import PROBLEM, thin_rows
 from .streams import sample_stream
 
 if TYPE_CHECKING:
     from symphony_hf.recipe import DataSection
-
-
-def is_of_library(section: "DataSection") -> bool:
-    """Return whether a tokenizer is trained on the running Python's library: for data that needs no download."""
-    return section.path == (EMBEDDED if section.kind == "glue" else None)
 
 
 def tokenizer_corpus(section: "DataSection") -> Corpus:
@@ -37,7 +32,7 @@ def tokenizer_corpus(section: "DataSection") -> Corpus:
     Raises:
         DataError: If the data is missing or unreadable, or not in the form that the kind needs.
     """
-    if is_of_library(section):
+    if is_embedded(section.kind, section.path):
         return embedded_corpus()
     if section.kind == "text":
         return sample_stream(section) if section.streaming else corpus_of(section)

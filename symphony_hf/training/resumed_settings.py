@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from symphony_hf.checkpoints.hub_names import hub_name
 from symphony_hf.config import GRAPHS, SymphonyConfig
+from symphony_hf.data.glue import is_embedded
 from symphony_hf.data.text import OF_TABLES, may_read_tables
-from symphony_hf.data.tokenizer_text import is_of_library
 from symphony_hf.errors import ConfigError
 from symphony_hf.files import ADAPTER_RECORD, CONFIG, read_object
 from symphony_hf.recipe import DataSection, Recipe
@@ -145,7 +145,7 @@ def check_same_tokenizer(digest: str | None, data: DataSection, checkpoint: Path
     if recorded is None or digest is None:
         return
     anew = "start a new run in another output directory"
-    if TOKENIZER not in recorded and data.kind != "text" and not is_of_library(data):
+    if TOKENIZER not in recorded and data.kind != "text" and not is_embedded(data.kind, data.path):
         raise ConfigError(
             f"data: `{checkpoint}` is of a release that trained the tokenizer of `{data.kind}` data on the running "
             f"Python's library, not on the data: {anew}, or resume with the release that began this one"
