@@ -56,34 +56,54 @@ class SymphonyRouter:
             args = (kwargs.pop(next(iter(kwargs))),)
         smooth_logits = active_graph(self.symphony).config.smoothing == "logits"
         forward = self._forward_with_logits_smoothed if smooth_logits else self._forward_with_scores_smoothed
-        outputs, logits_TE = forward(*args, **kwargs)
+        outputs, logits = forward(*args, **kwargs)
+        stack = self.stack
+        if stack is not None and not stack.owner.training:  # the stack's mode decides, not a layer's own
+            stack = None
+        if stack is None and not self.logit_notes:  # as in decoding, where a token's time counts
+            return outputs
+        logits_TE = logits()
         for note in self.logit_notes:
             note(logits_TE)
-        if self.stack is None or not self.stack.owner.training:  # the stack's mode decides, not a layer's own
-            return outputs
+        return outputs if stack is None else self._observe(stack, outputs, logits_TE)
+
+    def _observe(self, stack: CoselectionCounter, outputs: Any, logits_TE: Tensor) -> Any:
+        """Record a training forward. Returns the outputs, with the router's losses attached."""
         contract, parts = self.contract, as_tuple(outputs)
         chosen_TK = contract.chosen_experts(parts, logits_TE)
-        loss = self.stack.observe(self, logits_TE, chosen_TK)
+        loss = stack.observe(self, logits_TE, chosen_TK)
         # On what the experts use: a recorded logit may lead to no loss at all.
         place = contract.carrier
         carrier = parts[place]
-        self.stack.watch_outside(carrier)
+        stack.watch_outside(carrier)
         if self.gradient_of_others is not None and torch.is_grad_enabled() and logits_TE.requires_grad:
             carrier = self.gradient_of_others.extend(self, logits_TE, carrier, chosen_TK)
         if loss is not None:
-            carrier = AttachLoss.apply(carrier, loss, self.stack.state.scale)
+            carrier = AttachLoss.apply(carrier, loss, stack.state.scale)
         return (*parts[:place], carrier, *parts[place + 1 :]) if isinstance(outputs, tuple) else carrier
 
-    def _forward_with_logits_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run the family's forward with its logits smoothed. Returns its output and the logits."""
-        linear = linear_of(self, self.contract.linear)  # type: ignore[arg-type]
-        if self.contract.calls_linear and not is_plain_linear(linear):
-            # LoRA, a quantized weight or a hook: more than a weight, so change what it returns.
-            return self._run(OutputStandIn(linear, self.smooth_logits), hidden_states, *args, **kwargs)
-        change = self._defer if _is_precise(hidden_states, linear.weight) else self.apply_graph  # type: ignore[arg-type]
-        return self._run(self._leaf(linear, change), hidden_states, *args, **kwargs)
+    def _forward_with_logits_smoothed(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Callable[[], Tensor]]:
+        """Run the family's forward with its logits smoothed. Returns its output and a function that gives the logits.
 
-    def _forward_with_scores_smoothed(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        The logits' shape is (tokens, num_experts).
+        """
+        contract = self.contract
+        linear = linear_of(self, contract.linear)  # type: ignore[arg-type]
+        leaf: Any
+        if contract.calls_linear and not is_plain_linear(linear):
+            # LoRA, a quantized weight or a hook: more than a weight, so change what it returns.
+            leaf = OutputStandIn(linear, self.smooth_logits)
+        else:
+            is_precise = _is_precise(hidden_states, linear.weight)  # type: ignore[arg-type]
+            leaf = self._leaf(linear, self._defer if is_precise else self.apply_graph)
+        outputs = self._run(leaf, hidden_states, *args, **kwargs)
+        return outputs, lambda: self._logits(outputs, leaf, hidden_states)
+
+    def _forward_with_scores_smoothed(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Callable[[], Tensor]]:
         """Smooth the logits that the family's forward gives, then let its head finish with the smoothed ones.
 
         Its own softmax or sigmoid, selection and renormalization do the rest.
@@ -91,33 +111,37 @@ class SymphonyRouter:
         contract = self.contract
         linear = linear_of(self, contract.linear)  # type: ignore[arg-type]
         if contract.calls_linear:
-            leaf = OutputStandIn(linear, lambda logits: self._smooth_scores(logits.flatten(0, -2)).view_as(logits))
-            outputs, _ = self._run(leaf, hidden_states, *args, **kwargs)
-            assert leaf.output is not None
-            return outputs, leaf.output.flatten(0, -2)
-        _, logits_TE = self._run(self._leaf(linear, lambda tensor: tensor), hidden_states, *args, **kwargs)
-        smoothed_TE = self._smooth_scores(logits_TE)
+            called = OutputStandIn(linear, lambda logits: self._smooth_scores(logits.flatten(0, -2)).view_as(logits))
+            outputs = self._run(called, hidden_states, *args, **kwargs)
+            return outputs, lambda: _flat_output(called)
+        leaf = self._leaf(linear, lambda tensor: tensor)
+        plain = self._run(leaf, hidden_states, *args, **kwargs)
+        smoothed_TE = self._smooth_scores(self._logits(plain, leaf, hidden_states))
         replaced, hidden_states = substitute_logits(
             self,  # type: ignore[arg-type]
             self.stand_in,
             contract.linear,
             contract.calls_linear,
             smoothed_TE,
-            hidden_states,  # type: ignore[arg-type]
+            hidden_states,
             contract.parameters,
         )
         outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
-        return outputs, smoothed_TE
+        return outputs, lambda: smoothed_TE
 
     def _smooth_scores(self, logits_TE: Tensor) -> Tensor:
         scoring_func = self.contract.scoring_func
         assert scoring_func is not None  # `symphonize` refuses scores of an unknown function
         return self.symphony(logits_TE, scoring_func)
 
-    def _run(self, leaf: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+    def _run(self, leaf: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the family's forward with `leaf` in place of its linear map."""
+        replaced = substitute(self, self.stand_in, self.contract.linear, leaf)  # type: ignore[arg-type]
+        return self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _logits(self, outputs: Any, leaf: Any, hidden_states: Tensor) -> Tensor:
+        """Return the logits of a forward that has run with `leaf`. Shape: (tokens, num_experts)."""
         contract = self.contract
-        replaced = substitute(self, self.stand_in, contract.linear, leaf)  # type: ignore[arg-type]
-        outputs = self.base_class.forward(replaced, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         if contract.logits is not None:
             logits = as_tuple(outputs)[contract.logits]
         elif contract.calls_linear:
@@ -126,7 +150,7 @@ class SymphonyRouter:
             weight = leaf.weight if contract.linear else leaf["weight"]
             with without_autocast(hidden_states):
                 logits = F.linear(hidden_states.float(), weight.float())
-        return outputs, logits.reshape(-1, logits.shape[-1])
+        return logits.reshape(-1, logits.shape[-1])
 
     def _leaf(self, linear: nn.Module, change: Callable[[Tensor], Any]) -> Any:
         """Return the replacement of the linear map: what its product is made of, changed along the experts."""
@@ -189,6 +213,11 @@ def _make_class(base_class: type[nn.Module]) -> type[nn.Module]:
         "__doc__": SymphonyRouter.__doc__,
     }
     return type(name, (SymphonyRouter, base_class), namespace)
+
+
+def _flat_output(called: OutputStandIn) -> Tensor:
+    assert called.output is not None
+    return called.output.flatten(0, -2)
 
 
 def _is_precise(hidden_states: Tensor, weight: Tensor) -> bool:

@@ -15,7 +15,7 @@ from symphony_hf.patching.families.substitution import linear_of
 from symphony_hf.routing.smoothing import smooth_logits, smooth_probabilities
 
 from .expert_graph import ExpertGraph
-from .router import SymphonyRouter, swap_class, symphony_router_class
+from .router import swap_class, symphony_router_class
 
 
 def check_routers(found: list[FoundRouter], config: SymphonyConfig) -> None:
@@ -113,10 +113,7 @@ class _Check:
     def _trial_logits(self) -> Tensor:
         with LinearSpy(self.probe.rows) as spy:
             self._forward(self.trial)
-        # Of logits that are not returned, a patched router computes the product once more, after the family's forward.
-        is_extra = self.contract.logits is None and not self.contract.calls_linear
-        place = -2 if is_extra and isinstance(self.trial, SymphonyRouter) else -1
-        return spy.outputs[place].reshape(self.probe.raw.shape)
+        return spy.outputs[-1].reshape(self.probe.raw.shape)
 
     def _check_fold(self) -> None:
         """Check that a plain router with A W for its weight has the patched one's logits: in 16 bits bit for bit."""

@@ -22,6 +22,7 @@ from symphony_hf.experiments.conformance.matrix import quiet
 from symphony_hf.experiments.conformance.tiny import tiny_model
 from symphony_hf.patching.families.discovery import find_routers
 from symphony_hf.patching.families.named_gates import find_gates
+from symphony_hf.patching.families.probe import LinearSpy
 from symphony_hf.patching.folding import folded_parameters
 
 TOP_K, DECAY = 2, 0.5
@@ -192,6 +193,15 @@ def test_in_16_bits_they_fold_to_the_bit(gate_class):
 
 def test_sigmoid_scores_in_the_output_are_not_taken_for_logits():
     assert make(SigmoidScores)[0].gate.contract.logits is None
+
+
+@pytest.mark.parametrize("gate_class", [SigmoidScores, ChoosesByBiasAlone, MoEGate])
+def test_logits_that_nobody_reads_are_not_computed_again(gate_class):
+    """Training reads those of a router that does not return them, and decoding does not."""
+    model = move_graphs(make(gate_class)).eval()
+    with LinearSpy(EXPERTS) as spy:
+        model(torch.randn(9, HIDDEN))
+    assert len(spy.outputs) == 1
 
 
 @pytest.mark.parametrize("gate_class", [ChoosesByBias, ChoosesByBiasAlone])

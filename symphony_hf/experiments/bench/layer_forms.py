@@ -72,8 +72,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT, NEW_TOKENS = 8, 32
 """Tokens of a generation: given, and generated with a cache."""
 
-BARE_LAYERS = 4
-"""Layers of a bare form: a model's own hooks run once a forward, not once a layer."""
+BARE_LAYERS = 16
+"""Layers of a bare form: a model's own hooks run once a forward, not once a layer. The models have 16 to 61."""
 
 
 class _NoAttention(nn.Module):
