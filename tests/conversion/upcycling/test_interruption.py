@@ -5,11 +5,15 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 
 import pytest
 from dense import files_of, load, run, save_dense
 
 from symphony_hf import CheckpointError
+from symphony_hf.conversion.upcycling.plan import PlannedTensor
+from symphony_hf.conversion.upcycling.writing import Shards
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -102,3 +106,25 @@ def test_a_disk_that_is_full_after_all(tmp_path):
     assert forked(work) == 0
     assert files_of(tmp_path) == before
     assert not (tmp_path / "moe").exists()
+
+
+def test_an_error_in_one_file_ends_the_others(tmp_path):
+    """Files are written side by side: the second fails once the first has begun, whose tensor would be long."""
+    begun, written = threading.Event(), []
+
+    class Failing:
+        def blocks(self, tensor):
+            if tensor.name == "b":
+                assert begun.wait(60)
+                raise OSError("no space")
+            for _ in range(100_000):
+                begun.set()
+                written.append(tensor.name)
+                yield memoryview(bytes(8))
+                time.sleep(0.001)
+
+    shards = Shards([PlannedTensor(name, (200_000,), "F32") for name in "ab"], "900KB")
+    assert len(shards.split.filename_to_tensors) == 2
+    with pytest.raises(OSError, match="no space"):
+        shards.write(tmp_path, Failing())
+    assert 0 < len(written) < 100_000
