@@ -8,6 +8,7 @@ from symphony_hf.experiments.ablation.page import print_ablation
 from symphony_hf.experiments.ablation.run import run_ablation
 from symphony_hf.experiments.balancing.study import print_balance, run_balance
 from symphony_hf.experiments.bench.commit import print_bench_commit, run_bench_commit
+from symphony_hf.experiments.bench.evaluation import print_bench_evaluation, run_bench_evaluation
 from symphony_hf.experiments.bench.experts import print_bench_experts, run_bench_experts
 from symphony_hf.experiments.bench.layer import run_bench
 from symphony_hf.experiments.bench.layer_rows import print_bench
@@ -37,6 +38,13 @@ def bench(result: dict[str, Any]) -> None:
 def bench_commit(result: dict[str, Any]) -> None:
     """Measure what moving the graphs costs with 1, 2 and 4 processes: one all-reduce per optimizer step."""
     print_bench_commit(result)
+
+
+@app.command("bench-evaluation", epilog="Example: symphony bench-evaluation runs/mine/final --threads 1")
+@command_from(run_bench_evaluation, arguments=("model",))
+def bench_evaluation(result: dict[str, Any]) -> None:
+    """Measure `symphony eval` and `symphony routing` beside the bare forwards that they need."""
+    print_bench_evaluation(result)
 
 
 @app.command("bench-experts", epilog="Example: symphony bench-experts --images 4 --output experts.json")
