@@ -53,6 +53,17 @@ def test_a_round_trip_is_exact(tmp_path, family, settings):
         assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path)), wanted)
 
 
+def test_unloading_keeps_the_adapters_graphs_on_the_base():
+    """As PEFT keeps every module that an adapter saves whole; disabling it gives the base (above)."""
+    adapted = adapted_model()
+    base = adapted.unload()
+    assert_same_graphs(base, adapted_model())
+    graphs = {name: tensor for name, tensor in base.state_dict().items() if ".symphony." in name}
+    untouched = symphonize(make_model(), decay=DECAY)
+    untouched.load_state_dict(graphs, strict=False)
+    assert torch.equal(logits(base), logits(untouched))
+
+
 @pytest.mark.parametrize("adapted_layer", ["lm_head", "embed_tokens"])
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_an_adapter_of_the_head_or_the_embeddings(tmp_path, adapted_layer):
