@@ -3,8 +3,9 @@
 import functools
 import gc
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -36,10 +37,13 @@ class ModelUnderTest:
     Attributes:
         config: Config of the model.
         fingerprint: Identifier of the checkpoint's contents; see `fingerprint_of`.
+        on_load: Called with every model that is loaded, for those who measure evaluations; None for nobody.
 
     Raises:
         ConfigError: If transformers does not know the model, or it is an adapter.
     """
+
+    on_load: ClassVar[Callable[[PreTrainedModel], object] | None] = None
 
     def __init__(self, source: str, revision: str | None, dtype: str, auto_class: Any = AutoModelForCausalLM) -> None:
         self.source, self.revision, self.dtype, self.auto_class = source, revision, dtype, auto_class
@@ -92,6 +96,8 @@ class ModelUnderTest:
                 f"`{self.source}`: it lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), and "
                 "random ones would take their place: give a checkpoint that has them"
             )
+        if ModelUnderTest.on_load is not None:
+            ModelUnderTest.on_load(model)
         return model.eval()
 
     def release(self) -> None:

@@ -113,7 +113,7 @@ class SymphonyRouter:
         if contract.calls_linear:
             called = OutputStandIn(linear, lambda logits: self._smooth_scores(logits.flatten(0, -2)).view_as(logits))
             outputs = self._run(called, hidden_states, *args, **kwargs)
-            return outputs, lambda: _flat_output(called)
+            return outputs, lambda: self._logits(outputs, called, hidden_states)
         leaf = self._leaf(linear, lambda tensor: tensor)
         plain = self._run(leaf, hidden_states, *args, **kwargs)
         smoothed_TE = self._smooth_scores(self._logits(plain, leaf, hidden_states))
@@ -213,11 +213,6 @@ def _make_class(base_class: type[nn.Module]) -> type[nn.Module]:
         "__doc__": SymphonyRouter.__doc__,
     }
     return type(name, (SymphonyRouter, base_class), namespace)
-
-
-def _flat_output(called: OutputStandIn) -> Tensor:
-    assert called.output is not None
-    return called.output.flatten(0, -2)
 
 
 def _is_precise(hidden_states: Tensor, weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ from symphony_hf.experiments.bench import experts as bench_experts
 from symphony_hf.experiments.bench import gradient, layer_forms
 from symphony_hf.experiments.bench import layer as bench_module
 from symphony_hf.experiments.bench import upcycle as bench_upcycle
+from symphony_hf.experiments.bench.evaluation import run_bench_evaluation
 from symphony_hf.experiments.bench.layer import run_bench
 from symphony_hf.experiments.bench.layer_forms import SHAPES, build_forms
 from symphony_hf.experiments.bench.layer_rows import AIMS, print_bench
@@ -265,8 +266,9 @@ def test_bench_experts_has_a_row_for_every_form(tmp_path, monkeypatch):
         lambda folder: run_bench(["tiny"], output=folder),
         lambda folder: bench_commit.run_bench_commit(folder),
         lambda folder: bench_experts.run_bench_experts(folder),
+        lambda folder: run_bench_evaluation("no-such-model", output=folder),
     ],
-    ids=["bench", "bench-commit", "bench-experts"],
+    ids=["bench", "bench-commit", "bench-experts", "bench-evaluation"],
 )
 def test_a_folder_as_the_result_file_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"^bench.*: `.*` is a folder, and the result is a file"):

@@ -151,15 +151,18 @@ class Shards:
             tqdm(total=self.weight_bytes, desc="writing", unit="B", unit_scale=True, disable=None) as progress,
             ThreadPoolExecutor(_FILES_AT_A_TIME) as pool,
         ):
-            jobs = [
-                pool.submit(_write_file, folder / name, [self.tensors[key] for key in keys], contents, progress, stop)
-                for name, keys in self.split.filename_to_tensors.items()
-            ]
             try:
+                jobs = [
+                    pool.submit(
+                        _write_file, folder / name, [self.tensors[key] for key in keys], contents, progress, stop
+                    )
+                    for name, keys in self.split.filename_to_tensors.items()
+                ]
                 for job in as_completed(jobs):
                     job.result()
             finally:  # an error in one file, or Ctrl-C, also ends the others
                 stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
         if self.split.is_sharded:
             metadata = {"total_parameters": self.parameters, **self.split.metadata}
             index = {"metadata": metadata, "weight_map": self.split.tensor_to_filename}
@@ -174,9 +177,10 @@ def tensor_bytes(tensor: PlannedTensor) -> int:
 def _write_file(
     path: Path, tensors: Sequence[PlannedTensor], contents: Contents, progress: "tqdm[Any]", stop: Event
 ) -> None:
-    """Write the safetensors format: header length in 8 bytes, JSON header, tensors without gaps; less if stopped.
+    """Write the safetensors format: header length in 8 bytes, JSON header, tensors without gaps.
 
-    The library itself writes only tensors that are in memory. Order and padding are the same as its own.
+    The library itself writes only tensors that are in memory. Order and padding are the same as its own. Once `stop` is
+    set, the file is left as it is, incomplete.
     """
     ordered = sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

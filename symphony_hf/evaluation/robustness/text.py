@@ -89,9 +89,10 @@ class TextTask(Task[TextScores]):
         self.names = [document.name for document in self.corpus.documents]
         self.report = Perplexity(self.names)
         self._clean: dict[str, tuple[_Form, list[np.ndarray]]] = {}
-        # Until the last model has been scored. Two that tokenize differently keep none, to save memory.
-        self._keeps_forms = _are_same(list(self.tokenizers.values()))
+        self._is_shared = len(self.tokenizers) > 1 and _are_same(*self.tokenizers.values())
+        # Of models that share a tokenizer, until the last one has been scored. Others keep none, to save memory.
         self._forms: dict[AttackCase | None, _Form] = {}
+        # Also of a single model, from the check to the scores: aligning takes far longer than tokenizing.
         self._untouched: dict[AttackCase, list[Untouched]] = {}
         for role in self.models_under_test:
             self._check_tokens(role)
@@ -160,11 +161,11 @@ class TextTask(Task[TextScores]):
         )
 
     def _form(self, role: str, case: AttackCase | None) -> _Form:
-        """Tokenize a form, once for all checks and for models with the same tokenizer."""
+        """Tokenize a form, once for models with the same tokenizer."""
         if case in self._forms:
             return self._forms[case].unpacked()
         form = _tokenize(self.corpus.documents if case is None else self.corpus.attacked[case], self.tokenizers[role])
-        if self._keeps_forms:
+        if self._is_shared:
             self._forms[case] = form.packed()
         return form
 
@@ -207,13 +208,13 @@ class TextTask(Task[TextScores]):
         return first_token(self.tokenizers[role])
 
     def _find_untouched(self, case: AttackCase, clean: _Form, attacked: _Form) -> list[Untouched]:
-        """Align a form with the clean one, once for all checks and for models with the same tokenizer."""
+        """Align a form with the clean one, once for its check, its scores and models with the same tokenizer."""
         if case in self._untouched:
             return self._untouched[case]
         pairs = list(zip(clean.documents, attacked.documents, strict=True))
         bar = tqdm(pairs, desc=f"Aligning {case}", unit=" documents", delay=2, disable=None)
         found = [Untouched(*(own.astype(np.int32) for own in find_untouched(before, after))) for before, after in bar]
-        if self._keeps_forms:
+        if self._is_shared or len(self.tokenizers) == 1:
             self._untouched[case] = found
         return found
 
@@ -240,7 +241,7 @@ class TextTask(Task[TextScores]):
 
     def _warn_about_unknown_words(self) -> None:
         """Warn if one of two tokenizers has words that it does not know, which cost its model little."""
-        if self._keeps_forms:
+        if len(self.tokenizers) < 2 or self._is_shared:
             return
         for role, tokenizer in self.tokenizers.items():
             ids = np.concatenate([tokens.ids for tokens in self._clean[role][0].documents])
@@ -255,13 +256,11 @@ class TextTask(Task[TextScores]):
                 )
 
 
-def _are_same(tokenizers: Sequence[Any]) -> bool:
-    """Whether tokenizers surely give the same tokens: one alone, or fast ones of one class, with the same file."""
-    if len(tokenizers) == 1:
-        return True
-    if len({type(tokenizer) for tokenizer in tokenizers}) > 1 or not tokenizers[0].is_fast:
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers surely give the same tokens: fast ones of one class, with the same file."""
+    if type(one) is not type(other) or not one.is_fast:
         return False
-    return len({tokenizer.backend_tokenizer.to_str() for tokenizer in tokenizers}) == 1
+    return bool(one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str())
 
 
 def _tokenize(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> _Form:

@@ -1,15 +1,14 @@
 """`symphony bench-evaluation`: `symphony eval` and `symphony routing` beside the bare forwards that they need.
 
-The inputs of all forwards are noted in a first run of each command. In each round the command runs again, and then the
-bare model runs on the same inputs, twice; the second time over the first is the noise. Everything runs in one process,
-so the start of Python is left out. What a command does beside forwards (reading, attacking and tokenizing text,
-statistics, and pictures for `routing`) depends on the text and hardly on the model.
+The arguments of all forwards are noted in a first run of each command. In each round the command runs again, and then
+the bare model runs with the same arguments, twice; the second time over the first is the noise. Everything runs in one
+process, so the start of Python is left out. What a command does beside forwards (reading, attacking and tokenizing
+text, statistics, and pictures for `routing`) depends on the text and hardly on the model.
 """
 
 import contextlib
 import dataclasses
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from symphony_hf.errors import ConfigError
 from symphony_hf.evaluation.checkpoint import ModelUnderTest
+from symphony_hf.evaluation.routing.settings import RoutedModel
 from symphony_hf.results import check_file_place
 from symphony_hf.tables import Table
 
 from .results import number_cell, print_result, range_cell, write_result
-from .timing import quartiles, using_threads
+from .timing import clock, quartiles, using_threads
 
 _DTYPE = "auto"
 """The commands' own default."""
@@ -74,6 +73,8 @@ def run_bench_evaluation(
 ) -> dict[str, Any]:
     """Measure both commands, and write the result as JSON.
 
+    Beside the model that a command loads, the bare one stays in memory.
+
     Args:
         model: Checkpoint of a causal language model with experts: a folder, or a name on the Hub.
         rounds: Number of rounds.
@@ -102,85 +103,72 @@ def run_bench_evaluation(
         tempfile.TemporaryDirectory() as scratch,
         tqdm(total=2 * (rounds + 1), desc="bench-evaluation", unit=" runs", disable=None) as bar,
     ):
+        tested = RoutedModel(model, None, _DTYPE)  # which refuses one without experts
         for number, run in enumerate((_run_eval, _run_routing)):
-            with noted_inputs() as inputs:
-                run(settings, Path(scratch) / str(number))
+            with noted_calls() as calls:
+                run(settings, Path(scratch) / str(number), torch.device("cpu"))
             bar.update()
-            bare = ModelUnderTest(model, None, _DTYPE).model
+            bare = tested.model
             taken: list[dict[str, float]] = []
             forwards: list[float] = []
             again: list[float] = []
             for turn in range(rounds):
                 # Finished measurements in a folder would be used again.
-                taken.append(run(settings, Path(scratch) / f"{number}-{turn}"))
-                forwards.append(_run_forwards(bare, inputs))
-                again.append(_run_forwards(bare, inputs))
+                taken.append(run(settings, Path(scratch) / f"{number}-{turn}", bare.device))
+                forwards.append(_run_forwards(bare, calls))
+                again.append(_run_forwards(bare, calls))
                 bar.update()
             rows += [
-                _measurement(name, len(inputs), [seconds[name] for seconds in taken], forwards, again)
+                _measurement(name, len(calls), [seconds[name] for seconds in taken], forwards, again)
                 for name in taken[0]
             ]
         values = {"rows": [dataclasses.asdict(row) for row in rows], "rounds": rounds, **settings}
         return write_result(output, values)
 
 
-def _run_eval(settings: dict[str, Any], folder: Path) -> dict[str, float]:
+def _run_eval(settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, float]:
     from symphony_hf.evaluation.robustness.evaluate import evaluate_robustness  # slow to import, as the next ones
     from symphony_hf.evaluation.robustness.settings import RobustnessSettings
 
-    started = _clock()
+    started = clock(device)
     evaluate_robustness(RobustnessSettings(**settings, output=str(folder)))
-    return {"eval": _clock() - started}
+    return {"eval": clock(device) - started}
 
 
-def _run_routing(settings: dict[str, Any], folder: Path) -> dict[str, float]:
+def _run_routing(settings: dict[str, Any], folder: Path, device: torch.device) -> dict[str, float]:
     from symphony_hf.evaluation.routing.observe import observe_routing
     from symphony_hf.evaluation.routing.pictures import draw_observation
     from symphony_hf.evaluation.routing.settings import RoutingSettings
 
-    started = _clock()
+    started = clock(device)
     result = observe_routing(RoutingSettings(**settings, output=str(folder)))
-    observed = _clock()
+    observed = clock(device)
     draw_observation(result, folder)
-    return {"routing": observed - started, "routing and its pictures": _clock() - started}
+    return {"routing": observed - started, "routing and its pictures": clock(device) - started}
 
 
 @contextlib.contextmanager
-def noted_inputs() -> Iterator[list[Tensor]]:
-    """Note the token ids of every forward of a model within the context. Shape of each: (rows, positions)."""
-    inputs: list[Tensor] = []
-    running: list[nn.Module] = []  # the outermost model first
+def noted_calls() -> Iterator[list[dict[str, Any]]]:
+    """Note the arguments of every forward of the models that evaluations load within the context."""
+    calls: list[dict[str, Any]] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, PreTrainedModel):
-            running.append(module)
-        elif isinstance(module, nn.Embedding) and running and module is running[0].get_input_embeddings():  # type: ignore[operator]
-            inputs.append(args[0])
+    def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if running and running[-1] is module:
-            running.pop()
-
-    handles = (register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True))
+    ModelUnderTest.on_load = lambda model: model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield inputs
+        yield calls
     finally:
-        for handle in handles:
-            handle.remove()
+        ModelUnderTest.on_load = None
 
 
 @torch.inference_mode()
-def _run_forwards(model: PreTrainedModel, inputs: Sequence[Tensor]) -> float:
-    """Run a model on all inputs. Returns the seconds."""
-    started = _clock()
-    for ids in inputs:
-        model(input_ids=ids, use_cache=False)
-    return _clock() - started
-
-
-def _clock() -> float:
-    """Return the time in seconds: of one thread the CPU's, which other processes disturb less."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+def _run_forwards(model: PreTrainedModel, calls: Sequence[dict[str, Any]]) -> float:
+    """Run a model with all arguments. Returns the seconds."""
+    started = clock(model.device)
+    for arguments in calls:
+        model(**arguments)
+    return clock(model.device) - started
 
 
 def _measurement(
@@ -197,7 +185,7 @@ def _measurement(
 
 def evaluation_table(result: dict[str, Any]) -> Table:
     """Return the measurements of a result as a table."""
-    header = ["command", "forwards", "seconds", "of forwards", "over the forwards", "quartiles", "noise", "quartiles"]
+    header = ["command", "forwards", "command, s", "forwards, s", "ratio", "quartiles", "noise", "quartiles"]
     rows = [
         [
             row["command"],

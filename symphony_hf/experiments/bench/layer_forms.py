@@ -76,6 +76,10 @@ BARE_LAYERS = 16
 """Layers of a bare form: a model's own hooks run once a forward, not once a layer. The models have 16 to 61."""
 
 
+_NARROWED = ("intermediate_size", "moe_intermediate_size", "head_dim", "q_lora_rank", "kv_lora_rank")
+"""Widths that are 8 in a bare form. Its attention is left out, but it is built first."""
+
+
 class _NoAttention(nn.Module):
     """Stands in for a decoder layer's attention."""
 
@@ -98,8 +102,7 @@ def build_forms(
     Returns:
         The `stock`, `symphony` and `folded` models, which compute the same outputs, also after training steps.
     """
-    widths = ("intermediate_size", "moe_intermediate_size") if is_bare else ()
-    shape = {key: 8 if key in widths else value for key, value in SHAPES[name].items()}
+    shape = {**SHAPES[name], **{key: 8 for key in _NARROWED if is_bare and key in SHAPES[name]}}
     tokens = {"vocab_size": 8, "pad_token_id": 0, "eos_token_id": None}
     config = AutoConfig.for_model(**shape, num_hidden_layers=BARE_LAYERS if is_bare else 1, **tokens)
     torch.manual_seed(0)

@@ -110,24 +110,25 @@ def _turned(forms: list[str], number: int) -> Iterator[str]:
 
 def _time_step(form: str, step: Step, device: torch.device, timings: Timings) -> None:
     on_gpu = device.type == "cuda"
-    _synchronize(device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    # Of one thread the CPU's time can be taken, which other processes disturb less.
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    started = clock()
+    started = clock(device)
     output = step()
-    _synchronize(device)
-    timings.seconds[form].append(clock() - started)
+    timings.seconds[form].append(clock(device) - started)
     timings.outputs[form] = output
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device)
         timings.peak_bytes[form] = max(peak, timings.peak_bytes.get(form, 0))
 
 
-def _synchronize(device: torch.device) -> None:
+def clock(device: torch.device) -> float:
+    """Return the time in seconds when the device has finished its work.
+
+    On a CPU with one thread it is the CPU's time, which other processes disturb less.
+    """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def alternate(base: Step, other: Step, seconds: float, device: torch.device) -> tuple[list[float], float]:
