@@ -117,17 +117,21 @@ class ExpertGraph(nn.Module):
         whether it changed. On other devices, comparing would wait for the device, and it is computed at every call.
         """
         adjacency_EE, strength = self.symmetrized(), self.strength()
+        can_keep = _is_plain_on_cpu(adjacency_EE)
+        if can_keep:
+            strength = float(strength)
         settings = strength, self.config.normalization, self.config.self_loops
-        can_keep = _is_plain_on_cpu(adjacency_EE) and isinstance(strength, float)
         if can_keep and self._kept is not None:
             kept_settings, kept_EE, residual_EE = self._kept
             is_usable = torch.is_inference_mode_enabled() or not residual_EE.is_inference()
             if kept_settings == settings and is_usable and torch.equal(kept_EE, adjacency_EE):
                 return residual_EE
+        if can_keep:
+            adjacency_EE = adjacency_EE.clone()  # another thread may write into it
         with without_autocast(adjacency_EE):
             residual_EE = routing_residual(adjacency_EE, *settings)
         if can_keep:
-            self._kept = settings, adjacency_EE.clone(), residual_EE
+            self._kept = settings, adjacency_EE, residual_EE
         return residual_EE
 
     def transition(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from models import make_ids, make_model, move_graphs
 
 from symphony_hf import SymphonyConfig, symphonize
+from symphony_hf.patching import expert_graph
 from symphony_hf.patching.expert_graph import ExpertGraph
 
 
@@ -71,11 +72,36 @@ def test_a_residual_kept_in_inference_mode_is_not_used_in_training():
         assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("settings", [{"graph": "learned"}, {"warmup_steps": 4}], ids=str)
-def test_a_residual_that_is_trained_or_ramps_up_is_not_kept(settings):
-    graph = ExpertGraph(6, 2, SymphonyConfig(**settings))
+def test_a_residual_that_is_trained_is_not_kept():
+    graph = ExpertGraph(6, 2, SymphonyConfig(graph="learned"))
     graph.residual()
     assert graph._kept is None
+
+
+def test_a_residual_that_ramps_up_is_that_of_the_strength_as_it_is():
+    graph = ExpertGraph(6, 2, SymphonyConfig(warmup_steps=4))
+    new = torch.rand(6, 6)
+    with torch.no_grad():
+        graph.adjacency.copy_(new + new.T)
+    for updates in range(6):
+        graph.updates.fill_(updates)
+        share = min(1.0, updates / 4)
+        torch.testing.assert_close(graph.residual().double(), share * naive_residual(graph), rtol=0, atol=1e-6)
+        assert graph.residual() is kept_of(graph)
+
+
+def test_a_write_while_a_residual_is_computed_does_not_outlive_it(monkeypatch):
+    """Another thread may commit: what is kept then is of the numbers from before, and is computed anew."""
+    graph, new, original = ExpertGraph(6, 2, SymphonyConfig()), torch.rand(6, 6), expert_graph.routing_residual
+
+    def residual_beside_a_write(adjacency_EE, *settings):
+        found = original(adjacency_EE, *settings)
+        graph.adjacency.data.copy_(new + new.T)
+        return found
+
+    monkeypatch.setattr(expert_graph, "routing_residual", residual_beside_a_write)
+    graph.residual()
+    torch.testing.assert_close(graph.residual().double(), naive_residual(graph), rtol=0, atol=1e-6)
 
 
 def test_a_copy_keeps_its_own():
