@@ -25,8 +25,9 @@ DIVERGED = "diverged"
 
 SMALLEST = (
     "Smallest difference: a true difference of this size is found four times out of five by a paired t-test over these "
-    "seeds, two-sided at 95%. It is pooled over the forms, each against its own system. A smaller one may be there and "
-    "not be found."
+    "seeds, two-sided at 95%. It is pooled over the forms, each against its own system, so that one form whose seeds "
+    "differ widely raises it for all; the interval of a comparison says what that one could tell. A smaller difference "
+    "may be there and not be found."
 )
 WITH_A_VERDICT = "Verdicts are given on measures in which a control differs from SMoE."
 

@@ -90,14 +90,19 @@ def _level_text(values: Mapping[str, Any], measure: str) -> str:
 
 
 def _brief_table(report: Mapping[str, Any]) -> Table:
-    """Return the comparisons without their intervals, for a terminal."""
+    """Return the main comparisons without their intervals, which a terminal has room for."""
     compared = compared_measures(report)
+    damaged = [name for name in compared if name.startswith("damaged_nats")]
+    if damaged:  # by characters: of the rates of damage, the highest
+        rate = max(float(name.rpartition("_")[2]) for name in damaged)
+        main = ("clean_nats", "forgotten_nats", f"damaged_nats_{rate:g}", f"routing_kept_{rate:g}")
+        compared = [name for name in compared if name in main]
     rows = []
     for row in report["rows"]:
         against = row.get("against_plain")
         cells = [_verdict_text(against[name] | {"low": None}, name) if against else "" for name in compared]
         rows.append([row["label"], str(len(row["seeds"])), *cells])
-    return Table("", ["point", "seeds", *comparison_titles(report)], rows)
+    return Table(f"Against {plain_name(report)}", ["point", "seeds", *map(title_of, compared)], rows)
 
 
 def _verdict_text(values: Mapping[str, Any], measure: str) -> str:

@@ -119,6 +119,8 @@ class Point:
 
     def canonical(self) -> "Point":
         """Return the simplest point with the same routing, so that none is run twice under two names."""
+        if self.layers is not None and (ordered := tuple(sorted(set(self.layers)))) != self.layers:
+            return dataclasses.replace(self, layers=ordered).canonical()
         if self.graph == "identity" or self.strength == 0:
             is_conditional = self.selection == "conditional"
             names = [*_WITHOUT_A_GRAPH]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -39,12 +40,15 @@ _MODEL_DEFAULTS = {
 
 
 def read_number(recipe: Recipe, name: str, default: float | None = None) -> float:
-    """Return a number of the train section."""
+    """Return a finite number of the train section."""
     value = recipe.train.get(name, default)
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}") from error
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{WHERE}: `{name}` of the recipe's train section must be a number, got {value!r}")
+    return number
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -59,9 +63,14 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(
             f"{WHERE}: the recipe needs a `symphony` section, and data of kind `text` by `words` or `characters`"
         )
-    for name in ("max_steps", "per_device_train_batch_size", "learning_rate"):
-        if not read_number(recipe, name) > 0:
-            raise ConfigError(f"{WHERE}: the recipe's train section needs a positive `{name}`")
+    for name in ("max_steps", "per_device_train_batch_size"):
+        number = read_number(recipe, name)
+        if number < 1 or number != int(number):
+            raise ConfigError(f"{WHERE}: the recipe's train section needs a positive whole `{name}`, got {number:g}")
+    if read_number(recipe, "learning_rate") <= 0:
+        raise ConfigError(f"{WHERE}: the recipe's train section needs a positive `learning_rate`")
+    if read_number(recipe, "warmup_steps", 0.0) < 0:
+        raise ConfigError(f"{WHERE}: the recipe's `warmup_steps` must be 0 or more, or a share of the steps below 1")
     schedule = recipe.train.get("lr_scheduler_type", "linear")
     if schedule not in _SCHEDULES:
         raise ConfigError(

@@ -102,6 +102,8 @@ class Study:
                 raise ConfigError(f"{WHERE}: `{name}` must be whole numbers; got {list(seeds)}")
             if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
                 raise ConfigError(f"{WHERE}: `{name}` must be one or more, each once; got {list(seeds)}")
+            if max(seeds, default=0) >= 2**63:
+                raise ConfigError(f"{WHERE}: `{name}` must be below 2**63; got {max(seeds)}")
         if not self.seeds:
             raise ConfigError(f"{WHERE}: `seeds` must be one or more, each once; got []")
         if bool(self.learning_rates) != bool(self.tuning_seeds):
@@ -114,7 +116,7 @@ class Study:
 
     def _check_shares(self) -> None:
         rates = self.learning_rates
-        if not all(_is_number(rate) and rate > 0 for rate in rates) or len(set(rates)) < len(rates):
+        if not all(_is_number(rate) and 0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
             raise ConfigError(f"{WHERE}: `learning_rates` must be positive numbers, each once; got {list(rates)}")
         if self.test_tokens is not None and not (type(self.test_tokens) is int and self.test_tokens > 0):
             raise ConfigError(f"{WHERE}: `test_tokens` must be a positive whole number; got {self.test_tokens!r}")
@@ -172,9 +174,15 @@ class Study:
         return list(dict.fromkeys(point.canonical() for point in points))
 
     def left_out(self) -> list[str]:
-        """Return the combinations that are refused, and why."""
-        refusals = [(change, _refusal(self.base, change)) for change in self._changes()]
-        return [f"{_named(change)}: {why}" for change, why in refusals if why is not None]
+        """Return the combinations that are refused or change nothing, and why."""
+        reasons = [(change, _refusal(self.base, change) or self._no_change(change)) for change in self._changes()]
+        return [f"{_named(change)}: {why}" for change, why in reasons if why]
+
+    def _no_change(self, change: dict[str, Any]) -> str:
+        """Return that a change of the base point changes none of its runs, or nothing if it does."""
+        changed = _changed(self.base, change)
+        is_vain = changed != self.base and changed.canonical() == self.base.canonical()
+        return "the runs would be those of the base point" if is_vain else ""
 
     def _changes(self) -> list[dict[str, Any]]:
         choices = [[_change(name, value) for value in values] for name, values in self.axes.items()]
@@ -238,7 +246,8 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _command(path: Path, overrides: dict[str, Any]) -> str:
-    shown = {name: "TEXT" if name.endswith(".path") else value for name, value in overrides.items()}
+    places = {"data.path": "TEXT", "pretraining.path": "FIRST_TEXT"}
+    shown = {name: places.get(name, value) for name, value in overrides.items()}
     changes = [word for name, value in shown.items() for word in ("--set", f"{name}={_yaml(value)}")]
     return shlex.join(["symphony", "ablate", str(path), "--output", "DIR", *changes])
 

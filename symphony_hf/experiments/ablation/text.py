@@ -83,7 +83,7 @@ def prepare_streams(study: Study, folder: Path) -> StudyText:
     if first is not None:
         streams["pretrain"] = _stream(thinned(first.train, section.limit), tokenizer)
         streams["forgotten"] = _stream(thinned(first.test, settings.documents), tokenizer)[: study.test_tokens]
-    _check_lengths(study, corpus.source, streams)
+    _check_lengths(study, corpus.source, corpus.source if first is None else first.source, streams)
     vocab_size = len(tokenizer)
     if study.by_characters:
         for rate in study.damage:
@@ -127,12 +127,13 @@ def _corpus(study: Study, path: str | None) -> Corpus:
     return corpus_of(section if path == section.path else replace(section, path=path, name=None, revision=None))
 
 
-def _check_lengths(study: Study, source: str, streams: dict[str, np.ndarray]) -> None:
+def _check_lengths(study: Study, source: str, first_source: str, streams: dict[str, np.ndarray]) -> None:
     """Refuse a text that is too short, before anything is run."""
     block_size = study.recipe.data.block_size
+    sources = dict.fromkeys(streams, source) | dict.fromkeys(("pretrain", "forgotten"), first_source)
     for name, stream in streams.items():
         if len(stream) < block_size:
-            raise DataError(f"{source}: {name} has {len(stream):,} tokens, less than a row ({block_size})")
+            raise DataError(f"{sources[name]}: {name} has {len(stream):,} tokens, less than a row ({block_size})")
     needed = {"train": study.tokens}
     if study.pretraining is not None:
         needed["pretrain"] = study.tokens // study.steps * study.pretraining.max_steps
@@ -140,7 +141,7 @@ def _check_lengths(study: Study, source: str, streams: dict[str, np.ndarray]) ->
         epochs = tokens / len(streams[name])
         if epochs > MAX_EPOCHS:
             raise DataError(
-                f"{source}: {name} has {len(streams[name]):,} tokens, and a run reads {tokens:,}, which is "
+                f"{sources[name]}: {name} has {len(streams[name]):,} tokens, and a run reads {tokens:,}, which is "
                 f"{epochs:.1f} times the text: give more text or fewer steps, for at most {MAX_EPOCHS} times"
             )
 

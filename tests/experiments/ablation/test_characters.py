@@ -168,7 +168,9 @@ def test_a_graph_in_some_layers_is_in_these_alone(study, text):
 def test_a_text_that_is_too_short_is_refused_before_anything_is_run(make, tmp_path, study, changes, named):
     write_text(tmp_path / "first", seed=1)
     made = make(study.replace("TEXT", str(tmp_path / "first")), **changes)
-    with pytest.raises(DataError, match=rf"{named} has [\d,]+ tokens, and a run reads 320,000, which is .* at most 4"):
+    folder = {"train": tmp_path / "text", "pretrain": tmp_path / "first"}[named]
+    message = rf"{folder}: {named} has [\d,]+ tokens, and a run reads 320,000, which is .* at most 4"
+    with pytest.raises(DataError, match=message):
         run_ablation(made, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
 

@@ -55,6 +55,14 @@ def test_a_product_has_every_combination(make_study):
     assert study.left_out() == []
 
 
+def test_values_that_change_no_run_are_left_out_and_layers_have_no_order(make_study):
+    study = make_study("axes: {num_neighbours: [1, 2], freeze_after: [0.5], layers: [[1, 0], [0, 1, 1]]}")
+    assert study.left_out() == [
+        f"{name}: the runs would be those of the base point" for name in ("num_neighbours 1", "freeze_after 0.5")
+    ]
+    assert [point.layers for point in study.points() if point.layers is not None] == [(0, 1)]
+
+
 @pytest.mark.thorough
 def test_a_product_lists_invalid_combinations_as_left_out(make_study, tmp_path):
     axes = "{smoothing: [logits, scores], normalization: [row, symmetric, {self_loops: false}], graph: [ema, learned]}"
@@ -146,7 +154,16 @@ def test_the_plan_says_what_waits_and_how_long(make_study, tmp_path):
         ("base: {decay: 0.9}", {"symphony.decay": 0.5}, "has symphony.decay 0.5"),
         ("base: {freeze_after: 0}", {}, "share of the steps"),
         ("", {"lr_scheduler_type": "cosine"}, "constant rate"),
-        ("", {"max_steps": -1}, "positive `max_steps`"),
+        ("", {"max_steps": -1}, "positive whole `max_steps`, got -1"),
+        ("", {"max_steps": 2.5}, "positive whole `max_steps`, got 2.5"),
+        ("", {"max_steps": True}, "`max_steps` .* must be a number, got True"),
+        ("", {"per_device_train_batch_size": 1.5}, "positive whole `per_device_train_batch_size`"),
+        ("", {"learning_rate": float("inf")}, "`learning_rate` .* must be a number, got inf"),
+        ("", {"learning_rate": 0}, "positive `learning_rate`"),
+        ("", {"warmup_steps": -5}, "`warmup_steps` must be 0 or more"),
+        ("", {"warmup_steps": float("nan")}, "`warmup_steps` .* must be a number, got nan"),
+        ("learning_rates: [.inf]\ntuning_seeds: [9]", {}, "positive numbers, each once"),
+        (f"seeds: [{2**64}]", {}, "must be below"),
         ("", {"learning_rate": "fast"}, "must be a number, got 'fast'"),
         ("base: {graph: identity}\naxes: {decay: [0.9]}", {}, "base point has no graph"),
         ("", {"gradient_accumulation_steps": 4, "optim": "sgd"}, "nothing of .* gradient_accumulation_steps, optim"),
