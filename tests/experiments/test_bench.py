@@ -29,7 +29,10 @@ TINY = {
     }
 }
 
-FORWARD = ["training", "training, added", "watched", "inference", "inference, added", "folded", "noise"]
+FORWARD = [
+    *("training", "training, added", "watched", "inference", "inference, added"),
+    *("folded", "noise", "training noise"),
+]
 TINY_EXPERTS = {"wide": (16, 24, 20, "gelu", 6), "square": (16, 24, 16, "quick_gelu", 7)}
 
 
@@ -78,7 +81,7 @@ def test_rows_and_json(tmp_path, capsys):
     print_bench(result)
     printed = capsys.readouterr().out
     assert str(path) in printed.replace("\n", "")
-    assert {row["mode"] for row in result["rows"]} - AIMS.keys() == {"noise"}
+    assert {row["mode"] for row in result["rows"]} - AIMS.keys() == {"noise", "training noise"}
 
 
 @pytest.mark.thorough
@@ -91,7 +94,7 @@ def test_several_lengths_generation_and_memory(tmp_path, capsys):
     assert torch.get_num_threads() == threads
     assert [(row["mode"], row["tokens"]) for row in result["rows"]] == [
         *((mode, tokens) for tokens in (1, 4) for mode in FORWARD),
-        *(("generate", 1), ("generate", 8), ("generate noise", 1)),
+        *((mode, batch) for batch in (1, 8) for mode in ("generate", "generate noise")),
     ]
     memory = [(row["step"], row["tokens"]) for row in result["memory"]]
     assert memory == [("training", 1), ("training", 4), ("generate", 1), ("generate", 8)]

@@ -67,6 +67,8 @@ def run_bench_evaluation(
     *,
     rounds: int = 5,
     data: str | None = None,
+    split: str | None = None,
+    tokenizer: str | None = None,
     documents: int | None = None,
     threads: int | None = None,
     output: str | Path = "symphony-bench-evaluation.json",
@@ -79,6 +81,8 @@ def run_bench_evaluation(
         model: Checkpoint of a causal language model with experts: a folder, or a name on the Hub.
         rounds: Number of rounds.
         data: Text, as for the commands; if None, their default, the sources of the running Python's library.
+        split: Split of the data, as for the commands.
+        tokenizer: Tokenizer, where the model's folder has none.
         documents: Maximum number of documents; if None, each command's own default.
         threads: Threads on the CPU; PyTorch's own number if None. With 1, CPU time is taken, not the clock's.
         output: Path of the JSON file.
@@ -94,7 +98,7 @@ def run_bench_evaluation(
     for option, value in (("rounds", rounds), ("documents", documents), ("threads", threads)):
         if value is not None and value < 1:
             raise ConfigError(f"bench-evaluation: `{option}` must be at least 1, got {value}")
-    settings: dict[str, Any] = {"model": model, "data": data}
+    settings: dict[str, Any] = {"model": model, "data": data, "split": split, "tokenizer": tokenizer}
     if documents is not None:
         settings["documents"] = documents
     rows: list[EvaluationMeasurement] = []

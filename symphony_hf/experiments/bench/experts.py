@@ -132,7 +132,7 @@ def run_bench_experts(
     """
     check_file_place(output, "bench-experts")
     check_least("bench-experts", 1, images=images)
-    chosen = find_device(device)
+    chosen = find_device(device, "bench-experts")
     dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
     forms = [
         (shape, form)

@@ -89,13 +89,14 @@ def run_bench(
     for option, values in (("tokens", sizes), ("threads", () if threads is None else (threads,))):
         if min(values, default=1) < 1:
             raise ConfigError(f"bench: `{option}` must be at least 1, got {min(values)}")
-    chosen = find_device(device)
+    chosen = find_device(device, "bench")
     kind = dtype or ("float32" if chosen.type == "cpu" else "bfloat16")
     if kind not in ("float32", "bfloat16"):
         raise ConfigError(f"bench: `dtype` is {kind!r}; known names: bfloat16, float32")
     if router_gradient and generate:
         raise ConfigError("bench: `router_gradient` measures training steps alone: leave `generate` out")
-    settings = {"dtype": kind, "seconds_per_row": seconds, **({} if router_gradient else {"aims": AIMS})}
+    of_layers = {} if router_gradient else {"aims": AIMS, "bare_layers": BARE_LAYERS}
+    settings = {"dtype": kind, "seconds_per_row": seconds, **of_layers}
     found: dict[str, list[Any]] = {"gradients": []} if router_gradient else {"rows": [], "memory": []}
     with using_threads(threads), tqdm(total=len(names), desc="bench", unit=" models", disable=None) as bar:
         for name in names:
@@ -150,13 +151,14 @@ class _Bench:
                 self._compare("watched", tokens, base, watched(self.bare["stock"], base), whole)
         for mode, form in (("folded", "folded"), ("noise", "stock")):
             self._measure(mode, form, tokens, inference_step, inputs)
+        self._measure("training noise", "stock", tokens, training_step, inputs)
         return tokens
 
     def generations(self) -> None:
         """Measure generation of 1 and of 8 sequences, and its noise."""
         for batch in BATCHES:
-            self._measure("generate", "symphony", batch, generation_step, self._prompt(batch))
-        self._measure("generate noise", "stock", BATCHES[0], generation_step, self._prompt(BATCHES[0]))
+            for mode, form in (("generate", "symphony"), ("generate noise", "stock")):
+                self._measure(mode, form, batch, generation_step, self._prompt(batch))
 
     def memory(self, sizes: Sequence[int]) -> Iterator[PeakMemory]:
         """Measure the peak memory of a training step and of a generation, whose steps decode a token."""

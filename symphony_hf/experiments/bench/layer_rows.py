@@ -24,6 +24,7 @@ AIMS = {
 }
 
 _ADDED = ("training, added", "watched", "inference, added")
+_WHOLE = ("training", "training noise", "inference", "folded", "noise")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Measurement:
         model: Model whose layer shapes were used.
         mode: `training` (forward and backward), `inference` or `generate` of the symphony form; `training, added` and
             `inference, added`: from the time that the graph adds to bare layers; `watched`: from the time that
-            RoutingMonitor adds to their training; `folded`: inference of the folded form; `noise` and
-            `generate noise`: stock against stock.
+            RoutingMonitor adds to their training; `folded`: inference of the folded form; `noise`, `training noise`
+            and `generate noise`: stock against stock, of inference unless it says so.
         tokens: Tokens of one forward; for a generation, its sequences.
         rounds: Number of rounds.
         ratio: Median over rounds of its time over stock's in the same round; for added time, 1 and its share of
@@ -81,7 +82,7 @@ def bench_tables(result: dict[str, Any]) -> list[Table]:
     machine = f"one decoder layer, {result['dtype']} on {result['device']}; medians and quartiles"
     tables = (
         _table(result, f"What is added, over stock's time: {machine}", "tokens", _ADDED, stock_of=_ADDED[::2]),
-        _table(result, f"Time over stock: {machine}", "tokens", ("training", "inference", "folded", "noise")),
+        _table(result, f"Time over stock: {machine}", "tokens", _WHOLE),
         _table(result, f"Generation over stock: {machine}", "sequences", ("generate", "generate noise")),
     )
     return [table for table in tables if table.rows]

@@ -149,8 +149,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def find_device(name: str | None) -> torch.device:
+def find_device(name: str | None, command: str) -> torch.device:
     """Return the device of this name; for None the accelerator, or the CPU if there is none.
+
+    Args:
+        name: Name of the device.
+        command: Command that asks.
 
     Raises:
         ConfigError: If the device is not available.
@@ -161,7 +165,9 @@ def find_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"bench: device `{name}` is not available: {str(error).splitlines()[0]}") from error
+        line = str(error).splitlines()[0]
+        reason = "PyTorch knows no such type" if line.startswith("Expected one of") else line
+        raise ConfigError(f"{command}: device `{name}` is not available: {reason}") from error
 
 
 @contextlib.contextmanager

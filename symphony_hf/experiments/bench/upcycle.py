@@ -36,7 +36,7 @@ _REASON = "reason"
 
 
 def run_bench_upcycle(
-    folder: str | Path = ".", *, shrink: int = 1, rounds: int = 2, output: str | Path = "symphony-bench-upcycle.json"
+    folder: str | Path = ".", *, shrink: int = 1, rounds: int = 5, output: str | Path = "symphony-bench-upcycle.json"
 ) -> dict[str, Any]:
     """Measure upcycling and copying, and write the result as JSON.
 
@@ -79,6 +79,7 @@ def run_bench_upcycle(
         "parameters": runs[0]["parameters"],
         "seconds": seconds,
         "seconds_of_a_copy": copies,
+        "seconds_of_the_copy_again": again,
         "ratio": _over(seconds, copies),
         "noise": _over(again, copies),
         "bytes_per_second": size / float(np.median(seconds)),
