@@ -198,22 +198,27 @@ def test_the_findings_are_those_of_the_result_files():
     evidence = (RECIPES / "EVIDENCE.md").read_text(encoding="utf-8")
     no_winner = "defaults**: no form is better on one of the texts and worse on none"
     assert (
-        sum(no_winner in line for line in evidence.splitlines() if line.startswith("- **Characters, fine-tuning")) == 4
+        sum(no_winner in line for line in evidence.splitlines() if line.startswith("- **Characters, fine-tuning")) == 5
     )
     (damage,) = (row["against_plain"] for row in studies[0]["rows"] if row["label"] == "smoe, no graph, damage 0.05")
     for name, verdict in (("damaged_nats_0.15", "better"), ("clean_nats", "worse")):
         assert damage[name]["verdict"] == verdict
         assert interval_text(damage[name], 4, sign="+") in text
 
-    study, text = result_of("evidence", "characters-contamination-short"), " ".join(contaminated.split())
-    assert (study["settings"]["contamination"], len(study["settings"]["learning_rates"])) == (0.05, 2)
-    of_form = {row["label"]: row["against_plain"] for row in study["rows"] if "against_plain" in row}
-    for label in (GRAPH, "smoe, normalization centred"):
-        for name in ("clean_nats", "damaged_nats_0.15"):
-            values = of_form[label][name]
-            assert (values["num_seeds"], values["verdict"]) == (8, "worse")
-            assert interval_text(values, 4, sign="+") in text
-    assert study["sight"]["measures"]["damaged_nats_0.15"]["frozen_routers"]["low"] > 0
+    text = " ".join(contaminated.split())
+    for name, labels in (
+        ("contamination-short", (GRAPH, "smoe, normalization centred")),
+        ("pretraining-contamination-short", (GRAPH,)),
+    ):
+        study = result_of("evidence", f"characters-{name}")
+        assert (study["settings"]["contamination"], len(study["settings"]["learning_rates"])) == (0.05, 2)
+        of_form = {row["label"]: row["against_plain"] for row in study["rows"] if "against_plain" in row}
+        for label in labels:
+            for measure in ("clean_nats", "damaged_nats_0.15"):
+                values = of_form[label][measure]
+                assert (values["num_seeds"], values["verdict"]) == (8, "worse")
+                assert interval_text(values, 4, sign="+") in text
+        assert study["sight"]["measures"]["damaged_nats_0.15"]["frozen_routers"]["low"] > 0
 
     pairs = result_of("evidence", "pairs")
     of_graph = {row["label"]: row["against_plain"] for row in pairs["rows"] if "against_plain" in row}
@@ -266,14 +271,20 @@ def test_the_findings_are_those_of_the_result_files():
 def test_the_effect_on_the_first_screen_and_on_cards_is_that_of_the_result_file():
     study = result_of("evidence", "characters-fine-tuning-forms")
     (graph,) = (row["against_plain"] for row in study["rows"] if row["label"] == GRAPH)
-    clean, kept = graph["clean_nats"], graph["routing_kept_0.15"]
+    clean, kept, forgotten, damaged = (
+        graph[name] for name in ("clean_nats", "routing_kept_0.15", "forgotten_nats", "damaged_nats_0.15")
+    )
     low, high = (f"{clean[end]:.4f}" for end in ("low", "high"))
     text = " ".join(README.read_text(encoding="utf-8").split())
     for effect in (EFFECT, text[text.index("What to expect") : text.index("## Try it")]):
         assert f"raises the loss on clean text by {clean['estimate']:.4f} nats a character [{low}, {high}]" in effect
         assert f"{100 * kept['estimate']:.1f} points more" in effect
+        assert f"text of the pre-training by {interval_text(forgotten, 4)}" in effect
+        assert "the loss is not distinguishable" in effect
         assert study["command"].split(" --output")[0] in effect
-    assert (clean["verdict"], clean["num_seeds"], kept["verdict"]) == ("worse", 8, "better")
+    verdicts = [values["verdict"] for values in (clean, forgotten, kept, damaged)]
+    assert (*verdicts, clean["num_seeds"]) == ("worse", "worse", "better", "not distinguishable", 8)
+    assert f"({interval_text(damaged, 4, sign='+')})" in EFFECT
     assert max(cell["parameters"] for cell in study["cells"]) == pytest.approx(1.1e6, rel=0.05)
 
 

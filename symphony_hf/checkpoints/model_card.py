@@ -82,10 +82,11 @@ BEGIN, END = "<!-- symphony card -->", "<!-- end of the symphony card -->"
 
 EFFECT = (
     "Measured at small scale only (fine-tuning of a model of 1.1M parameters that reads characters, eight seeds): the "
-    "graph raises the loss on clean text by 0.0075 nats a character [0.0060, 0.0091], and 4.6 points more of the "
-    "experts' choices stay the same where 15% of the characters are damaged (`symphony ablate "
-    "recipes/wikitext103-216m/ablation/fine-tuning-forms.yaml`). For this model, compare with the same training at "
-    "`strength: 0`."
+    "graph raises the loss on clean text by 0.0075 nats a character [0.0060, 0.0091], and on the text of the "
+    "pre-training by 0.0391 [0.0369, 0.0413]; where 15% of the characters are damaged, 4.6 points more of the experts' "
+    "choices stay the same, and the loss is not distinguishable (-0.0086 [-0.0172, 0.0000]) (`symphony ablate "
+    "recipes/wikitext103-216m/ablation/fine-tuning-forms.yaml --output DIR --set data.path=TEXT --set "
+    "pretraining.path=FIRST_TEXT`). For this model, compare with the same training at `strength: 0`."
 )
 """The effect of graphs where it was measured; a test compares the figures with the result file."""
 

@@ -8,6 +8,7 @@ from symphony_hf.experiments.ablation.comparison import DIVERGED, NO_VERDICT, di
 from symphony_hf.experiments.ablation.page import PLAIN_SYSTEM, plain_name
 from symphony_hf.experiments.ablation.point import Point, point_of
 from symphony_hf.experiments.theory.report import theory_findings
+from symphony_hf.tables import Table
 
 SYSTEM_NAMES = {"smoe": "SMoE", "xmoe": "XMoE", "glam": "GLaM"}
 
@@ -20,7 +21,7 @@ def summarize(
     characters: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     """Return the claims confirmed, refuted and not tested. Studies of characters come first: they can see routing."""
-    lines = [line for study in characters for line in _of_characters(study)]
+    lines = [*_overview(characters), *(line for study in characters for line in _of_characters(study))]
     if pairs is not None:
         for measure, claim in (
             ("clean", "lower clean perplexity"),
@@ -38,6 +39,35 @@ def summarize(
         lines += [f"- **Theory**: {sentence}" for sentence in theory_findings(theory)]
     lines.append(f"- **Not run**: {'; '.join(paper['not_run'])}.")
     return lines
+
+
+_OVERVIEW = {"smoe, graph": "the default graph", "smoe, no graph, damage 0.05": "5% damage in training"}
+"""Forms in the first table, by label: the graph, and what one would do instead of it."""
+
+
+def _overview(studies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of what the main forms do in each study of characters, against the plain system."""
+    rows = []
+    for study in studies:
+        rate = f"{max(study['settings']['damage']):g}"
+        measures = ("clean_nats", "forgotten_nats", f"damaged_nats_{rate}", f"routing_kept_{rate}")
+        for row in _compared(study):
+            if row["label"] in _OVERVIEW:
+                found = row["against_plain"]
+                cells = [difference_text(found[name], name) if name in found else "" for name in measures]
+                rows.append([study_title(study), _OVERVIEW[row["label"]], str(len(row["seeds"])), *cells])
+    if not rows:
+        return []
+    titles = ("nats, clean", "nats, first text", "nats, most damaged", "choices kept, most damaged")
+    table = Table("", ["study", "with", "seeds", *titles], rows)
+    return [
+        "The main forms against the plain system, in differences: below 0 is better, for choices kept above 0.",
+        "",
+        table.to_markdown(),
+        "",
+        "All forms, study by study:",
+        "",
+    ]
 
 
 def _of_characters(study: Mapping[str, Any]) -> list[str]:
@@ -79,11 +109,12 @@ def _is_better_frozen(study: Mapping[str, Any], measure: str) -> bool:
 
 
 def _winners(study: Mapping[str, Any]) -> str:
-    """Return the forms that are better on clean or damaged text, and worse on neither.
+    """Return the forms that are better on a text, clean, damaged or the first one, and worse on none.
 
     Neighbours that are no better than as many experts at random owe nothing to the graph.
     """
     texts = ["clean_nats", *(f"damaged_nats_{rate:g}" for rate in study["settings"]["damage"])]
+    texts += ["forgotten_nats"] if study["settings"]["pretraining_steps"] else []
     without = [name for name in texts if _is_better_frozen(study, name)]
     won: list[str] = []
     traded: list[str] = []
@@ -109,7 +140,8 @@ def _winners(study: Mapping[str, Any]) -> str:
     if without:
         found += (
             f"; not counted: better on {' and '.join(title_of(name).removeprefix('nats, ') for name in without)} text, "
-            "where routers frozen at random are better than trained ones, too"
+            "where routers frozen at random are better than trained ones, so that nothing there speaks for a form of "
+            "routing"
         )
     return found
 
