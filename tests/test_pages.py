@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -124,8 +125,11 @@ def test_files_that_pages_name_exist():
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """Tiny checkpoints in the place of those on the Hub and of the quickstart, and names that examples take."""
+    """Tiny checkpoints in the place of those on the Hub and of the quickstart, files and names that examples take."""
     monkeypatch.chdir(tmp_path)
+    with ZipFile("brown.zip", "w") as archive:
+        for name in ("brown/README", *(f"brown/c{genre}{number:02}" for genre in "ajkr" for number in range(1, 10))):
+            archive.writestr(name, "The/at ship/nn drifts/vbz\n")
     sizes = {"hidden_size": 64, "intermediate_size": 64}
     make_model(pad_token_id=None, **sizes).save_pretrained(tmp_path / HUB_NAME)
     symphonize(make_model()).save_pretrained(tmp_path / "symphony-quickstart" / "symphony")

@@ -146,12 +146,20 @@ def test_the_findings_are_those_of_the_result_files():
     )
     chosen = {row["chosen"] for row in study["tuning"]}
     assert chosen == {max(study["settings"]["learning_rates"])}
-    assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, eight seeds" in routing
+    assert f"{study['settings']['tokens'] / 1e6:.0f}M characters, eight seeds each" in routing
     assert (graph["clean_nats"]["num_seeds"], len(study["settings"]["tuning_seeds"])) == (8, 4)
     assert f"({interval_text(graph['clean_nats'], 4, sign='+').replace(' [', ' nats a character [')};" in " ".join(
         routing.split()
     )
-    assert f"{100 * graph['routing_kept_0.15']['estimate']:.1f} points more" in routing
+    other = result_of("evidence", "characters-pretraining-forms")
+    (again,) = (row["against_plain"] for row in other["rows"] if row["label"] == GRAPH)
+    kept = [f"{100 * values['routing_kept_0.15']['estimate']:.1f}" for values in (graph, again)]
+    assert f"{' and '.join(kept)} points more" in " ".join(routing.split())
+    for name, verdict in (("clean_nats", "worse"), ("damaged_nats_0.15", "better")):
+        assert (again[name]["verdict"], again[name]["num_seeds"]) == (verdict, 8)
+        assert f"({interval_text(again[name], 4, sign='+')})" in " ".join(routing.split())
+    assert other["sight"]["measures"]["damaged_nats_0.15"]["frozen_routers"]["high"] < 0
+    assert (other["settings"]["tokens"], other["settings"]["learning_rates"]) == (study["settings"]["tokens"], [])
     assert f"a true difference of {graph['clean_nats']['smallest']:.4f} would" in " ".join(routing.split())
     verdicts = [graph[name]["verdict"] for name in ("clean_nats", "damaged_nats_0.15", "routing_kept_0.15")]
     assert verdicts == ["not distinguishable", "not distinguishable", "better"]
@@ -183,11 +191,13 @@ def test_the_findings_are_those_of_the_result_files():
         ("damaged_nats_0.15", ["not distinguishable", "better", "better"]),
     ):
         assert [(graph[name]["num_seeds"], graph[name]["verdict"]) for graph in of_graph] == [(8, v) for v in verdicts]
-        assert f"({', '.join(interval_text(graph[name], 4, sign='+') for graph in of_graph)})" in text
-    forgotten, kept = (
-        sorted(graph[name]["estimate"] for graph in of_graph) for name in ("forgotten_nats", "routing_kept_0.15")
+    assert f"({', '.join(interval_text(graph['damaged_nats_0.15'], 4, sign='+') for graph in of_graph)})" in text
+    clean, forgotten, kept = (
+        sorted(graph[name]["estimate"] for graph in of_graph)
+        for name in ("clean_nats", "forgotten_nats", "routing_kept_0.15")
     )
-    assert f"({forgotten[0]:+.4f} to {forgotten[-1]:+.4f})" in text
+    for values in (clean, forgotten):
+        assert f"({values[0]:+.4f} to {values[-1]:+.4f})" in text
     assert f"{100 * kept[0]:.1f} to {100 * kept[-1]:.1f} points more" in text
     assert {graph["forgotten_nats"]["verdict"] for graph in of_graph} == {"worse"}
     assert {graph["load_entropy"]["verdict"] for graph in of_graph} == {"lower"}
@@ -264,8 +274,6 @@ def test_the_findings_are_those_of_the_result_files():
     added = [most("training, added", batches), most("inference, added", batches), most("inference, added", (1,))]
     assert re.findall(r"[\d.]+%", cost) == [f"{share:.2%}" for share in added]
     assert f"{max(row['ratio'] for row in bench['memory']):.4f} times" in cost
-    generations = [row["ratio"] for row in bench["rows"] if row["mode"] == "generate"]
-    assert f"{min(generations):.2f} to {max(generations):.2f} times as long" in cost
 
 
 def test_the_effect_on_the_first_screen_and_on_cards_is_that_of_the_result_file():
