@@ -21,6 +21,7 @@ from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
+from symphony_hf.experiments.bench.layer_forms import BARE_LAYERS
 from symphony_hf.experiments.bench.layer_rows import AIMS, bench_tables
 from symphony_hf.tables import Table, cell_text
 
@@ -58,7 +59,8 @@ def test_the_bench_tables_are_the_result_file():
     for name, expected in zip(names, bench_tables(result), strict=True):
         assert table(EXPERIMENTS, name) == cells_of(expected)
     assert {row["tokens"] for row in result["rows"] if row["mode"] == "training"} == {1, 4, 16, 64, 256, 1024}
-    assert result["aims"] == AIMS
+    assert (result["aims"], result["bare_layers"]) == (AIMS, BARE_LAYERS)
+    assert f"measured on {BARE_LAYERS} layers without attention" in " ".join(EXPERIMENTS.read_text("utf-8").split())
     memory = max(row["ratio"] for row in result["memory"])
     assert f"Peak memory is at most {memory:.4f} times stock's" in EXPERIMENTS.read_text(encoding="utf-8")
 
@@ -122,7 +124,10 @@ def test_the_figures_of_upcycling_are_the_result_file():
     assert result["shapes"] == "Phi-3-mini"
     names = ("dense_bytes", "bytes", "bytes", "peak_memory_bytes", "peak_memory_bytes_with_check")
     wanted = [gigabytes(result[name]) for name in names]
-    wanted += [f"{sum(result[name]) / 2:.0f} seconds" for name in ("seconds", "seconds_of_a_copy")]
+    wanted += [f"{statistics.median(result[name]):.0f} seconds" for name in ("seconds", "seconds_of_a_copy")]
+    for name in ("ratio", "noise"):
+        median, low, high = (f"{result[name][part]:.2f}" for part in ("median", "low", "high"))
+        assert re.search(rf"{median} \((?:quartiles )?{low} to {high}\)", figures("upcycle"))
     assert sorted(re.findall(r"\d[\d.]* (?:GB|seconds)", figures("upcycle"))) == sorted(wanted)
     assert result["check"]["difference"] <= 1e-5 * result["check"]["largest"]
 
