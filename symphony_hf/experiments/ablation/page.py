@@ -83,6 +83,15 @@ def compared_measures(report: Mapping[str, Any]) -> list[str]:
     return [name for name in shown_measures(report) if name != "ratio"]
 
 
+def main_measures(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the measures of a study of characters that are read first, of the highest damage.
+
+    A study without pre-training lacks the second, `forgotten_nats`.
+    """
+    rate = f"{max(report['settings']['damage']):g}"
+    return "clean_nats", "forgotten_nats", f"damaged_nats_{rate}", f"routing_kept_{rate}"
+
+
 def _level_text(values: Mapping[str, Any], measure: str) -> str:
     if is_share(measure):
         return interval_text(values, 2, 100, unit="%")
@@ -92,11 +101,8 @@ def _level_text(values: Mapping[str, Any], measure: str) -> str:
 def _brief_table(report: Mapping[str, Any]) -> Table:
     """Return the main comparisons without their intervals, which a terminal has room for."""
     compared = compared_measures(report)
-    damaged = [name for name in compared if name.startswith("damaged_nats")]
-    if damaged:  # by characters: of the rates of damage, the highest
-        rate = max(float(name.rpartition("_")[2]) for name in damaged)
-        main = ("clean_nats", "forgotten_nats", f"damaged_nats_{rate:g}", f"routing_kept_{rate:g}")
-        compared = [name for name in compared if name in main]
+    if report["settings"]["tokenizer"] == "characters":
+        compared = [name for name in main_measures(report) if name in compared]
     rows = []
     for row in report["rows"]:
         against = row.get("against_plain")

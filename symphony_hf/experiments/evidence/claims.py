@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from symphony_hf.experiments.ablation.comparison import DIVERGED, NO_VERDICT, difference_text, sight_sentence, title_of
-from symphony_hf.experiments.ablation.page import PLAIN_SYSTEM, plain_name
+from symphony_hf.experiments.ablation.page import PLAIN_SYSTEM, main_measures, plain_name
 from symphony_hf.experiments.ablation.point import Point, point_of
 from symphony_hf.experiments.theory.report import theory_findings
 from symphony_hf.tables import Table
@@ -49,12 +49,10 @@ def _overview(studies: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of what the main forms do in each study of characters, against the plain system."""
     rows = []
     for study in studies:
-        rate = f"{max(study['settings']['damage']):g}"
-        measures = ("clean_nats", "forgotten_nats", f"damaged_nats_{rate}", f"routing_kept_{rate}")
         for row in _compared(study):
             if row["label"] in _OVERVIEW:
                 found = row["against_plain"]
-                cells = [difference_text(found[name], name) if name in found else "" for name in measures]
+                cells = [difference_text(found[name], name) if name in found else "" for name in main_measures(study)]
                 rows.append([study_title(study), _OVERVIEW[row["label"]], str(len(row["seeds"])), *cells])
     if not rows:
         return []
@@ -72,12 +70,10 @@ def _overview(studies: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _of_characters(study: Mapping[str, Any]) -> list[str]:
     """Return what a study of characters can see, and each of its forms against its own system."""
-    damage = max(study["settings"]["damage"])
     lines = [f"- **{study_title(study)}**: {sight_sentence(study['sight'])}"]
-    forgotten = ["forgotten_nats"] if study["settings"]["pretraining_steps"] else []
     other = PLAIN_SYSTEM if plain_name(study) == PLAIN_SYSTEM else "the same system without a graph"
-    texts = ("clean_nats", *forgotten, f"damaged_nats_{damage:g}")
-    for measure in (*texts, f"routing_kept_{damage:g}", "load_entropy"):
+    measured = study["sight"]["measures"]
+    for measure in (*(name for name in main_measures(study) if name in measured), "load_entropy"):
         found = []
         for row in _compared(study):
             values = row["against_plain"][measure]
