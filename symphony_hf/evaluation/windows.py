@@ -5,6 +5,7 @@ likelihood of a document can be divided by its words or bytes. A token has the s
 the attack. With windows of a fixed length it would not, since attacked text has more tokens.
 """
 
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from types import MappingProxyType
@@ -109,7 +110,7 @@ def _encoded(
 
 
 def _lines(text: str, positions: Sequence[tuple[int, int]]) -> np.ndarray:
-    ends = [position for position, letter in enumerate(text) if letter == "\n"]
+    ends = [match.start() for match in re.finditer("\n", text)]
     return np.searchsorted(ends, np.array([start for start, _ in positions], dtype=np.int64))
 
 
@@ -225,17 +226,15 @@ def check_context(
 
 def find_untouched(clean: Tokens, attacked: Tokens) -> Untouched:
     """Find the tokens that both forms of a document share, in order and line by line, since no attack moves lines."""
-    clean_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
-    attacked_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    blocks: list[tuple[int, int, int]] = []
     lines = np.intersect1d(clean.lines, attacked.lines)
     clean_tokens, attacked_tokens = clean.compared(), attacked.compared()
     # The first token of each line and of the next, in both forms.
     bounds = [np.searchsorted(form.lines, ends).tolist() for form in (clean, attacked) for ends in (lines, lines + 1)]
     for start, end, other_start, other_end in zip(*bounds, strict=True):
-        positions, other_positions = aligned_positions(clean_tokens[start:end], attacked_tokens[other_start:other_end])
-        clean_positions.append(start + positions)
-        attacked_positions.append(other_start + other_positions)
-    return Untouched(np.concatenate(clean_positions), np.concatenate(attacked_positions))
+        own = _matching_blocks(clean_tokens[start:end], attacked_tokens[other_start:other_end])
+        blocks += [(start + i, other_start + j, size) for i, j, size in own]
+    return Untouched(*_positions(blocks))
 
 
 SPAN = 2048
@@ -252,17 +251,27 @@ def aligned_positions(
         Positions of equal tokens in the clean and in the attacked document. Both are strictly increasing integers of
         the same length.
     """
-    clean_positions: list[int] = []
-    attacked_positions: list[int] = []
+    return _positions(list(_matching_blocks(clean_tokens, attacked_tokens)))
+
+
+def _matching_blocks(
+    clean_tokens: Sequence[Hashable], attacked_tokens: Sequence[Hashable]
+) -> Iterator[tuple[int, int, int]]:
+    """Return runs of equal tokens, in order: where each begins in both texts, and its length."""
     i, j = 0, 0
     while i < len(clean_tokens) and j < len(attacked_tokens):
         # autojunk would ignore frequent tokens, which are the stop words that attacks leave alone.
         matcher = SequenceMatcher(None, clean_tokens[i : i + SPAN], attacked_tokens[j : j + SPAN], autojunk=False)
         *blocks, _ = matcher.get_matching_blocks()
-        for block in blocks:
-            clean_positions.extend(range(i + block.a, i + block.a + block.size))
-            attacked_positions.extend(range(j + block.b, j + block.b + block.size))
+        for a, b, size in blocks:
+            yield i + a, j + b, size
         # Continue after the last match, since the two spans end at different words. Without a match, skip both.
         i += blocks[-1].a + blocks[-1].size if blocks else SPAN
         j += blocks[-1].b + blocks[-1].size if blocks else SPAN
-    return np.array(clean_positions, dtype=np.int64), np.array(attacked_positions, dtype=np.int64)
+
+
+def _positions(blocks: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of all tokens of runs, in both texts."""
+    starts, other_starts, sizes = np.array(blocks, dtype=np.int64).reshape(-1, 3).T
+    inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(starts, sizes) + inside, np.repeat(other_starts, sizes) + inside

@@ -1,7 +1,7 @@
 """The word-swap attack: some words of every line are replaced by a generic token."""
 
+import functools
 import hashlib
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -124,7 +124,8 @@ def _check(rate: float, minimum: int, token: str) -> None:
 def _swap_line(line: str, share: Fraction, minimum: int, token: str, rng: random.Random) -> str:
     words = [match for match in _WORD.finditer(line) if any(map(str.isalnum, match[0]))]
     candidates = [match for match in words if not _is_stop_word(match[0])]
-    wanted = max(minimum, math.floor(share * len(words) + Fraction(1, 2)))
+    rounded = (2 * share.numerator * len(words) + share.denominator) // (2 * share.denominator)  # half up
+    wanted = max(minimum, rounded)
     chosen = rng.sample(candidates, min(wanted, len(candidates)))
     pieces, end = [], 0
     for match in sorted(chosen, key=re.Match.start):
@@ -133,5 +134,6 @@ def _swap_line(line: str, share: Fraction, minimum: int, token: str, rng: random
     return "".join(pieces) + line[end:]
 
 
+@functools.lru_cache(maxsize=2**16)  # a text has few different words
 def _is_stop_word(word: str) -> bool:
     return _PUNCTUATION.sub("", word).replace("’", "'").lower() in STOP_WORDS

@@ -89,10 +89,10 @@ class TextTask(Task[TextScores]):
         self.names = [document.name for document in self.corpus.documents]
         self.report = Perplexity(self.names)
         self._clean: dict[str, tuple[_Form, list[np.ndarray]]] = {}
-        self._is_shared = len(self.tokenizers) > 1 and _are_same(*self.tokenizers.values())
-        # Of models that share a tokenizer, until the last one has been scored. Others keep none, to save memory.
+        # Whether there is one tokenizer, so that a form is tokenized and aligned once, for the checks and all scores.
+        self._is_shared = len(self.tokenizers) == 1 or _are_same(*self.tokenizers.values())
+        # Then they are kept until the last model has been scored. Two tokenizers keep none, to save memory.
         self._forms: dict[AttackCase | None, _Form] = {}
-        # Also of a single model, from the check to the scores: aligning takes far longer than tokenizing.
         self._untouched: dict[AttackCase, list[Untouched]] = {}
         for role in self.models_under_test:
             self._check_tokens(role)
@@ -161,7 +161,7 @@ class TextTask(Task[TextScores]):
         )
 
     def _form(self, role: str, case: AttackCase | None) -> _Form:
-        """Tokenize a form, once for models with the same tokenizer."""
+        """Tokenize a form, once if there is one tokenizer."""
         if case in self._forms:
             return self._forms[case].unpacked()
         form = _tokenize(self.corpus.documents if case is None else self.corpus.attacked[case], self.tokenizers[role])
@@ -208,13 +208,13 @@ class TextTask(Task[TextScores]):
         return first_token(self.tokenizers[role])
 
     def _find_untouched(self, case: AttackCase, clean: _Form, attacked: _Form) -> list[Untouched]:
-        """Align a form with the clean one, once for its check, its scores and models with the same tokenizer."""
+        """Align a form with the clean one, once if there is one tokenizer."""
         if case in self._untouched:
             return self._untouched[case]
         pairs = list(zip(clean.documents, attacked.documents, strict=True))
         bar = tqdm(pairs, desc=f"Aligning {case}", unit=" documents", delay=2, disable=None)
         found = [Untouched(*(own.astype(np.int32) for own in find_untouched(before, after))) for before, after in bar]
-        if self._is_shared or len(self.tokenizers) == 1:
+        if self._is_shared:
             self._untouched[case] = found
         return found
 
@@ -241,7 +241,7 @@ class TextTask(Task[TextScores]):
 
     def _warn_about_unknown_words(self) -> None:
         """Warn if one of two tokenizers has words that it does not know, which cost its model little."""
-        if len(self.tokenizers) < 2 or self._is_shared:
+        if self._is_shared:
             return
         for role, tokenizer in self.tokenizers.items():
             ids = np.concatenate([tokens.ids for tokens in self._clean[role][0].documents])

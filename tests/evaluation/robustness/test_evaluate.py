@@ -508,11 +508,14 @@ def test_forms_that_fit_into_one_window_each_are_not_aligned_to_check_them(train
     measure.TextTask(make_settings(trained, data, tmp_path), Store(tmp_path / "cells"))
 
 
-def test_a_form_is_aligned_once_for_its_check_and_its_scores(trained, data_file, tmp_path, monkeypatch):
-    original, calls = measure.find_untouched, []
-    monkeypatch.setattr(measure, "find_untouched", lambda *forms: calls.append(forms) or original(*forms))
+@pytest.mark.parametrize(("function", "expected"), [("find_untouched", 4 * 14), ("_tokenize", 1 + 4)])
+def test_a_form_is_tokenized_and_aligned_once_for_its_check_and_its_scores(
+    function, expected, trained, data_file, tmp_path, monkeypatch
+):
+    original, calls = getattr(measure, function), []
+    monkeypatch.setattr(measure, function, lambda *arguments: calls.append(arguments) or original(*arguments))
     evaluate_robustness(make_settings(trained, data_file, tmp_path))
-    assert len(calls) == 4 * 14  # forms and documents
+    assert len(calls) == expected  # of 4 attacked forms with 14 documents each, and a clean one
 
 
 def test_windows_that_were_scored_before_are_not_cut_again(trained, data_file, tmp_path, monkeypatch):
