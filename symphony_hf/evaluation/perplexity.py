@@ -1,5 +1,6 @@
 """Perplexity of a causal language model by document, for paired comparisons of models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from symphony_hf.errors import EvaluationError
 
-from .batching import Windows, evaluating, flatten, padded_batches
+from .batching import Batch, Windows, evaluating, flatten, padded_batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,12 @@ class DocumentScores:
     """Negative log-likelihood summed over the document's predicted tokens, in nats. Shape: (documents,)."""
     num_tokens: np.ndarray
     """Number of predicted tokens, all but the first of each window. Shape: (documents,), integer."""
+
+    @classmethod
+    def of(cls, nll: Mapping[str, np.ndarray]) -> "DocumentScores":
+        """Sum the values of each document's predicted tokens, by its name."""
+        sums = np.array([values.sum(dtype=np.float64) for values in nll.values()])
+        return cls(list(nll), sums, np.array([len(values) for values in nll.values()]))
 
     @property
     def perplexity(self) -> float:
@@ -49,9 +56,7 @@ def score_documents(
     Raises:
         EvaluationError: If a document has no valid window, or its NLL is not finite.
     """
-    nll = score_tokens(model, windows, batch_size=batch_size, progress=progress)
-    sums = np.array([values.sum(dtype=np.float64) for values in nll.values()])
-    return DocumentScores(list(nll), sums, np.array([len(values) for values in nll.values()]))
+    return DocumentScores.of(score_tokens(model, windows, batch_size=batch_size, progress=progress))
 
 
 def score_stream(
@@ -85,9 +90,7 @@ def score_stream(
     windows = {str(number): [ids_T[start : start + block_size]] for number, start in enumerate(starts)}
     nll = score_tokens(model, windows, batch_size=batch_size, progress=progress)
     # A window predicts all of its tokens but the first.
-    new = [values if name == "0" else values[context - 1 :] for name, values in nll.items()]
-    sums = np.array([values.sum(dtype=np.float64) for values in new])
-    return DocumentScores(list(nll), sums, np.array([len(values) for values in new]))
+    return DocumentScores.of({name: values if name == "0" else values[context - 1 :] for name, values in nll.items()})
 
 
 def score_tokens(
@@ -108,25 +111,53 @@ def score_tokens(
     Raises:
         EvaluationError: If a document has no valid window, or a value is not finite.
     """
-    flat, owners = flatten(windows)
-    names = list(windows)
-    by_window: dict[int, np.ndarray] = {}
+    scores = TokenScores(windows)
     with evaluating(model) as device:
-        for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-            lengths = [len(flat[index]) for index in indices]
-            nll = [next_token_nll(logits[row, :n], input_ids[row, :n]) for row, n in enumerate(lengths)]
-            # Synchronize with the device once per batch, not once per window.
-            values = torch.cat(nll).cpu().numpy()
-            pieces = np.split(values, np.cumsum([length - 1 for length in lengths])[:-1])
-            for index, piece in zip(indices, pieces, strict=True):
-                if not np.isfinite(piece).all():
-                    raise EvaluationError(
-                        f"document {names[owners[index]]!r}: the NLL of a window is {piece.sum()}. The model's logits "
-                        "are not finite: check the checkpoint, or load it in bfloat16 or float32 instead of float16"
-                    )
-                by_window[index] = piece
-    parts: list[list[np.ndarray]] = [[] for _ in names]
-    for index, owner in enumerate(owners):
-        parts[owner].append(by_window[index])
-    return {name: np.concatenate(pieces) for name, pieces in zip(names, parts, strict=True)}
+        for batch in padded_batches(scores.flat, batch_size, device, progress):
+            scores.add(batch, model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
+    return scores.by_document()
+
+
+class TokenScores:
+    """Collects the negative log-likelihood of every predicted token, from the logits of one batch after another.
+
+    Args:
+        windows: Windows, as in `score_documents`.
+
+    Attributes:
+        flat: All windows, in order.
+
+    Raises:
+        EvaluationError: If a document has no valid window.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        self.flat, self._owners = flatten(windows)
+        self._names = list(windows)
+        self._by_window: dict[int, np.ndarray] = {}
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Take the values of a batch. `logits` have the shape (windows, longest, vocabulary).
+
+        Raises:
+            EvaluationError: If a value is not finite.
+        """
+        lengths = [len(self.flat[index]) for index in batch.indices]
+        nll = [next_token_nll(logits[row, :n], batch.input_ids[row, :n]) for row, n in enumerate(lengths)]
+        # Synchronize with the device once per batch, not once per window.
+        values = torch.cat(nll).cpu().numpy()
+        pieces = np.split(values, np.cumsum([length - 1 for length in lengths])[:-1])
+        for index, piece in zip(batch.indices, pieces, strict=True):
+            if not np.isfinite(piece).all():
+                raise EvaluationError(
+                    f"document {self._names[self._owners[index]]!r}: the NLL of a window is {piece.sum()}. The model's "
+                    "logits are not finite: check the checkpoint, or load it in bfloat16 or float32 instead of float16"
+                )
+            self._by_window[index] = piece
+
+    def by_document(self) -> dict[str, np.ndarray]:
+        """Return the values of each document, as `score_tokens` does. All of its windows must have been added."""
+        parts: list[list[np.ndarray]] = [[] for _ in self._names]
+        for index, owner in enumerate(self._owners):
+            parts[owner].append(self._by_window[index])
+        return {name: np.concatenate(pieces) for name, pieces in zip(self._names, parts, strict=True)}

@@ -13,6 +13,7 @@ from symphony_hf.compat import versions
 from symphony_hf.diagnostics.routing_metrics import coactivation
 from symphony_hf.evaluation.checkpoint import load_tokenizer
 from symphony_hf.evaluation.comparison import compare_perplexity
+from symphony_hf.evaluation.perplexity import DocumentScores, TokenScores
 from symphony_hf.evaluation.windows import check_context, default_block_size
 from symphony_hf.files import replacing, write_json
 from symphony_hf.patching.symphonize import expert_graphs, is_symphonized
@@ -27,7 +28,14 @@ from .metrics import (
     measure_layer,
 )
 from .pictures import CAPTIONS, picture_names
-from .records import RoutingRecord, expert_similarities, or_why_not, record_form, score_with_and_without_first
+from .records import (
+    RoutingRecord,
+    check_predicts,
+    expert_similarities,
+    or_why_not,
+    record_form,
+    score_without_first,
+)
 from .settings import RoutedModel, RoutingSettings
 from .texts import CLASS_NAMES, DISTANCE_NAMES, ObservedTexts, prepare_observed
 
@@ -109,7 +117,12 @@ class _Observation:
     def observe(self, checkpoint: RoutedModel) -> None:
         """Observe the model: clean, attacked, without first experts, and its experts' similarity."""
         settings, texts = self.settings, self.texts
-        self.clean = self._record(checkpoint, "clean")
+        scores: TokenScores | None = None
+        if settings.drop_first:
+            with or_why_not(self.unavailable, "drop_first"):
+                check_predicts(checkpoint.model)
+                scores = TokenScores(texts.clean.windows)
+        self.clean = self._record(checkpoint, "clean", scores)
         num_experts = {name: checkpoint.routers[name.partition(" (pass")[0]][0] for name in self.clean}
         self.graphs = {name: coselection_graph(record, num_experts[name]) for name, record in self.clean.items()}
         layers = {name: measure_layer(record, num_experts[name], texts) for name, record in self.clean.items()}
@@ -120,7 +133,8 @@ class _Observation:
         for case, form in texts.attacked.items():
             attacked = record_form(checkpoint.model, form.form, settings.batch_size, f"Routing of {case}")
             self.result["corruption"].append(compare_attacked(case, form, self.clean, attacked, texts))
-        self._leave_out_first(checkpoint)
+        if scores is not None:
+            self._leave_out_first(checkpoint, DocumentScores.of(scores.by_document()))
         self._compare_experts(checkpoint, layers)
         self.learned = learned_graphs(checkpoint)
         for name, layer in layers.items():
@@ -132,16 +146,15 @@ class _Observation:
         self.result["idle_routers"] = [n for n in checkpoint.routers if n not in self.clean]
         checkpoint.release()
 
-    def _record(self, checkpoint: RoutedModel, what: str) -> dict[str, RoutingRecord]:
+    def _record(
+        self, checkpoint: RoutedModel, what: str, scores: TokenScores | None = None
+    ) -> dict[str, RoutingRecord]:
         progress = f"Routing of {checkpoint.source}, {what}"
-        return record_form(checkpoint.model, self.texts.clean, self.settings.batch_size, progress)
+        return record_form(checkpoint.model, self.texts.clean, self.settings.batch_size, progress, scores)
 
-    def _leave_out_first(self, checkpoint: RoutedModel) -> None:
-        if not self.settings.drop_first:
-            return
+    def _leave_out_first(self, checkpoint: RoutedModel, whole: DocumentScores) -> None:
         with or_why_not(self.unavailable, "drop_first"):
-            form = self.texts.clean
-            whole, without = score_with_and_without_first(checkpoint.model, form, self.settings.batch_size)
+            without = score_without_first(checkpoint.model, self.texts.clean, self.settings.batch_size)
             difference = compare_perplexity(without, whole)
             self.result["drop_first"] = {
                 "loss": float(whole.nll.sum() / whole.num_tokens.sum()),

@@ -14,7 +14,7 @@ from symphony_hf.data.rows import thinned
 from symphony_hf.diagnostics.routing_metrics import cka_matrix, flip_rate, router_margin
 from symphony_hf.errors import EvaluationError, UnsupportedModelError
 from symphony_hf.evaluation.batching import Windows, evaluating, flatten, padded_batches
-from symphony_hf.evaluation.perplexity import DocumentScores, score_documents
+from symphony_hf.evaluation.perplexity import DocumentScores, TokenScores, score_documents
 from symphony_hf.evaluation.windows import aligned_positions
 
 from .drop_first_expert import first_expert_dropped
@@ -48,7 +48,12 @@ class RoutingRecord(NamedTuple):
 
 
 def record_routing(
-    model: nn.Module, windows: Windows, batch_size: int = 16, *, progress: str | None = None
+    model: nn.Module,
+    windows: Windows,
+    batch_size: int = 16,
+    *,
+    progress: str | None = None,
+    scores: TokenScores | None = None,
 ) -> dict[str, RoutingRecord]:
     """Record the decisions of every router of a model for every token.
 
@@ -61,6 +66,7 @@ def record_routing(
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
         batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
+        scores: Takes the likelihoods of the same windows, too. Without it, the model's head is spared.
 
     Returns:
         Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take
@@ -74,11 +80,13 @@ def record_routing(
     flat, _ = flatten(windows)
     by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
     with evaluating(model) as device, watching_routers(model) as seen:
-        for indices, input_ids, attention_mask in padded_batches(flat, batch_size, device, progress):
-            _run(model, input_ids, attention_mask)
+        for batch in padded_batches(flat, batch_size, device, progress):
+            outputs = _run(model, batch.input_ids, batch.attention_mask, is_whole=scores is not None)
+            if scores is not None:
+                scores.add(batch, outputs.logits)
             for name, routed in _taken(seen):
-                record = _recorded(name, routed, input_ids)
-                for row, index in enumerate(indices):
+                record = _recorded(name, routed, batch.input_ids)
+                for row, index in enumerate(batch.indices):
                     length = len(flat[index])
                     by_window[index][name] = RoutingRecord(*(part[row, :length] for part in record))
     names = list(by_window[0])
@@ -90,13 +98,13 @@ def record_routing(
     }
 
 
-def _run(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+def _run(model: Any, input_ids: Tensor, attention_mask: Tensor, *, is_whole: bool = False) -> Any:
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = input_ids
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if not is_whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1  # the LM head is much of a small model's work, and no router waits for it
-    model(**inputs)
+    return model(**inputs)
 
 
 def _taken(seen: dict[str, list[Routed]]) -> list[tuple[str, Routed]]:
@@ -174,26 +182,31 @@ def routing_stability(
     return RoutingStability(float(per_layer.mean()), per_layer, len(clean_T))
 
 
-def record_form(model: Any, form: Form, batch_size: int, progress: str) -> dict[str, RoutingRecord]:
+def record_form(
+    model: Any, form: Form, batch_size: int, progress: str, scores: TokenScores | None = None
+) -> dict[str, RoutingRecord]:
     """Record each router's decisions for the documents' tokens, without the given first token of each window."""
-    recorded = record_routing(model, form.windows, batch_size, progress=progress)
+    recorded = record_routing(model, form.windows, batch_size, progress=progress, scores=scores)
     kept = torch.from_numpy(form.kept_rows())
     return {name: RoutingRecord(*(part[kept] for part in record)) for name, record in recorded.items()}
 
 
-def score_with_and_without_first(model: Any, form: Form, batch_size: int) -> tuple[DocumentScores, DocumentScores]:
-    """Score the documents with and without each token's first expert.
+def score_without_first(model: Any, form: Form, batch_size: int) -> DocumentScores:
+    """Score the documents without each token's first expert.
 
     Raises:
-        UnsupportedModelError: If the model does not predict the next token, or a router does not support it.
+        UnsupportedModelError: If a router does not support it.
     """
-    _check_predicts(model)
     with first_expert_dropped(model):
-        without = score_documents(model, form.windows, batch_size=batch_size, progress="Without the first expert")
-    return score_documents(model, form.windows, batch_size=batch_size, progress="Scoring"), without
+        return score_documents(model, form.windows, batch_size=batch_size, progress="Without the first expert")
 
 
-def _check_predicts(model: Any) -> None:
+def check_predicts(model: Any) -> None:
+    """Refuse a model whose likelihoods cannot be scored.
+
+    Raises:
+        UnsupportedModelError: If it does not predict the next token.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
     if model.config.is_encoder_decoder or head is None or head.weight.shape[0] < vocabulary:

@@ -30,6 +30,7 @@ from symphony_hf.evaluation.routing.settings import RoutingSettings
 from symphony_hf.evaluation.routing.tables import _corruption_table, print_observation
 from symphony_hf.evaluation.routing.texts import CLASS_NAMES, DISTANCE_NAMES, AttackedForm, Form, ObservedTexts
 from symphony_hf.evaluation.settings import AttackCase
+from symphony_hf.experiments.bench.evaluation import noted_calls
 from symphony_hf.experiments.conformance.tiny import tiny_model
 
 TOP_K, EXPERTS, BLOCK = 3, 8, 24
@@ -209,6 +210,18 @@ def test_the_loss_without_the_first_expert(observed):
     assert dropped["loss_without"] - dropped["loss"] == pytest.approx(dropped["difference"]["estimate"])
     assert dropped["ratio"]["estimate"] == pytest.approx(np.exp(dropped["difference"]["estimate"]))
     assert dropped["difference"]["low"] > 0
+
+
+def test_the_clean_text_is_run_once_for_its_routing_and_its_loss(checkpoints, data, tmp_path):
+    path = checkpoints[1]
+    results, calls = [], []
+    for drop_first in (True, False):
+        options = {"attacks": (), "similarity_tokens": 0, "drop_first": drop_first}
+        with noted_calls() as noted:
+            results.append(observe_routing(settings(path, data, tmp_path, **options)))
+        calls.append(len(noted))
+    assert calls[0] == 2 * calls[1]  # with and without the first expert
+    assert results[0]["overall"] == results[1]["overall"]
 
 
 def test_matrices_are_beside_the_result(observed):
