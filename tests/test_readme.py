@@ -21,7 +21,7 @@ from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
 from symphony_hf.experiments.bench.experts import experts_table
-from symphony_hf.experiments.bench.layer_forms import BARE_LAYERS
+from symphony_hf.experiments.bench.layer_forms import BARE_LAYERS, SHAPES
 from symphony_hf.experiments.bench.layer_rows import AIMS, bench_tables
 from symphony_hf.tables import Table, cell_text
 
@@ -29,6 +29,7 @@ RECIPES = ROOT / "recipes"
 QUICKSTART = RECIPES / "quickstart"
 CONVERSION = ROOT / "symphony_hf" / "conversion" / "README.md"
 GRAPH, DENSE = "smoe, graph", "smoe, no graph, router_gradient dense"
+BENCHES = ("bench", "bench_deepseek_v3_router", "bench_deepseek_v3_router_1024", "bench_mixtral_8x7b")
 EXPERIMENTS = ROOT / "symphony_hf" / "experiments" / "README.md"
 PATCHING = ROOT / "symphony_hf" / "patching" / "README.md"
 
@@ -38,11 +39,11 @@ def result_of(recipe, name):
 
 
 def benches():
-    """The result of `symphony bench` of all models, which take one run each, but for the first two."""
-    first, *others = (result_of("quickstart", f"bench{model}") for model in ("", "_deepseek_v3_router", "_mixtral_8x7b"))
+    """The result of `symphony bench` of all models, of several runs."""
+    first, *others = (result_of("quickstart", name) for name in BENCHES)
     for other in others:
-        settings = [{key: result[key] for key in ("aims", "bare_layers", "dtype", "threads")} for result in (first, other)]
-        assert settings[0] == settings[1]
+        for key in ("aims", "bare_layers", "dtype", "threads", "device", "versions"):
+            assert other[key] == first[key]
         first = first | {key: first[key] + other[key] for key in ("rows", "memory")}
     return first
 
@@ -68,7 +69,11 @@ def test_the_bench_tables_are_the_result_file():
     names = ("added table", "whole table", "generation table")
     for name, expected in zip(names, bench_tables(result), strict=True):
         assert table(EXPERIMENTS, name) == cells_of(expected)
-    assert {row["tokens"] for row in result["rows"] if row["mode"] == "training"} == {1, 4, 16, 64, 256, 1024}
+    measured = {name: [] for name in SHAPES}
+    for row in result["rows"]:
+        if row["mode"] == "training":
+            measured[row["model"]].append(row["tokens"])
+    assert measured == {name: [1, 4, 16, 64, 256, *([1024] if name != "mixtral-8x7b" else [])] for name in SHAPES}
     assert (result["aims"], result["bare_layers"]) == (AIMS, BARE_LAYERS)
     assert f"measured on {BARE_LAYERS} layers without attention" in " ".join(EXPERIMENTS.read_text("utf-8").split())
     memory = max(row["ratio"] for row in result["memory"])

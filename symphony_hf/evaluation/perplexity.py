@@ -125,13 +125,15 @@ class TokenScores:
         windows: Windows, as in `score_documents`.
 
     Attributes:
-        flat: All windows, in order.
+        windows: The windows.
+        flat: All of them, in order.
 
     Raises:
         EvaluationError: If a document has no valid window.
     """
 
     def __init__(self, windows: Windows) -> None:
+        self.windows = windows
         self.flat, self._owners = flatten(windows)
         self._names = list(windows)
         self._by_window: dict[int, np.ndarray] = {}

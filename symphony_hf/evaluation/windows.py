@@ -257,7 +257,7 @@ def aligned_positions(
 def _matching_blocks(
     clean_tokens: Sequence[Hashable], attacked_tokens: Sequence[Hashable]
 ) -> Iterator[tuple[int, int, int]]:
-    """Return runs of equal tokens, in order: where each begins in both texts, and its length."""
+    """Yield blocks of equal tokens, in order: where each begins in both texts, and its length."""
     i, j = 0, 0
     while i < len(clean_tokens) and j < len(attacked_tokens):
         # autojunk would ignore frequent tokens, which are the stop words that attacks leave alone.
@@ -271,7 +271,7 @@ def _matching_blocks(
 
 
 def _positions(blocks: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of all tokens of runs, in both texts."""
+    """Return the positions of all tokens of blocks, in both texts."""
     starts, other_starts, sizes = np.array(blocks, dtype=np.int64).reshape(-1, 3).T
     inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.repeat(starts, sizes) + inside, np.repeat(other_starts, sizes) + inside

@@ -1,5 +1,7 @@
 """Routing kept under attack, against a loop over tokens, layers and single windows that reads the routers' choice."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from models import VOCAB, make_llava, make_model
 
 from symphony_hf.diagnostics.routing_metrics import flip_rate
 from symphony_hf.errors import EvaluationError, UnsupportedModelError
+from symphony_hf.evaluation.perplexity import TokenScores, score_tokens
 from symphony_hf.evaluation.routing.records import record_routing, routing_stability
 from symphony_hf.experiments.conformance.naive import watch_choices
 from symphony_hf.experiments.conformance.tiny import tiny_model
@@ -89,6 +92,33 @@ def test_the_lm_head_runs_on_one_token_of_a_window(model, documents):
     record_routing(model, windows_of(documents, 0), batch_size=4)
     hook.remove()
     assert set(lengths) == {1}
+
+
+def test_likelihoods_are_those_of_a_pass_of_their_own(model, documents):
+    windows = windows_of(documents, 0)
+    scores = TokenScores(windows)
+    recorded, alone = record_routing(model, windows, batch_size=4, scores=scores), record_routing(model, windows, 4)
+    expected = score_tokens(model, windows, batch_size=4)
+    assert list(scores.by_document()) == list(expected) == list(windows)
+    assert all(np.array_equal(values, expected[name]) for name, values in scores.by_document().items())
+    assert all(map(torch.equal, recorded[name], alone[name]) for name in alone)
+    with pytest.raises(EvaluationError, match="`scores` are of other windows"):
+        record_routing(model, dict(windows), scores=scores)
+
+
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_no_outputs_live_on_through_the_next_forward(model, documents, with_scores):
+    windows = windows_of(documents, 0)
+    outputs, alive = [], []
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: alive.append(sum(output() is not None for output in outputs))),
+        model.register_forward_hook(lambda _, args, output: outputs.append(weakref.ref(output.logits))),
+    ]
+    record_routing(model, windows, batch_size=1, scores=TokenScores(windows) if with_scores else None)
+    for hook in hooks:
+        hook.remove()
+    assert len(alive) > 2
+    assert not any(alive)
 
 
 def test_margins_are_in_document_order(model, documents):

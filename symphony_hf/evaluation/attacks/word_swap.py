@@ -1,6 +1,5 @@
 """The word-swap attack: some words of every line are replaced by a generic token."""
 
-import functools
 import hashlib
 import random
 import re
@@ -134,6 +133,5 @@ def _swap_line(line: str, share: Fraction, minimum: int, token: str, rng: random
     return "".join(pieces) + line[end:]
 
 
-@functools.lru_cache(maxsize=2**16)  # a text has few different words
 def _is_stop_word(word: str) -> bool:
     return _PUNCTUATION.sub("", word).replace("’", "'").lower() in STOP_WORDS

@@ -59,7 +59,7 @@ class _Form(NamedTuple):
         return max(max(tokens.ids) for tokens in self.documents)
 
     def packed(self) -> "_Form":
-        """Return the form with its ids in arrays, and these and lines in int32: a tenth of the memory."""
+        """Return the form with its ids and lines in int32 arrays: a tenth of the memory, but for unknown tokens."""
         return self._replace(
             documents=[
                 tokens._replace(ids=np.array(tokens.ids, dtype=np.int32), lines=tokens.lines.astype(np.int32))  # type: ignore[arg-type]
@@ -89,9 +89,9 @@ class TextTask(Task[TextScores]):
         self.names = [document.name for document in self.corpus.documents]
         self.report = Perplexity(self.names)
         self._clean: dict[str, tuple[_Form, list[np.ndarray]]] = {}
-        # Whether there is one tokenizer, so that a form is tokenized and aligned once, for the checks and all scores.
-        self._is_shared = len(self.tokenizers) == 1 or _are_same(*self.tokenizers.values())
-        # Then they are kept until the last model has been scored. Two tokenizers keep none, to save memory.
+        # Then a form is tokenized and aligned once, for the checks and the scores of all models.
+        self._has_one_tokenizer = len(self.tokenizers) == 1 or _are_same(*self.tokenizers.values())
+        # Kept until the last model has been scored. Two tokenizers keep none, to save memory.
         self._forms: dict[AttackCase | None, _Form] = {}
         self._untouched: dict[AttackCase, list[Untouched]] = {}
         for role in self.models_under_test:
@@ -165,7 +165,7 @@ class TextTask(Task[TextScores]):
         if case in self._forms:
             return self._forms[case].unpacked()
         form = _tokenize(self.corpus.documents if case is None else self.corpus.attacked[case], self.tokenizers[role])
-        if self._is_shared:
+        if self._has_one_tokenizer:
             self._forms[case] = form.packed()
         return form
 
@@ -214,7 +214,7 @@ class TextTask(Task[TextScores]):
         pairs = list(zip(clean.documents, attacked.documents, strict=True))
         bar = tqdm(pairs, desc=f"Aligning {case}", unit=" documents", delay=2, disable=None)
         found = [Untouched(*(own.astype(np.int32) for own in find_untouched(before, after))) for before, after in bar]
-        if self._is_shared:
+        if self._has_one_tokenizer:
             self._untouched[case] = found
         return found
 
@@ -241,7 +241,7 @@ class TextTask(Task[TextScores]):
 
     def _warn_about_unknown_words(self) -> None:
         """Warn if one of two tokenizers has words that it does not know, which cost its model little."""
-        if self._is_shared:
+        if self._has_one_tokenizer:
             return
         for role, tokenizer in self.tokenizers.items():
             ids = np.concatenate([tokens.ids for tokens in self._clean[role][0].documents])

@@ -72,8 +72,9 @@ def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[Exper
         One sample per layer, empty for a layer that did not run.
 
     Raises:
-        UnsupportedModelError: On entry, if a router has no module `experts` next to it; in the forward pass, if that
-            module takes other arguments than hidden states, indices and weights.
+        UnsupportedModelError: On entry, if a router has no module `experts` next to it, or chooses from more experts
+            than that holds, such as one that does nothing; in the forward pass, if that module takes other arguments
+            than hidden states, indices and weights.
     """
     samples = []
     with ExitStack() as hooks:
@@ -85,7 +86,13 @@ def sampling_experts(model: nn.Module, positions: Tensor) -> Iterator[list[Exper
                     f"{type(router.module).__name__} `{name}`: its experts cannot be run one by one: "
                     f"{type(block).__name__} has no module `experts` that holds all"
                 )
-            sample = ExpertSample(name, experts, router.contract.num_experts)
+            num_experts = router.contract.num_experts
+            if getattr(experts, "num_experts", num_experts) != num_experts:
+                raise UnsupportedModelError(
+                    f"{type(router.module).__name__} `{name}`: its experts cannot be run one by one: it chooses from "
+                    f"{num_experts}, and {type(experts).__name__} holds {experts.num_experts}"
+                )
+            sample = ExpertSample(name, experts, num_experts)
             take = lambda _, args, kwargs, sample=sample: sample.take(args, kwargs, positions)  # noqa: E731
             hooks.enter_context(experts.register_forward_pre_hook(take, with_kwargs=True))
             samples.append(sample)

@@ -30,7 +30,6 @@ from .metrics import (
 from .pictures import CAPTIONS, picture_names
 from .records import (
     RoutingRecord,
-    check_predicts,
     expert_similarities,
     or_why_not,
     record_form,
@@ -117,11 +116,8 @@ class _Observation:
     def observe(self, checkpoint: RoutedModel) -> None:
         """Observe the model: clean, attacked, without first experts, and its experts' similarity."""
         settings, texts = self.settings, self.texts
-        scores: TokenScores | None = None
-        if settings.drop_first:
-            with or_why_not(self.unavailable, "drop_first"):
-                check_predicts(checkpoint.model)
-                scores = TokenScores(texts.clean.windows)
+        without = self._score_without_first(checkpoint)
+        scores = None if without is None else TokenScores(texts.clean.windows)
         self.clean = self._record(checkpoint, "clean", scores)
         num_experts = {name: checkpoint.routers[name.partition(" (pass")[0]][0] for name in self.clean}
         self.graphs = {name: coselection_graph(record, num_experts[name]) for name, record in self.clean.items()}
@@ -133,8 +129,8 @@ class _Observation:
         for case, form in texts.attacked.items():
             attacked = record_form(checkpoint.model, form.form, settings.batch_size, f"Routing of {case}")
             self.result["corruption"].append(compare_attacked(case, form, self.clean, attacked, texts))
-        if scores is not None:
-            self._leave_out_first(checkpoint, DocumentScores.of(scores.by_document()))
+        if without is not None and scores is not None:
+            self._leave_out_first(without, DocumentScores.of(scores.by_document()))
         self._compare_experts(checkpoint, layers)
         self.learned = learned_graphs(checkpoint)
         for name, layer in layers.items():
@@ -152,16 +148,21 @@ class _Observation:
         progress = f"Routing of {checkpoint.source}, {what}"
         return record_form(checkpoint.model, self.texts.clean, self.settings.batch_size, progress, scores)
 
-    def _leave_out_first(self, checkpoint: RoutedModel, whole: DocumentScores) -> None:
-        with or_why_not(self.unavailable, "drop_first"):
-            without = score_without_first(checkpoint.model, self.texts.clean, self.settings.batch_size)
-            difference = compare_perplexity(without, whole)
-            self.result["drop_first"] = {
-                "loss": float(whole.nll.sum() / whole.num_tokens.sum()),
-                "loss_without": float(without.nll.sum() / without.num_tokens.sum()),
-                "difference": dataclasses.asdict(difference),
-                "ratio": dataclasses.asdict(difference.exp()),
-            }
+    def _score_without_first(self, checkpoint: RoutedModel) -> DocumentScores | None:
+        """Score the documents without first experts; None if that is not wanted or not supported."""
+        if self.settings.drop_first:
+            with or_why_not(self.unavailable, "drop_first"):
+                return score_without_first(checkpoint.model, self.texts.clean, self.settings.batch_size)
+        return None
+
+    def _leave_out_first(self, without: DocumentScores, whole: DocumentScores) -> None:
+        difference = compare_perplexity(without, whole)
+        self.result["drop_first"] = {
+            "loss": float(whole.nll.sum() / whole.num_tokens.sum()),
+            "loss_without": float(without.nll.sum() / without.num_tokens.sum()),
+            "difference": dataclasses.asdict(difference),
+            "ratio": dataclasses.asdict(difference.exp()),
+        }
 
     def _compare_experts(self, checkpoint: RoutedModel, layers: dict[str, dict[str, Any]]) -> None:
         for layer in layers.values():

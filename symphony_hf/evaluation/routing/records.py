@@ -66,7 +66,7 @@ def record_routing(
         windows: Token ids by document name, in windows without overlap. Shape of each: (2 to block_size,), int64.
         batch_size: Number of windows per forward pass.
         progress: Label of the progress bar; no bar when None.
-        scores: Takes the likelihoods of the same windows, too. Without it, the model's head is spared.
+        scores: Takes the likelihoods of these windows, too. Without it, the model's head is spared.
 
     Returns:
         Decisions by router, in module order, for all tokens of all documents in order. They are on the CPU and take
@@ -74,16 +74,21 @@ def record_routing(
         that runs more than once has an entry for each pass.
 
     Raises:
-        EvaluationError: If no router ran, or one did not see every token once.
+        EvaluationError: If no router ran, or one did not see every token once; with `scores`, if these are of other
+            windows, or a likelihood is not finite.
         UnsupportedModelError: If none of its routers is known.
     """
-    flat, _ = flatten(windows)
+    if scores is not None and scores.windows is not windows:
+        raise EvaluationError("record_routing: `scores` are of other windows")
+    flat = flatten(windows)[0] if scores is None else scores.flat
     by_window: list[dict[str, RoutingRecord]] = [{} for _ in flat]
     with evaluating(model) as device, watching_routers(model) as seen:
         for batch in padded_batches(flat, batch_size, device, progress):
-            outputs = _run(model, batch.input_ids, batch.attention_mask, is_whole=scores is not None)
-            if scores is not None:
-                scores.add(batch, outputs.logits)
+            # The outputs, with a cache and logits, must not live on through the next forward.
+            if scores is None:
+                _run(model, batch.input_ids, batch.attention_mask)
+            else:
+                scores.add(batch, _run(model, batch.input_ids, batch.attention_mask, all_logits=True).logits)
             for name, routed in _taken(seen):
                 record = _recorded(name, routed, batch.input_ids)
                 for row, index in enumerate(batch.indices):
@@ -98,11 +103,11 @@ def record_routing(
     }
 
 
-def _run(model: Any, input_ids: Tensor, attention_mask: Tensor, *, is_whole: bool = False) -> Any:
+def _run(model: Any, input_ids: Tensor, attention_mask: Tensor, *, all_logits: bool = False) -> Any:
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = input_ids
-    if not is_whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if not all_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1  # the LM head is much of a small model's work, and no router waits for it
     return model(**inputs)
 
@@ -185,7 +190,10 @@ def routing_stability(
 def record_form(
     model: Any, form: Form, batch_size: int, progress: str, scores: TokenScores | None = None
 ) -> dict[str, RoutingRecord]:
-    """Record each router's decisions for the documents' tokens, without the given first token of each window."""
+    """Record each router's decisions for the documents' tokens, without the given first token of each window.
+
+    `scores`, if given, take the documents' likelihoods, as in `record_routing`.
+    """
     recorded = record_routing(model, form.windows, batch_size, progress=progress, scores=scores)
     kept = torch.from_numpy(form.kept_rows())
     return {name: RoutingRecord(*(part[kept] for part in record)) for name, record in recorded.items()}
@@ -195,18 +203,15 @@ def score_without_first(model: Any, form: Form, batch_size: int) -> DocumentScor
     """Score the documents without each token's first expert.
 
     Raises:
-        UnsupportedModelError: If a router does not support it.
+        UnsupportedModelError: If the model does not predict the next token, or a router does not support it.
+        EvaluationError: If a likelihood is not finite.
     """
+    _check_predicts(model)
     with first_expert_dropped(model):
         return score_documents(model, form.windows, batch_size=batch_size, progress="Without the first expert")
 
 
-def check_predicts(model: Any) -> None:
-    """Refuse a model whose likelihoods cannot be scored.
-
-    Raises:
-        UnsupportedModelError: If it does not predict the next token.
-    """
+def _check_predicts(model: Any) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
     if model.config.is_encoder_decoder or head is None or head.weight.shape[0] < vocabulary:

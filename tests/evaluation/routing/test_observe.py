@@ -256,6 +256,7 @@ def test_a_symphonized_model_shows_its_learned_graphs_too(tmp_path, words, data)
         ("jetmoe", {"similarity": "no module `experts`"}),
         ("switch_transformers", {"similarity": "no module `experts`", "drop_first": "does not predict the next token"}),
         ("openai_privacy_filter", {"drop_first": "does not predict the next token"}),
+        ("zaya", {"similarity": "it chooses from 9, and ZayaExperts holds 8"}),
     ],
 )
 def test_what_a_family_cannot_be_measured_on_is_said(tmp_path, words, data, family, missing):
@@ -265,8 +266,18 @@ def test_what_a_family_cannot_be_measured_on_is_said(tmp_path, words, data, fami
     for name, reason in missing.items():
         assert reason in result["unavailable"][name]
     shares = [layer["margin"]["not_by_logits"] for layer in result["layers"].values()]
-    assert (max(shares) > 0) == (family == "deepseek_v3")  # a bias, and groups
+    assert (max(shares) > 0) == (family in ("deepseek_v3", "zaya"))  # which choose with a bias
     assert all(sum(layer["load"]) == pytest.approx(1) for layer in result["layers"].values())
+
+
+@pytest.mark.thorough
+def test_a_loss_that_is_not_compared_need_not_be_finite(tmp_path, words, data):
+    model = tiny_model("inkling_text")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[1] = torch.nan
+    result = observe_routing(settings(save(tmp_path / "model", model, words), data, tmp_path, attacks=()))
+    assert "first expert" in result["unavailable"]["drop_first"] or result["drop_first"] is None
+    assert result["layers"]
 
 
 def test_a_dense_model_is_refused_before_its_weights_are_read(tmp_path, words, data):
