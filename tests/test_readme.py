@@ -20,6 +20,7 @@ from symphony_hf.evaluation.report.quickstart import findings, result_table
 from symphony_hf.evaluation.statistics import interval_text
 from symphony_hf.experiments.balancing.study import BIAS_FAMILIES, balance_table
 from symphony_hf.experiments.bench.commit import PROCESSES, SIZES, commit_table
+from symphony_hf.experiments.bench.evaluation import evaluation_table
 from symphony_hf.experiments.bench.experts import experts_table
 from symphony_hf.experiments.bench.layer_forms import BARE_LAYERS, SHAPES
 from symphony_hf.experiments.bench.layer_rows import AIMS, bench_tables
@@ -78,6 +79,14 @@ def test_the_bench_tables_are_the_result_file():
     assert f"measured on {BARE_LAYERS} layers without attention" in " ".join(EXPERIMENTS.read_text("utf-8").split())
     memory = max(row["ratio"] for row in result["memory"])
     assert f"Peak memory is at most {memory:.4f} times stock's" in EXPERIMENTS.read_text(encoding="utf-8")
+
+
+def test_the_table_of_evaluation_is_the_result_file():
+    result = result_of("quickstart", "bench_evaluation")
+    assert table(EXPERIMENTS, "evaluation table") == cells_of(evaluation_table(result))
+    settings = [f"{result['model']} --documents {result['documents']}", f"--rounds {result['rounds']}", "--threads 1"]
+    assert f"symphony bench-evaluation {' '.join(settings)}\n" in EXPERIMENTS.read_text(encoding="utf-8")
+    assert result["threads"] == 1
 
 
 def test_the_tables_of_balancing_are_the_result_file():
